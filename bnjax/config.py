@@ -1,0 +1,233 @@
+"""A config in, validated and built objects out: the last place that knows what the keys are called."""
+
+import ast
+import dataclasses
+import difflib
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from bnjax import defaults, norms, optim
+from bnjax.data.sources import DIGITS, Dataset
+from bnjax.errors import ConfigError, UserError
+from bnjax.models import POOLS, ConvNet
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config means for a data set: everything that the loop needs, durations in steps."""
+
+    model: ConvNet
+    tx: optax.GradientTransformation
+    steps: int
+    eval_every: int
+    batch_size: int
+    eval_batch_size: int
+    shuffle: bool
+    warnings: tuple[str, ...]
+
+
+def load(path: str, overrides: list[str]) -> ConfigDict:
+    """Returns the config of a file with `--config.key=value` overrides applied.
+
+    Raises:
+        UserError: if the file cannot be run, or an override names no key or has the wrong type.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no config file {path}. The examples are in the folder configs of the repository.")
+    try:
+        config = runpy.run_path(str(file))["get_config"]()
+    except KeyError as error:
+        raise UserError(f"the config file {path} defines no {error}. It needs a function get_config() that returns a ConfigDict.") from error
+    except Exception as error:
+        raise UserError(f"the config file {path} does not run: {type(error).__name__}: {error}.") from error
+    for name, text in _pairs(overrides):
+        override(config, name, text)
+    config.name = config.name or file.stem
+    return config
+
+
+def from_json(text: str) -> ConfigDict:
+    """Returns the config that a run saved."""
+    config = defaults.get_config()
+    try:
+        config.update(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"the saved config is damaged or was written by another version of bnjax: {error}.") from error
+    return config
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets one key, given as on a command line, with a value of the type that it has.
+
+    >>> config = defaults.get_config()
+    >>> override(config, "model.momentum", "0.9")
+    >>> override(config, "model.dense", "100")
+    >>> config.model.momentum, config.model.dense
+    (0.9, (100,))
+    """
+    section, keys = config, name.split(".")
+    for depth, key in enumerate(keys):
+        if not isinstance(section, ConfigDict) or key not in section:
+            known = list(section) if isinstance(section, ConfigDict) else []
+            close = difflib.get_close_matches(key, known, 1)
+            parent = ".".join(["config", *keys[:depth]])
+            hint = f" Did you mean {parent}.{close[0]}?" if close else ""
+            raise UserError(f"there is no key config.{name}.{hint} {parent} has: {', '.join(known) or 'no keys of its own'}.")
+        if depth < len(keys) - 1:
+            section = section[key]
+    old = section[keys[-1]]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"config.{name} is a section; set one of its keys: {', '.join(old)}.")
+    section[keys[-1]] = _convert(name, text, old)
+
+
+def build(config: ConfigDict, dataset: Dataset) -> Experiment:
+    """Returns what to train and for how long, after checking every value; nothing is compiled.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    examples = len(dataset.train.label)
+    batch_size = config.train.batch_size
+    if dataset.fallback_reason:
+        batch_size = examples // 10  # the tutorial's ratio of the batch to the training set
+    smallest = 2 if config.model.norm == "batch" else 1
+    if not smallest <= batch_size <= examples:
+        raise ConfigError("train.batch_size", batch_size, f"{smallest} up to the {examples} training images of {dataset.label}")
+    if config.eval.batch_size < 1:
+        raise ConfigError("eval.batch_size", config.eval.batch_size, "a whole number above 0")
+    if config.train.target_loss <= 0:
+        raise ConfigError("train.target_loss", config.train.target_loss, "a number above 0")
+    if config.seed < 0:
+        raise ConfigError("seed", config.seed, "a whole number, 0 or above")
+    steps = optim.steps_of(config.train, "", "train", batch_size, examples)
+    return Experiment(
+        model=build_model(config.model, len(dataset.classes), dataset.train.image.shape[1:]),
+        tx=optim.build(config.optimizer),
+        steps=steps,
+        eval_every=optim.steps_of(config.eval, "every_", "eval", batch_size, examples),
+        batch_size=batch_size,
+        eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
+        shuffle=config.train.shuffle,
+        warnings=_warnings(config, steps),
+    )
+
+
+def check_choices(config: ConfigDict) -> None:
+    """Checks what needs no data, so that a mistake shows before anything is downloaded.
+
+    Raises:
+        ConfigError: for a data set's fallback that does not exist, or anything wrong with the optimizer or the model.
+    """
+    if not config.data.name:
+        raise ConfigError("data.name", config.data.name, "cifar10, cifar100, digits, or the name of a TFDS set")
+    if config.data.fallback not in ("", DIGITS):
+        raise ConfigError("data.fallback", config.data.fallback, f"{DIGITS!r}, or '' for none")
+    optim.build(config.optimizer)
+    build_model(config.model, classes=10, image_shape=(1 << 20, 1 << 20, 3))
+
+
+def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> ConvNet:
+    """Returns the network that `config.model` describes for images [h, w, c].
+
+    Raises:
+        ConfigError: for an impossible value, or if the images shrink to nothing.
+    """
+    _check_layers(config)
+    for key, allowed in (("placement", ("input", "before", "after")), ("pooling", ("none", *POOLS)), ("norm", norms.NORMS), ("dtype", DTYPES)):
+        if config[key] not in allowed:
+            raise ConfigError(f"model.{key}", config[key], ", ".join(allowed))
+    if not 0 <= config.momentum < 1:
+        raise ConfigError("model.momentum", config.momentum, "0 up to but not including 1 (the fraction of the old average that is kept)")
+    if not 0 < config.epsilon < float("inf"):
+        raise ConfigError("model.epsilon", config.epsilon, "a number above 0")
+    for side in image_shape[:2]:
+        for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
+            after = (side - kernel) // stride + 1 if config.pooling == "none" else (side - kernel + 1) // stride
+            if side < kernel or after < 1:
+                allowed = f"layers that leave at least one pixel; image sides of {image_shape[0]}x{image_shape[1]} are {side} at layer {i}"
+                raise ConfigError("model.kernels and .strides", (tuple(config.kernels), tuple(config.strides)), allowed)
+            side = after
+    return ConvNet(
+        filters=config.filters,
+        kernels=config.kernels,
+        strides=config.strides,
+        pooling=config.pooling,
+        dense=config.dense,
+        dropout=config.dropout,
+        classes=classes,
+        norm=norms.build(config.norm, momentum=config.momentum, epsilon=config.epsilon, scale=config.scale, shift=config.shift),
+        norm_dense=config.norm_dense,
+        placement=config.placement,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def _check_layers(config: ConfigDict) -> None:
+    for key in ("filters", "kernels", "strides", "dense"):
+        if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in config[key]):
+            raise ConfigError(f"model.{key}", config[key], "whole numbers above 0")
+    for of, keys in (("filters", ("kernels", "strides")), ("dense", ("dropout", "norm_dense"))):
+        for key in keys:
+            if len(config[key]) != len(config[of]):
+                raise ConfigError(f"model.{key}", config[key], f"as many entries as config.model.{of}, which has {len(config[of])}")
+    if not all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in config.dropout):
+        raise ConfigError("model.dropout", config.dropout, "fractions from 0 up to but not including 1")
+    if not all(isinstance(flag, bool) for flag in config.norm_dense):
+        raise ConfigError("model.norm_dense", config.norm_dense, "True or False for each hidden dense layer")
+
+
+def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
+    left = config.model.momentum**steps
+    if config.model.norm != "batch" or left <= 0.01:
+        return ()
+    return (
+        f"the running averages will not be ready. With config.model.momentum = {config.model.momentum:g} each step keeps "
+        f"{config.model.momentum:.0%} of the old average of means and variances, so after {steps} steps {left:.0%} of what evaluation "
+        "uses is still the made-up starting value (mean 0, variance 1), not your data. Training will look fine and test results will "
+        f"look bad. Train longer, or lower the momentum: {0.01 ** (1 / steps):.2f} or less leaves at most 1%.",
+    )
+
+
+def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
+    """Splits `--config.a.b=value` and `--config.a.b value` into names and values."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            raise UserError(f"{flag!r} is not understood. Overrides look like --config.model.momentum=0.9; --help shows the rest.")
+        name, equals, text = flag.removeprefix("--config.").partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"{flag} has no value. Overrides look like --config.model.momentum=0.9.")
+            text = rest.pop(0)
+        pairs.append((name, text))
+    return pairs
+
+
+def _convert(name: str, text: str, old: Any) -> Any:
+    """Returns the text as a value of the type of `old`."""
+    kind = type(old)
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    if kind is tuple and not isinstance(value, str | dict | set):
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        word = {bool: "True or False", int: "a whole number", float: "a number", tuple: "values with commas between them"}[kind]
+        raise ConfigError(name, text, word)
+    return value

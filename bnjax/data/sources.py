@@ -1,0 +1,123 @@
+"""Named data sets become uint8 arrays."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from bnjax.data import cifar, tfds
+from bnjax.errors import DataError
+
+DIGITS = "digits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images uint8 [n, h, w, c] and their labels int32 [n]."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.image.dtype != np.uint8 or self.image.ndim != 4 or len(self.image) != len(self.label):
+            raise ValueError(f"images {self.image.shape} {self.image.dtype} and labels {self.label.shape} are not uint8 [n, h, w, c] and [n]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+        name: what was loaded: after a fallback another one than was asked for.
+        label: what tables and summaries call it.
+        official: whether its pixels are known to be the published ones; None where bnjax has nothing to compare with.
+        fallback_reason: why this set stands in for the one that was asked for; empty if it does not.
+    """
+
+    name: str
+    label: str
+    official: bool | None
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    fallback_reason: str = ""
+
+
+def cache_dir() -> Path:
+    """Returns bnjax's own folder for downloads: $BNJAX_CACHE, or `bnjax` in the user's cache folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("BNJAX_CACHE") or f"{user}/bnjax").expanduser()
+
+
+def load(name: str, data_dir: str = "", *, fallback: str = "", label: str = "") -> Dataset:
+    """Returns a data set by name.
+
+    CIFAR is looked for in `data_dir`, then in `cache_dir()`, then as an array_record copy of TFDS, and at last downloaded.
+
+    Args:
+        name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow Datasets.
+        data_dir: a folder that holds CIFAR's binary files or archive, or TFDS's copies.
+        fallback: "digits" to use those where the set cannot be had; "" to raise.
+        label: what to call the data in tables instead of its name.
+
+    Raises:
+        DataError: if the data cannot be had and there is no fallback, or are damaged (no fallback hides damage).
+    """
+    if name == DIGITS:
+        return _digits()
+    try:
+        return _cifar(name, data_dir, label) if name in cifar.VERSIONS else _tfds(name, data_dir, label)
+    except Unavailable as error:
+        if fallback != DIGITS:
+            raise
+        return dataclasses.replace(_digits(), fallback_reason=str(error))
+
+
+class Unavailable(DataError):
+    """There is no copy of the data here and none can be fetched; a fallback may stand in."""
+
+
+def _cifar(name: str, data_dir: str, label: str) -> Dataset:
+    version = cifar.VERSIONS[name]
+    given = Path(data_dir).expanduser()
+    if data_dir and not given.is_dir():
+        raise DataError(f"config.data.dir is {data_dir!r}, which is not a folder. It has to hold {version.folder} or {version.archive}.")
+    source = cifar.find(version, [*([given] if data_dir else []), cache_dir()])
+    if source is None and tfds.is_prepared(name, data_dir):
+        train, test, classes = tfds.read(name, data_dir)
+    else:
+        train, test, classes = cifar.read(version, source or _download(name, version))
+    official = cifar.is_official(version, train[0], test[0])
+    return Dataset(name, label or (name if official else f"{name} (not the official pixels)"), official, Split(*train), Split(*test), classes)
+
+
+def _download(name: str, version: cifar.Version) -> Path:
+    try:
+        return cifar.download(version, cache_dir())
+    except DataError as error:
+        raise Unavailable(
+            f"{name} is not on this machine and could not be downloaded: {error}. To get it: fetch {version.url} where there is a network, "
+            f"put it into a folder, and add --config.data.dir=FOLDER."
+        ) from error
+
+
+def _tfds(name: str, data_dir: str, label: str) -> Dataset:
+    try:
+        train, test, classes = tfds.read(name, data_dir)
+    except DataError as error:
+        raise Unavailable(str(error)) from error
+    return Dataset(name, label or name, None, Split(*train), Split(*test), classes)
+
+
+def _digits() -> Dataset:
+    """The 1,797 handwritten digits of the UCI set that scikit-learn ships, 8x8 in 17 greys, as 32x32x3; every fifth is for testing."""
+    from sklearn.datasets import load_digits  # imported late: it takes over a second
+
+    found = load_digits()
+    grey = np.round(found.images * (255 / 16)).astype(np.uint8)
+    image = np.repeat(np.kron(grey, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=-1)
+    label = found.target.astype(np.int32)
+    held_out = np.arange(len(label)) % 5 == 4
+    train, test = Split(image[~held_out], label[~held_out]), Split(image[held_out], label[held_out])
+    return Dataset(DIGITS, DIGITS, True, train, test, tuple("zero one two three four five six seven eight nine".split()))

@@ -1,0 +1,57 @@
+"""The default config: the tutorial's network and training, every number in one place.
+
+A config file takes this, changes what it is about and returns it from `get_config`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the defaults; every key that exists is here."""
+    config = ml_collections.ConfigDict()
+    config.name = ""  # of the run; the file's name if empty
+    config.seed = 0
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "cifar10"  # cifar10, cifar100, digits, or a data set of TensorFlow Datasets
+    config.data.dir = ""  # a folder with cifar-10-batches-bin or cifar-10-binary.tar.gz, or a TFDS data_dir
+    config.data.fallback = ""  # "digits": use these real images where the named ones cannot be had; "": fail
+    config.data.label = ""  # what summaries and tables call the data; the name if empty
+
+    config.model = ml_collections.ConfigDict()
+    config.model.filters = (30, 50, 60)
+    config.model.kernels = (3, 3, 3)
+    config.model.strides = (2, 1, 1)
+    config.model.pooling = "none"  # none: strided convolutions; max, avg: pool by the stride instead
+    config.model.dense = (3500, 700)
+    config.model.dropout = (0.0, 0.0)  # after each hidden dense layer
+    config.model.norm = "batch"  # batch, none
+    config.model.norm_dense = (True, True)  # is the output of each hidden dense layer normalised?
+    config.model.placement = "input"  # of each layer; or before, after the activation
+    config.model.momentum = 0.75  # the fraction of the old average that is kept
+    config.model.epsilon = 1e-3
+    config.model.scale = True
+    config.model.shift = True
+    config.model.dtype = "float32"  # of the arithmetic; parameters are float32
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adam"  # adam, sgd
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b1 = 0.9  # adam
+    config.optimizer.b2 = 0.999  # adam
+    config.optimizer.eps = 1e-8  # adam
+    config.optimizer.momentum = 0.0  # sgd
+
+    # Durations are given in steps or in epochs: exactly one of the two is not 0.
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 0
+    config.train.epochs = 10.0
+    config.train.batch_size = 5000
+    config.train.shuffle = False  # False: the order of the files, as in the tutorial
+    config.train.target_loss = 0.2  # the summary says when the training loss first got there
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.every_steps = 0
+    config.eval.every_epochs = 2.0
+    config.eval.batch_size = 1000
+    return config

@@ -1,0 +1,76 @@
+"""`python -m bnjax.main --config configs/bn.py`: trains and evaluates one config."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from bnjax import errors
+
+
+def main() -> int:
+    """Reads the command line, trains, and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bnjax.main",
+        description="Train and evaluate one config. The same command again goes on where an interrupted run stopped.",
+        epilog="Any key can be overridden: --config.model.momentum=0.9 --config.train.epochs=5 --config.data.dir=FOLDER. "
+        "bnjax/defaults.py lists all keys.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a config file, for instance configs/bn.py")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="the run's folder (default: runs/ and the config's name)")
+    args, overrides = parser.parse_known_args()
+
+    from bnjax import config as configs  # late, so that --help is quick
+
+    config = configs.load(args.config, overrides)
+    configs.check_choices(config)
+
+    from bnjax.data import sources
+    from bnjax.loop import Interrupted, train_and_evaluate
+
+    dataset = sources.load(config.data.name, config.data.dir, fallback=config.data.fallback, label=config.data.label)
+    if dataset.fallback_reason:
+        config.name = f"{config.name}-{dataset.name}"
+        _warn_of_fallback(config.data.name, dataset)
+    workdir = args.workdir or Path("runs") / config.name
+    if (workdir / "summary.json").exists():
+        from bnjax.loop import claim
+
+        claim(workdir, config, dataset)
+        print(f"{workdir} is finished: {(workdir / 'summary.json')} has the result. Train anew in another folder with --workdir.")
+        return 0
+    try:
+        summary = train_and_evaluate(config, workdir, dataset)
+    except Interrupted as interrupted:
+        again = shlex.join(["python", "-m", "bnjax.main", *sys.argv[1:]])
+        print(f"\nstopped after step {interrupted.step}; everything is saved. To go on:\n    {again}")
+        return 130
+    print(report(summary))
+    print(f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test\nlook at curves:  tensorboard --logdir {workdir.parent}")
+    return 0
+
+
+def report(summary: dict) -> str:
+    """Returns the result of a run as a few lines of text."""
+    (target, reached), best, last = *summary["steps_to_loss"].items(), summary["best_test"], summary["final_test"]
+    return "\n".join(
+        [
+            f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of {summary['batch_size']} images:",
+            f"  training loss at or below {target}: {'not reached' if reached is None else f'first at step {reached}'}",
+            f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; all {last['count']:,} test images",
+            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step {best['step']}",
+            f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s on {summary['device']}",
+        ]
+    )
+
+
+def _warn_of_fallback(wanted: str, dataset: object) -> None:
+    name = getattr(dataset, "name", "")
+    reason = getattr(dataset, "fallback_reason", "")
+    bar = "!" * 100
+    print(f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n!!  {reason}\n{bar}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,49 @@
+"""Sums and counts over examples: what the steps return, exact however the examples were divided up."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Metrics:
+    """Sums over examples; padding counts for nothing. Add two of them with `merge`.
+
+    Attributes:
+        loss: sum of the losses, float32 [].
+        correct: number of examples whose largest logit is at the label, int32 [].
+        count: number of real examples, int32 [].
+    """
+
+    loss: jax.Array
+    correct: jax.Array
+    count: jax.Array
+
+    def merge(self, other: "Metrics") -> "Metrics":
+        """Returns the metrics of both sets of examples together."""
+        return jax.tree.map(lambda mine, its: mine + its, self, other)
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean loss and the accuracy as Python floats; waits for the device.
+
+        Raises:
+            ValueError: if no example was counted.
+        """
+        count = int(self.count)
+        if count == 0:
+            raise ValueError("no example was counted, so there is no mean: every row was masked, or no batch was merged")
+        return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
+
+
+def from_losses(losses: jax.Array, logits: jax.Array, label: jax.Array, mask: jax.Array | None) -> Metrics:
+    """Returns the metrics of one batch.
+
+    Args:
+        losses: float [n]. logits: float [n, classes]. label: int [n]. mask: bool [n] or None; False is padding.
+    """
+    real = jnp.ones(label.shape, bool) if mask is None else mask
+    return Metrics(
+        loss=jnp.where(real, losses, 0).sum(dtype=jnp.float32),
+        correct=(real & (logits.argmax(-1) == label)).sum(dtype=jnp.int32),
+        count=real.sum(dtype=jnp.int32),
+    )

@@ -1,0 +1,187 @@
+"""The training step, the evaluation step and the prediction step: pure functions over explicit state.
+
+The running statistics are a value: `train_step` takes them and returns them, so nobody can forget to update them.
+Nothing here compiles, replicates or logs. Bind what is static with `functools.partial` and wrap the result in
+`jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or `jax.lax.scan` as you like.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from bnjax.arrays import Array, Batch, BatchStats, Params
+from bnjax.metrics import Metrics, from_losses
+
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that training changes except the running statistics; arrays only.
+
+    Attributes:
+        step: number of batches seen, int32 [].
+        params: the weights.
+        opt_state: the state of the Optax transformation.
+        rng: a key that never changes; the randomness of a step is `fold_in(rng, step)`.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    rng: jax.Array
+
+
+def softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Returns the softmax cross-entropy of each example, in nats and at least float32.
+
+    Args:
+        logits: float [n, classes].
+        label: int [n].
+
+    >>> import jax.numpy as jnp
+    >>> print(softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([1])))
+    [0.6931472]
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Array) -> tuple[TrainState, BatchStats]:
+    """Returns the state of an untrained network and its running statistics (an empty dict if it has none).
+
+    Args:
+        model: any linen module with `__call__(x, train=...)`.
+        tx: the optimizer.
+        rng: a key of `jax.random`.
+        images: [n, h, w, c], uint8 or float; only shape and dtype matter.
+
+    Raises:
+        ValueError: if the model keeps collections other than `params` and `batch_stats`.
+    """
+    params_rng, dropout_rng, step_rng = jax.random.split(rng, 3)
+    variables = dict(model.init({"params": params_rng, "dropout": dropout_rng}, _to_float(images), train=False))
+    params, batch_stats = variables.pop("params", {}), variables.pop("batch_stats", {})
+    if variables:
+        raise ValueError(
+            f"the model {type(model).__name__} keeps the collections {sorted(variables)}; train_step carries only 'params' and "
+            "'batch_stats', so these would be lost silently. Store running values under 'batch_stats', or do not create them."
+        )
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), step_rng), batch_stats
+
+
+def train_step(
+    state: TrainState,
+    batch_stats: BatchStats,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn = softmax_cross_entropy,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[TrainState, BatchStats, Metrics]:
+    """Returns the state, the running statistics and the metrics after one step of gradient descent.
+
+    The loss is the mean over the real examples of the batch; with `axis_name`, over those of all shards together, and
+    the gradients are summed over that axis exactly once. The running statistics stay what the model made of
+    them: per replica, unless its norm layers reduce over the same axis. Metrics are of the network before the update.
+
+    Args:
+        state: from `init_state` or the step before.
+        batch_stats: likewise.
+        batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], optionally `mask` bool [n].
+        model: any linen module with `__call__(x, train=...)`; gets `mask` if its `__call__` names it.
+        tx: the optimizer that `init_state` was given.
+        loss_fn: (logits, label) -> losses [n].
+        axis_name: the mapped axis or axes under `jax.pmap`, `jax.shard_map` or `jax.vmap`; None under plain `jax.jit`.
+    """
+    rng = jax.random.fold_in(state.rng, state.step)
+    if axis_name is not None:  # each shard drops its own units
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+    images, options = _inputs(model, batch)
+
+    def loss(params: Params) -> tuple[jax.Array, tuple[BatchStats, Metrics]]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": rng}, **options)
+        losses = loss_fn(logits, batch["label"])
+        metrics = _sum_over(from_losses(losses, logits, batch["label"], batch.get("mask")), axis_name)
+        real = batch.get("mask", True)
+        total = jnp.where(real, losses, 0).sum() / jnp.maximum(metrics.count, 1)
+        return total, (updated.get("batch_stats", {}), metrics)
+
+    grads, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(_varying(state.params, axis_name))
+    grads = _sum_over(grads, axis_name)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state, state.rng), batch_stats, metrics
+
+
+def eval_step(
+    params: Params,
+    batch_stats: BatchStats,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    loss_fn: LossFn = softmax_cross_entropy,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Metrics:
+    """Returns the metrics of one batch under the running statistics; what an image yields depends on no other image.
+
+    Arguments as for `train_step`; raw, averaged, recomputed or folded weights and statistics are all evaluated by this.
+    """
+    logits = _logits(params, batch_stats, batch, model)
+    metrics = from_losses(loss_fn(logits, batch["label"]), logits, batch["label"], batch.get("mask"))
+    return _sum_over(metrics, axis_name)
+
+
+def predict_step(params: Params, batch_stats: BatchStats, images: Array, *, model: nn.Module) -> dict[str, jax.Array]:
+    """Returns `class` int32 [n] and `score` float32 [n, classes], the softmax, for images [n, h, w, c]."""
+    logits = _logits(params, batch_stats, {"image": images}, model)
+    return {"class": logits.argmax(-1).astype(jnp.int32), "score": jax.nn.softmax(logits.astype(jnp.float32))}
+
+
+def _logits(params: Params, batch_stats: BatchStats, batch: Batch, model: nn.Module) -> jax.Array:
+    images, options = _inputs(model, batch)
+    return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False, **options)
+
+
+def _to_float(images: Array) -> jax.Array:
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def _inputs(model: nn.Module, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+    """Returns the images as floats, padding blanked, and the further arguments that the model wants."""
+    images, mask = _to_float(batch["image"]), batch.get("mask")
+    if mask is None:
+        return images, {}
+    # Whatever padding holds, NaN included, would come back through the gradient as 0 * NaN.
+    images = jnp.where(mask.reshape(-1, *[1] * (images.ndim - 1)), images, 0)
+    return images, {"mask": mask} if "mask" in inspect.signature(type(model).__call__).parameters else {}
+
+
+def _sum_over(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _varying(params: Params, axis_name: str | tuple[str, ...] | None) -> Params:
+    """Marks the parameters as different on each shard, so that `jax.grad` does not sum over the axis by itself.
+
+    With its vma check, `jax.shard_map` differentiates a replicated value into the sum over the shards; the explicit
+    sum of `train_step` would then come second, and the gradients out n times too large.
+    """
+    if axis_name is None:
+        return params
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        missing = tuple(name for name in names if name not in jax.typeof(leaf).vma)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, params)

@@ -1,0 +1,109 @@
+"""What a run leaves behind while it goes on: lines of JSON, TensorBoard, and progress on the terminal."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(draft, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one JSON object a line; a torn last line is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Lines:
+    """A file with one JSON object a line."""
+
+    def __init__(self, path: Path, *, keep_up_to: int):
+        """Opens the file to append, after dropping the lines with a larger `step` than `keep_up_to`."""
+        kept = [line for line in read_lines(path) if line["step"] <= keep_up_to]
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(draft, path)
+        self._file = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one object."""
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Progress:
+    """A bar with the time to go on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, done: int):
+        """Starts at `done` of `total` steps."""
+        self._bar = tqdm.tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def advance(self, loss: float, accuracy: float, images_per_s: float) -> None:
+        """Counts one training step."""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {images_per_s:,.0f} images/s", refresh=False)
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.clear()
+        print(text, flush=True)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+class RunWriter:
+    """The files of one run: metrics.jsonl (nothing in it depends on the clock), timing.jsonl and tensorboard/."""
+
+    def __init__(self, workdir: Path, *, start: int):
+        """Opens the files; what an interrupted run wrote past step `start` is dropped, since it comes again."""
+        self._metrics = Lines(workdir / "metrics.jsonl", keep_up_to=start)
+        self._timing = Lines(workdir / "timing.jsonl", keep_up_to=start)
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def train(self, step: int, means: dict[str, float]) -> None:
+        """Records the loss and accuracy of the batch of one training step, steps counted from 1."""
+        self._write(step, "train", means)
+
+    def test(self, step: int, means: dict[str, float], count: int) -> None:
+        """Records an evaluation of the test images after so many steps."""
+        self._write(step, "test", means, count=count)
+
+    def timing(self, step: int, seconds: float, images_per_s: float) -> None:
+        """Records the seconds since training began and the current rate."""
+        self._timing.write({"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)})
+        self._board.add_scalar("train/images_per_s", images_per_s, step)
+
+    def _write(self, step: int, split: str, means: dict[str, float], **more: int) -> None:
+        self._metrics.write({"step": step, "split": split, **means, **more})
+        for name, value in means.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system."""
+        self._metrics.flush()
+        self._timing.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._metrics, self._timing, self._board):
+            file.close()
