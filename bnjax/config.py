@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import difflib
-import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -55,13 +54,16 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     return config
 
 
-def from_json(text: str) -> ConfigDict:
-    """Returns the config that a run saved."""
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """Returns the config with these values, as `to_dict` gave them, over the defaults.
+
+    Raises:
+        KeyError: for an unknown key.
+        TypeError: for a value of another type.
+    """
     config = defaults.get_config()
-    try:
-        config.update(json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"the saved config is damaged or was written by another version of bnjax: {error}.") from error
+    with config.unlocked():
+        config.update(values)
     return config
 
 

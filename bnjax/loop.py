@@ -13,11 +13,11 @@ import jax
 from ml_collections import ConfigDict
 
 from bnjax import config as configs
+from bnjax import workdir as workdirs
 from bnjax.arrays import BatchStats
 from bnjax.checkpoint import Checkpoints
 from bnjax.data.batches import eval_batches, train_batches
 from bnjax.data.sources import Dataset
-from bnjax.errors import UserError
 from bnjax.evaluate import evaluate
 from bnjax.metrics import Metrics
 from bnjax.platform import compiler_options
@@ -46,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> d
         Interrupted: after Ctrl-C, when the last complete step has been saved.
     """
     experiment = configs.build(config, dataset)
-    claim(workdir, config, dataset)
+    workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
     for warning in experiment.warnings:
         print(f"\nWARNING: {warning}\n", flush=True)
 
@@ -66,7 +66,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> d
         if saved := checkpoints.steps():
             state, batch_stats = checkpoints.restore(saved[-1], jax.eval_shape(init, images))
         else:
-            state, batch_stats = init(images)
+            state, batch_stats = jax.jit(init)(images)
         start = int(state.step)
         writer, progress = RunWriter(workdir, start=start), Progress(experiment.steps, start)
         batches = train_batches(
@@ -120,52 +120,6 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> d
     return summary
 
 
-def claim(workdir: Path, config: ConfigDict, dataset: Dataset) -> None:
-    """Makes the folder this config's, or checks that it is.
-
-    Raises:
-        UserError: if it holds another config's run (the difference is shown) or cannot be written.
-    """
-    mine = {**_flat(config.to_dict()), "data used": dataset.label}
-    file = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            write_json(file, {**config.to_dict(), "data used": dataset.label})
-            return
-        text = file.read_text()
-    except OSError as error:
-        raise UserError(f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with --workdir.") from error
-    its = _flat(read_config(workdir, text)[0].to_dict()) | {"data used": read_config(workdir, text)[1]}
-    different = [key for key in sorted({*mine, *its}) if mine.get(key) != its.get(key) and key != "data.dir"]
-    if different:
-        lines = "".join(f"\n    {key}: {its.get(key)!r} there, {mine.get(key)!r} now" for key in different)
-        raise UserError(f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with --workdir, or remove that one.")
-
-
-def read_config(workdir: Path, text: str | None = None) -> tuple[ConfigDict, str]:
-    """Returns the config that a run was started with and what its data were called.
-
-    Raises:
-        UserError: if the folder holds no run.
-    """
-    import json
-
-    file = workdir / "config.json"
-    if text is None:
-        if not file.is_file():
-            runs = sorted(str(path.parent) for path in workdir.parent.glob("*/config.json"))
-            there = f" There are: {', '.join(runs)}." if runs else ""
-            raise UserError(f"there is no run in {workdir}: it has no config.json.{there}")
-        text = file.read_text()
-    try:
-        content = json.loads(text)
-        used = content.pop("data used")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: {error}.") from error
-    return configs.from_json(json.dumps(content)), used
-
-
 def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: configs.Experiment, seconds: float) -> dict[str, Any]:
     """Returns what a run came to, read from its own metrics.jsonl."""
     lines = read_lines(workdir / "metrics.jsonl")
@@ -215,16 +169,6 @@ class _Clock:
 def _seconds_so_far(workdir: Path) -> float:
     lines = read_lines(workdir / "timing.jsonl")
     return lines[-1]["seconds"] if lines else 0.0
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _git_revision() -> str | None:

@@ -26,6 +26,7 @@ def main() -> int:
     config = configs.load(args.config, overrides)
     configs.check_choices(config)
 
+    from bnjax import workdir as workdirs
     from bnjax.data import sources
     from bnjax.loop import Interrupted, train_and_evaluate
 
@@ -35,9 +36,7 @@ def main() -> int:
         _warn_of_fallback(config.data.name, dataset)
     workdir = args.workdir or Path("runs") / config.name
     if (workdir / "summary.json").exists():
-        from bnjax.loop import claim
-
-        claim(workdir, config, dataset)
+        workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
         print(f"{workdir} is finished: {(workdir / 'summary.json')} has the result. Train anew in another folder with --workdir.")
         return 0
     try:

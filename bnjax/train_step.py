@@ -65,7 +65,14 @@ def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, i
     Raises:
         ValueError: if the model keeps collections other than `params` and `batch_stats`.
     """
-    params_rng, dropout_rng, step_rng = jax.random.split(rng, 3)
+    init_rng, step_rng = jax.random.split(rng)
+    params, batch_stats = init_variables(model, init_rng, images)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), step_rng), batch_stats
+
+
+def init_variables(model: nn.Module, rng: Array, images: Array) -> tuple[Params, BatchStats]:
+    """Returns the parameters and the running statistics of an untrained network; arguments and errors as for `init_state`."""
+    params_rng, dropout_rng = jax.random.split(rng)
     variables = dict(model.init({"params": params_rng, "dropout": dropout_rng}, _to_float(images), train=False))
     params, batch_stats = variables.pop("params", {}), variables.pop("batch_stats", {})
     if variables:
@@ -73,7 +80,7 @@ def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, i
             f"the model {type(model).__name__} keeps the collections {sorted(variables)}; train_step carries only 'params' and "
             "'batch_stats', so these would be lost silently. Store running values under 'batch_stats', or do not create them."
         )
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), step_rng), batch_stats
+    return params, batch_stats
 
 
 def train_step(

@@ -1,6 +1,9 @@
 """The tutorial's network with batch normalization at the input of every layer.
 
     python -m bnjax.main --config configs/bn.py
+
+Time: TIME
+Expected: EXPECTED
 """
 
 from bnjax import defaults

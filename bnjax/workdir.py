@@ -1,0 +1,91 @@
+"""The folder of one run: whose it is, and what is in it.
+
+`config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`, `summary.json`, `checkpoints/`, `tensorboard/`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bnjax import config as configs
+from bnjax.data.sources import Dataset
+from bnjax.errors import UserError
+from bnjax.writers import write_json
+
+# Not part of what a run is: the same data may lie elsewhere tomorrow.
+PLACES = ("config.data.dir",)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """What the network has to know of the data that it was trained on."""
+
+    name: str
+    label: str
+    image_shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "DataFacts":
+        """Returns the facts of a data set in memory."""
+        return cls(dataset.name, dataset.label, dataset.train.image.shape[1:], dataset.classes)
+
+
+def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
+    """Makes the folder this config's, or checks that it is.
+
+    Raises:
+        UserError: if it holds another config's run (the difference is shown) or cannot be written.
+    """
+    file = workdir / "config.json"
+    mine = {"config": config.to_dict(), "data": dataclasses.asdict(data)}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if leftovers := [path.name for path in workdir.iterdir()]:
+                raise UserError(f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an empty or new folder with --workdir.")
+            write_json(file, mine)
+            return
+    except OSError as error:
+        raise UserError(f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with --workdir.") from error
+    config_there, data_there = read(workdir)
+    its = _flat({"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)})
+    now = _flat(mine)
+    different = [key for key in sorted({*now, *its}) if now.get(key) != its.get(key) and key not in PLACES]
+    if different:
+        lines = "".join(f"\n    {key}: {its.get(key)!r} there, {now.get(key)!r} now" for key in different)
+        raise UserError(f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with --workdir, or remove that one.")
+
+
+def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
+    """Returns the config that a run was started with and the facts of its data.
+
+    Raises:
+        UserError: if the folder holds no run or its config.json is damaged.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        runs = sorted(str(path.parent) for path in workdir.parent.glob("*/config.json"))
+        there = f" There is: {', '.join(runs)}." if runs else " Train one with python -m bnjax.main --config configs/bn.py."
+        raise UserError(f"there is no run in {workdir}: it has no config.json.{there}")
+    try:
+        content = json.loads(file.read_text())
+        config = configs.from_dict(content["config"])
+        data = content["data"]
+        facts = DataFacts(str(data["name"]), str(data["label"]), tuple(map(int, data["image_shape"])), tuple(map(str, data["classes"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged, or from another version of bnjax ({type(error).__name__}: {error}).") from error
+    return config, facts
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,18 @@
+"""BN between each hidden layer and its activation, as Ioffe & Szegedy (2015) place it.
+
+    python -m bnjax.main --config configs/bn_before_activation.py
+
+Time: TIME
+Expected: EXPECTED
+"""
+
+from bnjax import defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.data.fallback = "digits"
+    config.train.steps = 100
+    config.train.epochs = 0.0
+    config.model.placement = "before"
+    return config

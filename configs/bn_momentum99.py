@@ -1,0 +1,18 @@
+"""The trap: averages so slow (TensorFlow's default, 0.99) that evaluation still uses their starting values.
+
+    python -m bnjax.main --config configs/bn_momentum99.py
+
+Time: TIME
+Expected: EXPECTED
+"""
+
+from bnjax import defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.data.fallback = "digits"
+    config.train.steps = 100
+    config.train.epochs = 0.0
+    config.model.momentum = 0.99
+    return config

@@ -1,0 +1,18 @@
+"""Max pooling takes the place of the first layer's stride.
+
+    python -m bnjax.main --config configs/pooling.py
+
+Time: TIME
+Expected: EXPECTED
+"""
+
+from bnjax import defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.data.fallback = "digits"
+    config.train.steps = 100
+    config.train.epochs = 0.0
+    config.model.pooling = "max"
+    return config
