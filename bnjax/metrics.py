@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from bnjax.arrays import Array, Labels, Logits, Losses, Mask
+
 
 @struct.dataclass
 class Metrics:
@@ -15,9 +17,9 @@ class Metrics:
         count: number of real examples, int32 [].
     """
 
-    loss: jax.Array
-    correct: jax.Array
-    count: jax.Array
+    loss: Array
+    correct: Array
+    count: Array
 
     def merge(self, other: "Metrics") -> "Metrics":
         """Returns the metrics of both sets of examples together."""
@@ -35,13 +37,9 @@ class Metrics:
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 
 
-def from_losses(losses: jax.Array, logits: jax.Array, label: jax.Array, mask: jax.Array | None) -> Metrics:
-    """Returns the metrics of one batch.
-
-    Args:
-        losses: float [n]. logits: float [n, classes]. label: int [n]. mask: bool [n] or None; False is padding.
-    """
-    real = jnp.ones(label.shape, bool) if mask is None else mask
+def from_losses(losses: Losses, logits: Logits, label: Labels, mask: Mask | None) -> Metrics:
+    """Returns the metrics of one batch; where `mask` is False the row is padding."""
+    real = jnp.ones(label.shape, bool) if mask is None else jnp.asarray(mask)
     return Metrics(
         loss=jnp.where(real, losses, 0).sum(dtype=jnp.float32),
         correct=(real & (logits.argmax(-1) == label)).sum(dtype=jnp.int32),

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+
+from bnjax.arrays import Array, Images, Logits, Mask
 
 Placement = Literal["input", "before", "after"]
 Pooling = Literal["none", "max", "avg"]
@@ -47,16 +48,16 @@ class ConvNet(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]; examples where `mask` [n] is False are padding."""
 
-        def normalise(x: jax.Array, where: Placement, name: str) -> jax.Array:
+        def normalise(x: Array, where: Placement, name: str) -> Array:
             if self.norm is None or where != self.placement:
                 return x
             full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
             return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
 
-        def activate(x: jax.Array, name: str, normalised: bool = True) -> jax.Array:
+        def activate(x: Array, name: str, normalised: bool = True) -> Array:
             x = normalise(x, "before", name) if normalised else x
             x = nn.relu(x)
             return normalise(x, "after", name) if normalised else x

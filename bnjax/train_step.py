@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bnjax.arrays import Array, Batch, BatchStats, Params
+from bnjax.arrays import Array, Batch, BatchStats, Images, Labels, Logits, Losses, Params
 from bnjax.metrics import Metrics, from_losses
 
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+LossFn = Callable[[Logits, Labels], Losses]
 
 
 @struct.dataclass
@@ -38,7 +38,7 @@ class TrainState:
     rng: jax.Array
 
 
-def softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+def softmax_cross_entropy(logits: Logits, label: Labels) -> Losses:
     """Returns the softmax cross-entropy of each example, in nats and at least float32.
 
     Args:
@@ -53,7 +53,7 @@ def softmax_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
-def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Array) -> tuple[TrainState, BatchStats]:
+def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Images) -> tuple[TrainState, BatchStats]:
     """Returns the state of an untrained network and its running statistics (an empty dict if it has none).
 
     Args:
@@ -70,7 +70,7 @@ def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, i
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), step_rng), batch_stats
 
 
-def init_variables(model: nn.Module, rng: Array, images: Array) -> tuple[Params, BatchStats]:
+def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params, BatchStats]:
     """Returns the parameters and the running statistics of an untrained network; arguments and errors as for `init_state`."""
     params_rng, dropout_rng = jax.random.split(rng)
     variables = dict(model.init({"params": params_rng, "dropout": dropout_rng}, _to_float(images), train=False))
@@ -147,23 +147,23 @@ def eval_step(
     return _sum_over(metrics, axis_name)
 
 
-def predict_step(params: Params, batch_stats: BatchStats, images: Array, *, model: nn.Module) -> dict[str, jax.Array]:
+def predict_step(params: Params, batch_stats: BatchStats, images: Images, *, model: nn.Module) -> dict[str, jax.Array]:
     """Returns `class` int32 [n] and `score` float32 [n, classes], the softmax, for images [n, h, w, c]."""
     logits = _logits(params, batch_stats, {"image": images}, model)
     return {"class": logits.argmax(-1).astype(jnp.int32), "score": jax.nn.softmax(logits.astype(jnp.float32))}
 
 
-def _logits(params: Params, batch_stats: BatchStats, batch: Batch, model: nn.Module) -> jax.Array:
+def _logits(params: Params, batch_stats: BatchStats, batch: Batch, model: nn.Module) -> Logits:
     images, options = _inputs(model, batch)
     return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False, **options)
 
 
-def _to_float(images: Array) -> jax.Array:
+def _to_float(images: Images) -> Images:
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def _inputs(model: nn.Module, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+def _inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
     """Returns the images as floats, padding blanked, and the further arguments that the model wants."""
     images, mask = _to_float(batch["image"]), batch.get("mask")
     if mask is None:

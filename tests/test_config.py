@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+
+from bnjax import config as configs
+from bnjax import defaults
+from bnjax.data.sources import Dataset, Split
+from bnjax.errors import ConfigError, UserError
+
+
+def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
+    split = Split(np.zeros((n, *shape), np.uint8), np.zeros(n, np.int32))
+    return Dataset("cifar10", "cifar10", None, split, split, tuple("abcdefghij"), fallback_reason)
+
+
+def make(overrides=(), n=100, **more):
+    config = defaults.get_config()
+    config.train.batch_size = 10
+    for name, text in overrides:
+        configs.override(config, name, text)
+    return configs.build(config, dataset(n, **more))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model.strides", "0,1,1"),
+        ("model.momentum", "1.5"),
+        ("model.momentum", "1.0"),
+        ("model.momentum", "-0.1"),
+        ("model.kernels", "3,3,3,3"),
+        ("model.kernels", "3,3,33"),
+        ("model.filters", "30,-1,60"),
+        ("model.filters", "30,0.5,60"),
+        ("model.dense", "3500,"),
+        ("model.dropout", "0.5,1.0"),
+        ("model.dropout", "0.5"),
+        ("model.norm_dense", "1,0"),
+        ("model.placement", "behind"),
+        ("model.pooling", "median"),
+        ("model.norm", "bach"),
+        ("model.dtype", "float8"),
+        ("model.epsilon", "0"),
+        ("train.batch_size", "101"),
+        ("train.batch_size", "1"),
+        ("train.target_loss", "0"),
+        ("train.steps", "7"),
+        ("train.epochs", "0"),
+        ("eval.every_epochs", "-1"),
+        ("eval.batch_size", "0"),
+        ("optimizer.name", "sgdd"),
+        ("seed", "-1"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_key(name, text):
+    with pytest.raises(ConfigError) as caught:
+        make([(name, text)])
+    section, _, key = name.partition(".")
+    assert f"config.{section}" in str(caught.value)
+    assert key in str(caught.value)
+    assert "Allowed: " in str(caught.value)
+
+
+def test_images_that_shrink_to_nothing_are_refused():
+    with pytest.raises(ConfigError, match="at least one pixel"):
+        make(shape=(10, 32, 3))
+    make(shape=(11, 32, 3))  # 11 -> 5 -> 3 -> 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("model.momentum", "0.9", 0.9),
+        ("model.momentum", "0", 0.0),
+        ("model.dense", "100", (100,)),
+        ("model.filters", "(1, 2)", (1, 2)),
+        ("model.filters", "[1,2]", (1, 2)),
+        ("model.scale", "false", False),
+        ("train.shuffle", "True", True),
+        ("data.name", "mnist", "mnist"),
+        ("data.dir", "12", "12"),
+        ("seed", "3", 3),
+    ],
+)
+def test_overrides_keep_the_type(name, text, wanted):
+    config = defaults.get_config()
+    configs.override(config, name, text)
+    value = config
+    for key in name.split("."):
+        value = value[key]
+    assert value == wanted
+    assert type(value) is type(wanted)
+
+
+@pytest.mark.parametrize(("name", "text"), [("seed", "a"), ("seed", "1.5"), ("model.scale", "1"), ("model.momentum", "x"), ("model.dense", "x")])
+def test_overrides_of_another_type_are_refused(name, text):
+    with pytest.raises(ConfigError, match=name):
+        configs.override(defaults.get_config(), name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.momentun", r"Did you mean config\.model\.momentum\?"),
+        ("modell.momentum", r"Did you mean config\.model\?"),
+        ("seed.x", "no keys of its own"),
+        ("model", "is a section"),
+    ],
+)
+def test_an_unknown_key_is_named_with_what_there_is(name, said):
+    with pytest.raises(UserError, match=said):
+        configs.override(defaults.get_config(), name, "1")
+
+
+def test_a_config_file_and_its_overrides(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n")
+    config = configs.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
+    assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
+
+
+@pytest.mark.parametrize("content", ["", "1/0", "def get_config(): return 1/0", "def get_config(:"])
+def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.py"):
+        configs.load(str(file), [])
+
+
+@pytest.mark.parametrize("flags", [["--confg.seed=1"], ["seed=1"], ["--config.seed"]])
+def test_flags_that_are_no_overrides_are_refused(tmp_path, flags):
+    file = tmp_path / "mine.py"
+    file.write_text("from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n")
+    with pytest.raises(UserError, match="Overrides look like"):
+        configs.load(str(file), flags)
+
+
+def test_durations_become_steps_and_a_fallback_batch_is_a_tenth_of_the_images():
+    experiment = make([("train.epochs", "3")], n=100)
+    assert (experiment.steps, experiment.eval_every, experiment.batch_size) == (30, 20, 10)
+    experiment = make([("train.batch_size", "5000")], n=1438, fallback_reason="no network")
+    assert experiment.batch_size == 143
+    assert experiment.eval_every == 20
+
+
+def test_an_average_that_keeps_its_starting_value_is_warned_of():
+    def warnings(momentum, steps):
+        return make([("model.momentum", str(momentum)), ("train.steps", str(steps)), ("train.epochs", "0")]).warnings
+
+    assert warnings(0.99, 459) == ()  # 0.99 ** 459 < 0.01 < 0.99 ** 458
+    (text,) = warnings(0.99, 458)
+    assert "starting value" in text
+    (text,) = warnings(0.99, 100)
+    assert "37%" in text  # 0.99 ** 100 = 0.366
+    assert warnings(0.75, 100) == ()
+    assert make([("model.momentum", "0.99"), ("model.norm", "none")]).warnings == ()
+
+
+def test_a_config_survives_json():
+    import json
+
+    config = defaults.get_config()
+    config.model.dense = (5, 6, 7)
+    config.model.dropout = (0.0, 0.1, 0.2)
+    assert configs.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()

@@ -1,0 +1,124 @@
+"""The ConvNet against a NumPy float64 network that is written from the tutorial's description."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnjax.models import ConvNet
+
+NORM = functools.partial(nn.BatchNorm, momentum=0.75, epsilon=1e-3)
+SMALL = {"filters": (2, 3), "kernels": (3, 2), "strides": (2, 1), "dense": (7, 5), "dropout": (0.0, 0.0), "norm_dense": (True, True)}
+
+
+def randomise(tree, seed=0):
+    """The same tree with random positive leaves, so that no scale of one or shift of zero hides a mistake."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape), jnp.float32), tree)
+
+
+def reference(variables, x, *, placement, pooling, norm_dense, kernels=(3, 2), strides=(2, 1)):
+    """The evaluated network in float64, layer by layer."""
+    params, stats = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[c]) for c in ("params", "batch_stats"))
+
+    def norm(x, name, where, wanted=True):
+        if where != placement or not wanted:
+            return x
+        p, s = params[f"{name}_norm"], stats[f"{name}_norm"]
+        return (x - s["mean"]) / np.sqrt(s["var"] + 1e-3) * p["scale"] + p["bias"]
+
+    def conv(x, name, kernel, stride):
+        weight = params[name]["kernel"]
+        side = (x.shape[1] - kernel) // stride + 1
+        out = np.zeros((len(x), side, side, weight.shape[-1]))
+        for i in range(side):
+            for j in range(side):
+                patch = x[:, i * stride : i * stride + kernel, j * stride : j * stride + kernel]
+                out[:, i, j] = np.tensordot(patch, weight, 3)
+        return out + params[name]["bias"]
+
+    for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True)):
+        x = norm(x, f"conv{i}", "input")
+        x = conv(x, f"conv{i}", kernel, stride if pooling == "none" else 1)
+        x = norm(np.maximum(norm(x, f"conv{i}", "before"), 0), f"conv{i}", "after")
+        if pooling != "none" and stride > 1:
+            side = x.shape[1] // stride
+            windows = x[:, : side * stride, : side * stride].reshape(len(x), side, stride, side, stride, -1)
+            x = windows.max((2, 4)) if pooling == "max" else windows.mean((2, 4))
+    x = x.reshape(len(x), -1)
+    inputs = [True, *norm_dense]
+    for i in range(2):
+        x = norm(x, f"dense{i}", "input", inputs[i]) @ params[f"dense{i}"]["kernel"] + params[f"dense{i}"]["bias"]
+        x = norm(np.maximum(norm(x, f"dense{i}", "before", norm_dense[i]), 0), f"dense{i}", "after", norm_dense[i])
+    return norm(x, "logits", "input", inputs[2]) @ params["logits"]["kernel"] + params["logits"]["bias"]
+
+
+@pytest.mark.parametrize("placement", ["input", "before", "after"])
+@pytest.mark.parametrize(("pooling", "norm_dense"), [("none", (True, True)), ("max", (False, False)), ("avg", (True, False))])
+def test_the_network_equals_float64_by_hand(placement, pooling, norm_dense):
+    model = ConvNet(**SMALL | {"norm_dense": norm_dense}, classes=4, norm=NORM, placement=placement, pooling=pooling)
+    x = np.random.default_rng(1).uniform(size=(3, 11, 11, 2)).astype(np.float32) - 0.5
+    variables = randomise(model.init(jax.random.key(0), x, train=False))
+    wanted = reference(variables, x.astype(np.float64), placement=placement, pooling=pooling, norm_dense=norm_dense)
+    np.testing.assert_allclose(model.apply(variables, x, train=False), wanted, rtol=2e-5)
+
+
+def shapes(model, side=32, channels=3):
+    images = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
+    return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+
+
+def test_the_tutorials_network_has_its_27_9_million_parameters():
+    conv = 3 * 3 * (3 * 30 + 30 * 50 + 50 * 60) + 30 + 50 + 60
+    dense = 7260 * 3500 + 3500 + 3500 * 700 + 700 + 700 * 10 + 10
+    scale_shift = 2 * (3 + 30 + 50 + 7260 + 3500 + 700)
+    count = {norm: sum(leaf.size for leaf in jax.tree.leaves(shapes(ConvNet(norm=norm))["params"])) for norm in (None, NORM)}
+    assert count == {None: conv + dense, NORM: conv + dense + scale_shift}
+    assert f"{count[NORM] / 1e6:.1f}" == "27.9"
+
+
+def test_weights_are_glorot_uniform_and_biases_zero():
+    params = ConvNet().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+    for name, fan_in, fan_out in (("conv1", 9 * 30, 9 * 50), ("dense1", 3500, 700)):
+        kernel, limit = np.asarray(params[name]["kernel"]), np.sqrt(6 / (fan_in + fan_out))
+        assert np.abs(kernel).max() == pytest.approx(limit, rel=1e-2)
+        assert np.abs(kernel).max() <= limit
+        assert kernel.std() == pytest.approx(limit / np.sqrt(3), rel=2e-2)
+        assert not np.any(params[name]["bias"])
+
+
+def test_the_two_arms_of_the_dropout_notebook_differ_in_the_two_norms_after_dense_layers():
+    everywhere, last = (set(shapes(ConvNet(norm=NORM, norm_dense=(flag, flag)))["params"]) for flag in (True, False))
+    assert everywhere - last == {"dense1_norm", "logits_norm"}
+    assert last < everywhere
+
+
+def test_dropout_drops_the_right_share_in_training_only():
+    model = ConvNet(filters=(), kernels=(), strides=(), dense=(20000, 8), dropout=(0.4, 0.0), classes=2)
+    x = jnp.ones((1, 2, 2, 1))
+    variables = randomise(model.init(jax.random.key(0), x, train=False))
+    seen = []
+
+    def watch(next_function, args, kwargs, context):
+        out = next_function(*args, **kwargs)
+        if isinstance(context.module, nn.Dropout):
+            seen.append(np.asarray(out))
+        return out
+
+    with nn.intercept_methods(watch):
+        model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(1)})
+        model.apply(variables, x, train=False)
+    shares = [float((out == 0).mean()) for out in seen if out.shape[1] == 20000]
+    assert shares == [pytest.approx(0.4, abs=0.02), 0.0]
+
+
+def test_any_size_and_channels_and_low_precision():
+    assert shapes(ConvNet(**SMALL, norm=NORM), side=17, channels=1)["params"]["conv0"]["kernel"].shape == (3, 3, 1, 2)
+    model = ConvNet(**SMALL, norm=NORM, dtype=jnp.bfloat16)
+    x = jnp.ones((2, 11, 11, 2))
+    variables = model.init(jax.random.key(0), x, train=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert model.apply(variables, x, train=False).dtype == jnp.float32

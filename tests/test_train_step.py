@@ -1,0 +1,231 @@
+"""The steps against NumPy in float64, and against the traps that the contract exists for."""
+
+import functools
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnjax.train_step import eval_step, init_state, predict_step, softmax_cross_entropy, train_step
+
+MOMENTUM, EPSILON, RATE = 0.75, 1e-3, 0.1
+
+
+class Tiny(nn.Module):
+    """Flatten, BN without scale and shift, one dense layer: small enough to do by hand."""
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        x = x.reshape(x.shape[0], -1)
+        full = None if mask is None else mask[:, None]
+        norm = nn.BatchNorm(momentum=MOMENTUM, epsilon=EPSILON, use_scale=False, use_bias=False, name="norm")
+        return nn.Dense(3, name="dense")(norm(x, use_running_average=not train, mask=full))
+
+
+class Plain(nn.Module):
+    """A stranger's model: no mask, no statistics."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+def make_batch(n=8, seed=0, mask=None):
+    rng = np.random.default_rng(seed)
+    batch = {"image": rng.integers(0, 256, (n, 2, 2, 1), np.uint8), "label": rng.integers(0, 3, n).astype(np.int32)}
+    return batch if mask is None else batch | {"mask": np.asarray(mask)}
+
+
+def start(model, tx=None):
+    return init_state(model, tx or optax.sgd(RATE), jax.random.key(0), make_batch()["image"])
+
+
+def by_hand(kernel, bias, mean, var, batch):
+    """One step of gradient descent on Tiny in float64; padding left out altogether."""
+    real = batch.get("mask", np.ones(len(batch["label"]), bool))
+    x = batch["image"][real].reshape(real.sum(), -1).astype(np.float64) / 255
+    label = batch["label"][real]
+    batch_mean, batch_var = x.mean(0), x.var(0)
+    normal = (x - batch_mean) / np.sqrt(batch_var + EPSILON)
+    logits = normal @ kernel + bias
+    score = np.exp(logits - logits.max(1, keepdims=True))
+    score /= score.sum(1, keepdims=True)
+    losses = -np.log(score[np.arange(len(label)), label])
+    slope = (score - np.eye(3)[label]) / len(label)
+    return {
+        "kernel": kernel - RATE * normal.T @ slope,
+        "bias": bias - RATE * slope.sum(0),
+        "mean": MOMENTUM * mean + (1 - MOMENTUM) * batch_mean,
+        "var": MOMENTUM * var + (1 - MOMENTUM) * batch_var,
+        "loss": losses.sum(),
+        "correct": (logits.argmax(1) == label).sum(),
+        "count": len(label),
+    }
+
+
+@pytest.mark.parametrize("mask", [None, [True] * 5 + [False] * 3])
+def test_one_step_equals_float64_by_hand(mask):
+    model, tx, batch = Tiny(), optax.sgd(RATE), make_batch(mask=mask)
+    state, stats = start(model)
+    wanted = by_hand(
+        *(np.asarray(state.params["dense"][k], np.float64) for k in ("kernel", "bias")),
+        *(np.asarray(stats["norm"][k], np.float64) for k in ("mean", "var")),
+        batch,
+    )
+    state, stats, metrics = jax.jit(functools.partial(train_step, model=model, tx=tx))(state, stats, batch)
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(state.params["dense"][name], wanted[name], rtol=1e-5, atol=1e-6)
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(stats["norm"][name], wanted[name], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(metrics.loss, wanted["loss"], rtol=1e-5)
+    assert (int(metrics.correct), int(metrics.count)) == (wanted["correct"], wanted["count"])
+    assert int(state.step) == 1
+
+
+def test_whatever_stands_in_padding_changes_nothing():
+    mask = np.array([True] * 5 + [False] * 3)
+    clean, dirty = (make_batch(mask=mask) | {"image": make_batch()["image"].astype(np.float32)} for _ in range(2))
+    dirty["image"] = dirty["image"].copy()
+    dirty["image"][5:] = np.nan
+    dirty["label"] = dirty["label"].copy()
+    dirty["label"][5:] = 2
+    step = functools.partial(train_step, model=Tiny(), tx=optax.sgd(RATE))
+    (ours, *rest), (its, *others) = step(*start(Tiny()), clean), step(*start(Tiny()), dirty)
+    jax.tree.map(np.testing.assert_array_equal, [ours.params, *rest], [its.params, *others])
+
+
+def test_a_batch_of_nothing_but_padding_leaves_the_parameters_alone():
+    state, stats = start(Plain())
+    after, _, metrics = train_step(state, stats, make_batch(mask=[False] * 8), model=Plain(), tx=optax.sgd(RATE))
+    jax.tree.map(np.testing.assert_array_equal, state.params, after.params)
+    assert int(metrics.count) == 0
+    with pytest.raises(ValueError, match="no example was counted"):
+        metrics.means()
+
+
+def test_evaluation_depends_on_the_image_alone():
+    state, stats = start(Tiny())
+    batch = make_batch()
+    together = predict_step(state.params, stats, batch["image"], model=Tiny())["score"]
+    alone = [predict_step(state.params, stats, batch["image"][i : i + 1], model=Tiny())["score"][0] for i in range(8)]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-6)
+
+
+def test_evaluation_uses_the_running_statistics_it_is_given():
+    state, stats = start(Tiny())
+    image = make_batch()["image"]
+    mean, var = np.arange(4.0), np.arange(1.0, 5.0)
+    stats = {"norm": {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}}
+    normal = (image.reshape(8, -1) / 255 - mean) / np.sqrt(var + EPSILON)
+    logits = normal @ np.asarray(state.params["dense"]["kernel"], np.float64)
+    score = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    predicted = predict_step(state.params, stats, image, model=Tiny())
+    np.testing.assert_allclose(predicted["score"], score, rtol=1e-4)
+    np.testing.assert_array_equal(predicted["class"], logits.argmax(1))
+    assert predicted["class"].dtype == jnp.int32
+
+
+def test_metrics_of_parts_merge_to_those_of_the_whole():
+    state, stats = start(Tiny())
+    batch = make_batch(8)
+    parts = [{k: v[i : i + size] for k, v in batch.items()} for i, size in ((0, 3), (3, 5))]
+    first, second = (eval_step(state.params, stats, part, model=Tiny()) for part in parts)
+    whole = eval_step(state.params, stats, batch, model=Tiny()).means()
+    assert first.merge(second).means() == pytest.approx(whole, rel=1e-6)
+
+
+def test_floats_pass_unchanged_and_uint8_is_divided_by_255():
+    state, stats = start(Plain())
+    batch = make_batch()
+    as_float = batch | {"image": batch["image"].astype(np.float32) / np.float32(255)}
+    ours, its = (eval_step(state.params, stats, b, model=Plain()) for b in (batch, as_float))
+    np.testing.assert_allclose(ours.loss, its.loss, rtol=1e-6)
+
+
+def test_a_model_without_statistics_or_mask_trains():
+    state, stats = start(Plain())
+    assert stats == {}
+    after, stats, _ = train_step(state, stats, make_batch(mask=[True] * 7 + [False]), model=Plain(), tx=optax.sgd(RATE))
+    assert stats == {}
+    assert not np.array_equal(state.params["Dense_0"]["kernel"], after.params["Dense_0"]["kernel"])
+
+
+def test_other_collections_are_refused_by_name():
+    class Spectral(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            self.variable("spectra", "u", jnp.zeros, (3,))
+            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+    with pytest.raises(ValueError, match=r"Spectral keeps the collections \['spectra'\]"):
+        start(Spectral())
+
+
+def test_the_loss_is_the_callers():
+    def squared(logits, label):
+        return jnp.square(logits - jax.nn.one_hot(label, 3)).sum(-1)
+
+    state, stats = start(Plain())
+    batch = make_batch()
+    metrics = eval_step(state.params, stats, batch, model=Plain(), loss_fn=squared)
+    logits = batch["image"].reshape(8, -1) / 255 @ np.asarray(state.params["Dense_0"]["kernel"], np.float64)
+    np.testing.assert_allclose(metrics.loss, np.square(logits - np.eye(3)[batch["label"]]).sum(), rtol=1e-5)
+
+
+class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(64)(x.reshape(x.shape[0], -1)))
+
+
+def test_dropout_differs_from_step_to_step_and_repeats_with_the_state():
+    state, stats = start(Dropping(), optax.sgd(0.0))
+    step = functools.partial(train_step, model=Dropping(), tx=optax.sgd(0.0))
+    batch = make_batch()
+    second, _, first_loss = step(state, stats, batch)
+    _, _, again = step(state, stats, batch)
+    _, _, second_loss = step(second, stats, batch)
+    assert float(first_loss.loss) == float(again.loss)
+    assert float(first_loss.loss) != float(second_loss.loss)
+    np.testing.assert_array_equal(jax.random.key_data(state.rng), jax.random.key_data(second.rng))
+
+
+def test_scan_over_steps_and_vmap_over_seeds_equal_the_loop():
+    model, tx = Tiny(), optax.sgd(RATE)
+    step = functools.partial(train_step, model=model, tx=tx)
+    batches = [make_batch(seed=seed) for seed in range(3)]
+    keys = jax.random.split(jax.random.key(7), 2)
+
+    def solo(key):
+        state, stats = init_state(model, tx, key, batches[0]["image"])
+        for batch in batches:
+            state, stats, _ = step(state, stats, batch)
+        return state.params, stats
+
+    def scanned(key):
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+        (state, stats), _ = jax.lax.scan(
+            lambda carry, batch: ((out := step(*carry, batch))[:2], out[2]), init_state(model, tx, key, batches[0]["image"]), stacked
+        )
+        return state.params, stats
+
+    together = jax.vmap(scanned)(keys)
+    for i, key in enumerate(keys):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), jax.tree.map(lambda x, i=i: x[i], together), solo(key))
+
+
+def test_cross_entropy_of_low_precision_logits_is_float32():
+    assert softmax_cross_entropy(jnp.ones((2, 3), jnp.bfloat16), jnp.array([0, 1])).dtype == jnp.float32
+
+
+def test_importing_the_steps_brings_no_heavy_module():
+    code = "import sys, bnjax.train_step; print(*sys.modules, sep='\\n')"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"tensorflow", "tensorflow_datasets", "orbax", "ml_collections", "sklearn", "tensorboard", "tensorboardX", "tqdm", "PIL"}
+    assert "bnjax.train_step" in loaded
+    assert heavy.isdisjoint(name.partition(".")[0] for name in loaded)
