@@ -14,6 +14,8 @@ Mask = Bool[Array, " n"]  # False marks padding
 Logits = Float[Array, "n classes"]
 Losses = Float[Array, " n"]
 
+# A field of a structure of arrays: the array, or what stands in its place in such a tree, as its shape or its sharding.
+Leaf = Any
 # A tree of arrays under string keys, as `flax.linen` keeps one collection of variables.
 Tree = Mapping[str, Any]
 # The trainable weights: the collection "params" of a linen module.

@@ -22,7 +22,7 @@ class Checkpoints:
     """The checkpoints of one run, in a folder with one subfolder a step.
 
     Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and "training" (opt_state,
-    step, rng). Saving happens in the background; `close` waits for it. Use it as a context manager.
+    step, rng). Saving happens in the background; leaving the context waits until everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -41,10 +41,6 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Waits until everything is on disk."""
         self._manager.close()
 
     def steps(self) -> list[int]:

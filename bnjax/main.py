@@ -28,7 +28,7 @@ def main() -> int:
 
     from bnjax import workdir as workdirs
     from bnjax.data import sources
-    from bnjax.loop import Interrupted, train_and_evaluate
+    from bnjax.loop import Stopped, train_and_evaluate
 
     dataset = sources.load(config.data.name, config.data.dir, fallback=config.data.fallback, label=config.data.label)
     if dataset.fallback_reason:
@@ -41,12 +41,12 @@ def main() -> int:
         return 0
     try:
         summary = train_and_evaluate(config, workdir, dataset)
-    except Interrupted as interrupted:
+    except Stopped as stopped:
         again = shlex.join(["python", "-m", "bnjax.main", *sys.argv[1:]])
-        print(f"\nstopped after step {interrupted.step}; everything is saved. To go on:\n    {again}")
-        return 130
+        print(f"\n{stopped}; everything is saved. To go on:\n    {again}")
+        return 128 + stopped.signal
     print(report(summary))
-    print(f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test\nlook at curves:  tensorboard --logdir {workdir.parent}")
+    print(f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test\nlook at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}")
     return 0
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from bnjax.arrays import Array, Labels, Logits, Losses, Mask
+from bnjax.arrays import Labels, Leaf, Logits, Losses, Mask
 
 
 @struct.dataclass
@@ -17,9 +17,9 @@ class Metrics:
         count: number of real examples, int32 [].
     """
 
-    loss: Array
-    correct: Array
-    count: Array
+    loss: Leaf
+    correct: Leaf
+    count: Leaf
 
     def merge(self, other: "Metrics") -> "Metrics":
         """Returns the metrics of both sets of examples together."""

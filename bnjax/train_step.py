@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bnjax.arrays import Array, Batch, BatchStats, Images, Labels, Logits, Losses, Params
+from bnjax.arrays import Array, Batch, BatchStats, Images, Labels, Leaf, Logits, Losses, Params
 from bnjax.metrics import Metrics, from_losses
 
 LossFn = Callable[[Logits, Labels], Losses]
@@ -32,10 +32,10 @@ class TrainState:
         rng: a key that never changes; the randomness of a step is `fold_in(rng, step)`.
     """
 
-    step: jax.Array
+    step: Leaf
     params: Params
     opt_state: optax.OptState
-    rng: jax.Array
+    rng: Leaf
 
 
 def softmax_cross_entropy(logits: Logits, label: Labels) -> Losses:

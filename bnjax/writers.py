@@ -65,13 +65,15 @@ class Progress:
         print(text, flush=True)
         self._bar.refresh()
 
-    def close(self) -> None:
-        """Leaves the bar as it is."""
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
 
 class RunWriter:
-    """The files of one run: metrics.jsonl (nothing in it depends on the clock), timing.jsonl and tensorboard/."""
+    """The files of one run: metrics.jsonl (nothing in it depends on the clock), timing.jsonl and tensorboard/; a context manager."""
 
     def __init__(self, workdir: Path, *, start: int):
         """Opens the files; what an interrupted run wrote past step `start` is dropped, since it comes again."""
@@ -103,7 +105,9 @@ class RunWriter:
         self._timing.flush()
         self._board.flush()
 
-    def close(self) -> None:
-        """Closes the files."""
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for file in (self._metrics, self._timing, self._board):
             file.close()

@@ -1,0 +1,31 @@
+"""A data set that a small network learns in a few steps, and a config for it."""
+
+import numpy as np
+
+from bnjax import defaults
+from bnjax.data.sources import Dataset, Split
+
+
+def dataset(train=48, test=20):
+    """Images [n, 8, 8, 1] in three classes, each a bright row with noise; neither size is a multiple of the batch."""
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        label = rng.integers(0, 3, n).astype(np.int32)
+        image = rng.integers(0, 60, (n, 8, 8, 1), np.uint8)
+        image[np.arange(n), label * 2] += 150
+        return Split(image, label)
+
+    return Dataset("synthetic", "synthetic", None, split(train), split(test), ("top", "middle", "bottom"))
+
+
+def config(steps=12):
+    config = defaults.get_config()
+    config.name = "small"
+    config.data.name = "synthetic"
+    config.model.filters, config.model.kernels, config.model.strides = (4,), (3,), (2,)
+    config.model.dense, config.model.dropout, config.model.norm_dense = (8,), (0.3,), (True,)
+    config.train.steps, config.train.epochs, config.train.batch_size, config.train.shuffle = steps, 0.0, 10, True
+    config.eval.every_steps, config.eval.every_epochs, config.eval.batch_size = 5, 0.0, 8
+    config.optimizer.learning_rate = 0.01
+    return config

@@ -1,0 +1,150 @@
+"""The commands as a user runs them: as processes, on real digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "digits.py")
+FEW = ["--config.train.steps=4", "--config.train.epochs=0", "--config.eval.every_steps=2", "--config.eval.every_epochs=0"]
+
+
+def bnjax(module, *arguments, **options):
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", f"bnjax.{module}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run in a folder, and what the command printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    done = bnjax("main", "--config", CONFIG, "--workdir", workdir, *FEW)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+@pytest.mark.parametrize("module", ["main", "predict"])
+def test_help_exits_with_0(module):
+    done = bnjax(module, "--help")
+    assert done.returncode == 0
+    assert "--workdir" in done.stdout
+
+
+def test_training_prints_plain_lines_away_from_a_terminal(run):
+    _, done = run
+    assert "digits on digits, 4 steps of 128 images" in done.stdout
+    assert "all 359 test images" in done.stdout
+    assert "\r" not in done.stdout + done.stderr
+
+
+def test_a_finished_run_says_so(run):
+    workdir, _ = run
+    again = bnjax("main", "--config", CONFIG, "--workdir", workdir, *FEW)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+
+
+def test_another_config_in_the_same_folder_is_refused(run):
+    workdir, _ = run
+    other = bnjax("main", "--config", CONFIG, "--workdir", workdir, *FEW, "--config.seed=9")
+    assert other.returncode == 2
+    assert "config.seed: 0 there, 9 now" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config", CONFIG, "--config.model.momentun=0.9"], "Did you mean config.model.momentum?"),
+        (["--config", CONFIG, "--config.model.strides=0,1,1"], "config.model.strides = (0, 1, 1) is not possible"),
+        (["--config", "nowhere.py"], "there is no config file nowhere.py"),
+        (["--config", CONFIG, "--config.data.name=cifar10", "--config.data.dir=/nowhere"], "not a folder"),
+    ],
+)
+def test_mistakes_are_one_paragraph_and_exit_with_2(tmp_path, arguments, said):
+    done = bnjax("main", *arguments, "--workdir", tmp_path / "run")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run"), "--config.eval.every_steps=50", "--config.eval.every_epochs=0"]
+    command = [sys.executable, "-m", "bnjax.main", *arguments]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        while "parameters" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped by SIGINT after step" in out
+    assert f"--workdir {tmp_path / 'run'}" in out
+    assert "Traceback" not in err
+    done = bnjax("main", *arguments)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 113))
+
+
+def test_a_whole_split_is_predicted_and_agrees_with_the_run(run):
+    workdir, _ = run
+    found = json.loads(bnjax("predict", "--workdir", workdir, "--split", "test", "--json").stdout)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert found["count"] == len(found["predictions"]) == 359
+    assert found["accuracy"] == summary["final_test"]["accuracy"]
+    assert found["loss"] == pytest.approx(summary["final_test"]["loss"], rel=1e-5)
+    right = [row["class"] == row["label"] for row in found["predictions"]]
+    assert np.mean(right) == pytest.approx(found["accuracy"])
+    ones = [row["class"] == "one" for row in found["predictions"] if row["label"] == "one"]
+    assert found["accuracy_per_class"]["one"] == pytest.approx(np.mean(ones))
+
+
+def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, tmp_path):
+    workdir, _ = run
+    grey = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
+    Image.fromarray(grey).save(tmp_path / "large.png")
+    Image.fromarray(grey[:32, :32]).convert("RGB").save(tmp_path / "right.png")
+    np.save(tmp_path / "right.npy", np.repeat(grey[:32, :32, None], 3, axis=2))
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff garbage")
+    names = ["large.png", "broken.jpg", "right.png", "missing.png", "right.npy"]
+    done = bnjax("predict", "--workdir", workdir, "--json", *(tmp_path / name for name in names))
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    rows = {Path(row["image"]).name: row for row in found["predictions"]}
+    assert list(rows) == ["large.png", "right.png", "right.npy"]
+    assert "50x40 to 32x32" in rows["large.png"]["note"]
+    assert rows["right.png"]["scores"] == rows["right.npy"]["scores"]
+    assert sum(rows["right.png"]["scores"].values()) == pytest.approx(1, abs=1e-5)
+    assert rows["right.png"]["score"] == max(rows["right.png"]["scores"].values())
+    assert [name in error for name, error in zip(("broken.jpg", "missing.png"), found["errors"], strict=True)] == [True, True]
+    assert "Traceback" not in done.stderr
+    table = bnjax("predict", "--workdir", workdir, tmp_path / "right.png")
+    assert table.returncode == 0
+    assert f"{rows['right.png']['score']:.4f}" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workdir", "nowhere", "x.png"], "there is no run in nowhere"),
+        (["--workdir", "RUN", "--checkpoint", "77", "x.png"], "no checkpoint '77'"),
+        (["--workdir", "RUN"], "give either images or --split"),
+    ],
+)
+def test_predict_says_what_is_missing(run, arguments, said):
+    done = bnjax("predict", *(run[0] if argument == "RUN" else argument for argument in arguments))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

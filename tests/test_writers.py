@@ -1,0 +1,38 @@
+from bnjax.writers import Lines, RunWriter, read_lines, write_json
+
+
+def test_a_torn_last_line_is_left_out_and_later_steps_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    assert [line["step"] for line in read_lines(file)] == [1, 2, 3]
+    lines = Lines(file, keep_up_to=2)
+    lines.write({"step": 3, "again": True})
+    lines.close()
+    assert read_lines(file) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_json_is_written_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    write_json(tmp_path / "a.json", {"a": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    with RunWriter(tmp_path, start=0) as writer:
+        writer.train(1, {"loss": 2.0, "accuracy": 0.25})
+        writer.test(1, {"loss": 3.0, "accuracy": 0.5}, count=4)
+        writer.timing(1, 0.5, 100.0)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, found, at = file.read_bytes(), {}, 0
+    while at < len(content):  # length, its checksum, the event, its checksum
+        length = int.from_bytes(content[at : at + 8], "little")
+        assert int.from_bytes(content[at + 8 : at + 12], "little") == masked_crc32c(content[at : at + 8])
+        event = Event.FromString(content[at + 12 : at + 12 + length])
+        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        at += 12 + length + 4
+    assert found["train/loss"] == (1, 2.0)
+    assert found["test/accuracy"] == (1, 0.5)
+    assert found["train/images_per_s"] == (1, 100.0)
