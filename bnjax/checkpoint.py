@@ -35,7 +35,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else keep, best_fn=accuracy, best_mode="max", read_only=read_only
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("variables", "training"))
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -91,12 +92,42 @@ class Checkpoints:
         return restored["params"], restored["batch_stats"]
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        folder = self.folder / str(step)
         try:
+            saved = self._manager.item_metadata(step)
+            for name, wanted in items.items():
+                _check_leaves(folder, _leaves_of_metadata(saved[name]), _leaves_of(wanted))
+            args = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
             return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = " ".join(str(error).split())[:400]
-            raise CheckpointError(
-                f"the checkpoint {self.folder / str(step)} cannot be read for this model: {reason}. Either it is damaged "
-                "(choose another with --checkpoint), or the config has changed since it was saved."
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # what Orbax raises for damaged files
+            raise CheckpointError(f"the checkpoint {folder} is damaged: {' '.join(str(error).split())[:300]}.") from error
+
+
+Leaves = dict[str, tuple[tuple[int, ...], str]]
+
+
+def _leaves_of(tree: Any) -> Leaves:
+    def stored(leaf: Any) -> Any:  # Orbax keeps a random key as the integers that it is made of
+        return jax.eval_shape(jax.random.key_data, leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(stored, tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): (leaf.shape, str(leaf.dtype)) for path, leaf in leaves}
+
+
+def _leaves_of_metadata(metadata: Any) -> Leaves:
+    return {leaf.name: (tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(metadata.tree)}
+
+
+def _check_leaves(folder: Path, saved: Leaves, wanted: Leaves) -> None:
+    """Raises a `CheckpointError` that names every leaf which one side lacks or has in another shape or dtype."""
+    differences = []
+    for name in sorted({*saved, *wanted}):
+        there, here = ("nothing" if leaf is None else f"{leaf[1]} {list(leaf[0])}" for leaf in (saved.get(name), wanted.get(name)))
+        if there != here:
+            differences.append(f"{name} ({there} in the checkpoint, {here} in the model)")
+    if differences:
+        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(
+            f"the checkpoint {folder} is of another network or optimizer: {'; '.join(differences[:8])}{more}. "
+            "Restore it with the config that it was trained with."
+        )

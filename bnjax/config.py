@@ -45,7 +45,9 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     try:
         config = runpy.run_path(str(file))["get_config"]()
     except KeyError as error:
-        raise UserError(f"the config file {path} defines no {error}. It needs a function get_config() that returns a ConfigDict.") from error
+        raise UserError(
+            f"the config file {path} defines no {error}. It needs a function get_config() that returns a ConfigDict."
+        ) from error
     except Exception as error:
         raise UserError(f"the config file {path} does not run: {type(error).__name__}: {error}.") from error
     for name, text in _pairs(overrides):
@@ -145,7 +147,12 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         ConfigError: for an impossible value, or if the images shrink to nothing.
     """
     _check_layers(config)
-    for key, allowed in (("placement", ("input", "before", "after")), ("pooling", ("none", *POOLS)), ("norm", norms.NORMS), ("dtype", DTYPES)):
+    for key, allowed in (
+        ("placement", ("input", "before", "after")),
+        ("pooling", ("none", *POOLS)),
+        ("norm", norms.NORMS),
+        ("dtype", DTYPES),
+    ):
         if config[key] not in allowed:
             raise ConfigError(f"model.{key}", config[key], ", ".join(allowed))
     if not 0 <= config.momentum < 1:

@@ -46,7 +46,9 @@ def main() -> int:
         print(f"\n{stopped}; everything is saved. To go on:\n    {again}")
         return 128 + stopped.signal
     print(report(summary))
-    print(f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test\nlook at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}")
+    print(
+        f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test\nlook at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}"
+    )
     return 0
 
 
@@ -68,7 +70,11 @@ def _warn_of_fallback(wanted: str, dataset: object) -> None:
     name = getattr(dataset, "name", "")
     reason = getattr(dataset, "fallback_reason", "")
     bar = "!" * 100
-    print(f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n!!  {reason}\n{bar}", file=sys.stderr, flush=True)
+    print(
+        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n!!  {reason}\n{bar}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             if leftovers := [path.name for path in workdir.iterdir()]:
-                raise UserError(f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an empty or new folder with --workdir.")
+                raise UserError(
+                    f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an empty or new folder with --workdir."
+                )
             write_json(file, mine)
             return
     except OSError as error:
@@ -57,7 +59,9 @@ def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     different = [key for key in sorted({*now, *its}) if now.get(key) != its.get(key) and key not in PLACES]
     if different:
         lines = "".join(f"\n    {key}: {its.get(key)!r} there, {now.get(key)!r} now" for key in different)
-        raise UserError(f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with --workdir, or remove that one.")
+        raise UserError(
+            f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with --workdir, or remove that one."
+        )
 
 
 def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:

@@ -48,9 +48,28 @@ def test_no_checkpoint_is_an_error_that_says_when_there_will_be_one(tmp_path):
         checkpoints.step("last")
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (
+            {"layer": {"kernel": jnp.zeros((2, 4))}},
+            r"params\.layer\.kernel \(float32 \[2, 3\] in the checkpoint, float32 \[2, 4\] in the model",
+        ),
+        ({"layer": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}, r"params\.layer\.kernel \(float32 .*, bfloat16"),
+        ({"layer": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}, r"params\.layer\.bias \(nothing in the checkpoint"),
+        ({}, r"params\.layer\.kernel \(float32 .* in the checkpoint, nothing in the model"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused_by_leaf(tmp_path, params, said):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(*make(), 0.5)
-        like = jax.eval_shape(lambda: ({"layer": {"kernel": jnp.zeros((2, 4))}}, make()[1]))
-        with pytest.raises(CheckpointError, match="cannot be read for this model"):
-            checkpoints.restore_variables(3, like)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(CheckpointError, match=said):
+        checkpoints.restore_variables(3, jax.eval_shape(lambda: (params, make()[1])))
+
+
+def test_a_checkpoint_without_statistics_is_refused_for_a_network_that_has_some(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(*make(statistics=False), 0.5)
+    said = r"batch_stats\.norm\.mean \(nothing in the checkpoint"
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(CheckpointError, match=said):
+        checkpoints.restore(3, jax.eval_shape(make))

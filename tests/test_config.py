@@ -91,7 +91,9 @@ def test_overrides_keep_the_type(name, text, wanted):
     assert type(value) is type(wanted)
 
 
-@pytest.mark.parametrize(("name", "text"), [("seed", "a"), ("seed", "1.5"), ("model.scale", "1"), ("model.momentum", "x"), ("model.dense", "x")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("seed", "a"), ("seed", "1.5"), ("model.scale", "1"), ("model.momentum", "x"), ("model.dense", "x")]
+)
 def test_overrides_of_another_type_are_refused(name, text):
     with pytest.raises(ConfigError, match=name):
         configs.override(defaults.get_config(), name, text)

@@ -48,7 +48,8 @@ def test_sgd_with_momentum():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("name", "adamw9"), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("b1", 1.0), ("eps", 0.0), ("momentum", -0.1)]
+    ("key", "value"),
+    [("name", "adamw9"), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("b1", 1.0), ("eps", 0.0), ("momentum", -0.1)],
 )
 def test_impossible_values_are_named(key, value):
     config = defaults.get_config().optimizer

@@ -216,7 +216,9 @@ def test_scan_over_steps_and_vmap_over_seeds_equal_the_loop():
 
     together = jax.vmap(scanned)(keys)
     for i, key in enumerate(keys):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), jax.tree.map(lambda x, i=i: x[i], together), solo(key))
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), jax.tree.map(lambda x, i=i: x[i], together), solo(key)
+        )
 
 
 def test_cross_entropy_of_low_precision_logits_is_float32():
