@@ -163,8 +163,8 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
             after = (side - kernel) // stride + 1 if config.pooling == "none" else (side - kernel + 1) // stride
             if side < kernel or after < 1:
-                allowed = f"layers that leave at least one pixel; image sides of {image_shape[0]}x{image_shape[1]} are {side} at layer {i}"
-                raise ConfigError("model.kernels and .strides", (tuple(config.kernels), tuple(config.strides)), allowed)
+                room = f"layers that leave at least one pixel; image sides of {image_shape[0]}x{image_shape[1]} are {side} at layer {i}"
+                raise ConfigError("model.kernels and .strides", (tuple(config.kernels), tuple(config.strides)), room)
             side = after
     return ConvNet(
         filters=config.filters,

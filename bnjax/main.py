@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from bnjax import errors
 
@@ -33,7 +34,7 @@ def main() -> int:
     dataset = sources.load(config.data.name, config.data.dir, fallback=config.data.fallback, label=config.data.label)
     if dataset.fallback_reason:
         config.name = f"{config.name}-{dataset.name}"
-        _warn_of_fallback(config.data.name, dataset)
+        _warn_of_fallback(config.data.name, dataset.name, dataset.fallback_reason)
     workdir = args.workdir or Path("runs") / config.name
     if (workdir / "summary.json").exists():
         workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
@@ -46,15 +47,15 @@ def main() -> int:
         print(f"\n{stopped}; everything is saved. To go on:\n    {again}")
         return 128 + stopped.signal
     print(report(summary))
-    print(
-        f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test\nlook at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}"
-    )
+    print(f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test")
+    print(f"look at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}")
     return 0
 
 
-def report(summary: dict) -> str:
+def report(summary: dict[str, Any]) -> str:
     """Returns the result of a run as a few lines of text."""
-    (target, reached), best, last = *summary["steps_to_loss"].items(), summary["best_test"], summary["final_test"]
+    target, reached = next(iter(summary["steps_to_loss"].items()))
+    best, last = summary["best_test"], summary["final_test"]
     return "\n".join(
         [
             f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of {summary['batch_size']} images:",
@@ -66,15 +67,10 @@ def report(summary: dict) -> str:
     )
 
 
-def _warn_of_fallback(wanted: str, dataset: object) -> None:
-    name = getattr(dataset, "name", "")
-    reason = getattr(dataset, "fallback_reason", "")
+def _warn_of_fallback(wanted: str, name: str, reason: str) -> None:
     bar = "!" * 100
-    print(
-        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n!!  {reason}\n{bar}",
-        file=sys.stderr,
-        flush=True,
-    )
+    text = f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n!!  {reason}\n{bar}"
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,12 @@ class Picture:
 
 def main() -> int:
     """Reads the command line, prints predictions, and returns the exit code: 1 if an image could not be read."""
-    parser = argparse.ArgumentParser(prog="python -m bnjax.predict", description="Classify images, or a whole split, with a trained network.", allow_abbrev=False)
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="PNG, JPEG or .npy ([h, w, c] or [n, h, w, c]; uint8, or float from 0 to 1)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bnjax.predict", description="Classify images, or a whole split, with a trained network.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "images", nargs="*", type=Path, metavar="IMAGE", help="PNG, JPEG or .npy ([h, w, c] or [n, h, w, c]; uint8, or float from 0 to 1)"
+    )
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="the folder of the run")
     parser.add_argument("--checkpoint", default="last", metavar="best|last|STEP", help="which of its checkpoints (default: last)")
     parser.add_argument("--split", choices=("train", "test"), help="classify this split; ends with loss, accuracy and accuracy per class")
@@ -78,7 +82,9 @@ def _images(paths: list[Path], data: Any, predict: Any) -> dict[str, Any]:
         found = predict(np.stack([picture.image for picture in pictures]), min(len(pictures), 256))
         for picture, index, score in zip(pictures, found["class"], found["score"], strict=True):
             row = {"image": picture.name, "class": data.classes[index], "score": float(score[index])}
-            rows.append(row | {"scores": dict(zip(data.classes, map(float, score), strict=True))} | ({"note": picture.note} if picture.note else {}))
+            rows.append(
+                row | {"scores": dict(zip(data.classes, map(float, score), strict=True))} | ({"note": picture.note} if picture.note else {})
+            )
     return {"predictions": rows, "errors": failures}
 
 
@@ -92,7 +98,9 @@ def _split(config: Any, args: argparse.Namespace, model: Any, variables: Any, pr
 
     dataset = sources.load(config.data.name, args.data_dir or config.data.dir, fallback=config.data.fallback, label=config.data.label)
     if dataset.label != label:
-        raise errors.UserError(f"the run was trained on {label}, and what is found now is {dataset.label}. Say where its data lie with --data-dir.")
+        raise errors.UserError(
+            f"the run was trained on {label}, and what is found now is {dataset.label}. Say where its data lie with --data-dir."
+        )
     split = dataset.train if args.split == "train" else dataset.test
     size = min(config.eval.batch_size, len(split.label))
     found = predict(split.image, size)
@@ -154,7 +162,9 @@ def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
         raise errors.DataError(f"{name} cannot be read as an image: it has {image.shape[2]} channels and the network takes {channels}")
     if image.shape == shape:
         return Picture(name, image)
-    planes = [Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)]
+    planes = [
+        Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)
+    ]
     resized = np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), 0, 1)
     return Picture(name, resized, f"resized from {image.shape[1]}x{image.shape[0]} to {width}x{height}")
 

@@ -155,7 +155,8 @@ def predict_step(params: Params, batch_stats: BatchStats, images: Images, *, mod
 
 def _logits(params: Params, batch_stats: BatchStats, batch: Batch, model: nn.Module) -> Logits:
     images, options = _inputs(model, batch)
-    return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False, **options)
+    logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False, **options)
+    return logits
 
 
 def _to_float(images: Images) -> Images:

@@ -79,7 +79,8 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
         content = json.loads(file.read_text())
         config = configs.from_dict(content["config"])
         data = content["data"]
-        facts = DataFacts(str(data["name"]), str(data["label"]), tuple(map(int, data["image_shape"])), tuple(map(str, data["classes"])))
+        height, width, channels = map(int, data["image_shape"])
+        facts = DataFacts(str(data["name"]), str(data["label"]), (height, width, channels), tuple(map(str, data["classes"])))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged, or from another version of bnjax ({type(error).__name__}: {error}).") from error
     return config, facts
