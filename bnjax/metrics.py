@@ -15,11 +15,13 @@ class Metrics:
         loss: sum of the losses, float32 [].
         correct: number of examples whose largest logit is at the label, int32 [].
         count: number of real examples, int32 [].
+        skipped: number of training steps that were dropped because something in them was not finite, int32 [].
     """
 
     loss: Leaf
     correct: Leaf
     count: Leaf
+    skipped: Leaf
 
     def merge(self, other: "Metrics") -> "Metrics":
         """Returns the metrics of both sets of examples together."""
@@ -44,4 +46,5 @@ def from_losses(losses: Losses, logits: Logits, label: Labels, mask: Mask | None
         loss=jnp.where(real, losses, 0).sum(dtype=jnp.float32),
         correct=(real & (logits.argmax(-1) == label)).sum(dtype=jnp.int32),
         count=real.sum(dtype=jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
     )

@@ -19,6 +19,7 @@ from bnjax.arrays import Array, Batch, BatchStats, Images, Labels, Leaf, Logits,
 from bnjax.metrics import Metrics, from_losses
 
 LossFn = Callable[[Logits, Labels], Losses]
+AxisName = str | tuple[str, ...] | None
 
 
 @struct.dataclass
@@ -91,7 +92,8 @@ def train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     loss_fn: LossFn = softmax_cross_entropy,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, BatchStats, Metrics]:
     """Returns the state, the running statistics and the metrics after one step of gradient descent.
 
@@ -107,6 +109,8 @@ def train_step(
         tx: the optimizer that `init_state` was given.
         loss_fn: (logits, label) -> losses [n].
         axis_name: the mapped axis or axes under `jax.pmap`, `jax.shard_map` or `jax.vmap`; None under plain `jax.jit`.
+        skip_nonfinite: drop the whole update where the loss, a gradient or a new statistic is not finite: params, opt_state and
+            batch_stats alike stay as they were. `state.step` still counts the batch, and the metrics count it as skipped.
     """
     rng = jax.random.fold_in(state.rng, state.step)
     if axis_name is not None:  # each shard drops its own units
@@ -122,11 +126,17 @@ def train_step(
         total = jnp.where(real, losses, 0).sum() / jnp.maximum(metrics.count, 1)
         return total, (updated.get("batch_stats", {}), metrics)
 
-    grads, (batch_stats, metrics) = jax.grad(loss, has_aux=True)(_varying(state.params, axis_name))
+    grads, (new_stats, metrics) = jax.grad(loss, has_aux=True)(_varying(state.params, axis_name))
     grads = _sum_over(grads, axis_name)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state, state.rng), batch_stats, metrics
+    updates, new_opt_state = tx.update(grads, state.opt_state, state.params)
+    new_params = optax.apply_updates(state.params, updates)
+    if skip_nonfinite:
+        # Statistics that are not synced may be bad on one shard only; all shards have to drop the step together.
+        bad = _sum_over((~_is_finite((grads, metrics.loss, new_stats))).astype(jnp.int32), axis_name) > 0
+        new, old = (new_params, new_opt_state, new_stats), (state.params, state.opt_state, batch_stats)
+        new_params, new_opt_state, new_stats = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
+        metrics = metrics.replace(skipped=bad.astype(jnp.int32))
+    return TrainState(state.step + 1, new_params, new_opt_state, state.rng), new_stats, metrics
 
 
 def eval_step(
@@ -136,7 +146,7 @@ def eval_step(
     *,
     model: nn.Module,
     loss_fn: LossFn = softmax_cross_entropy,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> Metrics:
     """Returns the metrics of one batch under the running statistics; what an image yields depends on no other image.
 
@@ -174,22 +184,30 @@ def _inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
     return images, {"mask": mask} if "mask" in inspect.signature(type(model).__call__).parameters else {}
 
 
-def _sum_over(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
+def _sum_over(tree: Any, axis_name: AxisName) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def _varying(params: Params, axis_name: str | tuple[str, ...] | None) -> Params:
+def _is_finite(tree: Any) -> jax.Array:
+    """Returns whether every number in the tree is finite, bool []."""
+    # The sum of x - x is 0 unless an x is infinite or NaN: a reduction that XLA fuses with whatever else reads x.
+    return jnp.isfinite(sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)))
+
+
+def _varying(params: Params, axis_name: AxisName) -> Params:
     """Marks the parameters as different on each shard, so that `jax.grad` does not sum over the axis by itself.
 
     With its vma check, `jax.shard_map` differentiates a replicated value into the sum over the shards; the explicit
     sum of `train_step` would then come second, and the gradients out n times too large.
     """
-    if axis_name is None:
-        return params
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
 
     def mark(leaf: jax.Array) -> jax.Array:
-        missing = tuple(name for name in names if name not in jax.typeof(leaf).vma)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+        for name in names:
+            try:
+                leaf = jax.lax.pcast(leaf, name, to="varying")
+            except ValueError:  # it is varying already, or the axis is one of pmap or vmap, which need no mark
+                pass
+        return leaf
 
     return jax.tree.map(mark, params)

@@ -231,3 +231,68 @@ def test_importing_the_steps_brings_no_heavy_module():
     heavy = {"tensorflow", "tensorflow_datasets", "orbax", "ml_collections", "sklearn", "tensorboard", "tensorboardX", "tqdm", "PIL"}
     assert "bnjax.train_step" in loaded
     assert heavy.isdisjoint(name.partition(".")[0] for name in loaded)
+
+
+@jax.custom_vjp
+def steepen(x, bad):
+    """x, with an infinite slope where `bad`."""
+    return x
+
+
+steepen.defvjp(lambda x, bad: (x, bad), lambda bad, slope: (slope + jnp.where(bad, jnp.inf, 0.0), None))
+
+
+class Poisoned(nn.Module):
+    """Has an infinite gradient, an infinite activation or an infinite statistic where the first pixel says so (0 to 3)."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        kind = x[0, 0, 0, 0]
+        x = x.reshape(x.shape[0], -1)
+        x = nn.Dense(3, name="dense")(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+        x = x + jnp.where(kind == 1, jnp.inf, 0.0)  # the loss
+        x = steepen(x, kind == 2)  # the gradient
+        seen = self.variable("batch_stats", "seen", jnp.zeros, ())
+        if train:
+            seen.value = jnp.where(kind == 3, jnp.nan, seen.value + 1)
+        return x
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_is_dropped_whole(kind):
+    tx = optax.adam(RATE)
+    batch = make_batch() | {"image": np.zeros((8, 2, 2, 1), np.float32) + np.arange(8, dtype=np.float32)[:, None, None, None] + kind}
+    state, stats = init_state(Poisoned(), tx, jax.random.key(0), batch["image"])
+    step = jax.jit(functools.partial(train_step, model=Poisoned(), tx=tx, skip_nonfinite=True))
+    after, new_stats, metrics = step(state, stats, batch)
+    assert int(after.step) == 1
+    assert int(metrics.skipped) == (kind != 0)
+    same = jax.tree.map(np.array_equal, (state.params, state.opt_state, stats), (after.params, after.opt_state, new_stats))
+    if kind:
+        assert all(jax.tree.leaves(same))
+    else:
+        assert not any(jax.tree.leaves(same[2]))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, new_stats)))
+
+
+def test_without_the_option_nothing_is_dropped():
+    batch = make_batch() | {"image": np.full((8, 2, 2, 1), np.nan, np.float32)}
+    state, stats = start(Tiny())
+    after, _, metrics = train_step(state, stats, batch, model=Tiny(), tx=optax.sgd(RATE))
+    assert int(metrics.skipped) == 0
+    assert np.isnan(after.params["dense"]["kernel"]).any()
+
+
+def test_replicas_drop_a_step_together():
+    """Only one of two shards meets the bad statistic."""
+    tx = optax.sgd(RATE)
+    batch = make_batch() | {"image": np.zeros((8, 2, 2, 1), np.float32) + np.arange(8, dtype=np.float32)[:, None, None, None] * 3}
+    shards = jax.tree.map(lambda leaf: leaf.reshape(2, 4, *leaf.shape[1:])[:, ::-1], batch)  # the first pixels: 9 and 21
+    shards["image"][1, 0] = 3.0
+    state, stats = init_state(Poisoned(), tx, jax.random.key(0), batch["image"])
+    step = functools.partial(train_step, model=Poisoned(), tx=tx, axis_name="shards", skip_nonfinite=True)
+    after, new_stats, metrics = jax.vmap(step, axis_name="shards", in_axes=(None, None, 0))(state, stats, shards)
+    np.testing.assert_array_equal(metrics.skipped, [1, 1])
+    np.testing.assert_array_equal(new_stats["seen"], [0, 0])
+    for row in after.params["dense"]["kernel"]:
+        np.testing.assert_array_equal(row, state.params["dense"]["kernel"])
