@@ -1,7 +1,11 @@
-"""Checkpoints with Orbax: everything that a run needs to go on, the newest two and the best kept."""
+"""Checkpoints with Orbax: everything that a run needs to go on, verified before it is believed."""
 
+import dataclasses
+import json
 import logging
-from collections.abc import Callable
+import os
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +17,50 @@ from bnjax.arrays import BatchStats, Params
 from bnjax.errors import UserError
 from bnjax.train_step import TrainState
 
+ITEMS = ("variables", "training")
+# Beside what Orbax writes, and in place before a checkpoint gets its final name: it is intact while it agrees with this.
+RECORD = "bnjax.json"
+
 
 class CheckpointError(UserError):
-    """A checkpoint is missing or does not fit the model."""
+    """A checkpoint is missing, damaged, or does not fit the model."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder with one subfolder a step.
+    """The checkpoints of one run, in a folder with one subfolder a step; the newest two and the best are kept.
 
     Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and "training" (opt_state,
-    step, rng). Saving happens in the background; leaving the context waits until everything is on disk.
+    step, rng), and a record: the test accuracy, whatever `about` says, and a checksum of every file. Saving happens in the
+    background; leaving the context waits until everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
-        """Opens the folder, creating it unless `read_only`."""
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each of its settings as a warning
+        """Opens the folder; unless `read_only`, it is created and what a killed process was writing is removed."""
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its own settings as warnings
         self.folder = folder
-        accuracy: Callable[[Any], float] = lambda metrics: metrics["accuracy"]  # noqa: E731
-        best = preservation_policy.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
-        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best])
+        self._records = {int(path.name): _read_record(path) for path in folder.glob("*") if path.name.isdecimal()}
+        self._saving: dict[str, Any] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else keep, best_fn=accuracy, best_mode="max", read_only=read_only
+            preservation_policy=None if read_only else _NewestTwoAndBest(self._records),
+            cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record),
+            read_only=read_only,
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "training")}
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # whatever the background thread met: Orbax, TensorStore or the file system
+            raise self._unsaved(error) from error
 
     def steps(self) -> list[int]:
         """Returns the steps that there are checkpoints of, in ascending order."""
-        return sorted(self._manager.all_steps())
+        return sorted(step for step in self._records if (self.folder / str(step)).is_dir())
 
     def step(self, which: str) -> int:
         """Returns the step that `which` ("best", "last" or a number) means.
@@ -57,28 +71,84 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"there is no checkpoint in {self.folder}. Training saves the first one at its first evaluation.")
-        if which == "last":
-            return steps[-1]
-        if which == "best":
-            best = self._manager.best_step()
-            return steps[-1] if best is None else best
+        if which in ("best", "last"):
+            return steps[-1] if which == "last" else _best(self._records, steps) or steps[-1]
         if which.isdecimal() and int(which) in steps:
             return int(which)
         raise CheckpointError(f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, {', '.join(map(str, steps))}.")
 
-    def save(self, state: TrainState, batch_stats: BatchStats, accuracy: float | None) -> None:
-        """Saves under the state's step; `accuracy` decides which is the best, None for a step that was not evaluated."""
+    def newest_intact(self) -> tuple[int | None, list[str]]:
+        """Returns the newest step whose files are as they were saved, or None if nothing was ever saved, and what was wrong with later ones.
+
+        Those that are damaged are moved to `damaged` beside the folder, since their steps come again.
+
+        Raises:
+            CheckpointError: if all are damaged; nothing is moved then.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except CheckpointError as error:
+                damaged[step] = str(error)
+                continue
+            for later in damaged:
+                target = self.folder.with_name("damaged") / str(later)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(self.folder / str(later), target)
+                del self._records[later]
+            self._manager.reload()
+            return step, [f"{reason} Going on from step {step} instead; it was moved to {self.folder.with_name('damaged')}." for reason in damaged.values()]
+        if damaged:
+            raise CheckpointError(
+                f"{' '.join(damaged.values())} No other checkpoint is left. Nothing was changed: restore {self.folder} from a "
+                "copy, or train anew in another folder with --workdir."
+            )
+        return None, []
+
+    def verify(self, step: int) -> None:
+        """Checks every file of a checkpoint against its checksum.
+
+        Raises:
+            CheckpointError: naming the first file that is missing or has changed.
+        """
+        folder, wanted = self.folder / str(step), self._records[step].get("files", {})
+        found = _checksums(folder)
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                trouble = "is missing" if name not in found else "has changed" if name in wanted else "does not belong to it"
+                raise CheckpointError(f"the checkpoint {folder} is damaged: its file {name} {trouble}.")
+        if not wanted:
+            raise CheckpointError(f"the checkpoint {folder} is damaged: its file {RECORD} cannot be read.")
+
+    def save(self, state: TrainState, batch_stats: BatchStats, accuracy: float | None, about: dict[str, Any]) -> None:
+        """Saves under the state's step, in the background.
+
+        Args:
+            accuracy: on the test images; decides which is the best. None for a step that was not evaluated.
+            about: anything worth knowing beside it that is JSON: config, versions, conventions.
+
+        Raises:
+            CheckpointError: if the disk is full or cannot be written, now or while saving the one before.
+        """
         step = int(state.step)
         if step in self.steps():
             return
         variables = {"params": state.params, "batch_stats": batch_stats}
         training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
         args = ocp.args.Composite(variables=ocp.args.StandardSave(variables), training=ocp.args.StandardSave(training))
-        self._manager.save(step, args=args, metrics=None if accuracy is None else {"accuracy": accuracy})
+        try:
+            self._manager.wait_until_finished()
+            self._saving = {"step": step, "accuracy": accuracy, "about": about}
+            self._records[step] = self._saving
+            self._manager.save(step, args=args)
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own for a full disk
+            raise self._unsaved(error) from error
 
     def restore(self, step: int, like: tuple[TrainState, BatchStats]) -> tuple[TrainState, BatchStats]:
-        """Returns the state and the statistics of a step; `like` gives the tree, the shapes and the dtypes."""
-        state, batch_stats = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        """Returns the state and the statistics of a step, on the first device; `like` gives the tree, the shapes and the dtypes."""
+        state, batch_stats = like
         training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
         variables = {"params": state.params, "batch_stats": batch_stats}
         restored = self._restore(step, {"variables": variables, "training": training})
@@ -87,20 +157,70 @@ class Checkpoints:
 
     def restore_variables(self, step: int, like: tuple[Params, BatchStats]) -> tuple[Params, BatchStats]:
         """Returns only what evaluation needs: params and batch_stats."""
-        params, batch_stats = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        params, batch_stats = like
         restored = self._restore(step, {"variables": {"params": params, "batch_stats": batch_stats}})["variables"]
         return restored["params"], restored["batch_stats"]
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        folder = self.folder / str(step)
-        try:
-            saved = self._manager.item_metadata(step)
-            for name, wanted in items.items():
-                _check_leaves(folder, _leaves_of_metadata(saved[name]), _leaves_of(wanted))
-            args = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # what Orbax raises for damaged files
-            raise CheckpointError(f"the checkpoint {folder} is damaged: {' '.join(str(error).split())[:300]}.") from error
+        self.verify(step)  # first: TensorStore would return changed bytes without a word
+        folder, saved = self.folder / str(step), self._manager.item_metadata(step)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was saved on
+        args = {}
+        for name, wanted in items.items():
+            _check_leaves(folder, _leaves_of_metadata(saved[name]), _leaves_of(wanted))
+            args[name] = ocp.args.StandardRestore(
+                jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
+            )
+        return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    def _write_record(self) -> None:
+        folder = next(self.folder.glob(f"{self._saving['step']}.*"))  # its draft name, with a suffix of Orbax's
+        self._saving["files"] = _checksums(folder)
+        (folder / RECORD).write_text(json.dumps(self._saving))
+
+    def _unsaved(self, error: Exception) -> CheckpointError:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return CheckpointError(
+            f"a checkpoint could not be saved in {self.folder}: {reason}. The earlier ones are intact: "
+            "make room or mend the folder, and the same command goes on from the last of them."
+        )
+
+
+@dataclasses.dataclass
+class _NewestTwoAndBest(preservation_policy.PreservationPolicy):
+    records: dict[int, dict[str, Any]]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in (*steps[-2:], _best(self.records, steps)) for step in steps]
+
+
+def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
+    """Returns the step with the highest accuracy, the earliest if several have it; None if none was evaluated."""
+    accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
+    known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
+    return max(known, key=lambda step: (known[step], -step)) if known else None
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Returns size and CRC-32 of every file that Orbax keeps arrays in, by its path in the folder."""
+    found = {}
+    for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
+        if path.is_file() and path.name != "commit_success.txt":  # comes and goes with the final name
+            size = checksum = 0
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+            found[path.relative_to(folder).as_posix()] = [size, checksum]
+    return found
 
 
 Leaves = dict[str, tuple[tuple[int, ...], str]]
