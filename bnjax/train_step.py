@@ -115,7 +115,7 @@ def train_step(
     rng = jax.random.fold_in(state.rng, state.step)
     if axis_name is not None:  # each shard drops its own units
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-    images, options = _inputs(model, batch)
+    images, options = model_inputs(model, batch)
 
     def loss(params: Params) -> tuple[jax.Array, tuple[BatchStats, Metrics]]:
         variables = {"params": params, "batch_stats": batch_stats}
@@ -164,7 +164,7 @@ def predict_step(params: Params, batch_stats: BatchStats, images: Images, *, mod
 
 
 def _logits(params: Params, batch_stats: BatchStats, batch: Batch, model: nn.Module) -> Logits:
-    images, options = _inputs(model, batch)
+    images, options = model_inputs(model, batch)
     logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False, **options)
     return logits
 
@@ -174,7 +174,7 @@ def _to_float(images: Images) -> Images:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def _inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
+def model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
     """Returns the images as floats, padding blanked, and the further arguments that the model wants."""
     images, mask = _to_float(batch["image"]), batch.get("mask")
     if mask is None:
