@@ -54,12 +54,13 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         try:
+            self._wait()
+        finally:
             self._manager.close()
-        except Exception as error:  # whatever the background thread met: Orbax, TensorStore or the file system
-            raise self._unsaved(error) from error
 
     def steps(self) -> list[int]:
-        """Returns the steps that there are checkpoints of, in ascending order."""
+        """Returns the steps that there are checkpoints of, in ascending order; waits for one that is being saved."""
+        self._wait()
         return sorted(step for step in self._records if (self.folder / str(step)).is_dir())
 
     def step(self, which: str) -> int:
@@ -78,7 +79,7 @@ class Checkpoints:
         raise CheckpointError(f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, {', '.join(map(str, steps))}.")
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
-        """Returns the newest step whose files are as they were saved, or None if nothing was ever saved, and what was wrong with later ones.
+        """Returns the newest step whose files are as they were saved (None if nothing was saved), and what was wrong with later ones.
 
         Those that are damaged are moved to `damaged` beside the folder, since their steps come again.
 
@@ -99,7 +100,10 @@ class Checkpoints:
                 os.replace(self.folder / str(later), target)
                 del self._records[later]
             self._manager.reload()
-            return step, [f"{reason} Going on from step {step} instead; it was moved to {self.folder.with_name('damaged')}." for reason in damaged.values()]
+            return step, [
+                f"{reason} Going on from step {step} instead; it was moved to {self.folder.with_name('damaged')}."
+                for reason in damaged.values()
+            ]
         if damaged:
             raise CheckpointError(
                 f"{' '.join(damaged.values())} No other checkpoint is left. Nothing was changed: restore {self.folder} from a "
@@ -139,7 +143,6 @@ class Checkpoints:
         training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
         args = ocp.args.Composite(variables=ocp.args.StandardSave(variables), training=ocp.args.StandardSave(training))
         try:
-            self._manager.wait_until_finished()
             self._saving = {"step": step, "accuracy": accuracy, "about": about}
             self._records[step] = self._saving
             self._manager.save(step, args=args)
@@ -172,6 +175,12 @@ class Checkpoints:
                 jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
             )
         return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    def _wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # whatever the background thread met: Orbax, TensorStore or the file system
+            raise self._unsaved(error) from error
 
     def _write_record(self) -> None:
         folder = next(self.folder.glob(f"{self._saving['step']}.*"))  # its draft name, with a suffix of Orbax's

@@ -30,6 +30,9 @@ class Experiment:
     batch_size: int
     eval_batch_size: int
     shuffle: bool
+    most_skipped: int  # steps in a row that may be dropped because they are not finite
+    save_every: int | None  # steps, beside the evaluations
+    save_every_minutes: float | None
     warnings: tuple[str, ...]
 
 
@@ -113,6 +116,14 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         raise ConfigError("train.target_loss", config.train.target_loss, "a number above 0")
     if config.seed < 0:
         raise ConfigError("seed", config.seed, "a whole number, 0 or above")
+    if config.train.on_nonfinite not in ("stop", "skip"):
+        raise ConfigError("train.on_nonfinite", config.train.on_nonfinite, "stop, skip")
+    if config.train.most_skipped < 0:
+        raise ConfigError("train.most_skipped", config.train.most_skipped, "a whole number, 0 or above")
+    saves = config.checkpoint
+    for key in saves:
+        if not 0 <= saves[key] < float("inf") or sum(bool(saves[key]) for key in saves) > 1:
+            raise ConfigError(f"checkpoint.{key}", saves[key], "a number above 0, or 0 for none; at most one of the three")
     steps = optim.steps_of(config.train, "", "train", batch_size, examples)
     return Experiment(
         model=build_model(config.model, len(dataset.classes), dataset.train.image.shape[1:]),
@@ -122,6 +133,9 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         batch_size=batch_size,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
         shuffle=config.train.shuffle,
+        most_skipped=config.train.most_skipped if config.train.on_nonfinite == "skip" else 0,
+        save_every=optim.steps_of(saves, "every_", "checkpoint", batch_size, examples) if saves.every_steps or saves.every_epochs else None,
+        save_every_minutes=saves.every_minutes or None,
         warnings=_warnings(config, steps),
     )
 

@@ -50,8 +50,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.shuffle = False  # False: the order of the files, as in the tutorial
     config.train.target_loss = 0.2  # the summary says when the training loss first got there
 
+    config.train.on_nonfinite = "stop"  # stop, skip: what to do with a step whose loss or gradient is not finite
+    config.train.most_skipped = 10  # skip: stop after more than so many in a row
+
     config.eval = ml_collections.ConfigDict()
     config.eval.every_steps = 0
     config.eval.every_epochs = 2.0
     config.eval.batch_size = 1000
+
+    # Each evaluation is followed by a checkpoint; further ones in between, 0 for none. Set at most one.
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_steps = 0
+    config.checkpoint.every_epochs = 0.0
+    config.checkpoint.every_minutes = 0.0
     return config

@@ -5,7 +5,13 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """What went wrong, why, and how to mend it, in one paragraph; shown without a traceback."""
+    """What went wrong, why, and how to mend it, in one paragraph; shown without a traceback.
+
+    Attributes:
+        exit_code: of the command line: 2 for what was asked wrongly, 1 for what went wrong.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(UserError):
@@ -20,17 +26,26 @@ class DataError(UserError):
     """Images or labels are missing, damaged or unreachable."""
 
 
+class NonFiniteError(UserError):
+    """Training met numbers that are infinite or not numbers at all."""
+
+    exit_code = 1
+
+
 def run(main: Callable[[], int]) -> None:
-    """Runs a command line and exits with its code: 2 after a `UserError`, 130 after Ctrl-C."""
+    """Runs a command line and exits with its code, or with that of the error that it met; 130 after Ctrl-C."""
     try:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
+        code = error.exit_code
     except BrokenPipeError:  # the reader of a pipe went away, as `head` does
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)

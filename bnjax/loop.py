@@ -14,14 +14,17 @@ from ml_collections import ConfigDict
 
 from bnjax import config as configs
 from bnjax import workdir as workdirs
+from bnjax.arrays import Batch, BatchStats
 from bnjax.checkpoint import Checkpoints
 from bnjax.data.batches import eval_batches, train_batches
 from bnjax.data.sources import Dataset
+from bnjax.diagnose import first_nonfinite
+from bnjax.errors import NonFiniteError, UserError
 from bnjax.evaluate import evaluate
 from bnjax.metrics import Metrics
 from bnjax.platform import compiler_options
 from bnjax.signals import StopRequest
-from bnjax.train_step import eval_step, init_state, train_step
+from bnjax.train_step import TrainState, eval_step, init_state, train_step
 from bnjax.writers import Progress, RunWriter, read_lines, write_json
 
 
@@ -43,55 +46,88 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> d
         dataset: from `bnjax.data.sources.load`.
 
     Raises:
-        UserError: if the config is impossible, or the folder belongs to another one.
+        UserError: if the config is impossible, the folder belongs to another run or process, or the disk fails.
+        NonFiniteError: if more steps in a row than the config allows are not finite.
         Stopped: after Ctrl-C or SIGTERM, when the last complete step has been saved.
     """
     experiment = configs.build(config, dataset)
-    workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
-    for warning in experiment.warnings:
-        print(f"\nWARNING: {warning}\n", flush=True)
+    with workdirs.locked(workdir):
+        workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
+        for warning in experiment.warnings:
+            print(f"\nWARNING: {warning}\n", flush=True)
+        try:
+            seconds = _train(config, experiment, workdir, dataset)
+            summary = summarise(config, workdir, dataset, experiment, seconds)
+            write_json(workdir / "summary.json", summary)
+        except OSError as error:
+            raise UserError(
+                f"{workdir} cannot be written: {error.strerror or error}. What was saved before is intact: make room or mend the folder, "
+                "and the same command goes on from the last checkpoint."
+            ) from error
+    return summary
 
-    train, test = dataset.train, dataset.test
+
+def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, dataset: Dataset) -> float:
+    """Takes the steps that are missing and returns the seconds that all of them took."""
+    model, train, test = experiment.model, dataset.train, dataset.test
     options = compiler_options()
     init_key, order_key = jax.random.split(jax.random.key(config.seed))
-    init_fn = jax.jit(functools.partial(init_state, experiment.model, experiment.tx, init_key))
-    bound = functools.partial(train_step, model=experiment.model, tx=experiment.tx)
+    init_fn = jax.jit(functools.partial(init_state, model, experiment.tx, init_key))
+    # A step that is not finite is always dropped; what differs is how many the loop puts up with.
+    bound = functools.partial(train_step, model=model, tx=experiment.tx, skip_nonfinite=True)
     step_fn = jax.jit(bound, donate_argnums=(0, 1), compiler_options=options)
-    eval_fn = jax.jit(functools.partial(eval_step, model=experiment.model), compiler_options=options)
+    eval_fn = jax.jit(functools.partial(eval_step, model=model), compiler_options=options)
+    about = {"config": config.to_dict(), "versions": versions(), "norm": workdirs.norm_conventions(config)}
 
     with StopRequest() as stop, Checkpoints(workdir / "checkpoints") as checkpoints:
-        if saved := checkpoints.steps():
-            state, batch_stats = checkpoints.restore(saved[-1], jax.eval_shape(init_fn, train.image[:1]))
-        else:
+        newest, notes = checkpoints.newest_intact()
+        for note in notes:
+            print(f"\nWARNING: {note}\n", flush=True)
+        if newest is None:
             state, batch_stats = init_fn(train.image[:1])
+        else:
+            state, batch_stats = checkpoints.restore(newest, jax.eval_shape(init_fn, train.image[:1]))
         start = int(state.step)
         key = order_key if experiment.shuffle else None
         batches = train_batches(train.image, train.label, experiment.batch_size, key=key, start=start)
-        clock = _Clock(_seconds_so_far(workdir))
+        clock = _Clock(_seconds_so_far(workdir, start))
         with RunWriter(workdir, start=start) as writer, Progress(experiment.steps, start) as progress:
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
             progress.say(
                 f"{config.name}: {parameters:,} parameters, {len(train.label):,} images of {dataset.label}, steps {start + 1} to "
                 f"{experiment.steps} of {experiment.batch_size} images, on {jax.devices()[0].device_kind}"
             )
+            skipped_in_a_row = 0
 
-            def record(step: int, metrics: Metrics) -> None:
+            def record(step: int, batch: Batch, metrics: Metrics) -> None:
+                nonlocal skipped_in_a_row
                 means = metrics.means()  # waits until the step is through
                 rate = clock.lap(int(metrics.count))
-                writer.train(step, means)
+                skipped = bool(metrics.skipped)
+                skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+                writer.train(step, means, skipped=skipped)
                 writer.timing(step, clock.seconds, rate)
                 progress.advance(means["loss"], means["accuracy"], rate)
+                if skipped_in_a_row > experiment.most_skipped:
+                    writer.flush()
+                    before = state.replace(step=jax.numpy.int32(step - 1))
+                    raise _nonfinite(step, skipped_in_a_row, before, batch_stats, batch, experiment, checkpoints.steps())
 
-            pending: Metrics | None = None  # fetched when the next step has been dispatched, so that the device never waits for Python
+            saved_at, step = time.monotonic(), start
+            pending: tuple[int, Batch, Metrics] | None = None  # fetched when the next step has been dispatched: the device never waits
             for step in range(start + 1, experiment.steps + 1):
-                state, batch_stats, metrics = step_fn(state, batch_stats, next(batches))
+                batch = next(batches)
+                state, batch_stats, metrics = step_fn(state, batch_stats, batch)
                 if pending is not None:
-                    record(step - 1, pending)
-                pending = metrics
+                    record(*pending)
+                pending = (step, batch, metrics)
                 evaluates = step % experiment.eval_every == 0 or step == experiment.steps
-                if not evaluates and not stop.signal:
+                saves = experiment.save_every is not None and step % experiment.save_every == 0
+                if experiment.save_every_minutes is not None:
+                    saves = time.monotonic() - saved_at > 60 * experiment.save_every_minutes
+                if not evaluates and not saves and not stop.signal:
                     continue
-                record(step, pending)
+                record(*pending)
                 pending, accuracy = None, None
                 if evaluates:
                     tested = evaluate(eval_fn, state.params, batch_stats, eval_batches(test.image, test.label, experiment.eval_batch_size))
@@ -100,14 +136,30 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> d
                     writer.test(step, means, count=int(tested.count))
                     progress.say(f"step {step}: test loss {means['loss']:.4f}, test accuracy {accuracy:.4f}")
                 writer.flush()  # first, so that a checkpoint never knows more than the files
-                checkpoints.save(state, batch_stats, accuracy)
+                checkpoints.save(state, batch_stats, accuracy, about)
+                saved_at = time.monotonic()
                 clock.restart()
                 if stop.signal and step < experiment.steps:
                     raise Stopped(step, stop.signal)
+    return clock.seconds
 
-    summary = summarise(config, workdir, dataset, experiment, clock.seconds)
-    write_json(workdir / "summary.json", summary)
-    return summary
+
+def _nonfinite(
+    step: int, in_a_row: int, state: TrainState, batch_stats: BatchStats, batch: Batch, experiment: configs.Experiment, saved: list[int]
+) -> NonFiniteError:
+    found = first_nonfinite(state, batch_stats, batch, model=experiment.model)
+    where = (
+        f"The first thing that is not finite there is {found}."
+        if found
+        else "The parameters have moved on since, and it cannot be found any more."
+    )
+    rows = f" and {in_a_row - 1} before it" if in_a_row > 1 else ""
+    kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
+    return NonFiniteError(
+        f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {where} {kept}. What usually helps: a lower "
+        "learning rate (--config.optimizer.learning_rate=…), a larger config.model.epsilon, float32 instead of bfloat16, and a look at the "
+        "images; --config.train.on_nonfinite=skip drops such steps instead. Each is another config, and needs a --workdir of its own."
+    )
 
 
 def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: configs.Experiment, seconds: float) -> dict[str, Any]:
@@ -115,16 +167,16 @@ def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: c
     lines = read_lines(workdir / "metrics.jsonl")
     train = [line for line in lines if line["split"] == "train"]
     tests = [line for line in lines if line["split"] == "test"]
-    reached = next((line["step"] for line in train if line["loss"] <= config.train.target_loss), None)
+    reached = next((line["step"] for line in train if line["loss"] is not None and line["loss"] <= config.train.target_loss), None)
     best = max(tests, key=lambda line: line["accuracy"])
     result = ("step", "loss", "accuracy", "count")
-    packages = ("bnjax", "jax", "flax", "optax", "orbax-checkpoint")
     return {
         "name": config.name,
         "dataset": dataset.label,
         "official_pixels": dataset.official,
         "fallback_reason": dataset.fallback_reason,
         "steps": experiment.steps,
+        "skipped_steps": sum(line.get("skipped", 0) for line in train),
         "batch_size": experiment.batch_size,
         "steps_to_loss": {f"{config.train.target_loss:g}": reached},
         "final_train": {key: train[-1][key] for key in ("loss", "accuracy")},
@@ -132,10 +184,16 @@ def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: c
         "best_test": {key: best[key] for key in result},
         "seconds": round(seconds, 1),
         "images_per_s": round(experiment.steps * experiment.batch_size / seconds, 1),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "git": _git_revision(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a result depends on."""
+    packages = ("bnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 class _Clock:
@@ -156,9 +214,8 @@ class _Clock:
         return images / lap
 
 
-def _seconds_so_far(workdir: Path) -> float:
-    lines = read_lines(workdir / "timing.jsonl")
-    return lines[-1]["seconds"] if lines else 0.0
+def _seconds_so_far(workdir: Path, step: int) -> float:
+    return next((line["seconds"] for line in read_lines(workdir / "timing.jsonl") if line["step"] == step), 0.0)
 
 
 def _git_revision() -> str | None:

@@ -5,6 +5,7 @@ Nothing here compiles, replicates or logs. Bind what is static with `functools.p
 `jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or `jax.lax.scan` as you like.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -204,10 +205,8 @@ def _varying(params: Params, axis_name: AxisName) -> Params:
 
     def mark(leaf: jax.Array) -> jax.Array:
         for name in names:
-            try:
+            with contextlib.suppress(ValueError):  # it is varying already, or the axis is one of pmap or vmap, which need no mark
                 leaf = jax.lax.pcast(leaf, name, to="varying")
-            except ValueError:  # it is varying already, or the axis is one of pmap or vmap, which need no mark
-                pass
         return leaf
 
     return jax.tree.map(mark, params)

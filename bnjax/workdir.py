@@ -3,11 +3,14 @@
 `config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`, `summary.json`, `checkpoints/`, `tensorboard/`.
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 from ml_collections import ConfigDict
 
 from bnjax import config as configs
@@ -15,6 +18,7 @@ from bnjax.data.sources import Dataset
 from bnjax.errors import UserError
 from bnjax.writers import write_json
 
+LOCK = ".lock"
 # Not part of what a run is: the same data may lie elsewhere tomorrow.
 PLACES = ("config.data.dir",)
 
@@ -34,6 +38,27 @@ class DataFacts:
         return cls(dataset.name, dataset.label, dataset.train.image.shape[1:], dataset.classes)
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in the folder; whatever ends this process frees it.
+
+    Raises:
+        UserError: if another process trains there, or the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(workdir / LOCK, timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another process is training in {workdir}. Wait for it, stop it, or choose another folder with --workdir."
+        ) from error
+    except OSError as error:
+        raise UserError(f"the run's folder {workdir} cannot be written: {error.strerror}. Choose another with --workdir.") from error
+    with lock:
+        yield
+
+
 def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     """Makes the folder this config's, or checks that it is.
 
@@ -43,9 +68,8 @@ def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     file = workdir / "config.json"
     mine = {"config": config.to_dict(), "data": dataclasses.asdict(data)}
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            if leftovers := [path.name for path in workdir.iterdir()]:
+            if leftovers := [path.name for path in workdir.iterdir() if path.name != LOCK]:
                 raise UserError(
                     f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an empty or new folder with --workdir."
                 )
@@ -84,6 +108,12 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged, or from another version of bnjax ({type(error).__name__}: {error}).") from error
     return config, facts
+
+
+def norm_conventions(config: ConfigDict) -> dict[str, Any]:
+    """Returns how the stored statistics are to be read: the norm, its epsilon, its momentum and the variance that it stores."""
+    model = config.model
+    return {"norm": model.norm, "epsilon": model.epsilon, "momentum": model.momentum, "momentum_is": "kept", "stored_variance": "biased"}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run leaves behind while it goes on: lines of JSON, TensorBoard, and progress on the terminal."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import tensorboardX
 import tqdm
+
+from bnjax.errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -18,9 +21,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file with one JSON object a line; a torn last line is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Returns the objects of a file with one JSON object a line, each with a whole number `step`; a torn last line is left out.
+
+    Raises:
+        UserError: naming the first line that is something else.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1):
+        if line.endswith(b"\n"):
+            try:
+                found.append(json.loads(line))
+                found[-1]["step"] < 0  # noqa: B015
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise UserError(
+                    f"line {number} of {path} is damaged. Restore the file from a copy, or train anew with --workdir."
+                ) from error
+    return found
 
 
 class Lines:
@@ -81,9 +97,9 @@ class RunWriter:
         self._timing = Lines(workdir / "timing.jsonl", keep_up_to=start)
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
 
-    def train(self, step: int, means: dict[str, float]) -> None:
-        """Records the loss and accuracy of the batch of one training step, steps counted from 1."""
-        self._write(step, "train", means)
+    def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
+        """Records the loss and accuracy of the batch of one training step, steps counted from 1; a loss that is not finite is null."""
+        self._write(step, "train", means, **{"skipped": 1} if skipped else {})
 
     def test(self, step: int, means: dict[str, float], count: int) -> None:
         """Records an evaluation of the test images after so many steps."""
@@ -95,9 +111,11 @@ class RunWriter:
         self._board.add_scalar("train/images_per_s", images_per_s, step)
 
     def _write(self, step: int, split: str, means: dict[str, float], **more: int) -> None:
-        self._metrics.write({"step": step, "split": split, **means, **more})
-        for name, value in means.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        self._metrics.write({"step": step, "split": split, **finite, **more})
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(f"{split}/{name}", value, step)
 
     def flush(self) -> None:
         """Hands everything written so far to the operating system."""

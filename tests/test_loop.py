@@ -3,6 +3,8 @@
 import itertools
 import json
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import synthetic
 from bnjax import config as configs
 from bnjax import loop
 from bnjax.checkpoint import Checkpoints
-from bnjax.errors import UserError
+from bnjax.errors import NonFiniteError, UserError
 from bnjax.loop import Stopped, train_and_evaluate
 from bnjax.train_step import init_state
 from bnjax.writers import read_lines
@@ -54,7 +56,7 @@ def test_the_summary_follows_from_the_metrics(finished):
     reached = [step for step, loss in enumerate(losses, start=1) if loss <= 0.2]
     assert summary["steps_to_loss"] == {"0.2": reached[0] if reached else None}
     assert summary["official_pixels"] is None
-    assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "bnjax"} == set(summary["versions"])
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "bnjax"} == set(summary["versions"])
 
 
 def test_it_learns(finished):
@@ -151,3 +153,111 @@ def test_slow_averages_spoil_the_test_loss_and_are_warned_of(tmp_path, capsys):
         losses[momentum] = train_and_evaluate(config, tmp_path / str(momentum), synthetic.dataset())["final_test"]["loss"]
         assert ("starting value" in capsys.readouterr().out) == (momentum == 0.99 or 0.75**12 > 0.01)
     assert losses[0.99] > 1.5 * losses[0.75]
+
+
+def poisoned(*steps):
+    """The stream of batches as floats, with an infinite pixel in the given steps."""
+    stream = loop.train_batches
+
+    def batches(*args, start, **kwargs):
+        for step, batch in enumerate(stream(*args, start=start, **kwargs), start=start + 1):
+            image = batch["image"].astype(np.float32) / 255
+            if step in steps:
+                image[3, 2, 1, 0] = np.inf
+            yield batch | {"image": image}
+
+    return batches
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_batches", poisoned(7))
+    with pytest.raises(NonFiniteError, match=r"step 7 gave .* is the image values\. The checkpoint of step 5 is kept"):
+        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line.get("skipped")] == [7]
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.newest_intact() == (5, [])
+
+
+def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_batches", poisoned(3, 4, 8))
+    config = synthetic.config()
+    config.train.on_nonfinite, config.train.most_skipped = "skip", 2
+    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    assert summary["skipped_steps"] == 3
+    lines = {line["step"]: line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"}
+    assert [step for step, line in lines.items() if line.get("skipped")] == [3, 4, 8]
+    assert lines[3]["loss"] is None
+    assert lines[5]["loss"] is not None
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore(tmp_path / "run", config)))
+    config.train.most_skipped = 1
+    with pytest.raises(NonFiniteError, match="step 4 and 1 before it"):
+        train_and_evaluate(config, tmp_path / "other", synthetic.dataset())
+
+
+@pytest.mark.parametrize("key", ["every_steps", "every_epochs", "every_minutes"])
+def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, monkeypatch, key):
+    """Interrupted in step 8 without a chance to save: step 5 is evaluated, and one of 6 to 8 was saved besides."""
+    config = synthetic.config()
+    config.checkpoint[key] = {"every_steps": 3, "every_epochs": 3 * 10 / 48, "every_minutes": 1e-9}[key]
+    stream = loop.train_batches
+    monkeypatch.setattr(loop, "train_batches", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8))
+    with pytest.raises(StopIteration):
+        train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.newest_intact()[0] == (8 if key == "every_minutes" else 6)
+    monkeypatch.undo()
+    train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    stream = loop.train_batches
+    monkeypatch.setattr(loop, "train_batches", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 11))
+    with pytest.raises(StopIteration):
+        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+    monkeypatch.undo()
+    file = workdir / "checkpoints" / "10" / "variables" / "manifest.ocdbt"
+    file.write_bytes(file.read_bytes()[:20])
+    train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+    assert "Going on from step 5 instead" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    lock = str(tmp_path / "run" / ".lock")
+    code = f"import filelock, time; lock = filelock.FileLock({lock!r}); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is training in"):
+            train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+        other.kill()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_disk_that_fails_is_a_clear_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.RunWriter, "flush", full)
+    with pytest.raises(UserError, match=r"No space left on device.*goes on from the last checkpoint"):
+        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
+    train_and_evaluate(synthetic.config(), tmp_path / "again", synthetic.dataset())
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+    config = synthetic.config()
+    config.seed = 1
+    train_and_evaluate(config, tmp_path / "other", synthetic.dataset())
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() != (finished[0] / "metrics.jsonl").read_bytes()
+
+
+def test_the_checkpoint_says_how_its_statistics_are_to_be_read(finished):
+    record = json.loads((finished[0] / "checkpoints" / "12" / "bnjax.json").read_text())
+    assert record["about"]["norm"] == {
+        "norm": "batch", "epsilon": 1e-3, "momentum": 0.75, "momentum_is": "kept", "stored_variance": "biased",
+    }  # fmt: skip
+    assert record["about"]["config"]["seed"] == 0
+    assert "jax" in record["about"]["versions"]

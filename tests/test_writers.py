@@ -22,7 +22,7 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     from tensorboardX.record_writer import masked_crc32c
 
     with RunWriter(tmp_path, start=0) as writer:
-        writer.train(1, {"loss": 2.0, "accuracy": 0.25})
+        writer.train(1, {"loss": 2.0, "accuracy": 0.25}, skipped=False)
         writer.test(1, {"loss": 3.0, "accuracy": 0.5}, count=4)
         writer.timing(1, 0.5, 100.0)
     (file,) = (tmp_path / "tensorboard").iterdir()
