@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arrays", "errors", "metrics", "norms", "optim", "platform", "defaults", "signals"},
     {"models", "data", "train_step"},
-    {"evaluate", "checkpoint", "writers"},
+    {"evaluate", "checkpoint", "diagnose", "writers"},
     {"config"},
     {"workdir"},
     {"loop"},

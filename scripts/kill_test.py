@@ -1,0 +1,135 @@
+"""Kills trainings at random moments and checks that going on loses nothing: `python scripts/kill_test.py --kills 200`.
+
+A small network is trained on the embedded digits, once without interruption, and again and again with SIGKILL at a
+random moment, during imports, steps, evaluations and saves alike, followed by the same command. In the end the parameters,
+the running statistics, the optimizer state and the whole of metrics.jsonl have to be the same bits. Exits with 1 if they are not.
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnjax import config as configs
+from bnjax.checkpoint import Checkpoints
+from bnjax.data import sources
+from bnjax.train_step import init_state
+
+CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
+OVERRIDES = {
+    "model.filters": "4,4,4",
+    "model.dense": "8,8",
+    "model.dropout": "0.3,0.3",
+    "train.steps": "60",
+    "train.epochs": "0",
+    "eval.every_steps": "10",
+    "eval.every_epochs": "0",
+    "checkpoint.every_steps": "3",
+}
+FLAGS = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
+
+
+def start(workdir: Path) -> subprocess.Popen[str]:
+    """Starts, or goes on with, the training in a folder."""
+    command = [sys.executable, "-u", "-m", "bnjax.main", "--config", str(CONFIG), "--workdir", str(workdir), *FLAGS]
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def finish(workdir: Path) -> None:
+    """Runs the training in a folder to its end."""
+    with start(workdir) as process:
+        out, _ = process.communicate()
+    if process.returncode != 0:
+        sys.exit(f"the run in {workdir} did not finish:\n{out}")
+
+
+def kill_somewhere(workdir: Path, chance: random.Random) -> bool:
+    """Starts the run and kills it, a fifth of the time before it trains; False if it had finished before the kill."""
+    with start(workdir) as process:
+        if chance.random() < 0.2:
+            time.sleep(chance.uniform(0, 3))
+        else:
+            assert process.stdout is not None
+            while (line := process.stdout.readline()) and "parameters" not in line:
+                pass
+            time.sleep(chance.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return process.returncode == -signal.SIGKILL
+
+
+def leaves(workdir: Path) -> dict[str, np.ndarray]:
+    """Returns every leaf of the last checkpoint by its path."""
+    config = configs.load(str(CONFIG), FLAGS)
+    dataset = sources.load("digits")
+    experiment = configs.build(config, dataset)
+    init = functools.partial(init_state, experiment.model, experiment.tx)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        state, stats = checkpoints.restore(checkpoints.step("last"), jax.eval_shape(init, jax.random.key(0), dataset.train.image[:1]))
+    tree: Any = {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "step": state.step,
+        "rng": jax.random.key_data(state.rng),
+        "batch_stats": stats,
+    }
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def differing_bits(ours: dict[str, np.ndarray], its: dict[str, np.ndarray]) -> int:
+    """Returns how many bits differ between two sets of leaves."""
+    if ours.keys() != its.keys():
+        sys.exit(f"the leaves differ: {sorted(ours.keys() ^ its.keys())}")
+    return sum(
+        int(np.unpackbits(np.frombuffer(ours[n].tobytes(), np.uint8) ^ np.frombuffer(its[n].tobytes(), np.uint8)).sum()) for n in ours
+    )
+
+
+def main() -> int:
+    """Does as the module says and prints the figures as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    chance = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        finish(whole)
+        wanted, metrics = leaves(whole), (whole / "metrics.jsonl").read_bytes()
+        kills = runs = bits = lines_differing = 0
+        while kills < args.kills:
+            workdir = Path(folder) / f"killed{runs}"
+            here = 0
+            while kills < args.kills and not (workdir / "summary.json").exists():
+                killed = kill_somewhere(workdir, chance)
+                kills, here = kills + killed, here + killed
+            finish(workdir)
+            runs += 1
+            bits += differing_bits(leaves(workdir), wanted)
+            found = (workdir / "metrics.jsonl").read_bytes()
+            lines_differing += sum(a != b for a, b in zip(found.splitlines(), metrics.splitlines(), strict=False)) + (
+                found.count(b"\n") != metrics.count(b"\n")
+            )
+            print(
+                f"run {runs}: {here} kills, {kills} in all, {bits} differing bits, {lines_differing} differing lines",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(json.dumps({"kills": kills, "resumed_runs": runs, "differing_bits": bits, "differing_lines": lines_differing}))
+    return int(bits + lines_differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
