@@ -212,11 +212,13 @@ def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
+    """Returns the record of a checkpoint, or an empty one if it is damaged."""
     try:
-        record = json.loads((folder / RECORD).read_text())
-        return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else {}
-    except (OSError, ValueError):
+        record = json.loads((folder / RECORD).read_bytes())
+        sound = isinstance(record["files"], dict) and isinstance(record["accuracy"], float | None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return record if sound else {}
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:

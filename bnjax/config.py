@@ -17,6 +17,7 @@ from bnjax.errors import ConfigError, UserError
 from bnjax.models import POOLS, ConvNet
 
 DTYPES = ("float32", "bfloat16")
+LARGEST = 1 << 20  # of a layer: beyond it is a slip of the finger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +61,24 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Returns the config with these values, as `to_dict` gave them, over the defaults.
+    """Returns the config with these values, as `to_dict` gave them and JSON kept them.
 
     Raises:
-        KeyError: for an unknown key.
-        TypeError: for a value of another type.
+        UserError: for an unknown key.
+        ConfigError: for a value of another type.
     """
     config = defaults.get_config()
-    with config.unlocked():
-        config.update(values)
+
+    def fill(section: ConfigDict, values: dict[str, Any], path: str) -> None:
+        for key, value in values.items():
+            if key not in section or isinstance(section[key], ConfigDict) != isinstance(value, dict):
+                raise UserError(f"there is no key config.{path}{key} of this kind.")
+            if isinstance(value, dict):
+                fill(section[key], value, f"{path}{key}.")
+            else:
+                section[key] = _of_type(f"{path}{key}", value, section[key])
+
+    fill(config, values, "")
     return config
 
 
@@ -114,8 +124,8 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         raise ConfigError("eval.batch_size", config.eval.batch_size, "a whole number above 0")
     if config.train.target_loss <= 0:
         raise ConfigError("train.target_loss", config.train.target_loss, "a number above 0")
-    if config.seed < 0:
-        raise ConfigError("seed", config.seed, "a whole number, 0 or above")
+    if not 0 <= config.seed < 1 << 32:
+        raise ConfigError("seed", config.seed, "a whole number from 0 up to 2**32 - 1")
     if config.train.on_nonfinite not in ("stop", "skip"):
         raise ConfigError("train.on_nonfinite", config.train.on_nonfinite, "stop, skip")
     if config.train.most_skipped < 0:
@@ -186,7 +196,7 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         strides=config.strides,
         pooling=config.pooling,
         dense=config.dense,
-        dropout=config.dropout,
+        dropout=tuple(float(rate) for rate in config.dropout),
         classes=classes,
         norm=norms.build(config.norm, momentum=config.momentum, epsilon=config.epsilon, scale=config.scale, shift=config.shift),
         norm_dense=config.norm_dense,
@@ -197,8 +207,8 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
 
 def _check_layers(config: ConfigDict) -> None:
     for key in ("filters", "kernels", "strides", "dense"):
-        if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in config[key]):
-            raise ConfigError(f"model.{key}", config[key], "whole numbers above 0")
+        if not all(type(size) is int and 0 < size <= LARGEST for size in config[key]):
+            raise ConfigError(f"model.{key}", config[key], f"whole numbers above 0, up to {LARGEST:,}")
     for of, keys in (("filters", ("kernels", "strides")), ("dense", ("dropout", "norm_dense"))):
         for key in keys:
             if len(config[key]) != len(config[of]):
@@ -239,18 +249,25 @@ def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
 
 def _convert(name: str, text: str, old: Any) -> Any:
     """Returns the text as a value of the type of `old`."""
-    kind = type(old)
-    if kind is str:
+    if isinstance(old, str):
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    if kind is tuple and not isinstance(value, str | dict | set):
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
-    if kind is float and type(value) is int:
+    if isinstance(old, tuple) and isinstance(value, int | float):
+        value = (value,)
+    return _of_type(name, value, old)
+
+
+def _of_type(name: str, value: Any, old: Any) -> Any:
+    """Returns the value as the type of `old`, where that loses nothing: a list as a tuple, a whole number as a float."""
+    kind = type(old)
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if type(value) is not kind:
-        word = {bool: "True or False", int: "a whole number", float: "a number", tuple: "values with commas between them"}[kind]
-        raise ConfigError(name, text, word)
+        words = {str: "text", bool: "True or False", int: "a whole number", float: "a number", tuple: "values with commas between them"}
+        raise ConfigError(name, value, words[kind])
     return value

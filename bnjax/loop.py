@@ -25,7 +25,7 @@ from bnjax.metrics import Metrics
 from bnjax.platform import compiler_options
 from bnjax.signals import StopRequest
 from bnjax.train_step import TrainState, eval_step, init_state, train_step
-from bnjax.writers import Progress, RunWriter, read_lines, write_json
+from bnjax.writers import Progress, RunWriter, read_lines, read_metrics, write_json
 
 
 class Stopped(Exception):
@@ -164,7 +164,7 @@ def _nonfinite(
 
 def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: configs.Experiment, seconds: float) -> dict[str, Any]:
     """Returns what a run came to, read from its own metrics.jsonl."""
-    lines = read_lines(workdir / "metrics.jsonl")
+    lines = read_metrics(workdir / "metrics.jsonl")
     train = [line for line in lines if line["split"] == "train"]
     tests = [line for line in lines if line["split"] == "test"]
     reached = next((line["step"] for line in train if line["loss"] is not None and line["loss"] <= config.train.target_loss), None)
@@ -215,7 +215,8 @@ class _Clock:
 
 
 def _seconds_so_far(workdir: Path, step: int) -> float:
-    return next((line["seconds"] for line in read_lines(workdir / "timing.jsonl") if line["step"] == step), 0.0)
+    seconds = next((line.get("seconds") for line in read_lines(workdir / "timing.jsonl") if line["step"] == step), None)
+    return seconds if isinstance(seconds, float) else 0.0
 
 
 def _git_revision() -> str | None:

@@ -24,12 +24,15 @@ def steps_of(duration: ConfigDict, prefix: str, key: str, batch_size: int, examp
     """
     steps, epochs = duration[f"{prefix}steps"], duration[f"{prefix}epochs"]
     for unit, amount in (("steps", steps), ("epochs", epochs)):
-        if amount < 0:
-            raise ConfigError(f"{key}.{prefix}{unit}", amount, "a number above 0, or 0 to use the other unit")
+        if not 0 <= amount < 1 << 31:
+            raise ConfigError(f"{key}.{prefix}{unit}", amount, "a number above 0 and below 2**31, or 0 to use the other unit")
     if (steps > 0) == (epochs > 0):
         other = f"the other has to be 0: for instance --config.{key}.{prefix}steps=100 --config.{key}.{prefix}epochs=0"
         raise ConfigError(f"{key}.{prefix}steps and .{prefix}epochs", (steps, epochs), f"exactly one of the two above 0; {other}")
-    return steps or max(1, round(epochs * examples / batch_size))
+    steps = steps or max(1, round(epochs * examples / batch_size))
+    if steps >= 1 << 31:  # the steps are counted in int32
+        raise ConfigError(f"{key}.{prefix}epochs", epochs, "so many that they make fewer than 2**31 steps")
+    return steps
 
 
 def build(config: ConfigDict) -> optax.GradientTransformation:

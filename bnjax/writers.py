@@ -30,13 +30,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1):
         if line.endswith(b"\n"):
             try:
-                found.append(json.loads(line))
-                found[-1]["step"] < 0  # noqa: B015
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise UserError(
-                    f"line {number} of {path} is damaged. Restore the file from a copy, or train anew with --workdir."
-                ) from error
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, dict) or type(value.get("step")) is not int:
+                raise _damaged(path, f"line {number}")
+            found.append(value)
     return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl: `step`, `split` ("train" or "test"), `loss` (None if it was not finite), `accuracy`.
+
+    Raises:
+        UserError: naming the step of the first line that is something else.
+    """
+    lines = read_lines(path)
+    for line in lines:
+        loss, accuracy = line.get("loss", ""), line.get("accuracy")
+        if line.get("split") not in ("train", "test") or type(accuracy) is not float or not (loss is None or type(loss) is float):
+            raise _damaged(path, f"the line of step {line['step']}")
+    return lines
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another folder with --workdir.")
 
 
 class Lines:

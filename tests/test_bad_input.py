@@ -1,0 +1,146 @@
+"""Whatever is thrown at bnjax, the answer is a result or one paragraph: never a traceback, a hang or a half-written file."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import synthetic
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bnjax import config as configs
+from bnjax import defaults, workdir
+from bnjax.checkpoint import Checkpoints
+from bnjax.errors import UserError
+from bnjax.loop import train_and_evaluate
+from bnjax.writers import Lines, read_metrics
+
+ROOT = Path(__file__).parents[1]
+THOUSAND = settings(
+    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+HUNDRED = settings(THOUSAND, max_examples=100)
+
+
+def keys(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, type(config)):
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+KEYS = sorted(keys(defaults.get_config()))
+NUMBERS = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([0.0, 1.0, 1e-320, 1e308, 10**30]))
+VALUES = st.one_of(
+    NUMBERS.map(str),
+    st.lists(NUMBERS, max_size=4).map(lambda values: ",".join(map(str, values))),
+    st.sampled_from(
+        ["True", "none", "", "()", "(1,)", "[[1]]", "{}", "{1: 2}", "'a'", "1_000", "0x10", "batch", "sgd", "digits", "max", "before"]
+    ),
+    st.text(max_size=20),
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+SMALL = synthetic.dataset()
+
+
+@THOUSAND
+@given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), min_size=1, max_size=4))
+def test_any_overrides_build_or_are_refused(overrides):
+    config = synthetic.config()
+    try:
+        for name, text in overrides:
+            configs.override(config, name, text)
+        configs.check_choices(config)
+        experiment = configs.build(config, SMALL)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert experiment.steps >= 1
+
+
+@THOUSAND
+@given(st.data())
+def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
+    content = {"config": synthetic.config().to_dict(), "data": {"name": "a", "label": "a", "image_shape": [8, 8, 1], "classes": ["x", "y"]}}
+    place, key = (
+        content,
+        data.draw(st.sampled_from(["config", "data", "model", "filters", "image_shape", "classes", "train", "seed", "new"])),
+    )
+    for section in {"model": ["config"], "filters": ["config", "model"], "train": ["config"], "seed": ["config"]}.get(key, ["data"]):
+        place = place[section]
+    (content if key in ("config", "data") else place)[key] = data.draw(JSON)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    try:
+        config, facts = workdir.read(tmp_path)
+        configs.build_model(config.model, len(facts.classes), facts.image_shape)
+    except UserError as error:
+        assert str(error)
+
+
+@THOUSAND
+@given(st.binary(max_size=60))
+def test_any_bytes_as_a_saved_config_are_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        workdir.read(tmp_path)
+
+
+@THOUSAND
+@given(st.lists(st.one_of(st.binary(max_size=40), JSON.map(lambda value: json.dumps(value).encode()), st.just(b'{"step": 1}')), max_size=4))
+def test_any_bytes_as_metrics_are_read_or_refused(tmp_path, lines):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    before = file.read_bytes()
+    try:
+        read_metrics(file)
+        Lines(file, keep_up_to=5).close()
+    except UserError as error:
+        assert "damaged" in str(error)
+        assert file.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train_and_evaluate(synthetic.config(steps=5), folder, SMALL)
+    return folder
+
+
+@HUNDRED
+@given(st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps({"files": value, "accuracy": value}).encode())))
+def test_any_record_of_a_checkpoint_is_told_from_a_true_one(finished, tmp_path, content):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(finished / "checkpoints", folder)
+    (folder / "5" / "bnjax.json").write_bytes(content)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.step("best") == 5
+        with pytest.raises(UserError, match="damaged"):
+            checkpoints.verify(5)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["main", "predict"])
+@settings(THOUSAND, max_examples=24)
+@given(data=st.data())
+def test_any_words_on_a_command_line(finished, tmp_path, module, data):
+    flag = st.sampled_from(
+        ["--config", "--workdir", "--split", "--json", "--checkpoint", "--data-dir", "--help", "--config.seed", "--config.data.name=digits"]
+    )
+    words = st.one_of(flag, st.sampled_from([str(finished), str(ROOT / "configs" / "digits.py"), str(ROOT), "/dev/null", "test"]), VALUES)
+    arguments = [word.replace("\0", "").encode("utf-8", "ignore").decode() for word in data.draw(st.lists(words, max_size=5))]
+    few = ["--config.train.steps=1", "--config.train.epochs=0", "--workdir", str(tmp_path / "new")] if module == "main" else []
+    command = [sys.executable, "-m", f"bnjax.{module}", *arguments, *few]
+    env = {**os.environ, "XLA_FLAGS": "", "BNJAX_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False, cwd=tmp_path)
+    assert done.returncode in (0, 1, 2), done
+    assert "Traceback" not in done.stderr, done
