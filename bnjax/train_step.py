@@ -186,9 +186,14 @@ def _varying(params: Params, axis_name: str | tuple[str, ...] | None) -> Params:
     if axis_name is None:
         return params
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    manual = set(names) & set(jax.sharding.get_abstract_mesh().manual_axes)  # an axis of vmap needs no mark and takes none
 
     def mark(leaf: jax.Array) -> jax.Array:
-        missing = tuple(name for name in names if name not in jax.typeof(leaf).vma)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+        for name in sorted(manual):
+            try:
+                leaf = jax.lax.pcast(leaf, name, to="varying")
+            except ValueError:  # it is varying already
+                pass
+        return leaf
 
     return jax.tree.map(mark, params)

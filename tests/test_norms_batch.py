@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.test_util import check_grads
 
 from bnjax.norms import BatchNorm
 from bnjax.norms.average import kept_fraction
@@ -55,7 +54,7 @@ def test_output_and_statistics_are_those_of_numpy():
     np.testing.assert_allclose(evaluated, expected, atol=1e-5)
 
 
-@settings(deadline=None, derandomize=True, max_examples=12)
+@settings(deadline=None, derandomize=True, max_examples=8)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=3),
     st.integers(2, 9),
@@ -131,8 +130,9 @@ def test_forward_mode_and_second_derivatives():
         def plain(x):
             return jnp.sum(((x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)) ** 3)
 
-        check_grads(ours, (x,), order=1, modes=["fwd", "rev"])
-        np.testing.assert_allclose(jax.hessian(ours)(x), jax.hessian(plain)(x), atol=1e-10)
+        direction = jnp.cos(jnp.arange(10.0)).reshape(5, 2)
+        np.testing.assert_allclose(jax.jit(jax.jvp, static_argnums=0)(ours, (x,), (direction,))[1], jnp.vdot(jax.grad(plain)(x), direction))
+        np.testing.assert_allclose(jax.jit(jax.hessian(ours))(x), jax.jit(jax.hessian(plain))(x), atol=1e-10)
 
 
 def test_statistics_are_at_least_float32():
