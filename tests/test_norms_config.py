@@ -49,7 +49,7 @@ def test_trains(name):
     image = (rng.normal(size=(16, 8, 8, 1)) * 0.3 + label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]).astype(np.float32)
     batch = {"image": image, "label": label, "mask": np.arange(16) < 13}
     model, tx = build(norm=name, **WORKING[name]), optax.adam(3e-3)
-    state, stats = init_state(model, tx, jax.random.key(0), batch["image"])
+    state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), batch["image"])
     step = jax.jit(partial(train_step, model=model, tx=tx))
     losses = []
     for _ in range(25):

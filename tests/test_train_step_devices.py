@@ -20,6 +20,7 @@ SGD = optax.sgd(0.05, momentum=0.9)
 MASKS = {"even": np.ones(24, bool), "uneven": np.arange(24) < 17}  # uneven: the last two shards of three hold padding only
 
 
+@functools.cache
 def network(axis_name, dropout=0.0):
     return ConvNet(
         filters=(4,),
@@ -41,7 +42,7 @@ def batch_of(step, mask):
 
 @functools.cache
 def start(model):
-    return jax.device_get(init_state(model, SGD, jax.random.PRNGKey(0), np.zeros((2, 7, 7, 1), np.float32)))
+    return jax.device_get(jax.jit(partial(init_state, model, SGD))(jax.random.PRNGKey(0), np.zeros((2, 7, 7, 1), np.float32)))
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def train(wrapper, dropout=0.0):
 
         def carry(carried, batch):
             *carried, metrics = step(*carried, batch)
-            return (carried, metrics), {}
+            return (tuple(carried), metrics), {}
 
         return carry
 
