@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from bnjax import defaults, norms, optim
 from bnjax.data.sources import DIGITS, Dataset
 from bnjax.errors import ConfigError, UserError
-from bnjax.models import POOLS, ConvNet
+from bnjax.models import POOLS, ConvNet, relu
 
 DTYPES = ("float32", "bfloat16")
 LARGEST = 1 << 20  # of a layer: beyond it is a slip of the finger
@@ -117,7 +118,7 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
     batch_size = config.train.batch_size
     if dataset.fallback_reason:
         batch_size = examples // 10  # the tutorial's ratio of the batch to the training set
-    smallest = 2 if config.model.norm == "batch" else 1
+    smallest = 2 if config.model.norm in norms.BATCH_NORMS else 1
     if not smallest <= batch_size <= examples:
         raise ConfigError("train.batch_size", batch_size, f"{smallest} up to the {examples} training images of {dataset.label}")
     if config.eval.batch_size < 1:
@@ -171,18 +172,10 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         ConfigError: for an impossible value, or if the images shrink to nothing.
     """
     _check_layers(config)
-    for key, allowed in (
-        ("placement", ("input", "before", "after")),
-        ("pooling", ("none", *POOLS)),
-        ("norm", norms.NORMS),
-        ("dtype", DTYPES),
-    ):
-        if config[key] not in allowed:
-            raise ConfigError(f"model.{key}", config[key], ", ".join(allowed))
-    if not 0 <= config.momentum < 1:
-        raise ConfigError("model.momentum", config.momentum, "0 up to but not including 1 (the fraction of the old average that is kept)")
-    if not 0 < config.epsilon < float("inf"):
-        raise ConfigError("model.epsilon", config.epsilon, "a number above 0")
+    for key, choices in (("pooling", ("none", *POOLS)), ("dtype", DTYPES)):
+        if config[key] not in choices:
+            raise ConfigError(f"model.{key}", config[key], ", ".join(choices))
+    _check_norm(config)
     for side in image_shape[:2]:
         for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
             after = (side - kernel) // stride + 1 if config.pooling == "none" else (side - kernel + 1) // stride
@@ -198,7 +191,20 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         dense=config.dense,
         dropout=tuple(float(rate) for rate in config.dropout),
         classes=classes,
-        norm=norms.build(config.norm, momentum=config.momentum, epsilon=config.epsilon, scale=config.scale, shift=config.shift),
+        norm=norms.build(
+            config.norm,
+            momentum=config.momentum,
+            epsilon=config.epsilon,
+            scale=config.scale,
+            shift=config.shift,
+            variance=config.variance,
+            debias=config.debias,
+            virtual_batch=config.virtual_batch,
+            renorm_steps=config.renorm_steps,
+            groups=config.groups,
+        ),
+        activation=norms.ThresholdedLinear if config.norm == "frn" else relu,
+        conv=norms.StandardizedConv if config.weight_standardization else nn.Conv,
         norm_dense=config.norm_dense,
         placement=config.placement,
         dtype=jnp.dtype(config.dtype),
@@ -219,9 +225,38 @@ def _check_layers(config: ConfigDict) -> None:
         raise ConfigError("model.norm_dense", config.norm_dense, "True or False for each hidden dense layer")
 
 
+def _check_norm(config: ConfigDict) -> None:
+    choices: dict[str, tuple[str, ...]] = {
+        "norm": norms.NORMS,
+        "placement": ("input", "before", "after"),
+        "variance": ("biased", "unbiased"),
+    }
+    for key, allowed in choices.items():
+        if config[key] not in allowed:
+            raise ConfigError(f"model.{key}", config[key], ", ".join(allowed))
+    if not 0 <= config.momentum < 1:
+        raise ConfigError("model.momentum", config.momentum, "0 up to but not including 1 (the fraction of the old average that is kept)")
+    if not 0 < config.epsilon < float("inf"):
+        raise ConfigError("model.epsilon", config.epsilon, "a number above 0")
+    for key in ("virtual_batch", "renorm_steps"):
+        if config[key] < 2:
+            raise ConfigError(f"model.{key}", config[key], "a whole number above 1")
+    if config.norm in norms.POSITION_NORMS and any(config.norm_dense):
+        reason = f"False for every layer with model.norm = {config.norm!r}, which normalises images and not vectors"
+        raise ConfigError("model.norm_dense", config.norm_dense, reason)
+    if config.norm == "frn" and config.placement != "before":
+        raise ConfigError("model.placement", config.placement, "'before' with model.norm = 'frn', which brings the activation after it")
+    if config.norm in ("instance", "group") and config.placement == "input":
+        reason = f"'before' or 'after' with model.norm = {config.norm!r}, whose statistics the input of a layer may be too small for"
+        raise ConfigError("model.placement", config.placement, reason)
+    widths = (*config.filters, *(width for width, is_normed in zip(config.dense, config.norm_dense, strict=True) if is_normed))
+    if config.norm == "group" and (config.groups < 1 or any(width % config.groups for width in widths)):
+        raise ConfigError("model.groups", config.groups, f"a number that divides the channels of every normalised layer: {widths}")
+
+
 def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
     left = config.model.momentum**steps
-    if config.model.norm != "batch" or left <= 0.01:
+    if config.model.norm not in norms.BATCH_NORMS or config.model.debias or left <= 0.01:
         return ()
     return (
         f"the running averages will not be ready. With config.model.momentum = {config.model.momentum:g} each step keeps "

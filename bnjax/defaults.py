@@ -25,13 +25,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.pooling = "none"  # none: strided convolutions; max, avg: pool by the stride instead
     config.model.dense = (3500, 700)
     config.model.dropout = (0.0, 0.0)  # after each hidden dense layer
-    config.model.norm = "batch"  # batch, none
+    config.model.norm = "batch"  # batch, ghost, renorm, layer, group, instance, rms, frn, none
     config.model.norm_dense = (True, True)  # is the output of each hidden dense layer normalised?
     config.model.placement = "input"  # of each layer; or before, after the activation
     config.model.momentum = 0.75  # the fraction of the old average that is kept
+    config.model.debias = False  # leave the starting values of the averages out of them
+    config.model.variance = "biased"  # what the average stores: divided by n; or unbiased, by n - 1
+    config.model.virtual_batch = 50  # examples of a virtual batch of norm ghost
+    config.model.renorm_steps = 40000  # when the limits of norm renorm are fully open
+    config.model.groups = 10  # of channels, of norm group
     config.model.epsilon = 1e-3
     config.model.scale = True
     config.model.shift = True
+    config.model.weight_standardization = False  # of the convolutions
     config.model.dtype = "float32"  # of the arithmetic; parameters are float32
 
     config.optimizer = ml_collections.ConfigDict()

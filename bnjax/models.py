@@ -12,8 +12,15 @@ Placement = Literal["input", "before", "after"]
 Pooling = Literal["none", "max", "avg"]
 # Makes a norm layer: called with `name`, it returns a module that is called like `flax.linen.BatchNorm`.
 NormFactory = Callable[..., nn.Module]
+# Makes an activation: called with `name`, it returns a function of an array, for instance a module.
+ActivationFactory = Callable[..., Any]
 
 POOLS = {"max": nn.max_pool, "avg": nn.avg_pool}
+
+
+def relu(name: str) -> Callable[[Array], Array]:
+    """Returns the rectified linear unit, which needs no name."""
+    return nn.relu
 
 
 class ConvNet(nn.Module):
@@ -29,6 +36,8 @@ class ConvNet(nn.Module):
         norm: makes a norm layer, for instance `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
         placement: "input" normalises what goes into each layer, the first convolution and the logits included;
             "before" and "after" stand around the activation of each hidden layer.
+        activation: makes the activation of a layer that is normalised just before it; the other layers have ReLU.
+        conv: makes a convolution; called like `flax.linen.Conv`.
         norm_dense: for each hidden dense layer, whether its output is normalised. Normalisation precedes dropout.
         dropout: the fraction of each hidden dense layer's units that is dropped in training.
         pooling: "none" strides the convolutions; "max" and "avg" pool by the stride instead.
@@ -41,6 +50,8 @@ class ConvNet(nn.Module):
     dense: Sequence[int] = (3500, 700)
     classes: int = 10
     norm: NormFactory | None = None
+    activation: ActivationFactory = relu
+    conv: Callable[..., nn.Module] = nn.Conv
     placement: Placement = "input"
     norm_dense: Sequence[bool] = (True, True)
     dropout: Sequence[float] = (0.0, 0.0)
@@ -54,20 +65,22 @@ class ConvNet(nn.Module):
         def normalise(x: Array, where: Placement, name: str) -> Array:
             if self.norm is None or where != self.placement:
                 return x
-            full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
+            full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))  # the rank that Flax's own norms want
             return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
 
         def activate(x: Array, name: str, normalised: bool = True) -> Array:
-            x = normalise(x, "before", name) if normalised else x
-            x = nn.relu(x)
-            return normalise(x, "after", name) if normalised else x
+            if not normalised:
+                return nn.relu(x)
+            x = normalise(x, "before", name)
+            x = self.activation(name=f"{name}_activation")(x) if self.placement == "before" else nn.relu(x)
+            return normalise(x, "after", name)
 
         glorot = nn.initializers.glorot_uniform()
         for i, (filters, kernel, stride) in enumerate(zip(self.filters, self.kernels, self.strides, strict=True)):
             x = normalise(x, "input", f"conv{i}")
             window = (kernel, kernel)
             steps = (stride, stride) if self.pooling == "none" else (1, 1)
-            conv = nn.Conv(filters, window, steps, padding="VALID", kernel_init=glorot, dtype=self.dtype, name=f"conv{i}")
+            conv = self.conv(filters, window, steps, padding="VALID", kernel_init=glorot, dtype=self.dtype, name=f"conv{i}")
             x = activate(conv(x), f"conv{i}")
             if self.pooling != "none" and stride > 1:
                 x = POOLS[self.pooling](x, (stride, stride), (stride, stride))

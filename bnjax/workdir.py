@@ -111,9 +111,8 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
 
 
 def norm_conventions(config: ConfigDict) -> dict[str, Any]:
-    """Returns how the stored statistics are to be read: the norm, its epsilon, its momentum and the variance that it stores."""
-    model = config.model
-    return {"norm": model.norm, "epsilon": model.epsilon, "momentum": model.momentum, "momentum_is": "kept", "stored_variance": "biased"}
+    """Returns how the stored statistics are to be read; the momentum is the fraction of the old average that is kept."""
+    return {key: config.model[key] for key in ("norm", "epsilon", "momentum", "variance", "debias")}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

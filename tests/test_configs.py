@@ -9,6 +9,7 @@ import pytest
 
 from bnjax import config as configs
 from bnjax.data.sources import Dataset, Split
+from bnjax.norms import Identity
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -34,4 +35,4 @@ def test_the_tutorials_schedule():
     found = experiment(FILES[0].with_name("bn.py"))
     assert (found.steps, found.eval_every, found.batch_size, found.shuffle) == (100, 20, 5000, False)
     assert experiment(FILES[0].with_name("no_bn.py")).steps == 400
-    assert experiment(FILES[0].with_name("no_bn.py")).model.norm is None
+    assert experiment(FILES[0].with_name("no_bn.py")).model.norm is Identity

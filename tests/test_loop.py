@@ -256,8 +256,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp
 
 def test_the_checkpoint_says_how_its_statistics_are_to_be_read(finished):
     record = json.loads((finished[0] / "checkpoints" / "12" / "bnjax.json").read_text())
-    assert record["about"]["norm"] == {
-        "norm": "batch", "epsilon": 1e-3, "momentum": 0.75, "momentum_is": "kept", "stored_variance": "biased",
-    }  # fmt: skip
+    conventions = {"norm": "batch", "epsilon": 1e-3, "momentum": 0.75, "variance": "biased", "debias": False}
+    assert record["about"]["norm"] == conventions
     assert record["about"]["config"]["seed"] == 0
     assert "jax" in record["about"]["versions"]

@@ -21,7 +21,9 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.image.dtype != np.uint8 or self.image.ndim != 4 or len(self.image) != len(self.label):
-            raise ValueError(f"images {self.image.shape} {self.image.dtype} and labels {self.label.shape} are not uint8 [n, h, w, c] and [n]")
+            raise ValueError(
+                f"images {self.image.shape} {self.image.dtype} and labels {self.label.shape} are not uint8 [n, h, w, c] and [n]"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,9 @@ def _cifar(name: str, data_dir: str, label: str) -> Dataset:
     else:
         train, test, classes = cifar.read(version, source or _download(name, version))
     official = cifar.is_official(version, train[0], test[0])
-    return Dataset(name, label or (name if official else f"{name} (not the official pixels)"), official, Split(*train), Split(*test), classes)
+    return Dataset(
+        name, label or (name if official else f"{name} (not the official pixels)"), official, Split(*train), Split(*test), classes
+    )
 
 
 def _download(name: str, version: cifar.Version) -> Path:

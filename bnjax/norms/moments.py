@@ -1,0 +1,139 @@
+"""Mean and variance of what counts: right for masks, for many devices and for means far from zero."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bnjax.arrays import Array
+
+AxisName = str | tuple[str, ...]
+# Adds up what the devices hold; the identity on one device.
+Total = Callable[[Any], Any]
+
+
+class Moments(NamedTuple):
+    """What one batch says about each channel; every shape broadcasts against the batch.
+
+    Attributes:
+        mean: of the values that count; 0 if none does.
+        var: the mean squared deviation from it (divided by n, not n - 1).
+        count: n, how many values per channel count, over all devices.
+    """
+
+    mean: Array
+    var: Array
+    count: Any
+
+
+def moments(x: Array, axes: tuple[int, ...], mask: Array | None = None, total: Total = lambda part: part) -> Moments:
+    """Returns the moments of `x` over `axes`, and over the devices that `total` sums over.
+
+    The mean comes first and the squares are of deviations from it, on every device from the same mean: a mean of
+    means would be wrong for unequal shards, and E[x^2] - E[x]^2 loses its digits where the mean is large.
+
+    Args:
+        x: float; its dtype is that of the arithmetic.
+        axes: what to reduce.
+        mask: bool, of x's rank and broadcastable to it; False does not count.
+        total: sums over devices.
+
+    >>> import jax.numpy as jnp
+    >>> result = moments(jnp.array([[1.0], [3.0], [99.0]]), (0,), mask=jnp.array([[True], [True], [False]]))
+    >>> print(*[float(value.squeeze()) for value in result])
+    2.0 1.0 2.0
+    """
+    if mask is None:
+        count: Any = total(_size(x, axes))
+    else:
+        repeats = _size(x, tuple(axis for axis in axes if mask.shape[axis] == 1))
+        count = total(repeats * mask.sum(axes, keepdims=True, dtype=x.dtype))
+    mean, var = _mean_and_var(x, mask, jnp.maximum(count, 1).astype(x.dtype), axes, total)
+    return Moments(mean, var, count)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _mean_and_var(x: Any, mask: Any, count: Any, axes: tuple[int, ...], total: Total) -> tuple[Array, Array]:
+    mean = _average(x, mask, count, axes, total)
+    return mean, _average(lax.square(x - mean), mask, count, axes, total)
+
+
+@_mean_and_var.defjvp
+def _(axes: tuple[int, ...], total: Total, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The derivative by hand: the deviations sum to zero, so the variance does not depend on the mean's own change.
+
+    Autodiff does not know it and adds one more reduction, a fifth of the layer's time on a CPU. As a jvp it serves
+    forward mode, reverse mode and second derivatives.
+    """
+    (x, mask, count), (dx, *_) = primals, tangents
+    mean, var = _mean_and_var(x, mask, count, axes, total)
+    average = functools.partial(_average, mask=mask, count=count, axes=axes, total=total)
+    return (mean, var), (average(dx), 2 * average((x - mean) * dx))
+
+
+def _average(values: Array, mask: Any, count: Any, axes: tuple[int, ...], total: Total) -> Array:
+    return total(jnp.sum(values, axes, where=mask, keepdims=True)) / count
+
+
+def _size(x: Array, axes: tuple[int, ...]) -> int:
+    return int(np.prod([x.shape[axis] for axis in axes], dtype=int))
+
+
+def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """Returns the mask as bool of full rank.
+
+    Args:
+        mask: one value for each example [n], or of full rank and broadcastable to `shape`; True or 1 counts.
+        shape: of what is masked.
+        axes: what will be reduced; the first is the axis of the examples.
+
+    Raises:
+        ValueError: if the mask has another shape.
+
+    >>> full_mask(jnp.array([True, False]), (2, 8, 8, 3), (0, 1, 2)).shape
+    (2, 1, 1, 1)
+    """
+    mask = jnp.asarray(mask, bool)
+    if mask.ndim == 1 and len(shape) > 1 and mask.shape[0] == shape[axes[0]]:
+        mask = mask.reshape([-1 if axis == axes[0] else 1 for axis in range(len(shape))])
+    if mask.ndim != len(shape) or any(size not in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)):
+        raise ValueError(
+            f"a mask of shape {mask.shape} does not fit values of shape {shape}. Give one value for each example, "
+            f"[{shape[axes[0]]}], or one of rank {len(shape)} that broadcasts, for instance mask[:, None, None, None] for images."
+        )
+    return mask
+
+
+def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | None = None) -> Total:
+    """Returns what sums over the devices of an axis, or over those of the own group.
+
+    Args:
+        axis_name: the mapped axis or axes; None for no sum.
+        groups: lists of indices along the axis, each index in exactly one of them; None for one group.
+
+    Raises:
+        ValueError: if the groups leave out or repeat an index.
+    """
+    if axis_name is None:
+        return lambda part: part
+    if groups is None:
+        return lambda part: lax.psum(part, axis_name)
+    size = lax.axis_size(axis_name)
+    if sorted(index for group in groups for index in group) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups = {groups} does not divide up the axis {axis_name!r}, which has {size} devices: each index "
+            f"from 0 to {size - 1} has to be in exactly one group."
+        )
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
+    own = jnp.array([group_of[index] for index in range(size)])[lax.axis_index(axis_name)]
+
+    def total(part: Any) -> Array:
+        # psum's own axis_index_groups does not exist under vmap and under shard_map's vma check; a slot for each group does.
+        slots = jnp.where(jnp.arange(len(groups)) == own, jnp.asarray(part)[..., None], 0)
+        return lax.psum(slots, axis_name)[..., own]
+
+    return total

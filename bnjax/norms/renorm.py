@@ -1,0 +1,54 @@
+"""Batch renormalization (Ioffe, 2017): training that uses the running averages too, for small or unlike batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from bnjax.arrays import Array
+from bnjax.norms.batch import BatchNorm
+from bnjax.norms.moments import Moments
+
+Limit = float | Callable[[Any], Any]
+
+
+def paper_limits(steps: int = 40_000) -> tuple[Limit, Limit]:
+    """Returns r_max and d_max as the paper opens them (section 4), with its 40,000 steps stretched to these.
+
+    Both are shut, to 1 and 0, for an eighth of the steps; r_max then grows to 3 until the end and d_max to 5 until five eighths.
+
+    >>> r_max, d_max = paper_limits()
+    >>> [(float(r_max(step)), float(d_max(step))) for step in (5_000, 25_000, 40_000)]
+    [(1.0, 0.0), (2.142857074737549, 5.0), (3.0, 5.0)]
+    """
+    shut = steps // 8
+    return optax.linear_schedule(1.0, 3.0, steps - shut, shut), optax.linear_schedule(0.0, 5.0, steps // 2, shut)
+
+
+class BatchRenorm(BatchNorm):
+    """Batch normalization corrected towards the running averages.
+
+    With x^ = (x - mean_B) / std_B * r + d, where r = clip(std_B / std, 1 / r_max, r_max) and d = clip((mean_B - mean) / std, -d_max, d_max)
+    are constants to the gradient (the paper's algorithm 1). With r_max = 1 and d_max = 0 it is batch normalization; where
+    neither limit binds, training normalises exactly as evaluation does. The averages are those of `BatchNorm`, of the variance (the
+    paper's is of the standard deviation), with the count of updates beside them.
+
+    Attributes:
+        r_max, d_max: the limits, as numbers or as functions of the number of updates.
+    """
+
+    r_max: Limit = paper_limits()[0]
+    d_max: Limit = paper_limits()[1]
+
+    def _is_counted(self) -> bool:
+        return super()._is_counted() or callable(self.r_max) or callable(self.d_max)
+
+    def _center_and_inverse(self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments) -> tuple[Any, Any]:
+        r_max, d_max = (limit(running.count) if callable(limit) else limit for limit in (self.r_max, self.d_max))
+        inverse = lax.rsqrt(batch.var + self.epsilon)
+        running_inverse = lax.rsqrt(running.var + self.epsilon)
+        r = lax.stop_gradient(jnp.clip(running_inverse / inverse, 1 / r_max, r_max))
+        d = lax.stop_gradient(jnp.clip((batch.mean - running.mean) * running_inverse, -d_max, d_max))
+        return batch.mean - d / (r * inverse), r * inverse

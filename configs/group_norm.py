@@ -1,0 +1,21 @@
+"""An alternative that needs no batch: group normalization before each activation, with weight standardization.
+
+    python -m bnjax.main --config configs/group_norm.py
+
+Time: not measured
+Expected: not measured
+"""
+
+from bnjax import defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.data.fallback = "digits"
+    config.train.steps = 100
+    config.train.epochs = 0.0
+    config.model.norm = "group"
+    config.model.groups = 10
+    config.model.placement = "before"
+    config.model.weight_standardization = True
+    return config

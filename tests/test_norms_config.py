@@ -1,0 +1,96 @@
+"""Every norm by its name in the config: it trains, and what cannot work is refused before anything runs."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnjax import config as configs
+from bnjax import defaults, norms
+from bnjax.errors import ConfigError
+from bnjax.train_step import eval_step, init_state, train_step
+
+CLASSES = 3
+
+
+def config_of(**model):
+    config = defaults.get_config()
+    config.model.update({"filters": (6, 4), "kernels": (3, 3), "strides": (1, 1), "dense": (8,), "dropout": (0.0,), "norm_dense": (True,)})
+    config.model.update(model)
+    return config
+
+
+def build(**model):
+    config = config_of(**model)
+    configs.check_choices(config)
+    return configs.build_model(config.model, CLASSES, (8, 8, 1))
+
+
+WORKING = {
+    "batch": {"debias": True, "variance": "unbiased"},
+    "ghost": {"virtual_batch": 4},
+    "renorm": {"renorm_steps": 8},
+    "layer": {},
+    "group": {"placement": "before", "groups": 2, "weight_standardization": True},
+    "instance": {"placement": "after", "norm_dense": (False,)},
+    "rms": {},
+    "frn": {"placement": "before", "norm_dense": (False,)},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("name", norms.NORMS)
+def test_trains(name):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, CLASSES, 16)
+    image = (rng.normal(size=(16, 8, 8, 1)) * 0.3 + label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]).astype(np.float32)
+    batch = {"image": image, "label": label, "mask": np.arange(16) < 13}
+    model, tx = build(norm=name, **WORKING[name]), optax.adam(3e-3)
+    state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), batch["image"])
+    step = jax.jit(partial(train_step, model=model, tx=tx))
+    losses = []
+    for _ in range(25):
+        state, stats, metrics = step(state, stats, batch)
+        losses.append(metrics.means()["loss"])
+    assert losses[-1] < 0.5 * losses[0]
+    assert bool(stats) == (name in norms.BATCH_NORMS)
+    assert np.isfinite(eval_step(state.params, stats, batch, model=model).means()["loss"])
+
+
+def test_the_options_reach_the_layers():
+    names = {"momentum": 0.6, "debias": True, "variance": "unbiased", "virtual_batch": 7}
+    layer = build(norm="ghost", scale=False, shift=False, **names).norm(name="x")
+    assert {name: getattr(layer, name) for name in names} == names
+    assert not layer.use_scale and not layer.use_bias
+    assert build(norm="group", groups=2, placement="before").norm().groups == 2
+    assert build(weight_standardization=True).conv is norms.StandardizedConv
+    assert float(build(norm="renorm", renorm_steps=16).norm().r_max(16)) == 3
+
+
+def test_the_thresholded_unit_follows_its_norm_and_relu_the_others():
+    model = build(norm="frn", **WORKING["frn"])
+    params = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)["params"]
+    assert {name for name in params if name.endswith("activation")} == {"conv0_activation", "conv1_activation"}
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ({"norm": "bach"}, "model.norm"),
+        ({"variance": "sample"}, "model.variance"),
+        ({"norm": "ghost", "virtual_batch": 1}, "model.virtual_batch"),
+        ({"norm": "renorm", "renorm_steps": 1}, "model.renorm_steps"),
+        ({"norm": "group", "groups": 4, "placement": "before"}, "model.groups"),
+        ({"norm": "group", "groups": 0, "placement": "before"}, "model.groups"),
+        ({"norm": "group", "groups": 1}, "model.placement"),
+        ({"norm": "instance", "placement": "before"}, "model.norm_dense"),
+        ({"norm": "instance", "norm_dense": (False,)}, "model.placement"),
+        ({"norm": "frn", "norm_dense": (False,), "placement": "after"}, "model.placement"),
+    ],
+)
+def test_what_cannot_work_is_refused(model, key):
+    with pytest.raises(ConfigError, match=f"config.{key} = .* is not possible. Allowed: "):
+        build(**model)

@@ -1,0 +1,189 @@
+"""What every norm has to do, whatever its name."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from wrappers import WRAPPERS, run
+
+from bnjax import norms
+
+SHAPE = (16, 3, 3, 10)
+EVERY_NORM = pytest.mark.parametrize("name", norms.NORMS)
+UNEVEN = np.arange(16) < 11  # the last shards hold padding only
+
+
+@functools.cache
+def make(name, axis_name=None):
+    return norms.build(name, momentum=0.8, virtual_batch=4, groups=5, debias=True, renorm_steps=8, axis_name=axis_name)(name="norm")
+
+
+def images(seed=0, shape=SHAPE):
+    return jax.random.normal(jax.random.key(seed), shape) * 2 + 1
+
+
+@functools.cache
+def trained(name, updates=3):
+    """Returns a norm and variables that are not the initial ones."""
+    norm = make(name)
+    variables = norm.init(jax.random.key(0), images(), use_running_average=True)
+    params = jax.tree.map(lambda leaf: leaf + 0.5 * jnp.arange(leaf.size).reshape(leaf.shape) / leaf.size, variables.get("params", {}))
+    stats = variables.get("batch_stats", {})
+    for seed in range(updates):
+        stats = step(norm, {"params": params, "batch_stats": stats}, images(seed))[1].get("batch_stats", {})
+    return norm, {"params": params, "batch_stats": stats}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(norm, variables, x, mask=None):
+    return norm.apply(variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"])
+
+
+def close(actual, expected, rtol=1e-5, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
+
+
+@EVERY_NORM
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes_and_dtypes(name, dtype):
+    norm, variables = trained(name)
+    y, updated = step(norm, variables, images().astype(dtype))
+    assert y.shape == SHAPE and y.dtype == (dtype if name == "none" else jnp.float32)
+    assert jax.tree.map(jnp.shape, updated.get("batch_stats", {})) == jax.tree.map(jnp.shape, variables["batch_stats"])
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(updated))
+    assert norm.apply(variables, images().astype(dtype), use_running_average=True).dtype == y.dtype
+
+
+@EVERY_NORM
+def test_normalises_the_scale_away_in_training(name):
+    if name == "none":
+        pytest.skip("it returns its input")
+    norm = make(name)
+    variables = norm.init(jax.random.key(0), images(), use_running_average=True)
+    y, y10 = step(norm, variables, images())[0], step(norm, variables, 10 * images())[0]
+    np.testing.assert_allclose(y, y10, atol=5e-3)
+    assert 0.8 < float(jnp.sqrt(jnp.mean(y**2))) < 1.1
+
+
+@EVERY_NORM
+def test_jit_gives_the_same(name):
+    norm, variables = trained(name)
+    compiled = step(norm, variables, images())
+    with jax.disable_jit():
+        close(compiled, step(norm, variables, images()))
+
+
+@EVERY_NORM
+def test_vmap_over_runs_gives_each_run_its_own(name):
+    norm, variables = trained(name)
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 2]), variables)
+    x = jnp.stack([images(5), images(6)])
+    y, updated = jax.vmap(lambda variables, x: step(norm, variables, x))(both, x)
+    for run_number in range(2):
+        alone = step(norm, jax.tree.map(lambda leaf: leaf[run_number], both), x[run_number])  # noqa: B023
+        close(jax.tree.map(lambda leaf: leaf[run_number], (y, updated)), alone)  # noqa: B023
+
+
+@EVERY_NORM
+@pytest.mark.parametrize("mask", [None, UNEVEN, np.zeros(16, bool)], ids=["no mask", "uneven", "all padding"])
+def test_gradients_are_finite_even_of_constant_images(name, mask):
+    norm, variables = trained(name)
+    x = images().at[..., :3].set(3.0).at[:, :, :, 3].set(0.0)
+
+    @jax.jit
+    def loss(params, x):
+        y, _ = step(norm, {**variables, "params": params}, x, mask)
+        return jnp.sum(jnp.sin(y))
+
+    for leaf in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(variables["params"], x)):
+        assert np.isfinite(leaf).all()
+
+
+@EVERY_NORM
+def test_masking_equals_dropping_the_rows(name):
+    norm, variables = trained(name)
+    real = np.array([1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0], bool)
+    x = images(7).at[~real].set(1e3)
+
+    def results(x, mask):
+        @jax.jit
+        def loss(params):
+            y, updated = step(norm, {**variables, "params": params}, x, mask)
+            y = y if mask is None else y[real]
+            return jnp.sum(jnp.sin(y)), (y, updated)
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    close(results(x, real), results(x[real], None))
+    close(step(norm, variables, x, real.reshape(16, 1, 1, 1)), step(norm, variables, x, real), rtol=0, atol=0)
+
+
+@EVERY_NORM
+def test_a_batch_of_padding_leaves_the_statistics_alone(name):
+    norm, variables = trained(name)
+    y, updated = step(norm, variables, images(), np.zeros(16, bool))
+    assert np.isfinite(y).all()
+    close(updated.get("batch_stats", {}), variables["batch_stats"], rtol=0, atol=0)
+
+
+@EVERY_NORM
+def test_positions_can_be_masked(name):
+    norm, variables = trained(name)
+    mask = np.ones((16, 3, 3, 1), bool)
+    mask[:, 2] = False
+    y, updated = step(norm, variables, images(), mask)
+    y_kept, updated_kept = step(norm, variables, images()[:, :2])
+    close((y[:, :2], updated), (y_kept, updated_kept))
+
+
+@EVERY_NORM
+def test_evaluation_does_not_depend_on_the_other_images(name):
+    norm, variables = trained(name)
+    x = images(8)
+    evaluate = jax.jit(lambda x: norm.apply(variables, x, use_running_average=True))
+    together = evaluate(x)
+    alone = jnp.concatenate([evaluate(x[i : i + 1]) for i in range(len(x))])
+    backwards = evaluate(x[::-1])[::-1]
+    np.testing.assert_allclose(together, alone, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(together, backwards, rtol=1e-6, atol=1e-6)
+
+
+# Those without statistics of the batch have nothing to sum over devices; one wrapper shows that they run.
+ACROSS_DEVICES = [(name, wrapper) for name in norms.NORMS for wrapper in (WRAPPERS if name in norms.BATCH_NORMS else ("shard_map",))]
+
+
+@functools.cache
+def across(name, wrapper):
+    def layer(axis_name):
+        def apply(variables, batch):
+            y, updated = step(make(name, axis_name), variables, *batch)
+            return updated.get("batch_stats", {}), y
+
+        return apply
+
+    return run(wrapper, layer, trained(name)[1], (images(9), UNEVEN))
+
+
+@pytest.mark.parametrize(("name", "wrapper"), ACROSS_DEVICES)
+def test_eight_devices_have_the_statistics_of_one(name, wrapper):
+    stats, y = across(name, wrapper)
+    stats_of_one, y_of_one = across(name, "one device")
+    close(stats, stats_of_one)
+    if name != "ghost":  # its virtual batches stay on their device
+        close(y[UNEVEN], y_of_one[UNEVEN])
+
+
+@EVERY_NORM
+def test_state_survives_serialisation(name):
+    norm, variables = trained(name)
+    template = jax.tree.map(jnp.zeros_like, variables)
+    restored = flax.serialization.from_bytes(template, flax.serialization.to_bytes(variables))
+    close(step(norm, restored, images()), step(norm, variables, images()), rtol=0, atol=0)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="no norm named 'bach'; there are batch, ghost"):
+        norms.build("bach")

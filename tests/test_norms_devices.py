@@ -1,0 +1,110 @@
+"""BatchNorm over eight devices against NumPy on all of the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wrappers import AXIS, DEVICES, MAPPED, WRAPPERS, run
+
+from bnjax.norms import BatchNorm
+
+CHANNELS = 3
+
+
+def layer(**options):
+    """Returns what `run` wants: statistics are replicated, outputs divided up."""
+
+    def make(axis_name):
+        norm = BatchNorm(momentum=0.0, axis_name=axis_name, **options)
+
+        def apply(variables, batch):
+            y, updated = norm.apply(variables, batch["x"], use_running_average=False, mask=batch.get("mask"), mutable=["batch_stats"])
+            return updated["batch_stats"], y
+
+        return apply
+
+    return make
+
+
+def start():
+    return BatchNorm().init(jax.random.key(0), np.ones((1, CHANNELS), np.float32), use_running_average=True)
+
+
+def normal(rows, mean=0.0, seed=0):
+    return (np.random.default_rng(seed).normal(size=(rows, CHANNELS)) + mean).astype(np.float32)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_one_example_a_device_is_enough_and_the_mean_may_be_large(wrapper):
+    x = normal(DEVICES, mean=1e4)
+    stats, y = run(wrapper, layer(variance="unbiased"), start(), {"x": x})
+    np.testing.assert_allclose(stats["mean"], x.mean(0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], x.var(0, dtype=np.float64, ddof=1), rtol=1e-3)
+    np.testing.assert_allclose(y.std(0), 1, rtol=1e-3)
+
+
+@jax.jit
+def _statistics(x, mask):
+    apply = jax.vmap(layer()(AXIS), axis_name=AXIS, in_axes=(None, 0))
+    return apply(start(), {"x": x.reshape(DEVICES, -1, CHANNELS), "mask": mask.reshape(DEVICES, -1)})
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.lists(st.integers(0, 4), min_size=DEVICES, max_size=DEVICES).filter(lambda sizes: sum(sizes) >= 2))
+def test_any_division_into_shards_gives_the_statistics_of_the_whole(sizes):
+    mask = (np.arange(4)[None] < np.array(sizes)[:, None]).ravel()
+    x = normal(DEVICES * 4, mean=np.repeat(np.arange(DEVICES), 4)[:, None])  # shards differ in mean
+    x[~mask] = np.nan
+    stats, y = _statistics(x, mask)
+    np.testing.assert_allclose(stats["mean"][0], x[mask].mean(0, dtype=np.float64), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats["var"][0], x[mask].var(0, dtype=np.float64), rtol=1e-5, atol=1e-5)
+    assert np.isfinite(np.asarray(y).reshape(-1, CHANNELS)[mask]).all()
+
+
+@pytest.mark.parametrize("wrapper", MAPPED)
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 2, 3, 4, 5, 6]]], ids=["equal", "unequal"])
+def test_groups_of_devices_have_statistics_of_their_own(wrapper, groups):
+    def make(axis_name):
+        inner = layer(axis_index_groups=groups)(axis_name)
+
+        def apply(variables, batch):
+            stats, y = inner(variables, batch)
+            return {}, (jax.tree.map(lambda leaf: leaf[None], stats), y)
+
+        return apply
+
+    x = normal(16, mean=np.arange(16)[:, None])
+    _, (stats, y) = run(wrapper, make, start(), {"x": x})
+    for group in groups:
+        rows = np.concatenate([x[2 * index : 2 * index + 2] for index in group]).astype(np.float64)
+        for index in group:
+            np.testing.assert_allclose(stats["mean"][index], rows.mean(0), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(stats["var"][index], rows.var(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map", "shard_map without check"])
+def test_gradients_are_those_of_one_device(wrapper):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        batch = {"x": rng.normal(size=(16, CHANNELS)), "mask": np.arange(16) < 11, "weight": rng.normal(size=(16, CHANNELS))}
+
+        def make(axis_name):
+            apply = layer()(axis_name)
+
+            def gradient(variables, batch):
+                def loss(x):
+                    return jnp.sum(jnp.sin(apply(variables, {**batch, "x": x})[1]) * batch["weight"] * batch["mask"][:, None])
+
+                return {}, jax.grad(loss)(batch["x"])
+
+            return gradient
+
+        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start())
+        np.testing.assert_allclose(run(wrapper, make, variables, batch)[1], run("one device", make, variables, batch)[1], atol=1e-12)
+
+
+def test_groups_have_to_divide_up_the_axis():
+    with pytest.raises(ValueError, match="does not divide up the axis 'devices', which has 8 devices"):
+        run("vmap", layer(axis_index_groups=[[0, 1], [2, 3]]), start(), {"x": normal(16)})

@@ -1,0 +1,127 @@
+"""Flax's BatchNorm and ours: interchangeable where it is right, and shown wrong where it is not."""
+
+import dataclasses
+import inspect
+import runpy
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnjax.norms import BatchNorm
+
+MEASURED = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "compare_flax.py"))["measurements"]()
+# How far off Flax is at least, relative to the truth; NaN where it has no number at all.
+FLAX_ERRORS = {
+    "masked shards": 0.15,
+    "empty shard": np.nan,
+    "variance at mean 1000": 1e-3,
+    "variance at mean 10000": 0.5,
+    "stored variance, n = 2": 0.49,
+    "stored variance, n = 8": 0.12,
+    "stored variance, n = 32": 0.03,
+}
+
+
+@pytest.mark.parametrize("name", FLAX_ERRORS)
+def test_measured(name):
+    row = MEASURED[name]
+    np.testing.assert_allclose(row["ours"], row["truth"], rtol=1e-5)
+    if np.isnan(FLAX_ERRORS[name]):
+        assert np.isnan(row["flax"])
+    else:
+        assert abs(row["flax"] / row["truth"] - 1) > FLAX_ERRORS[name]
+
+
+def images(seed=0):
+    return np.random.default_rng(seed).normal(size=(8, 3, 3, 4)).astype(np.float32) * 2 + 1
+
+
+def test_drop_in():
+    fields = {field.name: field.default for field in dataclasses.fields(nn.BatchNorm)}
+    ours = {field.name: field.default for field in dataclasses.fields(BatchNorm)}
+    same = {name: default for name, default in fields.items() if ours[name] == default}
+    assert set(fields) - set(same) <= {"bias_init", "scale_init"}  # functions; what they return is compared below
+    assert list(ours)[: len(fields) - 2] == list(fields)[:-2]  # by position too; the last two are linen's own
+    ours_call, flax_call = (inspect.signature(norm.__call__).parameters for norm in (BatchNorm, nn.BatchNorm))
+    assert [(p.name, p.kind, p.default) for p in ours_call.values()] == [(p.name, p.kind, p.default) for p in flax_call.values()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_scale": False, "use_bias": False, "momentum": 0.5},
+        {"axis": 1, "epsilon": 0.1},
+        {"axis": (1, 3)},
+        {"dtype": jnp.bfloat16},
+        {"param_dtype": jnp.bfloat16},
+        {"use_fast_variance": False},
+        {"bias_init": nn.initializers.constant(3.0), "scale_init": nn.initializers.normal()},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_same_results(options, masked):
+    mask = jnp.asarray(np.arange(8) < 5).reshape(8, 1, 1, 1) if masked else None
+    results = []
+    for norm in (nn.BatchNorm(**options), BatchNorm(**options)):
+        variables = norm.init(jax.random.key(0), images(), use_running_average=False)
+        y, updated = norm.apply(variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"])
+        evaluated = norm.apply({**variables, **updated}, images(1), use_running_average=True)
+        results.append((variables, y, updated, evaluated))
+    flax, ours = results
+    assert jax.tree.structure(flax) == jax.tree.structure(ours)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), flax) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), ours)
+    tolerance = 0.02 if jnp.bfloat16 in options.values() else 2e-6
+    for a, b in zip(jax.tree.leaves(flax), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"debias": True, "variance": "unbiased"}, {"momentum": None}], ids=str)
+def test_checkpoints_are_interchangeable(options):
+    flax, ours = nn.BatchNorm(), BatchNorm(**options)
+    for saver, loader in ((flax, ours), (ours, flax)):
+        variables = saver.init(jax.random.key(0), images(), use_running_average=True)
+        _, updated = saver.apply(variables, images(), use_running_average=False, mutable=["batch_stats"])
+        variables = {**variables, **updated}
+        expected = saver.apply(variables, images(1), use_running_average=True)
+        np.testing.assert_allclose(loader.apply(variables, images(1), use_running_average=True), expected, rtol=1e-6, atol=1e-6)
+        loader.apply(variables, images(1), use_running_average=False, mutable=["batch_stats"])
+
+
+def test_low_precision_averages():
+    stats = {"mean": jnp.full(4, 1.0, jnp.bfloat16), "var": jnp.full(4, 3.0, jnp.bfloat16)}
+    x = jnp.full((1, 4), 1.0, jnp.bfloat16) + jnp.bfloat16(0.0078125)
+    options = {"use_scale": False, "use_bias": False, "dtype": jnp.float32}
+    truth = 0.0078125 / np.sqrt(3 + 1e-5)
+    flax, ours = (norm(**options).apply({"batch_stats": stats}, x, use_running_average=True)[0, 0] for norm in (nn.BatchNorm, BatchNorm))
+    assert abs(flax / truth - 1) > 1e-4
+    np.testing.assert_allclose(ours, truth, rtol=1e-6)
+
+
+def test_masks():
+    mask = np.arange(8) < 5
+    variables = nn.BatchNorm().init(jax.random.key(0), images(), use_running_average=True)
+    with pytest.raises((ValueError, TypeError)):
+        nn.BatchNorm().apply(variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"])
+    BatchNorm().apply(variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"])
+
+
+def test_nan_in_padding():
+    x, mask = images(), (np.arange(8) < 5).reshape(8, 1, 1, 1)
+    x[5:] = np.nan
+    gradients = []
+    for norm in (nn.BatchNorm(use_running_average=False), BatchNorm(use_running_average=False)):
+        variables = norm.init(jax.random.key(0), images())
+
+        def loss(params, norm=norm, variables=variables):
+            y, _ = norm.apply({**variables, "params": params}, x, mask=mask, mutable=["batch_stats"])
+            return jnp.sum(jnp.where(mask, y, 0) ** 3)
+
+        gradients.append(jax.grad(loss)(variables["params"])["scale"])
+    flax, ours = gradients
+    assert np.isnan(flax).all() and np.isfinite(ours).all()
