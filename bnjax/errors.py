@@ -20,6 +20,10 @@ class DataError(UserError):
     """Images or labels are missing, damaged or unreachable."""
 
 
+class UnavailableError(DataError):
+    """There is no copy of the data here and none can be fetched; other data may stand in."""
+
+
 def run(main: Callable[[], int]) -> None:
     """Runs a command line and exits with its code: 2 after a `UserError`, 130 after Ctrl-C."""
     try:

@@ -1,7 +1,6 @@
 """`python -m bnjax.predict --workdir runs/bn IMAGE…`: what a trained network says of images, or of a whole split."""
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -12,18 +11,7 @@ from typing import Any
 import numpy as np
 
 from bnjax import errors
-
-MOST_PIXELS = 1 << 26  # an image that claims more is refused before it is decoded
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image ready for the network, float32 [h, w, c] from 0 to 1, and how it was made to fit."""
-
-    name: str
-    image: np.ndarray
-    note: str = ""
-
+from bnjax.data.pictures import read_pictures
 
 def main() -> int:
     """Reads the command line, prints predictions, and returns the exit code: 1 if an image could not be read."""
@@ -105,58 +93,6 @@ def _split(config: Any, args: argparse.Namespace, model: Any, variables: Any, pr
     right = found["class"] == split.label
     per_class = {name: float(right[split.label == i].mean()) for i, name in enumerate(dataset.classes) if (split.label == i).any()}
     return {"predictions": rows, **metrics.means(), "count": int(metrics.count), "accuracy_per_class": per_class, "errors": []}
-
-
-def read_pictures(path: Path, shape: tuple[int, int, int]) -> Iterator[Picture]:
-    """Yields the images of a file as the network wants them, [h, w, c] = `shape`.
-
-    Raises:
-        DataError: naming the file, if it is missing, damaged, or not an image.
-    """
-    try:
-        arrays = _read_npy(path) if path.suffix == ".npy" else [_read_image(path, channels=shape[2])]
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:  # what Pillow and NumPy raise for damage
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise errors.DataError(f"{path} cannot be read as an image: {reason}") from error
-    for i, array in enumerate(arrays):
-        name = str(path) if len(arrays) == 1 else f"{path}[{i}]"
-        yield _fit(name, array, shape)
-
-
-def _read_image(path: Path, channels: int) -> np.ndarray:
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = None  # the check below comes first, and refuses where Pillow would only warn
-    with Image.open(path) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"it claims {image.width:,} x {image.height:,} pixels; at most {MOST_PIXELS:,} are decoded")
-        return np.asarray(image.convert("L" if channels == 1 else "RGB"))
-
-
-def _read_npy(path: Path) -> list[np.ndarray]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped, so that a header cannot claim more than the file holds
-    if array.ndim not in (2, 3, 4) or array.size == 0:
-        raise ValueError(f"its shape {array.shape} is not [h, w], [h, w, c] or [n, h, w, c]")
-    if array.dtype != np.uint8 and not (np.issubdtype(array.dtype, np.floating) and 0 <= np.min(array) and np.max(array) <= 1):
-        raise ValueError(f"its values ({array.dtype}) are neither uint8 nor floats from 0 to 1")
-    return list(array) if array.ndim == 4 else [array]
-
-
-def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
-    from PIL import Image
-
-    height, width, channels = shape
-    array = array.reshape(*array.shape[:2], -1)
-    image = array.astype(np.float32) / 255 if array.dtype == np.uint8 else array.astype(np.float32)
-    if image.shape[2] == 1 and channels > 1:
-        image = np.repeat(image, channels, axis=2)
-    if image.shape[2] != channels:
-        raise errors.DataError(f"{name} cannot be read as an image: it has {image.shape[2]} channels and the network takes {channels}")
-    if image.shape == shape:
-        return Picture(name, image)
-    planes = [Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)]
-    resized = np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), 0, 1)
-    return Picture(name, resized, f"resized from {image.shape[1]}x{image.shape[0]} to {width}x{height}")
 
 
 def _table(result: dict[str, Any]) -> Iterator[str]:
