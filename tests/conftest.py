@@ -18,3 +18,4 @@ jaxtyping.install_import_hook("bnjax", "beartype.beartype")
 def _own_cache(tmp_path_factory, monkeypatch):
     """No test sees the user's downloads, nor leaves any."""
     monkeypatch.setenv("BNJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tensorflow_datasets")))

@@ -31,7 +31,7 @@ def read_pictures(path: Path, shape: tuple[int, int, int]) -> list[Picture]:
         return [_fit(name, array, shape) for name, array in zip(names, arrays, strict=True)]
     except Exception as error:  # for damage, Pillow and NumPy raise a dozen types, of which only some are documented
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} cannot be read as an image: {reason}.") from error
+        raise DataError(f"{path} cannot be read as an image: {reason.rstrip('.')}.") from error
 
 
 def _read_image(path: Path, channels: int) -> np.ndarray:
@@ -56,7 +56,10 @@ def _read_image(path: Path, channels: int) -> np.ndarray:
 def _read_npy(path: Path) -> list[np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of headers that older versions of NumPy wrote
-        array = np.lib.format.open_memmap(path, mode="r")  # mapped: a header cannot claim more than there is; never unpickled
+        try:
+            array = np.lib.format.open_memmap(path, mode="r")  # mapped: a header cannot claim more than there is; never unpickled
+        except ValueError as error:
+            raise ValueError(f"it is not a whole .npy file of numbers ({error})") from error
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise ValueError(f"its shape {array.shape} is not [h, w], [h, w, c] or [n, h, w, c]")
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):

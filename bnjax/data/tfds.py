@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,11 +50,25 @@ def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
     root = find(name, data_dir)
     if root is None:
         raise _missing(name, data_dir)
+    with _naming(name, root):
+        sources = import_tfds().data_source(name, data_dir=root, download=False)
+    held_out = "test" if "test" in sources else "validation"
+    if "train" not in sources or held_out not in sources:
+        raise DataError(f"the TFDS set {name!r} has the splits {sorted(sources)}; bnjax needs 'train' and 'test' or 'validation'.")
+    classes = _classes(name, dict(sources["train"].dataset_info.features.items()))
+    with _naming(name, root):
+        train, test = (_arrays(name, sources[split], len(classes)) for split in ("train", held_out))
+    return train, test, classes
+
+
+@contextlib.contextmanager
+def _naming(name: str, root: Path) -> Iterator[None]:
+    """Turns whatever TFDS raises for a lost or damaged file, or another version's, into an error that names the copy."""
     try:
-        return _contents(name, import_tfds().data_source(name, data_dir=root, download=False))
+        yield
     except DataError:
         raise
-    except Exception as error:  # the types differ between a lost file, a damaged one and one of another version of TFDS
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"the copy of the TFDS set {name!r} in {root} cannot be read ({type(error).__name__}: {reason}). "
@@ -61,17 +76,12 @@ def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
         ) from error
 
 
-def _contents(name: str, sources: dict[str, Any]) -> tuple[Split, Split, tuple[str, ...]]:
-    held_out = "test" if "test" in sources else "validation"
-    if "train" not in sources or held_out not in sources:
-        raise DataError(f"the TFDS set {name!r} has the splits {sorted(sources)}; bnjax needs 'train' and 'test' or 'validation'.")
-    features = sources["train"].dataset_info.features
+def _classes(name: str, features: dict[str, Any]) -> tuple[str, ...]:
     kinds = import_tfds().features
     image, label = features.get("image"), features.get("label")
-    if not isinstance(image, kinds.Image) or not isinstance(label, kinds.ClassLabel) or np.dtype(image.np_dtype) != np.uint8:
+    if not isinstance(image, kinds.Image) or np.dtype(image.np_dtype) != np.uint8 or not isinstance(label, kinds.ClassLabel):
         raise DataError(f"the TFDS set {name!r} holds {sorted(features)}; bnjax needs an 'image' of 8 bits and a 'label' that is a class.")
-    classes = tuple(label.names)
-    return _arrays(name, sources["train"], len(classes)), _arrays(name, sources[held_out], len(classes)), classes
+    return tuple(label.names)
 
 
 def _arrays(name: str, source: Any, classes: int) -> Split:
@@ -83,13 +93,13 @@ def _arrays(name: str, source: Any, classes: int) -> Split:
             sizes = f"{image.shape[1:]} and {example['image'].shape}"
             raise DataError(f"the images of the TFDS set {name!r} are not all of one size ({sizes}); bnjax needs a set with one size.")
         if not 0 <= example["label"] < classes:
-            raise DataError(f"the TFDS set {name!r} has an example labelled {example['label']} in a split that bnjax needs the labels of.")
+            raise DataError(
+                f"the TFDS set {name!r} has the label {example['label']} in a split; bnjax needs all of them from 0 to {classes - 1}."
+            )
         image[i], label[i] = example["image"], example["label"]
         ids.append(example.get("id", i))
-    if ids == sorted(ids):
-        return image, label
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    return image[order], label[order]
+    return (image, label) if order == list(range(len(ids))) else (image[order], label[order])
 
 
 def _roots(data_dir: str) -> list[Path]:
@@ -110,7 +120,7 @@ def _formats(root: Path, name: str) -> set[str]:
 
 def _missing(name: str, data_dir: str) -> DataError:
     root, *_ = roots = _roots(data_dir)
-    known = import_tfds().list_builders()
+    known = import_tfds().list_builders(with_community_datasets=False)
     base = re.split("[/:]", name)[0]
     copies = [(root, formats) for root in roots if (formats := _formats(root, name))]
     if copies:
