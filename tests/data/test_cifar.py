@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.conftest import CLASSES, tar_gz
+from tiny_cifar import CLASSES, tar_gz
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -227,10 +227,10 @@ def test_the_official_checksums_are_those_of_tfds():
 
 @pytest.fixture(scope="session")
 def real_folder(tmp_path_factory):
-    """The 60,000 images as JPEG left them: from $BNJAX_CIFAR_DIR, or unpacked (15 s) from beside the repository."""
+    """The 60,000 images as JPEG left them, which take 15 s to unpack."""
     if given := os.environ.get("BNJAX_CIFAR_DIR"):
         return Path(given)
-    pytest.skip("no BNJAX_CIFAR_DIR; make one with ../shared/data/unpack_cifar10.py")
+    pytest.skip("BNJAX_CIFAR_DIR names no folder with the output of ../shared/data/unpack_cifar10.py")
 
 
 def test_the_real_images_are_not_official(real_folder):

@@ -24,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.strip("/").partition("/")[0]
         if name == "silent":
-            self.server.released.wait()
+            self.server.released.wait(20)
             return
         self.send_response(404 if name == "missing" else 503 if name == "busy" else 200)
         self.send_header("Content-Length", str(len(CONTENT)))
@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write({"whole": CONTENT, "wrong": CONTENT[::-1]}.get(name, CONTENT[: len(CONTENT) // 2]))
         self.wfile.flush()
         if name == "stalled":
-            self.server.released.wait()
+            self.server.released.wait(20)
 
     def log_message(self, *args):
         pass

@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from data.conftest import CLASSES, make_tiny, tar_gz
+from tiny_cifar import CLASSES, make_tiny, tar_gz
 
 from bnjax.data import cifar, fetch, sources, tfds
 from bnjax.errors import DataError, UnavailableError

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from data.conftest import CLASSES, make_tiny
+from tiny_cifar import CLASSES, make_tiny
 from PIL import Image
 
 from bnjax.data import sources, tfds
