@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_cifar import CLASSES, tar_gz
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tiny_cifar import CLASSES, tar_gz
 
 from bnjax.data import cifar, sources, tfds
 from bnjax.errors import DataError

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_cifar import CLASSES, make_tiny
 from PIL import Image
+from tiny_cifar import CLASSES, make_tiny
 
 from bnjax.data import sources, tfds
 from bnjax.errors import DataError, UnavailableError
