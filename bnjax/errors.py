@@ -32,6 +32,10 @@ class NonFiniteError(UserError):
     exit_code = 1
 
 
+class UnavailableError(DataError):
+    """There is no copy of the data here and none can be fetched; other data may stand in."""
+
+
 def run(main: Callable[[], int]) -> None:
     """Runs a command line and exits with its code, or with that of the error that it met; 130 after Ctrl-C."""
     try:

@@ -1,7 +1,6 @@
 """`python -m bnjax.predict --workdir runs/bn IMAGE…`: what a trained network says of images, or of a whole split."""
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -12,17 +11,7 @@ from typing import Any
 import numpy as np
 
 from bnjax import errors
-
-MOST_PIXELS = 1 << 26  # an image that claims more is refused before it is decoded
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image ready for the network, float32 [h, w, c] from 0 to 1, and how it was made to fit."""
-
-    name: str
-    image: np.ndarray
-    note: str = ""
+from bnjax.data.pictures import Picture, read_pictures
 
 
 def main() -> int:
@@ -47,126 +36,72 @@ def main() -> int:
     from bnjax import config as configs
     from bnjax import evaluate, workdir
     from bnjax.checkpoint import Checkpoints
+    from bnjax.data import sources
+    from bnjax.data.batches import eval_batches
     from bnjax.platform import compiler_options
-    from bnjax.train_step import init_variables, predict_step
+    from bnjax.train_step import eval_step, init_variables, predict_step
 
     config, data = workdir.read(args.workdir)
     model = configs.build_model(config.model, len(data.classes), data.image_shape)
     with Checkpoints(args.workdir / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.step(args.checkpoint)
         like = jax.eval_shape(functools.partial(init_variables, model, jax.random.key(0)), np.zeros((1, *data.image_shape), np.uint8))
-        variables = checkpoints.restore_variables(step, like)
-    predict_fn = jax.jit(functools.partial(predict_step, model=model), compiler_options=compiler_options())
-    predict = functools.partial(evaluate.predict, predict_fn, *variables)
+        params, batch_stats = checkpoints.restore_variables(step, like)
+
+    def bind(step_fn: Any) -> Any:
+        return jax.jit(functools.partial(step_fn, model=model), compiler_options=compiler_options())
 
     if args.split:
-        result = _split(config, args, model, variables, predict, data.label)
+        dataset = sources.load(config.data.name, args.data_dir or config.data.dir, fallback=config.data.fallback, label=config.data.label)
+        if dataset.label != data.label:
+            found = f"the run was trained on {data.label}, and what is found now is {dataset.label}"
+            raise errors.UserError(f"{found}. Say where its data lie with --data-dir.")
+        split = dataset.train if args.split == "train" else dataset.test
+        size = min(config.eval.batch_size, len(split.label))
+        predicted = evaluate.predict(bind(predict_step), params, batch_stats, split.image, size)
+        batches = eval_batches(split.image, split.label, size)
+        metrics = evaluate.evaluate(bind(eval_step), params, batch_stats, batches)
+        names = [f"{args.split}[{i}]" for i in range(len(split.label))]
+        rows, failures = _rows(names, data.classes, predicted), []
+        for row, truth in zip(rows, split.label, strict=True):
+            row["label"] = data.classes[truth]
+        right = predicted["class"] == split.label
+        per_class = {name: float(right[split.label == i].mean()) for i, name in enumerate(data.classes) if (split.label == i).any()}
+        sums = {**metrics.means(), "count": int(metrics.count), "accuracy_per_class": per_class}
     else:
-        result = _images(args.images, data, predict)
-    result = {"workdir": str(args.workdir), "step": step, "dataset": data.label, **result}
+        pictures, failures = _read(args.images, data.image_shape)
+        rows, sums = [], {}
+        if pictures:
+            images = np.stack([picture.image for picture in pictures])
+            predicted = evaluate.predict(bind(predict_step), params, batch_stats, images, min(len(pictures), 256))
+            rows = _rows([picture.name for picture in pictures], data.classes, predicted)
+        for row, picture in zip(rows, pictures, strict=True):
+            row |= {"note": picture.note} if picture.note else {}
+
+    result = {"workdir": str(args.workdir), "step": step, "dataset": data.label, "predictions": rows, **sums, "errors": failures}
     print(json.dumps(result) if args.json else "\n".join(_table(result)))
-    for error in result["errors"]:
-        print(f"error: {error}", file=sys.stderr)
-    return 1 if result["errors"] else 0
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def _images(paths: list[Path], data: Any, predict: Any) -> dict[str, Any]:
-    pictures, failures = [], []
+def _read(paths: list[Path], shape: tuple[int, int, int]) -> tuple[list[Picture], list[str]]:
+    """Returns the pictures that can be read, and what is wrong with the others."""
+    pictures: list[Picture] = []
+    failures: list[str] = []
     for path in paths:
         try:
-            pictures.extend(read_pictures(path, data.image_shape))
+            pictures.extend(read_pictures(path, shape))
         except errors.DataError as error:
             failures.append(str(error))
-    rows = []
-    if pictures:
-        found = predict(np.stack([picture.image for picture in pictures]), min(len(pictures), 256))
-        for picture, index, score in zip(pictures, found["class"], found["score"], strict=True):
-            row = {"image": picture.name, "class": data.classes[index], "score": float(score[index])}
-            rows.append(
-                row | {"scores": dict(zip(data.classes, map(float, score), strict=True))} | ({"note": picture.note} if picture.note else {})
-            )
-    return {"predictions": rows, "errors": failures}
+    return pictures, failures
 
 
-def _split(config: Any, args: argparse.Namespace, model: Any, variables: Any, predict: Any, label: str) -> dict[str, Any]:
-    import jax
-
-    from bnjax import evaluate
-    from bnjax.data import batches, sources
-    from bnjax.platform import compiler_options
-    from bnjax.train_step import eval_step
-
-    dataset = sources.load(config.data.name, args.data_dir or config.data.dir, fallback=config.data.fallback, label=config.data.label)
-    if dataset.label != label:
-        raise errors.UserError(
-            f"the run was trained on {label}, and what is found now is {dataset.label}. Say where its data lie with --data-dir."
-        )
-    split = dataset.train if args.split == "train" else dataset.test
-    size = min(config.eval.batch_size, len(split.label))
-    found = predict(split.image, size)
-    rows = [
-        {"image": f"{args.split}[{i}]", "class": dataset.classes[index], "score": float(score[index]), "label": dataset.classes[truth]}
-        for i, (index, score, truth) in enumerate(zip(found["class"], found["score"], split.label, strict=True))
+def _rows(names: list[str], classes: tuple[str, ...], predicted: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    return [
+        {"image": name, "class": classes[index], "score": float(score[index]), "scores": dict(zip(classes, map(float, score), strict=True))}
+        for name, index, score in zip(names, predicted["class"], predicted["score"], strict=True)
     ]
-    eval_fn = jax.jit(functools.partial(eval_step, model=model), compiler_options=compiler_options())
-    metrics = evaluate.evaluate(eval_fn, *variables, batches.eval_batches(split.image, split.label, size))
-    right = found["class"] == split.label
-    per_class = {name: float(right[split.label == i].mean()) for i, name in enumerate(dataset.classes) if (split.label == i).any()}
-    return {"predictions": rows, **metrics.means(), "count": int(metrics.count), "accuracy_per_class": per_class, "errors": []}
-
-
-def read_pictures(path: Path, shape: tuple[int, int, int]) -> Iterator[Picture]:
-    """Yields the images of a file as the network wants them, [h, w, c] = `shape`.
-
-    Raises:
-        DataError: naming the file, if it is missing, damaged, or not an image.
-    """
-    try:
-        arrays = _read_npy(path) if path.suffix == ".npy" else [_read_image(path, channels=shape[2])]
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:  # what Pillow and NumPy raise for damage
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise errors.DataError(f"{path} cannot be read as an image: {reason}") from error
-    for i, array in enumerate(arrays):
-        name = str(path) if len(arrays) == 1 else f"{path}[{i}]"
-        yield _fit(name, array, shape)
-
-
-def _read_image(path: Path, channels: int) -> np.ndarray:
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = None  # the check below comes first, and refuses where Pillow would only warn
-    with Image.open(path) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"it claims {image.width:,} x {image.height:,} pixels; at most {MOST_PIXELS:,} are decoded")
-        return np.asarray(image.convert("L" if channels == 1 else "RGB"))
-
-
-def _read_npy(path: Path) -> list[np.ndarray]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped, so that a header cannot claim more than the file holds
-    if array.ndim not in (2, 3, 4) or array.size == 0:
-        raise ValueError(f"its shape {array.shape} is not [h, w], [h, w, c] or [n, h, w, c]")
-    if array.dtype != np.uint8 and not (np.issubdtype(array.dtype, np.floating) and 0 <= np.min(array) and np.max(array) <= 1):
-        raise ValueError(f"its values ({array.dtype}) are neither uint8 nor floats from 0 to 1")
-    return list(array) if array.ndim == 4 else [array]
-
-
-def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
-    from PIL import Image
-
-    height, width, channels = shape
-    array = array.reshape(*array.shape[:2], -1)
-    image = array.astype(np.float32) / 255 if array.dtype == np.uint8 else array.astype(np.float32)
-    if image.shape[2] == 1 and channels > 1:
-        image = np.repeat(image, channels, axis=2)
-    if image.shape[2] != channels:
-        raise errors.DataError(f"{name} cannot be read as an image: it has {image.shape[2]} channels and the network takes {channels}")
-    if image.shape == shape:
-        return Picture(name, image)
-    planes = [
-        Image.fromarray(np.ascontiguousarray(image[..., c])).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)
-    ]
-    resized = np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), 0, 1)
-    return Picture(name, resized, f"resized from {image.shape[1]}x{image.shape[0]} to {width}x{height}")
 
 
 def _table(result: dict[str, Any]) -> Iterator[str]:

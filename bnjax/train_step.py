@@ -201,11 +201,14 @@ def _varying(params: Params, axis_name: AxisName) -> Params:
     With its vma check, `jax.shard_map` differentiates a replicated value into the sum over the shards; the explicit
     sum of `train_step` would then come second, and the gradients out n times too large.
     """
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    if axis_name is None:
+        return params
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    manual = names & set(jax.sharding.get_abstract_mesh().manual_axes)  # an axis of pmap or vmap needs no mark and takes none
 
     def mark(leaf: jax.Array) -> jax.Array:
-        for name in names:
-            with contextlib.suppress(ValueError):  # it is varying already, or the axis is one of pmap or vmap, which need no mark
+        for name in sorted(manual):
+            with contextlib.suppress(ValueError):  # it is varying already
                 leaf = jax.lax.pcast(leaf, name, to="varying")
         return leaf
 

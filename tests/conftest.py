@@ -28,3 +28,4 @@ jaxtyping.install_import_hook([name for name in MODULES if not name.endswith("we
 def _own_cache(tmp_path_factory, monkeypatch):
     """No test sees the user's downloads, nor leaves any."""
     monkeypatch.setenv("BNJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tensorflow_datasets")))

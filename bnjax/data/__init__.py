@@ -1,0 +1,1 @@
+"""Named data sets, batches of them, and files of images."""

@@ -16,7 +16,9 @@ def train_batches(image: np.ndarray, label: np.ndarray, batch_size: int, *, key:
     of images, a batch spans the end of one epoch and the start of the next.
 
     Args:
-        image: uint8 [n, h, w, c]. label: int [n].
+        image: uint8 [n, h, w, c].
+        label: int [n].
+        batch_size: at most n.
         key: shuffles each epoch anew; None keeps the order of the data.
         start: number of batches that have been seen already.
 

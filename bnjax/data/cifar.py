@@ -1,22 +1,22 @@
 """CIFAR-10 and CIFAR-100 from their official binary files, without TensorFlow and without unpickling anything."""
 
 import dataclasses
+import gzip
+import io
 import os
-import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from bnjax.data.fetch import Remote
 from bnjax.errors import DataError
 
 PIXELS = 32 * 32 * 3
-STALL_SECONDS = 10.0  # a download that receives nothing for so long is given up
+CLASS_FILE_BYTES = 1 << 14  # far more than the names of a hundred classes take
+
+Split = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +28,31 @@ class Version:
     number of pixels and 255 these give whole numbers.
     """
 
+    archive: Remote
     folder: str
-    archive: str
-    train_files: tuple[str, ...]
-    test_files: tuple[str, ...]
+    train_files: dict[str, int]  # with the number of examples in each
+    test_files: dict[str, int]
     label_bytes: int  # CIFAR-100 stores a coarse label before the fine one
     classes: int
     class_file: str
     train_sums: tuple[int, int, int]
     test_sums: tuple[int, int, int] | None
 
-    @property
-    def url(self) -> str:
-        """Where the archive lies; TensorFlow Datasets knows the checksum that belongs to it."""
-        return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each file of examples."""
+        return {name: examples * (self.label_bytes + PIXELS) for name, examples in (self.train_files | self.test_files).items()}
 
 
 VERSIONS = {
     "cifar10": Version(
+        archive=Remote(
+            url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+            size=170_052_171,
+            sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        ),
         folder="cifar-10-batches-bin",
-        archive="cifar-10-binary.tar.gz",
-        train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        test_files=("test_batch.bin",),
+        train_files={f"data_batch_{i}.bin": 10_000 for i in range(1, 6)},
+        test_files={"test_batch.bin": 10_000},
         label_bytes=1,
         classes=10,
         class_file="batches.meta.txt",
@@ -57,10 +60,14 @@ VERSIONS = {
         test_sums=(1290492328, 1266775083, 1176108223),
     ),
     "cifar100": Version(
+        archive=Remote(
+            url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+            size=168_513_733,
+            sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        ),
         folder="cifar-100-binary",
-        archive="cifar-100-binary.tar.gz",
-        train_files=("train.bin",),
-        test_files=("test.bin",),
+        train_files={"train.bin": 50_000},
+        test_files={"test.bin": 10_000},
         label_bytes=2,
         classes=100,
         class_file="fine_label_names.txt",
@@ -69,15 +76,13 @@ VERSIONS = {
     ),
 }
 
-Split = tuple[np.ndarray, np.ndarray]
 
-
-def find(version: Version, folders: list[Path]) -> Path | None:
-    """Returns the first unpacked folder or archive of this version in the folders, or None."""
-    for folder in folders:
-        for candidate in (folder if folder.name == version.folder else folder / version.folder, folder / version.archive):
-            if candidate.exists():
-                return candidate
+def find(version: Version, folder: Path) -> Path | None:
+    """Returns the unpacked folder of this version, or else its archive, in a folder that may itself be the unpacked one."""
+    itself = Path(os.path.abspath(folder))  # "." has no name
+    for candidate in (itself if itself.name == version.folder else folder / version.folder, folder / version.archive.name):
+        if os.path.lexists(candidate):
+            return candidate
     return None
 
 
@@ -87,13 +92,8 @@ def read(version: Version, source: Path) -> tuple[Split, Split, tuple[str, ...]]
     Raises:
         DataError: naming the file that is missing, damaged, of the wrong size, or holds a label out of range.
     """
-    names = [*version.train_files, *version.test_files, version.class_file]
-    contents = _read_folder(source, names) if source.is_dir() else _read_archive(source, names)
-    examples = {name: _examples(version, source, name, contents[name]) for name in names[:-1]}
-    train, test = (
-        (np.concatenate([examples[name][0] for name in files]), np.concatenate([examples[name][1] for name in files]))
-        for files in (version.train_files, version.test_files)
-    )
+    contents = _read_folder(version, source) if source.is_dir() else _read_archive(version, source)
+    train, test = (_split(version, source, contents, files) for files in (version.train_files, version.test_files))
     classes = tuple(contents[version.class_file].decode("ascii", "replace").split())
     if len(classes) != version.classes:
         raise DataError(f"{source / version.class_file} names {len(classes)} classes, not {version.classes}. {_MEND}")
@@ -109,83 +109,58 @@ def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
     return sums(train) == version.train_sums and version.test_sums in (None, sums(test))
 
 
-def download(version: Version, cache: Path) -> Path:
-    """Returns the archive after downloading it into the cache, checksum verified; nothing partial stays there.
-
-    Raises:
-        DataError: when the server cannot be reached, stops sending for 10 s, or sends the wrong bytes.
-    """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix="download-", dir=cache))
-    except OSError as error:
-        raise DataError(f"the cache folder {cache} cannot be written ({error.strerror}); choose another with BNJAX_CACHE.") from error
-    try:
-        archive = _fetch(version.url, draft)
-        return Path(shutil.move(archive, cache / version.archive))
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+_MEND = "Fetch the official archive again, or remove this copy so that bnjax downloads one."
 
 
-_MEND = "Fetch the archive again, or remove it so that bnjax downloads it."
-
-
-def _fetch(url: str, folder: Path) -> str:
-    """Runs the download in a process of its own, which can be ended when it stalls; returns the file's path."""
-    command = [sys.executable, "-m", "bnjax.data.fetch", url, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}) as process:
-        received, since = -1, time.monotonic()
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                if size > received:
-                    received, since = size, time.monotonic()
-                elif time.monotonic() - since > STALL_SECONDS:
-                    raise DataError(f"{url} sent nothing for {STALL_SECONDS:.0f} s ({max(size, 0):,} bytes had come)")
-        finally:
-            process.kill()
-        said = process.stdout.read().strip() if process.stdout else ""
-    if process.returncode != 0:
-        raise DataError(f"{url} could not be downloaded: {said or 'the download process ended without a word'}")
-    return said
-
-
-def _read_folder(folder: Path, names: list[str]) -> dict[str, bytes]:
+def _read_folder(version: Version, folder: Path) -> dict[str, bytes]:
     contents = {}
-    for name in names:
+    for name in [*version.sizes(), version.class_file]:
         try:
+            _check_size(version, folder, name, (folder / name).stat().st_size)  # first, as it may be huge, or no real file
             contents[name] = (folder / name).read_bytes()
         except OSError as error:
             raise DataError(f"{folder / name} cannot be read: {error.strerror}. {_MEND}") from error
     return contents
 
 
-def _read_archive(path: Path, names: list[str]) -> dict[str, bytes]:
+def _read_archive(version: Version, path: Path) -> dict[str, bytes]:
+    """Reads the files in the archive without unpacking anything to the disk; links in it are not followed."""
+    most = 2 * sum(version.sizes().values()) + (1 << 20)
+    names = [*version.sizes(), version.class_file]
     contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:  # read in place: nothing is unpacked to the disk
+        with gzip.open(path) as stream:
+            unpacked = stream.read(most + 1)
+        if len(unpacked) > most:
+            raise DataError(f"{path} unpacks to far more than {version.archive.name} should. {_MEND}")
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
-                file = archive.extractfile(member) if name in names and member.isfile() else None
-                if file is not None:
-                    contents[name] = file.read()
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole tar.gz archive: {error}. {_MEND}") from error
-    missing = [name for name in names if name not in contents]
-    if missing:
-        raise DataError(f"{path} holds no {', '.join(missing)}. {_MEND}")
+                if name in names and member.isfile():
+                    _check_size(version, path, name, member.size)
+                    contents[name] = archive.extractfile(member).read()  # type: ignore[union-attr]  # None for what is no file
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole tar.gz archive: {getattr(error, 'strerror', None) or error}. {_MEND}") from error
+    if missing := [name for name in names if name not in contents]:
+        raise DataError(f"{path} holds no file {', '.join(missing)}. {_MEND}")
     return contents
 
 
-def _examples(version: Version, source: Path, name: str, content: bytes) -> Split:
-    width = version.label_bytes + PIXELS
-    if not content or len(content) % width:
-        raise DataError(f"{source / name} has {len(content):,} bytes, which is not a whole number of {width}-byte examples. {_MEND}")
-    rows = np.frombuffer(content, np.uint8).reshape(-1, width)
-    label = rows[:, version.label_bytes - 1].astype(np.int32)
-    if label.max() >= version.classes:
-        wrong = int(label.argmax())
-        raise DataError(f"{source / name}: example {wrong} has the label {label[wrong]}, not one of 0 to {version.classes - 1}. {_MEND}")
-    image = rows[:, version.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(image), label
+def _check_size(version: Version, source: Path, name: str, size: int) -> None:
+    right = version.sizes().get(name)
+    if right is None and size > CLASS_FILE_BYTES:
+        raise DataError(f"{source / name} has {size:,} bytes, too many for the names of {version.classes} classes. {_MEND}")
+    if right is not None and size != right:
+        raise DataError(f"{source / name} has {size:,} bytes, not {right:,}. {_MEND}")
+
+
+def _split(version: Version, source: Path, contents: dict[str, bytes], files: dict[str, int]) -> Split:
+    rows = [np.frombuffer(contents[name], np.uint8).reshape(-1, version.label_bytes + PIXELS) for name in files]
+    for name, row in zip(files, rows, strict=True):
+        label = row[:, version.label_bytes - 1]
+        if label.max() >= version.classes:
+            wrong = f"example {label.argmax()} has the label {label.max()}"
+            raise DataError(f"{source / name}: {wrong}, not one of 0 to {version.classes - 1}. {_MEND}")
+    image = np.empty((sum(files.values()), 32, 32, 3), np.uint8)
+    planes = [row[:, version.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for row in rows]
+    return np.concatenate(planes, out=image), np.concatenate([row[:, version.label_bytes - 1] for row in rows]).astype(np.int32)

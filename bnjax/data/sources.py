@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.data import cifar, tfds
-from bnjax.errors import DataError
+from bnjax.data import cifar, fetch, tfds
+from bnjax.errors import DataError, UnavailableError
 
 DIGITS = "digits"
 
@@ -21,9 +21,8 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.image.dtype != np.uint8 or self.image.ndim != 4 or len(self.image) != len(self.label):
-            raise ValueError(
-                f"images {self.image.shape} {self.image.dtype} and labels {self.label.shape} are not uint8 [n, h, w, c] and [n]"
-            )
+            found = f"images {self.image.dtype} {self.image.shape} and labels {self.label.shape}"
+            raise ValueError(f"{found} are not uint8 [n, h, w, c] and [n]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,49 +67,51 @@ def load(name: str, data_dir: str = "", *, fallback: str = "", label: str = "") 
     """
     if name == DIGITS:
         return _digits()
+    if data_dir:
+        _check_folder(data_dir)
     try:
         return _cifar(name, data_dir, label) if name in cifar.VERSIONS else _tfds(name, data_dir, label)
-    except Unavailable as error:
+    except UnavailableError as error:
         if fallback != DIGITS:
             raise
         return dataclasses.replace(_digits(), fallback_reason=str(error))
 
 
-class Unavailable(DataError):
-    """There is no copy of the data here and none can be fetched; a fallback may stand in."""
+def _check_folder(data_dir: str) -> None:
+    try:
+        os.listdir(Path(data_dir).expanduser())
+    except OSError as error:
+        raise DataError(
+            f"config.data.dir = {data_dir!r} cannot be read: {error.strerror}. It has to be a folder, the one that holds "
+            "cifar-10-batches-bin or cifar-10-binary.tar.gz or that TensorFlow Datasets prepared."
+        ) from error
 
 
 def _cifar(name: str, data_dir: str, label: str) -> Dataset:
     version = cifar.VERSIONS[name]
-    given = Path(data_dir).expanduser()
-    if data_dir and not given.is_dir():
-        raise DataError(f"config.data.dir is {data_dir!r}, which is not a folder. It has to hold {version.folder} or {version.archive}.")
-    source = cifar.find(version, [*([given] if data_dir else []), cache_dir()])
-    if source is None and tfds.is_prepared(name, data_dir):
+    folders = [*([Path(data_dir).expanduser()] if data_dir else []), cache_dir()]
+    source = next(filter(None, (cifar.find(version, folder) for folder in folders)), None)
+    if source is None and tfds.find(name, data_dir):
         train, test, classes = tfds.read(name, data_dir)
     else:
-        train, test, classes = cifar.read(version, source or _download(name, version))
+        train, test, classes = cifar.read(version, source or _download(name, version.archive))
     official = cifar.is_official(version, train[0], test[0])
-    return Dataset(
-        name, label or (name if official else f"{name} (not the official pixels)"), official, Split(*train), Split(*test), classes
-    )
+    label = label or (name if official else f"{name} (not the official pixels)")
+    return Dataset(name, label, official, Split(*train), Split(*test), classes)
 
 
-def _download(name: str, version: cifar.Version) -> Path:
+def _download(name: str, archive: fetch.Remote) -> Path:
     try:
-        return cifar.download(version, cache_dir())
+        return fetch.download(archive, cache_dir())
     except DataError as error:
-        raise Unavailable(
-            f"{name} is not on this machine and could not be downloaded: {error}. To get it: fetch {version.url} where there is a network, "
-            f"put it into a folder, and add --config.data.dir=FOLDER."
+        raise UnavailableError(
+            f"{name} is not on this machine, and {error}. To mend that, fetch {archive.url} where there is a network, "
+            "put it into a folder, and add --config.data.dir=FOLDER."
         ) from error
 
 
 def _tfds(name: str, data_dir: str, label: str) -> Dataset:
-    try:
-        train, test, classes = tfds.read(name, data_dir)
-    except DataError as error:
-        raise Unavailable(str(error)) from error
+    train, test, classes = tfds.read(name, data_dir)
     return Dataset(name, label or name, None, Split(*train), Split(*test), classes)
 
 
@@ -124,4 +125,5 @@ def _digits() -> Dataset:
     label = found.target.astype(np.int32)
     held_out = np.arange(len(label)) % 5 == 4
     train, test = Split(image[~held_out], label[~held_out]), Split(image[held_out], label[held_out])
-    return Dataset(DIGITS, DIGITS, True, train, test, tuple("zero one two three four five six seven eight nine".split()))
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return Dataset(DIGITS, DIGITS, True, train, test, names)

@@ -1,13 +1,21 @@
 """Image classification sets that TensorFlow Datasets has prepared, read without TensorFlow."""
 
+import contextlib
+import difflib
+import json
 import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from bnjax.errors import DataError
+from bnjax.errors import DataError, UnavailableError
+
+READABLE = "array_record"  # of TFDS's file formats, the one that needs no TensorFlow
 
 Split = tuple[np.ndarray, np.ndarray]
 
@@ -20,10 +28,9 @@ def import_tfds() -> ModuleType:
     return tensorflow_datasets
 
 
-def is_prepared(name: str, data_dir: str) -> bool:
-    """Tells whether there is any prepared copy of the set, without importing TFDS where its folder does not exist."""
-    folder = Path(data_dir or "~/tensorflow_datasets").expanduser() / name.partition("/")[0].partition(":")[0]
-    return any(folder.rglob("dataset_info.json"))
+def find(name: str, data_dir: str) -> Path | None:
+    """Returns the folder that holds a readable copy of the set, `data_dir` or else TFDS's own; TFDS is not imported."""
+    return next((root for root in _roots(data_dir) if READABLE in _formats(root, name)), None)
 
 
 def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
@@ -34,44 +41,106 @@ def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
 
     Args:
         name: as TFDS names it, a config and a version included.
-        data_dir: where TFDS keeps its copies; its own default if empty.
+        data_dir: where TFDS keeps its copies; looked into before its own default.
 
     Raises:
-        DataError: if there is no copy that can be read without TensorFlow, or it does not hold labelled images of one size.
+        UnavailableError: if there is no copy that can be read without TensorFlow.
+        DataError: if there is no such set, or the copy is damaged or does not hold labelled images of one size.
     """
-    tfds = import_tfds()
-    try:
-        sources = tfds.data_source(name, data_dir=data_dir or None, download=False)
-    except Exception as error:  # TFDS's types differ between "unknown", "not prepared", "TFRECORD" and "needs tensorflow"
-        raise DataError(_how_to_prepare(name, data_dir, error)) from error
+    root = find(name, data_dir)
+    if root is None:
+        raise _missing(name, data_dir)
+    with _naming(name, root):
+        sources = import_tfds().data_source(name, data_dir=root, download=False)
     held_out = "test" if "test" in sources else "validation"
     if "train" not in sources or held_out not in sources:
         raise DataError(f"the TFDS set {name!r} has the splits {sorted(sources)}; bnjax needs 'train' and 'test' or 'validation'.")
-    features = sources["train"].dataset_info.features
-    if features is None or "image" not in features or not hasattr(features.get("label"), "names"):
-        raise DataError(f"the TFDS set {name!r} is not one of labelled images: it needs the features 'image' and 'label'.")
-    return _arrays(name, sources["train"]), _arrays(name, sources[held_out]), tuple(features["label"].names)
+    classes = _classes(name, dict(sources["train"].dataset_info.features.items()))
+    with _naming(name, root):
+        train, test = (_arrays(name, sources[split], len(classes)) for split in ("train", held_out))
+    return train, test, classes
 
 
-def _arrays(name: str, source: Any) -> Split:
-    examples = list(source)
-    if examples and "id" in examples[0]:
-        examples.sort(key=lambda example: example["id"])
-    shapes = {example["image"].shape for example in examples}
-    if len(shapes) != 1:
-        some = ", ".join(str(shape) for shape in sorted(shapes)[:3]) or "none"
-        raise DataError(f"the images of the TFDS set {name!r} are not all of one size ({some}); bnjax needs a set with one size.")
-    return np.stack([example["image"] for example in examples]), np.array([example["label"] for example in examples], np.int32)
+@contextlib.contextmanager
+def _naming(name: str, root: Path) -> Iterator[None]:
+    """Turns whatever TFDS raises for a lost or damaged file, or another version's, into an error that names the copy."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"the copy of the TFDS set {name!r} in {root} cannot be read ({type(error).__name__}: {reason}). "
+            f"Remove it and prepare it again:\n{_recipe(name, root)}"
+        ) from error
 
 
-def _how_to_prepare(name: str, data_dir: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0][:200]
-    where = f", data_dir={data_dir!r}" if data_dir else ""
+def _classes(name: str, features: dict[str, Any]) -> tuple[str, ...]:
+    kinds = import_tfds().features
+    image, label = features.get("image"), features.get("label")
+    if not isinstance(image, kinds.Image) or np.dtype(image.np_dtype) != np.uint8 or not isinstance(label, kinds.ClassLabel):
+        raise DataError(f"the TFDS set {name!r} holds {sorted(features)}; bnjax needs an 'image' of 8 bits and a 'label' that is a class.")
+    return tuple(label.names)
+
+
+def _arrays(name: str, source: Any, classes: int) -> Split:
+    image = np.empty((len(source), *(source[0]["image"].shape if len(source) else (0, 0, 0))), np.uint8)
+    label = np.empty(len(source), np.int32)
+    ids = []
+    for i, example in enumerate(source):
+        if example["image"].shape != image.shape[1:]:
+            sizes = f"{image.shape[1:]} and {example['image'].shape}"
+            raise DataError(f"the images of the TFDS set {name!r} are not all of one size ({sizes}); bnjax needs a set with one size.")
+        if not 0 <= example["label"] < classes:
+            raise DataError(
+                f"the TFDS set {name!r} has the label {example['label']} in a split; bnjax needs all of them from 0 to {classes - 1}."
+            )
+        image[i], label[i] = example["image"], example["label"]
+        ids.append(example.get("id", i))
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    return (image, label) if order == list(range(len(ids))) else (image[order], label[order])
+
+
+def _roots(data_dir: str) -> list[Path]:
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return [Path(root).expanduser() for root in (data_dir, default) if root]
+
+
+def _formats(root: Path, name: str) -> set[str]:
+    """Returns the file formats of the copies of a set below a folder."""
+    path, _, version = name.partition(":")
+    formats = set()
+    for file in (root / path).glob(f"**/{version or '[0-9]*'}/dataset_info.json"):
+        with contextlib.suppress(OSError, ValueError):
+            info = json.loads(file.read_bytes())
+            formats |= {info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])}
+    return formats
+
+
+def _missing(name: str, data_dir: str) -> DataError:
+    root, *_ = roots = _roots(data_dir)
+    known = import_tfds().list_builders(with_community_datasets=False)
+    base = re.split("[/:]", name)[0]
+    copies = [(root, formats) for root in roots if (formats := _formats(root, name))]
+    if copies:
+        root, formats = copies[0]
+        what = f"the copy of the TFDS set {name!r} in {root} is in the format {' and '.join(sorted(formats))}, which only TensorFlow reads"
+        return UnavailableError(f"{what}. Prepare another as array_record, in a folder of its own:\n{_recipe(name, root / READABLE)}")
+    if base in known:
+        what = f"the TFDS set {name!r} has not been prepared in {' or '.join(map(str, roots))}"
+        return UnavailableError(f"{what}. To do that, once and anywhere:\n{_recipe(name, root)}")
+    close = ", ".join(difflib.get_close_matches(base, [*known, "digits"], 3))
+    return DataError(
+        f"there is no data set {name!r}{f'; did you mean {close}?' if close else '.'} "
+        "Known are digits, cifar10, cifar100 and the sets of https://www.tensorflow.org/datasets/catalog/overview"
+    )
+
+
+def _recipe(name: str, root: Path) -> str:
+    prepare = f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format={READABLE!r}).download_and_prepare()"
     return (
-        f"there is no copy of the TFDS set {name!r} that can be read without TensorFlow ({type(error).__name__}: {reason}). "
-        "Preparing one as array_record needs TensorFlow, once and anywhere; bnjax then reads it without:\n"
-        "    pip install tensorflow tensorflow-datasets array_record\n"
-        f"    python -c \"import tensorflow_datasets as tfds; tfds.builder({name!r}{where}, file_format='array_record')"
-        '.download_and_prepare()"\n'
-        "and, in another place than tensorflow_datasets' own folder, --config.data.dir=FOLDER."
+        "    pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
+        f'    python -c "import tensorflow_datasets as tfds; {prepare}"\n'
+        f"and then --config.data.dir={root}. Only preparing needs TensorFlow; bnjax reads the result without."
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -66,9 +66,9 @@ class BatchNorm(nn.Module):
     axis_index_groups: Sequence[Sequence[int]] | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    variance: Literal["biased", "unbiased"] = "biased"
+    variance: str = "biased"
     debias: bool = False
-    statistics: Literal["batch", "running"] | None = None
+    statistics: str | None = None
     update_average: bool | None = None
     train_affine: bool = True
 

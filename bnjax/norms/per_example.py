@@ -1,6 +1,7 @@
 """What the norms share that look at one example at a time; they keep no averages and need no axis name."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from bnjax.arrays import Array
@@ -20,7 +21,7 @@ class PerExampleNorm(nn.Module):
     use_bias: bool = True
 
 
-def real_positions(mask: Array | None, x: Array) -> Array | None:
+def real_positions(mask: Array | None, x: Array) -> jax.Array | None:
     """Returns which values of `x` count, as bool of its shape, or None if masking cannot matter.
 
     An example's padding cannot reach the others. Where a mask has nothing of an example, all of it counts, so that its output is finite.

@@ -1,0 +1,173 @@
+import io
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_cifar import CLASSES, make_tiny
+
+from bnjax.data import sources, tfds
+from bnjax.errors import DataError, UnavailableError
+
+
+def png(array):
+    """A file, because TFDS needs TensorFlow to encode an array."""
+    file = io.BytesIO()
+    Image.fromarray(array.squeeze()).save(file, "png")
+    file.seek(0)
+    return file
+
+
+def write(root, dataset, features, splits):
+    """Prepares a set as array_record; `splits` maps names to lists of examples."""
+    package = tfds.import_tfds()
+
+    class _Builder(package.core.GeneratorBasedBuilder, skip_registration=True):
+        name = dataset
+        VERSION = package.core.Version("3.0.2")
+        pkg_dir_path = root
+
+        def _info(self):
+            return package.core.DatasetInfo(builder=self, features=package.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {split: self._generate_examples(examples) for split, examples in splits.items()}
+
+        def _generate_examples(self, examples):
+            yield from enumerate(examples)
+
+    package.disable_progress_bar()
+    _Builder(data_dir=root, file_format=tfds.READABLE).download_and_prepare()
+
+
+TINY = make_tiny(1)
+GREY = np.random.default_rng(2).integers(0, 256, (9, 28, 28, 1), np.uint8)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prepared")
+    kinds = tfds.import_tfds().features
+    rows = [{"image": png(image), "label": int(label)} for image, label in zip(TINY.image, TINY.label, strict=True)]
+    classes = kinds.ClassLabel(names=list(CLASSES))
+    write(
+        root,
+        "cifar10",
+        {"id": kinds.Text(), "image": kinds.Image(shape=(32, 32, 3)), "label": classes},
+        {
+            "train": [row | {"id": f"train_{i:05d}"} for i, row in enumerate(rows[:12])],
+            "test": [row | {"id": f"test_{i:05d}"} for i, row in enumerate(rows[12:])],
+        },
+    )
+    grey = [{"image": png(image), "label": i % 3} for i, image in enumerate(GREY)]
+    features = {"image": kinds.Image(shape=(28, 28, 1)), "label": kinds.ClassLabel(num_classes=3)}
+    write(root, "greys", features, {"train": grey[:6], "validation": grey[6:]})
+    write(root, "one_split", features, {"train": [{"image": png(GREY[0]), "label": 0}]})
+    write(root, "no_label", {"image": features["image"]}, {split: [{"image": png(GREY[0])}] for split in ("train", "test")})
+    write(root, "unlabelled", features, {"train": [{"image": png(GREY[0]), "label": 0}], "test": [{"image": png(GREY[0]), "label": -1}]})
+    sizes = [{"image": png(np.zeros((side, 8, 3), np.uint8)), "label": 0} for side in (8, 9)]
+    write(root, "sizes", {"image": kinds.Image(shape=(None, None, 3)), "label": classes}, {"train": sizes, "test": sizes})
+    assert "tensorflow" not in sys.modules
+    return root
+
+
+def test_cifar_comes_in_the_order_of_the_files(prepared, tiny):
+    data = sources.load("cifar10", str(prepared))
+    np.testing.assert_array_equal(data.train.image, TINY.image[:12])
+    np.testing.assert_array_equal(data.test.image, TINY.image[12:])
+    np.testing.assert_array_equal(np.concatenate([data.train.label, data.test.label]), TINY.label)
+    assert (data.name, data.official, data.classes) == ("cifar10", False, CLASSES)  # `tiny` has other sums
+
+
+def test_any_set_by_name(prepared):
+    data = sources.load("greys", str(prepared), label="my greys")
+    assert (data.train.image.shape, data.test.image.shape) == ((6, 28, 28, 1), (3, 28, 28, 1))
+    assert (data.train.image.dtype, data.train.label.dtype) == (np.uint8, np.int32)
+    assert (data.name, data.label, data.official, data.classes) == ("greys", "my greys", None, ("0", "1", "2"))
+    expected = {image.tobytes(): i % 3 for i, image in enumerate(GREY)}
+    for split in (data.train, data.test):  # TFDS shuffled them
+        for image, label in zip(split.image, split.label, strict=True):
+            assert expected.pop(image.tobytes()) == label
+    assert not expected
+
+
+def test_the_default_folder_of_tfds_comes_after_data_dir(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    assert len(sources.load("greys", str(tmp_path)).train.label) == 6
+    assert len(sources.load("greys").train.label) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_split", r"splits \['train'\]; bnjax needs"),
+        ("no_label", r"holds \['image'\]; bnjax needs an 'image'"),
+        ("unlabelled", "the label -1"),
+        ("sizes", r"not all of one size \(.*\(8, 8, 3\)"),
+    ],
+)
+def test_an_unfit_set_says_why_and_no_fallback_hides_it(name, message, prepared):
+    with pytest.raises(DataError, match=message):
+        sources.load(name, str(prepared), fallback="digits")
+
+
+def test_a_damaged_copy_is_named_and_no_fallback_hides_it(prepared, tmp_path):
+    folder = shutil.copytree(prepared / "greys", tmp_path / "greys")
+    (record,) = folder.rglob("*train*")
+    record.write_bytes(record.read_bytes()[:-70_000])
+    with pytest.raises(DataError, match=rf"'greys' in {tmp_path} cannot be read .*[Pp]repare it again"):
+        sources.load("greys", str(tmp_path), fallback="digits")
+    record.unlink()
+    with pytest.raises(DataError, match=rf"'greys' in {tmp_path} cannot be read"):
+        sources.load("greys", str(tmp_path), fallback="digits")
+
+
+def as_tfrecord(prepared, root, name):
+    """What TFDS's default leaves: only TensorFlow writes it, but its description is enough to be refused."""
+    shutil.copytree(prepared / "greys", root / name)
+    (file,) = (root / name).rglob("dataset_info.json")
+    info = json.loads(file.read_text()) | {"name": name, "fileFormat": "tfrecord"}
+    file.write_text(json.dumps(info))
+
+
+def test_a_copy_that_only_tensorflow_reads(prepared, tmp_path):
+    as_tfrecord(prepared, tmp_path, "mnist")
+    with pytest.raises(UnavailableError, match="is in the format tfrecord, which only TensorFlow reads") as error:
+        sources.load("mnist", str(tmp_path))
+    message = str(error.value)
+    assert "pip install tensorflow " in message
+    # In a folder of its own: beside a TFRECORD copy, TFDS refuses to prepare another.
+    assert f"tfds.builder('mnist', data_dir='{tmp_path}/array_record', file_format='array_record').download_and_prepare()" in message
+    assert f"--config.data.dir={tmp_path}/array_record" in message
+    assert sources.load("mnist", str(tmp_path), fallback="digits").fallback_reason == message
+
+
+@pytest.mark.parametrize("name", ["mnist", "imagenette/160px-v2", "mnist:3.0.1"])
+def test_a_set_that_is_not_prepared(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UnavailableError, match=rf"'{name}' has not been prepared in {tmp_path}") as error:
+        sources.load(name)
+    assert f"tfds.builder('{name}', data_dir='{tmp_path}', file_format='array_record')" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("cifar_10", "cifar10"), ("digit", "digits"), ("fashion-mnist", "fashion_mnist"), ("../etc", "Known")]
+)
+def test_an_unknown_name_is_refused_with_a_hint_and_no_fallback_hides_it(name, hint):
+    with pytest.raises(DataError, match=hint) as error:
+        sources.load(name, fallback="digits")
+    assert not isinstance(error.value, UnavailableError)
+
+
+def test_finding_a_copy(prepared, tmp_path):
+    assert tfds.find("cifar10", str(prepared)) == prepared
+    assert tfds.find("cifar10:3.0.2", str(prepared)) == prepared
+    assert tfds.find("cifar10:3.0.1", str(prepared)) is None
+    assert tfds.find("cifar10", str(tmp_path)) is None
+    as_tfrecord(prepared, tmp_path, "cifar10")
+    assert tfds.find("cifar10", str(tmp_path)) is None
+    (file,) = tmp_path.rglob("dataset_info.json")
+    file.write_text("{")
+    assert tfds.find("cifar10", str(tmp_path)) is None
