@@ -67,7 +67,8 @@ def test_masked_statistics_of_any_shape(inner, examples, momentum, seed, varianc
     x = rng.normal(size=(examples, *inner)).astype(np.float32) * 3 - 1
     mask = rng.random(examples) < 0.6
     norm = BatchNorm(momentum=momentum, variance=variance, use_scale=False, use_bias=False)
-    y, updated = train(norm, {"params": {}, "batch_stats": {"mean": np.zeros(x.shape[-1:], np.float32), "var": np.ones(x.shape[-1:], np.float32)}}, x, mask)
+    initial = {"mean": np.zeros(x.shape[-1:], np.float32), "var": np.ones(x.shape[-1:], np.float32)}
+    y, updated = train(norm, {"batch_stats": initial}, x, mask)
     real = x[mask].astype(np.float64).reshape(-1, x.shape[-1])
     mean, var = np.zeros(x.shape[-1]), np.ones(x.shape[-1])
     if len(real) >= 2:
