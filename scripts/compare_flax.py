@@ -28,7 +28,7 @@ mask of one value an example, [n] | error | yes | flax.py::test_masks
 NaN in padding | NaN gradient of scale | no effect | flax.py::test_nan_in_padding
 fewer than 2 values per channel | silent, output 0 | error that says what to do | batch.py::test_errors_say_what_to_do
 unbound axis name | NameError of JAX | names the axis and the wrapper | batch.py::test_errors_say_what_to_do
-axis_index_groups | pmap, unchecked shard_map | also vmap, checked shard_map, unequal groups | devices.py::test_groups_of_devices_have_statistics_of_their_own
+axis_index_groups | pmap, unchecked shard_map | also vmap, checked shard_map, unequal groups | devices.py::test_groups_have_their_own_statistics
 stored variance | biased | biased or unbiased, by the true count | batch.py::test_conventions_of_other_frameworks
 momentum | a number | a number, a schedule, None for the mean | batch.py::test_momentum_may_follow_the_steps
 averages without their initial values | no | debias=True | batch.py::test_debias_gives_powers_of_the_momentum_as_weights

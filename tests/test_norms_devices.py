@@ -65,7 +65,7 @@ def test_any_division_into_shards_gives_the_statistics_of_the_whole(sizes):
 
 @pytest.mark.parametrize("wrapper", MAPPED)
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 2, 3, 4, 5, 6]]], ids=["equal", "unequal"])
-def test_groups_of_devices_have_statistics_of_their_own(wrapper, groups):
+def test_groups_have_their_own_statistics(wrapper, groups):
     def make(axis_name):
         inner = layer(axis_index_groups=groups)(axis_name)
 
