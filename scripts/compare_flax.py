@@ -28,7 +28,7 @@ mask of one value an example, [n] | error | yes | flax.py::test_masks
 NaN in padding | NaN gradient of scale | no effect | flax.py::test_nan_in_padding
 fewer than 2 values per channel | silent, output 0 | error that says what to do | batch.py::test_errors_say_what_to_do
 unbound axis name | NameError of JAX | names the axis and the wrapper | batch.py::test_errors_say_what_to_do
-axis_index_groups | pmap, unchecked shard_map | also vmap, checked shard_map, unequal groups | devices.py::test_groups_have_their_own_statistics
+axis_index_groups | pmap, unchecked shard_map | also vmap and checked shard_map | devices.py::test_groups_have_their_own_statistics
 stored variance | biased | biased or unbiased, by the true count | batch.py::test_conventions_of_other_frameworks
 momentum | a number | a number, a schedule, None for the mean | batch.py::test_momentum_may_follow_the_steps
 averages without their initial values | no | debias=True | batch.py::test_debias_gives_powers_of_the_momentum_as_weights
@@ -40,7 +40,13 @@ gradient = closed form, float64, 1e-10 | yes | yes | batch.py::test_gradients_ar
 
 def measurements():
     """Returns {name: {"truth": float, "flax": float, "ours": float}}."""
-    return {"masked shards": _masked_shards(), "empty shard": _empty_shard(), **_large_means(), **_stored_variances()}
+    return {
+        "masked shards": _masked_shards(),
+        "empty shard": _empty_shard(),
+        "unequal groups": _unequal_groups(),
+        **_large_means(),
+        **_stored_variances(),
+    }
 
 
 def _update(norm, x, mask=None, **options):
@@ -70,6 +76,18 @@ def _empty_shard():
     return {"truth": 13.5} | {name: _over_shards(norm, x, mask) for name, norm in NORMS.items()}
 
 
+def _unequal_groups():
+    """The mean of the second group of devices, which is larger than the first."""
+    x = jnp.arange(16.0).reshape(DEVICES, 2, 1)
+    groups = [[0, 7], [1, 2, 3, 4, 5, 6]]
+
+    def mean(norm):
+        means = jax.pmap(lambda x: _update(norm, x, axis_name="devices", axis_index_groups=groups)["mean"], axis_name="devices")(x)
+        return float(means[1, 0])
+
+    return {"truth": 7.5} | {name: mean(norm) for name, norm in NORMS.items()}
+
+
 def _large_means():
     result = {}
     for mean in (1e3, 1e4):
@@ -97,6 +115,7 @@ def main():
         feature, flax, ours, test = row.split(" | ")
         print(f"| {feature} | {flax} | {ours} | `test_norms_{test}` |")
     titles = {"masked shards": "mean over 8 masked shards of unequal size", "empty shard": "mean with one shard all padding"}
+    titles["unequal groups"] = "mean of six devices, the other two being another group"
     for name, row in measurements().items():
         title = titles.get(name, name) + (" (as PyTorch)" if name.startswith("stored") else "")
         numbers = f"{row['flax']:.6g} | {row['ours']:.6g}"
