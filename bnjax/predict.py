@@ -62,7 +62,8 @@ def main() -> int:
         batches = eval_batches(split.image, split.label, size)
         metrics = evaluate.evaluate(bind(eval_step), params, batch_stats, batches)
         names = [f"{args.split}[{i}]" for i in range(len(split.label))]
-        rows, failures = _rows(names, data.classes, predicted), []
+        failures: list[str] = []
+        rows = _rows(names, data.classes, predicted)
         for row, truth in zip(rows, split.label, strict=True):
             row["label"] = data.classes[truth]
         right = predicted["class"] == split.label

@@ -19,28 +19,34 @@ from bnjax.norms import BatchNorm
 NORMS = {"flax": nn.BatchNorm, "ours": BatchNorm}
 DEVICES = 8
 
-# (feature, Flax, ours, test); what is measured comes after these.
-FEATURES = (
-    ("constructor, call, leaf names, shapes, defaults", "", "the same", "test_norms_flax.py::test_drop_in"),
-    ("its checkpoint in the other layer", "", "the same results, both ways", "test_norms_flax.py::test_checkpoints_are_interchangeable"),
-    ("bfloat16 averages in a checkpoint", "evaluates in bfloat16", "at least float32", "test_norms_flax.py::test_low_precision_averages"),
-    ("mask of one value an example, [n]", "error", "yes", "test_norms_flax.py::test_masks"),
-    ("NaN in padding", "NaN gradient of scale", "no effect", "test_norms_flax.py::test_nan_in_padding"),
-    ("fewer than 2 values per channel", "silent, output 0", "error that says what to do", "test_norms_batch.py::test_errors_say_what_to_do"),
-    ("unbound axis name", "NameError of JAX", "names the axis and the wrapper", "test_norms_batch.py::test_errors_say_what_to_do"),
-    ("axis_index_groups", "pmap, unchecked shard_map", "also vmap, checked shard_map and groups of unequal size", "test_norms_devices.py::test_groups_of_devices_have_statistics_of_their_own"),
-    ("stored variance", "biased", "biased or unbiased, by the true count", "test_norms_batch.py::test_conventions_of_other_frameworks"),
-    ("momentum", "a number", "a number, a schedule, None for the mean", "test_norms_batch.py::test_momentum_may_follow_the_steps"),
-    ("averages without their initial values", "no", "debias=True", "test_norms_batch.py::test_debias_gives_powers_of_the_momentum_as_weights"),
-    ("normalise by / update / train affine", "one switch", "three", "test_norms_batch.py::test_which_statistics_normalise_and_whether_they_are_updated"),
-    ("second derivatives, forward mode", "yes", "yes", "test_norms_batch.py::test_forward_mode_and_second_derivatives"),
-    ("gradient = closed form, float64, 1e-10", "", "yes", "test_norms_batch.py::test_gradients_are_the_closed_form"),
-)  # fmt: skip
+# feature | Flax | ours | test; what is measured comes after these.
+FEATURES = """
+constructor, call, leaf names, shapes, defaults | yes | the same | flax.py::test_drop_in
+its checkpoint in the other layer | yes | the same results, both ways | flax.py::test_checkpoints_are_interchangeable
+bfloat16 averages in a checkpoint | evaluates in bfloat16 | at least float32 | flax.py::test_low_precision_averages
+mask of one value an example, [n] | error | yes | flax.py::test_masks
+NaN in padding | NaN gradient of scale | no effect | flax.py::test_nan_in_padding
+fewer than 2 values per channel | silent, output 0 | error that says what to do | batch.py::test_errors_say_what_to_do
+unbound axis name | NameError of JAX | names the axis and the wrapper | batch.py::test_errors_say_what_to_do
+axis_index_groups | pmap, unchecked shard_map | also vmap and checked shard_map | devices.py::test_groups_have_their_own_statistics
+stored variance | biased | biased or unbiased, by the true count | batch.py::test_conventions_of_other_frameworks
+momentum | a number | a number, a schedule, None for the mean | batch.py::test_momentum_may_follow_the_steps
+averages without their initial values | no | debias=True | batch.py::test_debias_gives_powers_of_the_momentum_as_weights
+normalise by / update / train affine | one switch | three | batch.py::test_which_statistics_normalise_and_whether_they_are_updated
+forward mode, second derivatives | yes | yes | batch.py::test_forward_mode_and_second_derivatives
+gradient = closed form, float64, 1e-10 | yes | yes | batch.py::test_gradients_are_the_closed_form
+"""
 
 
 def measurements():
     """Returns {name: {"truth": float, "flax": float, "ours": float}}."""
-    return {"masked shards": _masked_shards(), "empty shard": _empty_shard(), **_large_means(), **_stored_variances()}
+    return {
+        "masked shards": _masked_shards(),
+        "empty shard": _empty_shard(),
+        "unequal groups": _unequal_groups(),
+        **_large_means(),
+        **_stored_variances(),
+    }
 
 
 def _update(norm, x, mask=None, **options):
@@ -70,6 +76,18 @@ def _empty_shard():
     return {"truth": 13.5} | {name: _over_shards(norm, x, mask) for name, norm in NORMS.items()}
 
 
+def _unequal_groups():
+    """The mean of the second group of devices, which is larger than the first."""
+    x = jnp.arange(16.0).reshape(DEVICES, 2, 1)
+    groups = [[0, 7], [1, 2, 3, 4, 5, 6]]
+
+    def mean(norm):
+        means = jax.pmap(lambda x: _update(norm, x, axis_name="devices", axis_index_groups=groups)["mean"], axis_name="devices")(x)
+        return float(means[1, 0])
+
+    return {"truth": 7.5} | {name: mean(norm) for name, norm in NORMS.items()}
+
+
 def _large_means():
     result = {}
     for mean in (1e3, 1e4):
@@ -93,9 +111,11 @@ def _stored_variances():
 def main():
     """Prints the table."""
     print("| | Flax linen | bnjax | shown by |\n|---|---|---|---|")
-    for feature, flax, ours, test in FEATURES:
-        print(f"| {feature} | {flax or 'yes'} | {ours} | `{test}` |")
+    for row in FEATURES.strip().splitlines():
+        feature, flax, ours, test = row.split(" | ")
+        print(f"| {feature} | {flax} | {ours} | `test_norms_{test}` |")
     titles = {"masked shards": "mean over 8 masked shards of unequal size", "empty shard": "mean with one shard all padding"}
+    titles["unequal groups"] = "mean of six devices, the other two being another group"
     for name, row in measurements().items():
         title = titles.get(name, name) + (" (as PyTorch)" if name.startswith("stored") else "")
         numbers = f"{row['flax']:.6g} | {row['ours']:.6g}"

@@ -46,9 +46,8 @@ PER_EXAMPLE = {
 def test_equation(name, mean):
     x = X + np.float32(mean)
     expected = PER_EXAMPLE[name](x.astype(np.float64))
-    np.testing.assert_allclose(
-        apply(norms.build(name, epsilon=EPSILON, groups=2)(), x)[0], expected, rtol=1e-5, atol=3e-3 if mean else 1e-5
-    )
+    y, _ = apply(norms.build(name, epsilon=EPSILON, groups=2)(), x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=3e-3 if mean else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["layer", "group", "instance", "rms", "frn"])
@@ -155,3 +154,14 @@ def test_standardised_convolution():
     gradient = jax.grad(lambda params: jnp.sum(jnp.sin(conv.apply({"params": params}, X))))(variables["params"])["kernel"]
     np.testing.assert_allclose(gradient.sum((0, 1, 2)), 0, atol=1e-3)  # what the mean takes away has no gradient
     assert np.abs(gradient).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["layer", "group", "instance", "rms", "frn"])
+def test_an_example_without_a_real_position_is_finite_and_the_others_do_not_notice(name):
+    mask = np.ones((6, 4, 5, 1), bool)
+    mask[0] = False
+    mask[1, 2:] = False
+    norm = norms.build(name, groups=2)()
+    y, expected = apply(norm, X, mask=mask)[0], apply(norm, X)[0]
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y[2:], expected[2:], rtol=1e-5, atol=1e-5)

@@ -64,7 +64,8 @@ def test_the_options_reach_the_layers():
     names = {"momentum": 0.6, "debias": True, "variance": "unbiased", "virtual_batch": 7}
     layer = build(norm="ghost", scale=False, shift=False, **names).norm(name="x")
     assert {name: getattr(layer, name) for name in names} == names
-    assert not layer.use_scale and not layer.use_bias
+    assert not layer.use_scale
+    assert not layer.use_bias
     assert build(norm="group", groups=2, placement="before").norm().groups == 2
     assert build(weight_standardization=True).conv is norms.StandardizedConv
     assert float(build(norm="renorm", renorm_steps=16).norm().r_max(16)) == 3

@@ -1,6 +1,7 @@
 """What every norm has to do, whatever its name."""
 
 import functools
+from functools import partial
 
 import flax
 import jax
@@ -37,7 +38,7 @@ def trained(name, updates=3):
     return norm, {"params": params, "batch_stats": stats}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def step(norm, variables, x, mask=None):
     return norm.apply(variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"])
 
@@ -50,11 +51,12 @@ def close(actual, expected, rtol=1e-5, atol=1e-5):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_shapes_and_dtypes(name, dtype):
     norm, variables = trained(name)
-    y, updated = step(norm, variables, images().astype(dtype))
-    assert y.shape == SHAPE and y.dtype == (dtype if name == "none" else jnp.float32)
+    y, updated = jax.eval_shape(partial(step, norm), variables, images().astype(dtype))
+    assert y.shape == SHAPE
+    assert y.dtype == (dtype if name == "none" else jnp.float32)
     assert jax.tree.map(jnp.shape, updated.get("batch_stats", {})) == jax.tree.map(jnp.shape, variables["batch_stats"])
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(updated))
-    assert norm.apply(variables, images().astype(dtype), use_running_average=True).dtype == y.dtype
+    assert jax.eval_shape(partial(norm.apply, use_running_average=True), variables, images().astype(dtype)).dtype == y.dtype
 
 
 @EVERY_NORM
@@ -71,9 +73,8 @@ def test_normalises_the_scale_away_in_training(name):
 @EVERY_NORM
 def test_jit_gives_the_same(name):
     norm, variables = trained(name)
-    compiled = step(norm, variables, images())
-    with jax.disable_jit():
-        close(compiled, step(norm, variables, images()))
+    eager = norm.apply(variables, images(), use_running_average=False, mutable=["batch_stats"])
+    close(step(norm, variables, images()), eager)
 
 
 @EVERY_NORM
@@ -88,18 +89,18 @@ def test_vmap_over_runs_gives_each_run_its_own(name):
 
 
 @EVERY_NORM
-@pytest.mark.parametrize("mask", [None, UNEVEN, np.zeros(16, bool)], ids=["no mask", "uneven", "all padding"])
-def test_gradients_are_finite_even_of_constant_images(name, mask):
+def test_gradients_are_finite_even_of_constant_images_and_padding(name):
     norm, variables = trained(name)
-    x = images().at[..., :3].set(3.0).at[:, :, :, 3].set(0.0)
+    x = images().at[..., :3].set(3.0).at[..., 3].set(0.0)
 
     @jax.jit
-    def loss(params, x):
+    @partial(jax.grad, argnums=(0, 1))
+    def gradient(params, x, mask):
         y, _ = step(norm, {**variables, "params": params}, x, mask)
         return jnp.sum(jnp.sin(y))
 
-    for leaf in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(variables["params"], x)):
-        assert np.isfinite(leaf).all()
+    for real in (16, 11, 1, 0):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(variables["params"], x, np.arange(16) < real)))
 
 
 @EVERY_NORM
@@ -110,15 +111,15 @@ def test_masking_equals_dropping_the_rows(name):
 
     def results(x, mask):
         @jax.jit
-        def loss(params):
+        @partial(jax.grad, has_aux=True)
+        def gradient(params):
             y, updated = step(norm, {**variables, "params": params}, x, mask)
             y = y if mask is None else y[real]
             return jnp.sum(jnp.sin(y)), (y, updated)
 
-        return jax.grad(loss, has_aux=True)(variables["params"])
+        return gradient(variables["params"])
 
     close(results(x, real), results(x[real], None))
-    close(step(norm, variables, x, real.reshape(16, 1, 1, 1)), step(norm, variables, x, real), rtol=0, atol=0)
 
 
 @EVERY_NORM
