@@ -2,8 +2,8 @@
 
     python -m bnjax.main --config configs/bn_before_activation.py
 
-Time: TIME
-Expected: EXPECTED
+Time: not measured
+Expected: not measured
 """
 
 from bnjax import defaults

@@ -2,8 +2,8 @@
 
     python -m bnjax.main --config configs/bn_momentum99.py
 
-Time: TIME
-Expected: EXPECTED
+Time: not measured
+Expected: not measured
 """
 
 from bnjax import defaults

@@ -2,8 +2,8 @@
 
     python -m bnjax.main --config configs/no_bn.py
 
-Time: TIME
-Expected: EXPECTED
+Time: 70 minutes on two 2.4 GHz AVX2 cores.
+Expected: not measured
 """
 
 from bnjax import defaults

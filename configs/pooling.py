@@ -2,8 +2,8 @@
 
     python -m bnjax.main --config configs/pooling.py
 
-Time: TIME
-Expected: EXPECTED
+Time: not measured
+Expected: not measured
 """
 
 from bnjax import defaults

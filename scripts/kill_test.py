@@ -64,7 +64,7 @@ def kill_somewhere(workdir: Path, chance: random.Random) -> bool:
             assert process.stdout is not None
             while (line := process.stdout.readline()) and "parameters" not in line:
                 pass
-            time.sleep(chance.uniform(0, 1.5))
+            time.sleep(chance.uniform(0, 4))
         process.send_signal(signal.SIGKILL)
         process.wait()
     return process.returncode == -signal.SIGKILL
