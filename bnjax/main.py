@@ -23,8 +23,9 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
 
     from bnjax import config as configs  # late, so that --help is quick
+    from bnjax import configfile
 
-    config = configs.load(args.config, overrides)
+    config = configfile.load(args.config, overrides)
     configs.check_choices(config)
 
     from bnjax import workdir as workdirs

@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 from ml_collections import ConfigDict
 
-from bnjax import config as configs
+from bnjax import configfile
 from bnjax.data.sources import Dataset
 from bnjax.errors import UserError
 from bnjax.writers import write_json
@@ -101,7 +101,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
         raise UserError(f"there is no run in {workdir}: it has no config.json.{there}")
     try:
         content = json.loads(file.read_text())
-        config = configs.from_dict(content["config"])
+        config = configfile.from_dict(content["config"])
         data = content["data"]
         height, width, channels = map(int, data["image_shape"])
         facts = DataFacts(str(data["name"]), str(data["label"]), (height, width, channels), tuple(map(str, data["classes"])))

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from bnjax import config as configs
+from bnjax import configfile
 from bnjax.checkpoint import Checkpoints
 from bnjax.data import sources
 from bnjax.train_step import init_state
@@ -72,7 +73,7 @@ def kill_somewhere(workdir: Path, chance: random.Random) -> bool:
 
 def leaves(workdir: Path) -> dict[str, np.ndarray]:
     """Returns every leaf of the last checkpoint by its path."""
-    config = configs.load(str(CONFIG), FLAGS)
+    config = configfile.load(str(CONFIG), FLAGS)
     dataset = sources.load("digits")
     experiment = configs.build(config, dataset)
     init = functools.partial(init_state, experiment.model, experiment.tx)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bnjax import config as configs
-from bnjax import defaults, workdir
+from bnjax import configfile, defaults, workdir
 from bnjax.checkpoint import Checkpoints
 from bnjax.errors import UserError
 from bnjax.loop import train_and_evaluate
@@ -58,7 +58,7 @@ def test_any_overrides_build_or_are_refused(overrides):
     config = synthetic.config()
     try:
         for name, text in overrides:
-            configs.override(config, name, text)
+            configfile.override(config, name, text)
         configs.check_choices(config)
         experiment = configs.build(config, SMALL)
     except UserError as error:

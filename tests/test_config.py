@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bnjax import config as configs
-from bnjax import defaults
+from bnjax import configfile, defaults
 from bnjax.data.sources import Dataset, Split
 from bnjax.errors import ConfigError, UserError
 
@@ -16,7 +16,7 @@ def make(overrides=(), n=100, **more):
     config = defaults.get_config()
     config.train.batch_size = 10
     for name, text in overrides:
-        configs.override(config, name, text)
+        configfile.override(config, name, text)
     return configs.build(config, dataset(n, **more))
 
 
@@ -83,7 +83,7 @@ def test_images_that_shrink_to_nothing_are_refused():
 )
 def test_overrides_keep_the_type(name, text, wanted):
     config = defaults.get_config()
-    configs.override(config, name, text)
+    configfile.override(config, name, text)
     value = config
     for key in name.split("."):
         value = value[key]
@@ -96,7 +96,7 @@ def test_overrides_keep_the_type(name, text, wanted):
 )
 def test_overrides_of_another_type_are_refused(name, text):
     with pytest.raises(ConfigError, match=name):
-        configs.override(defaults.get_config(), name, text)
+        configfile.override(defaults.get_config(), name, text)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_overrides_of_another_type_are_refused(name, text):
 )
 def test_an_unknown_key_is_named_with_what_there_is(name, said):
     with pytest.raises(UserError, match=said):
-        configs.override(defaults.get_config(), name, "1")
+        configfile.override(defaults.get_config(), name, "1")
 
 
 def test_a_config_file_and_its_overrides(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n")
-    config = configs.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
+    config = configfile.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
     assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
 
 
@@ -125,7 +125,7 @@ def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
     file = tmp_path / "mine.py"
     file.write_text(content)
     with pytest.raises(UserError, match=r"mine\.py"):
-        configs.load(str(file), [])
+        configfile.load(str(file), [])
 
 
 @pytest.mark.parametrize("flags", [["--confg.seed=1"], ["seed=1"], ["--config.seed"]])
@@ -133,7 +133,7 @@ def test_flags_that_are_no_overrides_are_refused(tmp_path, flags):
     file = tmp_path / "mine.py"
     file.write_text("from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n")
     with pytest.raises(UserError, match="Overrides look like"):
-        configs.load(str(file), flags)
+        configfile.load(str(file), flags)
 
 
 def test_durations_become_steps_and_a_fallback_batch_is_a_tenth_of_the_images():
@@ -163,4 +163,4 @@ def test_a_config_survives_json():
     config = defaults.get_config()
     config.model.dense = (5, 6, 7)
     config.model.dropout = (0.0, 0.1, 0.2)
-    assert configs.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    assert configfile.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()

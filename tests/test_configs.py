@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bnjax import config as configs
+from bnjax import configfile
 from bnjax.data.sources import Dataset, Split
 from bnjax.norms import Identity
 
@@ -16,7 +17,7 @@ FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 def experiment(path, n=50_000):
     split = Split(np.zeros((n, 32, 32, 3), np.uint8), np.zeros(n, np.int32))
-    config = configs.load(str(path), [])
+    config = configfile.load(str(path), [])
     configs.check_choices(config)
     return configs.build(config, Dataset("cifar10", "cifar10", True, split, split, tuple("abcdefghij")))
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arrays", "errors", "metrics", "norms", "optim", "platform", "defaults", "signals"},
-    {"models", "data", "train_step"},
+    {"configfile", "data", "models", "train_step"},
     {"evaluate", "checkpoint", "diagnose", "writers"},
     {"config"},
     {"workdir"},

@@ -1,1 +1,1 @@
-"""Named data sets, batches of them, and files of images."""
+"""Named data sets as uint8 arrays, the order in which they are seen, and images from files."""
