@@ -98,11 +98,13 @@ STATS = {"mean": np.full(8, 2.0, np.float32), "var": np.full(8, 1.5, np.float32)
 
 
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.1, 0.2), (100.0, 100.0)])
-def test_renorm_is_the_papers_algorithm(r_max, d_max):
-    y, updated = apply(norms.BatchRenorm(r_max=r_max, d_max=d_max, epsilon=EPSILON, momentum=0.9), X, STATS)
+@pytest.mark.parametrize("running", [1.5, 20.0])  # below and above the variance of the batch
+def test_renorm_is_the_papers_algorithm(r_max, d_max, running):
+    stats = {**STATS, "var": np.full(8, running, np.float32)}
+    y, updated = apply(norms.BatchRenorm(r_max=r_max, d_max=d_max, epsilon=EPSILON, momentum=0.9), X, stats)
     mean, std = X64.mean((0, 1, 2)), np.sqrt(X64.var((0, 1, 2)) + EPSILON)
-    r = np.clip(std / np.sqrt(1.5 + EPSILON), 1 / r_max, r_max)
-    d = np.clip((mean - 2) / np.sqrt(1.5 + EPSILON), -d_max, d_max)
+    r = np.clip(std / np.sqrt(running + EPSILON), 1 / r_max, r_max)
+    d = np.clip((mean - 2) / np.sqrt(running + EPSILON), -d_max, d_max)
     np.testing.assert_allclose(y, (X64 - mean) / std * r + d, atol=1e-4)
     np.testing.assert_allclose(updated["mean"], 0.9 * 2 + 0.1 * mean, rtol=1e-5)
 

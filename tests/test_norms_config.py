@@ -11,14 +11,14 @@ import pytest
 from bnjax import config as configs
 from bnjax import defaults, norms
 from bnjax.errors import ConfigError
-from bnjax.train_step import eval_step, init_state, train_step
+from bnjax.train_step import init_state, train_step
 
 CLASSES = 3
 
 
 def config_of(**model):
     config = defaults.get_config()
-    config.model.update({"filters": (6, 4), "kernels": (3, 3), "strides": (1, 1), "dense": (8,), "dropout": (0.0,), "norm_dense": (True,)})
+    config.model.update({"filters": (6,), "kernels": (3,), "strides": (2,), "dense": (8,), "dropout": (0.0,), "norm_dense": (True,)})
     config.model.update(model)
     return config
 
@@ -48,7 +48,7 @@ def test_trains(name):
     label = rng.integers(0, CLASSES, 16)
     image = (rng.normal(size=(16, 8, 8, 1)) * 0.3 + label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]).astype(np.float32)
     batch = {"image": image, "label": label, "mask": np.arange(16) < 13}
-    model, tx = build(norm=name, **WORKING[name]), optax.adam(3e-3)
+    model, tx = build(norm=name, **WORKING[name]), optax.sgd(0.1)
     state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), batch["image"])
     step = jax.jit(partial(train_step, model=model, tx=tx))
     losses = []
@@ -57,7 +57,6 @@ def test_trains(name):
         losses.append(metrics.means()["loss"])
     assert losses[-1] < 0.5 * losses[0]
     assert bool(stats) == (name in norms.BATCH_NORMS)
-    assert np.isfinite(eval_step(state.params, stats, batch, model=model).means()["loss"])
 
 
 def test_the_options_reach_the_layers():
@@ -74,7 +73,7 @@ def test_the_options_reach_the_layers():
 def test_the_thresholded_unit_follows_its_norm_and_relu_the_others():
     model = build(norm="frn", **WORKING["frn"])
     params = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)["params"]
-    assert {name for name in params if name.endswith("activation")} == {"conv0_activation", "conv1_activation"}
+    assert {name for name in params if name.endswith("activation")} == {"conv0_activation"}
 
 
 @pytest.mark.parametrize(
