@@ -63,7 +63,7 @@ def test_drop_in():
         {"use_fast_variance": False},
         {"bias_init": nn.initializers.constant(3.0), "scale_init": nn.initializers.normal()},
     ],
-    ids=str,
+    ids=lambda options: ",".join(options) or "defaults",
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_same_results(options, masked):
