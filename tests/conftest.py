@@ -12,11 +12,15 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
-# Many tests train the same small network; it is compiled once.
+# Many tests train the same small network, some in processes of their own; it is compiled once.
 _COMPILED = tempfile.TemporaryDirectory(prefix="bnjax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+for _name, _value in (
+    ("jax_compilation_cache_dir", _COMPILED.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0.0),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+):
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 # The shapes in the annotations are checked in every call that a test makes; not in the one file whose class inherits
 # fields from Flax with annotations that cannot be checked.
 ROOT = Path(__file__).parents[1]
