@@ -1,7 +1,7 @@
 """Kills trainings at random moments and checks that going on loses nothing: `python scripts/kill_test.py --kills 200`.
 
-A small network is trained on the embedded digits, once without interruption, and again and again with SIGKILL at a
-random moment, during imports, steps, evaluations and saves alike, followed by the same command. In the end the parameters,
+A small network is trained on the embedded digits, without interruption, and again and again with SIGKILL at a
+random moment of its time, during imports, steps, evaluations and saves alike, followed by the same command. In the end the parameters,
 the running statistics, the optimizer state and the whole of metrics.jsonl have to be the same bits. Exits with 1 if they are not.
 """
 
@@ -48,26 +48,24 @@ def start(workdir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
-def finish(workdir: Path) -> None:
-    """Runs the training in a folder to its end."""
+def finish(workdir: Path) -> float:
+    """Runs the training in a folder to its end and returns the seconds that took."""
+    began = time.monotonic()
     with start(workdir) as process:
         out, _ = process.communicate()
     if process.returncode != 0:
         sys.exit(f"the run in {workdir} did not finish:\n{out}")
+    return time.monotonic() - began
 
 
-def kill_somewhere(workdir: Path, chance: random.Random) -> bool:
-    """Starts the run and kills it, a fifth of the time before it trains; False if it had finished before the kill."""
+def kill_somewhere(workdir: Path, seconds: float) -> bool:
+    """Starts the run and kills it after so many seconds; False if it had finished before."""
     with start(workdir) as process:
-        if chance.random() < 0.2:
-            time.sleep(chance.uniform(0, 3))
-        else:
-            assert process.stdout is not None
-            while (line := process.stdout.readline()) and "parameters" not in line:
-                pass
-            time.sleep(chance.uniform(0, 4))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
     return process.returncode == -signal.SIGKILL
 
 
@@ -107,14 +105,15 @@ def main() -> int:
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
-        finish(whole)
+        finish(whole)  # compiles
+        duration = finish(Path(folder) / "warm")
         wanted, metrics = leaves(whole), (whole / "metrics.jsonl").read_bytes()
         kills = runs = bits = lines_differing = 0
         while kills < args.kills:
             workdir = Path(folder) / f"killed{runs}"
             here = 0
             while kills < args.kills and not (workdir / "summary.json").exists():
-                killed = kill_somewhere(workdir, chance)
+                killed = kill_somewhere(workdir, chance.uniform(0, duration))
                 kills, here = kills + killed, here + killed
             finish(workdir)
             runs += 1
