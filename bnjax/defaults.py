@@ -50,8 +50,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Durations are given in steps or in epochs: exactly one of the two is not 0.
     config.train = ml_collections.ConfigDict()
-    config.train.steps = 0
-    config.train.epochs = 10.0
+    config.train.steps = 100
+    config.train.epochs = 0.0
     config.train.batch_size = 5000
     config.train.shuffle = False  # False: the order of the files, as in the tutorial
     config.train.target_loss = 0.2  # the summary says when the training loss first got there

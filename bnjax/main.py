@@ -14,7 +14,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bnjax.main",
         description="Train and evaluate one config. The same command again goes on where an interrupted run stopped.",
-        epilog="Any key can be overridden: --config.model.momentum=0.9 --config.train.epochs=5 --config.data.dir=FOLDER. "
+        epilog="Any key can be overridden: --config.model.momentum=0.9 --config.train.steps=200 --config.data.dir=FOLDER. "
         "bnjax/defaults.py lists all keys.",
         allow_abbrev=False,
     )

@@ -12,7 +12,5 @@ from bnjax import defaults
 def get_config():
     config = defaults.get_config()
     config.data.fallback = "digits"
-    config.train.steps = 100
-    config.train.epochs = 0.0
     config.model.momentum = 0.99
     return config

@@ -14,7 +14,7 @@ def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
 
 def make(overrides=(), n=100, **more):
     config = defaults.get_config()
-    config.train.batch_size = 10
+    config.train.batch_size, config.train.steps, config.train.epochs = 10, 0, 10.0
     for name, text in overrides:
         configfile.override(config, name, text)
     return configs.build(config, dataset(n, **more))

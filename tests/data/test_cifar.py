@@ -230,7 +230,7 @@ def real_folder(tmp_path_factory):
     """The 60,000 images as JPEG left them, which take 15 s to unpack."""
     if given := os.environ.get("BNJAX_CIFAR_DIR"):
         return Path(given)
-    pytest.skip("BNJAX_CIFAR_DIR names no folder with the output of ../shared/data/unpack_cifar10.py")
+    pytest.skip("BNJAX_CIFAR_DIR names no folder with CIFAR-10 recompressed as JPEG")
 
 
 def test_the_real_images_are_not_official(real_folder):
