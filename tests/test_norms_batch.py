@@ -218,10 +218,87 @@ def test_count_exists_only_where_it_is_needed():
         assert ("count" in start(BatchNorm(**options), x)["batch_stats"]) == counted
 
 
-def test_a_checkpoint_without_count_can_be_trained_on_with_debias():
+def test_averages_without_count_are_not_thrown_away_in_silence():
     x = BATCHES[0]
-    _, updated = train(BatchNorm(debias=True), start(BatchNorm(), x), x)
+    variables = start(BatchNorm(), x)
+    with pytest.raises(ValueError, match="no `count` beside `mean` and `var`"):
+        train(BatchNorm(debias=True), variables, x)
+    counted = {**variables, "batch_stats": {**variables["batch_stats"], "count": jnp.int32(0)}}
+    _, updated = train(BatchNorm(debias=True), counted, x)
     np.testing.assert_allclose(updated["batch_stats"]["mean"], MEANS[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("real", [0, 1, 2])
+def test_masks_that_leave_little_do_not_blow_up_deep_networks(real):
+    """Each layer divides by sqrt(epsilon) where the variance is 0; twenty of them would take padding past float32."""
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            for _ in range(20):
+                x = BatchNorm(use_running_average=False, bias_init=nn.initializers.constant(0.1))(nn.Dense(8)(x), mask=mask)
+            return x
+
+    x, mask = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32), np.arange(4) < real
+    variables = Deep().init(jax.random.key(0), x, mask)
+
+    def loss(params):
+        y, _ = Deep().apply({**variables, "params": params}, x, mask, mutable=["batch_stats"])
+        return jnp.where(mask[:, None], jnp.square(y), 0).sum()
+
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"])))
+
+
+def test_nan_in_padding_does_not_reach_the_scale_of_a_frozen_layer():
+    norm = BatchNorm(use_running_average=False, statistics="running", update_average=False)
+    x, mask = np.array([[1.0, 2.0], [3.0, 4.0], [np.nan, np.nan]], np.float32), np.array([True, True, False])
+    variables = start(BatchNorm(), x[:2])
+
+    def loss(params):
+        return norm.apply({**variables, "params": params}, x, mask=mask)[:2].sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(variables["params"])["scale"], [4.0, 6.0], rtol=1e-4)
+
+
+def test_low_precision_padding_stays_finite():
+    norm = BatchNorm(dtype=jnp.float16)
+    x = jnp.full((4, 2), 300, jnp.float16)
+    y, _ = train(norm, start(norm, x), x, np.zeros(4, bool))
+    assert np.isfinite(y).all()
+
+
+def test_groups_under_remat_have_the_gradient_without_it():
+    groups = [[0, 1], [2, 3]]
+    norm = BatchNorm(use_running_average=False, axis_name="d", axis_index_groups=groups)
+    x = np.random.default_rng(0).normal(size=(4, 4, 3)).astype(np.float32)
+    variables = start(BatchNorm(), x[0])
+
+    def loss(x):
+        return jnp.sin(norm.apply(variables, x, mutable=["batch_stats"])[0]).sum()
+
+    plain, again = (jax.vmap(jax.grad(f), axis_name="d")(x) for f in (loss, jax.checkpoint(loss)))
+    np.testing.assert_allclose(again, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "x", "mask", "said"),
+    [
+        (BatchNorm(axis=5), np.ones((2, 3, 4)), None, "axis = 5"),
+        (BatchNorm(), np.ones((2, 3), np.complex64), None, "real numbers"),
+        (BatchNorm(debias=True), np.ones((4, 2), np.float32), np.array([[True, False]] * 4), "once for all channels"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(norm, x, mask, said):
+    with pytest.raises(ValueError, match=said):
+        norm.init_with_output(jax.random.key(0), x, use_running_average=False, mask=mask)
+
+
+def test_the_mean_of_all_batches_is_as_exact_as_float64():
+    with jax.enable_x64(True):
+        norm = BatchNorm(momentum=None)
+        batches = [np.random.default_rng(seed).normal(3, 1, (16, 2)) for seed in range(5)]
+        stats = stats_after(norm, batches)
+        np.testing.assert_allclose(stats["mean"], np.mean([batch.mean(0) for batch in batches], axis=0), rtol=1e-14)
 
 
 @pytest.mark.parametrize("real", [0, 1])

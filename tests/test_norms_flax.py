@@ -73,7 +73,7 @@ def test_same_results(options, masked):
         variables = norm.init(jax.random.key(0), images(), use_running_average=False)
         y, updated = norm.apply(variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"])
         evaluated = norm.apply({**variables, **updated}, images(1), use_running_average=True)
-        results.append((variables, y, updated, evaluated))
+        results.append((variables, y[:5] if masked else y, updated, evaluated))  # what padding gives is anybody's
     flax, ours = results
     assert jax.tree.structure(flax) == jax.tree.structure(ours)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), flax) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), ours)
@@ -91,6 +91,8 @@ def test_checkpoints_are_interchangeable(options):
         variables = {**variables, **updated}
         expected = saver.apply(variables, images(1), use_running_average=True)
         np.testing.assert_allclose(loader.apply(variables, images(1), use_running_average=True), expected, rtol=1e-6, atol=1e-6)
+        count = {"count": jnp.int32(1)} if loader is ours and options else {}  # which training on with these options needs
+        variables = {**variables, "batch_stats": {**variables["batch_stats"], **count}}
         loader.apply(variables, images(1), use_running_average=False, mutable=["batch_stats"])
 
 

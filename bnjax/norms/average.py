@@ -17,7 +17,7 @@ def is_counted(momentum: Momentum, debias: bool) -> bool:
     return debias or momentum is None or callable(momentum)
 
 
-def kept_fraction(momentum: Momentum, debias: bool, count: Any) -> Any:
+def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp.float32) -> Any:
     """Returns the fraction of the old average that update number `count` (from 0) keeps; the new value gets the rest.
 
     With `debias` the made-up initial value is forgotten at once and the weights of the real ones, powers of the momentum m,
@@ -28,6 +28,7 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any) -> Any:
         momentum: as for `BatchNorm`.
         debias: whether the initial value is left out.
         count: int [], the updates so far; not used if `is_counted` is False.
+        dtype: of the arithmetic where it is not a plain number that is returned.
 
     Raises:
         ValueError: for a momentum outside 0 to 1.
@@ -43,12 +44,12 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any) -> Any:
             "PyTorch's momentum is one minus this."
         )
     if momentum is None:
-        return count / (count + 1)
+        return jnp.asarray(count, dtype) / (jnp.asarray(count, dtype) + 1)
     kept = momentum(count) if callable(momentum) else momentum
     if not debias:
         return kept
-    count = jnp.asarray(count, jnp.promote_types(jnp.result_type(kept), jnp.float32))
-    rate = jnp.log(jnp.clip(kept, 1e-6, 1 - 1e-6))  # the ends of 0 to 1 would give 0 / 0
+    count = jnp.asarray(count, dtype)
+    rate = jnp.log(jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6))  # the ends of 0 to 1 would give 0 / 0
     return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
 
 

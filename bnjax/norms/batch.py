@@ -79,7 +79,7 @@ class BatchNorm(nn.Module):
         Args:
             x: float, at least 2 values per channel (over all devices of the axis) if the statistics of the batch are needed.
             use_running_average: see the class; has to be given in exactly one of the two places.
-            mask: bool [n], one for each example, or of x's rank and broadcastable; False is padding and counts for nothing.
+            mask: bool [n], one for each example, or of x's rank and broadcastable; False is padding, counts for nothing and gives `bias`.
                 With fewer than 2 real values per channel the averages stay as they are.
 
         Raises:
@@ -98,8 +98,14 @@ class BatchNorm(nn.Module):
             update = self.update_average and self.is_mutable_collection("batch_stats")
 
         given = jnp.asarray(x)
+        axis_list = [self.axis] if isinstance(self.axis, int) else list(self.axis)
+        if jnp.iscomplexobj(given) or any(not -given.ndim <= axis < given.ndim for axis in axis_list):
+            raise ValueError(
+                f"{self._label()} got an input of dtype {given.dtype} and shape {given.shape} for axis = {self.axis}: it takes real "
+                "numbers, and the axis of the channels has to be one of the input's."
+            )
         x = given.astype(jnp.promote_types(jnp.promote_types(given.dtype, self.dtype or jnp.float32), jnp.float32))
-        channels = [axis % x.ndim for axis in ([self.axis] if isinstance(self.axis, int) else self.axis)]
+        channels = [axis % x.ndim for axis in axis_list]
         axes = tuple(axis for axis in range(x.ndim) if axis not in channels)
         per_channel = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
         shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
@@ -107,14 +113,24 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, x.dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, x.dtype)
         counted = self._is_counted() and (by_batch or update or self.is_initializing())
+        if counted and not self.is_initializing() and not self.has_variable("batch_stats", "count"):
+            raise ValueError(
+                f"{self._label()} has momentum = {self.momentum} and debias = {self.debias}, which need the number of updates so far, and "
+                "batch_stats has no `count` beside `mean` and `var`. Add one to these averages, an int32 []: 0 starts them anew."
+            )
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
         running_mean, running_var = (leaf.value.astype(x.dtype).reshape(per_channel) for leaf in (mean, var))
         running = Moments(running_mean, running_var, None if count is None else count.value)
 
+        if mask is not None:
+            mask = full_mask(mask, x.shape, axes)
+            if counted and any(mask.shape[axis] > 1 for axis in channels):
+                raise ValueError(
+                    f"{self._label()} counts its updates once for all channels, and the mask of shape {mask.shape} differs between them. "
+                    "Give the mask one entry along the channels, or use a constant momentum without debias."
+                )
+            x = jnp.where(mask, x, 0)  # NaN in padding would come back through the gradient as 0 * NaN
         if by_batch or update:
-            if mask is not None:
-                mask = full_mask(mask, x.shape, axes)
-                x = jnp.where(mask | jnp.isfinite(x), x, 0)  # NaN in padding would come back through the gradient as 0 * NaN
             batch = self._batch_moments(x, axes, mask)
         if by_batch:
             center, inverse = self._center_and_inverse(x, axes, mask, batch, running)
@@ -127,7 +143,11 @@ class BatchNorm(nn.Module):
         bias = self._affine("bias", self.bias_init, shape) if self.use_bias else None
         if scale is not None:
             inverse = inverse * scale.reshape(per_channel)
-        y = (x - center) * inverse
+        deviation = x - center
+        if mask is not None:
+            # With one real value, or none, `inverse` is 1 / sqrt(epsilon): layer after layer would blow the padding up to infinity.
+            deviation = jnp.where(mask, deviation, 0)
+        y = deviation * inverse
         if bias is not None:
             y = y + bias.reshape(per_channel)
         return y.astype(canonicalize_dtype(given, scale, bias, dtype=self.dtype))
@@ -169,7 +189,7 @@ class BatchNorm(nn.Module):
 
     def _update(self, mean: nn.Variable, var: nn.Variable, count: nn.Variable | None, batch: Moments, masked: bool) -> None:
         """Moves the running averages towards the batch, unless masking left fewer than 2 values."""
-        kept = kept_fraction(self.momentum, self.debias, None if count is None else count.value)
+        kept = kept_fraction(self.momentum, self.debias, None if count is None else count.value, batch.mean.dtype)
         stored = batch.var if self.variance == "biased" else batch.var * (batch.count / jnp.maximum(batch.count - 1, 1))
         enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape)
         for leaf, new in ((mean, batch.mean), (var, stored)):

@@ -98,8 +98,8 @@ def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
     (2, 1, 1, 1)
     """
     mask = jnp.asarray(mask, bool)
-    if mask.ndim == 1 and len(shape) > 1 and mask.shape[0] == shape[axes[0]]:
-        mask = mask.reshape([-1 if axis == axes[0] else 1 for axis in range(len(shape))])
+    if mask.ndim == 1 and len(shape) > 1 and mask.shape[0] == shape[axes[0]] and axes[0] == 0:
+        mask = mask.reshape(-1, *[1] * (len(shape) - 1))
     if mask.ndim != len(shape) or any(size not in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)):
         raise ValueError(
             f"a mask of shape {mask.shape} does not fit values of shape {shape}. Give one value for each example, "
@@ -129,9 +129,10 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
             f"from 0 to {size - 1} has to be in exactly one group."
         )
     group_of = {index: number for number, group in enumerate(groups) for index in group}
-    own = jnp.array([group_of[index] for index in range(size)])[lax.axis_index(axis_name)]
+    numbers = [group_of[index] for index in range(size)]
 
     def total(part: Any) -> Array:
+        own = jnp.array(numbers)[lax.axis_index(axis_name)]  # in here: the derivative's rule is traced at another time
         # psum's own axis_index_groups does not exist under vmap and under shard_map's vma check; a slot for each group does.
         slots = jnp.where(jnp.arange(len(groups)) == own, jnp.asarray(part)[..., None], 0)
         return lax.psum(slots, axis_name)[..., own]
