@@ -38,11 +38,13 @@ class Checkpoints:
         """Opens the folder; unless `read_only`, it is created and what a killed process was writing is removed."""
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its own settings as warnings
         self.folder = folder
+        if not read_only:
+            for draft in folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(draft, ignore_errors=True)
         self._records = {int(path.name): _read_record(path) for path in folder.glob("*") if path.name.isdecimal()}
         self._saving: dict[str, Any] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else _NewestTwoAndBest(self._records),
-            cleanup_tmp_directories=not read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record),
             read_only=read_only,
         )
