@@ -16,7 +16,8 @@ MODEL = ConvNet(filters=(2, 3), kernels=(3, 3), strides=(1, 1), dense=(4,), drop
 
 def start():
     images = np.random.default_rng(0).uniform(size=(6, 8, 8, 1)).astype(np.float32)
-    return *init_state(MODEL, optax.sgd(0.1), jax.random.key(0), images), {"image": images, "label": np.array([0, 1, 2, 0, 1, 2])}
+    init = jax.jit(functools.partial(init_state, MODEL, optax.sgd(0.1)))
+    return *init(jax.random.key(0), images), {"image": images, "label": np.array([0, 1, 2, 0, 1, 2])}
 
 
 def test_a_good_step_has_nothing_to_name():
