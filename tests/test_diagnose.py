@@ -52,9 +52,14 @@ def test_the_first_layer_that_overflows_is_named(layer, size):
 
 def test_losses_and_gradients_are_the_last_to_be_looked_at():
     state, stats, batch = start()
-    infinite = lambda logits, label: logits.sum(-1) * np.float32(np.inf)  # noqa: E731
+
+    def infinite(logits, label):
+        return logits.sum(-1) * np.float32(np.inf)
+
+    def steep(logits, label):
+        return jax.numpy.sqrt(logits.sum(-1) * 0)
+
     assert first_nonfinite(state, stats, batch, model=MODEL, loss_fn=infinite) == "the losses"
-    steep = lambda logits, label: jax.numpy.sqrt(logits.sum(-1) * 0)  # noqa: E731
     assert first_nonfinite(state, stats, batch, model=MODEL, loss_fn=steep).startswith("the gradient of ")
 
 
