@@ -1,6 +1,8 @@
 """Training with everything around it: `train_and_evaluate(config, workdir, dataset)`."""
 
 import functools
+import itertools
+import math
 import platform
 import signal
 import subprocess
@@ -13,10 +15,11 @@ import jax
 from ml_collections import ConfigDict
 
 from bnjax import config as configs
+from bnjax import dispatch as dispatches
 from bnjax import workdir as workdirs
 from bnjax.arrays import Batch, BatchStats
 from bnjax.checkpoint import Checkpoints
-from bnjax.data.batches import eval_batches, train_batches
+from bnjax.data.batches import Rows, eval_batches, take, train_rows
 from bnjax.data.sources import Dataset
 from bnjax.diagnose import first_nonfinite
 from bnjax.errors import NonFiniteError, UserError
@@ -26,6 +29,9 @@ from bnjax.platform import compiler_options
 from bnjax.signals import StopRequest
 from bnjax.train_step import TrainState, eval_step, init_state, train_step
 from bnjax.writers import Progress, RunWriter, read_lines, read_metrics, write_json
+
+# What the device is given at once: long beside the host's own work, short beside a user's Ctrl-C.
+DISPATCH_SECONDS = 0.5
 
 
 class Stopped(Exception):
@@ -72,10 +78,10 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
     model, train, test = experiment.model, dataset.train, dataset.test
     options = compiler_options()
     init_key, order_key = jax.random.split(jax.random.key(config.seed))
-    init_fn = jax.jit(functools.partial(init_state, model, experiment.tx, init_key))
+    init_fn = jax.jit(functools.partial(init_state, model, experiment.tx))
     # A step that is not finite is always dropped; what differs is how many the loop puts up with.
-    bound = functools.partial(train_step, model=model, tx=experiment.tx, skip_nonfinite=True)
-    step_fn = jax.jit(bound, donate_argnums=(0, 1), compiler_options=options)
+    step_fn = functools.partial(train_step, model=model, tx=experiment.tx, skip_nonfinite=True)
+    dispatch = dispatches.build(step_fn, train, experiment.batch_size, options)
     eval_fn = jax.jit(functools.partial(eval_step, model=model), compiler_options=options)
     about = {"config": config.to_dict(), "versions": versions(), "norm": workdirs.norm_conventions(config)}
 
@@ -84,12 +90,11 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
         for note in notes:
             print(f"\nWARNING: {note}\n", flush=True)
         if newest is None:
-            state, batch_stats = init_fn(train.image[:1])
+            state, batch_stats = init_fn(init_key, train.image[:1])
         else:
-            state, batch_stats = checkpoints.restore(newest, jax.eval_shape(init_fn, train.image[:1]))
+            state, batch_stats = checkpoints.restore(newest, jax.eval_shape(init_fn, init_key, train.image[:1]))
         start = int(state.step)
-        key = order_key if experiment.shuffle else None
-        batches = train_batches(train.image, train.label, experiment.batch_size, key=key, start=start)
+        order = train_rows(len(train.label), experiment.batch_size, key=order_key if experiment.shuffle else None, start=start)
         clock = _Clock(_seconds_so_far(workdir, start))
         with RunWriter(workdir, start=start) as writer, Progress(experiment.steps, start) as progress:
             parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -99,28 +104,32 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
             )
             skipped_in_a_row = 0
 
-            def record(step: int, batch: Batch, metrics: Metrics) -> None:
+            def record(first: int, rows: list[Rows], dispatched: Metrics) -> None:
                 nonlocal skipped_in_a_row
-                means = metrics.means()  # waits until the step is through
-                rate = clock.lap(int(metrics.count))
-                skipped = bool(metrics.skipped)
-                skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-                writer.train(step, means, skipped=skipped)
-                writer.timing(step, clock.seconds, rate)
-                progress.advance(means["loss"], means["accuracy"], rate)
-                if skipped_in_a_row > experiment.most_skipped:
-                    writer.flush()
-                    before = state.replace(step=jax.numpy.int32(step - 1))
-                    raise _nonfinite(step, skipped_in_a_row, before, batch_stats, batch, experiment, checkpoints.steps())
+                every = dispatches.unstack(dispatched, len(rows))  # waits until the steps are through
+                for step, of_step, metrics, seconds in zip(itertools.count(first), rows, every, clock.lap(len(rows)), strict=False):
+                    means, skipped = metrics.means(), bool(metrics.skipped)
+                    skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+                    rate = experiment.batch_size / clock.seconds_per_step
+                    writer.train(step, means, skipped=skipped)
+                    writer.timing(step, seconds, rate)
+                    progress.advance(means["loss"], means["accuracy"], rate)
+                    if skipped_in_a_row > experiment.most_skipped:
+                        writer.flush()
+                        before = state.replace(step=jax.numpy.int32(step - 1))
+                        raise _nonfinite(step, skipped_in_a_row, before, batch_stats, take(train, of_step), experiment, checkpoints.steps())
 
             saved_at, step = time.monotonic(), start
-            pending: tuple[int, Batch, Metrics] | None = None  # fetched when the next step has been dispatched: the device never waits
-            for step in range(start + 1, experiment.steps + 1):
-                batch = next(batches)
-                state, batch_stats, metrics = step_fn(state, batch_stats, batch)
+            # Fetched when the next steps have been dispatched: the device never waits.
+            pending: tuple[int, list[Rows], Metrics] | None = None
+            while step < experiment.steps:
+                count = min(_steps_to_next(step, experiment), dispatch.most, clock.steps_in(DISPATCH_SECONDS))
+                rows = [next(order) for _ in range(count)]
+                state, batch_stats, metrics = dispatch.advance(state, batch_stats, rows)
                 if pending is not None:
                     record(*pending)
-                pending = (step, batch, metrics)
+                pending = (step + 1, rows, metrics)
+                step += count
                 evaluates = step % experiment.eval_every == 0 or step == experiment.steps
                 saves = experiment.save_every is not None and step % experiment.save_every == 0
                 if experiment.save_every_minutes is not None:
@@ -142,6 +151,12 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
                 if stop.signal and step < experiment.steps:
                     raise Stopped(step, stop.signal)
     return clock.seconds
+
+
+def _steps_to_next(step: int, experiment: configs.Experiment) -> int:
+    """Returns how many steps there are to the next evaluation, the next save or the end, whichever comes first."""
+    intervals = [experiment.eval_every, experiment.save_every or experiment.steps]
+    return min(experiment.steps - step, *(every - step % every for every in intervals))
 
 
 def _nonfinite(
@@ -200,18 +215,22 @@ class _Clock:
     """Seconds spent training; what lies between the end of a step and `restart` does not count."""
 
     def __init__(self, seconds: float):
-        self.seconds = seconds
+        self.seconds, self.seconds_per_step = seconds, math.inf
         self.restart()
 
     def restart(self) -> None:
         self._last = time.perf_counter()
 
-    def lap(self, images: int) -> float:
-        """Ends a step and returns its images per second."""
+    def lap(self, steps: int) -> list[float]:
+        """Ends the steps of one dispatch and returns the seconds so far at the end of each."""
         now = time.perf_counter()
-        lap, self._last = now - self._last, now
-        self.seconds += lap
-        return images / lap
+        before, self.seconds = self.seconds, self.seconds + now - self._last
+        self.seconds_per_step, self._last = (now - self._last) / steps, now
+        return [before + (i + 1) * self.seconds_per_step for i in range(steps)]
+
+    def steps_in(self, seconds: float) -> int:
+        """Returns how many steps take so long, at least 1; 1 before the first one is through."""
+        return max(1, int(seconds / self.seconds_per_step))
 
 
 def _seconds_so_far(workdir: Path, step: int) -> float:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arrays", "errors", "metrics", "norms", "optim", "platform", "defaults", "signals"},
     {"configfile", "data", "models", "train_step"},
-    {"evaluate", "checkpoint", "diagnose", "writers"},
+    {"evaluate", "checkpoint", "diagnose", "dispatch", "writers"},
     {"config"},
     {"workdir"},
     {"loop"},

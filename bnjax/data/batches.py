@@ -6,26 +6,32 @@ import jax
 import numpy as np
 
 from bnjax.arrays import Batch
+from bnjax.data.sources import Split
+
+# Which examples make a batch: their indices, or the slice that they are where nothing is shuffled.
+Rows = slice | np.ndarray
 
 
-def train_batches(image: np.ndarray, label: np.ndarray, batch_size: int, *, key: jax.Array | None, start: int = 0) -> Iterator[Batch]:
-    """Yields batches for ever, from step `start` on; what a step sees depends on the key and the step alone.
+def train_rows(examples: int, batch_size: int, *, key: jax.Array | None, start: int = 0) -> Iterator[Rows]:
+    """Yields the rows of batches for ever, from step `start` on; what a step sees depends on the key and the step alone.
 
-    The images are one endless stream, epoch after epoch, cut into full batches: nothing is dropped, no batch is
-    small, and each image occurs once in each epoch. Where the batch size does not divide the number
-    of images, a batch spans the end of one epoch and the start of the next.
+    The examples are one endless stream, epoch after epoch, cut into full batches: nothing is dropped, no batch is
+    small, and each example occurs once in each epoch. Where the batch size does not divide the number
+    of examples, a batch spans the end of one epoch and the start of the next.
 
     Args:
-        image: uint8 [n, h, w, c].
-        label: int [n].
-        batch_size: at most n.
+        examples: how many there are.
+        batch_size: at most as many.
         key: shuffles each epoch anew; None keeps the order of the data.
         start: number of batches that have been seen already.
 
     Raises:
         ValueError: if a batch is larger than the data.
+
+    >>> import itertools
+    >>> list(itertools.islice(train_rows(5, 2, key=None), 3))
+    [slice(0, 2, None), slice(2, 4, None), array([4, 0])]
     """
-    examples = len(label)
     if not 0 < batch_size <= examples:
         raise ValueError(f"batch_size {batch_size} has to be between 1 and the number of training images, {examples}")
     position = start * batch_size
@@ -41,13 +47,16 @@ def train_batches(image: np.ndarray, label: np.ndarray, batch_size: int, *, key:
         first, offset = divmod(position, examples)
         last = offset + batch_size
         if key is None and last <= examples:
-            rows: slice | np.ndarray = slice(offset, last)  # a view: nothing is copied
+            yield slice(offset, last)  # a view: nothing is copied
         else:
             rows = order_of(first)[offset:last]
-            if last > examples:
-                rows = np.concatenate([rows, order_of(first + 1)[: last - examples]])
-        yield {"image": image[rows], "label": label[rows]}
+            yield rows if last <= examples else np.concatenate([rows, order_of(first + 1)[: last - examples]])
         position += batch_size
+
+
+def take(split: Split, rows: Rows) -> Batch:
+    """Returns the batch that the rows of a split make."""
+    return {"image": split.image[rows], "label": split.label[rows]}
 
 
 def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[Batch]:

@@ -1,0 +1,106 @@
+"""How many steps are handed to the device at once, and where it finds the images."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.arrays import Array, Batch, BatchStats
+from bnjax.data.batches import Rows, take
+from bnjax.data.sources import Split
+from bnjax.metrics import Metrics
+from bnjax.train_step import TrainState
+
+# A step with its statics bound.
+Step = Callable[[TrainState, BatchStats, Batch], tuple[TrainState, BatchStats, Metrics]]
+# As many steps as there are rows; the metrics have a leading axis, one entry a step and perhaps some that mean nothing.
+Advance = Callable[[TrainState, BatchStats, list[Rows]], tuple[TrainState, BatchStats, Metrics]]
+
+MOST = 100  # steps a dispatch
+SHARE = 0.25  # of a device's memory, that the training images may fill
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """Takes steps: `advance` takes one for each entry of its rows, of which there may be at most `most`."""
+
+    advance: Advance
+    most: int
+
+
+def build(step: Step, split: Split, batch_size: int, options: dict[str, str]) -> Dispatch:
+    """Returns the way of taking steps that is fast on the default backend.
+
+    On a CPU that is one a dispatch: many in one program are ten times slower there (jax-ml/jax#12868). An accelerator
+    would wait for the host between steps, and gets many, and the images once for all.
+
+    Args:
+        step: is compiled.
+        split: the training images.
+        batch_size: how many of them a step takes.
+        options: for the compiler.
+    """
+    device = jax.devices()[0]
+    room = (device.memory_stats() or {}).get("bytes_limit", float("inf")) * SHARE
+    if device.platform == "cpu" or split.image.nbytes > room:
+        return one_at_a_time(step, split, options)
+    return many_at_a_time(step, split, batch_size, options)
+
+
+def one_at_a_time(step: Step, split: Split, options: dict[str, str]) -> Dispatch:
+    """Returns a dispatch of one step, whose batch comes from the host."""
+
+    def one(state: TrainState, batch_stats: BatchStats, batch: Batch) -> tuple[TrainState, BatchStats, Metrics]:
+        state, batch_stats, metrics = step(state, batch_stats, batch)
+        return state, batch_stats, jax.tree.map(lambda leaf: leaf[None], metrics)
+
+    compiled = jax.jit(one, donate_argnums=(0, 1), compiler_options=options)
+
+    def advance(state: TrainState, batch_stats: BatchStats, rows: list[Rows]) -> tuple[TrainState, BatchStats, Metrics]:
+        (only,) = rows
+        return compiled(state, batch_stats, take(split, only))
+
+    return Dispatch(advance, most=1)
+
+
+def many_at_a_time(step: Step, split: Split, batch_size: int, options: dict[str, str], most: int = MOST) -> Dispatch:
+    """Returns a dispatch of up to `most` steps in one program, over images that lie on the device as uint8.
+
+    The number of steps is an argument of the program, so that it is compiled once, and a step's bits do not depend
+    on how many others it was dispatched with.
+    """
+    image, label = jax.device_put((split.image, split.label))
+
+    def loop(
+        state: TrainState, batch_stats: BatchStats, image: Array, label: Array, rows: Array, count: Array
+    ) -> tuple[TrainState, BatchStats, Metrics]:
+        def batch_of(i: Any) -> Batch:
+            return {"image": image[rows[i]], "label": label[rows[i]]}
+
+        def body(i: Any, carry: Any) -> Any:
+            state, batch_stats, metrics = carry
+            state, batch_stats, new = step(state, batch_stats, batch_of(i))
+            return state, batch_stats, jax.tree.map(lambda every, one: every.at[i].set(one), metrics, new)
+
+        one = jax.eval_shape(lambda: step(state, batch_stats, batch_of(0))[2])
+        metrics = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), one)
+        return jax.lax.fori_loop(0, count, body, (state, batch_stats, metrics))
+
+    compiled = jax.jit(loop, donate_argnums=(0, 1), compiler_options=options)
+
+    def advance(state: TrainState, batch_stats: BatchStats, rows: list[Rows]) -> tuple[TrainState, BatchStats, Metrics]:
+        indices = np.zeros((most, batch_size), np.int32)
+        for i, of_step in enumerate(rows):
+            indices[i] = np.arange(of_step.start, of_step.stop) if isinstance(of_step, slice) else of_step
+        return compiled(state, batch_stats, image, label, *jax.device_put((indices, np.int32(len(rows)))))
+
+    return Dispatch(advance, most)
+
+
+def unstack(metrics: Metrics, steps: int) -> list[Metrics]:
+    """Returns the metrics of each step of one dispatch, on the host; waits for the device."""
+    every = jax.device_get(metrics)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], every) for i in range(steps)]
