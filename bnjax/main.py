@@ -31,7 +31,9 @@ def main() -> int:
     from bnjax import workdir as workdirs
     from bnjax.data import sources
     from bnjax.loop import Stopped, train_and_evaluate
+    from bnjax.platform import keep_compiled
 
+    keep_compiled(sources.cache_dir() / "compiled")
     dataset = sources.load(config.data.name, config.data.dir, fallback=config.data.fallback, label=config.data.label)
     if dataset.fallback_reason:
         config.name = f"{config.name}-{dataset.name}"
