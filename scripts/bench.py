@@ -1,0 +1,178 @@
+"""How fast training is here, beside a plain Flax loop and other frameworks, everything in turn and in processes of its own.
+
+    python scripts/bench.py --data-dir FOLDER --quick
+    python scripts/bench.py --data-dir FOLDER --json bench.json --peer 'python step_torch.py FOLDER {batch} {steps}' --peer …
+
+FOLDER holds CIFAR-10. A peer is any command that trains the same network and prints a JSON line with `peer`, `step_s` and `images_per_s`;
+{batch} and {steps} are filled in. Run it on an otherwise idle machine: `--quick` takes some minutes, the whole two hours on two cores.
+
+Prints Markdown tables: images a second (median, minimum and maximum of the rounds), the ratio to bnjax in the same round (median),
+FLOP/s beside those of a large matrix product, and the peak of memory; then evaluation, what the training loop adds to its steps, and
+the time from the command to the first step.
+"""
+
+import argparse
+import json
+import os
+import platform
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnjax.data.sources import cache_dir
+from bnjax.loop import versions
+
+ROOT = Path(__file__).parents[1]
+STEP = [sys.executable, str(ROOT / "scripts" / "bench_step.py")]
+# glibc's own memory in pages of 2 MB: a step touches gigabytes of new memory, and each 4 KB page of it costs the kernel a microsecond.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+Results = dict[tuple[int, str], list[dict[str, Any]]]
+
+
+def measure(command: list[str], env: dict[str, str] | None = None) -> dict[str, Any]:
+    """Runs a command and returns the JSON object on the last line that it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(lines[-1])
+
+
+def contenders(args: argparse.Namespace, batch: int, steps: int) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """Yields the name, the command and the environment of everything that trains, bnjax first."""
+    train = [*STEP, "train", args.data_dir, str(batch), str(steps)]
+    yield "bnjax", train, {}
+    yield "bnjax, huge pages", train, HUGE_PAGES
+    yield "bnjax without BN", [*train, "--norm", "none"], {}
+    yield "bnjax, bfloat16", [*train, "--dtype", "bfloat16"], {}
+    yield "textbook Flax loop", [*train, "--model", "textbook"], {}
+    yield "textbook without BN", [*train, "--model", "textbook", "--norm", "none"], {}
+    for together in args.together:
+        yield f"bnjax, {together} steps a dispatch", [*train, "--together", str(together)], {}
+    for peer in args.peer:
+        yield peer, shlex.split(peer.format(batch=batch, steps=steps)), {}
+
+
+def race(args: argparse.Namespace) -> Results:
+    """Runs all contenders in turn, round after round."""
+    results: Results = {}
+    for batch in args.batch:
+        # About a minute of steps at 500 images a second, and enough of them for a median.
+        steps = min(20, max(5, 30_000 // batch))
+        for number in range(args.rounds):
+            for name, command, env in contenders(args, batch, steps):
+                print(f"batch {batch}, round {number + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
+                results.setdefault((batch, name), []).append(measure(command, env))
+    return results
+
+
+def table(results: Results, product: float) -> str:
+    """Returns the table of the race; `product` is the FLOP/s of a large matrix product."""
+    lines = [
+        "| batch | what | images/s | min to max | bnjax / it | TFLOP/s | of a matrix product | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (batch, name), runs in results.items():
+        rates = [run["images_per_s"] for run in runs]
+        ratio = np.median([ours["images_per_s"] / its for ours, its in zip(results[batch, "bnjax"], rates, strict=True)])
+        flops = np.median([run.get("flop_per_s", np.nan) for run in runs])
+        peak = np.median([run.get("peak_bytes", np.nan) for run in runs]) / 2**30
+        columns = [batch, runs[0]["peer"] if runs[0]["peer"] not in ("bnjax", "textbook") else name, f"{np.median(rates):,.0f}"]
+        columns += [f"{min(rates):,.0f} to {max(rates):,.0f}", f"{ratio:.2f}"]
+        columns += ["", "", ""] if np.isnan(flops) else [f"{flops / 1e12:.3f}", f"{flops / product:.0%}", f"{peak:.1f} GiB"]
+        lines.append("| " + " | ".join(map(str, columns)) + " |")
+    return "\n".join(lines)
+
+
+def train_command(config: str, workdir: Path, *overrides: str) -> list[str]:
+    """Returns the command line of a training."""
+    flags = [f"--config.{override}" for override in overrides]
+    return [sys.executable, "-m", "bnjax.main", "--config", str(ROOT / "configs" / f"{config}.py"), "--workdir", str(workdir), *flags]
+
+
+def overhead(args: argparse.Namespace, bare: float) -> float:
+    """Returns the seconds that a step of a whole training takes, over those of a bare step of batch 512, minus 1."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = ["train.steps=40", "train.batch_size=512", "eval.every_steps=20", "eval.every_epochs=0.0", f"data.dir={args.data_dir}"]
+        subprocess.run(train_command("bn", Path(folder) / "run", *steps), check=True, capture_output=True)
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "timing.jsonl").read_text().splitlines()]
+    seconds = np.diff([line["seconds"] for line in lines])
+    return float(np.median(seconds) / bare - 1)
+
+
+def first_step(env: dict[str, str]) -> float:
+    """Returns the seconds from the command to the moment when the terminal shows the first training step, on the digits."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        leader, follower = pty.openpty()
+        command = train_command("digits", Path(folder) / "run", "train.epochs=1.0")
+        with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=os.environ | env) as process:
+            os.close(follower)
+            shown = b""
+            while not re.search(rb" [1-9]\d*/\d+ \[", shown):  # tqdm's count of steps
+                shown += os.read(leader, 4096)
+            seconds = time.perf_counter() - began
+            process.kill()
+        os.close(leader)
+    return seconds
+
+
+def start_up() -> dict[str, float]:
+    """Returns the seconds that --help takes, and those to the first step with nothing compiled and with everything compiled."""
+    with tempfile.TemporaryDirectory() as compiled:
+        env = {"BNJAX_CACHE": compiled, "TQDM_MININTERVAL": "0"}
+        cold = first_step(env)
+        warm = first_step(env)
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "bnjax.main", "--help"], check=True, capture_output=True)
+    return {"help_s": time.perf_counter() - began, "first_step_cold_s": cold, "first_step_warm_s": warm}
+
+
+def main() -> None:
+    """Measures everything and prints it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", default=str(cache_dir()), help="a folder with CIFAR-10 (default: bnjax's own)")
+    parser.add_argument("--peer", action="append", default=[], metavar="COMMAND", help="another framework's step, with {batch} and {steps}")
+    parser.add_argument("--batch", type=int, nargs="+", default=[512, 5000])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--together", type=int, nargs="*", default=[], help="numbers of steps a dispatch to try, for accelerators")
+    parser.add_argument("--quick", action="store_true", help="one round with batch 512")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    args = parser.parse_args()
+    if args.quick:
+        args.batch, args.rounds = [512], 1
+    product = measure([*STEP, "matmul", "-", "5000", "5"])
+    results = race(args)
+    bare = next((runs for (batch, name), runs in results.items() if (batch, name) == (512, "bnjax")), None)
+    single: dict[str, Any] = {"evaluation": measure([*STEP, "evaluate", args.data_dir, "1000", "3"]), **start_up()}
+    if bare:
+        single["loop_overhead"] = overhead(args, float(np.median([run["step_s"] for run in bare])))
+    about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "device": product["device"], **versions()}
+    print(f"{about}\n\n{table(results, product['flop_per_s'])}\n")
+    print(
+        f"A large matrix product: {product['flop_per_s'] / 1e12:.3f} TFLOP/s. Evaluation: {single['evaluation']['images_per_s']:,.0f} images/s."
+    )
+    print(
+        "From the command to the first step on the digits: {first_step_cold_s:.1f} s, {first_step_warm_s:.1f} s once compiled.".format(
+            **single
+        )
+    )
+    print(f"--help: {single['help_s']:.2f} s.")
+    if bare:
+        print(f"The training loop adds {single['loop_overhead']:.1%} to a bare step.")
+    if args.json:
+        rows = [{"batch": batch, "what": name, "runs": runs} for (batch, name), runs in results.items()]
+        args.json.write_text(json.dumps({"about": about, "matrix_product": product, "race": rows, **single}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

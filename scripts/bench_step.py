@@ -1,0 +1,190 @@
+"""One contender of `scripts/bench.py`, in a process of its own: prints one JSON line.
+
+    python scripts/bench_step.py train FOLDER BATCH STEPS [--model bnjax|textbook] [--norm none] [--dtype bfloat16] [--together 16]
+    python scripts/bench_step.py evaluate FOLDER BATCH STEPS
+    python scripts/bench_step.py matmul - BATCH STEPS
+
+FOLDER holds CIFAR-10. Seconds are of a step, the median of all but the first two; the peak of memory is the process's.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+
+from bnjax import config as configs
+from bnjax import defaults, dispatch, norms
+from bnjax.data import sources
+from bnjax.data.batches import eval_batches, train_rows
+from bnjax.evaluate import evaluate
+from bnjax.platform import compiler_options
+from bnjax.train_step import eval_step, init_state, train_step
+
+WARM_UP = 2
+
+
+def timed(once: Callable[[], Any], times: int) -> list[float]:
+    """Returns the seconds that each call took, until its result was there."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        jax.block_until_ready(once())
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def bnjax_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Callable[[], Any], float]:
+    """Returns what takes a step, or `together` of them in one dispatch, and the floating-point operations of one."""
+    config = defaults.get_config()
+    config.model.norm, config.model.dtype = args.norm, args.dtype
+    model, tx = configs.build_model(config.model, 10, split.image.shape[1:]), optax.adam(1e-3)
+    step = functools.partial(train_step, model=model, tx=tx, skip_nonfinite=True)
+    options = compiler_options()
+    if args.together:
+        way = dispatch.many_at_a_time(step, split, args.batch, options, most=args.together)
+    else:
+        way = dispatch.build(step, split, args.batch, options)
+    count = args.together or way.most
+    order = train_rows(len(split.label), args.batch, key=None)
+    held = [jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0), split.image[:1])]
+    batch = {"image": split.image[: args.batch], "label": split.label[: args.batch]}
+    operations = jax.jit(step).lower(*held[0], batch).cost_analysis()["flops"]
+
+    def advance() -> Any:
+        state, batch_stats, metrics = way.advance(*held[0], list(itertools.islice(order, count)))
+        held[0] = (state, batch_stats)
+        return state, batch_stats, metrics.loss[0] / args.batch
+
+    args.per_call = count
+    return advance, operations
+
+
+class Textbook(nn.Module):
+    """The tutorial's network as the Flax documentation would write it."""
+
+    norm: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        """Returns logits."""
+
+        def normalise(x):
+            return nn.BatchNorm(use_running_average=not train, momentum=0.75, epsilon=1e-3)(x) if self.norm else x
+
+        for filters, stride in zip((30, 50, 60), (2, 1, 1), strict=True):
+            x = nn.relu(nn.Conv(filters, (3, 3), stride, padding="VALID")(normalise(x)))
+        x = x.reshape(x.shape[0], -1)
+        for width in (3500, 700):
+            x = nn.relu(nn.Dense(width)(normalise(x)))
+        return nn.Dense(10)(normalise(x))
+
+
+class TextbookState(train_state.TrainState):
+    """Flax's TrainState with the running statistics in it."""
+
+    batch_stats: Any
+
+
+@jax.jit
+def textbook_step(state, image, label):
+    """Returns the state after a step, and the loss, as the Flax documentation would write it."""
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updates = state.apply_fn(variables, image.astype(jnp.float32) / 255, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean(), updates
+
+    (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads).replace(batch_stats=updates.get("batch_stats", {})), value
+
+
+def textbook_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Callable[[], Any], float]:
+    """Returns what takes a step of the plain loop, JAX as installed, and the floating-point operations of one."""
+    model = Textbook(args.norm == "batch")
+    variables = model.init(jax.random.key(0), jnp.ones((1, *split.image.shape[1:])), train=False)
+    state = TextbookState.create(
+        apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-3), batch_stats=variables.get("batch_stats", {})
+    )
+    order, held = train_rows(len(split.label), args.batch, key=None), [state]
+
+    def advance() -> Any:
+        rows = next(order)
+        held[0], loss = textbook_step(held[0], split.image[rows], split.label[rows])
+        return held[0].params, held[0].opt_state, loss
+
+    return advance, textbook_step.lower(state, split.image[: args.batch], split.label[: args.batch]).cost_analysis()["flops"]
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Times training steps."""
+    args.per_call = 1
+    split = sources.load("cifar10", args.folder).train
+    advance, operations = (bnjax_trainer if args.model == "bnjax" else textbook_trainer)(args, split)
+    losses: list[Any] = []
+    calls = max(WARM_UP + 1, args.steps // args.per_call)
+    seconds = timed(lambda: losses.append((result := advance())[-1]) or result, calls)
+    step_s = float(np.median(seconds[WARM_UP:])) / args.per_call
+    return {
+        "step_s": step_s,
+        "images_per_s": args.batch / step_s,
+        "flop_per_s": operations / step_s,
+        "losses": [float(x) for x in losses[:6]],
+    }
+
+
+def evaluation(args: argparse.Namespace) -> dict[str, Any]:
+    """Times the evaluation of the test images."""
+    data, config = sources.load("cifar10", args.folder), defaults.get_config()
+    model = configs.build_model(config.model, 10, data.test.image.shape[1:])
+    state, batch_stats = init_state(model, optax.sgd(0.0), jax.random.key(0), data.test.image[:1])
+    step = jax.jit(functools.partial(eval_step, model=model), compiler_options=compiler_options())
+    seconds = timed(
+        lambda: evaluate(step, state.params, batch_stats, eval_batches(data.test.image, data.test.label, args.batch)), WARM_UP + args.steps
+    )
+    median = float(np.median(seconds[WARM_UP:]))
+    return {"step_s": median, "images_per_s": len(data.test.label) / median}
+
+
+def matmul(args: argparse.Namespace) -> dict[str, Any]:
+    """Times the largest matrix product of the network: the batch times the first dense layer's weights."""
+    x, weight = (jax.random.normal(jax.random.key(0), shape, args.dtype) for shape in ((args.batch, 7260), (7260, 3500)))
+    product = jax.jit(lambda x, weight: x @ weight, compiler_options=compiler_options())
+    step_s = float(np.median(timed(lambda: product(x, weight), WARM_UP + args.steps)[WARM_UP:]))
+    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("train", "evaluate", "matmul"))
+    parser.add_argument("folder")
+    parser.add_argument("batch", type=int)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--model", choices=("bnjax", "textbook"), default="bnjax")
+    parser.add_argument("--norm", choices=norms.NORMS, default="batch")
+    parser.add_argument("--dtype", choices=configs.DTYPES, default="float32")
+    parser.add_argument("--together", type=int, default=0, help="steps in one dispatch; 0: as the training loop would choose")
+    args = parser.parse_args()
+    result = {"train": train, "evaluate": evaluation, "matmul": matmul}[args.what](args)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    print(
+        json.dumps(
+            {"peer": args.model, "batch": args.batch, **result, "peak_bytes": on_device or peak, "device": jax.devices()[0].device_kind}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
