@@ -11,6 +11,7 @@ from bnjax import norms, optim
 from bnjax.data.sources import DIGITS, Dataset
 from bnjax.errors import ConfigError
 from bnjax.models import POOLS, ConvNet, relu
+from bnjax.products import bfloat16_dot_general
 
 DTYPES = ("float32", "bfloat16")
 LARGEST = 1 << 20  # of a layer: beyond it is a slip of the finger
@@ -97,9 +98,12 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         ConfigError: for an impossible value, or if the images shrink to nothing.
     """
     _check_layers(config)
-    for key, choices in (("pooling", ("none", *POOLS)), ("dtype", DTYPES)):
+    for key, choices in (("pooling", ("none", *POOLS)), ("dtype", DTYPES), ("dense_product", DTYPES)):
         if config[key] not in choices:
             raise ConfigError(f"model.{key}", config[key], ", ".join(choices))
+    if config.dense_product != "float32" and config.dtype != "float32":
+        reason = f"float32 with model.dtype = {config.dtype!r}, whose products have such operands already"
+        raise ConfigError("model.dense_product", config.dense_product, reason)
     _check_norm(config)
     for side in image_shape[:2]:
         for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
@@ -133,6 +137,7 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         norm_dense=config.norm_dense,
         placement=config.placement,
         dtype=jnp.dtype(config.dtype),
+        dense_product=bfloat16_dot_general if config.dense_product == "bfloat16" else None,
     )
 
 

@@ -1,5 +1,6 @@
 """The networks. The normalisation layer is injected, so that one network serves every norm."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ class ConvNet(nn.Module):
         dropout: the fraction of each hidden dense layer's units that is dropped in training.
         pooling: "none" strides the convolutions; "max" and "avg" pool by the stride instead.
         dtype: the dtype of the arithmetic (that of the input if None); parameters are float32.
+        dense_product: what multiplies in the dense layers; called like `jax.lax.dot_general`, which it is if None.
     """
 
     filters: Sequence[int] = (30, 50, 60)
@@ -57,6 +59,7 @@ class ConvNet(nn.Module):
     dropout: Sequence[float] = (0.0, 0.0)
     pooling: Pooling = "none"
     dtype: Any = None
+    dense_product: Callable[..., Any] | None = None
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
@@ -76,6 +79,7 @@ class ConvNet(nn.Module):
             return normalise(x, "after", name)
 
         glorot = nn.initializers.glorot_uniform()
+        dense = functools.partial(nn.Dense, kernel_init=glorot, dtype=self.dtype, dot_general=self.dense_product)
         for i, (filters, kernel, stride) in enumerate(zip(self.filters, self.kernels, self.strides, strict=True)):
             x = normalise(x, "input", f"conv{i}")
             window = (kernel, kernel)
@@ -90,10 +94,10 @@ class ConvNet(nn.Module):
         for i, (width, norm_after, rate_after) in enumerate(zip(self.dense, self.norm_dense, self.dropout, strict=True)):
             x = normalise(x, "input", f"dense{i}") if normalised else x
             x = nn.Dropout(rate, deterministic=not train)(x)
-            x = nn.Dense(width, kernel_init=glorot, dtype=self.dtype, name=f"dense{i}")(x)
+            x = dense(width, name=f"dense{i}")(x)
             x = activate(x, f"dense{i}", norm_after)
             normalised, rate = norm_after, rate_after
         x = normalise(x, "input", "logits") if normalised else x
         x = nn.Dropout(rate, deterministic=not train)(x)
-        x = nn.Dense(self.classes, kernel_init=glorot, dtype=self.dtype, name="logits")(x)
+        x = dense(self.classes, name="logits")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -53,6 +53,7 @@ def contenders(args: argparse.Namespace, batch: int, steps: int) -> Iterator[tup
     yield "bnjax", train, {}
     yield "bnjax, huge pages", train, HUGE_PAGES
     yield "bnjax without BN", [*train, "--norm", "none"], {}
+    yield "bnjax, bfloat16 dense products", [*train, "--dense-product", "bfloat16"], {}
     yield "bnjax, bfloat16", [*train, "--dtype", "bfloat16"], {}
     yield "textbook Flax loop", [*train, "--model", "textbook"], {}
     yield "textbook without BN", [*train, "--model", "textbook", "--norm", "none"], {}
@@ -158,14 +159,10 @@ def main() -> None:
         single["loop_overhead"] = overhead(args, float(np.median([run["step_s"] for run in bare])))
     about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "device": product["device"], **versions()}
     print(f"{about}\n\n{table(results, product['flop_per_s'])}\n")
-    print(
-        f"A large matrix product: {product['flop_per_s'] / 1e12:.3f} TFLOP/s. Evaluation: {single['evaluation']['images_per_s']:,.0f} images/s."
-    )
-    print(
-        "From the command to the first step on the digits: {first_step_cold_s:.1f} s, {first_step_warm_s:.1f} s once compiled.".format(
-            **single
-        )
-    )
+    print(f"A large matrix product: {product['flop_per_s'] / 1e12:.3f} TFLOP/s.")
+    print(f"Evaluation: {single['evaluation']['images_per_s']:,.0f} images/s.")
+    cold, warm = single["first_step_cold_s"], single["first_step_warm_s"]
+    print(f"From the command to the first step on the digits: {cold:.1f} s; {warm:.1f} s once compiled.")
     print(f"--help: {single['help_s']:.2f} s.")
     if bare:
         print(f"The training loop adds {single['loop_overhead']:.1%} to a bare step.")

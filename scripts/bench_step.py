@@ -47,7 +47,7 @@ def timed(once: Callable[[], Any], times: int) -> list[float]:
 def bnjax_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Callable[[], Any], float]:
     """Returns what takes a step, or `together` of them in one dispatch, and the floating-point operations of one."""
     config = defaults.get_config()
-    config.model.norm, config.model.dtype = args.norm, args.dtype
+    config.model.norm, config.model.dtype, config.model.dense_product = args.norm, args.dtype, args.dense_product
     model, tx = configs.build_model(config.model, 10, split.image.shape[1:]), optax.adam(1e-3)
     step = functools.partial(train_step, model=model, tx=tx, skip_nonfinite=True)
     options = compiler_options()
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("bnjax", "textbook"), default="bnjax")
     parser.add_argument("--norm", choices=norms.NORMS, default="batch")
     parser.add_argument("--dtype", choices=configs.DTYPES, default="float32")
+    parser.add_argument("--dense-product", choices=configs.DTYPES, default="float32")
     parser.add_argument("--together", type=int, default=0, help="steps in one dispatch; 0: as the training loop would choose")
     args = parser.parse_args()
     result = {"train": train, "evaluate": evaluation, "matmul": matmul}[args.what](args)

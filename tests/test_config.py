@@ -5,6 +5,7 @@ from bnjax import config as configs
 from bnjax import configfile, defaults
 from bnjax.data.sources import Dataset, Split
 from bnjax.errors import ConfigError, UserError
+from bnjax.products import bfloat16_dot_general
 
 
 def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
@@ -25,6 +26,7 @@ def make(overrides=(), n=100, **more):
     [
         ("model.strides", "0,1,1"),
         ("model.momentum", "1.5"),
+        ("model.dense_product", "float16"),
         ("model.momentum", "1.0"),
         ("model.momentum", "-0.1"),
         ("model.kernels", "3,3,3,3"),
@@ -118,6 +120,15 @@ def test_a_config_file_and_its_overrides(tmp_path):
     file.write_text("from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n")
     config = configfile.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
     assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
+
+
+def test_low_precision_products_are_chosen_and_checked():
+    config = defaults.get_config()
+    config.model.dense_product = "bfloat16"
+    assert configs.build_model(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
+    config.model.dtype = "bfloat16"
+    with pytest.raises(ConfigError, match=r"dense_product.*float32 with model\.dtype"):
+        configs.build_model(config.model, 10, (32, 32, 3))
 
 
 @pytest.mark.parametrize("content", ["", "1/0", "def get_config(): return 1/0", "def get_config(:"])

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arrays", "errors", "metrics", "norms", "optim", "platform", "defaults", "signals"},
+    {"arrays", "errors", "metrics", "norms", "optim", "platform", "products", "defaults", "signals"},
     {"configfile", "data", "models", "train_step"},
     {"evaluate", "checkpoint", "diagnose", "dispatch", "writers"},
     {"config"},
