@@ -52,4 +52,14 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        # By its text: only XLA raises it, and nothing here should import JAX just for --help.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: the memory of this machine does not suffice ({' '.join(str(error).split())[:200]}). What helps: a smaller "
+            "--config.train.batch_size or --config.eval.batch_size, and smaller layers (--config.model.filters, --config.model.dense).",
+            file=sys.stderr,
+        )
+        code = 1
     sys.exit(code)

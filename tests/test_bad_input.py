@@ -1,22 +1,28 @@
 """Whatever is thrown at bnjax, the answer is a result or one paragraph: never a traceback, a hang or a half-written file."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from bnjax import config as configs
-from bnjax import configfile, defaults, workdir
+from bnjax import configfile, defaults, errors, loop, predict, workdir
 from bnjax.checkpoint import Checkpoints
 from bnjax.errors import UserError
 from bnjax.loop import train_and_evaluate
+from bnjax.train_step import init_variables
 from bnjax.writers import Lines, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -144,3 +150,94 @@ def test_any_words_on_a_command_line(finished, tmp_path, module, data):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode in (0, 1, 2), done
     assert "Traceback" not in done.stderr, done
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that died in step 8 of 10, and the parameters of one that did not."""
+    folder, config = tmp_path_factory.mktemp("runs"), synthetic.config(steps=10)
+    train_and_evaluate(config, folder / "whole", SMALL)
+    stream = loop.train_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+        with pytest.raises(StopIteration):
+            train_and_evaluate(config, folder / "died", SMALL)
+    return folder / "died", parameters(folder / "whole")
+
+
+def parameters(folder):
+    experiment = configs.build(synthetic.config(steps=10), SMALL)
+    like = jax.eval_shape(lambda: init_variables(experiment.model, jax.random.key(0), SMALL.train.image[:1]))
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        return jax.device_get(checkpoints.restore_variables(checkpoints.step("last"), like))
+
+
+DAMAGE = st.one_of(
+    st.just("gone"),
+    st.tuples(st.just("cut"), st.floats(0, 1)),
+    st.tuples(st.just("garbage"), st.binary(max_size=50)),
+    st.tuples(st.just("flipped"), st.floats(0, 1)),
+    st.just("folder"),
+)
+
+
+def damage(file, how):
+    content = file.read_bytes()
+    file.unlink()
+    if how == "folder":
+        file.mkdir()
+    elif how != "gone":
+        kind, amount = how
+        if kind == "flipped" and content:
+            position = int(amount * (len(content) - 1))
+            content = content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+        file.write_bytes(amount if kind == "garbage" else content[: int(amount * len(content))] if kind == "cut" else content)
+
+
+@pytest.mark.slow
+@HUNDRED
+@given(data=st.data())
+def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_path, data):
+    died, wanted = interrupted
+    folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
+    shutil.copytree(died, folder)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    for name in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True)):
+        damage(folder / name, data.draw(DAMAGE))
+    try:
+        train_and_evaluate(synthetic.config(steps=10), folder, SMALL)
+    except UserError as error:
+        assert str(error)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, parameters(folder), wanted)
+
+
+@pytest.mark.slow
+@HUNDRED
+@given(data=st.data())
+def test_any_damage_is_said_or_does_no_harm_when_predicting(finished, tmp_path, monkeypatch, capsys, data):
+    """The command line itself, in this process: damaged runs, and images of damaged or random bytes."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
+    shutil.copytree(finished, folder)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    if data.draw(st.booleans()):
+        damage(folder / data.draw(st.sampled_from(files)), data.draw(DAMAGE))
+    images = []
+    for number, kind in enumerate(
+        data.draw(st.lists(st.sampled_from(["png", "jpeg", "npy", "gif", "bytes", "none"]), min_size=1, max_size=3))
+    ):
+        file = folder.parent / f"{number}.{'png' if kind in ('bytes', 'none') else kind}"
+        if kind == "bytes":
+            file.write_bytes(data.draw(st.binary(max_size=60)))
+        elif kind == "npy":
+            np.save(file, np.zeros(data.draw(st.lists(st.integers(0, 9), max_size=4)), data.draw(st.sampled_from(["u1", "f4", "i8", "?"]))))
+        elif kind != "none":
+            Image.fromarray(np.zeros((9, 9), np.uint8)).save(file)
+        if kind not in ("bytes", "none") and data.draw(st.booleans()):
+            damage(file, data.draw(DAMAGE))
+        images.append(str(file))
+    monkeypatch.setattr(sys, "argv", ["predict", "--workdir", str(folder), *images])
+    with pytest.raises(SystemExit) as ended:
+        errors.run(predict.main)
+    assert ended.value.code in (0, 1, 2)
+    assert ended.value.code == 0 or "error: " in capsys.readouterr().err

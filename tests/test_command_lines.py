@@ -77,6 +77,13 @@ def test_mistakes_are_one_paragraph_and_exit_with_2(tmp_path, arguments, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_that_fits_into_no_memory_is_one_paragraph(tmp_path):
+    done = bnjax("main", "--config", CONFIG, "--config.model.dense=1000000,1000000", "--workdir", tmp_path / "run", *FEW)
+    assert done.returncode == 1
+    assert "the memory of this machine does not suffice" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run"), "--config.eval.every_steps=50", "--config.eval.every_epochs=0"]
     arguments += ["--config.train.steps=60", "--config.train.epochs=0"]
