@@ -29,10 +29,9 @@ def main() -> int:
     configs.check_choices(config)
 
     from bnjax import workdir as workdirs
-    from bnjax.data import sources
     from bnjax.loop import Stopped, train_and_evaluate
 
-    dataset = sources.load(config.data.name, config.data.dir, fallback=config.data.fallback, label=config.data.label)
+    dataset = configs.load_data(config)
     if dataset.fallback_reason:
         config.name = f"{config.name}-{dataset.name}"
         _warn_of_fallback(config.data.name, dataset.name, dataset.fallback_reason)

@@ -36,7 +36,6 @@ def main() -> int:
     from bnjax import config as configs
     from bnjax import evaluate, workdir
     from bnjax.checkpoint import Checkpoints
-    from bnjax.data import sources
     from bnjax.data.batches import eval_batches
     from bnjax.platform import compiler_options
     from bnjax.train_step import eval_step, init_variables, predict_step
@@ -52,7 +51,8 @@ def main() -> int:
         return jax.jit(functools.partial(step_fn, model=model), compiler_options=compiler_options())
 
     if args.split:
-        dataset = sources.load(config.data.name, args.data_dir or config.data.dir, fallback=config.data.fallback, label=config.data.label)
+        config.data.dir = args.data_dir or config.data.dir
+        dataset = configs.load_data(config)
         if dataset.label != data.label:
             found = f"the run was trained on {data.label}, and what is found now is {dataset.label}"
             raise errors.UserError(f"{found}. Say where its data lie with --data-dir.")

@@ -7,13 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arrays", "errors", "metrics", "norms", "optim", "platform", "defaults", "signals"},
+    {"arrays", "errors", "metrics", "norms", "optim", "platform", "defaults", "signals", "statistics"},
     {"configfile", "data", "models", "train_step"},
     {"evaluate", "checkpoint", "diagnose", "writers"},
-    {"config"},
-    {"workdir"},
-    {"loop"},
-    {"main", "predict"},
+    {"config", "results"},
+    {"workdir", "claims"},
+    {"loop", "text"},
+    {"grid"},
+    {"main", "predict", "compare"},
 ]
 # Within layer 0 these two may be used by the rest, and nothing else may.
 GROUND = {"arrays", "errors"}
