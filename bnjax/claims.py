@@ -135,14 +135,20 @@ def load(path: str) -> dict[str, Any]:
             raise ValueError(f"seeds = {claim['seeds']!r} is not possible; allowed are 2 and above")
         for name in claim["variants"]:
             check_name(name)
-        for statement in (Statement(**fields) for fields in claim["statements"]):
-            if unknown := {statement.of, statement.against} - set(claim["variants"]):
-                raise ValueError(f"{statement} names no variant: {', '.join(sorted(unknown))}")
+        _statements(claim)
         variants = {name: (str(file.parent / config), dict(overrides)) for name, (config, overrides) in claim["variants"].items()}
         return {**claim, "variants": variants}
     except Exception as error:
         found = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(f"the claim file {path} does not work: {found}. bnjax/claims.py says what it has to hold.") from error
+
+
+def _statements(claim: dict[str, Any]) -> list[Statement]:
+    statements = [Statement(**fields) for fields in claim["statements"]]
+    for statement in statements:
+        if unknown := {statement.of, statement.against} - set(claim["variants"]):
+            raise ValueError(f"{statement} names no variant: {', '.join(sorted(unknown))}")
+    return statements
 
 
 def check_name(name: str) -> None:
@@ -165,8 +171,8 @@ def read(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / FILE).read_bytes())
         for name, variant in found["variants"].items():
             check_name(name)
-            _, _, _ = variant["config"]["train"], variant["dataset"], variant["differs"]
-        _ = [Statement(**fields) for fields in found["statements"]]
+            float(variant["config"]["train"]["target_loss"]), {**variant["differs"]}, variant["dataset"]
+        _statements(found)
         seeds = [int(seed) for seed in found["seeds"]]
         return {**found, "seeds": seeds, "seeds_needed": int(found["seeds_needed"]), "command": str(found["command"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
@@ -180,13 +186,12 @@ def verdicts(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> list[Ver
     what is claimed; not reproduced if it lies wholly outside; inconclusive otherwise, and always with fewer seeds than the claim asks for
     or with unfinished runs. Each statement is judged for itself: of twenty intervals one is expected to miss the truth.
     """
-    return [_verdict(Statement(**fields), comparison, runs) for fields in comparison["statements"]]
+    return [_verdict(statement, comparison, runs) for statement in _statements(comparison)]
 
 
 def _verdict(statement: Statement, comparison: dict[str, Any], runs: list[dict[str, Any]]) -> Verdict:
     arms = [{run["seed"]: run for run in runs if run["variant"] == name} for name in (statement.of, statement.against)]
-    missing = [f"{name}/{seed}" for name, arm in zip((statement.of, statement.against), arms, strict=True)
-               for seed in comparison["seeds"] if arm[seed]["summary"] is None]  # fmt: skip
+    missing = [f"{run['variant']}/{run['seed']}" for arm in arms for run in arm.values() if run["summary"] is None]
     seeds = [seed for seed in comparison["seeds"] if all(arm[seed]["summary"] is not None for arm in arms)]
     pairs, logrank = [[arm[seed] for seed in seeds] for arm in arms], None
     problems = [f"unfinished: {', '.join(missing)}"] if missing else []
@@ -213,7 +218,7 @@ def _verdict(statement: Statement, comparison: dict[str, Any], runs: list[dict[s
 
 def decide(statement: Statement, effect: Estimate) -> tuple[str, str]:
     """Returns the outcome of a statement for this difference or ratio, and the reason."""
-    scale: Callable[[float], float] = _log if statement.is_time else float
+    scale: Callable[[float | int], float] = _log if statement.is_time else float
     shift = scale(statement.neutral if statement.expected is None else statement.expected)
     low, high, margin = scale(effect.low) - shift, scale(effect.high) - shift, scale(statement.margin)
     holds, fails = {
@@ -228,5 +233,5 @@ def decide(statement: Statement, effect: Estimate) -> tuple[str, str]:
     return "inconclusive", "one seed has no interval" if effect.n < 2 else "the 95 % interval lies partly within what is claimed"
 
 
-def _log(x: float) -> float:
+def _log(x: float | int) -> float:
     return math.log(x) if x > 0 else -math.inf

@@ -45,7 +45,7 @@ def _summary(run: Path, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
     return summary
 
 
-def value(run: dict[str, Any], quantity: str, at: str | float) -> float | None:
+def value(run: dict[str, Any], quantity: str, at: str | float | int) -> float | None:
     """Returns one of `VALUES` of a run; None if that step is missing or its loss was not finite."""
     split, key = VALUES[quantity]
     found = [line for line in run["metrics"] if line["split"] == split and (at in POINTS or line["step"] == at)]
@@ -55,7 +55,7 @@ def value(run: dict[str, Any], quantity: str, at: str | float) -> float | None:
     return found[0 if at == "first" else -1][key] if found else None
 
 
-def time(run: dict[str, Any], quantity: str, goal: float) -> tuple[float, bool]:
+def time(run: dict[str, Any], quantity: str, goal: float | int) -> tuple[float | int, bool]:
     """Returns one of `TIMES` of a run, and True; or how long it went on without getting there, and False."""
     unit, _, key = quantity.split("_")
     split, sign = ("train", 1) if key == "loss" else ("test", -1)
@@ -68,7 +68,7 @@ def time(run: dict[str, Any], quantity: str, goal: float) -> tuple[float, bool]:
     return max(seconds[step or last], 0.001), step is not None  # the resolution of the file
 
 
-def times(runs: list[dict[str, Any]], quantity: str, goal: float) -> Times:
+def times(runs: list[dict[str, Any]], quantity: str, goal: float | int) -> Times:
     """Returns one of `TIMES` of several runs."""
     found = [time(run, quantity, goal) for run in runs]
     return Times(tuple(taken for taken, _ in found), tuple(reached for _, reached in found))

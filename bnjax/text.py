@@ -31,7 +31,8 @@ def _of_variant(runs: list[dict[str, Any]], target: float) -> list[str]:
 
 
 def _verdicts(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
-    lines, methods = [], set()
+    lines: list[str] = []
+    methods: set[str] = set()
     for verdict in claims.verdicts(comparison, runs):
         lines += [f"{verdict.outcome.upper()}: {verdict.statement}", f"  because {verdict.reason}"]
         if verdict.effect and verdict.of and verdict.against:

@@ -3,14 +3,14 @@
     python -m bnjax.compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes
     python -m bnjax.compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes_full --full
 
-Source: Wu & He 2018 (arXiv 1803.08494, section 4.1): validation error of ResNet-50 on ImageNet at 32 images a worker 23.6 % with batch norm,
-    24.1 % with group norm, 25.3 % with layer norm; at 2 images 34.7 % with batch norm and 24.1 % with group norm; at 4 images 27.3 % with
-    batch norm and 26.3 % with batch renormalization (Ioffe 2017, arXiv 1702.03275).
+Source: Wu & He 2018 (arXiv 1803.08494, section 4.1): validation error of ResNet-50 on ImageNet at 32 images a worker 23.6 % with batch
+    norm, 24.1 % with group norm, 25.3 % with layer norm; at 2 images 34.7 % with batch norm and 24.1 % with group norm; at 4 images
+    27.3 % with batch norm and 26.3 % with batch renormalization (Ioffe 2017, arXiv 1702.03275).
 Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
 Margin: half of each published difference: 0.05 for group norm, 0.045 for layer norm and 0.005 for renorm at 2 images. At 512 images
     batch and group norm are called alike if they are within 0.02.
-As there, the norm stands before the activation and the learning rate grows with the batch; as many epochs for all. The averages are slow (0.99) for
-the sake of the small batches, and leave out their starting values for the sake of the few steps of the large ones.
+As there, the norm stands before the activation and the learning rate grows with the batch; as many epochs for all. The averages are
+slow (0.99) for the sake of the small batches, and leave out their starting values for the sake of the few steps of the large ones.
 """
 
 from bnjax import defaults
@@ -53,8 +53,8 @@ def get_claim():
             **defaults.SMALL,
             **common,
             "data.train_images": 2560,
-            "train.epochs": 5.0,
-            "eval.every_epochs": 5.0,
+            "train.epochs": 4.0,
+            "eval.every_epochs": 4.0,
             "model.renorm_steps": 1000,
         },
         "full": {**common, "train.epochs": 10.0, "eval.every_epochs": 1.0},

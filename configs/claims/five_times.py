@@ -2,7 +2,8 @@
 
     python -m bnjax.compare --claim configs/claims/five_times.py --workdir runs/five_times
 
-Source: the tutorial that the README cites: a training loss of about 0.2 after about 350 steps without BN and about 70 with, one run each.
+Source: the tutorial that the README cites: a training loss of about 0.2 after about 350 steps without BN and about 70 with, one run
+    each.
 Time: not measured. The full size only: up to 600 steps of 5,000 images for each of six runs, and each ends when it gets there.
 Margin: "about 350" and "about 70" are taken as good to an eighth each, so their ratio to a factor of 1.25.
 """

@@ -3,8 +3,9 @@
     python -m bnjax.compare --claim configs/claims/momentum.py --workdir runs/momentum
     python -m bnjax.compare --claim configs/claims/momentum.py --workdir runs/momentum_full --full
 
-Source: the tutorial: 0.99 was tried first and gave bad test results; after 100 steps 0.99**100 = 37 % of the starting values are left, after 20
-    steps 82 %. That leaving them out mends it follows; that the mean of all batches lags behind the weights is bnjax's own guess.
+Source: the tutorial: 0.99 was tried first and gave bad test results; after 100 steps 0.99**100 = 37 % of the starting values are left,
+    after 20 steps 82 %. That leaving them out mends it follows; that the mean of all batches lags behind the weights is bnjax's own
+    guess.
 Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
 Margin: in test loss. The source has no figures: 0.5 early, where chance is 2.3, and 0.1 late.
 The mean of all batches is momentum 0.9999 without starting values, which over 100 steps weighs them alike to a hundredth.

@@ -3,7 +3,8 @@
     python -m bnjax.compare --claim configs/claims/placement.py --workdir runs/placement
     python -m bnjax.compare --claim configs/claims/placement.py --workdir runs/placement_full --full
 
-Source: a debate without figures for this network: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 3.2) put it before the activation, the tutorial after.
+Source: a debate without figures for this network: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 3.2) put it before the activation,
+    the tutorial after.
 Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
 Margin: 0.02 in the best test accuracy, bnjax's own choice.
 """

@@ -3,8 +3,8 @@
     python -m bnjax.compare --claim configs/claims/pooling.py --workdir runs/pooling
     python -m bnjax.compare --claim configs/claims/pooling.py --workdir runs/pooling_full --full
 
-Source: Springenberg et al. 2015 (arXiv 1412.6806, table 3), whom the tutorial follows: on CIFAR-10 an error of 9.74 % with max pooling and
-    10.19 % with strides instead.
+Source: Springenberg et al. 2015 (arXiv 1412.6806, table 3), whom the tutorial follows: on CIFAR-10 an error of 9.74 % with max pooling
+    and 10.19 % with strides instead.
 Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
 Margin: 0.02 in test accuracy, since the published difference is 0.0045.
 """

@@ -3,7 +3,8 @@
     python -m bnjax.compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid
     python -m bnjax.compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid_full --full
 
-Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at chance without BN and comes to 69.8 % with.
+Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at chance without BN and comes to 69.8 %
+    with.
 Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
 Margin: 0.1 in test accuracy, where chance is 0.1.
 """
