@@ -85,7 +85,8 @@ class Statement:
             words, compared = f"{words} {self.at:g}", f"{self.of} / {self.against}"
             bounds, around = (expected * self.margin, expected / self.margin), f"a factor of {self.margin:g}"
         else:
-            words, compared = f"{words} ({self.at})", f"{self.of} - {self.against}"
+            point = self.at if self.at in POINTS else f"step {self.at}"
+            words, compared = f"{words} ({point})", f"{self.of} - {self.against}"
             bounds, around = (expected + self.margin, expected - self.margin), f"{self.margin:g} either way"
         if self.direction == "equal":
             return f"{words}: {compared} is {expected:g} within {around}"
