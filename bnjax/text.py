@@ -9,7 +9,7 @@ from bnjax.statistics import Estimate
 
 def of_comparison(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Returns the results as lines of text: each variant with its intervals, then each verdict."""
-    lines = [f"\n{comparison['question'] or 'Comparison'} ({len(comparison['seeds'])} seeds; 95 % intervals in brackets)"]
+    lines = [f"\n{comparison['question'] or 'Comparison'} (seeds: {len(comparison['seeds'])}; 95 % intervals in brackets)"]
     for name, variant in comparison["variants"].items():
         finished = [run for run in runs if run["variant"] == name and run["summary"] is not None]
         lines += ["", f"{name} on {variant['dataset']}: {len(finished)} of {len(comparison['seeds'])} runs finished"]
@@ -69,4 +69,4 @@ def _interval(estimate: Estimate) -> str:
     """Returns a value with its interval, ends that the runs do not set as dots."""
     low, high = ("…" if math.isinf(end) else f"{end:.4g}" for end in (estimate.low, estimate.high))
     value = "not reached by half the runs" if math.isinf(estimate.value) else f"{estimate.value:.4g}"
-    return value if low == high == "…" else f"{value} [{low} to {high}]"
+    return value if high == "…" and estimate.low in (0, -math.inf, math.inf) else f"{value} [{low} to {high}]"

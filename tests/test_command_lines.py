@@ -120,7 +120,7 @@ def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
     command = ["compare", "--claim", tmp_path / "claim.py", "--workdir", tmp_path / "runs", *FEW]
     done = bnjax(*command)
     assert done.returncode == 0, done.stderr
-    assert "Are slow averages bad? (2 seeds" in done.stdout
+    assert "Are slow averages bad? (seeds: 2;" in done.stdout
     assert "\r" not in done.stdout + done.stderr
     again = bnjax(*command)
     assert again.returncode == 0, again.stderr
