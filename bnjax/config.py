@@ -8,9 +8,10 @@ import optax
 from ml_collections import ConfigDict
 
 from bnjax import norms, optim
+from bnjax.data import sources
 from bnjax.data.sources import DIGITS, Dataset
 from bnjax.errors import ConfigError
-from bnjax.models import POOLS, ConvNet, relu
+from bnjax.models import ACTIVATIONS, POOLS, ConvNet
 from bnjax.products import bfloat16_dot_general
 
 DTYPES = ("float32", "bfloat16")
@@ -24,6 +25,7 @@ class Experiment:
     model: ConvNet
     tx: optax.GradientTransformation
     steps: int
+    stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
     eval_every: int
     batch_size: int
     eval_batch_size: int
@@ -51,6 +53,8 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         raise ConfigError("eval.batch_size", config.eval.batch_size, "a whole number above 0")
     if config.train.target_loss <= 0:
         raise ConfigError("train.target_loss", config.train.target_loss, "a number above 0")
+    if not 0 <= config.train.stop_at_loss < float("inf"):
+        raise ConfigError("train.stop_at_loss", config.train.stop_at_loss, "a number above 0, or 0 to take every step")
     if not 0 <= config.seed < 1 << 32:
         raise ConfigError("seed", config.seed, "a whole number from 0 up to 2**32 - 1")
     if config.train.on_nonfinite not in ("stop", "skip"):
@@ -66,6 +70,7 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         model=build_model(config.model, len(dataset.classes), dataset.train.image.shape[1:]),
         tx=optim.build(config.optimizer),
         steps=steps,
+        stop_at_loss=config.train.stop_at_loss or None,
         eval_every=optim.steps_of(config.eval, "every_", "eval", batch_size, examples),
         batch_size=batch_size,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
@@ -75,6 +80,12 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         save_every_minutes=saves.every_minutes or None,
         warnings=_warnings(config, steps),
     )
+
+
+def load_data(config: ConfigDict) -> Dataset:
+    """Returns the data set that `config.data` describes; errors as `bnjax.data.sources.load`."""
+    data = config.data
+    return sources.load(data.name, data.dir, fallback=data.fallback, label=data.label, train_images=data.train_images)
 
 
 def check_choices(config: ConfigDict) -> None:
@@ -87,6 +98,8 @@ def check_choices(config: ConfigDict) -> None:
         raise ConfigError("data.name", config.data.name, "cifar10, cifar100, digits, or the name of a TFDS set")
     if config.data.fallback not in ("", DIGITS):
         raise ConfigError("data.fallback", config.data.fallback, f"{DIGITS!r}, or '' for none")
+    if config.data.train_images < 0:
+        raise ConfigError("data.train_images", config.data.train_images, "a whole number above 0, or 0 for all")
     optim.build(config.optimizer)
     build_model(config.model, classes=10, image_shape=(1 << 20, 1 << 20, 3))
 
@@ -98,9 +111,10 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
         ConfigError: for an impossible value, or if the images shrink to nothing.
     """
     _check_layers(config)
-    for key, choices in (("pooling", ("none", *POOLS)), ("dtype", DTYPES), ("dense_product", DTYPES)):
-        if config[key] not in choices:
-            raise ConfigError(f"model.{key}", config[key], ", ".join(choices))
+    choices = {"pooling": ("none", *POOLS), "activation": tuple(ACTIVATIONS), "dtype": DTYPES, "dense_product": DTYPES}
+    for key, allowed in choices.items():
+        if config[key] not in allowed:
+            raise ConfigError(f"model.{key}", config[key], ", ".join(allowed))
     if config.dense_product != "float32" and config.dtype != "float32":
         reason = f"float32 with model.dtype = {config.dtype!r}, whose products have such operands already"
         raise ConfigError("model.dense_product", config.dense_product, reason)
@@ -132,7 +146,8 @@ def build_model(config: ConfigDict, classes: int, image_shape: tuple[int, int, i
             renorm_steps=config.renorm_steps,
             groups=config.groups,
         ),
-        activation=norms.ThresholdedLinear if config.norm == "frn" else relu,
+        activation=ACTIVATIONS[config.activation],
+        norm_activation=norms.ThresholdedLinear if config.norm == "frn" else None,
         conv=norms.StandardizedConv if config.weight_standardization else nn.Conv,
         norm_dense=config.norm_dense,
         placement=config.placement,

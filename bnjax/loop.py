@@ -122,15 +122,19 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
             saved_at, step = time.monotonic(), start
             # Fetched when the next steps have been dispatched: the device never waits.
             pending: tuple[int, list[Rows], Metrics] | None = None
-            while step < experiment.steps:
-                count = min(_steps_to_next(step, experiment), dispatch.most, clock.steps_in(DISPATCH_SECONDS))
+            target = experiment.stop_at_loss
+            ends = target is not None and _first_at_or_below(read_metrics(workdir / "metrics.jsonl"), target) is not None
+            while step < experiment.steps and not ends:
+                # A run that may end before its last step waits for the loss of each.
+                count = min(_steps_to_next(step, experiment), dispatch.most, clock.steps_in(DISPATCH_SECONDS)) if target is None else 1
                 rows = [next(order) for _ in range(count)]
                 state, batch_stats, metrics = dispatch.advance(state, batch_stats, rows)
                 if pending is not None:
                     record(*pending)
                 pending = (step + 1, rows, metrics)
                 step += count
-                evaluates = step % experiment.eval_every == 0 or step == experiment.steps
+                ends = step == experiment.steps or (target is not None and dispatches.unstack(metrics, 1)[0].means()["loss"] <= target)
+                evaluates = step % experiment.eval_every == 0 or ends
                 saves = experiment.save_every is not None and step % experiment.save_every == 0
                 if experiment.save_every_minutes is not None:
                     saves = time.monotonic() - saved_at > 60 * experiment.save_every_minutes
@@ -148,7 +152,7 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
                 checkpoints.save(state, batch_stats, accuracy, about)
                 saved_at = time.monotonic()
                 clock.restart()
-                if stop.signal and step < experiment.steps:
+                if stop.signal and not ends:
                     raise Stopped(step, stop.signal)
     return clock.seconds
 
@@ -182,7 +186,7 @@ def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: c
     lines = read_metrics(workdir / "metrics.jsonl")
     train = [line for line in lines if line["split"] == "train"]
     tests = [line for line in lines if line["split"] == "test"]
-    reached = next((line["step"] for line in train if line["loss"] is not None and line["loss"] <= config.train.target_loss), None)
+    steps = train[-1]["step"]
     best = max(tests, key=lambda line: line["accuracy"])
     result = ("step", "loss", "accuracy", "count")
     return {
@@ -190,19 +194,26 @@ def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: c
         "dataset": dataset.label,
         "official_pixels": dataset.official,
         "fallback_reason": dataset.fallback_reason,
-        "steps": experiment.steps,
+        "steps": steps,
+        "ended": "all steps taken" if steps == experiment.steps else f"training loss at or below {experiment.stop_at_loss:g}",
         "skipped_steps": sum(line.get("skipped", 0) for line in train),
         "batch_size": experiment.batch_size,
-        "steps_to_loss": {f"{config.train.target_loss:g}": reached},
+        "steps_to_loss": {f"{config.train.target_loss:g}": _first_at_or_below(lines, config.train.target_loss)},
         "final_train": {key: train[-1][key] for key in ("loss", "accuracy")},
         "final_test": {key: tests[-1][key] for key in result},
         "best_test": {key: best[key] for key in result},
         "seconds": round(seconds, 1),
-        "images_per_s": round(experiment.steps * experiment.batch_size / seconds, 1),
+        "images_per_s": round(steps * experiment.batch_size / seconds, 1),
         "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "git": _git_revision(),
     }
+
+
+def _first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
+    """Returns the first step whose training loss was that low, None if none was."""
+    train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
+    return next((line["step"] for line in train if line["loss"] <= loss), None)
 
 
 def versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ def main() -> int:
     from bnjax.platform import keep_compiled
 
     keep_compiled(sources.cache_dir() / "compiled")
-    dataset = sources.load(config.data.name, config.data.dir, fallback=config.data.fallback, label=config.data.label)
+    dataset = configs.load_data(config)
     if dataset.fallback_reason:
         config.name = f"{config.name}-{dataset.name}"
         _warn_of_fallback(config.data.name, dataset.name, dataset.fallback_reason)

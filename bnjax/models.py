@@ -17,11 +17,7 @@ NormFactory = Callable[..., nn.Module]
 ActivationFactory = Callable[..., Any]
 
 POOLS = {"max": nn.max_pool, "avg": nn.avg_pool}
-
-
-def relu(name: str) -> Callable[[Array], Array]:
-    """Returns the rectified linear unit, which needs no name."""
-    return nn.relu
+ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh}
 
 
 class ConvNet(nn.Module):
@@ -37,7 +33,8 @@ class ConvNet(nn.Module):
         norm: makes a norm layer, for instance `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
         placement: "input" normalises what goes into each layer, the first convolution and the logits included;
             "before" and "after" stand around the activation of each hidden layer.
-        activation: makes the activation of a layer that is normalised just before it; the other layers have ReLU.
+        activation: of each hidden layer, a function of an array.
+        norm_activation: makes what takes its place in a layer that is normalised just before it, where the norm asks for that.
         conv: makes a convolution; called like `flax.linen.Conv`.
         norm_dense: for each hidden dense layer, whether its output is normalised. Normalisation precedes dropout.
         dropout: the fraction of each hidden dense layer's units that is dropped in training.
@@ -52,7 +49,8 @@ class ConvNet(nn.Module):
     dense: Sequence[int] = (3500, 700)
     classes: int = 10
     norm: NormFactory | None = None
-    activation: ActivationFactory = relu
+    activation: Callable[[Array], Array] = nn.relu
+    norm_activation: ActivationFactory | None = None
     conv: Callable[..., nn.Module] = nn.Conv
     placement: Placement = "input"
     norm_dense: Sequence[bool] = (True, True)
@@ -73,9 +71,12 @@ class ConvNet(nn.Module):
 
         def activate(x: Array, name: str, normalised: bool = True) -> Array:
             if not normalised:
-                return nn.relu(x)
+                return self.activation(x)
             x = normalise(x, "before", name)
-            x = self.activation(name=f"{name}_activation")(x) if self.placement == "before" else nn.relu(x)
+            if self.norm_activation is not None and self.placement == "before":
+                x = self.norm_activation(name=f"{name}_activation")(x)
+            else:
+                x = self.activation(x)
             return normalise(x, "after", name)
 
         glorot = nn.initializers.glorot_uniform()

@@ -53,7 +53,8 @@ def main() -> int:
         return jax.jit(functools.partial(step_fn, model=model), compiler_options=compiler_options())
 
     if args.split:
-        dataset = sources.load(config.data.name, args.data_dir or config.data.dir, fallback=config.data.fallback, label=config.data.label)
+        config.data.dir = args.data_dir or config.data.dir
+        dataset = configs.load_data(config)
         if dataset.label != data.label:
             found = f"the run was trained on {data.label}, and what is found now is {dataset.label}"
             raise errors.UserError(f"{found}. Say where its data lie with --data-dir.")

@@ -78,14 +78,21 @@ def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     except OSError as error:
         raise UserError(f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with --workdir.") from error
     config_there, data_there = read(workdir)
-    its = _flat({"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)})
-    now = _flat(mine)
-    different = [key for key in sorted({*now, *its}) if now.get(key) != its.get(key) and key not in PLACES]
-    if different:
-        lines = "".join(f"\n    {key}: {its.get(key)!r} there, {now.get(key)!r} now" for key in different)
+    if lines := differences({"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)}, mine):
         raise UserError(
             f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with --workdir, or remove that one."
         )
+
+
+def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    r"""Returns a line for each entry of two trees that differs, and nothing if they agree; where the data lie is no difference.
+
+    >>> differences({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
+    '\n    a.b: 1 there, 3 now'
+    """
+    its, mine = flat(there), flat(now)
+    different = [key for key in sorted({*mine, *its}) if mine.get(key) != its.get(key) and not key.endswith(PLACES)]
+    return "".join(f"\n    {key}: {its.get(key)!r} there, {mine.get(key)!r} now" for key in different)
 
 
 def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
@@ -115,11 +122,12 @@ def norm_conventions(config: ConfigDict) -> dict[str, Any]:
     return {key: config.model[key] for key in ("norm", "epsilon", "momentum", "variance", "debias")}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of a tree of dicts by their dotted paths, tuples as lists, as JSON has them."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found

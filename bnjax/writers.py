@@ -95,9 +95,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._bar.clear()
-        print(text, flush=True)
-        self._bar.refresh()
+        tqdm.tqdm.write(text)  # above other bars, too
+        sys.stdout.flush()
 
     def __enter__(self) -> "Progress":
         return self

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     return workdir, done
 
 
-@pytest.mark.parametrize("module", ["main", "predict"])
+@pytest.mark.parametrize("module", ["main", "predict", "compare"])
 def test_help_exits_with_0(module):
     done = bnjax(module, "--help")
     assert done.returncode == 0
@@ -104,6 +104,39 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 61))
+
+
+def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
+    statement = {
+        "quantity": "test_loss",
+        "at": "last",
+        "of": "slow",
+        "against": "fast",
+        "direction": "greater",
+        "margin": 0.1,
+        "source": "me",
+    }
+    claim = {
+        "question": "Are slow averages bad?",
+        "variants": {"fast": (CONFIG, {}), "slow": (CONFIG, {"model.momentum": 0.99})},
+        "statements": [statement],
+        "seeds": 2,
+        "full": {"model.filters": (2, 2, 2), "model.dense": (4, 4)},
+    }
+    (tmp_path / "claim.py").write_text(f"def get_claim():\n    return {claim!r}\n")
+    command = ["compare", "--claim", tmp_path / "claim.py", "--workdir", tmp_path / "runs", *FEW]
+    done = bnjax(*command)
+    assert done.returncode == 0, done.stderr
+    assert "Are slow averages bad? (seeds: 2;" in done.stdout
+    assert "\r" not in done.stdout + done.stderr
+    again = bnjax(*command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before") == 4
+    assert again.stdout.partition("Are slow")[2] == done.stdout.partition("Are slow")[2]
+    other = bnjax(*command, "--config.model.epsilon=0.1")
+    assert other.returncode == 2
+    assert "variants.fast.config.model.epsilon: 0.001 there, 0.1 now" in other.stderr
+    assert "Traceback" not in other.stderr
 
 
 def test_a_whole_split_is_predicted_and_agrees_with_the_run(run):

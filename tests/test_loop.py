@@ -305,3 +305,30 @@ def test_the_checkpoint_says_how_its_statistics_are_to_be_read(finished):
     assert record["about"]["norm"] == conventions
     assert record["about"]["config"]["seed"] == 0
     assert "jax" in record["about"]["versions"]
+
+
+def test_a_run_may_stop_at_a_loss(finished, tmp_path):
+    losses = [line["loss"] for line in read_lines(finished[0] / "metrics.jsonl") if line["split"] == "train"]
+    config = synthetic.config()
+    config.train.stop_at_loss = config.train.target_loss = losses[6] + 1e-6
+    first = next(step for step, loss in enumerate(losses, start=1) if loss <= config.train.stop_at_loss)
+    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["loss"] for line in lines if line["split"] == "train"] == losses[:first]
+    assert lines[-1]["split"] == "test"
+    assert (summary["steps"], summary["final_test"]["step"]) == (first, first)
+    assert summary["ended"].startswith("training loss at or below")
+    assert list(summary["steps_to_loss"].values()) == [first]
+    # As after a crash between the last checkpoint and the summary: it goes on to its end, and that is here.
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train_and_evaluate(config, tmp_path / "run", synthetic.dataset())["steps"] == first
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_to_stop_at_changes_nothing_before_it(finished, tmp_path):
+    config = synthetic.config()
+    config.train.stop_at_loss = 1e-9
+    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+    assert summary["ended"] == "all steps taken"

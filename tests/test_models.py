@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax.models import ConvNet
+from bnjax.models import ACTIVATIONS, ConvNet
 
 NORM = functools.partial(nn.BatchNorm, momentum=0.75, epsilon=1e-3)
 SMALL = {"filters": (2, 3), "kernels": (3, 2), "strides": (2, 1), "dense": (7, 5), "dropout": (0.0, 0.0), "norm_dense": (True, True)}
@@ -20,7 +20,11 @@ def randomise(tree, seed=0):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape), jnp.float32), tree)
 
 
-def reference(variables, x, *, placement, pooling, norm_dense, kernels=(3, 2), strides=(2, 1)):
+def zero_below(x):
+    return np.maximum(x, 0)
+
+
+def reference(variables, x, *, placement, pooling, norm_dense, kernels=(3, 2), strides=(2, 1), activation=zero_below):
     """The evaluated network in float64, layer by layer."""
     params, stats = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[c]) for c in ("params", "batch_stats"))
 
@@ -43,7 +47,7 @@ def reference(variables, x, *, placement, pooling, norm_dense, kernels=(3, 2), s
     for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True)):
         x = norm(x, f"conv{i}", "input")
         x = conv(x, f"conv{i}", kernel, stride if pooling == "none" else 1)
-        x = norm(np.maximum(norm(x, f"conv{i}", "before"), 0), f"conv{i}", "after")
+        x = norm(activation(norm(x, f"conv{i}", "before")), f"conv{i}", "after")
         if pooling != "none" and stride > 1:
             side = x.shape[1] // stride
             windows = x[:, : side * stride, : side * stride].reshape(len(x), side, stride, side, stride, -1)
@@ -52,7 +56,7 @@ def reference(variables, x, *, placement, pooling, norm_dense, kernels=(3, 2), s
     inputs = [True, *norm_dense]
     for i in range(2):
         x = norm(x, f"dense{i}", "input", inputs[i]) @ params[f"dense{i}"]["kernel"] + params[f"dense{i}"]["bias"]
-        x = norm(np.maximum(norm(x, f"dense{i}", "before", norm_dense[i]), 0), f"dense{i}", "after", norm_dense[i])
+        x = norm(activation(norm(x, f"dense{i}", "before", norm_dense[i])), f"dense{i}", "after", norm_dense[i])
     return norm(x, "logits", "input", inputs[2]) @ params["logits"]["kernel"] + params["logits"]["bias"]
 
 
@@ -63,6 +67,15 @@ def test_the_network_equals_float64_by_hand(placement, pooling, norm_dense):
     x = np.random.default_rng(1).uniform(size=(3, 11, 11, 2)).astype(np.float32) - 0.5
     variables = randomise(jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x))
     wanted = reference(variables, x.astype(np.float64), placement=placement, pooling=pooling, norm_dense=norm_dense)
+    np.testing.assert_allclose(model.apply(variables, x, train=False), wanted, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("sigmoid", lambda x: 1 / (1 + np.exp(-x))), ("tanh", np.tanh)])
+def test_the_activation_is_that_of_every_hidden_layer(name, by_hand):
+    model = ConvNet(**SMALL | {"norm_dense": (True, False)}, classes=4, norm=NORM, placement="before", activation=ACTIVATIONS[name])
+    x = np.random.default_rng(1).uniform(size=(3, 11, 11, 2)).astype(np.float32) - 0.5
+    variables = randomise(jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x))
+    wanted = reference(variables, x.astype(np.float64), placement="before", pooling="none", norm_dense=(True, False), activation=by_hand)
     np.testing.assert_allclose(model.apply(variables, x, train=False), wanted, rtol=2e-5)
 
 

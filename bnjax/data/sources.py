@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bnjax.data import cifar, fetch, tfds
-from bnjax.errors import DataError, UnavailableError
+from bnjax.errors import ConfigError, DataError, UnavailableError
 
 DIGITS = "digits"
 
@@ -51,7 +51,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("BNJAX_CACHE") or f"{user}/bnjax").expanduser()
 
 
-def load(name: str, data_dir: str = "", *, fallback: str = "", label: str = "") -> Dataset:
+def load(name: str, data_dir: str = "", *, fallback: str = "", label: str = "", train_images: int = 0) -> Dataset:
     """Returns a data set by name.
 
     CIFAR is looked for in `data_dir`, then in `cache_dir()`, then as an array_record copy of TFDS, and at last downloaded.
@@ -61,20 +61,35 @@ def load(name: str, data_dir: str = "", *, fallback: str = "", label: str = "") 
         data_dir: a folder that holds CIFAR's binary files or archive, or TFDS's copies.
         fallback: "digits" to use those where the set cannot be had; "" to raise.
         label: what to call the data in tables instead of its name.
+        train_images: how many of the training images to keep, the first ones, and 0 for all; a fallback keeps all.
 
     Raises:
         DataError: if the data cannot be had and there is no fallback, or are damaged (no fallback hides damage).
+        ConfigError: if there are fewer training images than are wanted.
     """
-    if name == DIGITS:
-        return _digits()
-    if data_dir:
+    if name != DIGITS and data_dir:
         _check_folder(data_dir)
     try:
-        return _cifar(name, data_dir, label) if name in cifar.VERSIONS else _tfds(name, data_dir, label)
+        found = _named(name, data_dir, label)
     except UnavailableError as error:
         if fallback != DIGITS:
             raise
         return dataclasses.replace(_digits(), fallback_reason=str(error))
+    return _first(found, train_images) if train_images else found
+
+
+def _named(name: str, data_dir: str, label: str) -> Dataset:
+    if name == DIGITS:
+        return _digits()
+    return _cifar(name, data_dir, label) if name in cifar.VERSIONS else _tfds(name, data_dir, label)
+
+
+def _first(dataset: Dataset, images: int) -> Dataset:
+    train = dataset.train
+    if not 0 < images <= len(train.label):
+        raise ConfigError("data.train_images", images, f"1 up to the {len(train.label)} training images of {dataset.label}, or 0 for all")
+    label = f"{dataset.label}, the first {images:,} training images"
+    return dataclasses.replace(dataset, label=label, train=Split(train.image[:images], train.label[:images]))
 
 
 def _check_folder(data_dir: str) -> None:

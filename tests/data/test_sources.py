@@ -6,7 +6,7 @@ import pytest
 from tiny_cifar import CLASSES, make_tiny, tar_gz
 
 from bnjax.data import cifar, fetch, sources, tfds
-from bnjax.errors import DataError, UnavailableError
+from bnjax.errors import ConfigError, DataError, UnavailableError
 
 
 def test_the_places_in_their_order(tmp_path, monkeypatch):
@@ -129,6 +129,18 @@ def test_digits_are_the_real_ones():
         assert (split.image[:, 0::4] == split.image[:, 3::4]).all()
         assert (split.image[:, :, 0::4] == split.image[:, :, 3::4]).all()
     assert data.train.image.max() == 255
+
+
+def test_the_first_training_images_are_kept_and_all_test_images():
+    whole, few = sources.load("digits"), sources.load("digits", train_images=100)
+    np.testing.assert_array_equal(few.train.image, whole.train.image[:100])
+    np.testing.assert_array_equal(few.train.label, whole.train.label[:100])
+    np.testing.assert_array_equal(few.test.label, whole.test.label)
+    assert few.label == "digits, the first 100 training images"
+    for impossible in (1439, -1):
+        with pytest.raises(ConfigError, match=r"config\.data\.train_images = .* Allowed: 1 up to the 1438"):
+            sources.load("digits", train_images=impossible)
+    assert len(sources.load("cifar10", fallback="digits", train_images=100).train.label) == 1438
 
 
 def test_a_split_is_uint8_images_and_as_many_labels():

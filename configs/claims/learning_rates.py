@@ -1,0 +1,46 @@
+"""BN makes training faster, and lets it use learning rates that are 5 and 30 times higher.
+
+    python -m bnjax.compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates
+    python -m bnjax.compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates_full --full
+
+Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2 and figure 3): 72.2 % after 31.0 million steps without BN, 13.3 with, 2.1
+    with BN and five times the rate, 2.7 with thirty times; without BN, five times the rate sent the parameters to infinity.
+Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
+Margin: half of each published factor, on the log scale: 1.5 and 2.5. Where the source only says that it fails: 0.05 in test accuracy.
+Plain SGD with momentum, as there; a step that is not finite is dropped. What is timed is the training loss, not validation accuracy.
+"""
+
+from bnjax import defaults
+
+RATE = 0.01
+
+
+def get_claim():
+    paper = "Ioffe & Szegedy 2015, section 4.2"
+    variants = {
+        f"{name}_x{factor}": (f"../{name}.py", {"optimizer.learning_rate": RATE * factor})
+        for factor in (1, 5, 30)
+        for name in ("bn", "no_bn")
+    }
+    sgd = {
+        "optimizer.name": "sgd",
+        "optimizer.momentum": 0.9,
+        "train.on_nonfinite": "skip",
+        "train.most_skipped": 10**6,
+        "train.shuffle": True,
+    }
+    steps = {"quantity": "steps_to_loss", "at": 1.4, "direction": "greater"}
+    fails = {"quantity": "test_accuracy", "at": "last", "direction": "greater", "margin": 0.05}
+    return {
+        "question": "Does batch normalization make higher learning rates possible?",
+        "variants": variants,
+        "statements": [
+            {**steps, "of": "no_bn_x1", "against": "bn_x1", "margin": 1.5, "source": f"{paper}: 31.0 and 13.3 million steps"},
+            {**steps, "of": "bn_x1", "against": "bn_x5", "margin": 2.5, "source": f"{paper}: 13.3 and 2.1 million steps"},
+            {**fails, "of": "bn_x5", "against": "no_bn_x5", "source": f"{paper}: without BN the parameters went to infinity"},
+            {**fails, "of": "bn_x30", "against": "no_bn_x30", "source": f"{paper}: 74.8 % with BN"},
+        ],
+        "seeds": 5,
+        "small": {**defaults.SMALL, **sgd, "train.batch_size": 250, "train.steps": 240, "eval.every_epochs": 4.0},
+        "full": {**sgd, "train.batch_size": 500, "train.steps": 2000},
+    }

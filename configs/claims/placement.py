@@ -1,0 +1,32 @@
+"""It makes little difference whether BN stands before or after the activation, or at the input of every layer.
+
+    python -m bnjax.compare --claim configs/claims/placement.py --workdir runs/placement
+    python -m bnjax.compare --claim configs/claims/placement.py --workdir runs/placement_full --full
+
+Source: a debate without figures for this network: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 3.2) put it before the activation,
+    the tutorial after.
+Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
+Margin: 0.02 in the best test accuracy, bnjax's own choice.
+"""
+
+from bnjax import defaults
+
+
+def get_claim():
+    best = {"quantity": "test_accuracy", "at": "best", "direction": "equal", "margin": 0.02}
+    debate = "a debate: Ioffe & Szegedy 2015, section 3.2, for before; github.com/ilango100/cifar for after, at every input"
+    return {
+        "question": "Before or after the activation?",
+        "variants": {
+            "input": ("../bn.py", {}),
+            "before": ("../bn_before_activation.py", {}),
+            "after": ("../bn.py", {"model.placement": "after"}),
+        },
+        "statements": [
+            {**best, "of": "before", "against": "after", "source": debate},
+            {**best, "of": "input", "against": "after", "source": debate},
+        ],
+        "seeds": 5,
+        "small": defaults.SMALL,
+        "full": {"train.steps": 100},
+    }

@@ -1,0 +1,27 @@
+"""Scale and shift make no difference where the next layer can do the same.
+
+    python -m bnjax.compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift
+    python -m bnjax.compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift_full --full
+
+Source: the tutorial's second notebook: test accuracy .607 with both and .608 with neither after 400 steps, and losses that look alike.
+Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
+Margin: the two published runs are up to 0.031 apart on the way and 0.011 at the end; 0.02 is between.
+"""
+
+from bnjax import defaults
+
+
+def get_claim():
+    arms = {"of": "neither", "against": "both", "direction": "equal"}
+    notebook = "github.com/ilango100/cifar, second notebook"
+    return {
+        "question": "Do scale and shift make a difference?",
+        "variants": {"both": ("../bn.py", {}), "neither": ("../bn_no_scale_shift.py", {})},
+        "statements": [
+            {**arms, "quantity": "test_accuracy", "at": "last", "margin": 0.02, "source": f"{notebook}: .608 and .607 after 400 steps"},
+            {**arms, "quantity": "train_loss", "at": "last", "margin": 0.1, "source": f"{notebook}: no visible difference to the loss"},
+        ],
+        "seeds": 5,
+        "small": defaults.SMALL,
+        "full": {"train.steps": 400},
+    }

@@ -1,0 +1,34 @@
+"""With BN even a network of sigmoids learns.
+
+    python -m bnjax.compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid
+    python -m bnjax.compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid_full --full
+
+Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at chance without BN and comes to 69.8 %
+    with.
+Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
+Margin: 0.1 in test accuracy, where chance is 0.1.
+"""
+
+from bnjax import defaults
+
+
+def get_claim():
+    sigmoid = {"model.activation": "sigmoid", "model.placement": "before"}
+    return {
+        "question": "Does batch normalization make sigmoids possible?",
+        "variants": {"bn": ("../bn.py", sigmoid), "no_bn": ("../no_bn.py", sigmoid)},
+        "statements": [
+            {
+                "quantity": "test_accuracy",
+                "at": "last",
+                "of": "bn",
+                "against": "no_bn",
+                "direction": "greater",
+                "margin": 0.1,
+                "source": "Ioffe & Szegedy 2015, section 4.2.2: 69.8 % with BN, chance without",
+            }
+        ],
+        "seeds": 5,
+        "small": defaults.SMALL,
+        "full": {"train.steps": 100},
+    }

@@ -1,0 +1,289 @@
+"""Verdicts by runs that are made up, claim files that are wrong, and the claims of the repository."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_configs import Dataset, Split
+
+from bnjax import claims, configfile, grid, results, text, workdir
+from bnjax import config as configs
+from bnjax.claims import Statement, verdicts
+from bnjax.errors import UserError
+from bnjax.statistics import Estimate
+
+FILES = sorted((Path(__file__).parents[1] / "configs" / "claims").glob("*.py"))
+GREATER = {"quantity": "test_accuracy", "at": "last", "of": "a", "against": "b", "direction": "greater", "margin": 0.02, "source": "me"}
+FASTER = {**GREATER, "quantity": "steps_to_loss", "at": 0.5, "margin": 1.0}
+
+
+def run(variant, seed, losses=(0.9, 0.4), tests=((2, 1.0, 0.5),), finished=True):
+    """As `read_runs` gives it: the loss of each training step, and (step, loss, accuracy) of each evaluation."""
+    train = [{"step": step, "split": "train", "loss": loss, "accuracy": 0.1} for step, loss in enumerate(losses, start=1)]
+    test = [{"step": step, "split": "test", "loss": loss, "accuracy": accuracy} for step, loss, accuracy in tests]
+    timing = [{"step": line["step"], "seconds": 1.5 * line["step"]} for line in train]
+    return {"variant": variant, "seed": seed, "summary": {} if finished else None, "metrics": train + test, "timing": timing}
+
+
+def comparison(*statements, seeds=3, needed=3):
+    variant = {"config": {"train": {"target_loss": 0.5}}, "dataset": "made up", "differs": {}}
+    return {
+        "question": "Is a better?",
+        "variants": {"a": variant, "b": variant},
+        "statements": list(statements),
+        "seeds": list(range(seeds)),
+        "seeds_needed": needed,
+    }
+
+
+def accuracies(variant, *values):
+    return [run(variant, seed, tests=[(2, 1.0, value)]) for seed, value in enumerate(values)]
+
+
+def outcome(statement, *runs, **more):
+    (verdict,) = verdicts(comparison(statement, **more), [one for arm in runs for one in arm])
+    return verdict
+
+
+def test_an_effect_beyond_the_margin_is_reproduced():
+    verdict = outcome(GREATER, accuracies("a", 0.60, 0.61, 0.62), accuracies("b", 0.50, 0.52, 0.51))
+    assert verdict.outcome == "reproduced"
+    assert verdict.effect.value == pytest.approx(0.1)
+    assert (verdict.effect.n, verdict.of.value, verdict.against.value) == (3, pytest.approx(0.61), pytest.approx(0.51))
+
+
+@pytest.mark.parametrize(
+    ("values", "direction", "margin", "wanted"),
+    [
+        ((0.50, 0.52, 0.51), "greater", 0.02, "not reproduced"),  # no difference at all
+        ((0.59, 0.55, 0.50), "greater", 0.02, "inconclusive"),  # too wide an interval
+        ((0.40, 0.42, 0.41), "less", 0.02, "reproduced"),
+        ((0.50, 0.52, 0.51), "less", 0.02, "not reproduced"),
+        ((0.505, 0.52, 0.513), "equal", 0.02, "reproduced"),
+        ((0.60, 0.62, 0.61), "equal", 0.02, "not reproduced"),
+        ((0.54, 0.50, 0.51), "equal", 0.02, "inconclusive"),
+    ],
+)
+def test_the_interval_decides(values, direction, margin, wanted):
+    statement = {**GREATER, "direction": direction, "margin": margin}
+    assert outcome(statement, accuracies("a", *values), accuracies("b", 0.50, 0.52, 0.51)).outcome == wanted
+
+
+def test_pairs_are_by_seed_and_not_by_position():
+    a, b = accuracies("a", 0.1, 0.5, 0.9), accuracies("b", 0.0, 0.4, 0.8)
+    for order in (a, [*reversed(a)]):
+        assert outcome({**GREATER, "margin": 0.05}, order, b).outcome == "reproduced"
+
+
+def test_too_few_seeds_and_unfinished_runs_are_inconclusive_whatever_the_interval():
+    a, b = accuracies("a", 0.60, 0.61, 0.62), accuracies("b", 0.50, 0.52, 0.51)
+    few = outcome(GREATER, a, b, needed=5)
+    assert (few.outcome, few.reason) == ("inconclusive", "3 of the 5 seeds that the claim asks for")
+    a[1]["summary"] = None
+    broken = outcome(GREATER, a, b, needed=2)
+    assert (broken.outcome, broken.reason) == ("inconclusive", "unfinished: a/1")
+    assert broken.effect.n == 2
+    one = outcome(GREATER, a[:1], b[:1], seeds=1, needed=1)
+    assert (one.outcome, one.reason) == ("inconclusive", "one seed has no interval")
+    for each in a:
+        each["summary"] = None
+    assert outcome(GREATER, a, b).effect is None
+
+
+def steps(variant, *counts, most=40):
+    """Runs whose loss falls below 0.5 after so many steps, or never in `most`."""
+    return [run(variant, seed, losses=[0.9] * (count - 1) + [0.4] if count <= most else [0.9] * most) for seed, count in enumerate(counts)]
+
+
+def test_a_ratio_of_steps():
+    five = {**FASTER, "direction": "equal", "margin": 1.25, "expected": 5}
+    b = steps("b", 7, 8, 6)
+    assert outcome(five, steps("a", 35, 39, 31), b).outcome == "reproduced"
+    assert outcome(five, steps("a", 14, 16, 12), b).outcome == "not reproduced"
+    verdict = outcome(FASTER, steps("a", 35, 39, 31), b)
+    assert verdict.outcome == "reproduced"
+    assert verdict.against.value == 7
+    assert verdict.logrank is None
+
+
+def test_runs_that_never_got_there_give_a_bound():
+    b = steps("b", 7, 8, 6)
+    verdict = outcome(FASTER, steps("a", 35, 99, 99), b)
+    assert verdict.outcome == "reproduced"
+    assert verdict.effect.high == math.inf
+    assert verdict.of.value == math.inf
+    assert 0 < verdict.logrank < 0.1
+    # A bound from below cannot show that the ratio is small, nor that it is about five.
+    assert outcome({**FASTER, "direction": "equal", "margin": 9.0}, steps("a", 35, 99, 99), b).outcome == "inconclusive"
+    assert outcome(FASTER, steps("a", 99, 99, 99), steps("b", 99, 99, 99)).outcome == "inconclusive"
+
+
+def test_what_is_read_off_a_run():
+    one = run("a", 0, losses=[0.9, None, 0.3, 0.6], tests=[(2, 1.2, 0.5), (3, 1.0, 0.4), (4, 1.1, 0.3)])
+    found = {at: results.value(one, "test_loss", at) for at in ("first", "last", "best", 3, 1)}
+    assert found == {"first": 1.2, "last": 1.1, "best": 1.0, 3: 1.0, 1: None}
+    assert results.value(one, "test_accuracy", "best") == 0.5
+    assert results.value(one, "train_loss", 2) is None
+    assert results.value(one, "train_loss", "best") == 0.3
+    assert results.time(one, "steps_to_loss", 0.3) == (3, True)
+    assert results.time(one, "steps_to_loss", 0.2) == (4, False)
+    assert results.time(one, "steps_to_accuracy", 0.5) == (2, True)
+    assert results.time(one, "seconds_to_accuracy", 0.5) == (3.0, True)
+    assert results.time(one, "seconds_to_accuracy", 0.6) == (6.0, False)
+
+
+def test_a_loss_that_is_not_finite_is_inconclusive():
+    statement = {**GREATER, "quantity": "test_loss"}
+    runs = [[run(name, seed, tests=[(2, None if (name, seed) == ("a", 1) else 1.0, 0.1)]) for seed in range(3)] for name in "ab"]
+    assert outcome(statement, *runs).reason == "some runs have no finite value at that point"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(["greater", "less", "equal"]), st.floats(0, 1), st.floats(-2, 2), st.floats(-2, 2), st.floats(-1, 1), st.booleans())
+def test_a_verdict_agrees_with_every_value_in_the_interval(direction, margin, one, other, expected, is_time):
+    """Reproduced: the claim holds for all of them; not reproduced: for none."""
+    low, high = sorted((one, other))
+    fields = {**(FASTER if is_time else GREATER), "direction": direction}
+    scale = math.exp if is_time else float
+    statement = Statement(**fields | {"margin": scale(margin), "expected": scale(expected)})
+    estimate = Estimate(scale((low + high) / 2), scale(low), scale(high), 3, "")
+    found, _ = claims.decide(statement, estimate)
+    points = np.linspace(low, high, 11) - expected
+    holds = {"greater": points > margin, "less": points < -margin, "equal": np.abs(points) <= margin}[direction]
+    edge = np.abs(np.abs(points) - margin).min() < 1e-9
+    if not edge and found != "inconclusive":
+        assert holds.all() if found == "reproduced" else not holds.any()
+    if not edge and found == "inconclusive":
+        assert not holds.all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "allowed"),
+    [
+        ({"quantity": "speed"}, "quantity: train_loss"),
+        ({"at": "middle"}, "at: first, last, best or a step"),
+        ({"at": -1}, "at: "),
+        ({"direction": "more"}, "direction: greater, less, equal"),
+        ({"margin": -0.1}, "margin: 0 or above"),
+        ({"quantity": "steps_to_loss", "at": 0.2, "margin": 0.5}, "margin: 1 or above"),
+        ({"quantity": "steps_to_loss"}, "at: a number"),
+        ({"source": ""}, "source: who says so"),
+        ({"expected": math.inf}, "expected: a number"),
+    ],
+)
+def test_impossible_statements_are_refused(wrong, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        Statement(**GREATER | wrong)
+
+
+GOOD = {"question": "q", "variants": {"a": ("a.py", {}), "b": ("b.py", {})}, "statements": [GREATER], "seeds": 3, "full": {}}
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ("def get_claim(): return 1 / 0", "ZeroDivisionError"),
+        ("", "KeyError: 'get_claim'"),
+        ("(", "SyntaxError"),
+        (GOOD | {"seeds": 1}, "seeds = 1 is not possible"),
+        (GOOD | {"tiny": {}}, "its keys are"),
+        ({key: GOOD[key] for key in ("question", "seeds")}, "its keys are"),
+        (GOOD | {"variants": {"a": ("a.py", {})}}, "names no variant: b"),
+        (GOOD | {"variants": {"../a": ("a.py", {}), "b": ("b.py", {})}}, "cannot be called '../a'"),
+        (GOOD | {"statements": [GREATER | {"about": 1}]}, "about"),
+        (GOOD | {"statements": [3]}, "claim file"),
+    ],
+)
+def test_a_wrong_claim_file_is_one_paragraph(tmp_path, claim, said):
+    file = tmp_path / "claim.py"
+    file.write_text(claim if isinstance(claim, str) else f"def get_claim(): return {claim!r}")
+    with pytest.raises(UserError, match=r"claim file .* does not work") as error:
+        claims.load(str(file))
+    assert said in str(error.value)
+
+
+def test_a_missing_claim_file_is_said():
+    with pytest.raises(UserError, match=r"no claim file nowhere\.py"):
+        claims.load("nowhere.py")
+
+
+def test_the_text_says_verdict_interval_method_and_source():
+    runs = [*steps("a", 35, 99, 99), *steps("b", 7, 8, 6)]
+    found = text.of_comparison(comparison(FASTER, GREATER), runs)
+    assert "REPRODUCED: steps to loss 0.5: a / b is greater than 1" in found
+    assert "NOT REPRODUCED: test accuracy (last): a - b is greater than 0.02" in found
+    assert "1 of 3 runs got there in 40 steps" in found
+    assert "median not reached by half the runs" in found
+    assert "Kaplan-Meier" in found
+    assert "lower bound" in found
+    assert "log-rank" in found
+    assert "claimed by: me" in found
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(st.text(max_size=5), x)
+    )
+)
+def test_any_comparison_file_is_read_or_refused(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("comparison")
+    base = comparison(FASTER) | {"command": "c"}
+    for key in (None, *base):
+        (folder / claims.FILE).write_text(json.dumps(content if key is None else {**base, key: content}))
+        try:
+            found = claims.read(folder)
+        except UserError as error:
+            assert "missing or damaged" in str(error)
+        else:
+            assert verdicts(found, results.read_runs(folder, found)) is not None
+
+
+@pytest.fixture(scope="module")
+def images():
+    split = Split(np.zeros((50_000, 32, 32, 3), np.uint8), np.zeros(50_000, np.int32))
+    return Dataset("cifar10", "cifar10", True, split, split, tuple("abcdefghij"))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["small", "full"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_claim_builds_and_its_docstring_gives_command_source_time_and_margin(path, full, images):
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    for said in (f"--claim configs/claims/{path.stem}.py --workdir runs/{path.stem}", "Source: ", "Time: ", "Margin: "):
+        assert said in doc
+    found = grid.compare_claim(str(path), [], full=full)
+    assert found["seeds_needed"] >= (3 if path.stem == "five_times" else 5)
+    assert found["statements"]
+    for name, variant in found["variants"].items():
+        config = configfile.from_dict(variant["config"])
+        assert config.name == name
+        assert configs.build(config, images).steps > 0
+        assert variant["differs"], "variants that do not differ"
+        about = claims.load(str(path))["variants"][name][1]  # is stronger than what all have in common
+        assert {key: workdir.flat(variant["config"])[key] for key in about} == about
+    leaves = [json.dumps(variant["differs"]) for variant in found["variants"].values()]
+    assert len({*leaves}) == len(leaves)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "five_times"], ids=lambda path: path.stem)
+def test_the_small_version_is_small(path):
+    """What 45 seconds should be enough for: 60,000 images of a network with a thirtieth of the work, or 6,000 steps of a few images."""
+    for variant in grid.compare_claim(str(path), [], full=False)["variants"].values():
+        config = configfile.from_dict(variant["config"])
+        images = config.data.train_images
+        assert images <= 5000
+        batch = config.train.batch_size
+        taken = config.train.steps or config.train.epochs * images / batch
+        assert taken * batch <= 60_000
+        assert taken <= 6000
+
+
+def test_every_claim_is_named_in_the_readme():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for path in FILES:
+        assert f"configs/claims/{path.name}" in readme
