@@ -78,8 +78,8 @@ def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     except OSError as error:
         raise UserError(f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with --workdir.") from error
     config_there, data_there = read(workdir)
-    its = _flat({"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)})
-    now = _flat(mine)
+    its = configfile.flat({"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)})
+    now = configfile.flat(mine)
     different = [key for key in sorted({*now, *its}) if now.get(key) != its.get(key) and key not in PLACES]
     if different:
         lines = "".join(f"\n    {key}: {its.get(key)!r} there, {now.get(key)!r} now" for key in different)
@@ -113,13 +113,3 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
 def norm_conventions(config: ConfigDict) -> dict[str, Any]:
     """Returns how the stored statistics are to be read; the momentum is the fraction of the old average that is kept."""
     return {key: config.model[key] for key in ("norm", "epsilon", "momentum", "variance", "debias")}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat

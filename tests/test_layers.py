@@ -8,12 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arrays", "errors", "metrics", "norms", "optim", "platform", "defaults", "signals"},
-    {"configfile", "data", "models", "train_step"},
-    {"evaluate", "checkpoint", "diagnose", "writers"},
+    {"board", "configfile", "data", "models", "train_step"},
+    {"evaluate", "checkpoint", "diagnose", "graph", "histograms", "writers"},
     {"config"},
-    {"workdir"},
+    {"watch", "workdir"},
     {"loop"},
-    {"main", "predict"},
+    {"main", "predict", "report"},
 ]
 # Within layer 0 these two may be used by the rest, and nothing else may.
 GROUND = {"arrays", "errors"}
