@@ -68,7 +68,7 @@ def nodes(model: nn.Module, shape: Sequence[int], dtype: Any = np.uint8) -> list
     results = flow.follow(jaxpr, [*[None] * (len(jaxpr.invars) - 1), source], owner=None)
     for variable, node in zip(jaxpr.outvars, results, strict=True):
         if node:
-            node.shape = tuple(variable.aval.shape)
+            node.shape = _shape(variable)
     return _needed(flow.nodes, [node.name for node in results if node])
 
 
@@ -149,7 +149,7 @@ class _Flow:
                 node = self._node(equation, mine)
                 for variable, other in zip(equation.invars, origins, strict=True):
                     if other and other is not node:
-                        other.shape = tuple(variable.aval.shape)  # of what leaves a layer, whatever it computes besides
+                        other.shape = _shape(variable)  # of what leaves a layer, whatever it computes besides
                         node.inputs += [other.name] if other.name not in node.inputs else []
                 results = [node] * len(equation.outvars)
             found.update(zip(equation.outvars, results, strict=True))
@@ -165,8 +165,12 @@ class _Flow:
         else:
             node = self.add(Node("/".join(call.path) or call.op, call.op, parameters=_held(self._variables, call.path)))
             self._of_call[number] = node
-        node.shape = tuple(equation.outvars[0].aval.shape)
+        node.shape = _shape(equation.outvars[0])
         return node
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return tuple(variable.aval.shape)
 
 
 def _held(variables: dict[str, Any], path: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import Batch, BatchStats, Params
+from bnjax.arrays import Array, Batch, BatchStats, Params
 from bnjax.train_step import LossFn, TrainState, model_inputs, softmax_cross_entropy
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
@@ -18,7 +18,7 @@ BINS = 30
 MOST = 1 << 16  # values that are looked at of one array; more would change no picture
 
 # By kind ("statistic", "activation", "gradient") and name, in the order of the computation. JAX sorts the keys of other dicts.
-Samples = OrderedDict[str, OrderedDict[str, jax.Array]]
+Samples = OrderedDict[str, OrderedDict[str, Array]]
 
 
 def sample(
@@ -40,7 +40,7 @@ def sample(
     rngs = {"dropout": jax.random.fold_in(state.rng, state.step)}
     real = batch.get("mask", jnp.ones(len(images), bool))
 
-    def loss(params: Params) -> tuple[jax.Array, Samples]:
+    def loss(params: Params) -> tuple[jax.Array, OrderedDict[str, Array]]:
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -50,23 +50,21 @@ def sample(
             rngs=rngs,
             **options,
         )
-        outputs = OrderedDict(_outputs(updated["intermediates"]))
+        outputs = OrderedDict[str, Array](_outputs(updated["intermediates"]))
         return jnp.where(real, loss_fn(logits, batch["label"]), 0).sum() / jnp.maximum(real.sum(), 1), outputs
 
     grads, outputs = jax.grad(loss, has_aux=True)(state.params)
-    kinds = OrderedDict(
-        statistic=_in_order(_leaves(batch_stats), outputs), activation=outputs, gradient=_in_order(_leaves(grads), outputs)
-    )
+    kinds = OrderedDict(statistic=_in_order(_leaves(batch_stats), outputs), activation=outputs, gradient=_in_order(_leaves(grads), outputs))
     return jax.tree.map(_thin, kinds)
 
 
-def summarise(samples: Samples) -> dict[str, dict[str, Any]]:
+def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Any]]:
     """Returns each of the samples as plain numbers, fit for JSON; what has no finite value is left out.
 
     `count`, `mean` and `std` of the finite values, their `quantiles` at `QUANTILES`, and a histogram: `counts` in equal bins from
     `low` to `high`, which are the quantiles 0.005 and 0.995; what lies outside is counted in the first and the last bin.
 
-    >>> numbers = summarise(OrderedDict(statistic=OrderedDict(norm=np.arange(5.0))))["statistic"]["norm"]
+    >>> numbers = summarise({"statistic": {"norm": np.arange(5.0)}})["statistic"]["norm"]
     >>> numbers["count"], numbers["mean"], numbers["quantiles"][4], sum(numbers["counts"])
     (5, 2.0, 2.0, 5)
     """
@@ -98,13 +96,13 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _thin(values: jax.Array) -> jax.Array:
+def _thin(values: Array) -> Array:
     """Returns at most `MOST` of the values, at equal distances, [count]."""
     size = max(values.size, 1)
     stride = -(-size // MOST)
     while math.gcd(stride, size) > 1:  # it would meet some channels only
         stride += 1
-    return values.reshape(-1)[::stride].astype(jnp.float32)
+    return jnp.asarray(values, jnp.float32).reshape(-1)[::stride]
 
 
 def _outputs(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, jax.Array]]:
@@ -117,12 +115,12 @@ def _outputs(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
         yield ".".join(path) or "output", jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
 
 
-def _leaves(tree: Any) -> dict[str, jax.Array]:
+def _leaves(tree: Any) -> dict[str, Array]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
-def _in_order(leaves: dict[str, jax.Array], outputs: Mapping[str, Any]) -> OrderedDict[str, jax.Array]:
+def _in_order(leaves: dict[str, Array], outputs: Mapping[str, Any]) -> OrderedDict[str, Array]:
     """Returns the leaves in the order of the layers that they belong to; those of no layer come last."""
     place = {name: i for i, name in enumerate(outputs)}
     return OrderedDict(sorted(leaves.items(), key=lambda item: place.get(item[0].rpartition(".")[0], len(place))))

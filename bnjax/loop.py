@@ -146,6 +146,7 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
                 clock.restart()
                 if stop.signal and step < experiment.steps:
                     raise Stopped(step, stop.signal)
+            writer.board.finished()
     return clock.seconds
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from bnjax import defaults
 from bnjax.arrays import BatchStats
 from bnjax.board import contact_sheet
 from bnjax.config import Experiment
@@ -23,7 +24,7 @@ class Watch:
 
     def __init__(self, experiment: Experiment, dataset: Dataset, writer: RunWriter):
         """Chooses the images, spread evenly over each split; nothing is compiled before the first look."""
-        self._steps, self._writer, self._classes = experiment.steps, writer, dataset.classes
+        self._writer, self._classes = writer, dataset.classes
         self._train, self._test = _spread(dataset.train, experiment.histograms), _spread(dataset.test, experiment.pictures)
         self._model, self._shape = experiment.model, (experiment.batch_size, *dataset.train.image.shape[1:])
         self._sample = jax.jit(functools.partial(sample, model=experiment.model), compiler_options=compiler_options())
@@ -32,7 +33,9 @@ class Watch:
     def begin(self, config: ConfigDict) -> None:
         """Shows the graph of the model and the hyperparameters."""
         self._writer.board.graph(graph_def(nodes(self._model, self._shape)))
-        self._writer.board.hyperparameters(flat(config.to_dict()))
+        values, standard = flat(config.to_dict()), flat(defaults.get_config().to_dict())
+        # TensorBoard shows the first few columns: what is special about this run.
+        self._writer.board.hyperparameters(dict(sorted(values.items(), key=lambda item: item[1] == standard[item[0]])))
 
     def look(self, step: int, state: TrainState, batch_stats: BatchStats) -> None:
         """Records the histograms and the predictions after so many steps."""
@@ -42,8 +45,6 @@ class Watch:
         if len(self._test.label):
             predicted = jax.device_get(self._predict(state.params, batch_stats, self._test.image))
             self._writer.pictures(step, self._sheet(predicted["class"], predicted["score"].max(-1)))
-        if step == self._steps:
-            self._writer.board.finished()
 
     def _sheet(self, predicted: np.ndarray, score: np.ndarray) -> np.ndarray:
         wrong = predicted != self._test.label

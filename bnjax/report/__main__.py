@@ -11,7 +11,7 @@ def main() -> int:
     """Reads the command line, writes the report, and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bnjax.report",
-        description="Write one report about runs and comparisons, from their folders alone: report.html, which opens anywhere, and report.md.",
+        description="A report about runs and comparisons, from their folders alone: report.html and report.md.",
         allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="the folder of a run or of a comparison")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import altair as alt
@@ -16,11 +16,10 @@ COLOURS = ["#2a78b5", "#d55e00", "#1a9873", "#b8579a", "#c58a00", "#6a7be0", "#7
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 2, 1, 2, 1, 2], [1, 4], [10, 2, 2, 2, 2, 2]]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"]
 MOST_POINTS = 300  # of one curve
-MOST_COLUMNS = 12  # evaluations in a picture of histograms
-MOST_LAYERS = 16
 STEP = alt.Axis(title="step", format="d", tickMinStep=1)
 
 Row = dict[str, Any]
+Panel = Any  # an Altair chart of any kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,33 +36,26 @@ class Figure:
     name: str
     title: str
     caption: str
-    panels: list[alt.LayerChart]
+    panels: list[Panel]
     details: bool = False
-
-
-def figures(study: Study) -> list[Figure]:
-    """Returns all figures for which there is something to show."""
-    found = [curves(study), steps_to_loss(study), gap(study), against_time(study)]
-    return [figure for figure in (*found, *inside(study)) if figure.panels]
 
 
 def curves(study: Study) -> Figure:
     """Returns loss and accuracy of training batches and test images, all variants on one axis."""
+
+    def at_steps(split: str, quantity: str) -> Callable[[Run], tuple[np.ndarray, np.ndarray]]:
+        return lambda run: (getattr(run, split).step, getattr(getattr(run, split), quantity))
+
     panels = []
     for quantity in ("loss", "accuracy"):
-        values = {
-            split: _bands(study, lambda run, split=split: (getattr(run, split).step, getattr(getattr(run, split), quantity)))  # type: ignore[misc]
-            for split in ("train", "test")
-        }
-        everything = [row for rows in values.values() for row in rows]
-        if not everything:
-            continue
-        scale = _scale(everything, log=quantity == "loss")
-        for split, words in (("train", "training batches"), ("test", "test images")):
-            panels.append(_lines(study, values[split], f"{quantity}, {words}", scale, points=split == "test"))
+        train, test = (_bands(study, at_steps(split, quantity)) for split in ("train", "test"))
+        if train + test:
+            scale = _scale(train + test, log=quantity == "loss")
+            panels.append(_lines(study, train, f"{quantity}, training batches", scale, points=False))
+            panels.append(_lines(study, test, f"{quantity}, test images", scale, points=True))
     caption = (
-        "Line: mean over the seeds. Band: from the lowest to the highest seed. The training loss is that of each batch before its step; the "
-        f"test images are evaluated with the running statistics. Curves of more than {MOST_POINTS} steps are averaged over neighbours."
+        "Line: mean over the seeds. Band: from the lowest to the highest seed. The training loss is that of each batch before its step; "
+        f"the test images are evaluated with the running statistics. Curves of more than {MOST_POINTS} steps are averaged over neighbours."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
 
@@ -81,7 +73,7 @@ def steps_to_loss(study: Study) -> Figure:
     ]
     tooltip = [alt.Tooltip("variant:N"), alt.Tooltip("seed:Q"), alt.Tooltip("step:Q"), alt.Tooltip("reached:N")]
     points = (
-        _chart(rows)
+        chart_of(rows)
         .mark_point(size=90, filled=True, strokeWidth=2)
         .encode(
             x=alt.X("step:Q", axis=STEP, scale=alt.Scale(zero=True)),
@@ -114,7 +106,7 @@ def gap(study: Study) -> Figure:
 
     rows = _bands(study, differences)
     caption = "Test loss minus the mean training loss of the last 10 batches before the evaluation. Above 0 and rising: overfitting."
-    panels = [_lines(study, rows, "test loss − training loss", _scale(rows), points=True)] if rows else []
+    panels = [_lines(study, rows, "test loss above training loss", _scale(rows), points=True)] if rows else []
     return Figure("gap", "The gap between training and test", caption, panels)
 
 
@@ -132,37 +124,12 @@ def against_time(study: Study) -> Figure:
     for rows, title, quantity in ((losses, "loss, training batches", "loss"), (accuracies, "accuracy, test images", "accuracy")):
         if rows:
             panels.append(_lines(study, rows, title, _scale(rows, log=quantity == "loss"), points=quantity == "accuracy", axis=axis))
-    caption = "Against the clock, the first seed of each variant. Evaluations and checkpoints do not count."
+    caption = "The first seed of each variant. Compilation in the first step counts; evaluations and checkpoints do not."
     return Figure("time", "Against time", caption, panels)
 
 
-def inside(study: Study) -> Iterator[Figure]:
-    """Yields what went on inside the network of the first seed of each variant: statistics, activations, gradients."""
-    words = {
-        "mean": ("running mean", "The running mean of the channels"),
-        "var": ("running variance", "The running variance of the channels"),
-    }
-    for variant, runs in study.variants.items():
-        run = next((run for run in runs if run.histograms), None)
-        if run is None:
-            continue
-        of = f"{variant}, seed {run.seed}"
-        for leaf, (title, sentence) in words.items():
-            names = [name for name in _names(run, "statistic") if name.rpartition(".")[2] == leaf]
-            panels = [_fan(run, name, name.rpartition(".")[0]) for name in _few(names)]
-            caption = f"{sentence}: line: the median channel; dark band: the middle half; light band: from 5 to 95 %."
-            yield Figure(_file(variant, title), f"{title.capitalize()}: {of}", caption, panels, details=True)
-        for kind, sentence in (("activation", "Outputs of each layer"), ("gradient", "Gradients of the mean loss in each layer's kernel")):
-            names = [name for name in _names(run, kind) if kind == "activation" or name.rpartition(".")[2] == "kernel"]
-            panels = [_heat(run, kind, name) for name in _few(names)]
-            caption = (
-                f"{sentence}, on a fixed small batch of training images. The stronger the colour, the more of the values; each column adds up to 100 %. "
-                "What lies beyond the range (1 % of a column at most) is counted at its ends."
-            )
-            yield Figure(_file(variant, kind), f"{kind.capitalize()}s: {of}", caption, panels, details=True)
-
-
-def _chart(rows: list[Row]) -> alt.Chart:
+def chart_of(rows: list[Row]) -> alt.Chart:
+    """Returns a chart that holds its data."""
     return alt.Chart(alt.InlineData(values=rows))
 
 
@@ -215,17 +182,22 @@ def _axis(scale: alt.Scale) -> alt.Axis:
     return alt.Axis(title=None, values=[mark for mark in marks if low <= mark <= high], format="~g")
 
 
-def _lines(
-    study: Study, rows: list[Row], title: str, scale: alt.Scale, *, points: bool, axis: alt.Axis = STEP
-) -> alt.LayerChart:
+def _lines(study: Study, rows: list[Row], title: str, scale: alt.Scale, *, points: bool, axis: alt.Axis = STEP) -> Panel:
     """Returns a line with a band for each variant; hovering shows the values of all at the nearest x."""
     variants = list(study.variants)
     columns = 2 if max(map(len, variants)) < 18 else 1
-    legend = alt.Legend(title=None, orient="top", columns=columns, symbolType="stroke", symbolSize=500, labelLimit=300)
-    legend = legend if len(variants) > 1 else None
-    x, colour = alt.X("x:Q", axis=axis), _colour(study, legend)
+    style: dict[str, Any] = {
+        "title": None,
+        "orient": "top",
+        "columns": columns,
+        "symbolType": "stroke",
+        "symbolSize": 500,
+        "labelLimit": 300,
+    }
+    legend = alt.Legend(**style, labelLimit=300) if len(variants) > 1 else None
+    x, colour = alt.X("x:Q", axis=axis, scale=alt.Scale(zero=True, nice=False)), _colour(study, legend)
     fill, shape = alt.Fill("colour:N", scale=None), alt.Shape("shape:N", scale=None)  # as they are: the legend shows lines alone
-    base = _chart(rows)
+    base = chart_of(rows)
     dash = alt.StrokeDash("variant:N", scale=alt.Scale(domain=variants, range=_cycle(DASHES, variants)), legend=legend)
     y = alt.Y("mean:Q", scale=scale, axis=_axis(scale))
     layers: list[Any] = [
@@ -234,12 +206,14 @@ def _lines(
     ]
     if points:
         layers.append(base.mark_point(filled=True, size=40, opacity=1).encode(x=x, y=y, color=colour, shape=shape))
-    nearest = alt.selection_point(name=re.sub(r"\W", "_", title), on="pointerover", nearest=True, fields=["x"], empty=False, clear="pointerout")
+    nearest = alt.selection_point(
+        name=re.sub(r"\W", "_", title), on="pointerover", nearest=True, fields=["x"], empty=False, clear="pointerout"
+    )
     # Vega-Lite looks for the text in the cell around the nearest point, which holds that point as its `datum`.
     said = {axis.title: "x", **{variant: f"v{i}" for i, variant in enumerate(variants)}}
     text = ", ".join(f"{json.dumps(name)}: (datum.datum || datum).{field}" for name, field in said.items())
     layers.append(
-        _chart(_hovers(variants, rows))
+        chart_of(_hovers(variants, rows))
         .mark_rule(color="currentColor")
         .encode(
             x=x,
@@ -259,70 +233,3 @@ def _hovers(variants: list[str], rows: list[Row]) -> list[Row]:
         here = said.setdefault(row["x"], {"x": row["x"], **{f"v{i}": "—" for i in range(len(variants))}})
         here[f"v{variants.index(row['variant'])}"] = f"{row['mean']:.4g}{spread}"
     return [said[x] for x in sorted(said)]
-
-
-def _names(run: Run, kind: str) -> list[str]:
-    return list(dict.fromkeys(name for line in run.histograms for name in line.get(kind, {})))
-
-
-def _few(names: list[str]) -> list[str]:
-    """Returns at most `MOST_LAYERS` of the names, at equal distances."""
-    count = min(len(names), MOST_LAYERS)
-    return [names[i * len(names) // count] for i in range(count)]
-
-
-def _file(variant: str, title: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", f"{title}_{variant}")
-
-
-def _fan(run: Run, name: str, title: str) -> alt.LayerChart:
-    keys = ("low", "lower", "median", "upper", "high")
-    rows = []
-    for line in run.histograms:
-        if numbers := line.get("statistic", {}).get(name):
-            rows.append({"step": line["step"], **dict(zip(keys, numbers["quantiles"][2:7], strict=True))})
-    base, x = _chart(rows), alt.X("step:Q", axis=STEP)
-    words = ("5 %", "25 %", "median", "75 %", "95 %")
-    tooltip = [alt.Tooltip("step:Q"), *(alt.Tooltip(f"{key}:Q", title=text, format=".4~g") for key, text in zip(keys, words, strict=True))]
-    colour = COLOURS[0]
-
-    def band(low: str, high: str, opacity: float) -> alt.Chart:
-        return base.mark_area(opacity=opacity, color=colour).encode(x=x, y=alt.Y(f"{low}:Q", title=None), y2=f"{high}:Q")
-
-    line_ = base.mark_line(color=colour, point={"filled": True, "size": 25}).encode(x=x, y=alt.Y("median:Q", title=None))
-    catch = base.mark_rule(opacity=0, strokeWidth=14).encode(x=x, tooltip=tooltip)
-    return alt.layer(band("low", "high", 0.18), band("lower", "upper", 0.3), line_, catch).properties(width=300, height=130, title=title)
-
-
-def _heat(run: Run, kind: str, name: str) -> alt.LayerChart:
-    """Returns a column of shaded bins for each of a few evaluations."""
-    lines = [line for line in run.histograms if name in line.get(kind, {})]
-    count = min(len(lines), MOST_COLUMNS)
-    rows = []
-    for line in (lines[(i + 1) * len(lines) // count - 1] for i in range(count)):
-        numbers = line[kind][name]
-        edges = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
-        total = sum(numbers["counts"]) or 1
-        for low, high, inside_ in zip(edges[:-1], edges[1:], numbers["counts"], strict=True):
-            if inside_:
-                row = {"low": low, "high": high, "share": inside_ / total}
-                rows.append({"step": line["step"], **{key: float(f"{value:.4g}") for key, value in row.items()}})
-    tooltip = [
-        alt.Tooltip("step:O"),
-        alt.Tooltip("low:Q", title="from", format=".3~g"),
-        alt.Tooltip("high:Q", title="to", format=".3~g"),
-        alt.Tooltip("share:Q", title="share", format=".1%"),
-    ]
-    most = max((row["share"] for row in rows), default=1.0)
-    chart = (
-        _chart(rows)
-        .mark_rect(color=COLOURS[0])
-        .encode(
-            x=alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
-            y=alt.Y("low:Q", title=None, axis=alt.Axis(format="~g", tickCount=5)),
-            y2="high:Q",
-            opacity=alt.Opacity("share:Q", scale=alt.Scale(type="sqrt", domain=[0, most], range=[0, 1]), legend=None),
-            tooltip=tooltip,
-        )
-    )
-    return alt.layer(chart).properties(width=300, height=130, title=name)

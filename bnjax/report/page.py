@@ -8,8 +8,8 @@ import altair as alt
 import jinja2
 import vl_convert
 
-from bnjax.report import tables
-from bnjax.report.charts import Figure, figures
+from bnjax.report import charts, inside, tables
+from bnjax.report.charts import Figure
 from bnjax.report.runs import Study
 
 PICTURES = "report_files"
@@ -36,8 +36,9 @@ PAPER = json.loads(json.dumps(ADAPTING).replace("currentColor", "#222222")) | {"
 
 def write_page(study: Study, out: Path) -> Path:
     """Writes `report.html`, `report.md` and `report_files/` into a folder and returns the path of the first."""
-    shown = figures(study)
-    specs, charts = _specs(shown)
+    drawn = (charts.curves(study), charts.steps_to_loss(study), charts.gap(study), charts.against_time(study), *inside.figures(study))
+    shown = [figure for figure in drawn if figure.panels]
+    specs, places = _specs(shown)
     verdicts = tables.verdict_table(study)
     common = {
         "title": _title(study),
@@ -57,14 +58,18 @@ def write_page(study: Study, out: Path) -> Path:
     text = _template("page.md", escape=False).render(**common, pictures=pictures)
     (out / "report.md").write_text(text, encoding="utf-8")
     library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION).replace("</script", "<\\/script")
-    page = _template("page.html", escape=True).render(**common, specs=specs, charts=charts, library=library)
+    page = _template("page.html", escape=True).render(**common, specs=specs, places=places, library=library)
     (out / "report.html").write_text(page, encoding="utf-8")
     return out / "report.html"
 
 
 def _template(name: str, *, escape: bool) -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bnjax.report", "."), autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("bnjax.report", "."),
+        autoescape=escape,  # noqa: S701 - not in Markdown, which is no HTML
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(name)
 
@@ -72,14 +77,14 @@ def _template(name: str, *, escape: bool) -> jinja2.Template:
 def _specs(shown: list[Figure]) -> tuple[str, dict[str, list[str]]]:
     """Returns all charts as one JavaScript object by the names of their places, and those names by figure."""
     specs: dict[str, Any] = {}
-    charts: dict[str, list[str]] = {}
+    places: dict[str, list[str]] = {}
     for number, figure in enumerate(shown):
-        charts[figure.name] = []
+        places[figure.name] = []
         for i, panel in enumerate(figure.panels):
             name = f"chart{number}-{i}"
-            charts[figure.name].append(name)
+            places[figure.name].append(name)
             specs[name] = {**panel.to_dict(), "width": "container", "config": ADAPTING}
-    return json.dumps(specs, separators=(",", ":")).replace("</", "<\\/"), charts
+    return json.dumps(specs, separators=(",", ":")).replace("</", "<\\/"), places
 
 
 def _png(figure: Figure) -> bytes:

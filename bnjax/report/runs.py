@@ -111,10 +111,10 @@ def read_study(folders: list[Path]) -> Study:
                 problems.append(str(error))
                 comparison = {}
             comparisons[folder] = comparison
-            found = sorted(folder.glob("*/*/config.json"), key=lambda file: _natural(file.parent, comparison))
-            members = {file.parent: file.parent.parent.name for file in found}
-            if not members:
-                problems.append(f"the comparison {folder} has no run yet.")
+            found, missing = _members(folder, comparison)
+            members = {member: member.parent.name for member in found}
+            if missing or not members:
+                problems.append(f"the comparison {folder} has not begun {', '.join(missing) or 'any run'}.")
         for member, variant in members.items():
             try:
                 run, told = read_run(member, variant)
@@ -155,7 +155,7 @@ def read_run(folder: Path, variant: str = "") -> tuple[Run, list[str]]:
         if not (folder / "summary.json").exists():
             problems.append(f"{folder} is not finished: what it had after {train.step[-1]} steps is shown.")
         else:
-            summary = _json(folder / "summary.json")
+            summary = _summary(folder / "summary.json")
     except UserError as error:
         problems.append(str(error))
     try:
@@ -184,6 +184,14 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _summary(file: Path) -> dict[str, Any]:
+    summary = _json(file)
+    versions = summary.get("versions")
+    if not isinstance(versions, dict) or type(summary.get("batch_size")) is not int:
+        raise UserError(f"{file} is damaged: it lacks versions or batch_size.")
+    return summary
+
+
 def _curve(lines: list[dict[str, Any]]) -> Curve:
     losses = [np.nan if line["loss"] is None else line["loss"] for line in lines]
     return Curve(np.array([line["step"] for line in lines], int), np.array(losses, float), np.array([line["accuracy"] for line in lines]))
@@ -198,12 +206,15 @@ def _check_histograms(lines: list[dict[str, Any]]) -> None:
                     raise ValueError(f"a histogram of step {line['step']} has not the numbers that it should have")
 
 
-def _natural(folder: Path, comparison: dict[str, Any]) -> tuple[Any, ...]:
-    """The place of a run in its comparison: variants in the order in which they are listed, seeds as numbers."""
-    variants = comparison.get("variants")
-    listed = [variant.get("name") if isinstance(variant, dict) else variant for variant in (variants or [])] if variants else []
-    variant, seed = folder.parent.name, folder.name
-    return listed.index(variant) if variant in listed else len(listed), variant, not seed.isdigit(), int(seed) if seed.isdigit() else 0, seed
+def _members(folder: Path, comparison: dict[str, Any]) -> tuple[list[Path], list[str]]:
+    """Returns the run folders of a comparison, variants and seeds in their listed order, and the names of runs that are not there yet."""
+    variants, seeds = comparison.get("variants"), comparison.get("seeds")
+    names = [str(name) for name in variants] if isinstance(variants, dict | list) else []
+    numbers = [str(seed) for seed in seeds] if isinstance(seeds, list) else []
+    listed = [folder / name / seed for name in names for seed in numbers]
+    others = {file.parent for file in folder.glob("*/*/config.json")} - set(listed)
+    there = [member for member in listed if (member / "config.json").exists()]
+    return there + sorted(others), [f"{member.parent.name}/{member.name}" for member in listed if member not in there]
 
 
 def _named(runs: list[Run]) -> list[Run]:

@@ -86,7 +86,10 @@ def speed(study: Study) -> Table:
         rates = [rate for run in timed if (rate := _rate(run))]
         devices = {str(run.summary.get("device", "not known yet")) for run in runs}
         rows.append([variant, _mean([run.seconds[-1] for run in timed], 1), _mean(rates, 0), _list(sorted(devices))])
-    caption = "Of training alone, without evaluations and checkpoints. Images a second: the median step of each run, its first step left out."
+    caption = (
+        "Of training, the compilation in its first step included, evaluations and checkpoints not. Images a second: the median step "
+        "of each run, its first left out."
+    )
     return Table("Time", ["variant", "seconds", "images a second", "device"], rows, caption)
 
 
@@ -94,11 +97,7 @@ def origins(study: Study) -> Table:
     """Returns data, versions and revisions: what has to be the same for the same result."""
     rows = []
     for variant, runs in study.variants.items():
-        versions = {
-            " ".join(f"{name} {version}" for name, version in run.summary["versions"].items())
-            for run in runs
-            if isinstance(run.summary.get("versions"), dict)
-        }
+        versions = {" ".join(f"{name} {version}" for name, version in run.summary["versions"].items()) for run in runs if run.summary}
         revisions = {str(run.summary["git"]) for run in runs if run.summary.get("git")}
         rows.append([variant, _list(sorted({pixels(run) for run in runs})), _list(sorted(versions)), _list(sorted(revisions))])
     return Table("Data and versions", ["variant", "data", "versions", "revision"], rows)
