@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from test_bad_input import HUNDRED, JSON
@@ -66,8 +66,10 @@ def cells(table):
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
 
-def rows_of(panel):
-    return panel.to_dict()["layer"][1]["data"]["values"]
+def rows_of(panel, layer=0):
+    spec = panel.to_dict()
+    data = spec["layer"][layer].get("data") or spec["data"]
+    return data["values"] if "values" in data else spec["datasets"][data["name"]]
 
 
 def test_results_are_means_with_student_intervals(folders):
@@ -89,7 +91,7 @@ def test_steps_to_a_loss_and_runs_that_never_got_there(folders, tmp_path):
     assert table["bn"]["steps to training loss 0.2"] == "5 (3 of 4 got there)"
     assert table["no_bn"]["steps to training loss 0.2"] == "not reached"
     (panel,) = charts.steps_to_loss(study).panels
-    marks = [(row["variant"], row["step"], row["reached"]) for row in panel.to_dict()["layer"][0]["data"]["values"]]
+    marks = [(row["variant"], row["step"], row["reached"]) for row in rows_of(panel)]
     assert marks == [("bn", 5, "reached")] * 3 + [("bn", 5, "not reached so far")] + [("no_bn", 4, "not reached so far")] * 2
 
 
@@ -131,11 +133,11 @@ def test_what_went_on_inside_is_what_the_files_say(folders):
     assert set(figures) == {
         f"{what}_{of}" for what in ("running_mean", "running_variance", "activation", "gradient") for of in ("bn", "no_bn")
     }
-    fan = figures["running_variance_bn"].panels[0].to_dict()["layer"][0]["data"]["values"]
+    fan = rows_of(figures["running_variance_bn"].panels[0])
     lines = study.runs[0].histograms
     assert [row["step"] for row in fan] == [2, 4]
     assert [row["median"] for row in fan] == [line["statistic"]["norm.var"]["quantiles"][4] for line in lines]
-    heat = figures["gradient_bn"].panels[0].to_dict()["layer"][0]["data"]["values"]
+    heat = rows_of(figures["gradient_bn"].panels[0])
     for line in lines:
         mine = [row for row in heat if row["step"] == line["step"]]
         assert sum(row["share"] for row in mine) == pytest.approx(1, abs=1e-3)
@@ -231,8 +233,7 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(folders, tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("bnjax.report.")]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "bnjax.report.page", raising=False)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UserError, match=r"needs vl_convert, .* pip install 'bnjax\[report\]'"):
         report.write_all(folders, tmp_path / "out")
@@ -273,7 +274,7 @@ def template(tmp_path_factory):
 FILES = ["metrics.jsonl", "timing.jsonl", "histograms.jsonl", "summary.json", "config.json", "../../comparison.json"]
 
 
-@HUNDRED
+@settings(HUNDRED, max_examples=30)
 @given(file=st.sampled_from(FILES), content=st.one_of(st.binary(max_size=60), st.data()))
 def test_any_content_of_any_file_is_reported_or_refused(template, file, content):
     path = template / file
@@ -297,7 +298,7 @@ def test_any_content_of_any_file_is_reported_or_refused(template, file, content)
             *inside.figures(study),
         ):
             for panel in figure.panels:
-                json.dumps(panel.to_dict(), allow_nan=False)
+                json.dumps(panel.to_dict(validate=False), allow_nan=False)
     except UserError as error:
         assert str(error)
     finally:

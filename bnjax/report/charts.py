@@ -186,15 +186,8 @@ def _lines(study: Study, rows: list[Row], title: str, scale: alt.Scale, *, point
     """Returns a line with a band for each variant; hovering shows the values of all at the nearest x."""
     variants = list(study.variants)
     columns = 2 if max(map(len, variants)) < 18 else 1
-    style: dict[str, Any] = {
-        "title": None,
-        "orient": "top",
-        "columns": columns,
-        "symbolType": "stroke",
-        "symbolSize": 500,
-        "labelLimit": 300,
-    }
-    legend = alt.Legend(**style, labelLimit=300) if len(variants) > 1 else None
+    style: dict[str, Any] = {"orient": "top", "columns": columns, "symbolType": "stroke", "symbolSize": 500, "labelLimit": 300}
+    legend = alt.Legend(title=None, **style) if len(variants) > 1 else None
     x, colour = alt.X("x:Q", axis=axis, scale=alt.Scale(zero=True, nice=False)), _colour(study, legend)
     fill, shape = alt.Fill("colour:N", scale=None), alt.Shape("shape:N", scale=None)  # as they are: the legend shows lines alone
     base = chart_of(rows)

@@ -125,7 +125,9 @@ def read_study(folders: list[Path]) -> Study:
                 problems.extend(told)
     if not runs:
         raise UserError(f"there is no run to report. {' '.join(problems)} Train one with python -m bnjax.main --config configs/bn.py.")
-    return Study(_named(runs), problems, comparisons)
+    runs = _named(runs)
+    order = list(dict.fromkeys(run.variant for run in runs))
+    return Study(sorted(runs, key=lambda run: order.index(run.variant)), problems, comparisons)
 
 
 def read_run(folder: Path, variant: str = "") -> tuple[Run, list[str]]:
