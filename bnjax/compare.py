@@ -31,7 +31,7 @@ def main() -> int:
     if args.seeds is not None and args.seeds < 1:
         parser.error("--seeds has to be 1 or above")
 
-    from bnjax import grid, results, text  # late, so that --help is quick
+    from bnjax import grid, report, results, text  # late, so that --help is quick
     from bnjax.data import sources
     from bnjax.loop import Stopped
     from bnjax.platform import keep_compiled
@@ -51,6 +51,10 @@ def main() -> int:
         print(f"\n{str(stopped) or 'stopped'}; everything is saved. To go on:\n    {command}")
         return 128 + stopped.signal if isinstance(stopped, Stopped) else 130
     print(text.of_comparison(comparison, results.read_runs(folder, comparison)))
+    try:
+        print(f"\nreport: {report.write(folder)}")
+    except errors.UserError as error:  # the results above stand without it
+        print(f"\nno report: {error}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -16,6 +16,7 @@ from bnjax.products import bfloat16_dot_general
 
 DTYPES = ("float32", "bfloat16")
 LARGEST = 1 << 20  # of a layer: beyond it is a slip of the finger
+MOST_PICTURES = 100  # that are still looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Experiment:
     eval_every: int
     batch_size: int
     eval_batch_size: int
+    histograms: int  # training images
+    pictures: int  # test images
     shuffle: bool
     most_skipped: int  # steps in a row that may be dropped because they are not finite
     save_every: int | None  # steps, beside the evaluations
@@ -51,6 +54,10 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         raise ConfigError("train.batch_size", batch_size, f"{smallest} up to the {examples} training images of {dataset.label}")
     if config.eval.batch_size < 1:
         raise ConfigError("eval.batch_size", config.eval.batch_size, "a whole number above 0")
+    if not (config.eval.histograms == 0 or smallest <= config.eval.histograms <= LARGEST):
+        raise ConfigError("eval.histograms", config.eval.histograms, f"a whole number, {smallest} or above, or 0 for none")
+    if not 0 <= config.eval.pictures <= MOST_PICTURES:
+        raise ConfigError("eval.pictures", config.eval.pictures, f"a whole number from 0 up to {MOST_PICTURES}")
     if config.train.target_loss <= 0:
         raise ConfigError("train.target_loss", config.train.target_loss, "a number above 0")
     if not 0 <= config.train.stop_at_loss < float("inf"):
@@ -74,6 +81,8 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         eval_every=optim.steps_of(config.eval, "every_", "eval", batch_size, examples),
         batch_size=batch_size,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
+        histograms=min(config.eval.histograms, examples),
+        pictures=min(config.eval.pictures, len(dataset.test.label)),
         shuffle=config.train.shuffle,
         most_skipped=config.train.most_skipped if config.train.on_nonfinite == "skip" else 0,
         save_every=optim.steps_of(saves, "every_", "checkpoint", batch_size, examples) if saves.every_steps or saves.every_epochs else None,

@@ -57,6 +57,21 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a nested dict under keys with dots, tuples as the lists that JSON makes of them.
+
+    >>> flat({"model": {"dense": (100,)}, "seed": 0})
+    {'model.dense': [100], 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets one key, given as on a command line, with a value of the type that it has.
 

@@ -78,6 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.every_steps = 0
     config.eval.every_epochs = 2.0
     config.eval.batch_size = 1000
+    config.eval.histograms = 256  # training images whose activations and gradients are summed up at each evaluation; 0 for none
+    config.eval.pictures = 12  # test images that TensorBoard shows with their predictions at each evaluation; 0 for none
 
     # Each evaluation is followed by a checkpoint; further ones in between, 0 for none. Set at most one.
     config.checkpoint = ml_collections.ConfigDict()

@@ -61,7 +61,7 @@ def _variants(named: dict[str, tuple[str, dict[str, Any]]], common: dict[str, An
         config.data.fallback = ""  # other data than are asked for are no evidence
         configs.check_choices(config)
         found[name] = {"file": Path(file).as_posix(), "overrides": overrides, "config": json.loads(json.dumps(config.to_dict()))}
-    leaves = {name: workdirs.flat(variant["config"]) for name, variant in found.items()}
+    leaves = {name: configfile.flat(variant["config"]) for name, variant in found.items()}
     for name, variant in found.items():
         others = [leaves[other] for other in leaves]
         variant["differs"] = {

@@ -28,6 +28,7 @@ from bnjax.metrics import Metrics
 from bnjax.platform import compiler_options
 from bnjax.signals import StopRequest
 from bnjax.train_step import TrainState, eval_step, init_state, train_step
+from bnjax.watch import Watch
 from bnjax.writers import Progress, RunWriter, read_lines, read_metrics, write_json
 
 # What the device is given at once: long beside the host's own work, short beside a user's Ctrl-C.
@@ -102,6 +103,9 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
                 f"{config.name}: {parameters:,} parameters, {len(train.label):,} images of {dataset.label}, steps {start + 1} to "
                 f"{experiment.steps} of {experiment.batch_size} images, on {jax.devices()[0].device_kind}"
             )
+            watch = Watch(experiment, dataset, writer)
+            if newest is None:
+                watch.begin(config)
             skipped_in_a_row = 0
 
             def record(first: int, rows: list[Rows], dispatched: Metrics) -> None:
@@ -147,6 +151,7 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
                     means = tested.means()
                     accuracy = means["accuracy"]
                     writer.test(step, means, count=int(tested.count))
+                    watch.look(step, state, batch_stats)
                     progress.say(f"step {step}: test loss {means['loss']:.4f}, test accuracy {accuracy:.4f}")
                 writer.flush()  # first, so that a checkpoint never knows more than the files
                 checkpoints.save(state, batch_stats, accuracy, about)
@@ -154,6 +159,7 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
                 clock.restart()
                 if stop.signal and not ends:
                     raise Stopped(step, stop.signal)
+            writer.board.finished()
     return clock.seconds
 
 

@@ -90,7 +90,7 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     >>> differences({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
     '\n    a.b: 1 there, 3 now'
     """
-    its, mine = flat(there), flat(now)
+    its, mine = configfile.flat(there), configfile.flat(now)
     different = [key for key in sorted({*mine, *its}) if mine.get(key) != its.get(key) and not key.endswith(PLACES)]
     return "".join(f"\n    {key}: {its.get(key)!r} there, {mine.get(key)!r} now" for key in different)
 
@@ -120,14 +120,3 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
 def norm_conventions(config: ConfigDict) -> dict[str, Any]:
     """Returns how the stored statistics are to be read; the momentum is the fraction of the old average that is kept."""
     return {key: config.model[key] for key in ("norm", "epsilon", "momentum", "variance", "debias")}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of a tree of dicts by their dotted paths, tuples as lists, as JSON has them."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return found

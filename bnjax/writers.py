@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+import numpy as np
 import tqdm
 
+from bnjax.board import Board
 from bnjax.errors import UserError
 
 
@@ -106,13 +107,18 @@ class Progress:
 
 
 class RunWriter:
-    """The files of one run: metrics.jsonl (nothing in it depends on the clock), timing.jsonl and tensorboard/; a context manager."""
+    """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/; a context manager.
+
+    Only timing.jsonl and tensorboard/ depend on the clock.
+    """
 
     def __init__(self, workdir: Path, *, start: int):
         """Opens the files; what an interrupted run wrote past step `start` is dropped, since it comes again."""
         self._metrics = Lines(workdir / "metrics.jsonl", keep_up_to=start)
         self._timing = Lines(workdir / "timing.jsonl", keep_up_to=start)
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._histograms = Lines(workdir / "histograms.jsonl", keep_up_to=start)
+        self._files = (self._metrics, self._timing, self._histograms)
+        self.board = Board(workdir / "tensorboard", start=start)
 
     def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
         """Records the loss and accuracy of the batch of one training step, steps counted from 1; a loss that is not finite is null."""
@@ -125,24 +131,34 @@ class RunWriter:
     def timing(self, step: int, seconds: float, images_per_s: float) -> None:
         """Records the seconds since training began and the current rate."""
         self._timing.write({"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)})
-        self._board.add_scalar("train/images_per_s", images_per_s, step)
+        self.board.scalar("train/images_per_s", images_per_s, step)
+
+    def histograms(self, step: int, summaries: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Records what `bnjax.histograms.summarise` returned after so many steps."""
+        self._histograms.write({"step": step, **summaries})
+        for kind, group in summaries.items():
+            for name, numbers in group.items():
+                self.board.histogram(f"{kind}/{name}", numbers, step)
+
+    def pictures(self, step: int, sheet: np.ndarray) -> None:
+        """Shows what the network makes of a few test images after so many steps, uint8 [h, w, 3]."""
+        self.board.picture("test/predictions", sheet, step)
 
     def _write(self, step: int, split: str, means: dict[str, float], **more: int) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
         self._metrics.write({"step": step, "split": split, **finite, **more})
         for name, value in finite.items():
             if value is not None:
-                self._board.add_scalar(f"{split}/{name}", value, step)
+                self.board.scalar(f"{split}/{name}", value, step)
 
     def flush(self) -> None:
         """Hands everything written so far to the operating system."""
-        self._metrics.flush()
-        self._timing.flush()
-        self._board.flush()
+        for file in (*self._files, self.board):
+            file.flush()
 
     def __enter__(self) -> "RunWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._metrics, self._timing, self._board):
+        for file in (*self._files, self.board):
             file.close()

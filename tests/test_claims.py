@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_configs import Dataset, Split
 
-from bnjax import claims, configfile, grid, results, text, workdir
+from bnjax import claims, configfile, grid, results, text
 from bnjax import config as configs
 from bnjax.claims import Statement, verdicts
 from bnjax.errors import UserError
@@ -265,7 +265,7 @@ def test_a_claim_builds_and_its_docstring_gives_command_source_time_and_margin(p
         assert configs.build(config, images).steps > 0
         assert variant["differs"], "variants that do not differ"
         about = claims.load(str(path))["variants"][name][1]  # is stronger than what all have in common
-        assert {key: workdir.flat(variant["config"])[key] for key in about} == about
+        assert {key: configfile.flat(variant["config"])[key] for key in about} == about
     leaves = [json.dumps(variant["differs"]) for variant in found["variants"].values()]
     assert len({*leaves}) == len(leaves)
 

@@ -8,12 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"arrays", "errors", "metrics", "norms", "optim", "platform", "products", "defaults", "signals", "statistics"},
-    {"configfile", "data", "models", "train_step"},
-    {"evaluate", "checkpoint", "diagnose", "dispatch", "writers"},
+    {"board", "configfile", "data", "models", "train_step"},
+    {"evaluate", "checkpoint", "diagnose", "dispatch", "graph", "histograms", "writers"},
     {"config", "results"},
-    {"workdir", "claims"},
+    {"claims", "watch", "workdir"},
     {"loop", "text"},
-    {"grid"},
+    {"grid", "report"},
     {"main", "predict", "compare"},
 ]
 # Within layer 0 these two may be used by the rest, and nothing else may.

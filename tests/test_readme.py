@@ -19,7 +19,8 @@ def test_every_config_and_module_that_it_names_exists():
     for name in re.findall(r"\]\(((?:configs|bnjax|scripts)/[^)]+)\)", README):
         assert (root / name).exists(), name
     for module in re.findall(r"python -m (bnjax\.\w+)", README):
-        assert (root / f"{module.replace('.', '/')}.py").exists(), module
+        place = root / module.replace(".", "/")
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
     for config in re.findall(r"configs/\w+\.py", README):
         assert (root / config).exists(), config
     named = set(re.findall(r"configs/(\w+)\.py", README))

@@ -1,3 +1,5 @@
+from events import read_values
+
 from bnjax.writers import Lines, RunWriter, read_lines, write_json
 
 
@@ -18,21 +20,11 @@ def test_json_is_written_whole(tmp_path):
 
 
 def test_tensorboard_gets_every_scalar(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import masked_crc32c
-
     with RunWriter(tmp_path, start=0) as writer:
         writer.train(1, {"loss": 2.0, "accuracy": 0.25}, skipped=False)
         writer.test(1, {"loss": 3.0, "accuracy": 0.5}, count=4)
         writer.timing(1, 0.5, 100.0)
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content, found, at = file.read_bytes(), {}, 0
-    while at < len(content):  # length, its checksum, the event, its checksum
-        length = int.from_bytes(content[at : at + 8], "little")
-        assert int.from_bytes(content[at + 8 : at + 12], "little") == masked_crc32c(content[at : at + 8])
-        event = Event.FromString(content[at + 12 : at + 12 + length])
-        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        at += 12 + length + 4
+    found = {tag: (step, value.simple_value) for tag, [(step, value)] in read_values(tmp_path / "tensorboard").items()}
     assert found["train/loss"] == (1, 2.0)
     assert found["test/accuracy"] == (1, 0.5)
     assert found["train/images_per_s"] == (1, 100.0)

@@ -1,0 +1,34 @@
+"""One report about many runs, rebuilt from their folders alone, without JAX."""
+
+from pathlib import Path
+
+from bnjax.errors import UserError
+
+
+def write(folder: Path) -> Path:
+    """Writes the report about a run or a comparison into its folder and returns the path of report.html.
+
+    Raises:
+        UserError: if nothing there can be reported, or the extra `report` is not installed.
+    """
+    return write_all([folder], folder)
+
+
+def write_all(folders: list[Path], out: Path) -> Path:
+    """Writes `report.html` (one file that needs nothing else), `report.md` and its pictures in `report_files`; returns the first's path.
+
+    Args:
+        folders: of runs and of comparisons.
+        out: the folder to write into, created if need be.
+
+    Raises:
+        UserError: if nothing there can be reported, or the extra `report` is not installed.
+    """
+    from bnjax.report.runs import read_study
+
+    study = read_study(folders)
+    try:
+        from bnjax.report.page import write_page
+    except ModuleNotFoundError as error:
+        raise UserError(f"a report needs {error.name}, which is not installed. Install it with: pip install 'bnjax[report]'.") from error
+    return write_page(study, out)

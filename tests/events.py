@@ -1,0 +1,26 @@
+"""TensorBoard's event files, read back with the protos of the format."""
+
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+
+def read_events(folder):
+    """Returns the events of all files in a folder, checksums verified: length, its checksum, the event, its checksum."""
+    events = []
+    for file in sorted(folder.iterdir()):
+        content, at = file.read_bytes(), 0
+        while at < len(content):
+            length = int.from_bytes(content[at : at + 8], "little")
+            assert int.from_bytes(content[at + 8 : at + 12], "little") == masked_crc32c(content[at : at + 8])
+            events.append(Event.FromString(content[at + 12 : at + 12 + length]))
+            at += 12 + length + 4
+    return events
+
+
+def read_values(folder):
+    """Returns what was written by tag: a list of steps and values."""
+    found = {}
+    for event in read_events(folder):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value))
+    return found

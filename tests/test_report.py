@@ -1,0 +1,299 @@
+"""Reports about runs whose files are made up, so that every number in them is known."""
+
+import html
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from test_bad_input import HUNDRED, JSON
+
+from bnjax import configfile, histograms, report
+from bnjax.errors import UserError
+from bnjax.report import charts, inside, tables
+from bnjax.report.runs import read_run, read_study
+
+ROOT = Path(__file__).parents[1]
+RNG = np.random.default_rng(0)
+
+
+def write_run(folder, seed=0, *, name="bn", losses=(2.0, 1.0, 0.5, 0.25, 0.125), finished=True, **changes):
+    """Makes a run of a step for each loss, evaluated after every second, with a test loss 0.1 above the training loss."""
+    config = synthetic.config(steps=len(losses))
+    config.name, config.seed = name, seed
+    for key, value in changes.items():
+        section, _, leaf = key.partition("__")
+        config[section][leaf] = value
+    folder.mkdir(parents=True)
+    data = {"name": "synthetic", "label": "the digits", "image_shape": [8, 8, 1], "classes": ["a", "b"]}
+    (folder / "config.json").write_text(json.dumps({"config": config.to_dict(), "data": data}))
+    lines, timing, inner = [], [], []
+    for step, loss in enumerate(losses, start=1):
+        lines.append({"step": step, "split": "train", "loss": loss, "accuracy": 1 - loss / 4})
+        timing.append({"step": step, "seconds": 3.0 + 2.0 * step, "images_per_s": 5.0})
+        if step % 2 == 0:
+            lines.append({"step": step, "split": "test", "loss": loss + 0.1, "accuracy": 0.5 + seed / 100 + step / 1000, "count": 20})
+            values = {"norm.mean": RNG.normal(size=9), "norm.var": RNG.uniform(size=9)}
+            kinds = {"statistic": values, "activation": {"conv": RNG.normal(size=99)}, "gradient": {"conv.kernel": RNG.normal(size=50)}}
+            inner.append({"step": step, **histograms.summarise(kinds)})
+    for file, content in (("metrics", lines), ("timing", timing), ("histograms", inner)):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+    if finished:
+        summary = {"official_pixels": False, "fallback_reason": "", "batch_size": 10, "device": "1 x abacus", "git": "abc1234"}
+        (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"python": "3.11", "jax": "0.10.2"}}))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    bn = [write_run(tmp_path / "bn" / str(seed), seed, losses=(2.0, 1.0, 0.5, 0.25, 0.2 - seed / 100)) for seed in range(3)]
+    plain = [
+        write_run(tmp_path / "no_bn" / str(seed), seed, name="no_bn", model__norm="none", losses=(3.0, 2.0, 1.9, 1.5)) for seed in range(2)
+    ]
+    return [*bn, *plain]
+
+
+def cells(table):
+    return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+def rows_of(panel, layer=0):
+    spec = panel.to_dict()
+    data = spec["layer"][layer].get("data") or spec["data"]
+    return data["values"] if "values" in data else spec["datasets"][data["name"]]
+
+
+def test_results_are_means_with_student_intervals(folders):
+    table = cells(tables.results(read_study(folders)))
+    accuracies = [0.504, 0.514, 0.524]  # 0.5 + seed / 100 + 4 / 1000
+    low, high = stats.t.interval(0.95, 2, np.mean(accuracies), stats.sem(accuracies))
+    assert table["bn"]["final test accuracy"] == f"{(low + high) / 2:.4f} ± {(high - low) / 2:.4f}"
+    assert table["bn"]["final test loss"] == "0.350 ± 0.000"
+    assert table["no_bn"]["best test loss"] == "1.600 ± 0.000"
+    assert table["bn"]["runs"] == "3"
+    assert table["bn"]["steps"] == "5"
+
+
+def test_steps_to_a_loss_and_runs_that_never_got_there(folders, tmp_path):
+    write_run(tmp_path / "bn" / "3", 3, losses=(2.0, 1.0, 0.5, 0.25, 0.25))
+    study = read_study([*folders, tmp_path / "bn" / "3"])
+    assert [run.steps_to_loss for run in study.runs] == [5, 5, 5, None, None, None]
+    table = cells(tables.results(study))
+    assert table["bn"]["steps to training loss 0.2"] == "5 (3 of 4 got there)"
+    assert table["no_bn"]["steps to training loss 0.2"] == "not reached"
+    (panel,) = charts.steps_to_loss(study).panels
+    marks = [(row["variant"], row["step"], row["reached"]) for row in rows_of(panel)]
+    assert marks == [("bn", 5, "reached")] * 3 + [("bn", 5, "not reached so far")] + [("no_bn", 4, "not reached so far")] * 2
+
+
+def test_curves_are_means_and_ranges_over_the_seeds(folders):
+    train_loss, test_loss, _, test_accuracy = charts.curves(read_study(folders)).panels
+    last = [row for row in rows_of(train_loss) if (row["variant"], row["x"]) == ("bn", 5)]
+    assert [(row["mean"], row["low"], row["high"]) for row in last] == [(0.19, 0.18, 0.2)]
+    assert [row["x"] for row in rows_of(test_loss) if row["variant"] == "no_bn"] == [2, 4]
+    second = [row for row in rows_of(test_accuracy) if (row["variant"], row["x"]) == ("bn", 2)]
+    assert [(row["mean"], row["low"], row["high"]) for row in second] == [(0.512, 0.502, 0.522)]
+
+
+def test_long_curves_are_averaged_over_neighbours(tmp_path):
+    losses = np.linspace(5, 1, 1000)
+    panel, *_ = charts.curves(read_study([write_run(tmp_path / "long", losses=losses.tolist())])).panels
+    rows = rows_of(panel)
+    assert len(rows) == 250
+    np.testing.assert_allclose([row["mean"] for row in rows], losses.reshape(250, 4).mean(1), rtol=1e-4)
+    np.testing.assert_allclose([row["high"] for row in rows], losses.reshape(250, 4).max(1), rtol=1e-4)
+
+
+def test_the_gap_is_the_test_loss_above_the_training_loss(folders):
+    (panel,) = charts.gap(read_study(folders)).panels
+    gaps = {(row["variant"], row["x"]): row["mean"] for row in rows_of(panel)}
+    assert gaps["bn", 4] == pytest.approx(0.35 - np.mean([2.0, 1.0, 0.5, 0.25]))
+    assert gaps["no_bn", 2] == pytest.approx(2.1 - 2.5)
+
+
+def test_time_and_rate(folders):
+    table = cells(tables.speed(read_study(folders)))
+    assert table["bn"] == {"variant": "bn", "seconds": "13.0 ± 0.0", "images a second": "5 ± 0", "device": "1 x abacus"}
+    loss, _ = charts.against_time(read_study(folders)).panels
+    assert [(row["x"], row["mean"]) for row in rows_of(loss) if row["variant"] == "no_bn"] == [(5, 3.0), (7, 2.0), (9, 1.9), (11, 1.5)]
+
+
+def test_what_went_on_inside_is_what_the_files_say(folders):
+    study = read_study(folders)
+    figures = {figure.name: figure for figure in inside.figures(study)}
+    assert set(figures) == {
+        f"{what}_{of}" for what in ("running_mean", "running_variance", "activation", "gradient") for of in ("bn", "no_bn")
+    }
+    fan = rows_of(figures["running_variance_bn"].panels[0])
+    lines = study.runs[0].histograms
+    assert [row["step"] for row in fan] == [2, 4]
+    assert [row["median"] for row in fan] == [line["statistic"]["norm.var"]["quantiles"][4] for line in lines]
+    heat = rows_of(figures["gradient_bn"].panels[0])
+    for line in lines:
+        mine = [row for row in heat if row["step"] == line["step"]]
+        assert sum(row["share"] for row in mine) == pytest.approx(1, abs=1e-3)
+        assert [round(50 * row["share"]) for row in mine] == [count for count in line["gradient"]["conv.kernel"]["counts"] if count]
+
+
+def test_the_difference_between_variants_is_shown_and_the_pixels_are_named(folders):
+    study = read_study(folders)
+    assert tables.differences(study).rows == [["model.norm", "batch", "none"], ["name", "bn", "no_bn"], ["train.steps", "5", "4"]]
+    assert tables.origins(study).rows[0][1:] == ["the digits, not the official pixels", "python 3.11 jax 0.10.2", "abc1234"]
+
+
+def test_a_command_gives_the_same_config_again(folders):
+    study = read_study(folders)
+    for run, line in zip(study.runs, tables.commands(study), strict=True):
+        words = shlex.split(line)
+        assert words[:3] + words[-2:] == ["python", "-m", "bnjax.main", "--workdir", str(run.folder)]
+        config = configfile.load(str(ROOT / words[4]), words[5:-2])
+        assert configfile.flat({"config": config.to_dict()}) == run.config
+
+
+def test_a_comparison_has_its_own_order_and_command_and_says_what_is_missing(folders, tmp_path):
+    comparison = {"variants": {"no_bn": {}, "bn": {}}, "seeds": [0, 1, 2], "command": "python -m bnjax.compare --configs a,b"}
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    study = read_study([tmp_path])
+    assert [(run.variant, run.seed) for run in study.runs] == [("no_bn", 0), ("no_bn", 1), ("bn", 0), ("bn", 1), ("bn", 2)]
+    assert tables.commands(study) == [comparison["command"]]
+    assert study.problems == [f"the comparison {tmp_path} has not begun no_bn/2."]
+    assert tables.verdict_table(study) is None
+
+
+def test_one_name_for_two_configs_is_told_apart_and_seeds_are_not(folders, tmp_path):
+    other = write_run(tmp_path / "wide", model__dense=(80,))
+    variants = read_study([*folders[:3], other]).variants
+    assert {name: len(runs) for name, runs in variants.items()} == {f"bn ({folders[0]})": 3, f"bn ({other})": 1}
+
+
+def test_the_page_needs_nothing_else_and_markdown_has_its_pictures(folders, tmp_path):
+    page = report.write_all(folders, tmp_path / "out")
+    text = page.read_text()
+    assert page == tmp_path / "out" / "report.html"
+    body = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"https?://|<link|@import|src=|url\(", body)
+    assert text.count("<script>") == text.count("</script>") == 2
+    assert len(text) < 2_000_000
+    specs = json.loads(re.search(r"const charts = (\{.*\});", text)[1])
+    assert set(specs) == set(re.findall(r'class="chart" id="([^"]+)"', body))
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
+    assert len(pictures) == 12
+    for picture in pictures:
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    for table in (tables.results(read_study(folders)), tables.speed(read_study(folders))):
+        assert "| " + " | ".join(table.rows[0]) + " |" in markdown
+        assert all(f"<td>{cell}</td>" in body for cell in table.rows[0])
+
+
+def test_names_are_text_and_never_markup(tmp_path):
+    name = "</script><script>alert('x')</script>|<b>"
+    text = report.write(write_run(tmp_path / "run", name=name)).read_text()
+    assert text.count("<script") - text.count("\\u003cscript") - len(re.findall(r"<\\/script><script", text)) == 2
+    assert "</script><script>" not in text.replace("</script>\n<script>", "")
+    assert html.escape(name, quote=False).split("'")[0] in text
+    assert "\\|<b>" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    unfinished = write_run(tmp_path / "unfinished", finished=False, name="young")
+    damaged = write_run(tmp_path / "damaged", name="broken")
+    (damaged / "metrics.jsonl").write_text('{"step": 1}\n')
+    partly = write_run(tmp_path / "partly", name="partly")
+    for file in ("histograms.jsonl", "timing.jsonl"):
+        (partly / file).write_text('{"step": 1, "activation": {"a": {}}, "seconds": "x"}\n')
+    (partly / "summary.json").write_text("[")
+    not_begun = write_run(tmp_path / "not_begun", losses=())
+    study = read_study([empty, folders[0], unfinished, damaged, partly, not_begun, tmp_path / "nowhere"])
+    assert [run.variant for run in study.runs] == ["bn", "young", "partly"]
+    told = "\n".join(study.problems)
+    for words in (
+        f"there is no run in {empty}",
+        f"{unfinished} is not finished: what it had after 5 steps is shown",
+        "the line of step 1 of",
+        f"{partly / 'histograms.jsonl'} is damaged",
+        f"{partly / 'timing.jsonl'} is damaged",
+        f"{partly / 'summary.json'} is damaged",
+        f"the run in {not_begun} has no training step yet",
+        f"there is no run in {tmp_path / 'nowhere'}",
+    ):
+        assert words in told
+    assert html.escape(study.problems[1]) in report.write_all([folders[0], unfinished, empty], tmp_path / "out").read_text()
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(folders, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "bnjax.report.page", raising=False)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(UserError, match=r"needs vl_convert, .* pip install 'bnjax\[report\]'"):
+        report.write_all(folders, tmp_path / "out")
+
+
+def test_the_command_runs_without_jax(folders, tmp_path):
+    code = (
+        "import sys; from bnjax.report import __main__\n"
+        "sys.argv = ['report', *sys.argv[1:]]\n"
+        "assert __main__.main() == 0\n"
+        "print([name for name in ('jax', 'flax', 'optax', 'orbax', 'tensorflow', 'torch') if name in sys.modules])"
+    )
+    arguments = [*folders, "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"written: {tmp_path / 'out' / 'report.html'}", "[]"]
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], []])
+def test_nothing_to_report_is_an_error_without_a_traceback(tmp_path, arguments):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "bnjax.report", *arguments], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("template") / "bn" / "0"
+    write_run(folder)
+    (folder.parents[1] / "comparison.json").write_text(json.dumps({"variants": ["bn"], "seeds": [0]}))
+    return folder
+
+
+FILES = ["metrics.jsonl", "timing.jsonl", "histograms.jsonl", "summary.json", "config.json", "../../comparison.json"]
+
+
+@settings(HUNDRED, max_examples=30)
+@given(file=st.sampled_from(FILES), content=st.one_of(st.binary(max_size=60), st.data()))
+def test_any_content_of_any_file_is_reported_or_refused(template, file, content):
+    path = template / file
+    before = path.read_bytes()
+    if not isinstance(content, bytes):
+        lines = [json.loads(line) for line in before.splitlines()] if file.endswith("l") else [json.loads(before)]
+        line = content.draw(st.sampled_from(lines))
+        line[content.draw(st.sampled_from(sorted(line)))] = content.draw(JSON)
+        content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    try:
+        path.write_bytes(content)
+        study = read_study([template.parents[1]])
+        for table in (tables.results, tables.speed, tables.origins, tables.differences, tables.whole_config):
+            table(study)
+        tables.commands(study)
+        for draw in (charts.curves, charts.steps_to_loss, charts.gap, charts.against_time, lambda study: list(inside.figures(study))):
+            draw(study)
+    except UserError as error:
+        assert str(error)
+    finally:
+        path.write_bytes(before)
+    assert read_run(template)[1] == []
