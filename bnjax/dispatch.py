@@ -12,6 +12,7 @@ from bnjax.arrays import Array, Batch, BatchStats
 from bnjax.data.batches import Rows, take
 from bnjax.data.sources import Split
 from bnjax.metrics import Metrics
+from bnjax.platform import memory
 from bnjax.train_step import TrainState
 
 # A step with its statics bound.
@@ -43,9 +44,7 @@ def build(step: Step, split: Split, batch_size: int, options: dict[str, str]) ->
         batch_size: how many of them a step takes.
         options: for the compiler.
     """
-    device = jax.devices()[0]
-    room = (device.memory_stats() or {}).get("bytes_limit", float("inf")) * SHARE
-    if device.platform == "cpu" or split.image.nbytes > room:
+    if jax.default_backend() == "cpu" or split.image.nbytes > SHARE * (memory() or float("inf")):
         return one_at_a_time(step, split, options)
     return many_at_a_time(step, split, batch_size, options)
 

@@ -25,7 +25,7 @@ from bnjax.diagnose import first_nonfinite
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.evaluate import evaluate
 from bnjax.metrics import Metrics
-from bnjax.platform import compiler_options
+from bnjax.platform import compiler_options, memory
 from bnjax.signals import StopRequest
 from bnjax.train_step import TrainState, eval_step, init_state, train_step
 from bnjax.watch import Watch
@@ -83,6 +83,7 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
     # A step that is not finite is always dropped; what differs is how many the loop puts up with.
     step_fn = functools.partial(train_step, model=model, tx=experiment.tx, skip_nonfinite=True)
     dispatch = dispatches.build(step_fn, train, experiment.batch_size, options)
+    _check_memory(jax.eval_shape(init_fn, init_key, train.image[:1]))
     eval_fn = jax.jit(functools.partial(eval_step, model=model), compiler_options=options)
     about = {"config": config.to_dict(), "versions": versions(), "norm": workdirs.norm_conventions(config)}
 
@@ -161,6 +162,16 @@ def _train(config: ConfigDict, experiment: configs.Experiment, workdir: Path, da
                     raise Stopped(step, stop.signal)
             writer.board.finished()
     return clock.seconds
+
+
+def _check_memory(initial: Any) -> None:
+    """Refuses what cannot fit: XLA would say so late, or wait for ever."""
+    needed, room = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(initial)), memory()
+    if room is not None and needed > room:
+        raise UserError(
+            f"the parameters and the optimizer's state take {needed / 2**30:,.0f} GiB, and {jax.devices()[0].device_kind} has "
+            f"{room / 2**30:,.0f}. Make the layers smaller: --config.model.filters, --config.model.dense."
+        )
 
 
 def _steps_to_next(step: int, experiment: configs.Experiment) -> int:

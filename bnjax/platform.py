@@ -25,6 +25,14 @@ def compiler_options() -> dict[str, str]:
     return {name: value for name, value in candidates.items() if name not in flags and _is_known(name, value)}
 
 
+def memory() -> int | None:
+    """Returns the bytes that the default device can hold, on a CPU those of the machine; None where nobody says."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None and jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limit
+
+
 def keep_compiled(folder: Path) -> None:
     """Keeps compiled programs in a folder, so that the next process need not compile them; at most 2 GB, the latest used.
 

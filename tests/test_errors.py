@@ -1,0 +1,38 @@
+import pytest
+
+from bnjax import errors
+
+
+def ending(monkeypatch, capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        errors.run(main)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (errors.ConfigError("seed", -1, "0 and above"), 2, "config.seed = -1"),
+        (errors.NonFiniteError("step 3 went bad"), 1, "step 3 went bad"),
+        (PermissionError(13, "Permission denied", "x.npy"), 1, "x.npy cannot be read or written: Permission denied"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"), 1, "--config.train.batch_size"),
+        (MemoryError(), 1, "memory of this machine does not suffice"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_paragraph(monkeypatch, capsys, error, code, said):
+    found, text = ending(monkeypatch, capsys, error)
+    assert found == code
+    assert said in text
+    assert "Traceback" not in text
+
+
+def test_what_is_our_own_fault_keeps_its_traceback():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        errors.run(main)
