@@ -27,5 +27,6 @@ def config(steps=12):
     config.model.dense, config.model.dropout, config.model.norm_dense = (8,), (0.3,), (True,)
     config.train.steps, config.train.epochs, config.train.batch_size, config.train.shuffle = steps, 0.0, 10, True
     config.eval.every_steps, config.eval.every_epochs, config.eval.batch_size = 5, 0.0, 8
+    config.eval.histograms = config.eval.pictures = 0  # each costs a compilation
     config.optimizer.learning_rate = 0.01
     return config

@@ -135,16 +135,21 @@ def test_any_record_of_a_checkpoint_is_told_from_a_true_one(finished, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["main", "predict"])
+@pytest.mark.parametrize("module", ["main", "predict", "compare", "report"])
 @settings(THOUSAND, max_examples=24)
 @given(data=st.data())
 def test_any_words_on_a_command_line(finished, tmp_path, module, data):
-    flag = st.sampled_from(
-        ["--config", "--workdir", "--split", "--json", "--checkpoint", "--data-dir", "--help", "--config.seed", "--config.data.name=digits"]
-    )
+    own = {
+        "main": ["--config"],
+        "predict": ["--split", "--json", "--checkpoint", "--data-dir"],
+        "compare": ["--configs", "--claim", "--full", "--seeds"],
+        "report": ["--out"],
+    }
+    flag = st.sampled_from([*own[module], "--workdir", "--help", "--config.seed", "--config.data.name=digits"])
     words = st.one_of(flag, st.sampled_from([str(finished), str(ROOT / "configs" / "digits.py"), str(ROOT), "/dev/null", "test"]), VALUES)
     arguments = [word.replace("\0", "").encode("utf-8", "ignore").decode() for word in data.draw(st.lists(words, max_size=5))]
-    few = ["--config.train.steps=1", "--config.train.epochs=0", "--workdir", str(tmp_path / "new")] if module == "main" else []
+    trains = module in ("main", "compare")
+    few = ["--config.train.steps=1", "--config.train.epochs=0", "--workdir", str(tmp_path / "new")] if trains else []
     command = [sys.executable, "-m", f"bnjax.{module}", *arguments, *few]
     env = {**os.environ, "XLA_FLAGS": "", "BNJAX_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False, cwd=tmp_path)

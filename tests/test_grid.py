@@ -96,7 +96,7 @@ def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files, calls, mon
 
 
 def test_an_interrupted_run_goes_on(files, calls, monkeypatch, capsys):
-    stream = loop.train_batches
+    stream = loop.train_rows
 
     def interrupting(*args, **kwargs):
         for step, batch in enumerate(stream(*args, **kwargs), start=1):
@@ -104,11 +104,11 @@ def test_an_interrupted_run_goes_on(files, calls, monkeypatch, capsys):
                 signal.raise_signal(signal.SIGINT)
             yield batch
 
-    monkeypatch.setattr(loop, "train_batches", interrupting)
+    monkeypatch.setattr(loop, "train_rows", interrupting)
     assert call(monkeypatch, *both(files), "--seeds", 1) == 130
     said = capsys.readouterr().out
     assert "stopped by SIGINT after step 3; everything is saved. To go on:\n    python -m bnjax.compare --configs" in said
-    monkeypatch.setattr(loop, "train_batches", stream)
+    monkeypatch.setattr(loop, "train_rows", stream)
     calls.clear()
     assert call(monkeypatch, *both(files), "--seeds", 1) == 0
     assert calls == [("no_bn", 0)]

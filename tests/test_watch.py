@@ -22,10 +22,16 @@ from bnjax.train_step import init_variables
 from bnjax.writers import read_lines
 
 
+def watched():
+    config = synthetic.config()
+    config.eval.histograms, config.eval.pictures = 256, 12
+    return config
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train_and_evaluate(synthetic.config(), folder, synthetic.dataset())
+    train_and_evaluate(watched(), folder, synthetic.dataset())
     return folder
 
 
@@ -43,7 +49,7 @@ def test_each_evaluation_leaves_its_histograms_once(finished):
 
 def test_the_running_statistics_are_those_of_the_checkpoint(finished):
     with Checkpoints(finished / "checkpoints", read_only=True) as checkpoints:
-        model = configs.build(synthetic.config(), synthetic.dataset()).model
+        model = configs.build(watched(), synthetic.dataset()).model
         like = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), synthetic.dataset().train.image[:1]))
         _, batch_stats = checkpoints.restore_variables(12, like)
     numbers = read_lines(finished / "histograms.jsonl")[-1]["statistic"]["dense0_norm.var"]
@@ -54,7 +60,6 @@ def test_the_running_statistics_are_those_of_the_checkpoint(finished):
 
 def test_looking_changes_no_training(finished, tmp_path):
     config = synthetic.config()
-    config.eval.histograms = config.eval.pictures = 0
     train_and_evaluate(config, tmp_path / "unseen", synthetic.dataset())
     assert (tmp_path / "unseen" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     assert (tmp_path / "unseen" / "histograms.jsonl").read_bytes() == b""
@@ -62,14 +67,14 @@ def test_looking_changes_no_training(finished, tmp_path):
 
 
 def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path, monkeypatch):
-    stream = loop.train_batches
-    monkeypatch.setattr(loop, "train_batches", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    stream = loop.train_rows
+    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
     with pytest.raises(StopIteration):
-        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     with (tmp_path / "run" / "histograms.jsonl").open("a") as file:
         file.write('{"step": 7, "activation": {}}\n{"step": 8, "sta')  # past the checkpoint; torn
     monkeypatch.undo()
-    train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+    train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     assert (tmp_path / "run" / "histograms.jsonl").read_bytes() == (finished / "histograms.jsonl").read_bytes()
     events = read_events(tmp_path / "run" / "tensorboard")
     assert sum(bool(event.graph_def) for event in events) == 1
@@ -89,7 +94,7 @@ def test_tensorboard_gets_the_same_histograms(finished, values):
 
 def test_tensorboard_gets_the_graph_of_the_model(finished):
     (event,) = (event for event in read_events(finished / "tensorboard") if event.graph_def)
-    model = configs.build(synthetic.config(), synthetic.dataset()).model
+    model = configs.build(watched(), synthetic.dataset()).model
     graph = GraphDef.FromString(event.graph_def)
     assert [(node.name, list(node.input)) for node in graph.node] == [(node.name, node.inputs) for node in nodes(model, (10, 8, 8, 1))]
 
@@ -106,7 +111,7 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
     assert hparams["model.momentum"].number_value == 0.75
     assert hparams["model.norm"].string_value == "batch"
     assert hparams["train.shuffle"].bool_value is True
-    assert set(hparams) == set(configfile.flat(synthetic.config().to_dict()))
+    assert set(hparams) == set(configfile.flat(watched().to_dict()))
     compared = {metric.name.tag for metric in content["experiment"].experiment.metric_infos}
     assert compared <= set(values)
     first = content["experiment"].experiment.hparam_infos[0].name
@@ -114,10 +119,10 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
 
 
 def test_a_run_that_was_stopped_is_not_marked_as_finished(tmp_path, monkeypatch):
-    stream = loop.train_batches
-    monkeypatch.setattr(loop, "train_batches", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    stream = loop.train_rows
+    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
     with pytest.raises(StopIteration):
-        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     assert "_hparams_/session_end_info" not in read_values(tmp_path / "run" / "tensorboard")
 
 
