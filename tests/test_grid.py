@@ -7,8 +7,9 @@ import jax
 import pytest
 import synthetic
 
-from bnjax import claims, compare, grid, loop, results
+from bnjax import claims, compare, grid, loop, report, results
 from bnjax import config as configs
+from bnjax import workdir as workdirs
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.loop import Stopped, train_and_evaluate
 
@@ -31,23 +32,44 @@ CLAIM = {
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "load_data", lambda config: synthetic.dataset())
+    monkeypatch.setattr(report, "write", lambda folder: folder / "report.html")  # takes seconds, and has tests of its own
     for name, content in FILES.items():
         (tmp_path / f"{name}.py").write_text(content)
     (tmp_path / "claim.py").write_text(f"def get_claim():\n    return {CLAIM!r}\n")
     return tmp_path
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The (name, seed) of each run that is really trained."""
+def pretend(config, workdir, dataset):
+    """Leaves the folder of a finished run behind, whose accuracy tells the seed."""
+    workdir.mkdir()
+    workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
+    (workdir / "checkpoints" / "6").mkdir(parents=True)
+    metrics = [{"step": 6, "split": split, "loss": 0.5, "accuracy": config.seed / 10} for split in ("train", "test")]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (workdir / "timing.jsonl").write_text('{"step": 6, "seconds": 1.5}\n')
+    (workdir / "summary.json").write_text("{}")
+
+
+def counting(monkeypatch, train):
+    """Returns the (name, seed) of each run that is trained from now on."""
     seen = []
 
-    def counting(config, workdir, dataset):
+    def counted(config, workdir, dataset):
         seen.append((config.name, config.seed))
-        return train_and_evaluate(config, workdir, dataset)
+        return train(config, workdir, dataset)
 
-    monkeypatch.setattr(loop, "train_and_evaluate", counting)
+    monkeypatch.setattr(loop, "train_and_evaluate", counted)
     return seen
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return counting(monkeypatch, pretend)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    return counting(monkeypatch, train_and_evaluate)
 
 
 def call(monkeypatch, *words):
@@ -59,9 +81,9 @@ def both(files):
     return ["--configs", f"{files / 'bn.py'},{files / 'no_bn.py'}", "--workdir", files / "runs"]
 
 
-def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, calls, monkeypatch, capsys):
+def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, trained, monkeypatch, capsys):
     assert call(monkeypatch, *both(files), "--seeds", 2) == 0
-    assert sorted(calls) == [("bn", 0), ("bn", 1), ("no_bn", 0), ("no_bn", 1)]
+    assert sorted(trained) == [("bn", 0), ("bn", 1), ("no_bn", 0), ("no_bn", 1)]
     said = capsys.readouterr().out
     assert "[3/4] bn, seed 1, about" in said
     assert "test accuracy at the end, no_bn - bn: " in said
@@ -95,12 +117,12 @@ def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files, calls, mon
         call(monkeypatch, *both(files), "--seeds", 1)
 
 
-def test_an_interrupted_run_goes_on(files, calls, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on(files, trained, monkeypatch, capsys):
     stream = loop.train_rows
 
     def interrupting(*args, **kwargs):
         for step, batch in enumerate(stream(*args, **kwargs), start=1):
-            if calls[-1] == ("no_bn", 0) and step == 3:
+            if trained[-1] == ("no_bn", 0) and step == 3:
                 signal.raise_signal(signal.SIGINT)
             yield batch
 
@@ -109,9 +131,9 @@ def test_an_interrupted_run_goes_on(files, calls, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "stopped by SIGINT after step 3; everything is saved. To go on:\n    python -m bnjax.compare --configs" in said
     monkeypatch.setattr(loop, "train_rows", stream)
-    calls.clear()
+    trained.clear()
     assert call(monkeypatch, *both(files), "--seeds", 1) == 0
-    assert calls == [("no_bn", 0)]
+    assert trained == [("no_bn", 0)]
     metrics = [json.loads(line) for line in (files / "runs/no_bn/0/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
 
@@ -159,7 +181,7 @@ def test_a_run_that_breaks_down_does_not_end_the_others(files, monkeypatch, caps
     def breaking(config, workdir, dataset):
         if config.name == "bn":
             raise NonFiniteError("step 3 gave a loss that is not finite.")
-        return train_and_evaluate(config, workdir, dataset)
+        return pretend(config, workdir, dataset)
 
     monkeypatch.setattr(loop, "train_and_evaluate", breaking)
     assert call(monkeypatch, *both(files), "--seeds", 1) == 1
@@ -199,7 +221,7 @@ def test_ctrl_c_is_no_error_between_two_runs_either(files, monkeypatch, capsys):
     assert issubclass(Stopped, Exception)
 
 
-def test_damaged_results_are_named(files, monkeypatch):
+def test_damaged_results_are_named(files, calls, monkeypatch):
     call(monkeypatch, *both(files), "--seeds", 1)
     found = claims.read(files / "runs")
     for name, content in (("summary.json", "{"), ("summary.json", "[]"), ("metrics.jsonl", ""), ("timing.jsonl", '{"step": 1}\n')):
