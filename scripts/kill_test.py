@@ -37,6 +37,8 @@ OVERRIDES = {
     "eval.every_steps": "10",
     "eval.every_epochs": "0",
     "checkpoint.every_steps": "3",
+    "eval.histograms": "0",
+    "eval.pictures": "0",
 }
 FLAGS = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
 
