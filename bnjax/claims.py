@@ -176,7 +176,7 @@ def read(folder: Path) -> dict[str, Any]:
         _statements(found)
         seeds = [int(seed) for seed in found["seeds"]]
         return {**found, "seeds": seeds, "seeds_needed": int(found["seeds_needed"]), "command": str(found["command"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"{folder / FILE} is missing or damaged ({type(error).__name__}: {error}).") from error
 
 

@@ -112,7 +112,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
         data = content["data"]
         height, width, channels = map(int, data["image_shape"])
         facts = DataFacts(str(data["name"]), str(data["label"]), (height, width, channels), tuple(map(str, data["classes"])))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"{file} is damaged, or from another version of bnjax ({type(error).__name__}: {error}).") from error
     return config, facts
 
