@@ -38,7 +38,7 @@ def keep_compiled(folder: Path) -> None:
 
     Nothing is changed where the user has chosen a folder, by JAX_COMPILATION_CACHE_DIR or by jax.config.
     """
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", 2 << 30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX's own 1 s leaves out most of a small network

@@ -55,18 +55,18 @@ def write_page(study: Study, out: Path) -> Path:
     for figure in shown:
         pictures[figure.name] = f"{PICTURES}/{figure.name}.png"
         (out / pictures[figure.name]).write_bytes(_png(figure))
-    text = _template("page.md", escape=False).render(**common, pictures=pictures)
+    text = _template("page.md").render(**common, pictures=pictures)
     (out / "report.md").write_text(text, encoding="utf-8")
     library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION).replace("</script", "<\\/script")
-    page = _template("page.html", escape=True).render(**common, specs=specs, places=places, library=library)
+    page = _template("page.html").render(**common, specs=specs, places=places, library=library)
     (out / "report.html").write_text(page, encoding="utf-8")
     return out / "report.html"
 
 
-def _template(name: str, *, escape: bool) -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bnjax.report", "."),
-        autoescape=escape,  # noqa: S701 - not in Markdown, which is no HTML
+        autoescape=jinja2.select_autoescape(["html"]),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
