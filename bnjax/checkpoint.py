@@ -56,13 +56,13 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._wait()
+            self.wait()
         finally:
             self._manager.close()
 
     def steps(self) -> list[int]:
         """Returns the steps that there are checkpoints of, in ascending order; waits for one that is being saved."""
-        self._wait()
+        self.wait()
         return sorted(step for step in self._records if (self.folder / str(step)).is_dir())
 
     def step(self, which: str) -> int:
@@ -178,7 +178,12 @@ class Checkpoints:
             )
         return self._manager.restore(step, args=ocp.args.Composite(**args))
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits until everything that was saved is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever the background thread met: Orbax, TensorStore or the file system

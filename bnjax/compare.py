@@ -25,13 +25,19 @@ def main() -> int:
     parser.add_argument(
         "--workdir", type=Path, metavar="DIR", help="the comparison's folder (default: runs/ and the claim's name or compare)"
     )
+    parser.add_argument(
+        "--at-once",
+        choices=("one", "vmap", "devices"),
+        help="train the seeds of a variant one after the other, all in one program, or side by side, one on each device "
+        "(default: what is fast here)",
+    )
     args, words = parser.parse_known_args()
     if args.full and not args.claim:
         parser.error("--full is about a claim: give one with --claim")
     if args.seeds is not None and args.seeds < 1:
         parser.error("--seeds has to be 1 or above")
 
-    from bnjax import grid, report, results, text  # late, so that --help is quick
+    from bnjax import grid, report, results, seeds, text  # late, so that --help is quick
     from bnjax.data import sources
     from bnjax.loop import Stopped
     from bnjax.platform import keep_compiled
@@ -46,7 +52,7 @@ def main() -> int:
     comparison |= {"seeds": list(range(args.seeds or comparison["seeds_needed"] or 5)), "command": command}
     folder = args.workdir or Path("runs") / (Path(args.claim).stem if args.claim else "compare")
     try:
-        failures = grid.run(comparison, grid.load_data(comparison), folder)
+        failures = grid.run(comparison, grid.load_data(comparison), folder, args.at_once or seeds.fast_way())
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"\n{str(stopped) or 'stopped'}; everything is saved. To go on:\n    {command}")
         return 128 + stopped.signal if isinstance(stopped, Stopped) else 130

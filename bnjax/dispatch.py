@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.arrays import Array, Batch, BatchStats
-from bnjax.data.batches import Rows, take
+from bnjax.data.batches import Rows, indices, take
 from bnjax.data.sources import Split
 from bnjax.metrics import Metrics
 from bnjax.platform import memory
@@ -32,7 +32,7 @@ class Dispatch:
     most: int
 
 
-def build(step: Step, split: Split, batch_size: int, options: dict[str, str]) -> Dispatch:
+def build(step: Step, split: Split, options: dict[str, str]) -> Dispatch:
     """Returns the way of taking steps that is fast on the default backend.
 
     On a CPU that is one a dispatch: many in one program are ten times slower there (jax-ml/jax#12868). An accelerator
@@ -41,12 +41,11 @@ def build(step: Step, split: Split, batch_size: int, options: dict[str, str]) ->
     Args:
         step: is compiled.
         split: the training images.
-        batch_size: how many of them a step takes.
         options: for the compiler.
     """
     if jax.default_backend() == "cpu" or split.image.nbytes > SHARE * (memory() or float("inf")):
         return one_at_a_time(step, split, options)
-    return many_at_a_time(step, split, batch_size, options)
+    return many_at_a_time(step, split, options)
 
 
 def one_at_a_time(step: Step, split: Split, options: dict[str, str]) -> Dispatch:
@@ -65,7 +64,7 @@ def one_at_a_time(step: Step, split: Split, options: dict[str, str]) -> Dispatch
     return Dispatch(advance, most=1)
 
 
-def many_at_a_time(step: Step, split: Split, batch_size: int, options: dict[str, str], most: int = MOST) -> Dispatch:
+def many_at_a_time(step: Step, split: Split, options: dict[str, str], most: int = MOST) -> Dispatch:
     """Returns a dispatch of up to `most` steps in one program, over images that lie on the device as uint8.
 
     The number of steps is an argument of the program, so that it is compiled once, and a step's bits do not depend
@@ -91,10 +90,9 @@ def many_at_a_time(step: Step, split: Split, batch_size: int, options: dict[str,
     compiled = jax.jit(loop, donate_argnums=(0, 1), compiler_options=options)
 
     def advance(state: TrainState, batch_stats: BatchStats, rows: list[Rows]) -> tuple[TrainState, BatchStats, Metrics]:
-        indices = np.zeros((most, batch_size), np.int32)
-        for i, of_step in enumerate(rows):
-            indices[i] = np.arange(of_step.start, of_step.stop) if isinstance(of_step, slice) else of_step
-        return compiled(state, batch_stats, image, label, *jax.device_put((indices, np.int32(len(rows)))))
+        some = np.stack([indices(of_step) for of_step in rows]).astype(np.int32)
+        padded = np.concatenate([some, np.zeros((most - len(rows), *some.shape[1:]), np.int32)])
+        return compiled(state, batch_stats, image, label, *jax.device_put((padded, np.int32(len(rows)))))
 
     return Dispatch(advance, most)
 

@@ -1,5 +1,6 @@
 """Every variant of a comparison over the same seeds, each in a run's folder of its own: `<folder>/<variant>/<seed>/`."""
 
+import functools
 import json
 import shutil
 import sys
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import tqdm
-from ml_collections import ConfigDict
 
-from bnjax import claims, configfile, loop
+from bnjax import claims, configfile, seeds
 from bnjax import config as configs
 from bnjax import workdir as workdirs
 from bnjax.data.sources import Dataset
 from bnjax.errors import NonFiniteError, UserError
+from bnjax.signals import StopRequest
 from bnjax.writers import write_json
 
 
@@ -119,38 +120,41 @@ def _identity(comparison: dict[str, Any]) -> dict[str, Any]:
     return {"variants": variants, "statements": statements, "seeds_needed": comparison["seeds_needed"]}
 
 
-def run(comparison: dict[str, Any], datasets: dict[str, Dataset], folder: Path) -> list[str]:
-    """Takes the runs that are missing, one after the other, seed by seed; returns what went wrong in those that broke down.
+def run(comparison: dict[str, Any], datasets: dict[str, Dataset], folder: Path, way: str) -> list[str]:
+    """Takes the runs that are missing, variant by variant; returns what went wrong in those that broke down.
 
     Equal seeds have equal data order and, where the shapes agree, equal initial values. Of a finished run the last checkpoint is kept.
+    `way` is one of `bnjax.seeds.WAYS`.
 
     Raises:
         UserError: if the folder belongs to another comparison or process, or the disk fails.
-        Stopped: after Ctrl-C or SIGTERM, when the run of the moment has been saved.
+        Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM, when the runs of the moment have been saved.
     """
     failures = []
-    with workdirs.locked(folder):
+    with workdirs.locked(folder), StopRequest() as stop, Progress(len(comparison["variants"]) * len(comparison["seeds"])) as progress:
         claim_folder(folder, comparison)
-        grid = [(name, seed) for seed in comparison["seeds"] for name in comparison["variants"]]
-        with Progress(len(grid)) as progress:
-            for name, seed in grid:
-                config = configfile.from_dict(comparison["variants"][name]["config"])
-                config.seed = seed
-                try:
-                    _run(config, datasets[name], folder / name / str(seed), progress)
-                except NonFiniteError as error:
-                    failures.append(f"{name}, seed {seed}: {error}")
+        for name, variant in comparison["variants"].items():
+            config = configfile.from_dict(variant["config"])
+            missing = {}
+            for seed in comparison["seeds"]:
+                run_folder = folder / name / str(seed)
+                if (run_folder / "summary.json").exists():
+                    config.seed = seed
+                    workdirs.claim(run_folder, config, workdirs.DataFacts.of(datasets[name]))
+                    progress.finished(f"{name}, seed {seed}")
+                else:
+                    missing[seed] = run_folder
+            if missing:
+                (folder / name).mkdir(exist_ok=True)
+                begin = functools.partial(progress.begin, name)
+                found = seeds.train(config, datasets[name], missing, way, stop, begin)
+                failures += [f"{name}, seed {seed}: {error}" for seed, error in found.items() if isinstance(error, NonFiniteError)]
+            for seed in comparison["seeds"]:
+                _keep_the_last_checkpoint(folder / name / str(seed))
     return failures
 
 
-def _run(config: ConfigDict, dataset: Dataset, folder: Path, progress: "Progress") -> None:
-    finished = (folder / "summary.json").exists()
-    progress.start(f"{config.name}, seed {config.seed}", finished)
-    if finished:
-        workdirs.claim(folder, config, workdirs.DataFacts.of(dataset))
-    else:
-        folder.parent.mkdir(exist_ok=True)
-        loop.train_and_evaluate(config, folder, dataset)
+def _keep_the_last_checkpoint(folder: Path) -> None:
     steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
     for step in steps[:-1]:
         shutil.rmtree(folder / "checkpoints" / str(step))
@@ -164,15 +168,23 @@ class Progress:
         self._bar = tqdm.tqdm(total=runs, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self._runs, self._number, self._taken, self._began = runs, 0, 0, time.monotonic()
 
-    def start(self, what: str, finished: bool) -> None:
-        """Says which run comes now, or that it was finished before."""
-        self._bar.update(self._number - self._bar.n)
+    def finished(self, what: str) -> None:
+        """Says that a run was finished before."""
+        self._number += 1
+        self._say(f"{what}: finished before")
+
+    def begin(self, variant: str, seeds: Sequence[int]) -> None:
+        """Says which runs of a variant come now; they count as taken when the next ones begin."""
         left = self._runs - self._number
         seconds = (time.monotonic() - self._began) / max(self._taken, 1) * left
         to_go = f", about {tqdm.tqdm.format_interval(seconds)} to go" if self._taken else ""
-        self._number += 1
-        self._taken += not finished
-        tqdm.tqdm.write(f"[{self._number}/{self._runs}] {what}{': finished before' if finished else to_go}")
+        self._bar.update(self._number - self._bar.n)
+        self._number += len(seeds)
+        self._taken += len(seeds)
+        self._say(f"{variant}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{to_go}")
+
+    def _say(self, what: str) -> None:
+        tqdm.tqdm.write(f"[{self._number}/{self._runs}] {what}")
         sys.stdout.flush()
 
     def __enter__(self) -> "Progress":

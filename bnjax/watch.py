@@ -20,31 +20,31 @@ from bnjax.writers import RunWriter
 
 
 class Watch:
-    """Looks at a network between the steps of its training, which it leaves as it is."""
+    """Looks at networks between the steps of their training, which it leaves as it is."""
 
-    def __init__(self, experiment: Experiment, dataset: Dataset, writer: RunWriter):
+    def __init__(self, experiment: Experiment, dataset: Dataset):
         """Chooses the images, spread evenly over each split; nothing is compiled before the first look."""
-        self._writer, self._classes = writer, dataset.classes
+        self._classes = dataset.classes
         self._train, self._test = _spread(dataset.train, experiment.histograms), _spread(dataset.test, experiment.pictures)
         self._model, self._shape = experiment.model, (experiment.batch_size, *dataset.train.image.shape[1:])
         self._sample = jax.jit(functools.partial(sample, model=experiment.model), compiler_options=compiler_options())
         self._predict = jax.jit(functools.partial(predict_step, model=experiment.model), compiler_options=compiler_options())
 
-    def begin(self, config: ConfigDict) -> None:
+    def begin(self, writer: RunWriter, config: ConfigDict) -> None:
         """Shows the graph of the model and the hyperparameters."""
-        self._writer.board.graph(graph_def(nodes(self._model, self._shape)))
+        writer.board.graph(graph_def(nodes(self._model, self._shape)))
         values, standard = flat(config.to_dict()), flat(defaults.get_config().to_dict())
         # TensorBoard shows the first few columns: what is special about this run.
-        self._writer.board.hyperparameters(dict(sorted(values.items(), key=lambda item: item[1] == standard[item[0]])))
+        writer.board.hyperparameters(dict(sorted(values.items(), key=lambda item: item[1] == standard[item[0]])))
 
-    def look(self, step: int, state: TrainState, batch_stats: BatchStats) -> None:
+    def look(self, writer: RunWriter, step: int, state: TrainState, batch_stats: BatchStats) -> None:
         """Records the histograms and the predictions after so many steps."""
         if len(self._train.label):
             batch = {"image": self._train.image, "label": self._train.label}
-            self._writer.histograms(step, summarise(jax.device_get(self._sample(state, batch_stats, batch))))
+            writer.histograms(step, summarise(jax.device_get(self._sample(state, batch_stats, batch))))
         if len(self._test.label):
             predicted = jax.device_get(self._predict(state.params, batch_stats, self._test.image))
-            self._writer.pictures(step, self._sheet(predicted["class"], predicted["score"].max(-1)))
+            writer.pictures(step, self._sheet(predicted["class"], predicted["score"].max(-1)))
 
     def _sheet(self, predicted: np.ndarray, score: np.ndarray) -> np.ndarray:
         wrong = predicted != self._test.label

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from bnjax.data.sources import cache_dir
-from bnjax.loop import versions
+from bnjax.summary import versions
 
 ROOT = Path(__file__).parents[1]
 STEP = [sys.executable, str(ROOT / "scripts" / "bench_step.py")]

@@ -51,10 +51,8 @@ def bnjax_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Calla
     model, tx = configs.build_model(config.model, 10, split.image.shape[1:]), optax.adam(1e-3)
     step = functools.partial(train_step, model=model, tx=tx, skip_nonfinite=True)
     options = compiler_options()
-    if args.together:
-        way = dispatch.many_at_a_time(step, split, args.batch, options, most=args.together)
-    else:
-        way = dispatch.build(step, split, args.batch, options)
+    build = functools.partial(dispatch.many_at_a_time, most=args.together) if args.together else dispatch.build
+    way = build(step, split, options)
     count = args.together or way.most
     order = train_rows(len(split.label), args.batch, key=None)
     held = [jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0), split.image[:1])]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bnjax import config as configs
-from bnjax import configfile, defaults, errors, loop, predict, workdir
+from bnjax import configfile, defaults, errors, predict, run, workdir
 from bnjax.checkpoint import Checkpoints
 from bnjax.errors import UserError
 from bnjax.loop import train_and_evaluate
@@ -162,9 +162,9 @@ def interrupted(tmp_path_factory):
     """A run that died in step 8 of 10, and the parameters of one that did not."""
     folder, config = tmp_path_factory.mktemp("runs"), synthetic.config(steps=10)
     train_and_evaluate(config, folder / "whole", SMALL)
-    stream = loop.train_rows
+    stream = run.train_rows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+        patch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
         with pytest.raises(StopIteration):
             train_and_evaluate(config, folder / "died", SMALL)
     return folder / "died", parameters(folder / "whole")

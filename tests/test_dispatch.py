@@ -52,7 +52,7 @@ def by_hand(training):
 @pytest.mark.parametrize("way", ["one", "many"])
 def test_both_ways_are_the_plain_loop(training, by_hand, way):
     step, fresh, split, rows = training
-    dispatched = dispatch.one_at_a_time(step, split, {}) if way == "one" else dispatch.many_at_a_time(step, split, 10, {}, most=5)
+    dispatched = dispatch.one_at_a_time(step, split, {}) if way == "one" else dispatch.many_at_a_time(step, split, {}, most=5)
     leaves, metrics = run(dispatched, fresh(), rows, [1] * STEPS if way == "one" else [5, 3])
     assert [(int(one.correct), int(one.count)) for one in metrics] == [(int(one.correct), int(one.count)) for one in by_hand[1]]
     np.testing.assert_allclose([one.loss for one in metrics], [one.loss for one in by_hand[1]], rtol=1e-5)
@@ -62,7 +62,7 @@ def test_both_ways_are_the_plain_loop(training, by_hand, way):
 
 def test_how_steps_are_grouped_changes_no_bit(training):
     step, fresh, split, rows = training
-    dispatched = dispatch.many_at_a_time(step, split, 10, {}, most=STEPS)
+    dispatched = dispatch.many_at_a_time(step, split, {}, most=STEPS)
     wanted, _ = run(dispatched, fresh(), rows, [8])
     for counts in ([1] * 8, [3, 5], [1, 2, 4, 1]):
         found, _ = run(dispatched, fresh(), rows, counts)
@@ -75,6 +75,6 @@ def test_file_order_reaches_the_device_as_indices(training):
     rows = list(itertools.islice(train_rows(len(split.label), 10, key=None), STEPS))
     assert any(isinstance(of_step, slice) for of_step in rows)
     one, _ = run(dispatch.one_at_a_time(step, split, {}), fresh(), rows, [1] * STEPS)
-    many, _ = run(dispatch.many_at_a_time(step, split, 10, {}, most=STEPS), fresh(), rows, [STEPS])
+    many, _ = run(dispatch.many_at_a_time(step, split, {}, most=STEPS), fresh(), rows, [STEPS])
     for mine, its in zip(many, one, strict=True):
         np.testing.assert_allclose(mine, its, rtol=1e-4, atol=1e-6)

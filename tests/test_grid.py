@@ -1,17 +1,22 @@
 """Variants over seeds in one folder: nothing is repeated, nothing is mixed up, and a run is what it is alone."""
 
 import json
+import shutil
 import signal
 
 import jax
+import numpy as np
 import pytest
 import synthetic
 
-from bnjax import claims, compare, grid, loop, report, results
+from bnjax import claims, compare, grid, loop, report, results, run, seeds
 from bnjax import config as configs
 from bnjax import workdir as workdirs
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.loop import Stopped, train_and_evaluate
+from bnjax.signals import StopRequest
+from bnjax.train_step import init_state
+from bnjax.writers import read_lines
 
 CONFIG = "import synthetic\n\ndef get_config():\n    config = synthetic.config(steps=6)\n    config.name = ''\n"
 FILES = {
@@ -39,7 +44,7 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pretend(config, workdir, dataset):
+def pretend(config, dataset, workdir):
     """Leaves the folder of a finished run behind, whose accuracy tells the seed."""
     workdir.mkdir()
     workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
@@ -50,26 +55,38 @@ def pretend(config, workdir, dataset):
     (workdir / "summary.json").write_text("{}")
 
 
-def counting(monkeypatch, train):
-    """Returns the (name, seed) of each run that is trained from now on."""
+def instead(monkeypatch, train):
+    """Lets `train(config, dataset, workdir)` stand for training; returns the (name, seed) of each run that comes."""
     seen = []
 
-    def counted(config, workdir, dataset):
-        seen.append((config.name, config.seed))
-        return train(config, workdir, dataset)
+    def each(config, dataset, folders, way, stop, begin):
+        found = {}
+        for config.seed, folder in folders.items():
+            begin([config.seed])
+            seen.append((config.name, config.seed))
+            found[config.seed] = train(config, dataset, folder)
+        return found
 
-    monkeypatch.setattr(loop, "train_and_evaluate", counted)
+    monkeypatch.setattr(seeds, "train", each)
     return seen
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    return counting(monkeypatch, pretend)
+    return instead(monkeypatch, pretend)
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    return counting(monkeypatch, train_and_evaluate)
+    """The name and the seeds of what is trained together from now on, for real."""
+    seen, train = [], loop.Trainer.train
+
+    def counted(self, folders, stop):
+        seen.append((self._config.name, *folders))
+        return train(self, folders, stop)
+
+    monkeypatch.setattr(loop.Trainer, "train", counted)
+    return seen
 
 
 def call(monkeypatch, *words):
@@ -81,16 +98,23 @@ def both(files):
     return ["--configs", f"{files / 'bn.py'},{files / 'no_bn.py'}", "--workdir", files / "runs"]
 
 
-def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, trained, monkeypatch, capsys):
-    assert call(monkeypatch, *both(files), "--seeds", 2) == 0
-    assert sorted(trained) == [("bn", 0), ("bn", 1), ("no_bn", 0), ("no_bn", 1)]
-    said = capsys.readouterr().out
-    assert "[3/4] bn, seed 1, about" in said
-    assert "test accuracy at the end, no_bn - bn: " in said
+@pytest.fixture(scope="module")
+def solo(tmp_path_factory):
+    """What bnjax.main makes of bn with seed 1."""
     config = synthetic.config(steps=6)
     config.name, config.seed = "bn", 1
-    train_and_evaluate(config, files / "solo", synthetic.dataset())
-    assert (files / "runs" / "bn" / "1" / "metrics.jsonl").read_bytes() == (files / "solo" / "metrics.jsonl").read_bytes()
+    folder = tmp_path_factory.mktemp("solo") / "run"
+    train_and_evaluate(config, folder, synthetic.dataset())
+    return folder
+
+
+def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, solo, trained, monkeypatch, capsys):
+    assert call(monkeypatch, *both(files), "--seeds", 2) == 0
+    assert trained == [("bn", 0), ("bn", 1), ("no_bn", 0), ("no_bn", 1)]
+    said = capsys.readouterr().out
+    assert "[3/4] no_bn, seed 0, about" in said
+    assert "test accuracy at the end, no_bn - bn: " in said
+    assert (files / "runs" / "bn" / "1" / "metrics.jsonl").read_bytes() == (solo / "metrics.jsonl").read_bytes()
     found = claims.read(files / "runs")
     assert found["seeds"] == [0, 1]
     assert found["command"].startswith("python -m bnjax.compare --configs ")
@@ -99,8 +123,57 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
         "no_bn": {"model.norm": "none"},
     }
     assert all(variant["dataset"] == "synthetic" for variant in found["variants"].values())
-    for run in (files / "runs").glob("*/*/checkpoints"):
-        assert [path.name for path in run.iterdir()] == ["6"]  # the last one only
+    for folder in (files / "runs").glob("*/*/checkpoints"):
+        assert [path.name for path in folder.iterdir()] == ["6"]  # the last one only
+
+
+@pytest.mark.parametrize("way", ["vmap", "devices"])
+def test_seeds_at_once_are_their_solo_runs_but_for_rounding(files, solo, trained, monkeypatch, way):
+    words = ["--configs", files / "bn.py", "--workdir", files / "runs", "--seeds", 3, "--at-once", way]
+    assert call(monkeypatch, *words) == 0
+    assert sorted(trained) == ([("bn", 0, 1, 2)] if way == "vmap" else [("bn", 0), ("bn", 1), ("bn", 2)])
+    mine, its = (read_lines(folder / "metrics.jsonl") for folder in (files / "runs" / "bn" / "1", solo))
+    assert [{**line, "loss": 0} for line in mine] == [{**line, "loss": 0} for line in its]
+    np.testing.assert_allclose([line["loss"] for line in mine], [line["loss"] for line in its], rtol=1e-4)
+    others = [read_lines(files / "runs" / "bn" / str(seed) / "metrics.jsonl")[0]["loss"] for seed in range(3)]
+    assert len({*others}) == 3
+
+
+def test_seeds_in_one_program_go_on_from_where_each_stands(files, trained, monkeypatch):
+    """As after a kill: the newest checkpoint of one run is older than those of the others."""
+    config = synthetic.config(steps=6)
+    folders = {seed: files / str(seed) for seed in range(3)}
+    with StopRequest() as stop:
+        loop.Trainer(config, synthetic.dataset()).train(folders, stop)
+        wanted = {seed: (folder / "metrics.jsonl").read_bytes() for seed, folder in folders.items()}
+        for seed, folder in folders.items():
+            (folder / "summary.json").unlink()
+            shutil.rmtree(folder / "checkpoints" / "6")
+            if seed == 1:
+                shutil.rmtree(folder / "checkpoints")
+        found = loop.Trainer(config, synthetic.dataset()).train(folders, stop)
+    assert [summary["steps"] for summary in found.values()] == [6, 6, 6]
+    for seed, folder in folders.items():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
+        before = [json.loads(line) for line in wanted[seed].splitlines()]
+        assert [(line["step"], line["split"]) for line in lines] == [(line["step"], line["split"]) for line in before]
+        np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in before], rtol=1e-4)
+
+
+def test_each_of_several_seeds_ends_where_its_own_loss_is_low_enough(files, solo, trained):
+    config = synthetic.config(steps=6)
+    folders = {seed: files / str(seed) for seed in range(3)}
+    with StopRequest() as stop:
+        loop.Trainer(config, synthetic.dataset()).train(folders, stop)
+        losses = {s: [line["loss"] for line in read_lines(f / "metrics.jsonl") if line["split"] == "train"] for s, f in folders.items()}
+        config.train.stop_at_loss = target = sorted(min(some) for some in losses.values())[1] + 1e-3  # two of three get there
+        ended = {seed: files / f"ended{seed}" for seed in folders}
+        found = loop.Trainer(config, synthetic.dataset()).train(ended, stop)
+    for seed, some in losses.items():
+        first = next((step for step, loss in enumerate(some, start=1) if loss <= target), 6)
+        lines = read_lines(ended[seed] / "metrics.jsonl")
+        assert (found[seed]["steps"], lines[-1]["step"], lines[-1]["split"]) == (first, first, "test")
+        assert [path.name for path in (ended[seed] / "checkpoints").iterdir() if path.name == str(first)]
 
 
 def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files, calls, monkeypatch, capsys):
@@ -118,7 +191,7 @@ def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files, calls, mon
 
 
 def test_an_interrupted_run_goes_on(files, trained, monkeypatch, capsys):
-    stream = loop.train_rows
+    stream = run.train_rows
 
     def interrupting(*args, **kwargs):
         for step, batch in enumerate(stream(*args, **kwargs), start=1):
@@ -126,11 +199,11 @@ def test_an_interrupted_run_goes_on(files, trained, monkeypatch, capsys):
                 signal.raise_signal(signal.SIGINT)
             yield batch
 
-    monkeypatch.setattr(loop, "train_rows", interrupting)
+    monkeypatch.setattr(run, "train_rows", interrupting)
     assert call(monkeypatch, *both(files), "--seeds", 1) == 130
     said = capsys.readouterr().out
     assert "stopped by SIGINT after step 3; everything is saved. To go on:\n    python -m bnjax.compare --configs" in said
-    monkeypatch.setattr(loop, "train_rows", stream)
+    monkeypatch.setattr(run, "train_rows", stream)
     trained.clear()
     assert call(monkeypatch, *both(files), "--seeds", 1) == 0
     assert trained == [("no_bn", 0)]
@@ -172,18 +245,18 @@ def test_equal_seeds_have_equal_initial_values_and_order(files):
     for variant in comparison["variants"].values():
         experiment = configs.build(grid.configfile.from_dict(variant["config"]), synthetic.dataset())
         init_key, _ = jax.random.split(jax.random.key(3))
-        state, _ = loop.init_state(experiment.model, experiment.tx, init_key, synthetic.dataset().train.image[:1])
+        state, _ = init_state(experiment.model, experiment.tx, init_key, synthetic.dataset().train.image[:1])
         kernels.append(state.params["conv0"]["kernel"])
     assert (kernels[0] == kernels[1]).all()
 
 
 def test_a_run_that_breaks_down_does_not_end_the_others(files, monkeypatch, capsys):
-    def breaking(config, workdir, dataset):
+    def breaking(config, dataset, workdir):
         if config.name == "bn":
-            raise NonFiniteError("step 3 gave a loss that is not finite.")
-        return pretend(config, workdir, dataset)
+            return NonFiniteError("step 3 gave a loss that is not finite.")
+        return pretend(config, dataset, workdir)
 
-    monkeypatch.setattr(loop, "train_and_evaluate", breaking)
+    instead(monkeypatch, breaking)
     assert call(monkeypatch, *both(files), "--seeds", 1) == 1
     out, err = capsys.readouterr()
     assert "bn, seed 0: step 3 gave" in err
@@ -215,7 +288,7 @@ def test_ctrl_c_is_no_error_between_two_runs_either(files, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train_and_evaluate", interrupted)
+    instead(monkeypatch, interrupted)
     assert call(monkeypatch, *both(files)) == 130
     assert "To go on:" in capsys.readouterr().out
     assert issubclass(Stopped, Exception)

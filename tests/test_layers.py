@@ -11,8 +11,11 @@ LAYERS = [
     {"board", "configfile", "data", "models", "train_step"},
     {"evaluate", "checkpoint", "diagnose", "dispatch", "graph", "histograms", "writers"},
     {"config", "results"},
-    {"claims", "watch", "workdir"},
-    {"loop", "text"},
+    {"claims", "summary", "watch", "workdir"},
+    {"program", "text"},
+    {"run"},
+    {"loop"},
+    {"seeds"},
     {"grid", "report"},
     {"main", "predict", "compare"},
 ]

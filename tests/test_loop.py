@@ -12,7 +12,7 @@ import pytest
 import synthetic
 
 from bnjax import config as configs
-from bnjax import dispatch, loop
+from bnjax import dispatch, run
 from bnjax.checkpoint import Checkpoints
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.loop import Stopped, train_and_evaluate
@@ -74,7 +74,7 @@ def test_the_newest_two_and_the_best_checkpoint_stay(finished):
 @pytest.mark.parametrize("stop_in", [2, 5, 7, 11])
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop_in):
     workdir = tmp_path / "stopped"
-    stream = loop.train_rows
+    stream = run.train_rows
 
     def interrupting(*args, **kwargs):
         for step, rows in enumerate(stream(*args, **kwargs), start=1):
@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop
                 signal.raise_signal(signal.SIGINT)
             yield rows
 
-    monkeypatch.setattr(loop, "train_rows", interrupting)
+    monkeypatch.setattr(run, "train_rows", interrupting)
     with pytest.raises(Stopped) as stopped:
         train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     assert stopped.value.step == stop_in
@@ -96,8 +96,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop
 def test_lines_written_after_the_last_checkpoint_come_again_once(finished, tmp_path, monkeypatch):
     """As after a crash: the process dies in step 8, the newest checkpoint is of step 5."""
     workdir = tmp_path / "crashed"
-    stream = loop.train_rows
-    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    stream = run.train_rows
+    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
     with pytest.raises(StopIteration):
         train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     assert read_lines(workdir / "metrics.jsonl")[-1]["step"] > 5
@@ -129,14 +129,14 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 
 def test_file_order_sees_the_images_in_their_order(tmp_path, monkeypatch):
     seen = []
-    stream = loop.train_rows
+    stream = run.train_rows
 
     def watching(*args, **kwargs):
         for rows in stream(*args, **kwargs):
             seen.append(synthetic.dataset().train.label[rows])
             yield rows
 
-    monkeypatch.setattr(loop, "train_rows", watching)
+    monkeypatch.setattr(run, "train_rows", watching)
     config = synthetic.config(steps=5)
     config.train.shuffle = False
     train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
@@ -157,7 +157,7 @@ def test_slow_averages_spoil_the_test_loss_and_are_warned_of(tmp_path, capsys):
 
 def poison(monkeypatch, *steps):
     """Makes the batches of the given steps floats with an infinite pixel; the others are the same floats without."""
-    stream, take, bad = loop.train_rows, loop.take, []
+    stream, take, bad = run.train_rows, run.take, []
 
     def rows(*args, start, **kwargs):
         for step, of_step in enumerate(stream(*args, start=start, **kwargs), start=start + 1):
@@ -170,8 +170,8 @@ def poison(monkeypatch, *steps):
         image[3, 2, 1, 0] = np.inf if any(of_step is one for one in bad) else image[3, 2, 1, 0]
         return made | {"image": image}
 
-    monkeypatch.setattr(loop, "train_rows", rows)
-    monkeypatch.setattr(loop, "take", batch)
+    monkeypatch.setattr(run, "train_rows", rows)
+    monkeypatch.setattr(run, "take", batch)
     monkeypatch.setattr(dispatch, "take", batch)
 
 
@@ -205,8 +205,8 @@ def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, mo
     """Interrupted in step 8 without a chance to save: step 5 is evaluated, and one of 6 to 8 was saved besides."""
     config = synthetic.config()
     config.checkpoint[key] = {"every_steps": 3, "every_epochs": 3 * 10 / 48, "every_minutes": 1e-9}[key]
-    stream = loop.train_rows
-    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8))
+    stream = run.train_rows
+    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8))
     with pytest.raises(StopIteration):
         train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
@@ -218,8 +218,8 @@ def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, mo
 
 def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(finished, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
-    stream = loop.train_rows
-    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 11))
+    stream = run.train_rows
+    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 11))
     with pytest.raises(StopIteration):
         train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     monkeypatch.undo()
@@ -246,7 +246,7 @@ def test_a_disk_that_fails_is_a_clear_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.RunWriter, "flush", full)
+    monkeypatch.setattr(run.RunWriter, "flush", full)
     with pytest.raises(UserError, match=r"No space left on device.*goes on from the last checkpoint"):
         train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
 
@@ -263,19 +263,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp
 def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(finished, tmp_path, monkeypatch):
     """As on an accelerator, which takes as many steps at once as fit into half a second."""
 
-    def many(step, split, batch_size, options):
-        return dispatch.many_at_a_time(step, split, batch_size, options)
+    def many(step, split, options):
+        return dispatch.many_at_a_time(step, split, options)
 
     monkeypatch.setattr(dispatch, "build", many)
     train_and_evaluate(synthetic.config(), tmp_path / "whole", synthetic.dataset())
     assert len(read_lines(tmp_path / "whole" / "timing.jsonl")) == 12
     ours, its = ([line["loss"] for line in read_lines(workdir / "metrics.jsonl")] for workdir in (tmp_path / "whole", finished[0]))
     np.testing.assert_allclose(ours, its, rtol=1e-3)
-    stream = loop.train_rows
-    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8))
+    stream = run.train_rows
+    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8))
     with pytest.raises(StopIteration):
         train_and_evaluate(synthetic.config(), tmp_path / "cut", synthetic.dataset())
-    monkeypatch.setattr(loop, "train_rows", stream)
+    monkeypatch.setattr(run, "train_rows", stream)
     train_and_evaluate(synthetic.config(), tmp_path / "cut", synthetic.dataset())
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
@@ -283,14 +283,14 @@ def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(f
 def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(tmp_path, monkeypatch):
     compiled, events = [], []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
-    stream = loop.train_rows
+    stream = run.train_rows
 
     def counting(*args, **kwargs):
         for rows in stream(*args, **kwargs):
             compiled.append(events.count("/jax/core/compile/backend_compile_duration"))
             yield rows
 
-    monkeypatch.setattr(loop, "train_rows", counting)
+    monkeypatch.setattr(run, "train_rows", counting)
     train_and_evaluate(synthetic.config(steps=16), tmp_path / "run", synthetic.dataset())
     assert compiled[0] > 0
     assert compiled[1] > compiled[0]  # the step

@@ -13,7 +13,7 @@ from tensorboardX.proto.graph_pb2 import GraphDef
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from bnjax import config as configs
-from bnjax import configfile, loop
+from bnjax import configfile, run
 from bnjax.board import CAPTION, TILE, Board, contact_sheet
 from bnjax.checkpoint import Checkpoints
 from bnjax.graph import nodes
@@ -67,8 +67,8 @@ def test_looking_changes_no_training(finished, tmp_path):
 
 
 def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path, monkeypatch):
-    stream = loop.train_rows
-    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    stream = run.train_rows
+    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
     with pytest.raises(StopIteration):
         train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     with (tmp_path / "run" / "histograms.jsonl").open("a") as file:
@@ -119,8 +119,8 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
 
 
 def test_a_run_that_was_stopped_is_not_marked_as_finished(tmp_path, monkeypatch):
-    stream = loop.train_rows
-    monkeypatch.setattr(loop, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    stream = run.train_rows
+    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
     with pytest.raises(StopIteration):
         train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     assert "_hparams_/session_end_info" not in read_values(tmp_path / "run" / "tensorboard")

@@ -55,8 +55,13 @@ def train_rows(examples: int, batch_size: int, *, key: jax.Array | None, start: 
 
 
 def take(split: Split, rows: Rows) -> Batch:
-    """Returns the batch that the rows of a split make."""
+    """Returns the batch that the rows of a split make; of indices [k, n], k batches at once."""
     return {"image": split.image[rows], "label": split.label[rows]}
+
+
+def indices(rows: Rows) -> np.ndarray:
+    """Returns the rows as indices."""
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
 def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[Batch]:
