@@ -159,7 +159,7 @@ def matmul(args: argparse.Namespace) -> dict[str, Any]:
     x, weight = (jax.random.normal(jax.random.key(0), shape, args.dtype) for shape in ((args.batch, 7260), (7260, 3500)))
     product = jax.jit(lambda x, weight: x @ weight, compiler_options=compiler_options())
     step_s = float(np.median(timed(lambda: product(x, weight), WARM_UP + args.steps)[WARM_UP:]))
-    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s}
+    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s, "dtype": args.dtype}
 
 
 def main() -> None:

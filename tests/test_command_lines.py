@@ -14,7 +14,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "digits.py")
-FEW = ["--config.train.steps=4", "--config.train.epochs=0", "--config.eval.every_steps=2", "--config.eval.every_epochs=0"]
+SMALL = ["--config.model.filters=2,2,2", "--config.model.dense=4,4", "--config.train.epochs=0", "--config.eval.every_epochs=0"]
+FEW = [*SMALL, "--config.train.steps=4", "--config.eval.every_steps=2"]
 
 
 def bnjax(module, *arguments, **options):
@@ -78,15 +79,15 @@ def test_mistakes_are_one_paragraph_and_exit_with_2(tmp_path, arguments, said):
 
 
 def test_a_network_that_fits_into_no_memory_is_one_paragraph(tmp_path):
-    done = bnjax("main", "--config", CONFIG, "--config.model.dense=1000000,1000000", "--workdir", tmp_path / "run", *FEW)
+    done = bnjax("main", "--config", CONFIG, "--workdir", tmp_path / "run", *FEW, "--config.model.dense=1000000,1000000")
     assert done.returncode == 2
     assert "the parameters and the optimizer's state take 11," in done.stderr  # three times 4 bytes times 10**12
     assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run"), "--config.eval.every_steps=50", "--config.eval.every_epochs=0"]
-    arguments += ["--config.train.steps=60", "--config.train.epochs=0"]
+    steps = ["--config.train.steps=600", "--config.eval.every_steps=500", "--config.eval.histograms=0", "--config.eval.pictures=0"]
+    arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run"), *SMALL, *steps]
     command = [sys.executable, "-m", "bnjax.main", *arguments]
     env = {**os.environ, "XLA_FLAGS": ""}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
@@ -103,7 +104,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     done = bnjax("main", *arguments)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 61))
+    assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 601))
 
 
 def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
@@ -121,7 +122,7 @@ def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
         "variants": {"fast": (CONFIG, {}), "slow": (CONFIG, {"model.momentum": 0.99})},
         "statements": [statement],
         "seeds": 2,
-        "full": {"model.filters": (2, 2, 2), "model.dense": (4, 4)},
+        "full": {"eval.histograms": 0, "eval.pictures": 0},
     }
     (tmp_path / "claim.py").write_text(f"def get_claim():\n    return {claim!r}\n")
     command = ["compare", "--claim", tmp_path / "claim.py", "--workdir", tmp_path / "runs", *FEW]
