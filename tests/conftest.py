@@ -5,8 +5,7 @@ from pathlib import Path
 
 # Before JAX is imported anywhere: eight simulated devices, so that every test can be about several; and machine code that is not
 # optimised, since the networks here are small and compiling them takes longer than running them.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-os.environ["XLA_FLAGS"] = FLAGS + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
