@@ -12,7 +12,7 @@ from bnjax.arrays import Array, Batch, BatchStats
 from bnjax.data.batches import Rows, indices, take
 from bnjax.data.sources import Split
 from bnjax.metrics import Metrics
-from bnjax.platform import memory
+from bnjax.platform import Options, memory
 from bnjax.train_step import TrainState
 
 # A step with its statics bound.
@@ -32,7 +32,7 @@ class Dispatch:
     most: int
 
 
-def build(step: Step, split: Split, options: dict[str, str]) -> Dispatch:
+def build(step: Step, split: Split, options: Options) -> Dispatch:
     """Returns the way of taking steps that is fast on the default backend.
 
     On a CPU that is one a dispatch: many in one program are ten times slower there (jax-ml/jax#12868). An accelerator
@@ -48,7 +48,7 @@ def build(step: Step, split: Split, options: dict[str, str]) -> Dispatch:
     return many_at_a_time(step, split, options)
 
 
-def one_at_a_time(step: Step, split: Split, options: dict[str, str]) -> Dispatch:
+def one_at_a_time(step: Step, split: Split, options: Options) -> Dispatch:
     """Returns a dispatch of one step, whose batch comes from the host."""
 
     def one(state: TrainState, batch_stats: BatchStats, batch: Batch) -> tuple[TrainState, BatchStats, Metrics]:
@@ -64,7 +64,7 @@ def one_at_a_time(step: Step, split: Split, options: dict[str, str]) -> Dispatch
     return Dispatch(advance, most=1)
 
 
-def many_at_a_time(step: Step, split: Split, options: dict[str, str], most: int = MOST) -> Dispatch:
+def many_at_a_time(step: Step, split: Split, options: Options, most: int = MOST) -> Dispatch:
     """Returns a dispatch of up to `most` steps in one program, over images that lie on the device as uint8.
 
     The number of steps is an argument of the program, so that it is compiled once, and a step's bits do not depend

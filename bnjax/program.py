@@ -14,7 +14,7 @@ from bnjax.data.sources import Dataset
 from bnjax.errors import UserError
 from bnjax.evaluate import evaluate
 from bnjax.metrics import Metrics
-from bnjax.platform import compiler_options, memory
+from bnjax.platform import compiler_options, init_options, memory
 from bnjax.train_step import TrainState, eval_step, init_state, train_step
 from bnjax.watch import Watch
 
@@ -44,7 +44,7 @@ class Program:
         self.experiment, self.dataset, self.members = experiment, dataset, members
         self.dispatch = dispatch.build(step, dataset.train, options)
         self.watch = Watch(experiment, dataset)
-        self._init = jax.jit(functools.partial(init_state, model, experiment.tx))
+        self._init = jax.jit(functools.partial(init_state, model, experiment.tx), compiler_options=init_options())
         self._test = jax.jit(test, compiler_options=options)
 
     def like(self) -> tuple[TrainState, BatchStats]:

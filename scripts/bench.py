@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,7 @@ def first_step(env: dict[str, str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         leader, follower = pty.openpty()
+        termios.tcsetwinsize(follower, (24, 120))  # without a size tqdm shows nothing
         command = train_command("digits", Path(folder) / "run", "train.epochs=1.0")
         with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=os.environ | env) as process:
             os.close(follower)

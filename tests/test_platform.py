@@ -28,7 +28,7 @@ def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
 
 
 def test_what_the_user_set_is_left_alone(monkeypatch):
-    (name,) = platform.CPU_OPTIONS
+    name, *_ = platform.CPU_OPTIONS
     assert name in platform.compiler_options()
     monkeypatch.setenv("XLA_FLAGS", f"--{name}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
     assert name not in platform.compiler_options()
