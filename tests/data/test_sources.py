@@ -131,6 +131,7 @@ def test_digits_are_the_real_ones():
     assert data.train.image.max() == 255
 
 
+@pytest.mark.usefixtures("_no_network")
 def test_the_first_training_images_are_kept_and_all_test_images():
     whole, few = sources.load("digits"), sources.load("digits", train_images=100)
     np.testing.assert_array_equal(few.train.image, whole.train.image[:100])
