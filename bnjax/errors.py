@@ -58,7 +58,8 @@ def run(main: Callable[[], int]) -> None:
             raise
         print(
             f"error: the memory of this machine does not suffice ({' '.join(str(error).split())[:200]}). What helps: a smaller "
-            "--config.train.batch_size or --config.eval.batch_size, and smaller layers (--config.model.filters, --config.model.dense).",
+            "--config.train.batch_size or --config.eval.batch_size, smaller layers (--config.model.filters, --config.model.dense), and "
+            "--at-once=one where several seeds are compared.",
             file=sys.stderr,
         )
         code = 1
