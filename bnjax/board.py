@@ -1,14 +1,16 @@
 """TensorBoard: what a run shows while it goes on."""
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.graph_pb2 import GraphDef
 
 # The metrics by which the table of hyperparameters compares runs.
@@ -17,15 +19,19 @@ TILE, CAPTION, COLUMNS = 128, 34, 4  # pixels, pixels, pictures
 
 
 class Board:
-    """The folder of one run that TensorBoard reads."""
+    """The folder of one run that TensorBoard reads; every method raises OSError if it cannot be written."""
 
     def __init__(self, folder: Path, *, start: int):
         """Opens it; what an interrupted run wrote past step `start` is not shown."""
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written by this thread: tensorboardX's SummaryWriter has one that dies of a full disk without a word, and then waits for it.
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{start}")
+        if start:
+            self._write(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Adds a point to a curve."""
-        self._writer.add_scalar(name, value, step)
+        self._write(step, summary=summary.scalar(name, value))
 
     def histogram(self, name: str, numbers: dict[str, Any], step: int) -> None:
         """Adds a histogram, given as `bnjax.histograms.summarise` returns it; the outer bins reach to the extremes."""
@@ -33,35 +39,38 @@ class Board:
         least, most = min(numbers["quantiles"][0], numbers["low"]), max(numbers["quantiles"][-1], numbers["high"])
         limits = np.linspace(numbers["low"], numbers["high"], len(counts) + 1)[1:]
         squares = count * (mean**2 + std**2)
-        self._writer.add_histogram_raw(name, least, most, count, count * mean, squares, limits.tolist(), counts, step)
+        self._write(step, summary=summary.histogram_raw(name, least, most, count, count * mean, squares, limits.tolist(), counts))
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Adds an image, uint8 [h, w, 3]."""
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def graph(self, graph: GraphDef) -> None:
         """Shows the graph of the model."""
-        self._writer.file_writer.add_onnx_graph(graph)  # of whatever origin, in spite of its name: a GraphDef as it is
+        self._write(0, graph_def=graph.SerializeToString())
 
     def hyperparameters(self, values: dict[str, Any]) -> None:
         """Enters the run in the table of hyperparameters, where it counts as going on until `finished`."""
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
         experiment, begin, _ = summary.hparams(plain, dict.fromkeys(COMPARED))
-        self._writer.file_writer.add_summary(experiment)
-        self._writer.file_writer.add_summary(begin)
+        self._write(0, summary=experiment)
+        self._write(0, summary=begin)
 
     def finished(self) -> None:
         """Marks the run in the table of hyperparameters as finished."""
         *_, end = summary.hparams({}, {})
-        self._writer.file_writer.add_summary(end)
+        self._write(0, summary=end)
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def flush(self) -> None:
         """Hands everything written so far to the operating system."""
-        self._writer.flush()
+        self._events.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        self._writer.close()
+        self._events.close()
 
 
 def contact_sheet(images: np.ndarray, captions: Sequence[str], marked: Sequence[bool]) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from bnjax.train_step import TrainState
 ITEMS = ("variables", "training")
 # Beside what Orbax writes, and in place before a checkpoint gets its final name: it is intact while it agrees with this.
 RECORD = "bnjax.json"
+# Orbax numbers its operations per process, so that two threads may not begin one at the same time.
+_ONE_SAVE = threading.Lock()
 
 
 class CheckpointError(UserError):
@@ -147,12 +150,13 @@ class Checkpoints:
         try:
             self._saving = {"step": step, "accuracy": accuracy, "about": about}
             self._records[step] = self._saving
-            self._manager.save(step, args=args)
+            with _ONE_SAVE:
+                self._manager.save(step, args=args)
         except Exception as error:  # Orbax, TensorStore and the file system each raise their own for a full disk
             raise self._unsaved(error) from error
 
     def restore(self, step: int, like: tuple[TrainState, BatchStats]) -> tuple[TrainState, BatchStats]:
-        """Returns the state and the statistics of a step, on the first device; `like` gives the tree, the shapes and the dtypes."""
+        """Returns the state and the statistics of a step, on the default device; `like` gives the tree, the shapes and the dtypes."""
         state, batch_stats = like
         training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
         variables = {"params": state.params, "batch_stats": batch_stats}
@@ -169,7 +173,8 @@ class Checkpoints:
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         self.verify(step)  # first: TensorStore would return changed bytes without a word
         folder, saved = self.folder / str(step), self._manager.item_metadata(step)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was saved on
+        (default,) = jax.numpy.zeros(()).devices()
+        here = jax.sharding.SingleDeviceSharding(default)  # whatever devices it was saved on
         args = {}
         for name, wanted in items.items():
             _check_leaves(folder, _leaves_of_metadata(saved[name]), _leaves_of(wanted))

@@ -106,7 +106,7 @@ def claim_folder(folder: Path, comparison: dict[str, Any]) -> None:
             lines += f"\n    seeds: {gone} there, but not now"
         if lines:
             raise UserError(f"{folder} belongs to another comparison:{lines}\nChoose another folder with --workdir, or remove that one.")
-    elif leftovers := [path.name for path in folder.iterdir() if path.name != workdirs.LOCK]:
+    elif leftovers := [path.name for path in folder.iterdir() if path.name not in workdirs.OURS]:
         raise UserError(
             f"{folder} holds {', '.join(sorted(leftovers)[:5])} but no comparison. Choose an empty or new folder with --workdir."
         )
@@ -155,6 +155,8 @@ def run(comparison: dict[str, Any], datasets: dict[str, Dataset], folder: Path, 
 
 
 def _keep_the_last_checkpoint(folder: Path) -> None:
+    if not (folder / "summary.json").exists():  # it broke down, and may be tried again from any of them
+        return
     steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
     for step in steps[:-1]:
         shutil.rmtree(folder / "checkpoints" / str(step))

@@ -31,11 +31,11 @@ Summary = dict[str, Any]
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM came; everything up to `step` is saved."""
+    """Ctrl-C or SIGTERM came; everything up to `step` is saved, None standing for a moment between two runs."""
 
-    def __init__(self, step: int, received: signal.Signals):
+    def __init__(self, step: int | None, received: signal.Signals):
         """Keeps the last complete step and the signal."""
-        super().__init__(f"stopped by {received.name} after step {step}")
+        super().__init__(f"stopped by {received.name}" + ("" if step is None else f" after step {step}"))
         self.step, self.signal = step, received
 
 
@@ -75,8 +75,8 @@ class Trainer:
     def train(self, workdirs: Mapping[int, Path], stop: StopRequest) -> dict[int, Summary | NonFiniteError]:
         """Takes the steps that are missing in each seed's folder, all in one program, and returns what each came to.
 
-        Runs that stand at different steps, after an interruption, are taken one group after the other. The seconds of a
-        step are shared out evenly among the runs of its program.
+        Runs that stand at different steps, after an interruption, are taken one group after the other; in groups of another size the
+        results are the same but for rounding. The seconds of a step are shared out evenly among the runs that still go on.
 
         Raises:
             UserError: if a folder belongs to another run or process, or the disk fails.
@@ -88,6 +88,8 @@ class Trainer:
             with contextlib.ExitStack() as stack:
                 runs = {seed: self._open(seed, workdir, stack) for seed, workdir in workdirs.items()}
                 for start in sorted({run.start for run in runs.values() if not run.ended}):
+                    if stop.signal:
+                        raise Stopped(None, stop.signal)
                     self._train([run for run in runs.values() if run.start == start and not run.ended], stop)
                 return {seed: run.failure or run.finish() for seed, run in runs.items()}
         except OSError as error:
@@ -132,9 +134,10 @@ def _train(runs: list[Run], program: Program, progress: Progress, stop: StopRequ
     def record(first: int, rows: list[Rows], dispatched: Metrics) -> None:
         every = unstack(dispatched, len(rows))  # waits until the steps are through
         for step, of_step, metrics, seconds in zip(itertools.count(first), rows, every, clock.lap(len(rows)), strict=False):
+            going_on = sum(not run.ended for run in runs)
             for i, run in enumerate(runs):
                 if not run.ended:
-                    run.record(step, program.member(metrics, i), seconds / len(runs))
+                    run.record(step, program.member(metrics, i), seconds / going_on)
                     if run.is_lost():
                         run.fail(step, program.member(state, i), program.member(batch_stats, i), program.member(of_step, i))
             total = jax.tree.map(np.sum, metrics).means()
@@ -156,7 +159,9 @@ def _train(runs: list[Run], program: Program, progress: Progress, stop: StopRequ
         if experiment.save_every_minutes is not None:
             saves = time.monotonic() - saved_at > 60 * experiment.save_every_minutes
         ending = set(range(len(runs))) if step == experiment.steps else _at_or_below(target, program, metrics)
-        if not (evaluates or saves or ending or stop.signal):
+        ending = {i for i in ending if not runs[i].ended}
+        stopping = stop.signal  # read once: whoever is told of it below has to be saved above
+        if not (evaluates or saves or ending or stopping):
             continue
         record(*pending)
         pending, tested = None, None
@@ -170,13 +175,13 @@ def _train(runs: list[Run], program: Program, progress: Progress, stop: StopRequ
                 accuracy = means["accuracy"]
                 which = f"seed {run.seed}, " if len(runs) > 1 else ""
                 progress.say(f"{which}step {step}: test loss {means['loss']:.4f}, test accuracy {accuracy:.4f}")
-            if accuracy is not None or saves or stop.signal:
+            if accuracy is not None or saves or stopping:
                 run.save(*mine, accuracy)
             run.ended = i in ending
-        saved_at = time.monotonic()
+        saved_at = time.monotonic() if evaluates or saves else saved_at
         clock.restart()
-        if stop.signal and not all(run.ended for run in runs):
-            raise Stopped(step, stop.signal)
+        if stopping and not all(run.ended for run in runs):
+            raise Stopped(step, stopping)
 
 
 def _steps_to_next(step: int, experiment: configs.Experiment) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bnjax.config import Experiment
 from bnjax.data.batches import Rows, take, train_rows
 from bnjax.data.sources import Dataset
 from bnjax.diagnose import first_nonfinite
-from bnjax.errors import NonFiniteError
+from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
 from bnjax.program import Program
 from bnjax.summary import first_at_or_below, summarise, versions
@@ -40,7 +41,7 @@ class Run:
         """Takes the folder and opens what is in it, until `stack` closes.
 
         Raises:
-            UserError: if the folder belongs to another config or process, or all its checkpoints are damaged.
+            UserError: if the folder belongs to another config or process, all its checkpoints are damaged, or its files lack steps.
         """
         stack.enter_context(workdirs.locked(workdir))
         workdirs.claim(workdir, config, DataFacts.of(dataset))
@@ -52,7 +53,7 @@ class Run:
         newest, self.notes = self._checkpoints.newest_intact()
         self.start, self._is_new = newest or 0, newest is None
         self._writer = stack.enter_context(RunWriter(workdir, start=self.start))
-        self._seconds, self._skipped_in_a_row = _seconds_so_far(workdir, self.start), 0
+        self._seconds, self._skipped_in_a_row = _so_far(workdir, self.start) if self.start else (0.0, 0)
         self.ended = self.start == experiment.steps or self._has_reached_its_loss()
         self.failure: NonFiniteError | None = None
 
@@ -114,9 +115,22 @@ class Run:
         return summary
 
 
-def _seconds_so_far(workdir: Path, step: int) -> float:
-    seconds = next((line.get("seconds") for line in read_lines(workdir / "timing.jsonl") if line["step"] == step), None)
-    return seconds if isinstance(seconds, float) else 0.0
+def _so_far(workdir: Path, step: int) -> tuple[float, int]:
+    """Returns the seconds that training took up to a step, and how many steps in a row were skipped before it.
+
+    Raises:
+        UserError: if metrics.jsonl or timing.jsonl does not reach so far.
+    """
+    train = [line for line in read_metrics(workdir / "metrics.jsonl") if line["split"] == "train"]
+    timing = read_lines(workdir / "timing.jsonl")
+    for name, lines in (("metrics.jsonl", train), ("timing.jsonl", timing)):
+        if not lines or lines[-1]["step"] != step:
+            raise UserError(
+                f"{workdir / name} ends before step {step}, of which there is a checkpoint. Restore the file from a copy, or train anew in "
+                "another folder with --workdir."
+            )
+    seconds = timing[-1].get("seconds")
+    return seconds if isinstance(seconds, float) else 0.0, sum(1 for _ in itertools.takewhile(lambda line: "skipped" in line, train[::-1]))
 
 
 def _nonfinite(step: int, in_a_row: int, found: str | None, saved: list[int]) -> NonFiniteError:

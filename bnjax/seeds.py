@@ -2,7 +2,7 @@
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from bnjax.data.sources import Dataset
 from bnjax.errors import NonFiniteError
-from bnjax.loop import Summary, Trainer
+from bnjax.loop import Stopped, Summary, Trainer
 from bnjax.signals import StopRequest
 
 Results = dict[int, Summary | NonFiniteError]
@@ -54,8 +54,6 @@ def train(
     """
 
     def several(trainer: Trainer, seeds: Sequence[int]) -> Results:
-        if stop.signal:
-            raise KeyboardInterrupt
         begin(seeds)
         return trainer.train({seed: workdirs[seed] for seed in seeds}, stop)
 
@@ -83,8 +81,13 @@ def _side_by_side(one: Callable[[int], Results], seeds: list[int]) -> Results:
             free.put(device)
 
     with ThreadPoolExecutor(jax.local_device_count()) as pool:
-        try:
-            return {seed: result for found in pool.map(on_a_device, seeds) for seed, result in found.items()}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        futures = [pool.submit(on_a_device, seed) for seed in seeds]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    # That something went wrong is not to be hidden by others that were stopped and are saved.
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+        raise error
+    return {seed: result for future in futures for seed, result in future.result().items()}

@@ -36,7 +36,7 @@ def summarise(config: ConfigDict, workdir: Path, dataset: Dataset, experiment: E
         "final_test": {key: tests[-1][key] for key in result},
         "best_test": {key: best[key] for key in result},
         "seconds": round(seconds, 1),
-        "images_per_s": round(steps * experiment.batch_size / seconds, 1),
+        "images_per_s": round(steps * experiment.batch_size / max(seconds, 1e-3), 1),
         "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "git": _git_revision(),

@@ -19,6 +19,7 @@ from bnjax.errors import UserError
 from bnjax.writers import write_json
 
 LOCK = ".lock"
+OURS = (LOCK, "config.json.tmp", "comparison.json.tmp")  # what a process may have left that died or met a full disk at its start
 # Not part of what a run is: the same data may lie elsewhere tomorrow.
 PLACES = ("config.data.dir",)
 
@@ -69,7 +70,7 @@ def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     mine = {"config": config.to_dict(), "data": dataclasses.asdict(data)}
     try:
         if not file.exists():
-            if leftovers := [path.name for path in workdir.iterdir() if path.name != LOCK]:
+            if leftovers := [path.name for path in workdir.iterdir() if path.name not in OURS]:
                 raise UserError(
                     f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an empty or new folder with --workdir."
                 )

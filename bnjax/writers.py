@@ -74,8 +74,9 @@ class Lines:
         self._file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
-        """Hands everything written so far to the operating system."""
+        """Waits until everything written so far is on disk."""
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

@@ -73,7 +73,8 @@ def race(args: argparse.Namespace) -> Results:
     for batch in args.batch:
         # About a minute of steps at 500 images a second, and enough of them for a median.
         steps = min(20, max(5, 30_000 // batch))
-        todo += [(batch, *contender) for _ in range(args.rounds) for contender in contenders(args, batch, steps)]
+        wanted = [found for found in contenders(args, batch, steps) if not any(word in found[0] for word in args.skip)]
+        todo += [(batch, *contender) for _ in range(args.rounds) for contender in wanted]
     progress = tqdm.tqdm(todo, unit="measurement")
     for batch, name, command, env in progress:
         progress.set_postfix_str(f"batch {batch}: {name}")
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[512, 5000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--together", type=int, nargs="*", default=[], help="numbers of steps a dispatch to try, for accelerators")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="WORDS", help="leave out what has these words in its name")
     parser.add_argument("--quick", action="store_true", help="one round with batch 512")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     args = parser.parse_args()

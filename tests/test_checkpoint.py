@@ -212,3 +212,11 @@ print(jax.device_count(), params["kernel"].tolist() == list(range(16)))
 """
     env = {**os.environ, "XLA_FLAGS": ""}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split() == ["1", "True"]
+
+
+def test_a_checkpoint_is_restored_on_the_default_device(three):
+    """As where each device trains a seed of its own."""
+    third = jax.devices()[3]
+    with jax.default_device(third), Checkpoints(three, read_only=True) as checkpoints:
+        restored = checkpoints.restore(3, jax.eval_shape(make))
+    assert {device for leaf in jax.tree.leaves(restored) for device in leaf.devices()} == {third}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -158,6 +159,30 @@ def test_seeds_in_one_program_go_on_from_where_each_stands(files, trained, monke
         before = [json.loads(line) for line in wanted[seed].splitlines()]
         assert [(line["step"], line["split"]) for line in lines] == [(line["step"], line["split"]) for line in before]
         np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in before], rtol=1e-4)
+
+
+def test_what_goes_wrong_on_one_device_is_said_and_nothing_new_is_begun():
+    begun = []
+
+    def one(seed):
+        begun.append(seed)
+        if seed == 0:
+            raise Stopped(3, signal.SIGTERM)
+        if seed == 1:
+            raise UserError("no space")
+        time.sleep(0.3)
+        return {seed: {}}
+
+    with pytest.raises(UserError, match="no space"):
+        seeds._side_by_side(one, list(range(40)))
+    assert len(begun) < 20  # eight devices
+
+
+def test_a_signal_between_two_runs_is_remembered(files):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM$"):
+            seeds.train(synthetic.config(), synthetic.dataset(), {0: files / "0"}, "one", stop, lambda _: None)
 
 
 def test_each_of_several_seeds_ends_where_its_own_loss_is_low_enough(files, solo, trained):

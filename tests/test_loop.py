@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 import synthetic
 
+from bnjax import board, dispatch, run
 from bnjax import config as configs
-from bnjax import dispatch, run
 from bnjax.checkpoint import Checkpoints
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.loop import Stopped, train_and_evaluate
@@ -249,6 +250,54 @@ def test_a_disk_that_fails_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(run.RunWriter, "flush", full)
     with pytest.raises(UserError, match=r"No space left on device.*goes on from the last checkpoint"):
         train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+
+
+def test_a_disk_that_fills_up_under_tensorboard_is_a_clear_error(tmp_path, monkeypatch):
+    written = itertools.count()
+
+    def full(self, event):
+        if next(written) > 8:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(board.EventsWriter, "write_event", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+
+
+def test_what_a_full_disk_left_at_the_start_is_no_obstacle(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.tmp").write_text("{")
+    train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_files_that_lack_steps_before_the_checkpoint_are_not_gone_on_with(finished, tmp_path, name):
+    """As after a power cut that the checkpoint survived and the end of the file did not."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "summary.json").unlink()
+    lines = (workdir / name).read_text().splitlines(keepends=True)
+    (workdir / name).write_text("".join(lines[:7]))
+    with pytest.raises(UserError, match=rf"{name} ends before step 12, of which there is a checkpoint"):
+        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+
+
+def test_steps_skipped_in_a_row_are_counted_across_an_interruption(tmp_path, monkeypatch):
+    """Steps 4 and 5 are skipped, 5 is saved, and the third one in a row, after going on, is one too many."""
+    config = synthetic.config()
+    config.train.on_nonfinite, config.train.most_skipped = "skip", 2
+    stream = run.train_rows
+    with monkeypatch.context() as patch:
+        poison(patch, 4, 5)
+        poisoned = run.train_rows
+        patch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(poisoned(*args, **kwargs), 5))
+        with pytest.raises(StopIteration):
+            train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    assert run.train_rows is stream
+    poison(monkeypatch, 6)
+    with pytest.raises(NonFiniteError, match="step 6 and 2 before it"):
+        train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
