@@ -151,6 +151,9 @@ def _train(runs: list[Run], program: Program, progress: Progress, stop: StopRequ
         count = min(_steps_to_next(step, experiment), program.dispatch.most, clock.steps_in(DISPATCH_SECONDS)) if target is None else 1
         rows = [next_rows() for _ in range(count)]
         state, batch_stats, metrics = program.dispatch.advance(state, batch_stats, rows)
+        if step == start:  # while the device is busy
+            for run in runs:
+                run.show(program)
         if pending is not None:
             record(*pending)
         pending = (step + 1, rows, metrics)

@@ -62,12 +62,14 @@ class Run:
         return target is not None and first_at_or_below(read_metrics(self._workdir / "metrics.jsonl"), target) is not None
 
     def begin(self, program: Program) -> tuple[TrainState, BatchStats]:
-        """Returns the state and the statistics to go on with; of a new run, shows what is trained."""
+        """Returns the state and the statistics to go on with."""
         like = program.like()
-        if not self._is_new:
-            return self._checkpoints.restore(self.start, like)
-        program.watch.begin(self._writer, self._config)
-        return program.init(self._init_key)
+        return program.init(self._init_key) if self._is_new else self._checkpoints.restore(self.start, like)
+
+    def show(self, program: Program) -> None:
+        """Shows what is trained, once in a run."""
+        if self._is_new:
+            program.watch.begin(self._writer, self._config)
 
     def order(self) -> Iterator[Rows]:
         """Yields the rows of the batches to come."""

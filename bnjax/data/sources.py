@@ -1,6 +1,7 @@
 """Named data sets become uint8 arrays."""
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
 
@@ -132,12 +133,14 @@ def _tfds(name: str, data_dir: str, label: str) -> Dataset:
 
 def _digits() -> Dataset:
     """The 1,797 handwritten digits of the UCI set that scikit-learn ships, 8x8 in 17 greys, as 32x32x3; every fifth is for testing."""
-    from sklearn.datasets import load_digits  # imported late: it takes over a second
-
-    found = load_digits()
-    grey = np.round(found.images * (255 / 16)).astype(np.uint8)
+    # The file, and not sklearn.datasets.load_digits, since importing that takes longer than everything else before the first step.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise DataError("the digits come with scikit-learn, which is not installed. Install it with: pip install scikit-learn.")
+    table = np.loadtxt(Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    grey = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     image = np.repeat(np.kron(grey, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=-1)
-    label = found.target.astype(np.int32)
+    label = table[:, -1].astype(np.int32)
     held_out = np.arange(len(label)) % 5 == 4
     train, test = Split(image[~held_out], label[~held_out]), Split(image[held_out], label[held_out])
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
