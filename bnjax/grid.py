@@ -124,7 +124,7 @@ def run(comparison: dict[str, Any], datasets: dict[str, Dataset], folder: Path, 
     """Takes the runs that are missing, variant by variant; returns what went wrong in those that broke down.
 
     Equal seeds have equal data order and, where the shapes agree, equal initial values. Of a finished run the last checkpoint is kept.
-    `way` is one of `bnjax.seeds.WAYS`.
+    `way` is as for `bnjax.seeds.train`.
 
     Raises:
         UserError: if the folder belongs to another comparison or process, or the disk fails.

@@ -15,8 +15,6 @@ from bnjax.signals import StopRequest
 
 Results = dict[int, Summary | NonFiniteError]
 
-WAYS = ("one", "vmap", "devices")
-
 
 def fast_way() -> str:
     """Returns the way that is fast on the default backend.

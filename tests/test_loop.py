@@ -311,11 +311,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp
 
 def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(finished, tmp_path, monkeypatch):
     """As on an accelerator, which takes as many steps at once as fit into half a second."""
-
-    def many(step, split, options):
-        return dispatch.many_at_a_time(step, split, options)
-
-    monkeypatch.setattr(dispatch, "build", many)
+    monkeypatch.setattr(dispatch, "build", dispatch.many_at_a_time)
     train_and_evaluate(synthetic.config(), tmp_path / "whole", synthetic.dataset())
     assert len(read_lines(tmp_path / "whole" / "timing.jsonl")) == 12
     ours, its = ([line["loss"] for line in read_lines(workdir / "metrics.jsonl")] for workdir in (tmp_path / "whole", finished[0]))
