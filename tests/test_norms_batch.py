@@ -79,7 +79,10 @@ def test_masked_statistics_of_any_shape(inner, examples, momentum, seed, varianc
     assert np.isfinite(y).all()
 
 
-@pytest.mark.parametrize("shape", [(64, 5), (32, 13, 13, 4), (20_000, 3)])
+SUMS_ONE_BY_ONE = pytest.mark.xfail(jax.__version_info__ < (0, 10, 2), reason="XLA's sums on a CPU were less exact; the README says so")
+
+
+@pytest.mark.parametrize("shape", [(64, 5), pytest.param((32, 13, 13, 4), marks=SUMS_ONE_BY_ONE), (20_000, 3)])
 def test_variance_of_values_far_from_zero(shape):
     x = (np.random.default_rng(0).normal(size=shape) + 1e4).astype(np.float32)
     y, updated = train(BatchNorm(momentum=0.0), start(BatchNorm(), x), x)
