@@ -55,7 +55,8 @@ def curves(study: Study) -> Figure:
             panels.append(_lines(study, test, f"{quantity}, test images", scale, points=True))
     caption = (
         "Line: mean over the seeds. Band: from the lowest to the highest seed. The training loss is that of each batch before its step; "
-        f"the test images are evaluated with the running statistics. Curves of more than {MOST_POINTS} steps are averaged over neighbours."
+        f"the test images are evaluated with the running statistics. Curves of more than {MOST_POINTS} steps are averaged over neighbours, "
+        "and their bands hold all the neighbours' values."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
 
