@@ -175,7 +175,8 @@ def read(folder: Path) -> dict[str, Any]:
             float(variant["config"]["train"]["target_loss"]), {**variant["differs"]}, variant["dataset"]
         _statements(found)
         seeds = [int(seed) for seed in found["seeds"]]
-        return {**found, "seeds": seeds, "seeds_needed": int(found["seeds_needed"]), "command": str(found["command"])}
+        texts = {key: str(found[key]) for key in ("question", "size", "command")}
+        return {**found, **texts, "seeds": seeds, "seeds_needed": int(found["seeds_needed"])}
     except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"{folder / FILE} is missing or damaged ({type(error).__name__}: {error}).") from error
 

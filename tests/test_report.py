@@ -169,6 +169,31 @@ def test_a_comparison_has_its_own_order_and_command_and_says_what_is_missing(fol
     assert tables.verdict_table(study) is None
 
 
+def test_the_verdicts_of_several_comparisons_stand_in_one_table(tmp_path):
+    for folder, question, margin in (("first", "Is it much better?", 0.02), ("second", "Is it better?", 0.005)):
+        for name, steps in (("a", 14), ("b", 4)):  # an accuracy of 0.5 + seed / 100 + steps / 1000 at the end
+            for seed in range(2):
+                write_run(tmp_path / folder / name / str(seed), seed, name=name, losses=(1.0,) * steps)
+        variant = {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
+        statement = {"quantity": "test_accuracy", "at": "last", "of": "a", "against": "b", "direction": "greater", "margin": margin}
+        comparison = {
+            "question": question,
+            "size": "small",
+            "variants": {"a": variant, "b": variant},
+            "statements": [{**statement, "source": "me"}],
+            "seeds": [0, 1],
+            "seeds_needed": 2,
+            "command": "python -m bnjax.compare",
+        }
+        (tmp_path / folder / "comparison.json").write_text(json.dumps(comparison))
+    table = tables.verdict_table(read_study([tmp_path / "first", tmp_path / "second"]))
+    verdicts = {question: (row["verdict"], row["found"]) for question, row in cells(table).items()}
+    assert verdicts == {
+        "Is it much better? (small size)": ("not reproduced", "0.01 [0.01 to 0.01], 2 pairs"),
+        "Is it better? (small size)": ("reproduced", "0.01 [0.01 to 0.01], 2 pairs"),
+    }
+
+
 def test_one_name_for_two_configs_is_told_apart_and_seeds_are_not(folders, tmp_path):
     other = write_run(tmp_path / "wide", model__dense=(80,))
     variants = read_study([*folders[:3], other]).variants

@@ -33,6 +33,7 @@ def verdicts(study: Study) -> list[dict[str, str]]:
             found = claims.verdicts(comparison, results_of.read_runs(folder, comparison))
             rows += [
                 {
+                    "question": f"{comparison['question']} ({comparison['size']} size)",
                     "claim": str(verdict.statement),
                     "verdict": verdict.outcome,
                     "found": _estimate(verdict.effect) if verdict.effect else "—",
