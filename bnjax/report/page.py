@@ -3,11 +3,13 @@
 import functools
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import jinja2
+import tqdm
 import vl_convert
 from PIL import Image
 
@@ -55,7 +57,7 @@ def write_page(study: Study, out: Path) -> Path:
     }
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     pictures = {}
-    for figure in shown:
+    for figure in tqdm.tqdm(shown, unit="picture", disable=not sys.stderr.isatty(), dynamic_ncols=True):
         pictures[figure.name] = f"{PICTURES}/{figure.name}.png"
         (out / pictures[figure.name]).write_bytes(_png(figure))
     text = _template("page.md").render(**common, pictures=pictures)
@@ -91,14 +93,14 @@ def _specs(shown: list[Figure]) -> tuple[str, dict[str, list[str]]]:
         for i, panel in enumerate(figure.panels):
             name = f"chart{number}-{i}"
             places[figure.name].append(name)
-            specs[name] = {**panel.to_dict(), "width": "container", "config": ADAPTING}
+            specs[name] = {**panel.to_dict(validate=False), "width": "container", "config": ADAPTING}
     return json.dumps(specs, separators=(",", ":")).replace("</", "<\\/"), places
 
 
 def _png(figure: Figure) -> bytes:
     """Returns the panels of a figure side by side, on white, in few colours: a tenth of the bytes."""
     columns = 1 if len(figure.panels) == 1 else 2 if len(figure.panels) <= 4 else 3
-    spec = {**alt.concat(*figure.panels, columns=columns).to_dict(), "config": PAPER}
+    spec = {**alt.concat(*figure.panels, columns=columns).to_dict(validate=False), "config": PAPER}
     png, small = io.BytesIO(vl_convert.vegalite_to_png(spec, vl_version=VERSION, scale=1.5)), io.BytesIO()
     Image.open(png).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
