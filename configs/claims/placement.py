@@ -5,7 +5,7 @@
 
 Source: a debate without figures for this network: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 3.2) put it before the activation,
     the tutorial after.
-Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
+Time: 6 minutes for the small version, 15 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
 Margin: 0.02 in the best test accuracy, bnjax's own choice.
 """
 

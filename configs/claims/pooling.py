@@ -5,7 +5,7 @@
 
 Source: Springenberg et al. 2015 (arXiv 1412.6806, table 3), whom the tutorial follows: on CIFAR-10 an error of 9.74 % with max pooling
     and 10.19 % with strides instead.
-Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
+Time: 7 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
 Margin: 0.02 in test accuracy, since the published difference is 0.0045.
 """
 

@@ -4,7 +4,7 @@
     python -m bnjax.compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift_full --full
 
 Source: the tutorial's second notebook: test accuracy .607 with both and .608 with neither after 400 steps, and losses that look alike.
-Time: not measured; the small version is meant for at most 45 s a run on two CPU cores, the full size for a GPU.
+Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
 Margin: the two published runs are up to 0.031 apart on the way and 0.011 at the end; 0.02 is between.
 """
 
