@@ -65,6 +65,11 @@ def time(run: dict[str, Any], quantity: str, goal: float | int) -> tuple[float |
     if unit == "steps":
         return step or last, step is not None
     seconds = {line["step"]: line["seconds"] for line in run["timing"]}
+    if (step or last) not in seconds:
+        raise UserError(
+            f"timing.jsonl of {run['variant']}/{run['seed']} is damaged: it has no step {step or last}. Remove that run's folder, and the "
+            "same command trains it anew."
+        )
     return max(seconds[step or last], 0.001), step is not None  # the resolution of the file
 
 

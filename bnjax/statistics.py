@@ -20,6 +20,7 @@ class Estimate:
         low, high: the ends of the interval.
         n: how many runs, or pairs of runs, it is of.
         method: how it was found, in words for a table's footnote.
+        bound: "at least" or "at most" where the value is a bound only, "unknown" where it says nothing, else empty.
     """
 
     value: float
@@ -27,6 +28,19 @@ class Estimate:
     high: float
     n: int
     method: str
+    bound: str = ""
+
+    def __str__(self) -> str:
+        """Returns the value with its interval, ends that the runs do not set as dots.
+
+        >>> print(mean([1.0, 2.0, 3.0]), "and", ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True))))
+        2 [-0.4841 to 4.484] and at least 5.345 [2.288 to …]
+        """
+        if self.bound == "unknown":
+            return self.bound
+        low, high = ("…" if math.isinf(end) else f"{end:.4g}" for end in (self.low, self.high))
+        value = "not reached by half the runs" if math.isinf(self.value) else f"{self.bound} {self.value:.4g}".strip()
+        return value if high == "…" and self.low in (0, -math.inf) else f"{value} [{low} to {high}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +87,8 @@ def ratio(of: Times, against: Times) -> Estimate:
     """Returns the geometric mean of `of / against`, pair by pair, and the t interval of the logarithms, taken back.
 
     Where a time was not reached, the time until the run ended stands in for it. If that happened in `of` only, each such ratio is too
-    small: the value and the lower end are bounds that hold, and the upper end is infinite. If it happened in `against` only, the
-    other way round; if in both, nothing is known of the true ratio.
+    small: the value is a lower bound, the lower end a confidence bound, and the upper end infinite. If it happened in `against` only,
+    the other way round; if in both, nothing is known of the true ratio.
 
     >>> found = ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True)))
     >>> round(found.value, 2), round(found.low, 2), found.high
@@ -84,13 +98,10 @@ def ratio(of: Times, against: Times) -> Estimate:
     value, low, high = (math.exp(end) for end in (logs.value, logs.low, logs.high))
     if logs.n < 2:
         return Estimate(value, 0.0, math.inf, logs.n, logs.method)
+    bound = {(True, True): "", (False, True): "at least", (True, False): "at most"}.get((all(of.reached), all(against.reached)), "unknown")
+    low, high = low if all(against.reached) else 0.0, high if all(of.reached) else math.inf
     method = "geometric mean of the ratios at equal seeds, t interval of their logarithms"
-    if not all(of.reached):
-        high, method = math.inf, f"{method}; a lower bound, since some runs never got there"
-    if not all(against.reached):
-        low = 0.0
-        method = f"{method}; an upper bound, since some runs that are compared with never got there"
-    return Estimate(value, low, high, logs.n, method)
+    return Estimate(value, low, high, logs.n, method if not bound else f"{method}, a bound where some runs never got there", bound)
 
 
 def survival(times: Times) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +118,7 @@ def median(times: Times) -> Estimate:
     """Returns the Kaplan-Meier median, infinite if half the runs never got there, and its interval (Brookmeyer & Crowley, 1982).
 
     The interval holds the times at which the log-log interval of the survival function, with Greenwood's variance, includes one half. Its
-    upper end is infinite where the runs do not bound it, as is usual for a few.
+    upper end is infinite where the runs do not bound it, as is usual for a few; of three runs it holds the median in 88 % of cases only.
     """
     curve = stats.ecdf(times._censored()).sf
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -122,12 +133,18 @@ def median(times: Times) -> Estimate:
     value, n = first_half(curve.probabilities), len(times.values)
     if n < 2:
         return Estimate(value, 0.0, math.inf, n, "one run, no interval")
-    interval = first_half(np.where(np.isnan(low), curve.probabilities, low)), first_half(np.where(np.isnan(high), 1.0, high))
-    return Estimate(value, *interval, n, "Kaplan-Meier median, log-log interval")
+    first, last = first_half(np.where(np.isnan(low), curve.probabilities, low)), first_half(np.where(np.isnan(high), 1.0, high))
+    known = float(max(times.values)) if any(times.reached) else 0.0  # later than that the lower end may be, but nobody saw it
+    return Estimate(value, min(first, known), last, n, "Kaplan-Meier median, log-log interval")
 
 
 def logrank(of: Times, against: Times) -> float:
-    """Returns the p value of the log-rank test that both need equally long; pairs are not used. 1 if no run got there."""
+    """Returns the p value of the log-rank test that both need equally long; pairs are not used.
+
+    1 where nothing is known: no run got there, or none of one arm was still on its way when the first of the other did.
+    """
     if not any((*of.reached, *against.reached)):
         return 1.0
-    return float(stats.logrank(of._censored(), against._censored()).pvalue)
+    with np.errstate(invalid="ignore"):  # then 0 / 0
+        found = float(stats.logrank(of._censored(), against._censored()).pvalue)
+    return 1.0 if math.isnan(found) else found

@@ -1,10 +1,8 @@
 """The results of a comparison as lines of text."""
 
-import math
 from typing import Any
 
 from bnjax import claims, results, statistics
-from bnjax.statistics import Estimate
 
 
 def of_comparison(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> str:
@@ -25,8 +23,8 @@ def _of_variant(runs: list[dict[str, Any]], target: float) -> list[str]:
     times = results.times(runs, "steps_to_loss", target)
     reached = f"{sum(times.reached)} of {len(runs)} runs got there in {max(times.values):g} steps"
     return [
-        f"test accuracy {_interval(accuracy['last'])} at the end, {_interval(accuracy['best'])} at its best",
-        f"steps to training loss {target:g}: median {_interval(statistics.median(times))}; {reached}",
+        f"test accuracy {accuracy['last']} at the end, {accuracy['best']} at its best",
+        f"steps to training loss {target:g}: median {statistics.median(times)}; {reached}",
     ]
 
 
@@ -36,8 +34,8 @@ def _verdicts(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> list[st
     for verdict in claims.verdicts(comparison, runs):
         lines += [f"{verdict.outcome.upper()}: {verdict.statement}", f"  because {verdict.reason}"]
         if verdict.effect and verdict.of and verdict.against:
-            names = f"{verdict.statement.of} {_interval(verdict.of)}, {verdict.statement.against} {_interval(verdict.against)}"
-            lines.append(f"  found {_interval(verdict.effect)} in {verdict.effect.n} pairs of runs; alone: {names}")
+            names = f"{verdict.statement.of} {verdict.of}, {verdict.statement.against} {verdict.against}"
+            lines.append(f"  found {verdict.effect} in {verdict.effect.n} pairs of runs; alone: {names}")
             methods |= {verdict.effect.method, verdict.of.method, verdict.against.method}
         if verdict.logrank is not None:
             lines.append(f"  some runs did not get there; log-rank test of the two: p = {verdict.logrank:.2g}")
@@ -54,7 +52,7 @@ def _differences(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> list
     for name in others:
         if seeds := sorted({*finals[name]} & {*finals[first]}):
             effect = statistics.difference(*([finals[arm][seed] for seed in seeds] for arm in (name, first)))
-            lines.append(f"test accuracy at the end, {name} - {first}: {_interval(effect)} in {effect.n} pairs of runs")
+            lines.append(f"test accuracy at the end, {name} - {first}: {effect} in {effect.n} pairs of runs")
             methods.add(effect.method)
     return [*lines, f"Method: {'; '.join(sorted(methods))}."] if lines else []
 
@@ -63,10 +61,3 @@ def _accuracies(runs: list[dict[str, Any]], at: str) -> dict[int, float]:
     """Returns the test accuracy of each run by its seed."""
     found = ((run["seed"], results.value(run, "test_accuracy", at)) for run in runs)
     return {seed: accuracy for seed, accuracy in found if accuracy is not None}
-
-
-def _interval(estimate: Estimate) -> str:
-    """Returns a value with its interval, ends that the runs do not set as dots."""
-    low, high = ("…" if math.isinf(end) else f"{end:.4g}" for end in (estimate.low, estimate.high))
-    value = "not reached by half the runs" if math.isinf(estimate.value) else f"{estimate.value:.4g}"
-    return value if high == "…" and estimate.low in (0, -math.inf, math.inf) else f"{value} [{low} to {high}]"

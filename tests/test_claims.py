@@ -34,6 +34,8 @@ def comparison(*statements, seeds=3, needed=3):
     variant = {"config": {"train": {"target_loss": 0.5}}, "dataset": "made up", "differs": {}}
     return {
         "question": "Is a better?",
+        "size": "small",
+        "command": "python",
         "variants": {"a": variant, "b": variant},
         "statements": list(statements),
         "seeds": list(range(seeds)),
@@ -220,7 +222,7 @@ def test_the_text_says_verdict_interval_method_and_source():
     assert "1 of 3 runs got there in 40 steps" in found
     assert "median not reached by half the runs" in found
     assert "Kaplan-Meier" in found
-    assert "lower bound" in found
+    assert "found at least 5.503 [" in found
     assert "log-rank" in found
     assert "claimed by: me" in found
 

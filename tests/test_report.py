@@ -160,7 +160,9 @@ def test_a_command_gives_the_same_config_again(folders):
 
 
 def test_a_comparison_has_its_own_order_and_command_and_says_what_is_missing(folders, tmp_path):
-    comparison = {"variants": {"no_bn": {}, "bn": {}}, "seeds": [0, 1, 2], "command": "python -m bnjax.compare --configs a,b"}
+    variant = {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
+    comparison = {"variants": {"no_bn": variant, "bn": variant}, "seeds": [0, 1, 2], "command": "python -m bnjax.compare --configs a,b"}
+    comparison |= {"question": "", "size": "", "statements": [], "seeds_needed": 0}
     (tmp_path / "comparison.json").write_text(json.dumps(comparison))
     study = read_study([tmp_path])
     assert [(run.variant, run.seed) for run in study.runs] == [("no_bn", 0), ("no_bn", 1), ("bn", 0), ("bn", 1), ("bn", 2)]
@@ -192,6 +194,26 @@ def test_the_verdicts_of_several_comparisons_stand_in_one_table(tmp_path):
         "Is it much better? (small size)": ("not reproduced", "0.01 [0.01 to 0.01], 2 pairs"),
         "Is it better? (small size)": ("reproduced", "0.01 [0.01 to 0.01], 2 pairs"),
     }
+
+
+def test_one_name_in_two_comparisons_is_told_apart(tmp_path):
+    for folder, batch_size in (("small", 10), ("large", 20)):
+        for seed in range(2):
+            write_run(tmp_path / folder / "bn" / str(seed), seed, train__batch_size=batch_size)
+        (tmp_path / folder / "comparison.json").write_text(json.dumps({"variants": {"bn": {}}, "seeds": [0, 1]}))
+    study = read_study([tmp_path / "small", tmp_path / "large"])
+    assert {name: len(runs) for name, runs in study.variants.items()} == {f"bn ({tmp_path / folder})": 2 for folder in ("small", "large")}
+    again = read_study([tmp_path / "small", tmp_path / "small" / "bn" / "1"])
+    assert {name: len(runs) for name, runs in again.variants.items()} == {"bn": 2}
+    assert f"{tmp_path / 'small' / 'bn' / '1'} is of the same config and seed" in again.problems[-1]
+
+
+def test_verdicts_that_cannot_be_had_are_said(tmp_path):
+    write_run(tmp_path / "bn" / "0")
+    (tmp_path / "comparison.json").write_text(json.dumps({"variants": {"bn": {}}, "seeds": [0]}))
+    ((folder, _, verdict, _, reason, _),) = tables.verdict_table(read_study([tmp_path])).rows
+    assert (folder, verdict) == (str(tmp_path), "not known")
+    assert "comparison.json is missing or damaged (KeyError" in reason
 
 
 def test_one_name_for_two_configs_is_told_apart_and_seeds_are_not(folders, tmp_path):
@@ -292,7 +314,13 @@ def test_nothing_to_report_is_an_error_without_a_traceback(tmp_path, arguments):
 def template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("template") / "bn" / "0"
     write_run(folder)
-    (folder.parents[1] / "comparison.json").write_text(json.dumps({"variants": ["bn"], "seeds": [0]}))
+    statements = [
+        {"quantity": quantity, "at": at, "of": "bn", "against": "bn", "direction": "greater", "margin": 1, "source": "me"}
+        for quantity, at in (("seconds_to_accuracy", 0.5), ("steps_to_loss", 0.3), ("test_loss", "best"))
+    ]
+    variants = {"bn": {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}}
+    comparison = {"question": "Is it?", "size": "small", "variants": variants, "statements": statements, "seeds": [0], "seeds_needed": 1}
+    (folder.parents[1] / "comparison.json").write_text(json.dumps(comparison | {"command": "python -m bnjax.compare"}))
     return folder
 
 
@@ -312,7 +340,7 @@ def test_any_content_of_any_file_is_reported_or_refused(template, file, content)
     try:
         path.write_bytes(content)
         study = read_study([template.parents[1]])
-        for table in (tables.results, tables.speed, tables.origins, tables.differences, tables.whole_config):
+        for table in (tables.verdict_table, tables.results, tables.speed, tables.origins, tables.differences, tables.whole_config):
             table(study)
         tables.commands(study)
         for draw in (charts.curves, charts.steps_to_loss, charts.gap, charts.against_time, lambda study: list(inside.figures(study))):

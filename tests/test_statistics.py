@@ -101,7 +101,9 @@ def test_times_that_half_the_runs_never_reach_have_no_median():
     assert found.value == math.inf
     assert found.high == math.inf
     never = median(Times((100, 100, 100), (False,) * 3))
-    assert (never.value, never.low, never.high) == (math.inf,) * 3
+    assert (never.value, never.low, never.high) == (math.inf, 0, math.inf)
+    late = median(Times((40,) + (100,) * 99, (True,) + (False,) * 99))
+    assert (late.value, late.low, late.high) == (math.inf, 100, math.inf)  # surely later than anybody saw
 
 
 def test_the_ratio_is_paired_and_on_the_log_scale():
@@ -120,13 +122,19 @@ def test_censored_ratios_are_bounds():
     lower = ratio(cut, others)
     assert lower.high == math.inf
     assert lower.value < whole.value
-    assert "lower bound" in lower.method
+    assert lower.bound == "at least"
     upper = ratio(others, cut)
     assert upper.low == 0
     assert upper.high == pytest.approx(1 / lower.low)
-    assert "upper bound" in upper.method
+    assert upper.bound == "at most"
     both = ratio(cut, cut)
-    assert (both.low, both.high) == (0, math.inf)
+    assert (both.low, both.high, str(both)) == (0, math.inf, "unknown")
+
+
+def test_a_test_without_information_has_a_p_value_of_1():
+    never, later = Times((20, 20, 20), (False,) * 3), Times((60, 70, 80), (True,) * 3)
+    assert logrank(never, later) == 1  # at 60 nobody of the first arm is left to compare with
+    assert logrank(never, never) == 1
 
 
 @pytest.mark.parametrize(("values", "reached"), [((), ()), ((1, 2), (True,)), ((0,), (True,)), ((math.inf,), (False,))])

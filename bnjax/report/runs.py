@@ -125,7 +125,7 @@ def read_study(folders: list[Path]) -> Study:
                 problems.extend(told)
     if not runs:
         raise UserError(f"there is no run to report. {' '.join(problems)} Train one with python -m bnjax.main --config configs/bn.py.")
-    runs = _named(runs)
+    runs = _once(_named(runs), problems)
     order = list(dict.fromkeys(run.variant for run in runs))
     return Study(sorted(runs, key=lambda run: order.index(run.variant)), problems, comparisons)
 
@@ -220,17 +220,28 @@ def _members(folder: Path, comparison: dict[str, Any]) -> tuple[list[Path], list
 
 
 def _named(runs: list[Run]) -> list[Run]:
-    """Names the variants of single runs: by their config; where one name stands for several configs, with the first run's folder."""
+    """Names the variants: by their config; where one name stands for several configs, also by the folder of the run or comparison."""
     first: dict[str, dict[str, Path]] = {}
     for run in runs:
-        first.setdefault(run.config["config.name"], {}).setdefault(_identity(run), run.folder)
+        of_comparison = bool(run.variant)
+        folder = run.folder.parent.parent if of_comparison else run.folder
+        first.setdefault(run.config["config.name"], {}).setdefault(_identity(run), folder)
 
     def name(run: Run) -> str:
-        plain = run.config["config.name"] or "run"
-        folders = first[run.config["config.name"]]
-        return run.variant or (plain if len(folders) == 1 else f"{plain} ({folders[_identity(run)]})")
+        plain, folders = run.config["config.name"], first[run.config["config.name"]]
+        return (plain or "run") if len(folders) == 1 else f"{plain or 'run'} ({folders[_identity(run)]})"
 
     return [dataclasses.replace(run, variant=name(run)) for run in runs]
+
+
+def _once(runs: list[Run], problems: list[str]) -> list[Run]:
+    """Leaves out runs of a config and seed that are there already, which would count twice as evidence, and says so."""
+    found: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        first = found.setdefault((run.variant, run.seed), run)
+        if first is not run:
+            problems.append(f"{run.folder} is of the same config and seed as {first.folder}, which is shown.")
+    return list(found.values())
 
 
 def _identity(run: Run) -> str:

@@ -1,6 +1,5 @@
 """The numbers of a report, in words and tables."""
 
-import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -24,34 +23,27 @@ class Table:
     caption: str = ""
 
 
-def verdicts(study: Study) -> list[dict[str, str]]:
-    """Returns the verdict on each claim of the comparisons, one dict of columns each."""
-    rows = []
+def verdict_table(study: Study) -> Table | None:
+    """Returns the verdict on each statement of the comparisons, None if nothing was claimed."""
+    rows, methods = [], set()
     for folder in study.comparisons:
-        with contextlib.suppress(UserError):  # a damaged one is among the study's problems already
+        try:
             comparison = claims.read(folder)
             found = claims.verdicts(comparison, results_of.read_runs(folder, comparison))
-            rows += [
-                {
-                    "question": f"{comparison['question']} ({comparison['size']} size)",
-                    "claim": str(verdict.statement),
-                    "verdict": verdict.outcome,
-                    "found": _estimate(verdict.effect) if verdict.effect else "—",
-                    "because": verdict.reason,
-                    "source": verdict.statement.source,
-                }
-                for verdict in found
-            ]
-    return rows
-
-
-def verdict_table(study: Study) -> Table | None:
-    """Returns the verdicts as a table, None if nothing was claimed."""
-    rows = verdicts(study)
+        except UserError as error:
+            rows.append([str(folder), "—", "not known", "—", str(error), "—"])
+            continue
+        for verdict in found:
+            effect, statement = verdict.effect, verdict.statement
+            said = f"{effect}, {effect.n} pairs" if effect else "—"
+            said += "" if verdict.logrank is None else f"; log-rank test p = {verdict.logrank:.2g}"
+            question = f"{comparison['question']} ({comparison['size']} size)"
+            rows.append([question, str(statement), verdict.outcome, said, verdict.reason, statement.source])
+            methods |= {effect.method} if effect else set()
     if not rows:
         return None
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return Table("Verdicts", columns, [[row.get(column, "") for column in columns] for row in rows])
+    caption = f"Of 95 % intervals one in twenty is expected to miss. Found: {'; '.join(sorted(methods))}."
+    return Table("Verdicts", ["question", "claim", "verdict", "found", "because", "source"], rows, caption)
 
 
 def results(study: Study) -> Table:
@@ -74,12 +66,12 @@ def results(study: Study) -> Table:
                 _mean([run.test.accuracy.max() for run in tested], 4),
                 _mean([np.nanmin(run.test.loss) for run in tested if not np.isnan(run.test.loss).all()], 3),
                 _mean([run.train.loss[-1] for run in counted], 4),
-                _reached(runs),
+                _reached(counted),
             ]
         )
     caption = (
         "Mean over the seeds ± half of its 95 % interval by Student's t. Where runs of a variant are finished, the others do not count. "
-        "The best is each run's own, over all its evaluations: it is chosen on the test images. Steps to a loss: the median of the runs."
+        "The best is each run's own, over all its evaluations: it is chosen on the test images. Steps to a loss: the Kaplan-Meier median."
     )
     return Table("Results", columns, rows, caption)
 
@@ -157,16 +149,12 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return f"{found.value:,.{digits}f}" + ("" if found.n < 2 else f" ± {found.high - found.value:,.{digits}f}")
 
 
-def _estimate(found: statistics.Estimate) -> str:
-    low, high = ("…" if np.isinf(end) else f"{end:.4g}" for end in (found.low, found.high))
-    return f"{found.value:.4g} [{low} to {high}], {found.n} pairs"
-
-
 def _reached(runs: Sequence[Run]) -> str:
-    """Returns the median step at which the runs got to the target loss; runs that never did count as later than any that did."""
-    steps = sorted(run.steps_to_loss or float("inf") for run in runs)
-    there = sum(step < float("inf") for step in steps)
-    middle = (steps[(len(steps) - 1) // 2] + steps[len(steps) // 2]) / 2
+    """Returns the Kaplan-Meier median of the steps to the target loss."""
+    times = statistics.Times(
+        tuple(run.steps_to_loss or int(run.train.step[-1]) for run in runs), tuple(run.steps_to_loss is not None for run in runs)
+    )
+    middle, there = statistics.median(times).value, sum(times.reached)
     text = f"{middle:g}" if middle < float("inf") else "not reached"
     return text if there in (0, len(runs)) else f"{text} ({there} of {len(runs)} got there)"
 
