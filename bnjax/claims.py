@@ -55,9 +55,11 @@ class Statement:
             f"quantity: {', '.join([*VALUES, *TIMES])}": self.quantity in VALUES or self.quantity in TIMES,
             f"at: {'a number' if self.is_time else ', '.join(POINTS) + ' or a step'}": number or (not self.is_time and self.at in POINTS),
             f"direction: {', '.join(DIRECTIONS)}": self.direction in DIRECTIONS,
-            f"margin: {self.neutral} or above": self.neutral <= self.margin < math.inf,
-            "expected: a number, of a ratio above 0": -math.inf < expected < math.inf and (expected > 0 or not self.is_time),
-            "source: who says so": bool(self.source),
+            f"margin: {self.neutral} or above": not isinstance(self.margin, bool) and self.neutral <= self.margin < math.inf,
+            "expected: a number, of a ratio above 0": not isinstance(expected, bool)
+            and -math.inf < expected < math.inf
+            and (expected > 0 or not self.is_time),
+            "source: who says so": type(self.source) is str and bool(self.source),
         }
         if wrong := [allowed for allowed, holds in checks.items() if not holds]:
             raise ValueError(f"{dataclasses.asdict(self)} is not possible; allowed is for {'; for '.join(wrong)}")
@@ -132,6 +134,11 @@ def load(path: str) -> dict[str, Any]:
         keys = {"question", "variants", "statements", "seeds", "full"}
         if set(claim) - {"small"} != keys:
             raise ValueError(f"its keys are {', '.join(claim)} and should be {', '.join(sorted(keys))} and perhaps small")
+        for name, kind in {"question": str, "variants": dict, "statements": list, "full": dict, "small": dict}.items():
+            if name in claim and not isinstance(claim[name], kind):
+                raise ValueError(f"{name} = {claim[name]!r} is not possible; it has to be a {kind.__name__}")
+        if not claim["variants"]:
+            raise ValueError("it has no variants")
         if type(claim["seeds"]) is not int or claim["seeds"] < 2:
             raise ValueError(f"seeds = {claim['seeds']!r} is not possible; allowed are 2 and above")
         for name in claim["variants"]:
@@ -139,7 +146,7 @@ def load(path: str) -> dict[str, Any]:
         _statements(claim)
         variants = {name: (str(file.parent / config), dict(overrides)) for name, (config, overrides) in claim["variants"].items()}
         return {**claim, "variants": variants}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(f"the claim file {path} does not work: {found}. bnjax/claims.py says what it has to hold.") from error
 

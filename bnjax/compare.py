@@ -7,6 +7,8 @@ from pathlib import Path
 
 from bnjax import errors
 
+MOST_SEEDS = 100_000  # each is a run
+
 
 def main() -> int:
     """Reads the command line, takes the runs that are missing, prints what they say, and returns the exit code: 1 if a run broke down."""
@@ -32,10 +34,13 @@ def main() -> int:
         "(default: what is fast here)",
     )
     args, words = parser.parse_known_args()
-    if args.full and not args.claim:
+    if args.full and args.claim is None:
         parser.error("--full is about a claim: give one with --claim")
-    if args.seeds is not None and args.seeds < 1:
-        parser.error("--seeds has to be 1 or above")
+    if args.seeds is not None and not 1 <= args.seeds <= MOST_SEEDS:
+        parser.error(f"--seeds has to be from 1 to {MOST_SEEDS:,}")
+    files = [file.strip() for file in (args.configs or "").split(",")]
+    if args.claim is None and not all(files):
+        parser.error("--configs has an empty name: give files with a comma between them")
 
     from bnjax import grid, report, results, seeds, text  # late, so that --help is quick
     from bnjax.data import sources
@@ -44,10 +49,8 @@ def main() -> int:
 
     keep_compiled(sources.cache_dir() / "compiled")
 
-    if args.claim:
-        comparison = grid.compare_claim(args.claim, words, full=args.full)
-    else:
-        comparison = grid.compare_configs(args.configs.split(","), words)
+    of_configs = args.claim is None
+    comparison = grid.compare_configs(files, words) if of_configs else grid.compare_claim(args.claim, words, full=args.full)
     command = shlex.join(["python", "-m", "bnjax.compare", *sys.argv[1:]])
     comparison |= {"seeds": list(range(args.seeds or comparison["seeds_needed"] or 5)), "command": command}
     folder = args.workdir or Path("runs") / (Path(args.claim).stem if args.claim else "compare")

@@ -27,8 +27,10 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
         raise UserError(
             f"the config file {path} defines no {error}. It needs a function get_config() that returns a ConfigDict."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"the config file {path} does not run: {type(error).__name__}: {error}.") from error
+    if not isinstance(config, ConfigDict) or "name" not in config:
+        raise UserError(f"the config file {path} gives no config: take bnjax.defaults.get_config(), change it and return it.")
     for name, text in _pairs(overrides):
         override(config, name, text)
     config.name = config.name or file.stem

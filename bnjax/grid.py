@@ -101,7 +101,9 @@ def claim_folder(folder: Path, comparison: dict[str, Any]) -> None:
     """
     if (folder / claims.FILE).exists():
         there = claims.read(folder)
-        lines = workdirs.differences(_identity(there), _identity(comparison))
+        names = [", ".join(sorted(which["variants"])) for which in (there, comparison)]
+        lines = f"\n    variants: {names[0]} there, {names[1]} now" if names[0] != names[1] else ""
+        lines = lines or workdirs.differences(_identity(there), _identity(comparison))
         if gone := sorted({*there["seeds"]} - {*comparison["seeds"]}):
             lines += f"\n    seeds: {gone} there, but not now"
         if lines:

@@ -28,21 +28,25 @@ def read_runs(folder: Path, comparison: dict[str, Any]) -> list[dict[str, Any]]:
             found = {"metrics": read_metrics(run / "metrics.jsonl"), "timing": read_lines(run / "timing.jsonl")}
             if any(type(line.get("seconds")) is not float for line in found["timing"]):
                 raise UserError(f"{run / 'timing.jsonl'} is damaged: a line has no seconds.")
-            runs.append({"variant": variant, "seed": seed, "summary": _summary(run, found["metrics"]), **found})
+            runs.append({"variant": variant, "seed": seed, "summary": _summary(run, seed, found["metrics"]), **found})
     return runs
 
 
-def _summary(run: Path, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
-    file = run / "summary.json"
-    if not file.exists():
+def _summary(run: Path, seed: int, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not (run / "summary.json").exists():
         return None
+    last = max((line["step"] for line in metrics if line["split"] == "train"), default=None)
+    tested = any(line["split"] == "test" for line in metrics)
     try:
-        summary = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        summary = None
-    if not isinstance(summary, dict) or {line["split"] for line in metrics} != {"train", "test"}:
-        raise UserError(f"{file} is damaged, or the metrics beside it are. Remove the folder {run}, and the same command trains it anew.")
-    return summary
+        summary, config = (json.loads((run / name).read_bytes()) for name in ("summary.json", "config.json"))
+        if tested and summary["steps"] == last and config["config"]["seed"] == seed:
+            return summary
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        pass
+    raise UserError(
+        f"the files in {run} do not agree: metrics.jsonl, summary.json and config.json have to be of one finished run of seed {seed}. "
+        "Restore them from a copy, or remove that folder, and the same command trains it anew."
+    )
 
 
 def value(run: dict[str, Any], quantity: str, at: str | float | int) -> float | None:

@@ -34,7 +34,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            if not isinstance(value, dict) or type(value.get("step")) is not int:
+            if not isinstance(value, dict) or type(value.get("step")) is not int or not 0 <= value["step"] < 2**53:
                 raise _damaged(path, f"line {number}")
             found.append(value)
     return found

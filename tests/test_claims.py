@@ -175,6 +175,7 @@ def test_a_verdict_agrees_with_every_value_in_the_interval(direction, margin, on
         ({"quantity": "steps_to_loss", "at": 0.2, "margin": 0.5}, "margin: 1 or above"),
         ({"quantity": "steps_to_loss"}, "at: a number"),
         ({"source": ""}, "source: who says so"),
+        ({"margin": True}, "margin: 0 or above"),
         ({"expected": math.inf}, "expected: a number"),
     ],
 )
@@ -199,6 +200,11 @@ GOOD = {"question": "q", "variants": {"a": ("a.py", {}), "b": ("b.py", {})}, "st
         (GOOD | {"variants": {"../a": ("a.py", {}), "b": ("b.py", {})}}, "cannot be called '../a'"),
         (GOOD | {"statements": [GREATER | {"about": 1}]}, "about"),
         (GOOD | {"statements": [3]}, "claim file"),
+        (GOOD | {"question": 5}, "question = 5 is not possible"),
+        (GOOD | {"full": None}, "full = None is not possible"),
+        (GOOD | {"small": [1]}, "small = [1] is not possible"),
+        (GOOD | {"variants": {}, "statements": []}, "it has no variants"),
+        ("raise SystemExit(0)", "SystemExit"),
     ],
 )
 def test_a_wrong_claim_file_is_one_paragraph(tmp_path, claim, said):

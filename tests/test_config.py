@@ -133,7 +133,10 @@ def test_low_precision_products_are_chosen_and_checked():
         configs.build_model(config.model, 10, (32, 32, 3))
 
 
-@pytest.mark.parametrize("content", ["", "1/0", "def get_config(): return 1/0", "def get_config(:"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "1/0", "def get_config(): return 1/0", "def get_config(:", "raise SystemExit(0)", "def get_config(): return {'name': 'a'}"],
+)
 def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
     file = tmp_path / "mine.py"
     file.write_text(content)

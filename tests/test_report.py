@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_bad_input import HUNDRED, JSON
 
-from bnjax import configfile, histograms, report
+from bnjax import configfile, histograms, report, results
 from bnjax.errors import UserError
 from bnjax.report import charts, inside, tables
 from bnjax.report.runs import read_run, read_study
@@ -48,7 +48,14 @@ def write_run(folder, seed=0, *, name="bn", losses=(2.0, 1.0, 0.5, 0.25, 0.125),
     for file, content in (("metrics", lines), ("timing", timing), ("histograms", inner)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
     if finished:
-        summary = {"official_pixels": False, "fallback_reason": "", "batch_size": 10, "device": "1 x abacus", "git": "abc1234"}
+        summary = {
+            "official_pixels": False,
+            "fallback_reason": "",
+            "batch_size": 10,
+            "steps": len(losses),
+            "device": "1 x abacus",
+            "git": "abc1234",
+        }
         (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"python": "3.11", "jax": "0.10.2"}}))
     return folder
 
@@ -208,6 +215,36 @@ def test_one_name_in_two_comparisons_is_told_apart(tmp_path):
     assert f"{tmp_path / 'small' / 'bn' / '1'} is of the same config and seed" in again.problems[-1]
 
 
+def test_files_that_do_not_agree_are_no_finished_run(tmp_path):
+    folder = write_run(tmp_path / "bn" / "0")
+    variant = {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
+    comparison = {"variants": {"bn": variant}, "seeds": [0]}
+    assert results.read_runs(tmp_path, comparison)[0]["summary"]["steps"] == 5
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:3]))  # as if the disk had lost the rest
+    assert "is of 5 steps, and metrics.jsonl ends at step 2" in read_run(folder)[1][0]
+    assert not read_run(folder)[0].summary
+    with pytest.raises(UserError, match="do not agree"):
+        results.read_runs(tmp_path, comparison)
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    folder.rename(tmp_path / "bn" / "1")
+    with pytest.raises(UserError, match="one finished run of seed 1"):
+        results.read_runs(tmp_path, comparison | {"seeds": [1]})
+
+
+def test_a_report_of_somebody_else_is_not_overwritten(tmp_path):
+    folder = write_run(tmp_path / "run")
+    report.write(folder)
+    report.write(folder)  # its own it replaces
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.md").write_text("# my own")
+    with pytest.raises(UserError, match=r"was not made by bnjax\.report"):
+        report.write_all([folder], tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.md"]
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write_all([folder], folder / "config.json")
+
+
 def test_verdicts_that_cannot_be_had_are_said(tmp_path):
     write_run(tmp_path / "bn" / "0")
     (tmp_path / "comparison.json").write_text(json.dumps({"variants": {"bn": {}}, "seeds": [0]}))
@@ -243,12 +280,12 @@ def test_the_page_needs_nothing_else_and_markdown_has_its_pictures(folders, tmp_
 
 
 def test_names_are_text_and_never_markup(tmp_path):
-    name = "</script><script>alert('x')</script>|<b>"
+    name = "</script><script>alert('x')</script>|<b><!--"
     text = report.write(write_run(tmp_path / "run", name=name)).read_text()
-    assert text.count("<script") - text.count("\\u003cscript") - len(re.findall(r"<\\/script><script", text)) == 2
-    assert "</script><script>" not in text.replace("</script>\n<script>", "")
+    assert text.count("<script") == text.count("</script") == 2
+    assert text.count("<!--") == 1  # the mark of a report; within a script it would hide the script's end
     assert html.escape(name, quote=False).split("'")[0] in text
-    assert "\\|<b>" in (tmp_path / "run" / "report.md").read_text()
+    assert "\\|&lt;b>" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):

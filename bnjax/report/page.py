@@ -94,7 +94,7 @@ def _specs(shown: list[Figure]) -> tuple[str, dict[str, list[str]]]:
             name = f"chart{number}-{i}"
             places[figure.name].append(name)
             specs[name] = {**panel.to_dict(validate=False), "width": "container", "config": ADAPTING}
-    return json.dumps(specs, separators=(",", ":")).replace("</", "<\\/"), places
+    return json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c"), places  # a name may hold "</script>" or "<!--"
 
 
 def _png(figure: Figure) -> bytes:

@@ -157,7 +157,7 @@ def read_run(folder: Path, variant: str = "") -> tuple[Run, list[str]]:
         if not (folder / "summary.json").exists():
             problems.append(f"{folder} is not finished: what it had after {train.step[-1]} steps is shown.")
         else:
-            summary = _summary(folder / "summary.json")
+            summary = _summary(folder / "summary.json", int(train.step[-1]))
     except UserError as error:
         problems.append(str(error))
     try:
@@ -186,8 +186,10 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _summary(file: Path) -> dict[str, Any]:
+def _summary(file: Path, last: int) -> dict[str, Any]:
     summary = _json(file)
+    if summary.get("steps") != last:
+        raise UserError(f"{file} is of {summary.get('steps')} steps, and metrics.jsonl ends at step {last}: one of them is damaged.")
     versions = summary.get("versions")
     if not isinstance(versions, dict) or type(summary.get("batch_size")) is not int:
         raise UserError(f"{file} is damaged: it lacks versions or batch_size.")

@@ -46,7 +46,14 @@ def get_claim():
             {**small_batch, "of": "group_2", "margin": 0.05, "source": f"{paper}: errors of 24.1 and 34.7 %"},
             {**small_batch, "of": "layer_2", "margin": 0.045, "source": f"{paper}: errors of 25.3 (of 32 images) and 34.7 %"},
             {**small_batch, "of": "renorm_2", "margin": 0.005, "source": f"{paper}: errors of 26.3 and 27.3 % at 4 images; Ioffe 2017"},
-            {**accuracy, "of": "group_512", "against": "batch_512", "direction": "equal", "margin": 0.02, "source": "bnjax, from figure 5 of the paper, which ends at 32 images"},
+            {
+                **accuracy,
+                "of": "group_512",
+                "against": "batch_512",
+                "direction": "equal",
+                "margin": 0.02,
+                "source": "bnjax; the paper's figure 5 ends at 32",
+            },
         ],
         "seeds": 5,
         "small": {
