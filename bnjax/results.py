@@ -44,8 +44,8 @@ def _summary(run: Path, seed: int, metrics: list[dict[str, Any]]) -> dict[str, A
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         pass
     raise UserError(
-        f"the files in {run} do not agree: metrics.jsonl, summary.json and config.json have to be of one finished run of seed {seed}. "
-        "Restore them from a copy, or remove that folder, and the same command trains it anew."
+        f"the run in {run} is damaged: metrics.jsonl, summary.json and config.json are not of one finished run of seed {seed}. Restore "
+        "them from a copy, or remove that folder, and the same command trains it anew."
     )
 
 

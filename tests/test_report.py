@@ -224,7 +224,7 @@ def test_files_that_do_not_agree_are_no_finished_run(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(lines[:3]))  # as if the disk had lost the rest
     assert "is of 5 steps, and metrics.jsonl ends at step 2" in read_run(folder)[1][0]
     assert not read_run(folder)[0].summary
-    with pytest.raises(UserError, match="do not agree"):
+    with pytest.raises(UserError, match="is damaged"):
         results.read_runs(tmp_path, comparison)
     (folder / "metrics.jsonl").write_text("".join(lines))
     folder.rename(tmp_path / "bn" / "1")
