@@ -22,7 +22,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file with one JSON object a line, each with a whole number `step`; a torn last line is left out.
+    """Returns the objects of a file with one JSON object a line, each with a `step` above 0; a torn last line is left out.
 
     Raises:
         UserError: naming the first line that is something else.
@@ -34,7 +34,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            if not isinstance(value, dict) or type(value.get("step")) is not int or not 0 <= value["step"] < 2**53:
+            if not isinstance(value, dict) or type(value.get("step")) is not int or not 0 < value["step"] < 2**53:
                 raise _damaged(path, f"line {number}")
             found.append(value)
     return found
