@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bnjax.errors import UserError
 
-MARK = "<!-- made by bnjax.report -->"  # in both templates
+MARK = "<!-- made by bnjax.report -->"  # at the top of what is written
 
 
 def write(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import tqdm
 import vl_convert
 from PIL import Image
 
-from bnjax.report import charts, inside, tables
+from bnjax.report import MARK, charts, inside, tables
 from bnjax.report.charts import Figure
 from bnjax.report.runs import Study
 
@@ -46,6 +46,7 @@ def write_page(study: Study, out: Path) -> Path:
     specs, places = _specs(shown)
     verdicts = tables.verdict_table(study)
     common = {
+        "mark": MARK,
         "title": _title(study),
         "lead": _lead(study),
         "problems": study.problems,

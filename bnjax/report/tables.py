@@ -42,7 +42,7 @@ def verdict_table(study: Study) -> Table | None:
             methods |= {effect.method} if effect else set()
     if not rows:
         return None
-    caption = f"Of 95 % intervals one in twenty is expected to miss. Found: {'; '.join(sorted(methods))}."
+    caption = f"Of 95 % intervals one in twenty is expected to miss. Found: {'; '.join(sorted(methods)) or 'nothing'}."
     return Table("Verdicts", ["question", "claim", "verdict", "found", "because", "source"], rows, caption)
 
 
