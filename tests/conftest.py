@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jaxtyping
 import pytest
+from hypothesis import HealthCheck, settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell; the tests of Ctrl-C want it heard
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +32,13 @@ for _name, _value in (
 ROOT = Path(__file__).parents[1]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "bnjax").rglob("[!_]*.py")]
 jaxtyping.install_import_hook([name for name in MODULES if not name.endswith("weight_standardization")], "beartype.beartype")
+
+
+# Property tests: the same examples each time, as many as the time for every change allows; `--hypothesis-profile=thorough` is for more.
+_CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("default", max_examples=100, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import synthetic
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -26,10 +26,6 @@ from bnjax.train_step import init_variables
 from bnjax.writers import Lines, read_metrics
 
 ROOT = Path(__file__).parents[1]
-THOUSAND = settings(
-    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-HUNDRED = settings(THOUSAND, max_examples=100)
 
 
 def keys(config, prefix=""):
@@ -58,7 +54,6 @@ JSON = st.recursive(
 SMALL = synthetic.dataset()
 
 
-@THOUSAND
 @given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), min_size=1, max_size=4))
 def test_any_overrides_build_or_are_refused(overrides):
     config = synthetic.config()
@@ -73,7 +68,6 @@ def test_any_overrides_build_or_are_refused(overrides):
         assert experiment.steps >= 1
 
 
-@THOUSAND
 @given(st.data())
 def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
     content = {"config": synthetic.config().to_dict(), "data": {"name": "a", "label": "a", "image_shape": [8, 8, 1], "classes": ["x", "y"]}}
@@ -92,7 +86,6 @@ def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
         assert str(error)
 
 
-@THOUSAND
 @given(st.binary(max_size=60))
 def test_any_bytes_as_a_saved_config_are_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
@@ -100,7 +93,6 @@ def test_any_bytes_as_a_saved_config_are_refused(tmp_path, content):
         workdir.read(tmp_path)
 
 
-@THOUSAND
 @given(st.lists(st.one_of(st.binary(max_size=40), JSON.map(lambda value: json.dumps(value).encode()), st.just(b'{"step": 1}')), max_size=4))
 def test_any_bytes_as_metrics_are_read_or_refused(tmp_path, lines):
     file = tmp_path / "metrics.jsonl"
@@ -121,7 +113,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-@HUNDRED
 @given(st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps({"files": value, "accuracy": value}).encode())))
 def test_any_record_of_a_checkpoint_is_told_from_a_true_one(finished, tmp_path, content):
     folder = tmp_path / "checkpoints"
@@ -136,7 +127,7 @@ def test_any_record_of_a_checkpoint_is_told_from_a_true_one(finished, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["main", "predict", "compare", "report"])
-@settings(THOUSAND, max_examples=24)
+@settings(max_examples=24)
 @given(data=st.data())
 def test_any_words_on_a_command_line(finished, tmp_path, module, data):
     own = {
@@ -200,7 +191,7 @@ def damage(file, how):
 
 
 @pytest.mark.slow
-@HUNDRED
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_path, data):
     died, wanted = interrupted
@@ -218,7 +209,7 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
 
 
 @pytest.mark.slow
-@HUNDRED
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_damage_is_said_or_does_no_harm_when_predicting(finished, tmp_path, monkeypatch, capsys, data):
     """The command line itself, in this process: damaged runs, and images of damaged or random bytes."""

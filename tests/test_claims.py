@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_configs import Dataset, Split
 
@@ -145,7 +145,6 @@ def test_a_loss_that_is_not_finite_is_inconclusive():
     assert outcome(statement, *runs).reason == "some runs have no finite value at that point"
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(["greater", "less", "equal"]), st.floats(0, 1), st.floats(-2, 2), st.floats(-2, 2), st.floats(-1, 1), st.booleans())
 def test_a_verdict_agrees_with_every_value_in_the_interval(direction, margin, one, other, expected, is_time):
     """Reproduced: the claim holds for all of them; not reproduced: for none."""
@@ -233,7 +232,6 @@ def test_the_text_says_verdict_interval_method_and_source():
     assert "claimed by: me" in found
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     st.recursive(
         st.none() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(st.text(max_size=5), x)

@@ -54,7 +54,7 @@ def test_output_and_statistics_are_those_of_numpy():
     np.testing.assert_allclose(evaluated, expected, atol=1e-5)
 
 
-@settings(deadline=None, derandomize=True, max_examples=8)
+@settings(max_examples=8)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=3),
     st.integers(2, 9),
@@ -79,7 +79,10 @@ def test_masked_statistics_of_any_shape(inner, examples, momentum, seed, varianc
     assert np.isfinite(y).all()
 
 
-SUMS_ONE_BY_ONE = pytest.mark.xfail(jax.__version_info__ < (0, 10, 2), reason="XLA's sums on a CPU were less exact; the README says so")
+SUMS_ONE_BY_ONE = pytest.mark.xfail(
+    jax.__version_info__ < (0, 10, 2),
+    reason="before 0.10.2 XLA sums float32 one by one on a CPU: of 5,408 values at mean 10000 the variance is off by 4e-4 (see the README)",
+)
 
 
 @pytest.mark.parametrize("shape", [(64, 5), pytest.param((32, 13, 13, 4), marks=SUMS_ONE_BY_ONE), (20_000, 3)])
@@ -208,7 +211,6 @@ def test_debias_is_exact_on_a_constant_stream_from_the_first_step(momentum):
         np.testing.assert_allclose(stats["var"], x.var(0, dtype=np.float64), rtol=2e-6)
 
 
-@settings(deadline=None, derandomize=True, max_examples=50)
 @given(st.floats(0, 1), st.integers(0, 100_000))
 def test_what_is_kept_is_a_fraction(momentum, count):
     kept = float(kept_fraction(momentum, True, count))

@@ -3,7 +3,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bnjax.data.batches import eval_batches, take, train_rows
@@ -30,14 +30,12 @@ def labels(count, batch_size, *, key=None, start=0, examples=EXAMPLES):
     return np.concatenate([batch["label"] for batch in batches])
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch_size=SIZES, start=st.integers(0, 50), examples=st.integers(EXAMPLES, 20))
 def test_file_order_is_the_data_again_and_again(batch_size, start, examples):
     seen = labels(7, batch_size, start=start, examples=examples)
     np.testing.assert_array_equal(seen, np.arange(start * batch_size, (start + 7) * batch_size) % examples)
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch_size=SIZES, seed=st.integers(0, 1000))
 def test_each_epoch_has_every_image_once(batch_size, seed):
     count = -(-4 * EXAMPLES // batch_size)
@@ -45,7 +43,6 @@ def test_each_epoch_has_every_image_once(batch_size, seed):
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(EXAMPLES), (4, 1)))
 
 
-@settings(max_examples=40, deadline=None)
 @given(batch_size=SIZES, seed=st.integers(0, 1000), start=st.integers(0, 30), shuffle=st.booleans())
 def test_start_is_the_same_as_skipping(batch_size, seed, start, shuffle):
     key = jax.random.key(seed) if shuffle else None
@@ -74,7 +71,6 @@ def test_an_impossible_batch_size_is_refused(batch_size):
         next(train_rows(EXAMPLES, batch_size, key=None))
 
 
-@settings(max_examples=60, deadline=None)
 @given(examples=st.integers(0, 20), batch_size=st.integers(1, 25))
 def test_evaluation_has_every_image_once_in_order(examples, batch_size):
     image, label = data(examples)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_cifar import CLASSES, tar_gz
 
@@ -183,7 +183,6 @@ def test_a_bad_archive_is_named(kind, tiny, tmp_path):
     assert [file.name for file in tmp_path.rglob("*")] == [path.name]  # nothing was unpacked
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), inside=st.booleans())
 @example(position=156, value=0x78, inside=True)
 def test_a_flipped_byte_is_an_error_or_harmless(position, value, inside, tiny, tmp_path):

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -193,7 +193,6 @@ def test_what_is_no_file_is_refused(suffix, tmp_path):
         read_pictures(tmp_path / f"folder{suffix}", SHAPE)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["png", "jpeg", "npy"]), position=st.integers(0, 4000), value=st.integers(0, 255))
 def test_a_flipped_byte_is_an_error_or_harmless(kind, position, value, tmp_path):
     content = bytearray(npy(RGB) if kind == "npy" else encode(Image.fromarray(RGB), kind))
