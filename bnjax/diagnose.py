@@ -18,7 +18,7 @@ def first_nonfinite(
     """Returns what in a training step is not finite first, in the order of the computation, in words; None if all is finite.
 
     Looks at the images, the parameters, the statistics, the output of each layer, the new statistics, the losses and the gradients.
-    Nothing is compiled, so that the layers are met in the order in which they run.
+    The forward pass is not compiled, so that the layers are met in the order in which they run.
 
     Args:
         state: as it was before the step, `step` included, since dropout depends on it.
@@ -49,7 +49,7 @@ def first_nonfinite(
     for words, tree in stages:
         for name in _bad_leaves(tree):
             return f"{words} {name}".strip()
-    for name in _bad_leaves(jax.grad(loss)(state.params)):
+    for name in _bad_leaves(jax.jit(jax.grad(loss))(state.params)):
         return f"the gradient of {name}"
     return None
 

@@ -1,4 +1,6 @@
+import gc
 import os
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -16,6 +18,8 @@ from hypothesis import HealthCheck, settings
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell; the tests of Ctrl-C want it heard
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# JAX keeps millions of small objects while it traces, and looking through them again and again for cycles took a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 # Many tests train the same small network, some in processes of their own; it is compiled once.
@@ -30,8 +34,9 @@ for _name, _value in (
 # The shapes in the annotations are checked in every call that a test makes; not in the one file whose class inherits
 # fields from Flax with annotations that cannot be checked.
 ROOT = Path(__file__).parents[1]
-MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "bnjax").rglob("[!_]*.py")]
-jaxtyping.install_import_hook([name for name in MODULES if not name.endswith("weight_standardization")], "beartype.beartype")
+SHAPED = [path for path in (ROOT / "bnjax").rglob("[!_]*.py") if re.search(r"(import|from) (jaxtyping|bnjax\.arrays)", path.read_text())]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED if path.stem != "weight_standardization"]
+jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
 
 # Property tests: the same examples each time, as many as the time for every change allows; `--hypothesis-profile=thorough` is for more.

@@ -20,6 +20,8 @@ from bnjax.loop import Stopped, train_and_evaluate
 from bnjax.train_step import init_state
 from bnjax.writers import read_lines
 
+SLOW = pytest.mark.slow
+
 
 def restore(workdir, config):
     experiment = configs.build(config, synthetic.dataset())
@@ -72,7 +74,7 @@ def test_the_newest_two_and_the_best_checkpoint_stay(finished):
         assert accuracies[checkpoints.step("best")] == max(accuracies.values())
 
 
-@pytest.mark.parametrize("stop_in", [2, 5, 7, 11])
+@pytest.mark.parametrize("stop_in", [pytest.param(2, marks=SLOW), 5, 7, pytest.param(11, marks=SLOW)])
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop_in):
     workdir = tmp_path / "stopped"
     stream = run.train_rows
@@ -201,7 +203,7 @@ def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path, mo
         train_and_evaluate(config, tmp_path / "other", synthetic.dataset())
 
 
-@pytest.mark.parametrize("key", ["every_steps", "every_epochs", "every_minutes"])
+@pytest.mark.parametrize("key", ["every_steps", pytest.param("every_epochs", marks=SLOW), pytest.param("every_minutes", marks=SLOW)])
 def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, monkeypatch, key):
     """Interrupted in step 8 without a chance to save: step 5 is evaluated, and one of 6 to 8 was saved besides."""
     config = synthetic.config()
