@@ -45,8 +45,9 @@ def main() -> int:
     from bnjax import grid, report, results, seeds, text  # late, so that --help is quick
     from bnjax.data import sources
     from bnjax.loop import Stopped
-    from bnjax.platform import keep_compiled
+    from bnjax.platform import keep_compiled, keep_freed_memory
 
+    keep_freed_memory()
     keep_compiled(sources.cache_dir() / "compiled")
 
     of_configs = args.claim is None

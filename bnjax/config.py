@@ -30,6 +30,7 @@ class Experiment:
     eval_every: int
     batch_size: int
     eval_batch_size: int
+    product: str  # the dtype of what the dense layers multiply
     histograms: int  # training images
     pictures: int  # test images
     shuffle: bool
@@ -81,6 +82,7 @@ def build(config: ConfigDict, dataset: Dataset) -> Experiment:
         eval_every=optim.steps_of(config.eval, "every_", "eval", batch_size, examples),
         batch_size=batch_size,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
+        product="bfloat16" if "bfloat16" in (config.model.dtype, config.model.dense_product) else "float32",
         histograms=min(config.eval.histograms, examples),
         pictures=min(config.eval.pictures, len(dataset.test.label)),
         shuffle=config.train.shuffle,

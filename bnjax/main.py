@@ -31,8 +31,9 @@ def main() -> int:
     from bnjax import workdir as workdirs
     from bnjax.data import sources
     from bnjax.loop import Stopped, train_and_evaluate
-    from bnjax.platform import keep_compiled
+    from bnjax.platform import keep_compiled, keep_freed_memory
 
+    keep_freed_memory()
     keep_compiled(sources.cache_dir() / "compiled")
     dataset = configs.load_data(config)
     if dataset.fallback_reason:

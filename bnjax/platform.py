@@ -1,37 +1,54 @@
 """What XLA has to be told to be fast on the backend at hand, and where it keeps what it has compiled."""
 
+import ctypes
 import functools
 import os
+import re
 from pathlib import Path
 
 import jax
 
 Options = dict[str, str | bool | int]
 
-# Measured with jaxlib 0.10.2, the tutorial's network in float32, two AVX2 cores. By default convolutions go to a slow path as well:
-# batch 5000 takes 24 s a step, 11.5 s where only matrix products (INDIVIDUAL_DOT) take it. With the reductions (REDUCE) the
-# three large BatchNorm layers, forward and backward, take 370 ms instead of 890 of these; ELTWISE would slow the step down.
-# Without the analysis of regions XLA copies what Adam remembers of the largest layer, twice 102 MB in each step: a step of batch 512
-# takes 1.20 and 1.30 s, with it 1.06 and 1.18 s, and 0.18 GB less; the bits are the same.
+# Measured with jaxlib 0.10.2 and 0.12.0.1, the tutorial's network, batches of 512 and 5000. By default convolutions go to YNNPACK
+# as well, whose gradients of them are slow: 830 to 910 images/s instead of 1,490 on AVX-512 cores, worse on AVX2 ones. So it gets
+# matrix products (INDIVIDUAL_DOT) and reductions (REDUCE: 5 %); with ELTWISE a step takes 13 % longer. Without the analysis of
+# regions XLA copies what Adam remembers of the largest layer, twice 102 MB in each step (5 %; the bits are the same).
+FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 CPU_OPTIONS: Options = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+    FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_copy_insertion_use_region_analysis": True,
 }
-# On two AVX-512 cores, the two together: 1,150 images/s instead of 415. On AVX2 cores this one costs a fifth.
+# On AVX-512 cores 1 to 4 %; on AVX2 cores this one costs a fifth.
 AVX512_OPTIONS: Options = {"xla_cpu_prefer_vector_width": "512"}
-
+# There Eigen multiplies many rows of float32 faster than YNNPACK does (batch 5000: a step takes 9 to 12 % less), and fewer rows
+# not (batch 512: 3 to 6 % more); bfloat16 only YNNPACK is fast at.
+AVX512_LARGE_BATCH_OPTIONS: Options = AVX512_OPTIONS | {FUSIONS: "LIBRARY_FUSION_TYPE_REDUCE"}
+LARGE_BATCH = 2048
 
 # Initial values are computed once, and their random numbers are a lot of code: of the tutorial's network 1.5 s of compiling instead of
 # 5.1, and as fast to run; of the network for the digits 1.4 s instead of 3.8.
 CPU_INIT_OPTIONS: Options = {"xla_backend_optimization_level": 1}
 
+# Of glibc's mallopt: how much free memory goes back to the kernel, how many allocations are mappings of their own, how many heaps.
+KEEP_FREED_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
+MADV_HUGEPAGE = 14
+LEAST_MEMORY = 8 << 30  # bytes that have to be available: kept memory may be half as much again as what a step needs
 
-def compiler_options() -> Options:
+
+def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
     """Returns the options for `jax.jit(f, compiler_options=...)` that are fast on the default backend.
 
     An option that this jaxlib does not know is left out, as is one that the user set in XLA_FLAGS.
+
+    Args:
+        batch_size: examples that a program handles at once.
+        product: the dtype of what its dense layers multiply.
     """
-    return _usable(CPU_OPTIONS | (AVX512_OPTIONS if _has_avx512() else {}))
+    if not _has_avx512():
+        return _usable(CPU_OPTIONS)
+    large = batch_size >= LARGE_BATCH and product == "float32"
+    return _usable(CPU_OPTIONS | (AVX512_LARGE_BATCH_OPTIONS if large else AVX512_OPTIONS))
 
 
 def init_options() -> Options:
@@ -51,6 +68,38 @@ def memory() -> int | None:
     if limit is None and jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep what XLA frees for the next step, in huge pages; returns whether it does.
+
+    XLA frees and takes gigabytes in each step on a CPU, and page faults are a quarter of its time. Call this before the first
+    computation. Nothing is done where less than 8 GB are available, where another malloc or other settings of this one
+    were chosen (LD_PRELOAD, GLIBC_TUNABLES), with BNJAX_MALLOC=0, and where there is no glibc.
+    """
+    chosen = "malloc" in os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
+    available = _available_memory()
+    if chosen or os.environ.get("BNJAX_MALLOC") == "0" or available < LEAST_MEMORY:
+        return False
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt")):
+        return False
+    kept = all(libc.mallopt(name, value) == 1 for name, value in KEEP_FREED_MEMORY.values())
+    # The heap grows by this at once, marked, and none of it is touched; what is freed stays a part of the heap.
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.madvise.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
+    block, page = libc.malloc(available // 2), os.sysconf("SC_PAGE_SIZE")
+    if block:
+        libc.madvise(-(-block // page) * page, available // 2 - page, MADV_HUGEPAGE)
+        libc.free(block)
+    return kept
+
+
+def _available_memory() -> int:
+    """Returns the bytes that processes may still take, 0 where the kernel does not say."""
+    info = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable: +(\d+) kB$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return int(found[1]) << 10 if found else 0
 
 
 def keep_compiled(folder: Path) -> None:

@@ -38,9 +38,10 @@ def main() -> int:
     from bnjax.checkpoint import Checkpoints
     from bnjax.data import sources
     from bnjax.data.batches import eval_batches
-    from bnjax.platform import compiler_options, keep_compiled
+    from bnjax.platform import compiler_options, keep_compiled, keep_freed_memory
     from bnjax.train_step import eval_step, init_variables, predict_step
 
+    keep_freed_memory()
     keep_compiled(sources.cache_dir() / "compiled")
     config, data = workdir.read(args.workdir)
     model = configs.build_model(config.model, len(data.classes), data.image_shape)

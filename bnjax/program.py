@@ -35,7 +35,7 @@ class Program:
 
     def __init__(self, experiment: Experiment, dataset: Dataset, members: int = 1):
         """Compiles nothing yet."""
-        model, options = experiment.model, compiler_options()
+        model, options = experiment.model, compiler_options(experiment.batch_size, experiment.product)
         # A step that is not finite is always dropped; what differs is how many the loop puts up with.
         step = functools.partial(train_step, model=model, tx=experiment.tx, skip_nonfinite=True)
         test = functools.partial(eval_step, model=model)
@@ -45,7 +45,7 @@ class Program:
         self.dispatch = dispatch.build(step, dataset.train, options)
         self.watch = Watch(experiment, dataset)
         self._init = jax.jit(functools.partial(init_state, model, experiment.tx), compiler_options=init_options())
-        self._test = jax.jit(test, compiler_options=options)
+        self._test = jax.jit(test, compiler_options=compiler_options(experiment.eval_batch_size, experiment.product))
 
     def like(self) -> tuple[TrainState, BatchStats]:
         """Returns the shapes and dtypes of one member.

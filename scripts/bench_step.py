@@ -2,7 +2,7 @@
 
     python scripts/bench_step.py train FOLDER BATCH STEPS [--model bnjax|textbook] [--norm none] [--dtype bfloat16] [--together 16]
     python scripts/bench_step.py evaluate FOLDER BATCH STEPS
-    python scripts/bench_step.py matmul - BATCH STEPS
+    python scripts/bench_step.py matmul|blas - BATCH STEPS [--dtype bfloat16]
 
 FOLDER holds CIFAR-10. Seconds are of a step, the median of all but the first two; the peak of memory is the process's.
 """
@@ -28,7 +28,7 @@ from bnjax import defaults, dispatch, norms
 from bnjax.data import sources
 from bnjax.data.batches import eval_batches, train_rows
 from bnjax.evaluate import evaluate
-from bnjax.platform import compiler_options
+from bnjax.platform import compiler_options, keep_freed_memory
 from bnjax.train_step import eval_step, init_state, train_step
 
 WARM_UP = 2
@@ -50,7 +50,8 @@ def bnjax_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Calla
     config.model.norm, config.model.dtype, config.model.dense_product = args.norm, args.dtype, args.dense_product
     model, tx = configs.build_model(config.model, 10, split.image.shape[1:]), optax.adam(1e-3)
     step = functools.partial(train_step, model=model, tx=tx, skip_nonfinite=True)
-    options = compiler_options()
+    products = "bfloat16" if "bfloat16" in (args.dtype, args.dense_product) else "float32"
+    options = compiler_options(args.batch, products)
     build = functools.partial(dispatch.many_at_a_time, most=args.together) if args.together else dispatch.build
     way = build(step, split, options)
     count = args.together or way.most
@@ -146,7 +147,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     data, config = sources.load("cifar10", args.folder), defaults.get_config()
     model = configs.build_model(config.model, 10, data.test.image.shape[1:])
     state, batch_stats = init_state(model, optax.sgd(0.0), jax.random.key(0), data.test.image[:1])
-    step = jax.jit(functools.partial(eval_step, model=model), compiler_options=compiler_options())
+    step = jax.jit(functools.partial(eval_step, model=model), compiler_options=compiler_options(args.batch))
     seconds = timed(
         lambda: evaluate(step, state.params, batch_stats, eval_batches(data.test.image, data.test.label, args.batch)), WARM_UP + args.steps
     )
@@ -155,17 +156,29 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def matmul(args: argparse.Namespace) -> dict[str, Any]:
-    """Times the largest matrix product of the network: the batch times the first dense layer's weights."""
+    """Times the largest matrix product of the network, the batch times the first dense layer's weights, with float32 sums."""
     x, weight = (jax.random.normal(jax.random.key(0), shape, args.dtype) for shape in ((args.batch, 7260), (7260, 3500)))
-    product = jax.jit(lambda x, weight: x @ weight, compiler_options=compiler_options())
-    step_s = float(np.median(timed(lambda: product(x, weight), WARM_UP + args.steps)[WARM_UP:]))
-    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s, "dtype": args.dtype}
+
+    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.dot(x, weight, preferred_element_type=jnp.float32)
+
+    compiled = jax.jit(product, compiler_options=compiler_options(args.batch, args.dtype))
+    step_s = float(np.median(timed(lambda: compiled(x, weight), WARM_UP + args.steps)[WARM_UP:]))
+    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s, "dtype": args.dtype, "by": "XLA"}
+
+
+def blas(args: argparse.Namespace) -> dict[str, Any]:
+    """Times the same product by NumPy's BLAS, float32."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((args.batch, 7260), (7260, 3500)))
+    step_s = float(np.median(timed(lambda: x @ weight, WARM_UP + args.steps)[WARM_UP:]))
+    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s, "dtype": "float32", "by": "NumPy's BLAS"}
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("train", "evaluate", "matmul"))
+    parser.add_argument("what", choices=("train", "evaluate", "matmul", "blas"))
     parser.add_argument("folder")
     parser.add_argument("batch", type=int)
     parser.add_argument("steps", type=int)
@@ -174,8 +187,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=configs.DTYPES, default="float32")
     parser.add_argument("--dense-product", choices=configs.DTYPES, default="float32")
     parser.add_argument("--together", type=int, default=0, help="steps in one dispatch; 0: as the training loop would choose")
+    parser.add_argument("--release", action="store_true", help="let glibc give freed memory back, as JAX by itself does")
     args = parser.parse_args()
-    result = {"train": train, "evaluate": evaluation, "matmul": matmul}[args.what](args)
+    if args.what != "blas" and not args.release:
+        keep_freed_memory()
+    result = {"train": train, "evaluate": evaluation, "matmul": matmul, "blas": blas}[args.what](args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from platform import libc_ver
 
 import jax
 import numpy as np
@@ -38,6 +39,67 @@ def test_what_the_user_set_is_left_alone(monkeypatch):
 def test_wide_vectors_only_where_the_processor_has_them(monkeypatch, wide):
     monkeypatch.setattr(platform, "_has_avx512", lambda: wide)
     assert ("xla_cpu_prefer_vector_width" in platform.compiler_options()) == wide
+
+
+@pytest.mark.parametrize(
+    ("wide", "batch_size", "product", "yields"),
+    [(True, 512, "float32", True), (True, 5000, "float32", False), (True, 5000, "bfloat16", True), (False, 5000, "float32", True)],
+)
+def test_the_library_of_products_follows_from_the_batch(monkeypatch, wide, batch_size, product, yields):
+    monkeypatch.setattr(platform, "_has_avx512", lambda: wide)
+    chosen = platform.compiler_options(batch_size, product)[platform.FUSIONS]
+    assert ("INDIVIDUAL_DOT" in chosen) == yields
+    assert "REDUCE" in chosen
+
+
+PAGE_FAULTS = """
+import resource
+from bnjax import platform
+print(platform.keep_freed_memory())
+import jax, jax.numpy as jnp
+double = jax.jit(lambda x: 2 * x)
+x = jnp.ones((4096, 4096))
+for step in range(12):
+    if step == 4:
+        began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    double(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
+"""
+
+
+def page_faults(**env):
+    """Returns whether freed memory is kept, and the page faults of 8 steps that take and free 64 MB, in a process of its own."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "GLIBC_TUNABLES")}
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], env=clean | env, capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    return kept == "True", int(faults)
+
+
+@pytest.mark.skipif(libc_ver()[0] != "glibc" or platform._available_memory() < platform.LEAST_MEMORY, reason="needs glibc and 8 GB")
+def test_freed_memory_is_kept():
+    """A page of 4 KB costs a fault when it is new: 8 times 64 MB are 131,072 of them, or 256 in huge pages."""
+    kept, few = page_faults()
+    released, many = page_faults(BNJAX_MALLOC="0")
+    assert (kept, released) == (True, False)
+    assert few < 1000
+    assert many > 8 * few
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"LD_PRELOAD": "libtcmalloc.so.4"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, {"BNJAX_MALLOC": "0"}]
+)
+def test_another_malloc_is_left_alone(monkeypatch, chosen):
+    monkeypatch.setattr(platform.ctypes, "CDLL", lambda name: pytest.fail("libc was touched"))
+    monkeypatch.setattr(platform, "_available_memory", lambda: 1 << 40)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert not platform.keep_freed_memory()
+
+
+def test_memory_is_kept_only_where_there_is_enough(monkeypatch):
+    monkeypatch.setattr(platform.ctypes, "CDLL", lambda name: pytest.fail("libc was touched"))
+    monkeypatch.setattr(platform, "_available_memory", lambda: platform.LEAST_MEMORY - 1)
+    assert not platform.keep_freed_memory()
 
 
 def test_batch_statistics_keep_their_digits_under_the_options():
