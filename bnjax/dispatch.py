@@ -70,13 +70,36 @@ def many_at_a_time(step: Step, split: Split, options: Options, most: int = MOST)
     The number of steps is an argument of the program, so that it is compiled once, and a step's bits do not depend
     on how many others it was dispatched with.
     """
-    image, label = jax.device_put((split.image, split.label))
+    image, label = jax.device_put((split.image.reshape(len(split.image), -1), split.label))
+    program = many_steps(step, split.image.shape[1:], most)
+    compiled = jax.jit(program, donate_argnums=(0, 1), compiler_options=options)
+
+    def advance(state: TrainState, batch_stats: BatchStats, rows: list[Rows]) -> tuple[TrainState, BatchStats, Metrics]:
+        some = np.stack([indices(of_step) for of_step in rows]).astype(np.int32)
+        padded = np.concatenate([some, np.zeros((most - len(rows), *some.shape[1:]), np.int32)])
+        return compiled(state, batch_stats, image, label, *jax.device_put((padded, np.int32(len(rows)))))
+
+    return Dispatch(advance, most)
+
+
+def many_steps(step: Step, shape: tuple[int, ...], most: int) -> Callable[..., tuple[TrainState, BatchStats, Metrics]]:
+    """Returns the program of `many_at_a_time`, to be compiled.
+
+    It takes state, batch_stats, image [examples, h * w * c], label [examples], rows int [most, n] and count int [], how
+    many of the rows are steps. An image is one row there: as [h, w, c] a TPU would pad the 3 channels, and copy all images into
+    that layout in each dispatch.
+
+    Args:
+        step: with its statics bound.
+        shape: of an image, [h, w, c].
+        most: the number of rows.
+    """
 
     def loop(
         state: TrainState, batch_stats: BatchStats, image: Array, label: Array, rows: Array, count: Array
     ) -> tuple[TrainState, BatchStats, Metrics]:
         def batch_of(i: Any) -> Batch:
-            return {"image": image[rows[i]], "label": label[rows[i]]}
+            return {"image": image[rows[i]].reshape(*rows.shape[1:], *shape), "label": label[rows[i]]}
 
         def body(i: Any, carry: Any) -> Any:
             state, batch_stats, metrics = carry
@@ -87,14 +110,7 @@ def many_at_a_time(step: Step, split: Split, options: Options, most: int = MOST)
         metrics = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), one)
         return jax.lax.fori_loop(0, count, body, (state, batch_stats, metrics))
 
-    compiled = jax.jit(loop, donate_argnums=(0, 1), compiler_options=options)
-
-    def advance(state: TrainState, batch_stats: BatchStats, rows: list[Rows]) -> tuple[TrainState, BatchStats, Metrics]:
-        some = np.stack([indices(of_step) for of_step in rows]).astype(np.int32)
-        padded = np.concatenate([some, np.zeros((most - len(rows), *some.shape[1:]), np.int32)])
-        return compiled(state, batch_stats, image, label, *jax.device_put((padded, np.int32(len(rows)))))
-
-    return Dispatch(advance, most)
+    return loop
 
 
 def unstack(metrics: Metrics, steps: int) -> list[Metrics]:
