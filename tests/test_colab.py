@@ -168,7 +168,7 @@ def test_the_trap_is_shown_and_cured(executed):
     cells, _ = executed
     train, test = accuracies(cells["trap"])
     assert train > 0.85
-    assert test < 0.3  # chance is 0.1
+    assert test < 0.2  # chance is 0.1
     lines = printed(cells["cure"]).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["momentum 0.75", "momentum 0.99, debias"]
     for line in lines:
@@ -183,7 +183,7 @@ def test_the_mistake_leaves_the_statistics_where_they_were(executed):
     cells, _ = executed
     train, test = accuracies(cells["mistake"])
     assert train > 0.8
-    assert test < 0.3
+    assert test < 0.2  # chance is 0.1
     kept, returned = (json.loads(found.replace("'", '"')) for found in re.findall(r"{.*}", printed(cells["mistake"])))
     assert kept == {"mean": 0.0, "var": 0.0}
     assert min(returned.values()) > 0.01
