@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arrays", "errors", "metrics", "norms", "optim", "platform", "products", "defaults", "signals", "statistics"},
+    {"arrays", "compat", "errors", "metrics", "norms", "optim", "platform", "products", "defaults", "signals", "statistics"},
     {"board", "configfile", "data", "models", "train_step"},
     {"evaluate", "checkpoint", "diagnose", "dispatch", "graph", "histograms", "writers"},
     {"config", "results"},

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bnjax import compat
 from bnjax.norms import BatchNorm
 from bnjax.norms.average import kept_fraction
 
@@ -97,7 +98,7 @@ def test_variance_of_values_far_from_zero(shape):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_are_the_closed_form(masked):
-    with jax.enable_x64(True):
+    with compat.enable_x64(True):
         rng = np.random.default_rng(1)
         x, dy = rng.normal(size=(8, 3, 3, 4)) * 3 + 1, rng.normal(size=(8, 3, 3, 4))
         scale, bias, epsilon = rng.normal(size=4), rng.normal(size=4), 1e-3
@@ -126,7 +127,7 @@ def test_gradients_are_the_closed_form(masked):
 
 
 def test_forward_mode_and_second_derivatives():
-    with jax.enable_x64(True):
+    with compat.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 2)))
         norm = BatchNorm(use_running_average=False, use_scale=False, use_bias=False)
         variables = {"batch_stats": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
@@ -156,7 +157,7 @@ def test_statistics_are_at_least_float32():
 
 
 def test_float64_stays_float64():
-    with jax.enable_x64(True):
+    with compat.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 3)) + 1e4)
         stats = stats_after(BatchNorm(momentum=0.0), [x])
         assert stats["var"].dtype == jnp.float64
@@ -299,7 +300,7 @@ def test_what_has_no_meaning_is_refused(norm, x, mask, said):
 
 
 def test_the_mean_of_all_batches_is_as_exact_as_float64():
-    with jax.enable_x64(True):
+    with compat.enable_x64(True):
         norm = BatchNorm(momentum=None)
         batches = [np.random.default_rng(seed).normal(3, 1, (16, 2)) for seed in range(5)]
         stats = stats_after(norm, batches)

@@ -1,0 +1,23 @@
+"""What differs between the versions of JAX that bnjax runs on, found by what is there, never by a version number."""
+
+from typing import Any
+
+import jax
+
+if hasattr(jax, "enable_x64"):
+    enable_x64 = jax.enable_x64
+else:
+    import jax.experimental
+
+    enable_x64 = jax.experimental.enable_x64
+
+
+def varying(leaf: Any, axis: str) -> jax.Array:
+    """Returns the value marked as different on each shard of a manual axis of `jax.shard_map`.
+
+    Raises:
+        ValueError: if it is marked already.
+    """
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(leaf, axis, to="varying")
+    return jax.lax.pvary(leaf, axis)
