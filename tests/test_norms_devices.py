@@ -11,6 +11,8 @@ from wrappers import AXIS, DEVICES, MAPPED, WRAPPERS, run
 from bnjax import compat
 from bnjax.norms import BatchNorm
 
+pytestmark = pytest.mark.lane
+
 CHANNELS = 3
 
 
