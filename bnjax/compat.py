@@ -3,13 +3,11 @@
 from typing import Any
 
 import jax
+import jax.experimental
 
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
-else:
-    import jax.experimental
+_jax: Any = jax  # for mypy, which knows the names of one version only
 
-    enable_x64 = jax.experimental.enable_x64
+enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimental.enable_x64
 
 
 def varying(leaf: Any, axis: str) -> jax.Array:
@@ -19,5 +17,5 @@ def varying(leaf: Any, axis: str) -> jax.Array:
         ValueError: if it is marked already.
     """
     if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(leaf, axis, to="varying")
-    return jax.lax.pvary(leaf, axis)
+        return _jax.lax.pcast(leaf, axis, to="varying")
+    return _jax.lax.pvary(leaf, axis)

@@ -152,7 +152,7 @@ def test_statistics_are_at_least_float32():
     np.testing.assert_allclose(updated["batch_stats"]["var"], exact.var(0), rtol=1e-5)
     evaluated = norm.apply(updated, x, use_running_average=True)
     expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
-    np.testing.assert_allclose(evaluated.astype(np.float64), expected, rtol=2.0**-8, atol=1e-5)  # rounded once
+    np.testing.assert_allclose(np.asarray(evaluated).astype(np.float64), expected, rtol=2.0**-8, atol=1e-5)  # rounded once
 
 
 def test_float64_stays_float64():
