@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from bnjax import compat
 from bnjax.arrays import Array, Batch, BatchStats, Images, Labels, Leaf, Logits, Losses, Params
 from bnjax.metrics import Metrics, from_losses
 
@@ -209,7 +210,7 @@ def _varying(params: Params, axis_name: AxisName) -> Params:
     def mark(leaf: jax.Array) -> jax.Array:
         for name in sorted(manual):
             with contextlib.suppress(ValueError):  # it is varying already
-                leaf = jax.lax.pcast(leaf, name, to="varying")
+                leaf = compat.varying(leaf, name)
         return leaf
 
     return jax.tree.map(mark, params)

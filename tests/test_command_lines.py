@@ -58,6 +58,7 @@ def test_help_exits_with_0(module):
     assert "--workdir" in done.stdout
 
 
+@pytest.mark.lane
 def test_training_prints_plain_lines_away_from_a_terminal(run):
     _, done = run
     assert "digits on digits, 4 steps of 128 images" in done.stdout

@@ -62,9 +62,10 @@ def test_gradients_are_those_of_the_mean_loss(found):
 
     grads = jax.grad(loss)(state.params)
     assert [name.partition(".")[0] for name in samples["gradient"]] == ["zebra", "zebra", "norm", "norm", "apple", "apple"]
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))  # zebra's bias has none, but for the rounding of what cancels
     for name, values in samples["gradient"].items():
         layer, _, leaf = name.partition(".")
-        np.testing.assert_allclose(np.sort(values), np.sort(grads[layer][leaf].reshape(-1)), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(np.sort(values), np.sort(grads[layer][leaf].reshape(-1)), rtol=1e-3, atol=1e-5 * largest)
 
 
 def test_statistics_are_the_running_ones_and_stay(found):

@@ -1,13 +1,14 @@
 """Imports only point down: the table of contents of the README's architecture section, checked."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"arrays", "errors", "metrics", "norms", "optim", "platform", "products", "defaults", "signals", "statistics"},
+    {"arrays", "compat", "errors", "metrics", "norms", "optim", "platform", "products", "defaults", "signals", "statistics"},
     {"board", "configfile", "data", "models", "train_step"},
     {"evaluate", "checkpoint", "diagnose", "dispatch", "graph", "histograms", "writers"},
     {"config", "results"},
@@ -52,6 +53,11 @@ def test_imports_point_down(path):
 def test_every_file_stays_readable():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_versions_of_jax_are_told_apart_in_one_place():
+    told = re.compile(r"(hasattr|getattr)\(jax|(jax|jaxlib|flax|optax|orbax)\.__version|version_info|from packaging")
+    assert [path.name for path in FILES if told.search(path.read_text())] == ["compat.py"]
 
 
 def test_configs_import_the_defaults_and_nothing_else():

@@ -12,6 +12,8 @@ from wrappers import WRAPPERS, run
 
 from bnjax import norms
 
+pytestmark = pytest.mark.lane
+
 SHAPE = (16, 3, 3, 10)
 EVERY_NORM = pytest.mark.parametrize("name", norms.NORMS)
 UNEVEN = np.arange(16) < 11  # the last shards hold padding only

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wrappers import AXIS, DEVICES, MAPPED, WRAPPERS, run
 
+from bnjax import compat
 from bnjax.norms import BatchNorm
+
+pytestmark = pytest.mark.lane
 
 CHANNELS = 3
 
@@ -86,7 +89,7 @@ def test_groups_have_their_own_statistics(wrapper, groups):
 
 @pytest.mark.parametrize("wrapper", ["pmap", "shard_map", "shard_map without check"])
 def test_gradients_are_those_of_one_device(wrapper):
-    with jax.enable_x64(True):
+    with compat.enable_x64(True):
         rng = np.random.default_rng(3)
         batch = {"x": rng.normal(size=(16, CHANNELS)), "mask": np.arange(16) < 11, "weight": rng.normal(size=(16, CHANNELS))}
 

@@ -13,6 +13,8 @@ import pytest
 
 from bnjax.train_step import eval_step, init_state, predict_step, softmax_cross_entropy, train_step
 
+pytestmark = pytest.mark.lane
+
 MOMENTUM, EPSILON, RATE = 0.75, 1e-3, 0.1
 
 
