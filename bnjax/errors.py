@@ -47,7 +47,10 @@ def run(main: Callable[[], int]) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        print(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.",
+            file=sys.stderr,
+        )
         code = 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -1,81 +1,299 @@
-"""`python -m bnjax.main --config configs/bn.py`: trains and evaluates one config."""
+"""The command: `bnjax train|predict|compare|report`; `python -m bnjax.main --config FILE` trains."""
 
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bnjax import errors
 
+MAX_SEEDS = 100_000  # each is a run
+
+# Whatever a command needs is imported in it, so that --help is quick.
+
 
 def main() -> int:
-    """Reads the command line, trains, and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bnjax.main",
-        description="Train and evaluate one config. The same command again goes on where an interrupted run stopped.",
-        epilog="Any key can be overridden: --config.model.momentum=0.9 --config.train.steps=200 --config.data.dir=FOLDER. "
-        "bnjax/defaults.py lists all keys.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a config file, for instance configs/bn.py")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="the run's folder (default: runs/ and the config's name)")
-    args, overrides = parser.parse_known_args()
+    """Reads the command line, does what it asks for, and returns the exit code."""
+    words = sys.argv[1:]
+    if words and words[0] not in (*COMMANDS, "-h", "--help"):
+        words = ["train", *words]
+    parser = _parser()
+    args, overrides = parser.parse_known_args(words)
+    if overrides and args.command not in ("train", "compare"):
+        parser.error(f"unrecognized arguments: {shlex.join(overrides)}")
+    args.overrides, args.again = overrides, shlex.join(["bnjax", *words])
+    return COMMANDS[args.command](args)
 
-    from bnjax import config as configs  # late, so that --help is quick
-    from bnjax import configfile
 
-    config = configfile.load(args.config, overrides)
-    configs.check_choices(config)
+def train(args: argparse.Namespace) -> int:
+    """Trains and evaluates one config."""
+    from bnjax.train import build, parsing
 
-    from bnjax import workdir as workdirs
-    from bnjax.data import sources
-    from bnjax.loop import Stopped, train_and_evaluate
-    from bnjax.platform import keep_compiled, keep_freed_memory
+    config = parsing.load(args.config, args.overrides)
+    build.check(config)
 
-    keep_freed_memory()
-    keep_compiled(sources.cache_dir() / "compiled")
-    dataset = configs.load_data(config)
+    from bnjax.train import rundir
+    from bnjax.train.loop import Stopped, train_and_evaluate
+
+    _prepare()
+    dataset = build.dataset(config)
     if dataset.fallback_reason:
         config.name = f"{config.name}-{dataset.name}"
         _warn_of_fallback(config.data.name, dataset.name, dataset.fallback_reason)
     workdir = args.workdir or Path("runs") / config.name
     if (workdir / "summary.json").exists():
-        workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
-        print(f"{workdir} is finished: {(workdir / 'summary.json')} has the result. Train anew in another folder with --workdir.")
+        rundir.claim(workdir, config, rundir.DataFacts.of(dataset))
+        print(
+            f"{workdir} is finished: {workdir / 'summary.json'} has the result. "
+            "Train anew in another folder with --workdir."
+        )
         return 0
     try:
         summary = train_and_evaluate(config, workdir, dataset)
     except Stopped as stopped:
-        again = shlex.join(["python", "-m", "bnjax.main", *sys.argv[1:]])
-        print(f"\n{stopped}; everything is saved. To go on:\n    {again}")
+        print(f"\n{stopped}; everything is saved. To go on:\n    {args.again}")
         return 128 + stopped.signal
-    print(report(summary))
-    print(f"\npredict with:    python -m bnjax.predict --workdir {workdir} --split test")
+    print(_result(summary))
+    print(f"\npredict with:    bnjax predict --workdir {workdir} --split test")
     print(f"look at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}")
     return 0
 
 
-def report(summary: dict[str, Any]) -> str:
+def predict(args: argparse.Namespace) -> int:
+    """Prints predictions; returns 1 if an image could not be read."""
+    import json
+
+    from bnjax.train import predict
+
+    _prepare()
+    if args.split:
+        result = predict.of_split(args.workdir, args.checkpoint, args.split, args.data_dir)
+    else:
+        result = predict.of_images(args.workdir, args.checkpoint, args.images)
+    print(json.dumps(result) if args.json else predict.table(result))
+    for failure in result["errors"]:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if result["errors"] else 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Trains the runs that are missing and prints what they say; returns 1 if a run broke down."""
+    from bnjax.compare import grid, report, results, seeds, text
+    from bnjax.train.loop import Stopped
+
+    _prepare()
+    if args.claim:
+        comparison = grid.compare_claim(args.claim, args.overrides, full=args.full)
+    else:
+        comparison = grid.compare_configs(args.configs, args.overrides)
+    count = args.seeds or comparison["seeds_needed"] or 5
+    comparison |= {"seeds": list(range(count)), "command": args.again}
+    folder = args.workdir or Path("runs") / (Path(args.claim).stem if args.claim else "compare")
+    try:
+        datasets = grid.load_data(comparison)
+        failures = grid.run(comparison, datasets, folder, args.at_once or seeds.fast_way())
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(f"\n{str(stopped) or 'stopped'}; everything is saved. To go on:\n    {args.again}")
+        return 128 + stopped.signal if isinstance(stopped, Stopped) else 130
+    print(text.of_comparison(comparison, results.read_runs(folder, comparison)))
+    try:
+        print(f"\nreport: {report.write(folder)}")
+    except errors.UserError as error:  # the results above stand without it
+        print(f"\nno report: {error}")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Writes one report about several folders."""
+    from bnjax.compare import report
+
+    print(f"written: {report.write_all(args.folders, args.out or args.folders[0])}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": train,
+    "predict": predict,
+    "compare": compare,
+    "report": report,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bnjax", description="Batch normalization in JAX.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        help_text = text[0].lower() + text[1:].split(". ")[0].rstrip(".")
+        return commands.add_parser(
+            name, help=help_text, description=text, epilog=epilog, allow_abbrev=False
+        )
+
+    keys = "bnjax/train/defaults.py lists all keys."
+    sub = command(
+        "train",
+        "Train and evaluate one config. The same command again goes on where an interrupted run "
+        "stopped.",
+        "Any key can be overridden: --config.model.momentum=0.9 --config.train.steps=200 "
+        f"--config.data.dir=FOLDER. {keys}",
+    )
+    sub.add_argument(
+        "--config", required=True, metavar="FILE", help="a config file, for instance configs/bn.py"
+    )
+    sub.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder (default: runs/ and the config's name)",
+    )
+
+    sub = command("predict", "Classify images, or a whole split, with a trained network.")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="IMAGE",
+        help="PNG, JPEG or .npy ([h, w, c] or [n, h, w, c]; uint8, or float from 0 to 1)",
+    )
+    what.add_argument(
+        "--split",
+        choices=("train", "test"),
+        help="classify this split; ends with loss, accuracy and accuracy per class",
+    )
+    sub.add_argument(
+        "--workdir", type=Path, required=True, metavar="DIR", help="the folder of the run"
+    )
+    sub.add_argument(
+        "--checkpoint",
+        default="last",
+        metavar="best|last|STEP",
+        help="which of its checkpoints (default: last)",
+    )
+    sub.add_argument(
+        "--data-dir", metavar="DIR", help="where the data lie, if not where they lay in training"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+
+    sub = command(
+        "compare",
+        "Train several configs, or the variants of a claim, over the same seeds and compare them. "
+        "The same command again goes on where it was stopped and repeats nothing; with more "
+        "--seeds it adds runs.",
+        "Any key can be overridden for all variants: --config.train.steps=200 "
+        f"--config.data.dir=FOLDER. {keys}",
+    )
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--configs",
+        type=_files,
+        metavar="FILE,FILE…",
+        help="config files, for instance configs/bn.py,configs/no_bn.py",
+    )
+    what.add_argument(
+        "--claim", metavar="FILE", help="a claim file, for instance configs/claims/momentum.py"
+    )
+    sub.add_argument(
+        "--full", action="store_true", help="take the claim at its full size, not its small one"
+    )
+    sub.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="N",
+        help="how many seeds, from 0 on (default: what the claim asks for, or 5)",
+    )
+    sub.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="the comparison's folder (default: runs/ and the claim's name or compare)",
+    )
+    sub.add_argument(
+        "--at-once",
+        choices=("one", "vmap", "devices"),
+        help="train the seeds of a variant one after the other, all in one program, or side by "
+        "side, one on each device (default: what is fast here)",
+    )
+
+    sub = command(
+        "report",
+        "Report on runs and comparisons, from their folders alone. Writes report.html and "
+        "report.md.",
+    )
+    sub.add_argument(
+        "folders", nargs="+", type=Path, metavar="RUN", help="a run's or a comparison's folder"
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the folder to write into (default: that of the first run)",
+    )
+    return parser
+
+
+def _files(text: str) -> list[str]:
+    files = [file.strip() for file in text.split(",")]
+    if not all(files):
+        raise argparse.ArgumentTypeError("an empty name: give files with a comma between them")
+    return files
+
+
+def _seeds(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_SEEDS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_SEEDS:,}")
+    return int(text)
+
+
+def _prepare() -> None:
+    """Sets up this process for JAX, before anything is computed."""
+    from bnjax.data.datasets import cache_dir
+    from bnjax.train.xla import keep_compiled, keep_freed_memory
+
+    keep_freed_memory()
+    keep_compiled(cache_dir() / "compiled")
+
+
+def _result(summary: dict[str, Any]) -> str:
     """Returns the result of a run as a few lines of text."""
     target, reached = next(iter(summary["steps_to_loss"].items()))
     best, last = summary["best_test"], summary["final_test"]
+    first = "not reached" if reached is None else f"first at step {reached}"
     return "\n".join(
         [
-            f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of {summary['batch_size']} images:",
-            f"  training loss at or below {target}: {'not reached' if reached is None else f'first at step {reached}'}",
-            f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; all {last['count']:,} test images",
-            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step {best['step']}",
-            f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s on {summary['device']}",
+            f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of "
+            f"{summary['batch_size']} images:",
+            f"  training loss at or below {target}: {first}",
+            f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
+            f"all {last['count']:,} test images",
+            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
+            f"{best['step']}",
+            f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s "
+            f"on {summary['device']}",
         ]
     )
 
 
 def _warn_of_fallback(wanted: str, name: str, reason: str) -> None:
     bar = "!" * 100
-    text = f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n!!  {reason}\n{bar}"
+    text = (
+        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n"
+        f"!!  {reason}\n{bar}"
+    )
     print(text, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Is the console script."""
     errors.run(main)
+
+
+if __name__ == "__main__":
+    command()

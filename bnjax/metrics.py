@@ -35,7 +35,9 @@ class Metrics:
         """
         count = int(self.count)
         if count == 0:
-            raise ValueError("no example was counted, so there is no mean: every row was masked, or no batch was merged")
+            raise ValueError(
+                "no example was counted, so there is no mean: every row was masked, or no batch was merged"
+            )
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 
 

@@ -17,7 +17,18 @@ import optax
 from flax import struct
 
 from bnjax import compat
-from bnjax.arrays import Array, Batch, BatchStats, Images, Labels, Leaf, Logits, Losses, Params
+from bnjax.arrays import (
+    Array,
+    Batch,
+    BatchStats,
+    Images,
+    Labels,
+    Leaf,
+    Logits,
+    Losses,
+    Params,
+    Tree,
+)
 from bnjax.metrics import Metrics, from_losses
 
 LossFn = Callable[[Logits, Labels], Losses]
@@ -56,7 +67,9 @@ def softmax_cross_entropy(logits: Logits, label: Labels) -> Losses:
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
-def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Images) -> tuple[TrainState, BatchStats]:
+def init_state(
+    model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Images
+) -> tuple[TrainState, BatchStats]:
     """Returns the state of an untrained network and its running statistics (an empty dict if it has none).
 
     Args:
@@ -76,7 +89,9 @@ def init_state(model: nn.Module, tx: optax.GradientTransformation, rng: Array, i
 def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params, BatchStats]:
     """Returns the parameters and the running statistics of an untrained network; arguments and errors as for `init_state`."""
     params_rng, dropout_rng = jax.random.split(rng)
-    variables = dict(model.init({"params": params_rng, "dropout": dropout_rng}, _to_float(images), train=False))
+    variables = dict(
+        model.init({"params": params_rng, "dropout": dropout_rng}, _to_float(images), train=False)
+    )
     params, batch_stats = variables.pop("params", {}), variables.pop("batch_stats", {})
     if variables:
         raise ValueError(
@@ -114,19 +129,21 @@ def train_step(
         skip_nonfinite: drop the whole update where the loss, a gradient or a new statistic is not finite: params, opt_state and
             batch_stats alike stay as they were. `state.step` still counts the batch, and the metrics count it as skipped.
     """
-    rng = jax.random.fold_in(state.rng, state.step)
+    dropout = dropout_key(state)
     if axis_name is not None:  # each shard drops its own units
-        rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-    images, options = model_inputs(model, batch)
+        dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis_name))
 
     def loss(params: Params) -> tuple[jax.Array, tuple[BatchStats, Metrics]]:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": rng}, **options)
+        logits, written = forward(
+            params, batch_stats, batch, model=model, train=True, dropout=dropout
+        )
         losses = loss_fn(logits, batch["label"])
-        metrics = _sum_over(from_losses(losses, logits, batch["label"], batch.get("mask")), axis_name)
+        metrics = _sum_over(
+            from_losses(losses, logits, batch["label"], batch.get("mask")), axis_name
+        )
         real = batch.get("mask", True)
         total = jnp.where(real, losses, 0).sum() / jnp.maximum(metrics.count, 1)
-        return total, (updated.get("batch_stats", {}), metrics)
+        return total, (written.get("batch_stats", {}), metrics)
 
     grads, (new_stats, metrics) = jax.grad(loss, has_aux=True)(_varying(state.params, axis_name))
     grads = _sum_over(grads, axis_name)
@@ -134,9 +151,17 @@ def train_step(
     new_params = optax.apply_updates(state.params, updates)
     if skip_nonfinite:
         # Statistics that are not synced may be bad on one shard only; all shards have to drop the step together.
-        bad = _sum_over((~_is_finite((grads, metrics.loss, new_stats))).astype(jnp.int32), axis_name) > 0
-        new, old = (new_params, new_opt_state, new_stats), (state.params, state.opt_state, batch_stats)
-        new_params, new_opt_state, new_stats = jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
+        bad = (
+            _sum_over((~_is_finite((grads, metrics.loss, new_stats))).astype(jnp.int32), axis_name)
+            > 0
+        )
+        new, old = (
+            (new_params, new_opt_state, new_stats),
+            (state.params, state.opt_state, batch_stats),
+        )
+        new_params, new_opt_state, new_stats = jax.tree.map(
+            lambda new, old: jnp.where(bad, old, new), new, old
+        )
         metrics = metrics.replace(skipped=bad.astype(jnp.int32))
     return TrainState(state.step + 1, new_params, new_opt_state, state.rng), new_stats, metrics
 
@@ -154,21 +179,69 @@ def eval_step(
 
     Arguments as for `train_step`; raw, averaged, recomputed or folded weights and statistics are all evaluated by this.
     """
-    logits = _logits(params, batch_stats, batch, model)
-    metrics = from_losses(loss_fn(logits, batch["label"]), logits, batch["label"], batch.get("mask"))
+    logits, _ = forward(params, batch_stats, batch, model=model, train=False)
+    metrics = from_losses(
+        loss_fn(logits, batch["label"]), logits, batch["label"], batch.get("mask")
+    )
     return _sum_over(metrics, axis_name)
 
 
-def predict_step(params: Params, batch_stats: BatchStats, images: Images, *, model: nn.Module) -> dict[str, jax.Array]:
+def predict_step(
+    params: Params, batch_stats: BatchStats, images: Images, *, model: nn.Module
+) -> dict[str, jax.Array]:
     """Returns `class` int32 [n] and `score` float32 [n, classes], the softmax, for images [n, h, w, c]."""
-    logits = _logits(params, batch_stats, {"image": images}, model)
-    return {"class": logits.argmax(-1).astype(jnp.int32), "score": jax.nn.softmax(logits.astype(jnp.float32))}
+    logits, _ = forward(params, batch_stats, {"image": images}, model=model, train=False)
+    return classes_and_scores(logits)
 
 
-def _logits(params: Params, batch_stats: BatchStats, batch: Batch, model: nn.Module) -> Logits:
-    images, options = model_inputs(model, batch)
-    logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, images, train=False, **options)
-    return logits
+def classes_and_scores(logits: Logits) -> dict[str, jax.Array]:
+    """Returns `class` int32 [n], the largest logit's, and `score` float32 [n, classes], the softmax."""
+    scores = jax.nn.softmax(logits.astype(jnp.float32))
+    return {"class": logits.argmax(-1).astype(jnp.int32), "score": scores}
+
+
+def forward(
+    params: Params,
+    batch_stats: BatchStats,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    train: bool,
+    dropout: jax.Array | None = None,
+    capture: bool | Callable[[nn.Module, str], bool] = False,
+) -> tuple[Logits, dict[str, Tree]]:
+    """Returns the logits of a batch, and the collections that the pass wrote (none in evaluation).
+
+    Every pass through a model in bnjax is this one.
+
+    Args:
+        params: the weights.
+        batch_stats: the running statistics.
+        batch: `image` [n, h, w, c] and optionally `mask` bool [n], as for `train_step`.
+        model: any linen module, as for `train_step`.
+        train: normalise by the batch, drop units, and write `batch_stats`.
+        dropout: the key that says which units are dropped; None in evaluation.
+        capture: also write `intermediates`, the outputs of modules, as `capture_intermediates` of
+            `flax.linen.Module.apply`.
+    """
+    images, options = _model_inputs(model, batch)
+    variables = {"params": params, "batch_stats": batch_stats}
+    if not train:
+        logits: Any = model.apply(variables, images, train=False, **options)
+        return logits, {}
+    if capture:
+        options["capture_intermediates"] = capture
+    mutable = ["batch_stats", *(["intermediates"] if capture else [])]
+    rngs = {} if dropout is None else {"dropout": dropout}
+    logits, written = model.apply(
+        variables, images, train=True, mutable=mutable, rngs=rngs, **options
+    )
+    return logits, dict(written)
+
+
+def dropout_key(state: TrainState) -> jax.Array:
+    """Returns the key of the dropped units of the step that comes next."""
+    return jax.random.fold_in(state.rng, state.step)
 
 
 def _to_float(images: Images) -> Images:
@@ -176,14 +249,16 @@ def _to_float(images: Images) -> Images:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
+def _model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
     """Returns the images as floats, padding blanked, and the further arguments that the model wants."""
     images, mask = _to_float(batch["image"]), batch.get("mask")
     if mask is None:
         return images, {}
     # Whatever padding holds, NaN included, would come back through the gradient as 0 * NaN.
     images = jnp.where(mask.reshape(-1, *[1] * (images.ndim - 1)), images, 0)
-    return images, {"mask": mask} if "mask" in inspect.signature(type(model).__call__).parameters else {}
+    return images, {"mask": mask} if "mask" in inspect.signature(
+        type(model).__call__
+    ).parameters else {}
 
 
 def _sum_over(tree: Any, axis_name: AxisName) -> Any:
@@ -193,7 +268,9 @@ def _sum_over(tree: Any, axis_name: AxisName) -> Any:
 def _is_finite(tree: Any) -> jax.Array:
     """Returns whether every number in the tree is finite, bool []."""
     # The sum of x - x is 0 unless an x is infinite or NaN: a reduction that XLA fuses with whatever else reads x.
-    return jnp.isfinite(sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)))
+    return jnp.isfinite(
+        sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
+    )
 
 
 def _varying(params: Params, axis_name: AxisName) -> Params:
@@ -205,7 +282,9 @@ def _varying(params: Params, axis_name: AxisName) -> Params:
     if axis_name is None:
         return params
     names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    manual = names & set(jax.sharding.get_abstract_mesh().manual_axes)  # an axis of pmap or vmap needs no mark and takes none
+    manual = names & set(
+        jax.sharding.get_abstract_mesh().manual_axes
+    )  # an axis of pmap or vmap needs no mark and takes none
 
     def mark(leaf: jax.Array) -> jax.Array:
         for name in sorted(manual):

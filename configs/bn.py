@@ -8,7 +8,7 @@ Expected: training loss first at or below 0.2 at step 76; test accuracy 0.601 at
     64 steps to get there (claims/five_times.py).
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

@@ -6,7 +6,7 @@ Time: not measured
 Expected: not measured
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

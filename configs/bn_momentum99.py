@@ -8,7 +8,7 @@ Expected: the training of bn.py (loss first at or below 0.2 at step 76), and tes
     recompressed as JPEG, quality 75.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

@@ -8,7 +8,7 @@ Expected: training loss first at or below 0.2 at step 76; test accuracy 0.495 at
     quality 75. The spread over seeds is not measured.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

@@ -6,7 +6,7 @@ Time: half a minute on two 2.4 GHz AVX2 cores.
 Expected: test accuracy 0.986, test loss 0.055 at the end. One run, seed 0; the spread is not measured.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

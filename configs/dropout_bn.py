@@ -7,7 +7,7 @@ Expected: training loss 0.26 at step 100; test accuracy 0.492 at step 20, 0.614 
     1.42. One run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG, quality 75. The spread over seeds is not measured.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

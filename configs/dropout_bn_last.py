@@ -8,7 +8,7 @@ Expected: training loss 0.73 at step 100; test accuracy 0.402 at step 20, 0.568 
     quality 75. The spread over seeds is not measured.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

@@ -8,7 +8,7 @@ Expected: training loss first at or below 0.2 at step 353; test accuracy 0.563 a
     seeds 0 to 2, took 367, 336 and 424 steps to get there (claims/five_times.py).
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_config():

@@ -28,17 +28,38 @@ def main() -> None:
         name = json.loads((run / "config.json").read_text())["config"]["name"]
         label = json.loads((run / "config.json").read_text())["data"]["label"]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        tests = {line["step"]: f"{line['accuracy']:.3f}/{line['loss']:.2f}".lstrip("0") for line in lines if line["split"] == "test"}
-        reached = next((str(line["step"]) for line in lines if line["split"] == "train" and line["loss"] <= 0.2), "not reached")
+        tests = {
+            line["step"]: f"{line['accuracy']:.3f}/{line['loss']:.2f}".lstrip("0")
+            for line in lines
+            if line["split"] == "test"
+        }
+        reached = next(
+            (
+                str(line["step"])
+                for line in lines
+                if line["split"] == "train" and line["loss"] <= 0.2
+            ),
+            "not reached",
+        )
         if name in PUBLISHED:
-            columns.append((f"{name}, published", dict(zip(STEPS, PUBLISHED[name].split(), strict=True)), ""))
+            columns.append(
+                (f"{name}, published", dict(zip(STEPS, PUBLISHED[name].split(), strict=True)), "")
+            )
         columns.append((f"{name} on {label}", tests, reached))
     print("| steps |" + "".join(f" {title} |" for title, *_ in columns))
     print("|---|" + "---|" * len(columns))
     for step in STEPS:
         if any(cells.get(step, "-") != "-" for _, cells, _ in columns):
-            print(f"| {step} |" + "".join(f" {cells.get(step, '-').replace('/', ' / ')} |" for _, cells, _ in columns))
-    print("| training loss first at or below 0.2 |" + "".join(f" {reached} |" for *_, reached in columns))
+            print(
+                f"| {step} |"
+                + "".join(
+                    f" {cells.get(step, '-').replace('/', ' / ')} |" for _, cells, _ in columns
+                )
+            )
+    print(
+        "| training loss first at or below 0.2 |"
+        + "".join(f" {reached} |" for *_, reached in columns)
+    )
 
 
 if __name__ == "__main__":

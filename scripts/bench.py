@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from bnjax.data.sources import cache_dir
-from bnjax.summary import versions
+from bnjax.data.datasets import cache_dir
+from bnjax.train.summary import versions
 
 ROOT = Path(__file__).parents[1]
 STEP = [sys.executable, str(ROOT / "scripts" / "bench_step.py")]
@@ -55,7 +55,9 @@ def measure(command: list[str], env: dict[str, str] | None = None) -> dict[str, 
     return json.loads(lines[-1])
 
 
-def contenders(args: argparse.Namespace, batch: int, steps: int) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+def contenders(
+    args: argparse.Namespace, batch: int, steps: int
+) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """Yields the name, the command and the environment of everything that trains, bnjax first."""
     train = [*STEP, "train", args.data_dir, str(batch), str(steps)]
     yield "bnjax", train, {}
@@ -81,7 +83,11 @@ def race(args: argparse.Namespace) -> Results:
     for batch in args.batch:
         # About a minute of steps at 500 images a second, and enough of them for a median.
         steps = min(20, max(5, 30_000 // batch))
-        wanted = [found for found in contenders(args, batch, steps) if not any(word in found[0] for word in args.skip)]
+        wanted = [
+            found
+            for found in contenders(args, batch, steps)
+            if not any(word in found[0] for word in args.skip)
+        ]
         todo += [(batch, *contender) for _ in range(args.rounds) for contender in wanted]
     progress = tqdm.tqdm(todo, unit="measurement")
     for batch, name, command, env in progress:
@@ -98,12 +104,25 @@ def table(results: Results, product: float) -> str:
     ]
     for (batch, name), runs in results.items():
         rates = [run["images_per_s"] for run in runs]
-        ratio = np.median([ours["images_per_s"] / its for ours, its in zip(results[batch, "bnjax"], rates, strict=True)])
+        ratio = np.median(
+            [
+                ours["images_per_s"] / its
+                for ours, its in zip(results[batch, "bnjax"], rates, strict=True)
+            ]
+        )
         flops = np.median([run.get("flop_per_s", np.nan) for run in runs])
         peak = np.median([run.get("peak_bytes", np.nan) for run in runs]) / 2**30
-        columns = [batch, runs[0]["peer"] if runs[0]["peer"] not in ("bnjax", "textbook") else name, f"{np.median(rates):,.0f}"]
+        columns = [
+            batch,
+            runs[0]["peer"] if runs[0]["peer"] not in ("bnjax", "textbook") else name,
+            f"{np.median(rates):,.0f}",
+        ]
         columns += [f"{min(rates):,.0f} to {max(rates):,.0f}", f"{ratio:.2f}"]
-        columns += ["", "", ""] if np.isnan(flops) else [f"{flops / 1e12:.3f}", f"{flops / product:.0%}", f"{peak:.1f} GiB"]
+        columns += (
+            ["", "", ""]
+            if np.isnan(flops)
+            else [f"{flops / 1e12:.3f}", f"{flops / product:.0%}", f"{peak:.1f} GiB"]
+        )
         lines.append("| " + " | ".join(map(str, columns)) + " |")
     return "\n".join(lines)
 
@@ -111,15 +130,35 @@ def table(results: Results, product: float) -> str:
 def train_command(config: str, workdir: Path, *overrides: str) -> list[str]:
     """Returns the command line of a training."""
     flags = [f"--config.{override}" for override in overrides]
-    return [sys.executable, "-m", "bnjax.main", "--config", str(ROOT / "configs" / f"{config}.py"), "--workdir", str(workdir), *flags]
+    return [
+        sys.executable,
+        "-m",
+        "bnjax.main",
+        "--config",
+        str(ROOT / "configs" / f"{config}.py"),
+        "--workdir",
+        str(workdir),
+        *flags,
+    ]
 
 
 def overhead(args: argparse.Namespace, bare: float) -> float:
     """Returns the seconds that a step of a whole training takes, over those of a bare step of batch 512, minus 1."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = ["train.steps=40", "train.batch_size=512", "eval.every_steps=20", "eval.every_epochs=0.0", f"data.dir={args.data_dir}"]
-        subprocess.run(train_command("bn", Path(folder) / "run", *steps), check=True, capture_output=True)
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "timing.jsonl").read_text().splitlines()]
+        steps = [
+            "train.steps=40",
+            "train.batch_size=512",
+            "eval.every_steps=20",
+            "eval.every_epochs=0.0",
+            f"data.dir={args.data_dir}",
+        ]
+        subprocess.run(
+            train_command("bn", Path(folder) / "run", *steps), check=True, capture_output=True
+        )
+        lines = [
+            json.loads(line)
+            for line in (Path(folder) / "run" / "timing.jsonl").read_text().splitlines()
+        ]
     seconds = np.diff([line["seconds"] for line in lines])
     return float(np.median(seconds) / bare - 1)
 
@@ -131,7 +170,9 @@ def first_step(env: dict[str, str]) -> float:
         leader, follower = pty.openpty()
         termios.tcsetwinsize(follower, (24, 120))  # without a size tqdm shows nothing
         command = train_command("digits", Path(folder) / "run", "train.epochs=1.0")
-        with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=os.environ | env) as process:
+        with subprocess.Popen(
+            command, stdin=follower, stdout=follower, stderr=follower, env=os.environ | env
+        ) as process:
             os.close(follower)
             shown = b""
             while not re.search(rb" [1-9]\d*/\d+ \[", shown):  # tqdm's count of steps
@@ -150,7 +191,11 @@ def start_up() -> dict[str, float]:
         warm = first_step(env)
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "bnjax.main", "--help"], check=True, capture_output=True)
-    return {"help_s": time.perf_counter() - began, "first_step_cold_s": cold, "first_step_warm_s": warm}
+    return {
+        "help_s": time.perf_counter() - began,
+        "first_step_cold_s": cold,
+        "first_step_warm_s": warm,
+    }
 
 
 def processor() -> str:
@@ -160,21 +205,45 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     text = info.read_text()
     name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    widest = next((word for word in ("avx512_bf16", "avx512f", "avx2") if f" {word} " in text), "no AVX2")
+    widest = next(
+        (word for word in ("avx512_bf16", "avx512f", "avx2") if f" {word} " in text), "no AVX2"
+    )
     return f"{name[1] if name else platform.machine()} ({widest})"
 
 
 def main() -> None:
     """Measures everything and prints it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-dir", default=str(cache_dir()), help="a folder with CIFAR-10 (default: bnjax's own)")
-    parser.add_argument("--peer", action="append", default=[], metavar="COMMAND", help="another framework's step, with {batch} and {steps}")
+    parser.add_argument(
+        "--data-dir", default=str(cache_dir()), help="a folder with CIFAR-10 (default: bnjax's own)"
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="another framework's step, with {batch} and {steps}",
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[512, 5000])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--together", type=int, nargs="*", default=[], help="numbers of steps a dispatch to try, for accelerators")
-    parser.add_argument("--skip", nargs="*", default=[], metavar="WORDS", help="leave out what has these words in its name")
+    parser.add_argument(
+        "--together",
+        type=int,
+        nargs="*",
+        default=[],
+        help="numbers of steps a dispatch to try, for accelerators",
+    )
+    parser.add_argument(
+        "--skip",
+        nargs="*",
+        default=[],
+        metavar="WORDS",
+        help="leave out what has these words in its name",
+    )
     parser.add_argument("--quick", action="store_true", help="one round with batch 512")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything that was measured"
+    )
     args = parser.parse_args()
     if args.quick:
         args.batch, args.rounds = [512], 1
@@ -184,26 +253,52 @@ def main() -> None:
         measure([*STEP, "blas", "-", "5000", "5"]),
     ]
     product, bfloat16, _ = products
-    args.bfloat16 = bfloat16["flop_per_s"] > product["flop_per_s"]  # else there is nothing in it for this machine
-    best = max((found for found in products if found["dtype"] == "float32"), key=lambda found: found["flop_per_s"])
+    args.bfloat16 = (
+        bfloat16["flop_per_s"] > product["flop_per_s"]
+    )  # else there is nothing in it for this machine
+    best = max(
+        (found for found in products if found["dtype"] == "float32"),
+        key=lambda found: found["flop_per_s"],
+    )
     results = race(args)
-    bare = next((runs for (batch, name), runs in results.items() if (batch, name) == (512, "bnjax")), None)
-    single: dict[str, Any] = {"evaluation": measure([*STEP, "evaluate", args.data_dir, "1000", "3"]), **start_up()}
+    bare = next(
+        (runs for (batch, name), runs in results.items() if (batch, name) == (512, "bnjax")), None
+    )
+    single: dict[str, Any] = {
+        "evaluation": measure([*STEP, "evaluate", args.data_dir, "1000", "3"]),
+        **start_up(),
+    }
     if bare:
         single["loop_overhead"] = overhead(args, float(np.median([run["step_s"] for run in bare])))
-    about = {"machine": f"{processor()}, {os.cpu_count()} cores", "device": product["device"], **versions()}
+    about = {
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "device": product["device"],
+        **versions(),
+    }
     print(f"{about}\n\n{table(results, best['flop_per_s'])}\n")
-    rates = "; ".join(f"{found['flop_per_s'] / 1e12:.3f} TFLOP/s in {found['dtype']} by {found['by']}" for found in products)
+    rates = "; ".join(
+        f"{found['flop_per_s'] / 1e12:.3f} TFLOP/s in {found['dtype']} by {found['by']}"
+        for found in products
+    )
     print(f"A large matrix product: {rates}. The percentages are of {best['by']}'s in float32.")
     print(f"Evaluation: {single['evaluation']['images_per_s']:,.0f} images/s.")
     cold, warm = single["first_step_cold_s"], single["first_step_warm_s"]
-    print(f"From the command to the first step on the digits: {cold:.1f} s; {warm:.1f} s once compiled.")
+    print(
+        f"From the command to the first step on the digits: {cold:.1f} s; {warm:.1f} s once compiled."
+    )
     print(f"--help: {single['help_s']:.2f} s.")
     if bare:
         print(f"The training loop adds {single['loop_overhead']:.1%} to a bare step.")
     if args.json:
-        rows = [{"batch": batch, "what": name, "runs": runs} for (batch, name), runs in results.items()]
-        args.json.write_text(json.dumps({"about": about, "matrix_products": products, "race": rows, **single}, indent=1) + "\n")
+        rows = [
+            {"batch": batch, "what": name, "runs": runs} for (batch, name), runs in results.items()
+        ]
+        args.json.write_text(
+            json.dumps(
+                {"about": about, "matrix_products": products, "race": rows, **single}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

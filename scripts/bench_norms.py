@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import optax
 
-from bnjax.data import sources
-from bnjax.models import ConvNet
+from bnjax.data import datasets
+from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
-from bnjax.platform import compiler_options
+from bnjax.train.xla import compiler_options
 from bnjax.train_step import init_state, train_step
 
 
@@ -30,10 +30,15 @@ class Run:
 
     def __init__(self, norm: type[nn.Module], image: np.ndarray):
         """Compiles the step and starts from seed 0."""
-        model, tx = ConvNet(norm=functools.partial(norm, momentum=0.75, epsilon=1e-3)), optax.adam(1e-3)
+        model, tx = (
+            ConvNet(norm=functools.partial(norm, momentum=0.75, epsilon=1e-3)),
+            optax.adam(1e-3),
+        )
         step = functools.partial(train_step, model=model, tx=tx)
         self._step = jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options())
-        self._state, self._stats = jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0), image[:1])
+        self._state, self._stats = jax.jit(functools.partial(init_state, model, tx))(
+            jax.random.key(0), image[:1]
+        )
         self.seconds: list[float] = []
         self.losses: list[float] = []
 
@@ -53,14 +58,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     args = parser.parse_args()
     if args.data_dir:
-        split = sources.load("cifar10", args.data_dir).train
+        split = datasets.load("cifar10", args.data_dir).train
         image, label = split.image, split.label
     else:
         rng = np.random.default_rng(0)
-        image, label = rng.integers(0, 256, (50_000, 32, 32, 3), np.uint8), rng.integers(0, 10, 50_000).astype(np.int32)
+        image, label = (
+            rng.integers(0, 256, (50_000, 32, 32, 3), np.uint8),
+            rng.integers(0, 10, 50_000).astype(np.int32),
+        )
     ours, flax = Run(BatchNorm, image), Run(nn.BatchNorm, image)
     for number in range(args.pairs + 2):  # the first two compile and warm up
-        rows = slice(start := number * args.batch % (len(label) - args.batch + 1), start + args.batch)
+        rows = slice(
+            start := number * args.batch % (len(label) - args.batch + 1), start + args.batch
+        )
         for run in (ours, flax) if number % 2 else (flax, ours):
             run.advance({"image": image[rows], "label": label[rows]})
     timed = {name: run.seconds[2:] for name, run in (("bnjax", ours), ("flax", flax))}
@@ -68,8 +78,14 @@ def main() -> None:
     result: dict[str, Any] = {
         "batch": args.batch,
         "pairs": args.pairs,
-        "seconds": {name: {"median": np.median(s), "min": np.min(s), "max": np.max(s)} for name, s in timed.items()},
-        "ratio": {"median": np.median(ratios), "quartiles": list(np.quantile(ratios, (0.25, 0.75)))},
+        "seconds": {
+            name: {"median": np.median(s), "min": np.min(s), "max": np.max(s)}
+            for name, s in timed.items()
+        },
+        "ratio": {
+            "median": np.median(ratios),
+            "quartiles": list(np.quantile(ratios, (0.25, 0.75))),
+        },
         "losses": {"bnjax": ours.losses[:8], "flax": flax.losses[:8]},
         "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"jax": jax.__version__, "python": platform.python_version()},

@@ -23,12 +23,12 @@ import numpy as np
 import optax
 from flax.training import train_state
 
-from bnjax import config as configs
-from bnjax import defaults, dispatch, norms
-from bnjax.data import sources
+from bnjax import norms
+from bnjax.data import datasets
 from bnjax.data.batches import eval_batches, train_rows
-from bnjax.evaluate import evaluate
-from bnjax.platform import compiler_options, keep_freed_memory
+from bnjax.train import build, defaults, dispatch
+from bnjax.train.evaluate import evaluate
+from bnjax.train.xla import compiler_options, keep_freed_memory
 from bnjax.train_step import eval_step, init_state, train_step
 
 WARM_UP = 2
@@ -44,16 +44,26 @@ def timed(once: Callable[[], Any], times: int) -> list[float]:
     return seconds
 
 
-def bnjax_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Callable[[], Any], float]:
+def bnjax_trainer(
+    args: argparse.Namespace, split: datasets.Split
+) -> tuple[Callable[[], Any], float]:
     """Returns what takes a step, or `together` of them in one dispatch, and the floating-point operations of one."""
     config = defaults.get_config()
-    config.model.norm, config.model.dtype, config.model.dense_product = args.norm, args.dtype, args.dense_product
-    model, tx = configs.build_model(config.model, 10, split.image.shape[1:]), optax.adam(1e-3)
+    config.model.norm, config.model.dtype, config.model.dense_product = (
+        args.norm,
+        args.dtype,
+        args.dense_product,
+    )
+    model, tx = build.model(config.model, 10, split.image.shape[1:]), optax.adam(1e-3)
     step = functools.partial(train_step, model=model, tx=tx, skip_nonfinite=True)
     products = "bfloat16" if "bfloat16" in (args.dtype, args.dense_product) else "float32"
     options = compiler_options(args.batch, products)
-    build = functools.partial(dispatch.many_at_a_time, most=args.together) if args.together else dispatch.build
-    way = build(step, split, options)
+    make = (
+        functools.partial(dispatch.many_at_a_time, most=args.together)
+        if args.together
+        else dispatch.build
+    )
+    way = make(step, split, options)
     count = args.together or way.most
     order = train_rows(len(split.label), args.batch, key=None)
     held = [jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0), split.image[:1])]
@@ -79,7 +89,11 @@ class Textbook(nn.Module):
         """Returns logits."""
 
         def normalise(x):
-            return nn.BatchNorm(use_running_average=not train, momentum=0.75, epsilon=1e-3)(x) if self.norm else x
+            return (
+                nn.BatchNorm(use_running_average=not train, momentum=0.75, epsilon=1e-3)(x)
+                if self.norm
+                else x
+            )
 
         for filters, stride in zip((30, 50, 60), (2, 1, 1), strict=True):
             x = nn.relu(nn.Conv(filters, (3, 3), stride, padding="VALID")(normalise(x)))
@@ -101,19 +115,28 @@ def textbook_step(state, image, label):
 
     def loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = state.apply_fn(variables, image.astype(jnp.float32) / 255, train=True, mutable=["batch_stats"])
+        logits, updates = state.apply_fn(
+            variables, image.astype(jnp.float32) / 255, train=True, mutable=["batch_stats"]
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean(), updates
 
     (value, updates), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads).replace(batch_stats=updates.get("batch_stats", {})), value
+    return state.apply_gradients(grads=grads).replace(
+        batch_stats=updates.get("batch_stats", {})
+    ), value
 
 
-def textbook_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Callable[[], Any], float]:
+def textbook_trainer(
+    args: argparse.Namespace, split: datasets.Split
+) -> tuple[Callable[[], Any], float]:
     """Returns what takes a step of the plain loop, JAX as installed, and the floating-point operations of one."""
     model = Textbook(args.norm == "batch")
     variables = model.init(jax.random.key(0), jnp.ones((1, *split.image.shape[1:])), train=False)
     state = TextbookState.create(
-        apply_fn=model.apply, params=variables["params"], tx=optax.adam(1e-3), batch_stats=variables.get("batch_stats", {})
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optax.adam(1e-3),
+        batch_stats=variables.get("batch_stats", {}),
     )
     order, held = train_rows(len(split.label), args.batch, key=None), [state]
 
@@ -122,14 +145,18 @@ def textbook_trainer(args: argparse.Namespace, split: sources.Split) -> tuple[Ca
         held[0], loss = textbook_step(held[0], split.image[rows], split.label[rows])
         return held[0].params, held[0].opt_state, loss
 
-    return advance, textbook_step.lower(state, split.image[: args.batch], split.label[: args.batch]).cost_analysis()["flops"]
+    return advance, textbook_step.lower(
+        state, split.image[: args.batch], split.label[: args.batch]
+    ).cost_analysis()["flops"]
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Times training steps."""
     args.per_call = 1
-    split = sources.load("cifar10", args.folder).train
-    advance, operations = (bnjax_trainer if args.model == "bnjax" else textbook_trainer)(args, split)
+    split = datasets.load("cifar10", args.folder).train
+    advance, operations = (bnjax_trainer if args.model == "bnjax" else textbook_trainer)(
+        args, split
+    )
     losses: list[Any] = []
     calls = max(WARM_UP + 1, args.steps // args.per_call)
     seconds = timed(lambda: losses.append((result := advance())[-1]) or result, calls)
@@ -144,12 +171,20 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     """Times the evaluation of the test images."""
-    data, config = sources.load("cifar10", args.folder), defaults.get_config()
-    model = configs.build_model(config.model, 10, data.test.image.shape[1:])
+    data, config = datasets.load("cifar10", args.folder), defaults.get_config()
+    model = build.model(config.model, 10, data.test.image.shape[1:])
     state, batch_stats = init_state(model, optax.sgd(0.0), jax.random.key(0), data.test.image[:1])
-    step = jax.jit(functools.partial(eval_step, model=model), compiler_options=compiler_options(args.batch))
+    step = jax.jit(
+        functools.partial(eval_step, model=model), compiler_options=compiler_options(args.batch)
+    )
     seconds = timed(
-        lambda: evaluate(step, state.params, batch_stats, eval_batches(data.test.image, data.test.label, args.batch)), WARM_UP + args.steps
+        lambda: evaluate(
+            step,
+            state.params,
+            batch_stats,
+            eval_batches(data.test.image, data.test.label, args.batch),
+        ),
+        WARM_UP + args.steps,
     )
     median = float(np.median(seconds[WARM_UP:]))
     return {"step_s": median, "images_per_s": len(data.test.label) / median}
@@ -157,22 +192,37 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
 
 def matmul(args: argparse.Namespace) -> dict[str, Any]:
     """Times the largest matrix product of the network, the batch times the first dense layer's weights, with float32 sums."""
-    x, weight = (jax.random.normal(jax.random.key(0), shape, args.dtype) for shape in ((args.batch, 7260), (7260, 3500)))
+    x, weight = (
+        jax.random.normal(jax.random.key(0), shape, args.dtype)
+        for shape in ((args.batch, 7260), (7260, 3500))
+    )
 
     def product(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.dot(x, weight, preferred_element_type=jnp.float32)
 
     compiled = jax.jit(product, compiler_options=compiler_options(args.batch, args.dtype))
     step_s = float(np.median(timed(lambda: compiled(x, weight), WARM_UP + args.steps)[WARM_UP:]))
-    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s, "dtype": args.dtype, "by": "XLA"}
+    return {
+        "step_s": step_s,
+        "flop_per_s": 2 * x.size * weight.shape[1] / step_s,
+        "dtype": args.dtype,
+        "by": "XLA",
+    }
 
 
 def blas(args: argparse.Namespace) -> dict[str, Any]:
     """Times the same product by NumPy's BLAS, float32."""
     rng = np.random.default_rng(0)
-    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((args.batch, 7260), (7260, 3500)))
+    x, weight = (
+        rng.standard_normal(shape, np.float32) for shape in ((args.batch, 7260), (7260, 3500))
+    )
     step_s = float(np.median(timed(lambda: x @ weight, WARM_UP + args.steps)[WARM_UP:]))
-    return {"step_s": step_s, "flop_per_s": 2 * x.size * weight.shape[1] / step_s, "dtype": "float32", "by": "NumPy's BLAS"}
+    return {
+        "step_s": step_s,
+        "flop_per_s": 2 * x.size * weight.shape[1] / step_s,
+        "dtype": "float32",
+        "by": "NumPy's BLAS",
+    }
 
 
 def main() -> None:
@@ -184,19 +234,36 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("--model", choices=("bnjax", "textbook"), default="bnjax")
     parser.add_argument("--norm", choices=norms.NORMS, default="batch")
-    parser.add_argument("--dtype", choices=configs.DTYPES, default="float32")
-    parser.add_argument("--dense-product", choices=configs.DTYPES, default="float32")
-    parser.add_argument("--together", type=int, default=0, help="steps in one dispatch; 0: as the training loop would choose")
-    parser.add_argument("--release", action="store_true", help="let glibc give freed memory back, as JAX by itself does")
+    parser.add_argument("--dtype", choices=build.DTYPES, default="float32")
+    parser.add_argument("--dense-product", choices=build.DTYPES, default="float32")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=0,
+        help="steps in one dispatch; 0: as the training loop would choose",
+    )
+    parser.add_argument(
+        "--release",
+        action="store_true",
+        help="let glibc give freed memory back, as JAX by itself does",
+    )
     args = parser.parse_args()
     if args.what != "blas" and not args.release:
         keep_freed_memory()
-    result = {"train": train, "evaluate": evaluation, "matmul": matmul, "blas": blas}[args.what](args)
+    result = {"train": train, "evaluate": evaluation, "matmul": matmul, "blas": blas}[args.what](
+        args
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(
         json.dumps(
-            {"peer": args.model, "batch": args.batch, **result, "peak_bytes": on_device or peak, "device": jax.devices()[0].device_kind}
+            {
+                "peer": args.model,
+                "batch": args.batch,
+                **result,
+                "peak_bytes": on_device or peak,
+                "device": jax.devices()[0].device_kind,
+            }
         )
     )
 

@@ -51,14 +51,18 @@ def measurements():
 
 def _update(norm, x, mask=None, **options):
     variables = nn.BatchNorm().init(jax.random.key(0), x[:1], use_running_average=True)
-    _, updated = norm(momentum=0.0, **options).apply(variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"])
+    _, updated = norm(momentum=0.0, **options).apply(
+        variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"]
+    )
     return updated["batch_stats"]
 
 
 def _over_shards(norm, x, mask):
     """Returns the mean that eight devices find, [c]."""
     shards = (leaf.reshape(DEVICES, -1, leaf.shape[1]) for leaf in (x, mask))
-    means = jax.vmap(lambda x, mask: _update(norm, x, mask, axis_name="devices")["mean"], axis_name="devices")(*shards)
+    means = jax.vmap(
+        lambda x, mask: _update(norm, x, mask, axis_name="devices")["mean"], axis_name="devices"
+    )(*shards)
     return float(means[0, 0])
 
 
@@ -82,7 +86,10 @@ def _unequal_groups():
     groups = [[0, 7], [1, 2, 3, 4, 5, 6]]
 
     def mean(norm):
-        means = jax.pmap(lambda x: _update(norm, x, axis_name="devices", axis_index_groups=groups)["mean"], axis_name="devices")(x)
+        means = jax.pmap(
+            lambda x: _update(norm, x, axis_name="devices", axis_index_groups=groups)["mean"],
+            axis_name="devices",
+        )(x)
         return float(means[1, 0])
 
     return {"truth": 7.5} | {name: mean(norm) for name, norm in NORMS.items()}
@@ -104,7 +111,11 @@ def _stored_variances():
         x = np.sin(np.arange(n, dtype=np.float32))[:, None]
         flax = float(_update(nn.BatchNorm, x)["var"][0])
         ours = float(_update(BatchNorm, x, variance="unbiased")["var"][0])
-        result[f"stored variance, n = {n}"] = {"truth": float(x.var(dtype=np.float64, ddof=1)), "flax": flax, "ours": ours}
+        result[f"stored variance, n = {n}"] = {
+            "truth": float(x.var(dtype=np.float64, ddof=1)),
+            "flax": flax,
+            "ours": ours,
+        }
     return result
 
 
@@ -114,12 +125,17 @@ def main():
     for row in FEATURES.strip().splitlines():
         feature, flax, ours, test = row.split(" | ")
         print(f"| {feature} | {flax} | {ours} | `test_norms_{test}` |")
-    titles = {"masked shards": "mean over 8 masked shards of unequal size", "empty shard": "mean with one shard all padding"}
+    titles = {
+        "masked shards": "mean over 8 masked shards of unequal size",
+        "empty shard": "mean with one shard all padding",
+    }
     titles["unequal groups"] = "mean of six devices, the other two being another group"
     for name, row in measurements().items():
         title = titles.get(name, name) + (" (as PyTorch)" if name.startswith("stored") else "")
         numbers = f"{row['flax']:.6g} | {row['ours']:.6g}"
-        print(f"| {title}: right is {row['truth']:.6g} | {numbers} | `test_norms_flax.py::test_measured[{name}]` |")
+        print(
+            f"| {title}: right is {row['truth']:.6g} | {numbers} | `test_norms_flax.py::test_measured[{name}]` |"
+        )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-from bnjax import config as configs
-from bnjax import defaults, optim
-from bnjax.dispatch import many_steps
+from bnjax.train import build, defaults, optim
+from bnjax.train.dispatch import many_steps
 from bnjax.train_step import eval_step, init_state, train_step
 
 IMAGE, EXAMPLES, STEPS = (32, 32, 3), 50_000, 100
@@ -156,7 +155,7 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
     """
     config = defaults.get_config()
     config.model.dtype = dtype
-    model, tx = configs.build_model(config.model, 10, IMAGE), optim.build(config.optimizer)
+    model, tx = build.model(config.model, 10, IMAGE), optim.build(config.optimizer)
     mesh = Mesh(np.array(chip.devices(count)), ("data",), axis_types=(AxisType.Auto,))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:

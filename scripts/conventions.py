@@ -37,7 +37,14 @@ def torch_rows():
         layer = torch.nn.BatchNorm2d(2, eps=EPSILON, momentum=1 - KEPT)
         for batch in batches(size):
             y = layer(torch.tensor(batch).permute(0, 3, 1, 2))
-        yield "torch", torch.__version__, size, layer.running_mean, layer.running_var, y.detach().permute(0, 2, 3, 1)
+        yield (
+            "torch",
+            torch.__version__,
+            size,
+            layer.running_mean,
+            layer.running_var,
+            y.detach().permute(0, 2, 3, 1),
+        )
 
 
 def tensorflow_rows():
@@ -46,7 +53,9 @@ def tensorflow_rows():
 
     for fused in (True, False):
         for size in SIZES:
-            layer = tf.compat.v1.layers.BatchNormalization(momentum=KEPT, epsilon=EPSILON, fused=fused)
+            layer = tf.compat.v1.layers.BatchNormalization(
+                momentum=KEPT, epsilon=EPSILON, fused=fused
+            )
             for batch in batches(size):
                 y = layer(tf.constant(batch), training=True)
             name = "tensorflow fused" if fused else "tensorflow not fused"
@@ -64,12 +73,23 @@ def keras_rows():
         for batch in batches(size):
             y = layer(batch, training=True)
         numpy = keras.ops.convert_to_numpy
-        yield "keras", keras.__version__, size, numpy(layer.moving_mean), numpy(layer.moving_variance), numpy(y)
+        yield (
+            "keras",
+            keras.__version__,
+            size,
+            numpy(layer.moving_mean),
+            numpy(layer.moving_variance),
+            numpy(y),
+        )
 
 
 def main(path):
     """Brings the rows of the frameworks at hand up to date."""
-    table = json.loads(path.read_text()) if path.exists() else {"kept": KEPT, "epsilon": EPSILON, "frameworks": {}}
+    table = (
+        json.loads(path.read_text())
+        if path.exists()
+        else {"kept": KEPT, "epsilon": EPSILON, "frameworks": {}}
+    )
     for rows in (torch_rows, tensorflow_rows, keras_rows):
         with contextlib.suppress(ImportError):
             for name, version, size, mean, var, y in rows():
@@ -78,11 +98,17 @@ def main(path):
                 entry["sizes"][str(size)] = {
                     "mean": np.asarray(mean).astype(float).round(6).tolist(),
                     "var": np.asarray(var).astype(float).round(6).tolist(),
-                    "last_output_of_first": np.asarray(y)[0].ravel().astype(float).round(6).tolist(),
+                    "last_output_of_first": np.asarray(y)[0]
+                    .ravel()
+                    .astype(float)
+                    .round(6)
+                    .tolist(),
                 }
                 print(name, version, size, entry["sizes"][str(size)])
     for size in SIZES:
-        table.setdefault("batches", {})[str(size)] = batches(size).reshape(UPDATES, size, 2).astype(float).round(7).tolist()
+        table.setdefault("batches", {})[str(size)] = (
+            batches(size).reshape(UPDATES, size, 2).astype(float).round(7).tolist()
+        )
     path.write_text(json.dumps(table, indent=None, separators=(", ", ": ")) + "\n")
 
 

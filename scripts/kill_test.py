@@ -21,10 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnjax import config as configs
-from bnjax import configfile
-from bnjax.checkpoint import Checkpoints
-from bnjax.data import sources
+from bnjax.data import datasets
+from bnjax.train import build, parsing
+from bnjax.train.checkpoint import Checkpoints
 from bnjax.train_step import init_state
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
@@ -45,9 +44,24 @@ FLAGS = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
 
 def start(workdir: Path) -> subprocess.Popen[str]:
     """Starts, or goes on with, the training in a folder."""
-    command = [sys.executable, "-u", "-m", "bnjax.main", "--config", str(CONFIG), "--workdir", str(workdir), *FLAGS]
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "bnjax.main",
+        "--config",
+        str(CONFIG),
+        "--workdir",
+        str(workdir),
+        *FLAGS,
+    ]
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
 
 
 def finish(workdir: Path) -> float:
@@ -73,12 +87,15 @@ def kill_somewhere(workdir: Path, seconds: float) -> bool:
 
 def leaves(workdir: Path) -> dict[str, np.ndarray]:
     """Returns every leaf of the last checkpoint by its path."""
-    config = configfile.load(str(CONFIG), FLAGS)
-    dataset = sources.load("digits")
-    experiment = configs.build(config, dataset)
+    config = parsing.load(str(CONFIG), FLAGS)
+    dataset = datasets.load("digits")
+    experiment = build.experiment(config, dataset)
     init = functools.partial(init_state, experiment.model, experiment.tx)
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        state, stats = checkpoints.restore(checkpoints.step("last"), jax.eval_shape(init, jax.random.key(0), dataset.train.image[:1]))
+        state, stats = checkpoints.restore(
+            checkpoints.step("last"),
+            jax.eval_shape(init, jax.random.key(0), dataset.train.image[:1]),
+        )
     tree: Any = {
         "params": state.params,
         "opt_state": state.opt_state,
@@ -86,7 +103,10 @@ def leaves(workdir: Path) -> dict[str, np.ndarray]:
         "rng": jax.random.key_data(state.rng),
         "batch_stats": stats,
     }
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def differing_bits(ours: dict[str, np.ndarray], its: dict[str, np.ndarray]) -> int:
@@ -94,7 +114,13 @@ def differing_bits(ours: dict[str, np.ndarray], its: dict[str, np.ndarray]) -> i
     if ours.keys() != its.keys():
         sys.exit(f"the leaves differ: {sorted(ours.keys() ^ its.keys())}")
     return sum(
-        int(np.unpackbits(np.frombuffer(ours[n].tobytes(), np.uint8) ^ np.frombuffer(its[n].tobytes(), np.uint8)).sum()) for n in ours
+        int(
+            np.unpackbits(
+                np.frombuffer(ours[n].tobytes(), np.uint8)
+                ^ np.frombuffer(its[n].tobytes(), np.uint8)
+            ).sum()
+        )
+        for n in ours
     )
 
 
@@ -121,15 +147,24 @@ def main() -> int:
             runs += 1
             bits += differing_bits(leaves(workdir), wanted)
             found = (workdir / "metrics.jsonl").read_bytes()
-            lines_differing += sum(a != b for a, b in zip(found.splitlines(), metrics.splitlines(), strict=False)) + (
-                found.count(b"\n") != metrics.count(b"\n")
-            )
+            lines_differing += sum(
+                a != b for a, b in zip(found.splitlines(), metrics.splitlines(), strict=False)
+            ) + (found.count(b"\n") != metrics.count(b"\n"))
             print(
                 f"run {runs}: {here} kills, {kills} in all, {bits} differing bits, {lines_differing} differing lines",
                 file=sys.stderr,
                 flush=True,
             )
-    print(json.dumps({"kills": kills, "resumed_runs": runs, "differing_bits": bits, "differing_lines": lines_differing}))
+    print(
+        json.dumps(
+            {
+                "kills": kills,
+                "resumed_runs": runs,
+                "differing_bits": bits,
+                "differing_lines": lines_differing,
+            }
+        )
+    )
     return int(bits + lines_differing > 0)
 
 

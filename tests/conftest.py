@@ -7,7 +7,9 @@ from pathlib import Path
 
 # Before JAX is imported anywhere: eight simulated devices, so that every test can be about several; and machine code that is not
 # optimised, since the networks here are small and compiling them takes longer than running them.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -15,7 +17,9 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell; the tests of Ctrl-C want it heard
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background by a shell; the tests of Ctrl-C want it heard
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # JAX keeps millions of small objects while it traces, and looking through them again and again for cycles took a tenth of the time.
@@ -34,14 +38,24 @@ for _name, _value in (
 # The shapes in the annotations are checked in every call that a test makes; not in the one file whose class inherits
 # fields from Flax with annotations that cannot be checked.
 ROOT = Path(__file__).parents[1]
-SHAPED = [path for path in (ROOT / "bnjax").rglob("[!_]*.py") if re.search(r"(import|from) (jaxtyping|bnjax\.arrays)", path.read_text())]
-MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED if path.stem != "weight_standardization"]
+SHAPED = [
+    path
+    for path in (ROOT / "bnjax").rglob("[!_]*.py")
+    if re.search(r"(import|from) (jaxtyping|bnjax\.arrays)", path.read_text())
+]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in SHAPED
+    if path.stem != "weight_standardization"
+]
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
 
 # Property tests: the same examples each time, as many as the time for every change allows; `--hypothesis-profile=thorough` is for more.
 _CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-settings.register_profile("default", max_examples=100, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+settings.register_profile(
+    "default", max_examples=100, deadline=None, derandomize=True, suppress_health_check=_CHECKS
+)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile("default")
 

@@ -11,7 +11,9 @@ def read_events(folder):
         content, at = file.read_bytes(), 0
         while at < len(content):
             length = int.from_bytes(content[at : at + 8], "little")
-            assert int.from_bytes(content[at + 8 : at + 12], "little") == masked_crc32c(content[at : at + 8])
+            assert int.from_bytes(content[at + 8 : at + 12], "little") == masked_crc32c(
+                content[at : at + 8]
+            )
             events.append(Event.FromString(content[at + 12 : at + 12 + length]))
             at += 12 + length + 4
     return events

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bnjax import defaults
-from bnjax.data.sources import Dataset, Split
+from bnjax.data.datasets import Dataset, Split
+from bnjax.train import defaults
 
 
 def dataset(train=48, test=20):
@@ -16,7 +16,9 @@ def dataset(train=48, test=20):
         image[np.arange(n), label * 2] += 150
         return Split(image, label)
 
-    return Dataset("synthetic", "synthetic", None, split(train), split(test), ("top", "middle", "bottom"))
+    return Dataset(
+        "synthetic", "synthetic", None, split(train), split(test), ("top", "middle", "bottom")
+    )
 
 
 def config(steps=12):
@@ -25,7 +27,12 @@ def config(steps=12):
     config.data.name = "synthetic"
     config.model.filters, config.model.kernels, config.model.strides = (4,), (3,), (2,)
     config.model.dense, config.model.dropout, config.model.norm_dense = (8,), (0.3,), (True,)
-    config.train.steps, config.train.epochs, config.train.batch_size, config.train.shuffle = steps, 0.0, 10, True
+    config.train.steps, config.train.epochs, config.train.batch_size, config.train.shuffle = (
+        steps,
+        0.0,
+        10,
+        True,
+    )
     config.eval.every_steps, config.eval.every_epochs, config.eval.batch_size = 5, 0.0, 8
     config.eval.histograms = config.eval.pictures = 0  # each costs a compilation
     config.optimizer.learning_rate = 0.01

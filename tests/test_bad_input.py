@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bnjax import config as configs
-from bnjax import configfile, defaults, errors, predict, run, workdir
-from bnjax.checkpoint import Checkpoints
+from bnjax import errors, main
 from bnjax.errors import UserError
-from bnjax.loop import train_and_evaluate
+from bnjax.train import build, defaults, parsing, run, rundir
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.loop import train_and_evaluate
+from bnjax.train.writers import Lines, read_metrics
 from bnjax.train_step import init_variables
-from bnjax.writers import Lines, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,31 +37,59 @@ def keys(config, prefix=""):
 
 
 KEYS = sorted(keys(defaults.get_config()))
-NUMBERS = st.one_of(st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([0.0, 1.0, 1e-320, 1e308, 10**30]))
+NUMBERS = st.one_of(
+    st.integers(-3, 40),
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0.0, 1.0, 1e-320, 1e308, 10**30]),
+)
 VALUES = st.one_of(
     NUMBERS.map(str),
     st.lists(NUMBERS, max_size=4).map(lambda values: ",".join(map(str, values))),
     st.sampled_from(
-        ["True", "none", "", "()", "(1,)", "[[1]]", "{}", "{1: 2}", "'a'", "1_000", "0x10", "batch", "sgd", "digits", "max", "before"]
+        [
+            "True",
+            "none",
+            "",
+            "()",
+            "(1,)",
+            "[[1]]",
+            "{}",
+            "{1: 2}",
+            "'a'",
+            "1_000",
+            "0x10",
+            "batch",
+            "sgd",
+            "digits",
+            "max",
+            "before",
+        ]
     ),
     st.text(max_size=20),
 )
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 SMALL = synthetic.dataset()
 
 
-@given(st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), min_size=1, max_size=4
+    )
+)
 def test_any_overrides_build_or_are_refused(overrides):
     config = synthetic.config()
     try:
         for name, text in overrides:
-            configfile.override(config, name, text)
-        configs.check_choices(config)
-        experiment = configs.build(config, SMALL)
+            parsing.override(config, name, text)
+        build.check(config)
+        experiment = build.experiment(config, SMALL)
     except UserError as error:
         assert str(error)
     else:
@@ -70,18 +98,40 @@ def test_any_overrides_build_or_are_refused(overrides):
 
 @given(st.data())
 def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
-    content = {"config": synthetic.config().to_dict(), "data": {"name": "a", "label": "a", "image_shape": [8, 8, 1], "classes": ["x", "y"]}}
+    content = {
+        "config": synthetic.config().to_dict(),
+        "data": {"name": "a", "label": "a", "image_shape": [8, 8, 1], "classes": ["x", "y"]},
+    }
     place, key = (
         content,
-        data.draw(st.sampled_from(["config", "data", "model", "filters", "image_shape", "classes", "train", "seed", "new"])),
+        data.draw(
+            st.sampled_from(
+                [
+                    "config",
+                    "data",
+                    "model",
+                    "filters",
+                    "image_shape",
+                    "classes",
+                    "train",
+                    "seed",
+                    "new",
+                ]
+            )
+        ),
     )
-    for section in {"model": ["config"], "filters": ["config", "model"], "train": ["config"], "seed": ["config"]}.get(key, ["data"]):
+    for section in {
+        "model": ["config"],
+        "filters": ["config", "model"],
+        "train": ["config"],
+        "seed": ["config"],
+    }.get(key, ["data"]):
         place = place[section]
     (content if key in ("config", "data") else place)[key] = data.draw(JSON)
     (tmp_path / "config.json").write_text(json.dumps(content))
     try:
-        config, facts = workdir.read(tmp_path)
-        configs.build_model(config.model, len(facts.classes), facts.image_shape)
+        config, facts = rundir.read(tmp_path)
+        build.model(config.model, len(facts.classes), facts.image_shape)
     except UserError as error:
         assert str(error)
 
@@ -90,10 +140,19 @@ def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
 def test_any_bytes_as_a_saved_config_are_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        workdir.read(tmp_path)
+        rundir.read(tmp_path)
 
 
-@given(st.lists(st.one_of(st.binary(max_size=40), JSON.map(lambda value: json.dumps(value).encode()), st.just(b'{"step": 1}')), max_size=4))
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=40),
+            JSON.map(lambda value: json.dumps(value).encode()),
+            st.just(b'{"step": 1}'),
+        ),
+        max_size=4,
+    )
+)
 def test_any_bytes_as_metrics_are_read_or_refused(tmp_path, lines):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b"\n".join(lines))
@@ -113,7 +172,12 @@ def finished(tmp_path_factory):
     return folder
 
 
-@given(st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps({"files": value, "accuracy": value}).encode())))
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        JSON.map(lambda value: json.dumps({"files": value, "accuracy": value}).encode()),
+    )
+)
 def test_any_record_of_a_checkpoint_is_told_from_a_true_one(finished, tmp_path, content):
     folder = tmp_path / "checkpoints"
     shutil.copytree(finished / "checkpoints", folder)
@@ -126,24 +190,41 @@ def test_any_record_of_a_checkpoint_is_told_from_a_true_one(finished, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["main", "predict", "compare", "report"])
+@pytest.mark.parametrize("module", ["train", "predict", "compare", "report"])
 @settings(max_examples=24)
 @given(data=st.data())
 def test_any_words_on_a_command_line(finished, tmp_path, module, data):
     own = {
-        "main": ["--config"],
+        "train": ["--config"],
         "predict": ["--split", "--json", "--checkpoint", "--data-dir"],
         "compare": ["--configs", "--claim", "--full", "--seeds"],
         "report": ["--out"],
     }
-    flag = st.sampled_from([*own[module], "--workdir", "--help", "--config.seed", "--config.data.name=digits"])
-    words = st.one_of(flag, st.sampled_from([str(finished), str(ROOT / "configs" / "digits.py"), str(ROOT), "/dev/null", "test"]), VALUES)
-    arguments = [word.replace("\0", "").encode("utf-8", "ignore").decode() for word in data.draw(st.lists(words, max_size=5))]
-    trains = module in ("main", "compare")
-    few = ["--config.train.steps=1", "--config.train.epochs=0", "--workdir", str(tmp_path / "new")] if trains else []
-    command = [sys.executable, "-m", f"bnjax.{module}", *arguments, *few]
+    flag = st.sampled_from(
+        [*own[module], "--workdir", "--help", "--config.seed", "--config.data.name=digits"]
+    )
+    words = st.one_of(
+        flag,
+        st.sampled_from(
+            [str(finished), str(ROOT / "configs" / "digits.py"), str(ROOT), "/dev/null", "test"]
+        ),
+        VALUES,
+    )
+    arguments = [
+        word.replace("\0", "").encode("utf-8", "ignore").decode()
+        for word in data.draw(st.lists(words, max_size=5))
+    ]
+    trains = module in ("train", "compare")
+    few = (
+        ["--config.train.steps=1", "--config.train.epochs=0", "--workdir", str(tmp_path / "new")]
+        if trains
+        else []
+    )
+    command = [sys.executable, "-m", "bnjax.main", module, *arguments, *few]
     env = {**os.environ, "XLA_FLAGS": "", "BNJAX_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, timeout=120, check=False, cwd=tmp_path
+    )
     assert done.returncode in (0, 1, 2), done
     assert "Traceback" not in done.stderr, done
 
@@ -155,15 +236,19 @@ def interrupted(tmp_path_factory):
     train_and_evaluate(config, folder / "whole", SMALL)
     stream = run.train_rows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+        patch.setattr(
+            run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
+        )
         with pytest.raises(StopIteration):
             train_and_evaluate(config, folder / "died", SMALL)
     return folder / "died", parameters(folder / "whole")
 
 
 def parameters(folder):
-    experiment = configs.build(synthetic.config(steps=10), SMALL)
-    like = jax.eval_shape(lambda: init_variables(experiment.model, jax.random.key(0), SMALL.train.image[:1]))
+    experiment = build.experiment(synthetic.config(steps=10), SMALL)
+    like = jax.eval_shape(
+        lambda: init_variables(experiment.model, jax.random.key(0), SMALL.train.image[:1])
+    )
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         return jax.device_get(checkpoints.restore_variables(checkpoints.step("last"), like))
 
@@ -187,7 +272,13 @@ def damage(file, how):
         if kind == "flipped" and content:
             position = int(amount * (len(content) - 1))
             content = content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
-        file.write_bytes(amount if kind == "garbage" else content[: int(amount * len(content))] if kind == "cut" else content)
+        file.write_bytes(
+            amount
+            if kind == "garbage"
+            else content[: int(amount * len(content))]
+            if kind == "cut"
+            else content
+        )
 
 
 @pytest.mark.slow
@@ -197,7 +288,11 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
     died, wanted = interrupted
     folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
     shutil.copytree(died, folder)
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    files = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    )
     for name in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True)):
         damage(folder / name, data.draw(DAMAGE))
     try:
@@ -211,7 +306,9 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
 @pytest.mark.slow
 @settings(max_examples=100)
 @given(data=st.data())
-def test_any_damage_is_said_or_does_no_harm_when_predicting(finished, tmp_path, monkeypatch, capsys, data):
+def test_any_damage_is_said_or_does_no_harm_when_predicting(
+    finished, tmp_path, monkeypatch, capsys, data
+):
     """The command line itself, in this process: damaged runs, and images of damaged or random bytes."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
     shutil.copytree(finished, folder)
@@ -220,20 +317,32 @@ def test_any_damage_is_said_or_does_no_harm_when_predicting(finished, tmp_path, 
         damage(folder / data.draw(st.sampled_from(files)), data.draw(DAMAGE))
     images = []
     for number, kind in enumerate(
-        data.draw(st.lists(st.sampled_from(["png", "jpeg", "npy", "gif", "bytes", "none"]), min_size=1, max_size=3))
+        data.draw(
+            st.lists(
+                st.sampled_from(["png", "jpeg", "npy", "gif", "bytes", "none"]),
+                min_size=1,
+                max_size=3,
+            )
+        )
     ):
         file = folder.parent / f"{number}.{'png' if kind in ('bytes', 'none') else kind}"
         if kind == "bytes":
             file.write_bytes(data.draw(st.binary(max_size=60)))
         elif kind == "npy":
-            np.save(file, np.zeros(data.draw(st.lists(st.integers(0, 9), max_size=4)), data.draw(st.sampled_from(["u1", "f4", "i8", "?"]))))
+            np.save(
+                file,
+                np.zeros(
+                    data.draw(st.lists(st.integers(0, 9), max_size=4)),
+                    data.draw(st.sampled_from(["u1", "f4", "i8", "?"])),
+                ),
+            )
         elif kind != "none":
             Image.fromarray(np.zeros((9, 9), np.uint8)).save(file)
         if kind not in ("bytes", "none") and data.draw(st.booleans()):
             damage(file, data.draw(DAMAGE))
         images.append(str(file))
-    monkeypatch.setattr(sys, "argv", ["predict", "--workdir", str(folder), *images])
+    monkeypatch.setattr(sys, "argv", ["bnjax", "predict", "--workdir", str(folder), *images])
     with pytest.raises(SystemExit) as ended:
-        errors.run(predict.main)
+        errors.run(main.main)
     assert ended.value.code in (0, 1, 2)
     assert ended.value.code == 0 or "error: " in capsys.readouterr().err

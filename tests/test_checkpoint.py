@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.checkpoint import CheckpointError, Checkpoints
+from bnjax.train.checkpoint import CheckpointError, Checkpoints
 from bnjax.train_step import TrainState
 
 
@@ -33,14 +33,18 @@ def test_everything_comes_back(tmp_path, statistics):
         checkpoints.save(*saved, 0.5, {"norm": "batch"})
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restored = checkpoints.restore(3, jax.eval_shape(lambda: make(statistics=statistics)))
-        params, stats = checkpoints.restore_variables(3, jax.eval_shape(lambda: (saved[0].params, saved[1])))
+        params, stats = checkpoints.restore_variables(
+            3, jax.eval_shape(lambda: (saved[0].params, saved[1]))
+        )
     jax.tree.map(np.testing.assert_array_equal, plain(restored), plain(saved))
     jax.tree.map(np.testing.assert_array_equal, (params, stats), (saved[0].params, saved[1]))
 
 
 def test_the_newest_two_and_the_best_stay_across_processes(tmp_path):
     for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.4)):
-        with Checkpoints(tmp_path) as checkpoints:  # opened anew each time, as after an interruption
+        with Checkpoints(
+            tmp_path
+        ) as checkpoints:  # opened anew each time, as after an interruption
             checkpoints.save(*make(step), accuracy, {})
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4, 5]
@@ -50,7 +54,10 @@ def test_the_newest_two_and_the_best_stay_across_processes(tmp_path):
 
 
 def test_no_checkpoint_is_an_error_that_says_when_there_will_be_one(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="first evaluation"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match="first evaluation"),
+    ):
         checkpoints.step("last")
 
 
@@ -61,15 +68,24 @@ def test_no_checkpoint_is_an_error_that_says_when_there_will_be_one(tmp_path):
             {"layer": {"kernel": jnp.zeros((2, 4))}},
             r"params\.layer\.kernel \(float32 \[2, 3\] in the checkpoint, float32 \[2, 4\] in the model",
         ),
-        ({"layer": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}, r"params\.layer\.kernel \(float32 .*, bfloat16"),
-        ({"layer": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}, r"params\.layer\.bias \(nothing in the checkpoint"),
+        (
+            {"layer": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}},
+            r"params\.layer\.kernel \(float32 .*, bfloat16",
+        ),
+        (
+            {"layer": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}},
+            r"params\.layer\.bias \(nothing in the checkpoint",
+        ),
         ({}, r"params\.layer\.kernel \(float32 .* in the checkpoint, nothing in the model"),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused_by_leaf(tmp_path, params, said):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(*make(), 0.5, {})
-    with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(CheckpointError, match=said):
+    with (
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=said),
+    ):
         checkpoints.restore_variables(3, jax.eval_shape(lambda: (params, make()[1])))
 
 
@@ -77,7 +93,10 @@ def test_a_checkpoint_without_statistics_is_refused_for_a_network_that_has_some(
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(*make(statistics=False), 0.5, {})
     said = r"batch_stats\.norm\.mean \(nothing in the checkpoint"
-    with Checkpoints(tmp_path, read_only=True) as checkpoints, pytest.raises(CheckpointError, match=said):
+    with (
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=said),
+    ):
         checkpoints.restore(3, jax.eval_shape(make))
 
 
@@ -98,13 +117,18 @@ def damage(path, how):
     elif how == "truncated":
         path.write_bytes(content[: len(content) // 2])
     else:
-        path.write_bytes(content[: len(content) // 3] + os.urandom(40) + content[len(content) // 3 + 40 :])
+        path.write_bytes(
+            content[: len(content) // 3] + os.urandom(40) + content[len(content) // 3 + 40 :]
+        )
 
 
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("how", ["overwritten", pytest.param("truncated", marks=SLOW), pytest.param("deleted", marks=SLOW)])
+@pytest.mark.parametrize(
+    "how",
+    ["overwritten", pytest.param("truncated", marks=SLOW), pytest.param("deleted", marks=SLOW)],
+)
 def test_whatever_is_damaged_is_noticed_or_does_not_matter(three, tmp_path, how):
     """Every file of the newest checkpoint in turn; TensorStore itself gives back changed bytes without a word."""
     files = [path.relative_to(three) for path in sorted((three / "3").rglob("*")) if path.is_file()]
@@ -143,7 +167,10 @@ def test_when_all_are_damaged_nothing_is_touched(three, tmp_path):
     for step in (1, 2, 3):
         damage(folder / str(step) / "training" / "_METADATA", "overwritten")
     before = sorted(path for path in tmp_path.rglob("*"))
-    with Checkpoints(folder) as checkpoints, pytest.raises(CheckpointError, match="No other checkpoint is left"):
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(CheckpointError, match="No other checkpoint is left"),
+    ):
         checkpoints.newest_intact()
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
@@ -166,7 +193,11 @@ def test_what_is_said_about_it_is_kept_beside_it(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(*make(), 0.5, {"versions": {"jax": "1"}})
     record = json.loads((tmp_path / "3" / "bnjax.json").read_text())
-    assert (record["step"], record["accuracy"], record["about"]) == (3, 0.5, {"versions": {"jax": "1"}})
+    assert (record["step"], record["accuracy"], record["about"]) == (
+        3,
+        0.5,
+        {"versions": {"jax": "1"}},
+    )
 
 
 def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoints_stay(tmp_path):
@@ -176,7 +207,7 @@ import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 import jax.numpy as jnp
-from bnjax.checkpoint import CheckpointError, Checkpoints
+from bnjax.train.checkpoint import CheckpointError, Checkpoints
 from test_checkpoint import make
 folder = Path({str(tmp_path)!r})
 with Checkpoints(folder) as checkpoints:
@@ -208,13 +239,15 @@ def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
     code = f"""
 from pathlib import Path
 import jax, jax.numpy as jnp
-from bnjax.checkpoint import Checkpoints
+from bnjax.train.checkpoint import Checkpoints
 with Checkpoints(Path({str(tmp_path)!r}), read_only=True) as checkpoints:
     params, _ = checkpoints.restore_variables(1, jax.eval_shape(lambda: ({{"kernel": jnp.zeros(16)}}, {{}})))
 print(jax.device_count(), params["kernel"].tolist() == list(range(16)))
 """
     env = {**os.environ, "XLA_FLAGS": ""}
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split() == ["1", "True"]
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    ).stdout.split() == ["1", "True"]
 
 
 def test_a_checkpoint_is_restored_on_the_default_device(three):

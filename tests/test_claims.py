@@ -11,23 +11,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_configs import Dataset, Split
 
-from bnjax import claims, configfile, grid, results, text
-from bnjax import config as configs
-from bnjax.claims import Statement, verdicts
+from bnjax.compare import claims, grid, results, text
+from bnjax.compare.claims import Statement, verdicts
+from bnjax.compare.intervals import Estimate
 from bnjax.errors import UserError
-from bnjax.statistics import Estimate
+from bnjax.train import build, parsing
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "claims").glob("*.py"))
-GREATER = {"quantity": "test_accuracy", "at": "last", "of": "a", "against": "b", "direction": "greater", "margin": 0.02, "source": "me"}
+GREATER = {
+    "quantity": "test_accuracy",
+    "at": "last",
+    "of": "a",
+    "against": "b",
+    "direction": "greater",
+    "margin": 0.02,
+    "source": "me",
+}
 FASTER = {**GREATER, "quantity": "steps_to_loss", "at": 0.5, "margin": 1.0}
 
 
 def run(variant, seed, losses=(0.9, 0.4), tests=((2, 1.0, 0.5),), finished=True):
     """As `read_runs` gives it: the loss of each training step, and (step, loss, accuracy) of each evaluation."""
-    train = [{"step": step, "split": "train", "loss": loss, "accuracy": 0.1} for step, loss in enumerate(losses, start=1)]
-    test = [{"step": step, "split": "test", "loss": loss, "accuracy": accuracy} for step, loss, accuracy in tests]
+    train = [
+        {"step": step, "split": "train", "loss": loss, "accuracy": 0.1}
+        for step, loss in enumerate(losses, start=1)
+    ]
+    test = [
+        {"step": step, "split": "test", "loss": loss, "accuracy": accuracy}
+        for step, loss, accuracy in tests
+    ]
     timing = [{"step": line["step"], "seconds": 1.5 * line["step"]} for line in train]
-    return {"variant": variant, "seed": seed, "summary": {} if finished else None, "metrics": train + test, "timing": timing}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "summary": {} if finished else None,
+        "metrics": train + test,
+        "timing": timing,
+    }
 
 
 def comparison(*statements, seeds=3, needed=3):
@@ -56,7 +76,11 @@ def test_an_effect_beyond_the_margin_is_reproduced():
     verdict = outcome(GREATER, accuracies("a", 0.60, 0.61, 0.62), accuracies("b", 0.50, 0.52, 0.51))
     assert verdict.outcome == "reproduced"
     assert verdict.effect.value == pytest.approx(0.1)
-    assert (verdict.effect.n, verdict.of.value, verdict.against.value) == (3, pytest.approx(0.61), pytest.approx(0.51))
+    assert (verdict.effect.n, verdict.of.value, verdict.against.value) == (
+        3,
+        pytest.approx(0.61),
+        pytest.approx(0.51),
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +97,10 @@ def test_an_effect_beyond_the_margin_is_reproduced():
 )
 def test_the_interval_decides(values, direction, margin, wanted):
     statement = {**GREATER, "direction": direction, "margin": margin}
-    assert outcome(statement, accuracies("a", *values), accuracies("b", 0.50, 0.52, 0.51)).outcome == wanted
+    assert (
+        outcome(statement, accuracies("a", *values), accuracies("b", 0.50, 0.52, 0.51)).outcome
+        == wanted
+    )
 
 
 def test_pairs_are_by_seed_and_not_by_position():
@@ -99,7 +126,10 @@ def test_too_few_seeds_and_unfinished_runs_are_inconclusive_whatever_the_interva
 
 def steps(variant, *counts, most=40):
     """Runs whose loss falls below 0.5 after so many steps, or never in `most`."""
-    return [run(variant, seed, losses=[0.9] * (count - 1) + [0.4] if count <= most else [0.9] * most) for seed, count in enumerate(counts)]
+    return [
+        run(variant, seed, losses=[0.9] * (count - 1) + [0.4] if count <= most else [0.9] * most)
+        for seed, count in enumerate(counts)
+    ]
 
 
 def test_a_ratio_of_steps():
@@ -121,12 +151,17 @@ def test_runs_that_never_got_there_give_a_bound():
     assert verdict.of.value == math.inf
     assert 0 < verdict.logrank < 0.1
     # A bound from below cannot show that the ratio is small, nor that it is about five.
-    assert outcome({**FASTER, "direction": "equal", "margin": 9.0}, steps("a", 35, 99, 99), b).outcome == "inconclusive"
+    assert (
+        outcome({**FASTER, "direction": "equal", "margin": 9.0}, steps("a", 35, 99, 99), b).outcome
+        == "inconclusive"
+    )
     assert outcome(FASTER, steps("a", 99, 99, 99), steps("b", 99, 99, 99)).outcome == "inconclusive"
 
 
 def test_what_is_read_off_a_run():
-    one = run("a", 0, losses=[0.9, None, 0.3, 0.6], tests=[(2, 1.2, 0.5), (3, 1.0, 0.4), (4, 1.1, 0.3)])
+    one = run(
+        "a", 0, losses=[0.9, None, 0.3, 0.6], tests=[(2, 1.2, 0.5), (3, 1.0, 0.4), (4, 1.1, 0.3)]
+    )
     found = {at: results.value(one, "test_loss", at) for at in ("first", "last", "best", 3, 1)}
     assert found == {"first": 1.2, "last": 1.1, "best": 1.0, 3: 1.0, 1: None}
     assert results.value(one, "test_accuracy", "best") == 0.5
@@ -141,12 +176,27 @@ def test_what_is_read_off_a_run():
 
 def test_a_loss_that_is_not_finite_is_inconclusive():
     statement = {**GREATER, "quantity": "test_loss"}
-    runs = [[run(name, seed, tests=[(2, None if (name, seed) == ("a", 1) else 1.0, 0.1)]) for seed in range(3)] for name in "ab"]
+    runs = [
+        [
+            run(name, seed, tests=[(2, None if (name, seed) == ("a", 1) else 1.0, 0.1)])
+            for seed in range(3)
+        ]
+        for name in "ab"
+    ]
     assert outcome(statement, *runs).reason == "some runs have no finite value at that point"
 
 
-@given(st.sampled_from(["greater", "less", "equal"]), st.floats(0, 1), st.floats(-2, 2), st.floats(-2, 2), st.floats(-1, 1), st.booleans())
-def test_a_verdict_agrees_with_every_value_in_the_interval(direction, margin, one, other, expected, is_time):
+@given(
+    st.sampled_from(["greater", "less", "equal"]),
+    st.floats(0, 1),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.floats(-1, 1),
+    st.booleans(),
+)
+def test_a_verdict_agrees_with_every_value_in_the_interval(
+    direction, margin, one, other, expected, is_time
+):
     """Reproduced: the claim holds for all of them; not reproduced: for none."""
     low, high = sorted((one, other))
     fields = {**(FASTER if is_time else GREATER), "direction": direction}
@@ -155,7 +205,11 @@ def test_a_verdict_agrees_with_every_value_in_the_interval(direction, margin, on
     estimate = Estimate(scale((low + high) / 2), scale(low), scale(high), 3, "")
     found, _ = claims.decide(statement, estimate)
     points = np.linspace(low, high, 11) - expected
-    holds = {"greater": points > margin, "less": points < -margin, "equal": np.abs(points) <= margin}[direction]
+    holds = {
+        "greater": points > margin,
+        "less": points < -margin,
+        "equal": np.abs(points) <= margin,
+    }[direction]
     edge = np.abs(np.abs(points) - margin).min() < 1e-9
     if not edge and found != "inconclusive":
         assert holds.all() if found == "reproduced" else not holds.any()
@@ -183,7 +237,13 @@ def test_impossible_statements_are_refused(wrong, allowed):
         Statement(**GREATER | wrong)
 
 
-GOOD = {"question": "q", "variants": {"a": ("a.py", {}), "b": ("b.py", {})}, "statements": [GREATER], "seeds": 3, "full": {}}
+GOOD = {
+    "question": "q",
+    "variants": {"a": ("a.py", {}), "b": ("b.py", {})},
+    "statements": [GREATER],
+    "seeds": 3,
+    "full": {},
+}
 
 
 @pytest.mark.parametrize(
@@ -234,14 +294,17 @@ def test_the_text_says_verdict_interval_method_and_source():
 
 @given(
     st.recursive(
-        st.none() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(st.text(max_size=5), x)
+        st.none() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda x: st.lists(x) | st.dictionaries(st.text(max_size=5), x),
     )
 )
 def test_any_comparison_file_is_read_or_refused(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("comparison")
     base = comparison(FASTER) | {"command": "c"}
     for key in (None, *base):
-        (folder / claims.FILE).write_text(json.dumps(content if key is None else {**base, key: content}))
+        (folder / claims.FILE).write_text(
+            json.dumps(content if key is None else {**base, key: content})
+        )
         try:
             found = claims.read(folder)
         except UserError as error:
@@ -260,27 +323,36 @@ def images():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_claim_builds_and_its_docstring_gives_command_source_time_and_margin(path, full, images):
     doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-    for said in (f"--claim configs/claims/{path.stem}.py --workdir runs/{path.stem}", "Source: ", "Time: ", "Margin: "):
+    for said in (
+        f"--claim configs/claims/{path.stem}.py --workdir runs/{path.stem}",
+        "Source: ",
+        "Time: ",
+        "Margin: ",
+    ):
         assert said in doc
     found = grid.compare_claim(str(path), [], full=full)
     assert found["seeds_needed"] >= (3 if path.stem == "five_times" else 5)
     assert found["statements"]
     for name, variant in found["variants"].items():
-        config = configfile.from_dict(variant["config"])
+        config = parsing.from_dict(variant["config"])
         assert config.name == name
-        assert configs.build(config, images).steps > 0
+        assert build.experiment(config, images).steps > 0
         assert variant["differs"], "variants that do not differ"
-        about = claims.load(str(path))["variants"][name][1]  # is stronger than what all have in common
-        assert {key: configfile.flat(variant["config"])[key] for key in about} == about
+        about = claims.load(str(path))["variants"][name][
+            1
+        ]  # is stronger than what all have in common
+        assert {key: parsing.flat(variant["config"])[key] for key in about} == about
     leaves = [json.dumps(variant["differs"]) for variant in found["variants"].values()]
     assert len({*leaves}) == len(leaves)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "five_times"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem != "five_times"], ids=lambda path: path.stem
+)
 def test_the_small_version_is_small(path):
     """What 45 seconds should be enough for: 60,000 images of a network with a thirtieth of the work, or 6,000 steps of a few images."""
     for variant in grid.compare_claim(str(path), [], full=False)["variants"].values():
-        config = configfile.from_dict(variant["config"])
+        config = parsing.from_dict(variant["config"])
         images = config.data.train_images
         assert images <= 5000
         batch = config.train.batch_size

@@ -58,7 +58,9 @@ def machine(tmp_path_factory):
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     kernel = home / "share" / "kernels" / "this"
     kernel.mkdir(parents=True)
-    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "this", "language": "python"}))
+    (kernel / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "this", "language": "python"})
+    )
     own = {"JUPYTER_PATH": home / "share", "JUPYTER_PLATFORM_DIRS": "1"}
     own |= dict.fromkeys(("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"), home / "own")
     own |= dict.fromkeys(("JUPYTER_CONFIG_DIR", "MPLCONFIGDIR", "BNJAX_CACHE"), home / "own")
@@ -74,7 +76,9 @@ def machine(tmp_path_factory):
             for name, value in own.items():
                 patch.setenv(name, str(value))
             patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
-            patch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+            patch.setenv(
+                "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            )
             patch.setenv("XLA_FLAGS", "")  # one device, and code as fast as a user's
             patch.setenv("ASKED", str(packages / "asked"))
             for name in ("http_proxy", "https_proxy"):
@@ -127,8 +131,14 @@ def test_the_notebook_is_small_valid_and_without_outputs():
 
 def test_what_colab_has_is_enough():
     """Otherwise pip would replace jax there, and leave its CUDA plugin behind."""
-    text = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
-    wanted = {found.name: found.specifier for found in map(Requirement, re.findall(r'"(.+?)"', text[1]))}
+    text = re.search(
+        r"^dependencies = \[(.*?)^\]",
+        (ROOT / "pyproject.toml").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    wanted = {
+        found.name: found.specifier for found in map(Requirement, re.findall(r'"(.+?)"', text[1]))
+    }
     assert set(COLAB) <= set(wanted)
     assert [name for name, version in COLAB.items() if not wanted[name].contains(version)] == []
 
@@ -137,7 +147,12 @@ def test_what_colab_has_is_enough():
 def test_every_cell_runs(executed):
     cells, _ = executed
     assert all(cell.execution_count for cell in cells.values())
-    assert not [output for cell in cells.values() for output in cell.outputs if output.output_type == "error"]
+    assert not [
+        output
+        for cell in cells.values()
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
     assert "training on digits" in printed(cells["data"])
 
 
@@ -159,7 +174,9 @@ def test_the_curves_are_drawn_and_the_runs_behind_them_are_complete(executed):
 
 
 def accuracies(cell):
-    (train, test) = re.search(r"train accuracy ([\d.]+), test accuracy ([\d.]+)", printed(cell)).groups()
+    (train, test) = re.search(
+        r"train accuracy ([\d.]+), test accuracy ([\d.]+)", printed(cell)
+    ).groups()
     return float(train), float(test)
 
 
@@ -184,7 +201,10 @@ def test_the_mistake_leaves_the_statistics_where_they_were(executed):
     train, test = accuracies(cells["mistake"])
     assert train > 0.8
     assert test < 0.2  # chance is 0.1
-    kept, returned = (json.loads(found.replace("'", '"')) for found in re.findall(r"{.*}", printed(cells["mistake"])))
+    kept, returned = (
+        json.loads(found.replace("'", '"'))
+        for found in re.findall(r"{.*}", printed(cells["mistake"]))
+    )
     assert kept == {"mean": 0.0, "var": 0.0}
     assert min(returned.values()) > 0.01
 
@@ -218,7 +238,9 @@ def test_an_installation_that_replaces_jax_is_told(which, machine, tmp_path):
     if which == "notebook":
         notebook = the_notebook(machine.repository)
     else:
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(filled_in(CELL, machine.repository))])
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(filled_in(CELL, machine.repository))]
+        )
     with pytest.raises(CellExecutionError, match="AssertionError"):
         machine(notebook, tmp_path / "content", BREAK="1")
     assert not list((tmp_path / "content").rglob("metrics.jsonl"))
@@ -232,5 +254,7 @@ def test_the_cell_of_the_readme_installs_and_trains(machine, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     asked = machine(notebook, tmp_path / "content")
     assert asked.split() == ["install", "-q", "./bnjax-clone"]
-    summary = json.loads((tmp_path / "content" / "bnjax-clone" / "runs" / "digits" / "summary.json").read_text())
+    summary = json.loads(
+        (tmp_path / "content" / "bnjax-clone" / "runs" / "digits" / "summary.json").read_text()
+    )
     assert summary["steps"] == 11

@@ -1,43 +1,55 @@
 """The commands as a user runs them: as processes, on real digits."""
 
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bnjax import errors
+from bnjax import errors, main
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "digits.py")
-SMALL = ["--config.model.filters=2,2,2", "--config.model.dense=4,4", "--config.train.epochs=0", "--config.eval.every_epochs=0"]
+SMALL = [
+    "--config.model.filters=2,2,2",
+    "--config.model.dense=4,4",
+    "--config.train.epochs=0",
+    "--config.eval.every_epochs=0",
+]
 FEW = [*SMALL, "--config.train.steps=4", "--config.eval.every_steps=2"]
 
 
-ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONWARNINGS": "default"}  # one device, compiled quickly
+ENV = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "PYTHONWARNINGS": "default",
+}  # one device, compiled quickly
 
 
-def bnjax(module, *arguments):
+def bnjax(*arguments):
     """Runs a command as a process."""
-    command = [sys.executable, "-m", f"bnjax.{module}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=240, check=False)
+    command = [sys.executable, "-m", "bnjax.main", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENV, timeout=240, check=False
+    )
 
 
 @pytest.fixture
 def inside(monkeypatch, capsys):
     """Runs a command in this process, which takes a fraction of the time."""
 
-    def call(module, *arguments):
-        monkeypatch.setattr("sys.argv", [module, *map(str, arguments)])
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["bnjax", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            errors.run(importlib.import_module(f"bnjax.{module}").main)
-        return subprocess.CompletedProcess(module, left.value.code or 0, *capsys.readouterr())
+            errors.run(main.main)
+        return subprocess.CompletedProcess(arguments, left.value.code or 0, *capsys.readouterr())
 
     return call
 
@@ -46,16 +58,25 @@ def inside(monkeypatch, capsys):
 def run(tmp_path_factory):
     """A finished run in a folder, and what the command printed."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
-    done = bnjax("main", "--config", CONFIG, "--workdir", workdir, *FEW)
+    done = bnjax("--config", CONFIG, "--workdir", workdir, *FEW)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
 
-@pytest.mark.parametrize("module", ["main", "predict", "compare"])
-def test_help_exits_with_0(module):
-    done = bnjax(module, "--help")
+@pytest.mark.parametrize("command", ["train", "predict", "compare", "report"])
+def test_help_exits_with_0(inside, command):
+    done = inside(command, "--help")
     assert done.returncode == 0
-    assert "--workdir" in done.stdout
+    assert {"report": "--out"}.get(command, "--workdir") in done.stdout
+    assert f"    {command} " in inside("--help").stdout
+
+
+def test_the_console_script_says_what_there_is():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert entry_points(group="console_scripts")["bnjax"].value == scripts["bnjax"]
+    done = bnjax()
+    assert done.returncode == 2
+    assert "COMMAND" in done.stderr
 
 
 @pytest.mark.lane
@@ -68,14 +89,14 @@ def test_training_prints_plain_lines_away_from_a_terminal(run):
 
 def test_a_finished_run_says_so(run, inside):
     workdir, _ = run
-    again = inside("main", "--config", CONFIG, "--workdir", workdir, *FEW)
+    again = inside("train", "--config", CONFIG, "--workdir", workdir, *FEW)
     assert again.returncode == 0
     assert "is finished" in again.stdout
 
 
 def test_another_config_in_the_same_folder_is_refused(run, inside):
     workdir, _ = run
-    other = inside("main", "--config", CONFIG, "--workdir", workdir, *FEW, "--config.seed=9")
+    other = inside("train", "--config", CONFIG, "--workdir", workdir, *FEW, "--config.seed=9")
     assert other.returncode == 2
     assert "config.seed: 0 there, 9 now" in other.stderr
 
@@ -83,14 +104,23 @@ def test_another_config_in_the_same_folder_is_refused(run, inside):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config", CONFIG, "--config.model.momentun=0.9"], "Did you mean config.model.momentum?"),
-        (["--config", CONFIG, "--config.model.strides=0,1,1"], "config.model.strides = (0, 1, 1) is not possible"),
+        (
+            ["--config", CONFIG, "--config.model.momentun=0.9"],
+            "Did you mean config.model.momentum?",
+        ),
+        (
+            ["--config", CONFIG, "--config.model.strides=0,1,1"],
+            "config.model.strides = (0, 1, 1) is not possible",
+        ),
         (["--config", "nowhere.py"], "there is no config file nowhere.py"),
-        (["--config", CONFIG, "--config.data.name=cifar10", "--config.data.dir=/nowhere"], "It has to be a folder"),
+        (
+            ["--config", CONFIG, "--config.data.name=cifar10", "--config.data.dir=/nowhere"],
+            "It has to be a folder",
+        ),
     ],
 )
 def test_mistakes_are_one_paragraph_and_exit_with_2(inside, tmp_path, arguments, said):
-    done = inside("main", *arguments, "--workdir", tmp_path / "run")
+    done = inside("train", *arguments, "--workdir", tmp_path / "run")
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -98,17 +128,34 @@ def test_mistakes_are_one_paragraph_and_exit_with_2(inside, tmp_path, arguments,
 
 
 def test_a_network_that_fits_into_no_memory_is_one_paragraph(inside, tmp_path):
-    done = inside("main", "--config", CONFIG, "--workdir", tmp_path / "run", *FEW, "--config.model.dense=1000000,1000000")
+    done = inside(
+        "train",
+        "--config",
+        CONFIG,
+        "--workdir",
+        tmp_path / "run",
+        *FEW,
+        "--config.model.dense=1000000,1000000",
+    )
     assert done.returncode == 2
-    assert "the parameters and the optimizer's state take 11," in done.stderr  # three times 4 bytes times 10**12
+    assert (
+        "the parameters and the optimizer's state take 11," in done.stderr
+    )  # three times 4 bytes times 10**12
     assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    steps = ["--config.train.steps=160", "--config.eval.every_steps=40", "--config.eval.histograms=0", "--config.eval.pictures=0"]
+    steps = [
+        "--config.train.steps=160",
+        "--config.eval.every_steps=40",
+        "--config.eval.histograms=0",
+        "--config.eval.pictures=0",
+    ]
     arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run"), *SMALL, *steps]
-    command = [sys.executable, "-m", "bnjax.main", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+    command = [sys.executable, "-m", "bnjax.main", "train", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    ) as process:
         assert process.stdout is not None
         while "step 40:" not in process.stdout.readline():  # in the middle of training
             assert process.poll() is None, process.stderr.read()
@@ -118,9 +165,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert "stopped by SIGINT after step" in out
     assert f"--workdir {tmp_path / 'run'}" in out
     assert "Traceback" not in err
-    done = bnjax("main", *arguments)
+    done = bnjax("train", *arguments)
     assert done.returncode == 0, done.stderr
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 161))
 
 
@@ -187,7 +236,10 @@ def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, ins
     assert rows["right.png"]["scores"] == pytest.approx(rows["right.npy"]["scores"], rel=1e-5)
     assert sum(rows["right.png"]["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert rows["right.png"]["score"] == max(rows["right.png"]["scores"].values())
-    assert [name in error for name, error in zip(("broken.jpg", "missing.png"), found["errors"], strict=True)] == [True, True]
+    assert [
+        name in error
+        for name, error in zip(("broken.jpg", "missing.png"), found["errors"], strict=True)
+    ] == [True, True]
     assert "Traceback" not in done.stderr
     table = inside("predict", "--workdir", workdir, tmp_path / "right.png")
     assert table.returncode == 0
@@ -199,7 +251,7 @@ def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, ins
     [
         (["--workdir", "nowhere", "x.png"], "there is no run in nowhere"),
         (["--workdir", "RUN", "--checkpoint", "77", "x.png"], "no checkpoint '77'"),
-        (["--workdir", "RUN"], "give either images or --split"),
+        (["--workdir", "RUN"], "one of the arguments IMAGE --split is required"),
     ],
 )
 def test_predict_says_what_is_missing(run, inside, arguments, said):

@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
 
-from bnjax import config as configs
-from bnjax import configfile, defaults
-from bnjax.data.sources import Dataset, Split
+from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError, UserError
-from bnjax.products import bfloat16_dot_general
+from bnjax.models.products import bfloat16_dot_general
+from bnjax.train import build, defaults, parsing
 
 
 def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
@@ -17,8 +16,8 @@ def make(overrides=(), n=100, **more):
     config = defaults.get_config()
     config.train.batch_size, config.train.steps, config.train.epochs = 10, 0, 10.0
     for name, text in overrides:
-        configfile.override(config, name, text)
-    return configs.build(config, dataset(n, **more))
+        parsing.override(config, name, text)
+    return build.experiment(config, dataset(n, **more))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_images_that_shrink_to_nothing_are_refused():
 )
 def test_overrides_keep_the_type(name, text, wanted):
     config = defaults.get_config()
-    configfile.override(config, name, text)
+    parsing.override(config, name, text)
     value = config
     for key in name.split("."):
         value = value[key]
@@ -96,11 +95,18 @@ def test_overrides_keep_the_type(name, text, wanted):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("seed", "a"), ("seed", "1.5"), ("model.scale", "1"), ("model.momentum", "x"), ("model.dense", "x")]
+    ("name", "text"),
+    [
+        ("seed", "a"),
+        ("seed", "1.5"),
+        ("model.scale", "1"),
+        ("model.momentum", "x"),
+        ("model.dense", "x"),
+    ],
 )
 def test_overrides_of_another_type_are_refused(name, text):
     with pytest.raises(ConfigError, match=name):
-        configfile.override(defaults.get_config(), name, text)
+        parsing.override(defaults.get_config(), name, text)
 
 
 @pytest.mark.parametrize(
@@ -114,42 +120,53 @@ def test_overrides_of_another_type_are_refused(name, text):
 )
 def test_an_unknown_key_is_named_with_what_there_is(name, said):
     with pytest.raises(UserError, match=said):
-        configfile.override(defaults.get_config(), name, "1")
+        parsing.override(defaults.get_config(), name, "1")
 
 
 def test_a_config_file_and_its_overrides(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n")
-    config = configfile.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
+    file.write_text(
+        "from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n"
+    )
+    config = parsing.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
     assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
 
 
 def test_low_precision_products_are_chosen_and_checked():
     config = defaults.get_config()
     config.model.dense_product = "bfloat16"
-    assert configs.build_model(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
+    assert build.model(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
     config.model.dtype = "bfloat16"
     with pytest.raises(ConfigError, match=r"dense_product.*float32 with model\.dtype"):
-        configs.build_model(config.model, 10, (32, 32, 3))
+        build.model(config.model, 10, (32, 32, 3))
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "1/0", "def get_config(): return 1/0", "def get_config(:", "raise SystemExit(0)", "def get_config(): return {'name': 'a'}"],
+    [
+        "",
+        "1/0",
+        "def get_config(): return 1/0",
+        "def get_config(:",
+        "raise SystemExit(0)",
+        "def get_config(): return {'name': 'a'}",
+    ],
 )
 def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
     file = tmp_path / "mine.py"
     file.write_text(content)
     with pytest.raises(UserError, match=r"mine\.py"):
-        configfile.load(str(file), [])
+        parsing.load(str(file), [])
 
 
 @pytest.mark.parametrize("flags", [["--confg.seed=1"], ["seed=1"], ["--config.seed"]])
 def test_flags_that_are_no_overrides_are_refused(tmp_path, flags):
     file = tmp_path / "mine.py"
-    file.write_text("from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n")
+    file.write_text(
+        "from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n"
+    )
     with pytest.raises(UserError, match="Overrides look like"):
-        configfile.load(str(file), flags)
+        parsing.load(str(file), flags)
 
 
 def test_durations_become_steps_and_a_fallback_batch_is_a_tenth_of_the_images():
@@ -162,7 +179,9 @@ def test_durations_become_steps_and_a_fallback_batch_is_a_tenth_of_the_images():
 
 def test_an_average_that_keeps_its_starting_value_is_warned_of():
     def warnings(momentum, steps):
-        return make([("model.momentum", str(momentum)), ("train.steps", str(steps)), ("train.epochs", "0")]).warnings
+        return make(
+            [("model.momentum", str(momentum)), ("train.steps", str(steps)), ("train.epochs", "0")]
+        ).warnings
 
     assert warnings(0.99, 459) == ()  # 0.99 ** 459 < 0.01 < 0.99 ** 458
     (text,) = warnings(0.99, 458)
@@ -179,4 +198,4 @@ def test_a_config_survives_json():
     config = defaults.get_config()
     config.model.dense = (5, 6, 7)
     config.model.dropout = (0.0, 0.1, 0.2)
-    assert configfile.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    assert parsing.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()

@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnjax import config as configs
-from bnjax import configfile
-from bnjax.data.sources import Dataset, Split
+from bnjax.data.datasets import Dataset, Split
 from bnjax.norms import Identity
+from bnjax.train import build, parsing
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def experiment(path, n=50_000):
     split = Split(np.zeros((n, 32, 32, 3), np.uint8), np.zeros(n, np.int32))
-    config = configfile.load(str(path), [])
-    configs.check_choices(config)
-    return configs.build(config, Dataset("cifar10", "cifar10", True, split, split, tuple("abcdefghij")))
+    config = parsing.load(str(path), [])
+    build.check(config)
+    return build.experiment(
+        config, Dataset("cifar10", "cifar10", True, split, split, tuple("abcdefghij"))
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -34,6 +35,11 @@ def test_it_builds_and_its_docstring_gives_command_time_and_result(path):
 
 def test_the_tutorials_schedule():
     found = experiment(FILES[0].with_name("bn.py"))
-    assert (found.steps, found.eval_every, found.batch_size, found.shuffle) == (100, 20, 5000, False)
+    assert (found.steps, found.eval_every, found.batch_size, found.shuffle) == (
+        100,
+        20,
+        5000,
+        False,
+    )
     assert experiment(FILES[0].with_name("no_bn.py")).steps == 400
     assert experiment(FILES[0].with_name("no_bn.py")).model.norm is Identity

@@ -9,9 +9,8 @@ import optax
 import pytest
 import synthetic
 
-from bnjax import config as configs
-from bnjax import dispatch
 from bnjax.data.batches import take, train_rows
+from bnjax.train import build, dispatch
 from bnjax.train_step import init_state, train_step
 
 STEPS = 8
@@ -21,19 +20,36 @@ STEPS = 8
 def training():
     """A bound step, a fresh state, and the rows of eight batches across the end of an epoch."""
     data, config = synthetic.dataset(), synthetic.config()
-    model, tx = configs.build(config, data).model, optax.sgd(0.1)  # Adam would hide a gradient of another size
+    model, tx = (
+        build.experiment(config, data).model,
+        optax.sgd(0.1),
+    )  # Adam would hide a gradient of another size
     step = functools.partial(train_step, model=model, tx=tx, skip_nonfinite=True)
-    rows = list(itertools.islice(train_rows(len(data.train.label), 10, key=jax.random.key(3)), STEPS))
-    return step, lambda: jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0), data.train.image[:1]), data.train, rows
+    rows = list(
+        itertools.islice(train_rows(len(data.train.label), 10, key=jax.random.key(3)), STEPS)
+    )
+    return (
+        step,
+        lambda: jax.jit(functools.partial(init_state, model, tx))(
+            jax.random.key(0), data.train.image[:1]
+        ),
+        data.train,
+        rows,
+    )
 
 
 def run(dispatched, initial, rows, counts):
     state, batch_stats = initial
     metrics, rows = [], iter(rows)
     for count in counts:
-        state, batch_stats, several = dispatched.advance(state, batch_stats, list(itertools.islice(rows, count)))
+        state, batch_stats, several = dispatched.advance(
+            state, batch_stats, list(itertools.islice(rows, count))
+        )
         metrics += dispatch.unstack(several, count)
-    leaves = [jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(state)]
+    leaves = [
+        jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(state)
+    ]
     return [np.asarray(leaf) for leaf in (*leaves, *jax.tree.leaves(batch_stats))], metrics
 
 
@@ -52,12 +68,23 @@ def by_hand(training):
 @pytest.mark.parametrize("way", ["one", "many"])
 def test_both_ways_are_the_plain_loop(training, by_hand, way):
     step, fresh, split, rows = training
-    dispatched = dispatch.one_at_a_time(step, split, {}) if way == "one" else dispatch.many_at_a_time(step, split, {}, most=5)
+    dispatched = (
+        dispatch.one_at_a_time(step, split, {})
+        if way == "one"
+        else dispatch.many_at_a_time(step, split, {}, most=5)
+    )
     leaves, metrics = run(dispatched, fresh(), rows, [1] * STEPS if way == "one" else [5, 3])
-    assert [(int(one.correct), int(one.count)) for one in metrics] == [(int(one.correct), int(one.count)) for one in by_hand[1]]
-    np.testing.assert_allclose([one.loss for one in metrics], [one.loss for one in by_hand[1]], rtol=1e-5)
+    assert [(int(one.correct), int(one.count)) for one in metrics] == [
+        (int(one.correct), int(one.count)) for one in by_hand[1]
+    ]
+    np.testing.assert_allclose(
+        [one.loss for one in metrics], [one.loss for one in by_hand[1]], rtol=1e-5
+    )
     for leaf in by_hand[0]:
-        assert any(leaf.shape == mine.shape and np.allclose(leaf, mine, rtol=1e-4, atol=1e-6) for mine in leaves)
+        assert any(
+            leaf.shape == mine.shape and np.allclose(leaf, mine, rtol=1e-4, atol=1e-6)
+            for mine in leaves
+        )
 
 
 def test_how_steps_are_grouped_changes_no_bit(training):

@@ -17,8 +17,16 @@ def ending(monkeypatch, capsys, error):
     [
         (errors.ConfigError("seed", -1, "0 and above"), 2, "config.seed = -1"),
         (errors.NonFiniteError("step 3 went bad"), 1, "step 3 went bad"),
-        (PermissionError(13, "Permission denied", "x.npy"), 1, "x.npy cannot be read or written: Permission denied"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"), 1, "--config.train.batch_size"),
+        (
+            PermissionError(13, "Permission denied", "x.npy"),
+            1,
+            "x.npy cannot be read or written: Permission denied",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"),
+            1,
+            "--config.train.batch_size",
+        ),
         (MemoryError(), 1, "memory of this machine does not suffice"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import pytest
 
-from bnjax.graph import graph_def, nodes
-from bnjax.models import ConvNet
+from bnjax.models.convnet import ConvNet
+from bnjax.train.graph import graph_def, nodes
 
 
 class Block(nn.Module):
@@ -52,7 +52,10 @@ def test_layers_and_what_lies_between_are_joined_as_the_data_flow():
 
 def test_shapes_and_parameters_of_the_article_network():
     found = {node.name: node for node in nodes(ConvNet(norm=nn.BatchNorm), (50, 32, 32, 3))}
-    shapes = {name: found[name].shape for name in ("conv0", "conv1", "conv2", "reshape", "dense0", "dense1", "logits")}
+    shapes = {
+        name: found[name].shape
+        for name in ("conv0", "conv1", "conv2", "reshape", "dense0", "dense1", "logits")
+    }
     assert shapes == {
         "conv0": (50, 15, 15, 30),
         "conv1": (50, 13, 13, 50),
@@ -63,8 +66,18 @@ def test_shapes_and_parameters_of_the_article_network():
         "logits": (50, 10),
     }
     assert found["conv1"].parameters == {"kernel": (3, 3, 30, 50), "bias": (50,)}
-    assert found["conv1_norm"].parameters == {"scale": (30,), "bias": (30,), "mean": (30,), "var": (30,)}
-    assert found["conv1_norm"].shape == (50, 15, 15, 30)  # of its output, not of the statistics that it computes last
+    assert found["conv1_norm"].parameters == {
+        "scale": (30,),
+        "bias": (30,),
+        "mean": (30,),
+        "var": (30,),
+    }
+    assert found["conv1_norm"].shape == (
+        50,
+        15,
+        15,
+        30,
+    )  # of its output, not of the statistics that it computes last
 
 
 @pytest.mark.parametrize("model", [nn.Sequential([nn.Dense(3)]), nn.Dense(3)])
@@ -79,7 +92,10 @@ def test_a_model_that_is_one_layer_is_one_node():
         def __call__(self, x, train):
             return x.mean((1, 2)) @ self.param("kernel", nn.initializers.ones, (1, 3))
 
-    assert [(node.name, node.op) for node in nodes(Alone(), (2, 2, 2, 1), jnp.float32)] == [("images", "Placeholder"), ("Alone", "Alone")]
+    assert [(node.name, node.op) for node in nodes(Alone(), (2, 2, 2, 1), jnp.float32)] == [
+        ("images", "Placeholder"),
+        ("Alone", "Alone"),
+    ]
 
 
 def test_the_graph_def_has_the_same_nodes_edges_and_shapes():

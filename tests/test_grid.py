@@ -10,21 +10,29 @@ import numpy as np
 import pytest
 import synthetic
 
-from bnjax import claims, compare, grid, loop, report, results, run, seeds
-from bnjax import config as configs
-from bnjax import workdir as workdirs
+from bnjax import main
+from bnjax.compare import claims, grid, report, results, seeds
 from bnjax.errors import NonFiniteError, UserError
-from bnjax.loop import Stopped, train_and_evaluate
-from bnjax.signals import StopRequest
+from bnjax.train import build, loop, run, rundir
+from bnjax.train.interrupt import StopRequest
+from bnjax.train.loop import Stopped, train_and_evaluate
+from bnjax.train.writers import read_lines
 from bnjax.train_step import init_state
-from bnjax.writers import read_lines
 
 CONFIG = "import synthetic\n\ndef get_config():\n    config = synthetic.config(steps=6)\n    config.name = ''\n"
 FILES = {
     "bn": CONFIG + "    return config\n",
     "no_bn": CONFIG + "    config.model.norm = 'none'\n    return config\n",
 }
-STATEMENT = {"quantity": "test_accuracy", "at": "last", "of": "bn", "against": "no_bn", "direction": "greater", "margin": 0, "source": "me"}
+STATEMENT = {
+    "quantity": "test_accuracy",
+    "at": "last",
+    "of": "bn",
+    "against": "no_bn",
+    "direction": "greater",
+    "margin": 0,
+    "source": "me",
+}
 CLAIM = {
     "question": "Does it help?",
     "variants": {"bn": ("bn.py", {}), "no_bn": ("bn.py", {"model.norm": "none"})},
@@ -37,8 +45,10 @@ CLAIM = {
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    monkeypatch.setattr(configs, "load_data", lambda config: synthetic.dataset())
-    monkeypatch.setattr(report, "write", lambda folder: folder / "report.html")  # takes seconds, and has tests of its own
+    monkeypatch.setattr(build, "dataset", lambda config: synthetic.dataset())
+    monkeypatch.setattr(
+        report, "write", lambda folder: folder / "report.html"
+    )  # takes seconds, and has tests of its own
     for name, content in FILES.items():
         (tmp_path / f"{name}.py").write_text(content)
     (tmp_path / "claim.py").write_text(f"def get_claim():\n    return {CLAIM!r}\n")
@@ -48,9 +58,12 @@ def files(tmp_path, monkeypatch):
 def pretend(config, dataset, workdir):
     """Leaves the folder of a finished run behind, whose accuracy tells the seed."""
     workdir.mkdir()
-    workdirs.claim(workdir, config, workdirs.DataFacts.of(dataset))
+    rundir.claim(workdir, config, rundir.DataFacts.of(dataset))
     (workdir / "checkpoints" / "6").mkdir(parents=True)
-    metrics = [{"step": 6, "split": split, "loss": 0.5, "accuracy": config.seed / 10} for split in ("train", "test")]
+    metrics = [
+        {"step": 6, "split": split, "loss": 0.5, "accuracy": config.seed / 10}
+        for split in ("train", "test")
+    ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (workdir / "timing.jsonl").write_text('{"step": 6, "seconds": 1.5}\n')
     (workdir / "summary.json").write_text('{"steps": 6}')
@@ -91,8 +104,8 @@ def trained(monkeypatch):
 
 
 def call(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["compare", *map(str, words)])
-    return compare.main()
+    monkeypatch.setattr("sys.argv", ["bnjax", "compare", *map(str, words)])
+    return main.main()
 
 
 def both(files):
@@ -109,16 +122,20 @@ def solo(tmp_path_factory):
     return folder
 
 
-def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, solo, trained, monkeypatch, capsys):
+def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(
+    files, solo, trained, monkeypatch, capsys
+):
     assert call(monkeypatch, *both(files), "--seeds", 2) == 0
     assert trained == [("bn", 0), ("bn", 1), ("no_bn", 0), ("no_bn", 1)]
     said = capsys.readouterr().out
     assert "[3/4] no_bn, seed 0, about" in said
     assert "test accuracy at the end, no_bn - bn: " in said
-    assert (files / "runs" / "bn" / "1" / "metrics.jsonl").read_bytes() == (solo / "metrics.jsonl").read_bytes()
+    assert (files / "runs" / "bn" / "1" / "metrics.jsonl").read_bytes() == (
+        solo / "metrics.jsonl"
+    ).read_bytes()
     found = claims.read(files / "runs")
     assert found["seeds"] == [0, 1]
-    assert found["command"].startswith("python -m bnjax.compare --configs ")
+    assert found["command"].startswith("bnjax compare --configs ")
     assert {name: variant["differs"] for name, variant in found["variants"].items()} == {
         "bn": {"model.norm": "batch"},
         "no_bn": {"model.norm": "none"},
@@ -130,13 +147,31 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
 
 @pytest.mark.parametrize("way", ["vmap", "devices"])
 def test_seeds_at_once_are_their_solo_runs_but_for_rounding(files, solo, trained, monkeypatch, way):
-    words = ["--configs", files / "bn.py", "--workdir", files / "runs", "--seeds", 3, "--at-once", way]
+    words = [
+        "--configs",
+        files / "bn.py",
+        "--workdir",
+        files / "runs",
+        "--seeds",
+        3,
+        "--at-once",
+        way,
+    ]
     assert call(monkeypatch, *words) == 0
-    assert sorted(trained) == ([("bn", 0, 1, 2)] if way == "vmap" else [("bn", 0), ("bn", 1), ("bn", 2)])
-    mine, its = (read_lines(folder / "metrics.jsonl") for folder in (files / "runs" / "bn" / "1", solo))
+    assert sorted(trained) == (
+        [("bn", 0, 1, 2)] if way == "vmap" else [("bn", 0), ("bn", 1), ("bn", 2)]
+    )
+    mine, its = (
+        read_lines(folder / "metrics.jsonl") for folder in (files / "runs" / "bn" / "1", solo)
+    )
     assert [{**line, "loss": 0} for line in mine] == [{**line, "loss": 0} for line in its]
-    np.testing.assert_allclose([line["loss"] for line in mine], [line["loss"] for line in its], rtol=1e-4)
-    others = [read_lines(files / "runs" / "bn" / str(seed) / "metrics.jsonl")[0]["loss"] for seed in range(3)]
+    np.testing.assert_allclose(
+        [line["loss"] for line in mine], [line["loss"] for line in its], rtol=1e-4
+    )
+    others = [
+        read_lines(files / "runs" / "bn" / str(seed) / "metrics.jsonl")[0]["loss"]
+        for seed in range(3)
+    ]
     assert len({*others}) == 3
 
 
@@ -157,8 +192,12 @@ def test_seeds_in_one_program_go_on_from_where_each_stands(files, trained, monke
     for seed, folder in folders.items():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
         before = [json.loads(line) for line in wanted[seed].splitlines()]
-        assert [(line["step"], line["split"]) for line in lines] == [(line["step"], line["split"]) for line in before]
-        np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in before], rtol=1e-4)
+        assert [(line["step"], line["split"]) for line in lines] == [
+            (line["step"], line["split"]) for line in before
+        ]
+        np.testing.assert_allclose(
+            [line["loss"] for line in lines], [line["loss"] for line in before], rtol=1e-4
+        )
 
 
 def test_what_goes_wrong_on_one_device_is_said_and_nothing_new_is_begun():
@@ -182,7 +221,14 @@ def test_a_signal_between_two_runs_is_remembered(files):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped, match=r"stopped by SIGTERM$"):
-            seeds.train(synthetic.config(), synthetic.dataset(), {0: files / "0"}, "one", stop, lambda _: None)
+            seeds.train(
+                synthetic.config(),
+                synthetic.dataset(),
+                {0: files / "0"},
+                "one",
+                stop,
+                lambda _: None,
+            )
 
 
 def test_each_of_several_seeds_ends_where_its_own_loss_is_low_enough(files, solo, trained):
@@ -190,15 +236,28 @@ def test_each_of_several_seeds_ends_where_its_own_loss_is_low_enough(files, solo
     folders = {seed: files / str(seed) for seed in range(3)}
     with StopRequest() as stop:
         loop.Trainer(config, synthetic.dataset()).train(folders, stop)
-        losses = {s: [line["loss"] for line in read_lines(f / "metrics.jsonl") if line["split"] == "train"] for s, f in folders.items()}
-        config.train.stop_at_loss = target = sorted(min(some) for some in losses.values())[1] + 1e-3  # two of three get there
+        losses = {
+            s: [
+                line["loss"] for line in read_lines(f / "metrics.jsonl") if line["split"] == "train"
+            ]
+            for s, f in folders.items()
+        }
+        config.train.stop_at_loss = target = (
+            sorted(min(some) for some in losses.values())[1] + 1e-3
+        )  # two of three get there
         ended = {seed: files / f"ended{seed}" for seed in folders}
         found = loop.Trainer(config, synthetic.dataset()).train(ended, stop)
     for seed, some in losses.items():
         first = next((step for step, loss in enumerate(some, start=1) if loss <= target), 6)
         lines = read_lines(ended[seed] / "metrics.jsonl")
-        assert (found[seed]["steps"], lines[-1]["step"], lines[-1]["split"]) == (first, first, "test")
-        assert [path.name for path in (ended[seed] / "checkpoints").iterdir() if path.name == str(first)]
+        assert (found[seed]["steps"], lines[-1]["step"], lines[-1]["split"]) == (
+            first,
+            first,
+            "test",
+        )
+        assert [
+            path.name for path in (ended[seed] / "checkpoints").iterdir() if path.name == str(first)
+        ]
 
 
 def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files, calls, monkeypatch, capsys):
@@ -227,19 +286,26 @@ def test_an_interrupted_run_goes_on(files, trained, monkeypatch, capsys):
     monkeypatch.setattr(run, "train_rows", interrupting)
     assert call(monkeypatch, *both(files), "--seeds", 1) == 130
     said = capsys.readouterr().out
-    assert "stopped by SIGINT after step 3; everything is saved. To go on:\n    python -m bnjax.compare --configs" in said
+    assert (
+        "stopped by SIGINT after step 3; everything is saved. To go on:\n    bnjax compare --configs"
+        in said
+    )
     monkeypatch.setattr(run, "train_rows", stream)
     trained.clear()
     assert call(monkeypatch, *both(files), "--seeds", 1) == 0
     assert trained == [("no_bn", 0)]
-    metrics = [json.loads(line) for line in (files / "runs/no_bn/0/metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (files / "runs/no_bn/0/metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in metrics if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_comparison_in_the_folder_is_refused_with_the_difference(files, calls, monkeypatch):
     call(monkeypatch, *both(files), "--seeds", 1)
     calls.clear()
-    with pytest.raises(UserError, match=r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now"):
+    with pytest.raises(
+        UserError, match=r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now"
+    ):
         call(monkeypatch, *both(files), "--seeds", 1, "--config.model.momentum=0.9")
     (files / "other").mkdir()
     (files / "other" / "thesis.tex").touch()
@@ -248,7 +314,9 @@ def test_another_comparison_in_the_folder_is_refused_with_the_difference(files, 
     assert calls == []
 
 
-def test_a_claim_is_tried_small_or_full_and_is_fixed_before_the_runs(files, calls, monkeypatch, capsys):
+def test_a_claim_is_tried_small_or_full_and_is_fixed_before_the_runs(
+    files, calls, monkeypatch, capsys
+):
     words = ["--claim", files / "claim.py", "--workdir", files / "runs"]
     assert call(monkeypatch, *words) == 0
     assert len(calls) == 4
@@ -256,9 +324,19 @@ def test_a_claim_is_tried_small_or_full_and_is_fixed_before_the_runs(files, call
     assert (found["size"], found["seeds"], found["seeds_needed"]) == ("small", [0, 1], 2)
     assert {variant["config"]["train"]["steps"] for variant in found["variants"].values()} == {5}
     (verdict,) = claims.verdicts(found, results.read_runs(files / "runs", found))
-    assert f"{verdict.outcome.upper()}: test accuracy (last): bn - no_bn is greater than 0" in capsys.readouterr().out
-    assert grid.compare_claim(str(files / "claim.py"), [], full=True)["variants"]["bn"]["config"]["train"]["steps"] == 9
-    (files / "claim.py").write_text(f"def get_claim():\n    return {CLAIM | {'statements': [STATEMENT | {'margin': 0.5}]}!r}\n")
+    assert (
+        f"{verdict.outcome.upper()}: test accuracy (last): bn - no_bn is greater than 0"
+        in capsys.readouterr().out
+    )
+    assert (
+        grid.compare_claim(str(files / "claim.py"), [], full=True)["variants"]["bn"]["config"][
+            "train"
+        ]["steps"]
+        == 9
+    )
+    (files / "claim.py").write_text(
+        f"def get_claim():\n    return {CLAIM | {'statements': [STATEMENT | {'margin': 0.5}]}!r}\n"
+    )
     with pytest.raises(UserError, match=r"statements\.1\.margin: 0 there, 0\.5 now"):
         call(monkeypatch, *words)
 
@@ -268,9 +346,13 @@ def test_equal_seeds_have_equal_initial_values_and_order(files):
     comparison = grid.compare_configs([str(files / "bn.py"), str(files / "no_bn.py")], [])
     kernels = []
     for variant in comparison["variants"].values():
-        experiment = configs.build(grid.configfile.from_dict(variant["config"]), synthetic.dataset())
+        experiment = build.experiment(
+            grid.configfile.from_dict(variant["config"]), synthetic.dataset()
+        )
         init_key, _ = jax.random.split(jax.random.key(3))
-        state, _ = init_state(experiment.model, experiment.tx, init_key, synthetic.dataset().train.image[:1])
+        state, _ = init_state(
+            experiment.model, experiment.tx, init_key, synthetic.dataset().train.image[:1]
+        )
         kernels.append(state.params["conv0"]["kernel"])
     assert (kernels[0] == kernels[1]).all()
 
@@ -292,7 +374,10 @@ def test_a_run_that_breaks_down_does_not_end_the_others(files, monkeypatch, caps
     ("words", "said"),
     [
         (["--config.seed=3"], "Say how many with --seeds"),
-        (["--config.train.batch_size=4000"], "bn cannot be trained: config.train.batch_size = 4000"),
+        (
+            ["--config.train.batch_size=4000"],
+            "bn cannot be trained: config.train.batch_size = 4000",
+        ),
         (["--config.model.momentun=1"], "Did you mean"),
         (["surplus"], "'surplus' is not understood"),
     ],
@@ -322,7 +407,12 @@ def test_ctrl_c_is_no_error_between_two_runs_either(files, monkeypatch, capsys):
 def test_damaged_results_are_named(files, calls, monkeypatch):
     call(monkeypatch, *both(files), "--seeds", 1)
     found = claims.read(files / "runs")
-    for name, content in (("summary.json", "{"), ("summary.json", "[]"), ("metrics.jsonl", ""), ("timing.jsonl", '{"step": 1}\n')):
+    for name, content in (
+        ("summary.json", "{"),
+        ("summary.json", "[]"),
+        ("metrics.jsonl", ""),
+        ("timing.jsonl", '{"step": 1}\n'),
+    ):
         file = files / "runs" / "bn" / "0" / name
         before = file.read_bytes()
         file.write_text(content)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.histograms import BINS, MOST, QUANTILES, sample, summarise
+from bnjax.train.histograms import BINS, MOST, QUANTILES, sample, summarise
 from bnjax.train_step import init_state
 
 
@@ -30,7 +30,9 @@ LABELS = np.arange(7, dtype=np.int32) % 3
 
 def by_hand(params, x):
     """Returns the outputs of all layers of the network above."""
-    zebra = jnp.dot(x.reshape(len(x), -1), params["zebra"]["kernel"]) + params["zebra"]["bias"][None]
+    zebra = (
+        jnp.dot(x.reshape(len(x), -1), params["zebra"]["kernel"]) + params["zebra"]["bias"][None]
+    )
     centred = zebra - zebra.mean(0, keepdims=True)
     norm = centred / jnp.sqrt((centred**2).mean(0, keepdims=True) + 1e-5)
     norm = norm * params["norm"]["scale"][None] + params["norm"]["bias"][None]
@@ -40,8 +42,12 @@ def by_hand(params, x):
 
 @pytest.fixture(scope="module")
 def found():
-    state, batch_stats = jax.jit(functools.partial(init_state, Net(), optax.sgd(0.1)))(jax.random.key(0), IMAGES)
-    samples = jax.jit(functools.partial(sample, model=Net()))(state, batch_stats, {"image": IMAGES, "label": LABELS})
+    state, batch_stats = jax.jit(functools.partial(init_state, Net(), optax.sgd(0.1)))(
+        jax.random.key(0), IMAGES
+    )
+    samples = jax.jit(functools.partial(sample, model=Net()))(
+        state, batch_stats, {"image": IMAGES, "label": LABELS}
+    )
     return state, batch_stats, jax.device_get(samples)
 
 
@@ -50,7 +56,9 @@ def test_activations_are_those_of_the_layers_in_their_order(found):
     wanted = by_hand(state.params, IMAGES)
     assert list(samples["activation"]) == list(wanted) == ["zebra", "norm", "apple"]
     for name, values in wanted.items():
-        np.testing.assert_allclose(np.sort(samples["activation"][name]), np.sort(values.reshape(-1)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            np.sort(samples["activation"][name]), np.sort(values.reshape(-1)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_gradients_are_those_of_the_mean_loss(found):
@@ -61,11 +69,22 @@ def test_gradients_are_those_of_the_mean_loss(found):
         return (jax.nn.logsumexp(logits, -1) - logits[jnp.arange(7), LABELS]).mean()
 
     grads = jax.grad(loss)(state.params)
-    assert [name.partition(".")[0] for name in samples["gradient"]] == ["zebra", "zebra", "norm", "norm", "apple", "apple"]
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))  # zebra's bias has none, but for the rounding of what cancels
+    assert [name.partition(".")[0] for name in samples["gradient"]] == [
+        "zebra",
+        "zebra",
+        "norm",
+        "norm",
+        "apple",
+        "apple",
+    ]
+    largest = max(
+        np.abs(leaf).max() for leaf in jax.tree.leaves(grads)
+    )  # zebra's bias has none, but for the rounding of what cancels
     for name, values in samples["gradient"].items():
         layer, _, leaf = name.partition(".")
-        np.testing.assert_allclose(np.sort(values), np.sort(grads[layer][leaf].reshape(-1)), rtol=1e-3, atol=1e-5 * largest)
+        np.testing.assert_allclose(
+            np.sort(values), np.sort(grads[layer][leaf].reshape(-1)), rtol=1e-3, atol=1e-5 * largest
+        )
 
 
 def test_statistics_are_the_running_ones_and_stay(found):
@@ -84,7 +103,12 @@ def test_masked_rows_count_for_nothing_in_the_gradients():
 
     state, batch_stats = init_state(Plain(), optax.sgd(0.1), jax.random.key(0), IMAGES)
     whole = sample(state, batch_stats, {"image": IMAGES, "label": LABELS}, model=Plain())
-    padded = sample(state, batch_stats, {"image": image, "label": label, "mask": np.arange(9) < 7}, model=Plain())
+    padded = sample(
+        state,
+        batch_stats,
+        {"image": image, "label": label, "mask": np.arange(9) < 7},
+        model=Plain(),
+    )
     for name, values in whole["gradient"].items():
         np.testing.assert_allclose(padded["gradient"][name], values, rtol=1e-5, atol=1e-7)
 
@@ -93,11 +117,17 @@ def test_of_a_large_array_all_channels_are_sampled():
     class Wide(nn.Module):
         @nn.compact
         def __call__(self, x, train):
-            return nn.Dense(30, name="wide", bias_init=lambda key, shape, dtype: jnp.arange(30.0))(x.mean((1, 2)) * 0)
+            return nn.Dense(30, name="wide", bias_init=lambda key, shape, dtype: jnp.arange(30.0))(
+                x.mean((1, 2)) * 0
+            )
 
-    images = np.zeros((8192, 1, 1, 3), np.float32)  # 245,760 outputs: every fourth would be of even channels only
+    images = np.zeros(
+        (8192, 1, 1, 3), np.float32
+    )  # 245,760 outputs: every fourth would be of even channels only
     state, batch_stats = init_state(Wide(), optax.sgd(0.1), jax.random.key(0), images[:1])
-    values = sample(state, batch_stats, {"image": images, "label": np.zeros(8192, np.int32)}, model=Wide())["activation"]["wide"]
+    values = sample(
+        state, batch_stats, {"image": images, "label": np.zeros(8192, np.int32)}, model=Wide()
+    )["activation"]["wide"]
     assert MOST / 2 < values.size <= MOST
     counts = np.bincount(np.asarray(values, int), minlength=30)
     assert counts.min() > 0.99 * counts.max()
@@ -107,8 +137,14 @@ def test_summaries_are_what_numpy_says():
     values = np.random.default_rng(0).standard_t(2, 5000)
     numbers = summarise(OrderedDict(activation=OrderedDict(a=values)))["activation"]["a"]
     np.testing.assert_allclose(numbers["quantiles"], np.quantile(values, QUANTILES), rtol=1e-5)
-    np.testing.assert_allclose([numbers["mean"], numbers["std"]], [values.mean(), values.std()], rtol=1e-5)
-    assert (numbers["low"], numbers["high"], numbers["count"]) == (numbers["quantiles"][1], numbers["quantiles"][-2], 5000)
+    np.testing.assert_allclose(
+        [numbers["mean"], numbers["std"]], [values.mean(), values.std()], rtol=1e-5
+    )
+    assert (numbers["low"], numbers["high"], numbers["count"]) == (
+        numbers["quantiles"][1],
+        numbers["quantiles"][-2],
+        5000,
+    )
     within = (values >= numbers["low"]) & (values <= numbers["high"])
     counts, _ = np.histogram(values[within], BINS, (numbers["low"], numbers["high"]))
     counts[0] += (values < numbers["low"]).sum()
@@ -116,7 +152,9 @@ def test_summaries_are_what_numpy_says():
     assert numbers["counts"] == counts.tolist()
 
 
-@pytest.mark.parametrize("values", [[3.0], [1e30, 1e30], [-2.0, np.nan, np.inf], [1.0, 1.0 + 1e-9], [1e-45, 0.0]])
+@pytest.mark.parametrize(
+    "values", [[3.0], [1e30, 1e30], [-2.0, np.nan, np.inf], [1.0, 1.0 + 1e-9], [1e-45, 0.0]]
+)
 def test_summaries_of_strange_values_are_finite_and_fit_for_json(values):
     numbers = summarise(OrderedDict(gradient=OrderedDict(a=np.array(values))))["gradient"]["a"]
     assert numbers["low"] < numbers["high"]
@@ -125,4 +163,6 @@ def test_summaries_of_strange_values_are_finite_and_fit_for_json(values):
 
 
 def test_what_has_no_finite_value_is_left_out():
-    assert summarise(OrderedDict(gradient=OrderedDict(a=np.array([np.nan]), b=np.zeros(0)))) == {"gradient": {}}
+    assert summarise(OrderedDict(gradient=OrderedDict(a=np.array([np.nan]), b=np.zeros(0)))) == {
+        "gradient": {}
+    }

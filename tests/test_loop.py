@@ -12,20 +12,23 @@ import numpy as np
 import pytest
 import synthetic
 
-from bnjax import board, dispatch, run
-from bnjax import config as configs
-from bnjax.checkpoint import Checkpoints
 from bnjax.errors import NonFiniteError, UserError
-from bnjax.loop import Stopped, train_and_evaluate
+from bnjax.train import build, dispatch, run, tensorboard
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.loop import Stopped, train_and_evaluate
+from bnjax.train.writers import read_lines
 from bnjax.train_step import init_state
-from bnjax.writers import read_lines
 
 SLOW = pytest.mark.slow
 
 
 def restore(workdir, config):
-    experiment = configs.build(config, synthetic.dataset())
-    like = jax.eval_shape(lambda: init_state(experiment.model, experiment.tx, jax.random.key(0), synthetic.dataset().train.image[:1]))
+    experiment = build.experiment(config, synthetic.dataset())
+    like = jax.eval_shape(
+        lambda: init_state(
+            experiment.model, experiment.tx, jax.random.key(0), synthetic.dataset().train.image[:1]
+        )
+    )
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         state, stats = checkpoints.restore(checkpoints.step("last"), like)
     return state.params, state.opt_state, state.step, jax.random.key_data(state.rng), stats
@@ -43,7 +46,13 @@ def test_every_step_and_every_evaluation_is_written(finished):
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 13))
     tests = [line for line in lines if line["split"] == "test"]
     assert [(line["step"], line["count"]) for line in tests] == [(5, 20), (10, 20), (12, 20)]
-    assert {key for line in lines for key in line} == {"step", "split", "loss", "accuracy", "count"}  # nothing of the clock
+    assert {key for line in lines for key in line} == {
+        "step",
+        "split",
+        "loss",
+        "accuracy",
+        "count",
+    }  # nothing of the clock
     assert [line["step"] for line in read_lines(workdir / "timing.jsonl")] == list(range(1, 13))
     assert list((workdir / "tensorboard").glob("events.*"))
 
@@ -59,7 +68,9 @@ def test_the_summary_follows_from_the_metrics(finished):
     reached = [step for step, loss in enumerate(losses, start=1) if loss <= 0.2]
     assert summary["steps_to_loss"] == {"0.2": reached[0] if reached else None}
     assert summary["official_pixels"] is None
-    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "bnjax"} == set(summary["versions"])
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "bnjax"} == set(
+        summary["versions"]
+    )
 
 
 def test_it_learns(finished):
@@ -70,11 +81,17 @@ def test_the_newest_two_and_the_best_checkpoint_stay(finished):
     workdir, summary = finished
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         assert set(checkpoints.steps()) == {10, 12, summary["best_test"]["step"]}
-        accuracies = {line["step"]: line["accuracy"] for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "test"}
+        accuracies = {
+            line["step"]: line["accuracy"]
+            for line in read_lines(workdir / "metrics.jsonl")
+            if line["split"] == "test"
+        }
         assert accuracies[checkpoints.step("best")] == max(accuracies.values())
 
 
-@pytest.mark.parametrize("stop_in", [pytest.param(2, marks=SLOW), 5, 7, pytest.param(11, marks=SLOW)])
+@pytest.mark.parametrize(
+    "stop_in", [pytest.param(2, marks=SLOW), 5, 7, pytest.param(11, marks=SLOW)]
+)
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop_in):
     workdir = tmp_path / "stopped"
     stream = run.train_rows
@@ -93,14 +110,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop
     monkeypatch.undo()
     train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, restore(workdir, synthetic.config()), restore(finished[0], synthetic.config()))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        restore(workdir, synthetic.config()),
+        restore(finished[0], synthetic.config()),
+    )
 
 
 def test_lines_written_after_the_last_checkpoint_come_again_once(finished, tmp_path, monkeypatch):
     """As after a crash: the process dies in step 8, the newest checkpoint is of step 5."""
     workdir = tmp_path / "crashed"
     stream = run.train_rows
-    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    monkeypatch.setattr(
+        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
+    )
     with pytest.raises(StopIteration):
         train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     assert read_lines(workdir / "metrics.jsonl")[-1]["step"] > 5
@@ -153,8 +176,12 @@ def test_slow_averages_spoil_the_test_loss_and_are_warned_of(tmp_path, capsys):
     for momentum in (0.75, 0.99):
         config = synthetic.config()
         config.model.momentum = momentum
-        losses[momentum] = train_and_evaluate(config, tmp_path / str(momentum), synthetic.dataset())["final_test"]["loss"]
-        assert ("starting value" in capsys.readouterr().out) == (momentum == 0.99 or 0.75**12 > 0.01)
+        losses[momentum] = train_and_evaluate(
+            config, tmp_path / str(momentum), synthetic.dataset()
+        )["final_test"]["loss"]
+        assert ("starting value" in capsys.readouterr().out) == (
+            momentum == 0.99 or 0.75**12 > 0.01
+        )
     assert losses[0.99] > 1.5 * losses[0.75]
 
 
@@ -180,9 +207,16 @@ def poison(monkeypatch, *steps):
 
 def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path, monkeypatch):
     poison(monkeypatch, 7)
-    with pytest.raises(NonFiniteError, match=r"step 7 gave .* is the image values\. The checkpoint of step 5 is kept"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"step 7 gave .* is the image values\. The checkpoint of step 5 is kept",
+    ):
         train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
-    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line.get("skipped")] == [7]
+    assert [
+        line["step"]
+        for line in read_lines(tmp_path / "run" / "metrics.jsonl")
+        if line.get("skipped")
+    ] == [7]
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.newest_intact() == (5, [])
 
@@ -193,36 +227,59 @@ def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path, mo
     config.train.on_nonfinite, config.train.most_skipped = "skip", 2
     summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
     assert summary["skipped_steps"] == 3
-    lines = {line["step"]: line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"}
+    lines = {
+        line["step"]: line
+        for line in read_lines(tmp_path / "run" / "metrics.jsonl")
+        if line["split"] == "train"
+    }
     assert [step for step, line in lines.items() if line.get("skipped")] == [3, 4, 8]
     assert lines[3]["loss"] is None
     assert lines[5]["loss"] is not None
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore(tmp_path / "run", config)))
+    assert all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore(tmp_path / "run", config))
+    )
     config.train.most_skipped = 1
     with pytest.raises(NonFiniteError, match="step 4 and 1 before it"):
         train_and_evaluate(config, tmp_path / "other", synthetic.dataset())
 
 
-@pytest.mark.parametrize("key", ["every_steps", pytest.param("every_epochs", marks=SLOW), pytest.param("every_minutes", marks=SLOW)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "every_steps",
+        pytest.param("every_epochs", marks=SLOW),
+        pytest.param("every_minutes", marks=SLOW),
+    ],
+)
 def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, monkeypatch, key):
     """Interrupted in step 8 without a chance to save: step 5 is evaluated, and one of 6 to 8 was saved besides."""
     config = synthetic.config()
-    config.checkpoint[key] = {"every_steps": 3, "every_epochs": 3 * 10 / 48, "every_minutes": 1e-9}[key]
+    config.checkpoint[key] = {"every_steps": 3, "every_epochs": 3 * 10 / 48, "every_minutes": 1e-9}[
+        key
+    ]
     stream = run.train_rows
-    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8))
+    monkeypatch.setattr(
+        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8)
+    )
     with pytest.raises(StopIteration):
         train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.newest_intact()[0] == (8 if key == "every_minutes" else 6)
     monkeypatch.undo()
     train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        finished[0] / "metrics.jsonl"
+    ).read_bytes()
 
 
-def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(finished, tmp_path, monkeypatch, capsys):
+def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(
+    finished, tmp_path, monkeypatch, capsys
+):
     workdir = tmp_path / "run"
     stream = run.train_rows
-    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 11))
+    monkeypatch.setattr(
+        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 11)
+    )
     with pytest.raises(StopIteration):
         train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     monkeypatch.undo()
@@ -250,7 +307,9 @@ def test_a_disk_that_fails_is_a_clear_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run.RunWriter, "flush", full)
-    with pytest.raises(UserError, match=r"No space left on device.*goes on from the last checkpoint"):
+    with pytest.raises(
+        UserError, match=r"No space left on device.*goes on from the last checkpoint"
+    ):
         train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
 
 
@@ -261,7 +320,7 @@ def test_a_disk_that_fills_up_under_tensorboard_is_a_clear_error(tmp_path, monke
         if next(written) > 8:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(board.EventsWriter, "write_event", full)
+    monkeypatch.setattr(tensorboard.EventsWriter, "write_event", full)
     with pytest.raises(UserError, match="No space left on device"):
         train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
 
@@ -270,7 +329,9 @@ def test_what_a_full_disk_left_at_the_start_is_no_obstacle(finished, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json.tmp").write_text("{")
     train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        finished[0] / "metrics.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
@@ -281,7 +342,9 @@ def test_files_that_lack_steps_before_the_checkpoint_are_not_gone_on_with(finish
     (workdir / "summary.json").unlink()
     lines = (workdir / name).read_text().splitlines(keepends=True)
     (workdir / name).write_text("".join(lines[:7]))
-    with pytest.raises(UserError, match=rf"{name} ends before step 12, of which there is a checkpoint"):
+    with pytest.raises(
+        UserError, match=rf"{name} ends before step 12, of which there is a checkpoint"
+    ):
         train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
 
 
@@ -293,7 +356,11 @@ def test_steps_skipped_in_a_row_are_counted_across_an_interruption(tmp_path, mon
     with monkeypatch.context() as patch:
         poison(patch, 4, 5)
         poisoned = run.train_rows
-        patch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(poisoned(*args, **kwargs), 5))
+        patch.setattr(
+            run,
+            "train_rows",
+            lambda *args, **kwargs: itertools.islice(poisoned(*args, **kwargs), 5),
+        )
         with pytest.raises(StopIteration):
             train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
     assert run.train_rows is stream
@@ -304,27 +371,40 @@ def test_steps_skipped_in_a_row_are_counted_across_an_interruption(tmp_path, mon
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
     train_and_evaluate(synthetic.config(), tmp_path / "again", synthetic.dataset())
-    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (
+        finished[0] / "metrics.jsonl"
+    ).read_bytes()
     config = synthetic.config()
     config.seed = 1
     train_and_evaluate(config, tmp_path / "other", synthetic.dataset())
-    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() != (finished[0] / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() != (
+        finished[0] / "metrics.jsonl"
+    ).read_bytes()
 
 
-def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(finished, tmp_path, monkeypatch):
+def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(
+    finished, tmp_path, monkeypatch
+):
     """As on an accelerator, which takes as many steps at once as fit into half a second."""
     monkeypatch.setattr(dispatch, "build", dispatch.many_at_a_time)
     train_and_evaluate(synthetic.config(), tmp_path / "whole", synthetic.dataset())
     assert len(read_lines(tmp_path / "whole" / "timing.jsonl")) == 12
-    ours, its = ([line["loss"] for line in read_lines(workdir / "metrics.jsonl")] for workdir in (tmp_path / "whole", finished[0]))
+    ours, its = (
+        [line["loss"] for line in read_lines(workdir / "metrics.jsonl")]
+        for workdir in (tmp_path / "whole", finished[0])
+    )
     np.testing.assert_allclose(ours, its, rtol=1e-3)
     stream = run.train_rows
-    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8))
+    monkeypatch.setattr(
+        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8)
+    )
     with pytest.raises(StopIteration):
         train_and_evaluate(synthetic.config(), tmp_path / "cut", synthetic.dataset())
     monkeypatch.setattr(run, "train_rows", stream)
     train_and_evaluate(synthetic.config(), tmp_path / "cut", synthetic.dataset())
-    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(tmp_path, monkeypatch):
@@ -348,17 +428,29 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(tmp_p
 
 def test_the_checkpoint_says_how_its_statistics_are_to_be_read(finished):
     record = json.loads((finished[0] / "checkpoints" / "12" / "bnjax.json").read_text())
-    conventions = {"norm": "batch", "epsilon": 1e-3, "momentum": 0.75, "variance": "biased", "debias": False}
+    conventions = {
+        "norm": "batch",
+        "epsilon": 1e-3,
+        "momentum": 0.75,
+        "variance": "biased",
+        "debias": False,
+    }
     assert record["about"]["norm"] == conventions
     assert record["about"]["config"]["seed"] == 0
     assert "jax" in record["about"]["versions"]
 
 
 def test_a_run_may_stop_at_a_loss(finished, tmp_path):
-    losses = [line["loss"] for line in read_lines(finished[0] / "metrics.jsonl") if line["split"] == "train"]
+    losses = [
+        line["loss"]
+        for line in read_lines(finished[0] / "metrics.jsonl")
+        if line["split"] == "train"
+    ]
     config = synthetic.config()
     config.train.stop_at_loss = config.train.target_loss = losses[6] + 1e-6
-    first = next(step for step, loss in enumerate(losses, start=1) if loss <= config.train.stop_at_loss)
+    first = next(
+        step for step, loss in enumerate(losses, start=1) if loss <= config.train.stop_at_loss
+    )
     summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["loss"] for line in lines if line["split"] == "train"] == losses[:first]
@@ -377,5 +469,7 @@ def test_a_loss_to_stop_at_changes_nothing_before_it(finished, tmp_path):
     config = synthetic.config()
     config.train.stop_at_loss = 1e-9
     summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        finished[0] / "metrics.jsonl"
+    ).read_bytes()
     assert summary["ended"] == "all steps taken"

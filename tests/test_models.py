@@ -8,25 +8,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax.models import ACTIVATIONS, ConvNet
+from bnjax.models.convnet import ACTIVATIONS, ConvNet
 
 NORM = functools.partial(nn.BatchNorm, momentum=0.75, epsilon=1e-3)
-SMALL = {"filters": (2, 3), "kernels": (3, 2), "strides": (2, 1), "dense": (7, 5), "dropout": (0.0, 0.0), "norm_dense": (True, True)}
+SMALL = {
+    "filters": (2, 3),
+    "kernels": (3, 2),
+    "strides": (2, 1),
+    "dense": (7, 5),
+    "dropout": (0.0, 0.0),
+    "norm_dense": (True, True),
+}
 
 
 def randomise(tree, seed=0):
     """The same tree with random positive leaves, so that no scale of one or shift of zero hides a mistake."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape), jnp.float32), tree)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape), jnp.float32), tree
+    )
 
 
 def zero_below(x):
     return np.maximum(x, 0)
 
 
-def reference(variables, x, *, placement, pooling, norm_dense, kernels=(3, 2), strides=(2, 1), activation=zero_below):
+def reference(
+    variables,
+    x,
+    *,
+    placement,
+    pooling,
+    norm_dense,
+    kernels=(3, 2),
+    strides=(2, 1),
+    activation=zero_below,
+):
     """The evaluated network in float64, layer by layer."""
-    params, stats = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[c]) for c in ("params", "batch_stats"))
+    params, stats = (
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables[c])
+        for c in ("params", "batch_stats")
+    )
 
     def norm(x, name, where, wanted=True):
         if where != placement or not wanted:
@@ -50,32 +72,71 @@ def reference(variables, x, *, placement, pooling, norm_dense, kernels=(3, 2), s
         x = norm(activation(norm(x, f"conv{i}", "before")), f"conv{i}", "after")
         if pooling != "none" and stride > 1:
             side = x.shape[1] // stride
-            windows = x[:, : side * stride, : side * stride].reshape(len(x), side, stride, side, stride, -1)
+            windows = x[:, : side * stride, : side * stride].reshape(
+                len(x), side, stride, side, stride, -1
+            )
             x = windows.max((2, 4)) if pooling == "max" else windows.mean((2, 4))
     x = x.reshape(len(x), -1)
     inputs = [True, *norm_dense]
     for i in range(2):
-        x = norm(x, f"dense{i}", "input", inputs[i]) @ params[f"dense{i}"]["kernel"] + params[f"dense{i}"]["bias"]
-        x = norm(activation(norm(x, f"dense{i}", "before", norm_dense[i])), f"dense{i}", "after", norm_dense[i])
-    return norm(x, "logits", "input", inputs[2]) @ params["logits"]["kernel"] + params["logits"]["bias"]
+        x = (
+            norm(x, f"dense{i}", "input", inputs[i]) @ params[f"dense{i}"]["kernel"]
+            + params[f"dense{i}"]["bias"]
+        )
+        x = norm(
+            activation(norm(x, f"dense{i}", "before", norm_dense[i])),
+            f"dense{i}",
+            "after",
+            norm_dense[i],
+        )
+    return (
+        norm(x, "logits", "input", inputs[2]) @ params["logits"]["kernel"]
+        + params["logits"]["bias"]
+    )
 
 
 @pytest.mark.parametrize("placement", ["input", "before", "after"])
-@pytest.mark.parametrize(("pooling", "norm_dense"), [("none", (True, True)), ("max", (False, False)), ("avg", (True, False))])
+@pytest.mark.parametrize(
+    ("pooling", "norm_dense"),
+    [("none", (True, True)), ("max", (False, False)), ("avg", (True, False))],
+)
 def test_the_network_equals_float64_by_hand(placement, pooling, norm_dense):
-    model = ConvNet(**SMALL | {"norm_dense": norm_dense}, classes=4, norm=NORM, placement=placement, pooling=pooling)
+    model = ConvNet(
+        **SMALL | {"norm_dense": norm_dense},
+        classes=4,
+        norm=NORM,
+        placement=placement,
+        pooling=pooling,
+    )
     x = np.random.default_rng(1).uniform(size=(3, 11, 11, 2)).astype(np.float32) - 0.5
     variables = randomise(jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x))
-    wanted = reference(variables, x.astype(np.float64), placement=placement, pooling=pooling, norm_dense=norm_dense)
+    wanted = reference(
+        variables, x.astype(np.float64), placement=placement, pooling=pooling, norm_dense=norm_dense
+    )
     np.testing.assert_allclose(model.apply(variables, x, train=False), wanted, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("name", "by_hand"), [("sigmoid", lambda x: 1 / (1 + np.exp(-x))), ("tanh", np.tanh)])
+@pytest.mark.parametrize(
+    ("name", "by_hand"), [("sigmoid", lambda x: 1 / (1 + np.exp(-x))), ("tanh", np.tanh)]
+)
 def test_the_activation_is_that_of_every_hidden_layer(name, by_hand):
-    model = ConvNet(**SMALL | {"norm_dense": (True, False)}, classes=4, norm=NORM, placement="before", activation=ACTIVATIONS[name])
+    model = ConvNet(
+        **SMALL | {"norm_dense": (True, False)},
+        classes=4,
+        norm=NORM,
+        placement="before",
+        activation=ACTIVATIONS[name],
+    )
     x = np.random.default_rng(1).uniform(size=(3, 11, 11, 2)).astype(np.float32) - 0.5
     variables = randomise(jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x))
-    wanted = reference(variables, x.astype(np.float64), placement="before", pooling="none", norm_dense=(True, False), activation=by_hand)
+    wanted = reference(
+        variables,
+        x.astype(np.float64),
+        placement="before",
+        pooling="none",
+        norm_dense=(True, False),
+        activation=by_hand,
+    )
     np.testing.assert_allclose(model.apply(variables, x, train=False), wanted, rtol=2e-5)
 
 
@@ -88,7 +149,10 @@ def test_the_tutorials_network_has_its_27_9_million_parameters():
     conv = 3 * 3 * (3 * 30 + 30 * 50 + 50 * 60) + 30 + 50 + 60
     dense = 7260 * 3500 + 3500 + 3500 * 700 + 700 + 700 * 10 + 10
     scale_shift = 2 * (3 + 30 + 50 + 7260 + 3500 + 700)
-    count = {norm: sum(leaf.size for leaf in jax.tree.leaves(shapes(ConvNet(norm=norm))["params"])) for norm in (None, NORM)}
+    count = {
+        norm: sum(leaf.size for leaf in jax.tree.leaves(shapes(ConvNet(norm=norm))["params"]))
+        for norm in (None, NORM)
+    }
     assert count == {None: conv + dense, NORM: conv + dense + scale_shift}
     assert f"{count[NORM] / 1e6:.1f}" == "27.9"
 
@@ -105,13 +169,17 @@ def test_weights_are_glorot_uniform_and_biases_zero():
 
 
 def test_the_two_arms_of_the_dropout_notebook_differ_in_the_two_norms_after_dense_layers():
-    everywhere, last = (set(shapes(ConvNet(norm=NORM, norm_dense=(flag, flag)))["params"]) for flag in (True, False))
+    everywhere, last = (
+        set(shapes(ConvNet(norm=NORM, norm_dense=(flag, flag)))["params"]) for flag in (True, False)
+    )
     assert everywhere - last == {"dense1_norm", "logits_norm"}
     assert last < everywhere
 
 
 def test_dropout_drops_the_right_share_in_training_only():
-    model = ConvNet(filters=(), kernels=(), strides=(), dense=(20000, 8), dropout=(0.4, 0.0), classes=2)
+    model = ConvNet(
+        filters=(), kernels=(), strides=(), dense=(20000, 8), dropout=(0.4, 0.0), classes=2
+    )
     x = jnp.ones((1, 2, 2, 1))
     variables = randomise(model.init(jax.random.key(0), x, train=False))
     seen = []
@@ -130,7 +198,9 @@ def test_dropout_drops_the_right_share_in_training_only():
 
 
 def test_any_size_and_channels_and_low_precision():
-    assert shapes(ConvNet(**SMALL, norm=NORM), side=17, channels=1)["params"]["conv0"]["kernel"].shape == (3, 3, 1, 2)
+    assert shapes(ConvNet(**SMALL, norm=NORM), side=17, channels=1)["params"]["conv0"][
+        "kernel"
+    ].shape == (3, 3, 1, 2)
     model = ConvNet(**SMALL, norm=NORM, dtype=jnp.bfloat16)
     x = jnp.ones((2, 11, 11, 2))
     variables = model.init(jax.random.key(0), x, train=False)

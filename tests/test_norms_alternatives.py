@@ -19,7 +19,9 @@ def apply(norm, x, stats=None, train=True, mask=None, params=None):
         "params": params or variables.get("params", {}),
         "batch_stats": variables.get("batch_stats", {}) if stats is None else stats,
     }
-    y, updated = norm.apply(variables, x, use_running_average=not train, mask=mask, mutable=["batch_stats"])
+    y, updated = norm.apply(
+        variables, x, use_running_average=not train, mask=mask, mutable=["batch_stats"]
+    )
     return np.asarray(y), updated.get("batch_stats", {})
 
 
@@ -56,9 +58,13 @@ def test_equation(name, mean):
 @pytest.mark.parametrize("name", ["layer", "group", "instance", "rms", "frn"])
 def test_scale_and_shift_are_of_channels(name):
     scale, bias = np.arange(8.0, dtype=np.float32), np.arange(8.0, dtype=np.float32)[::-1].copy()
-    y, _ = apply(norms.build(name, epsilon=EPSILON, groups=2)(), X, params={"scale": scale, "bias": bias})
+    y, _ = apply(
+        norms.build(name, epsilon=EPSILON, groups=2)(), X, params={"scale": scale, "bias": bias}
+    )
     np.testing.assert_allclose(y, PER_EXAMPLE[name](X64) * scale + bias, rtol=1e-5, atol=1e-4)
-    bare = norms.build(name, scale=False, shift=False, groups=2)().init(jax.random.key(0), X, use_running_average=True)
+    bare = norms.build(name, scale=False, shift=False, groups=2)().init(
+        jax.random.key(0), X, use_running_average=True
+    )
     assert not bare.get("params")
 
 
@@ -66,7 +72,9 @@ def test_scale_and_shift_are_of_channels(name):
 def test_vectors_have_no_positions_to_normalise_over(name):
     norm = norms.build(name)()
     variables = norm.init(jax.random.key(0), X[:, 0, 0], use_running_average=True)
-    with pytest.raises(ValueError, match=r"input of shape \(6, 8\) has one value there.*use layer, group or rms"):
+    with pytest.raises(
+        ValueError, match=r"input of shape \(6, 8\) has one value there.*use layer, group or rms"
+    ):
         norm.apply(variables, X[:, 0, 0], use_running_average=True)
 
 
@@ -91,20 +99,28 @@ def test_ghost_fills_virtual_batches_with_real_examples():
 
 
 def test_ghost_with_one_virtual_batch_is_batch_norm():
-    ghost, batch = (apply(norm, X) for norm in (norms.GhostBatchNorm(virtual_batch=6), norms.BatchNorm()))
+    ghost, batch = (
+        apply(norm, X) for norm in (norms.GhostBatchNorm(virtual_batch=6), norms.BatchNorm())
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ghost, batch)
     with pytest.raises(ValueError, match="virtual_batch = 1 is not possible"):
         apply(norms.GhostBatchNorm(virtual_batch=1), X)
 
 
-STATS = {"mean": np.full(8, 2.0, np.float32), "var": np.full(8, 1.5, np.float32), "count": np.int32(0)}
+STATS = {
+    "mean": np.full(8, 2.0, np.float32),
+    "var": np.full(8, 1.5, np.float32),
+    "count": np.int32(0),
+}
 
 
 @pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.1, 0.2), (100.0, 100.0)])
 @pytest.mark.parametrize("running", [1.5, 20.0])  # below and above the variance of the batch
 def test_renorm_is_the_papers_algorithm(r_max, d_max, running):
     stats = {**STATS, "var": np.full(8, running, np.float32)}
-    y, updated = apply(norms.BatchRenorm(r_max=r_max, d_max=d_max, epsilon=EPSILON, momentum=0.9), X, stats)
+    y, updated = apply(
+        norms.BatchRenorm(r_max=r_max, d_max=d_max, epsilon=EPSILON, momentum=0.9), X, stats
+    )
     mean, std = X64.mean((0, 1, 2)), np.sqrt(X64.var((0, 1, 2)) + EPSILON)
     r = np.clip(std / np.sqrt(running + EPSILON), 1 / r_max, r_max)
     d = np.clip((mean - 2) / np.sqrt(running + EPSILON), -d_max, d_max)
@@ -114,7 +130,9 @@ def test_renorm_is_the_papers_algorithm(r_max, d_max, running):
 
 def test_renorm_without_limits_trains_as_it_evaluates():
     norm = norms.BatchRenorm(r_max=1e6, d_max=1e6)
-    np.testing.assert_allclose(apply(norm, X, STATS)[0], apply(norm, X, STATS, train=False)[0], atol=1e-4)
+    np.testing.assert_allclose(
+        apply(norm, X, STATS)[0], apply(norm, X, STATS, train=False)[0], atol=1e-4
+    )
 
 
 def test_renorm_takes_r_and_d_as_constants():
@@ -124,7 +142,11 @@ def test_renorm_takes_r_and_d_as_constants():
 
     def gradient(norm, factor):
         def loss(x):
-            return jnp.sum(norm.apply({"params": params, "batch_stats": STATS}, x, mutable=["batch_stats"])[0] * weight * factor)
+            return jnp.sum(
+                norm.apply({"params": params, "batch_stats": STATS}, x, mutable=["batch_stats"])[0]
+                * weight
+                * factor
+            )
 
         return jax.jit(jax.grad(loss))(X)
 
@@ -145,18 +167,26 @@ def test_the_threshold_is_learnt_and_replaces_the_zero_of_relu():
     layer = norms.ThresholdedLinear()
     assert layer.init(jax.random.key(0), X)["params"]["threshold"].shape == (8,)
     threshold = np.linspace(-1, 1, 8, dtype=np.float32)
-    np.testing.assert_allclose(layer.apply({"params": {"threshold": threshold}}, X), np.maximum(X, threshold))
+    np.testing.assert_allclose(
+        layer.apply({"params": {"threshold": threshold}}, X), np.maximum(X, threshold)
+    )
 
 
 def test_standardised_convolution():
     conv, plain = (kind(4, (3, 3), padding="VALID") for kind in (norms.StandardizedConv, nn.Conv))
     variables = conv.init(jax.random.key(0), X)
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, plain.init(jax.random.key(0), X))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+        jnp.shape, plain.init(jax.random.key(0), X)
+    )
     kernel = np.asarray(variables["params"]["kernel"], np.float64)
     kernel = (kernel - kernel.mean((0, 1, 2))) / np.sqrt(kernel.var((0, 1, 2)) + 1e-5)
-    expected = plain.apply({"params": {**variables["params"], "kernel": kernel.astype(np.float32)}}, X)
+    expected = plain.apply(
+        {"params": {**variables["params"], "kernel": kernel.astype(np.float32)}}, X
+    )
     np.testing.assert_allclose(conv.apply(variables, X), expected, rtol=1e-4, atol=1e-4)
-    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(conv.apply({"params": params}, X))))(variables["params"])["kernel"]
+    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(conv.apply({"params": params}, X))))(
+        variables["params"]
+    )["kernel"]
     gradient = np.asarray(gradient, np.float64)
     # What the mean takes away has no gradient: the 72 of an output sum to zero, but for what rounding each of them leaves.
     assert (np.abs(gradient.sum((0, 1, 2))) < 1e-5 * np.abs(gradient).sum((0, 1, 2))).all()

@@ -32,7 +32,9 @@ def start(norm, x):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train(norm, variables, x, mask=None):
-    y, updated = norm.apply(variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"])
+    y, updated = norm.apply(
+        variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"]
+    )
     return y, {**variables, **updated}
 
 
@@ -84,14 +86,18 @@ def test_masked_statistics_of_any_shape(inner, examples, momentum, seed, varianc
     assert np.isfinite(y).all()
 
 
-@pytest.mark.parametrize("shape", [(64, 5), pytest.param((32, 13, 13, 4), marks=SUMS_ONE_BY_ONE), (20_000, 3)])
+@pytest.mark.parametrize(
+    "shape", [(64, 5), pytest.param((32, 13, 13, 4), marks=SUMS_ONE_BY_ONE), (20_000, 3)]
+)
 def test_variance_of_values_far_from_zero(shape):
     x = (np.random.default_rng(0).normal(size=shape) + 1e4).astype(np.float32)
     y, updated = train(BatchNorm(momentum=0.0), start(BatchNorm(), x), x)
     axes = tuple(range(x.ndim - 1))
     mean, var = x.mean(axes, dtype=np.float64), x.var(axes, dtype=np.float64)
     np.testing.assert_allclose(updated["batch_stats"]["var"], var, rtol=2e-5)
-    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), atol=3e-3)  # float32 resolves 1e-3 at 1e4
+    np.testing.assert_allclose(
+        y, (x - mean) / np.sqrt(var + 1e-5), atol=3e-3
+    )  # float32 resolves 1e-3 at 1e4
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -100,7 +106,11 @@ def test_gradients_are_the_closed_form(masked):
         rng = np.random.default_rng(1)
         x, dy = rng.normal(size=(8, 3, 3, 4)) * 3 + 1, rng.normal(size=(8, 3, 3, 4))
         scale, bias, epsilon = rng.normal(size=4), rng.normal(size=4), 1e-3
-        real = np.ones((8, 1, 1, 1)) if not masked else (np.arange(8) < 5).astype(float).reshape(8, 1, 1, 1)
+        real = (
+            np.ones((8, 1, 1, 1))
+            if not masked
+            else (np.arange(8) < 5).astype(float).reshape(8, 1, 1, 1)
+        )
         dy = dy * real
         norm = BatchNorm(use_running_average=False, epsilon=epsilon, param_dtype=jnp.float64)
         stats = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
@@ -110,17 +120,26 @@ def test_gradients_are_the_closed_form(masked):
             y, _ = norm.apply(variables, x, mask=real if masked else None, mutable=["batch_stats"])
             return jnp.sum(y * dy)
 
-        dx, dparams = jax.grad(loss, argnums=(0, 1))(jnp.asarray(x), {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)})
+        dx, dparams = jax.grad(loss, argnums=(0, 1))(
+            jnp.asarray(x), {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+        )
         # Ioffe & Szegedy (2015), section 3, with sums over the m real values of a channel.
         m, axes = 9 * real.sum(), (0, 1, 2)
         mean = (x * real).sum(axes) / m
         var = ((x - mean) ** 2 * real).sum(axes) / m
         dx_hat = dy * scale
         dvar = (dx_hat * (x - mean) * -0.5 * (var + epsilon) ** -1.5).sum(axes)
-        dmean = (-dx_hat / np.sqrt(var + epsilon)).sum(axes) + dvar * (-2 * (x - mean) * real).sum(axes) / m
+        dmean = (-dx_hat / np.sqrt(var + epsilon)).sum(axes) + dvar * (-2 * (x - mean) * real).sum(
+            axes
+        ) / m
         expected = dx_hat / np.sqrt(var + epsilon) + (dvar * 2 * (x - mean) / m + dmean / m) * real
         np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(dparams["scale"], (dy * (x - mean) / np.sqrt(var + epsilon)).sum(axes), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            dparams["scale"],
+            (dy * (x - mean) / np.sqrt(var + epsilon)).sum(axes),
+            rtol=0,
+            atol=1e-10,
+        )
         np.testing.assert_allclose(dparams["bias"], dy.sum(axes), rtol=0, atol=1e-10)
 
 
@@ -134,17 +153,26 @@ def test_forward_mode_and_second_derivatives():
             return jnp.sum(norm.apply(variables, x, mutable=["batch_stats"])[0] ** 3)
 
         def plain(x):
-            return jnp.sum(((x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)) ** 3)
+            return jnp.sum(
+                ((x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)) ** 3
+            )
 
         direction = jnp.cos(jnp.arange(10.0)).reshape(5, 2)
-        np.testing.assert_allclose(jax.jit(jax.jvp, static_argnums=0)(ours, (x,), (direction,))[1], jnp.vdot(jax.grad(plain)(x), direction))
-        np.testing.assert_allclose(jax.jit(jax.hessian(ours))(x), jax.jit(jax.hessian(plain))(x), atol=1e-10)
+        np.testing.assert_allclose(
+            jax.jit(jax.jvp, static_argnums=0)(ours, (x,), (direction,))[1],
+            jnp.vdot(jax.grad(plain)(x), direction),
+        )
+        np.testing.assert_allclose(
+            jax.jit(jax.hessian(ours))(x), jax.jit(jax.hessian(plain))(x), atol=1e-10
+        )
 
 
 def test_statistics_are_at_least_float32():
     x = normal((64, 4), mean=20).astype(jnp.bfloat16)
     norm = BatchNorm(momentum=0.0, dtype=jnp.bfloat16)
-    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), start(norm, x))  # even where someone stored less
+    variables = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), start(norm, x)
+    )  # even where someone stored less
     y, updated = train(norm, variables, x)
     exact = np.asarray(x).astype(np.float64)
     assert y.dtype == jnp.bfloat16
@@ -152,7 +180,9 @@ def test_statistics_are_at_least_float32():
     np.testing.assert_allclose(updated["batch_stats"]["var"], exact.var(0), rtol=1e-5)
     evaluated = norm.apply(updated, x, use_running_average=True)
     expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
-    np.testing.assert_allclose(np.asarray(evaluated).astype(np.float64), expected, rtol=2.0**-8, atol=1e-5)  # rounded once
+    np.testing.assert_allclose(
+        np.asarray(evaluated).astype(np.float64), expected, rtol=2.0**-8, atol=1e-5
+    )  # rounded once
 
 
 def test_float64_stays_float64():
@@ -166,8 +196,15 @@ def test_float64_stays_float64():
 @pytest.mark.parametrize("framework", CONVENTIONS["frameworks"])
 @pytest.mark.parametrize("size", CONVENTIONS["batches"])
 def test_conventions_of_other_frameworks(framework, size):
-    variance = {"torch": "unbiased", "tensorflow fused": "unbiased", "tensorflow not fused": "biased", "keras": "biased"}[framework]
-    norm = BatchNorm(momentum=CONVENTIONS["kept"], epsilon=CONVENTIONS["epsilon"], variance=variance)
+    variance = {
+        "torch": "unbiased",
+        "tensorflow fused": "unbiased",
+        "tensorflow not fused": "biased",
+        "keras": "biased",
+    }[framework]
+    norm = BatchNorm(
+        momentum=CONVENTIONS["kept"], epsilon=CONVENTIONS["epsilon"], variance=variance
+    )
     batches = np.array(CONVENTIONS["batches"][size], np.float32)
     variables = start(norm, batches[0])
     for batch in batches:
@@ -191,7 +228,9 @@ def test_debias_gives_powers_of_the_momentum_as_weights():
 
 
 def test_no_momentum_gives_the_mean_of_all_batches():
-    np.testing.assert_allclose(stats_after(BatchNorm(momentum=None), BATCHES)["mean"], MEANS.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        stats_after(BatchNorm(momentum=None), BATCHES)["mean"], MEANS.mean(0), rtol=1e-5
+    )
 
 
 def test_momentum_may_follow_the_steps():
@@ -202,7 +241,9 @@ def test_momentum_may_follow_the_steps():
     np.testing.assert_allclose(stats["mean"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 0.9999, None, lambda step: 0.99 - 0.1 / (step + 1)])
+@pytest.mark.parametrize(
+    "momentum", [0.0, 0.5, 0.99, 0.9999, None, lambda step: 0.99 - 0.1 / (step + 1)]
+)
 def test_debias_is_exact_on_a_constant_stream_from_the_first_step(momentum):
     x = normal((8, 3), mean=5)
     for updates in (1, 3):
@@ -219,7 +260,12 @@ def test_what_is_kept_is_a_fraction(momentum, count):
 
 def test_count_exists_only_where_it_is_needed():
     x = BATCHES[0]
-    for options, counted in (({}, False), ({"momentum": None}, True), ({"debias": True}, True), ({"momentum": lambda step: 0.5}, True)):
+    for options, counted in (
+        ({}, False),
+        ({"momentum": None}, True),
+        ({"debias": True}, True),
+        ({"momentum": lambda step: 0.5}, True),
+    ):
         assert ("count" in start(BatchNorm(**options), x)["batch_stats"]) == counted
 
 
@@ -241,7 +287,9 @@ def test_masks_that_leave_little_do_not_blow_up_deep_networks(real):
         @nn.compact
         def __call__(self, x, mask):
             for _ in range(20):
-                x = BatchNorm(use_running_average=False, bias_init=nn.initializers.constant(0.1))(nn.Dense(8)(x), mask=mask)
+                x = BatchNorm(use_running_average=False, bias_init=nn.initializers.constant(0.1))(
+                    nn.Dense(8)(x), mask=mask
+                )
             return x
 
     x, mask = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32), np.arange(4) < real
@@ -251,12 +299,17 @@ def test_masks_that_leave_little_do_not_blow_up_deep_networks(real):
         y, _ = Deep().apply({**variables, "params": params}, x, mask, mutable=["batch_stats"])
         return jnp.where(mask[:, None], jnp.square(y), 0).sum()
 
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"])))
+    assert all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"]))
+    )
 
 
 def test_nan_in_padding_does_not_reach_the_scale_of_a_frozen_layer():
     norm = BatchNorm(use_running_average=False, statistics="running", update_average=False)
-    x, mask = np.array([[1.0, 2.0], [3.0, 4.0], [np.nan, np.nan]], np.float32), np.array([True, True, False])
+    x, mask = (
+        np.array([[1.0, 2.0], [3.0, 4.0], [np.nan, np.nan]], np.float32),
+        np.array([True, True, False]),
+    )
     variables = start(BatchNorm(), x[:2])
 
     def loss(params):
@@ -290,7 +343,12 @@ def test_groups_under_remat_have_the_gradient_without_it():
     [
         (BatchNorm(axis=5), np.ones((2, 3, 4)), None, "axis = 5"),
         (BatchNorm(), np.ones((2, 3), np.complex64), None, "real numbers"),
-        (BatchNorm(debias=True), np.ones((4, 2), np.float32), np.array([[True, False]] * 4), "once for all channels"),
+        (
+            BatchNorm(debias=True),
+            np.ones((4, 2), np.float32),
+            np.array([[True, False]] * 4),
+            "once for all channels",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(norm, x, mask, said):
@@ -303,14 +361,21 @@ def test_the_mean_of_all_batches_is_as_exact_as_float64():
         norm = BatchNorm(momentum=None)
         batches = [np.random.default_rng(seed).normal(3, 1, (16, 2)) for seed in range(5)]
         stats = stats_after(norm, batches)
-        np.testing.assert_allclose(stats["mean"], np.mean([batch.mean(0) for batch in batches], axis=0), rtol=1e-14)
+        np.testing.assert_allclose(
+            stats["mean"], np.mean([batch.mean(0) for batch in batches], axis=0), rtol=1e-14
+        )
 
 
 @pytest.mark.parametrize("real", [0, 1])
 def test_fewer_than_two_real_values_change_no_average(real):
     norm = BatchNorm(debias=True, variance="unbiased")
     before = stats_after(norm, BATCHES)
-    y, after = train(norm, {"params": start(norm, BATCHES[0])["params"], "batch_stats": before}, BATCHES[0], np.arange(8) < real)
+    y, after = train(
+        norm,
+        {"params": start(norm, BATCHES[0])["params"], "batch_stats": before},
+        BATCHES[0],
+        np.arange(8) < real,
+    )
     jax.tree.map(np.testing.assert_array_equal, before, after["batch_stats"])
     assert np.isfinite(y).all()
 
@@ -324,20 +389,28 @@ def test_nan_in_padding_reaches_nothing():
         y, _ = train(norm, {**variables, "params": params}, x, mask)
         return jnp.sum(jnp.where(mask[:, None], jnp.sin(y), 0))
 
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"])))
+    assert all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(loss)(variables["params"]))
+    )
 
 
 @pytest.mark.parametrize("statistics", [None, "batch", "running"])
 @pytest.mark.parametrize("update", [None, True, False])
 @pytest.mark.parametrize("use_running_average", [True, False])
-def test_which_statistics_normalise_and_whether_they_are_updated(statistics, update, use_running_average):
+def test_which_statistics_normalise_and_whether_they_are_updated(
+    statistics, update, use_running_average
+):
     norm, x = BatchNorm(momentum=0.5, statistics=statistics, update_average=update), BATCHES[1]
     variables = start(norm, x)
-    y, updated = norm.apply(variables, x, use_running_average=use_running_average, mutable=["batch_stats"])
+    y, updated = norm.apply(
+        variables, x, use_running_average=use_running_average, mutable=["batch_stats"]
+    )
     by_batch = (statistics or ("running" if use_running_average else "batch")) == "batch"
     updates = update if update is not None else not use_running_average
     np.testing.assert_allclose(y.mean(0), 0 if by_batch else x.mean(0), atol=1e-4)
-    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.5 * MEANS[1] if updates else 0, atol=1e-5)
+    np.testing.assert_allclose(
+        updated["batch_stats"]["mean"], 0.5 * MEANS[1] if updates else 0, atol=1e-5
+    )
 
 
 def test_an_evaluation_that_may_not_update_does_not():
@@ -363,7 +436,9 @@ def test_other_channel_axes(axis):
     channels = {a % 4 for a in ([axis] if isinstance(axis, int) else axis)}
     y, updated = train(norm, start(norm, x), x)
     axes = tuple(a for a in range(4) if a not in channels)
-    np.testing.assert_allclose(updated["batch_stats"]["mean"], x.mean(axes, dtype=np.float64), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        updated["batch_stats"]["mean"], x.mean(axes, dtype=np.float64), rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_allclose(y.mean(axes), 0, atol=1e-5)
 
 
@@ -380,7 +455,9 @@ def test_remat_updates_once_and_changes_no_gradient():
         variables = block.init(jax.random.key(0), BATCHES[1])
 
         def loss(params):
-            (y, _), updated = block.apply({**variables, "params": params}, BATCHES[1], mutable=["batch_stats"])
+            (y, _), updated = block.apply(
+                {**variables, "params": params}, BATCHES[1], mutable=["batch_stats"]
+            )
             return jnp.sum(jnp.sin(y)), updated
 
         return jax.tree.leaves(jax.grad(loss, has_aux=True)(variables["params"]))
@@ -393,7 +470,9 @@ def test_remat_updates_once_and_changes_no_gradient():
 def test_linen_transforms(transform):
     axes = {"params": 0, "batch_stats": 0}
     lifted = {
-        "vmap": lambda: nn.vmap(Block, variable_axes=axes, split_rngs={"params": True}, axis_size=2),
+        "vmap": lambda: nn.vmap(
+            Block, variable_axes=axes, split_rngs={"params": True}, axis_size=2
+        ),
         "scan": lambda: nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=2),
         "jit": lambda: nn.jit(Block),
     }[transform]()()
@@ -407,7 +486,11 @@ def test_linen_transforms(transform):
         layer_input = x[i] if transform == "vmap" else layer_input
         (expected, _), expected_update = Block().apply(own, layer_input, mutable=["batch_stats"])
         actual = updated if transform == "jit" else jax.tree.map(lambda leaf: leaf[i], updated)  # noqa: B023
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected_update)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            actual,
+            expected_update,
+        )
         if transform == "vmap":
             np.testing.assert_allclose(y[i], expected, rtol=1e-5, atol=1e-5)
         layer_input = expected
@@ -415,18 +498,40 @@ def test_linen_transforms(transform):
 
 def test_the_state_can_be_carried_through_a_scan():
     norm = BatchNorm(momentum=0.5, debias=True)
-    final, _ = jax.lax.scan(lambda variables, x: (train(norm, variables, x)[1], None), start(norm, BATCHES[0]), np.stack(BATCHES))
-    np.testing.assert_allclose(final["batch_stats"]["mean"], stats_after(norm, BATCHES)["mean"], rtol=1e-6)
+    final, _ = jax.lax.scan(
+        lambda variables, x: (train(norm, variables, x)[1], None),
+        start(norm, BATCHES[0]),
+        np.stack(BATCHES),
+    )
+    np.testing.assert_allclose(
+        final["batch_stats"]["mean"], stats_after(norm, BATCHES)["mean"], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "call", "message"),
     [
-        ({}, {"x": np.ones((1, 3), np.float32)}, r"shape \(1, 3\), which has fewer than 2 values per channel.*Use a larger batch"),
-        ({"axis_name": "batch"}, {}, r"axis_name = 'batch', but there is no mapped axis 'batch' here.*jax.pmap\(..., axis_name='batch'\)"),
-        ({}, {"mask": np.ones(5, bool)}, r"mask of shape \(5,\) does not fit values of shape \(8, 3\).*\[8\]"),
+        (
+            {},
+            {"x": np.ones((1, 3), np.float32)},
+            r"shape \(1, 3\), which has fewer than 2 values per channel.*Use a larger batch",
+        ),
+        (
+            {"axis_name": "batch"},
+            {},
+            r"axis_name = 'batch', but there is no mapped axis 'batch' here.*jax.pmap\(..., axis_name='batch'\)",
+        ),
+        (
+            {},
+            {"mask": np.ones(5, bool)},
+            r"mask of shape \(5,\) does not fit values of shape \(8, 3\).*\[8\]",
+        ),
         ({}, {"mask": np.ones((8, 2), bool)}, r"mask of shape \(8, 2\) does not fit"),
-        ({"momentum": 1.5}, {}, "momentum = 1.5 is not possible.*fraction of the old average that is kept"),
+        (
+            {"momentum": 1.5},
+            {},
+            "momentum = 1.5 is not possible.*fraction of the old average that is kept",
+        ),
         ({"variance": "sample"}, {}, "variance = 'sample'.*'biased' or 'unbiased'"),
         ({"statistics": "moving"}, {}, "statistics = 'moving'.*'batch', 'running' or None"),
     ],
@@ -434,8 +539,12 @@ def test_the_state_can_be_carried_through_a_scan():
 def test_errors_say_what_to_do(options, call, message):
     norm, x = BatchNorm(**options), call.pop("x", BATCHES[0])
     with pytest.raises((ValueError, NameError), match=message):
-        norm.apply(start(BatchNorm(), x), x, use_running_average=False, mutable=["batch_stats"], **call)
+        norm.apply(
+            start(BatchNorm(), x), x, use_running_average=False, mutable=["batch_stats"], **call
+        )
 
 
 def test_initialisation_needs_no_axis_and_no_second_example():
-    BatchNorm(axis_name="nowhere").init(jax.random.key(0), np.ones((1, 3), np.float32), use_running_average=False)
+    BatchNorm(axis_name="nowhere").init(
+        jax.random.key(0), np.ones((1, 3), np.float32), use_running_average=False
+    )

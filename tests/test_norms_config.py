@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax import config as configs
-from bnjax import defaults, norms
+from bnjax import norms
 from bnjax.errors import ConfigError
+from bnjax.train import build, defaults
 from bnjax.train_step import init_state, train_step
 
 CLASSES = 3
@@ -18,15 +18,24 @@ CLASSES = 3
 
 def config_of(**model):
     config = defaults.get_config()
-    config.model.update({"filters": (6,), "kernels": (3,), "strides": (2,), "dense": (8,), "dropout": (0.0,), "norm_dense": (True,)})
+    config.model.update(
+        {
+            "filters": (6,),
+            "kernels": (3,),
+            "strides": (2,),
+            "dense": (8,),
+            "dropout": (0.0,),
+            "norm_dense": (True,),
+        }
+    )
     config.model.update(model)
     return config
 
 
-def build(**model):
+def built(**model):
     config = config_of(**model)
-    configs.check_choices(config)
-    return configs.build_model(config.model, CLASSES, (8, 8, 1))
+    build.check(config)
+    return build.model(config.model, CLASSES, (8, 8, 1))
 
 
 WORKING = {
@@ -46,9 +55,12 @@ WORKING = {
 def test_trains(name):
     rng = np.random.default_rng(0)
     label = rng.integers(0, CLASSES, 16)
-    image = (rng.normal(size=(16, 8, 8, 1)) * 0.3 + label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]).astype(np.float32)
+    image = (
+        rng.normal(size=(16, 8, 8, 1)) * 0.3
+        + label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]
+    ).astype(np.float32)
     batch = {"image": image, "label": label, "mask": np.arange(16) < 13}
-    model, tx = build(norm=name, **WORKING[name]), optax.sgd(0.1)
+    model, tx = built(norm=name, **WORKING[name]), optax.sgd(0.1)
     state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), batch["image"])
     step = jax.jit(partial(train_step, model=model, tx=tx))
     losses = []
@@ -61,17 +73,17 @@ def test_trains(name):
 
 def test_the_options_reach_the_layers():
     names = {"momentum": 0.6, "debias": True, "variance": "unbiased", "virtual_batch": 7}
-    layer = build(norm="ghost", scale=False, shift=False, **names).norm(name="x")
+    layer = built(norm="ghost", scale=False, shift=False, **names).norm(name="x")
     assert {name: getattr(layer, name) for name in names} == names
     assert not layer.use_scale
     assert not layer.use_bias
-    assert build(norm="group", groups=2, placement="before").norm().groups == 2
-    assert build(weight_standardization=True).conv is norms.StandardizedConv
-    assert float(build(norm="renorm", renorm_steps=16).norm().r_max(16)) == 3
+    assert built(norm="group", groups=2, placement="before").norm().groups == 2
+    assert built(weight_standardization=True).conv is norms.StandardizedConv
+    assert float(built(norm="renorm", renorm_steps=16).norm().r_max(16)) == 3
 
 
 def test_the_thresholded_unit_follows_its_norm_and_relu_the_others():
-    model = build(norm="frn", **WORKING["frn"])
+    model = built(norm="frn", **WORKING["frn"])
     params = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)["params"]
     assert {name for name in params if name.endswith("activation")} == {"conv0_activation"}
 
@@ -93,4 +105,4 @@ def test_the_thresholded_unit_follows_its_norm_and_relu_the_others():
 )
 def test_what_cannot_work_is_refused(model, key):
     with pytest.raises(ConfigError, match=f"config.{key} = .* is not possible. Allowed: "):
-        build(**model)
+        built(**model)

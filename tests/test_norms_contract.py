@@ -21,7 +21,15 @@ UNEVEN = np.arange(16) < 11  # the last shards hold padding only
 
 @functools.cache
 def make(name, axis_name=None):
-    return norms.build(name, momentum=0.8, virtual_batch=4, groups=5, debias=True, renorm_steps=8, axis_name=axis_name)(name="norm")
+    return norms.build(
+        name,
+        momentum=0.8,
+        virtual_batch=4,
+        groups=5,
+        debias=True,
+        renorm_steps=8,
+        axis_name=axis_name,
+    )(name="norm")
 
 
 def images(seed=0, shape=SHAPE):
@@ -33,10 +41,15 @@ def trained(name, updates=3):
     """Returns a norm and variables that are not the initial ones."""
     norm = make(name)
     variables = norm.init(jax.random.key(0), images(), use_running_average=True)
-    params = jax.tree.map(lambda leaf: leaf + 0.5 * jnp.arange(leaf.size).reshape(leaf.shape) / leaf.size, variables.get("params", {}))
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.5 * jnp.arange(leaf.size).reshape(leaf.shape) / leaf.size,
+        variables.get("params", {}),
+    )
     stats = variables.get("batch_stats", {})
     for seed in range(updates):
-        stats = step(norm, {"params": params, "batch_stats": stats}, images(seed))[1].get("batch_stats", {})
+        stats = step(norm, {"params": params, "batch_stats": stats}, images(seed))[1].get(
+            "batch_stats", {}
+        )
     return norm, {"params": params, "batch_stats": stats}
 
 
@@ -46,7 +59,9 @@ def step(norm, variables, x, mask=None):
 
 
 def close(actual, expected, rtol=1e-5, atol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected
+    )
 
 
 @EVERY_NORM
@@ -56,9 +71,16 @@ def test_shapes_and_dtypes(name, dtype):
     y, updated = jax.eval_shape(partial(step, norm), variables, images().astype(dtype))
     assert y.shape == SHAPE
     assert y.dtype == (dtype if name == "none" else jnp.float32)
-    assert jax.tree.map(jnp.shape, updated.get("batch_stats", {})) == jax.tree.map(jnp.shape, variables["batch_stats"])
+    assert jax.tree.map(jnp.shape, updated.get("batch_stats", {})) == jax.tree.map(
+        jnp.shape, variables["batch_stats"]
+    )
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(updated))
-    assert jax.eval_shape(partial(norm.apply, use_running_average=True), variables, images().astype(dtype)).dtype == y.dtype
+    assert (
+        jax.eval_shape(
+            partial(norm.apply, use_running_average=True), variables, images().astype(dtype)
+        ).dtype
+        == y.dtype
+    )
 
 
 @EVERY_NORM
@@ -102,7 +124,10 @@ def test_gradients_are_finite_even_of_constant_images_and_padding(name):
         return jnp.sum(jnp.sin(y))
 
     for real in (16, 11, 1, 0):
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(variables["params"], x, np.arange(16) < real)))
+        assert all(
+            np.isfinite(leaf).all()
+            for leaf in jax.tree.leaves(gradient(variables["params"], x, np.arange(16) < real))
+        )
 
 
 @EVERY_NORM
@@ -155,7 +180,11 @@ def test_evaluation_does_not_depend_on_the_other_images(name):
 
 
 # Those without statistics of the batch have nothing to sum over devices; one wrapper shows that they run.
-ACROSS_DEVICES = [(name, wrapper) for name in norms.NORMS for wrapper in (WRAPPERS if name in norms.BATCH_NORMS else ("shard_map",))]
+ACROSS_DEVICES = [
+    (name, wrapper)
+    for name in norms.NORMS
+    for wrapper in (WRAPPERS if name in norms.BATCH_NORMS else ("shard_map",))
+]
 
 
 @functools.cache

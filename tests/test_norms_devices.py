@@ -23,7 +23,13 @@ def layer(**options):
         norm = BatchNorm(momentum=0.0, axis_name=axis_name, **options)
 
         def apply(variables, batch):
-            y, updated = norm.apply(variables, batch["x"], use_running_average=False, mask=batch.get("mask"), mutable=["batch_stats"])
+            y, updated = norm.apply(
+                variables,
+                batch["x"],
+                use_running_average=False,
+                mask=batch.get("mask"),
+                mutable=["batch_stats"],
+            )
             return updated["batch_stats"], y
 
         return apply
@@ -32,7 +38,9 @@ def layer(**options):
 
 
 def start():
-    return BatchNorm().init(jax.random.key(0), np.ones((1, CHANNELS), np.float32), use_running_average=True)
+    return BatchNorm().init(
+        jax.random.key(0), np.ones((1, CHANNELS), np.float32), use_running_average=True
+    )
 
 
 def normal(rows, mean=0.0, seed=0):
@@ -51,23 +59,35 @@ def test_one_example_a_device_is_enough_and_the_mean_may_be_large(wrapper):
 @jax.jit
 def _statistics(x, mask):
     apply = jax.vmap(layer()(AXIS), axis_name=AXIS, in_axes=(None, 0))
-    return apply(start(), {"x": x.reshape(DEVICES, -1, CHANNELS), "mask": mask.reshape(DEVICES, -1)})
+    return apply(
+        start(), {"x": x.reshape(DEVICES, -1, CHANNELS), "mask": mask.reshape(DEVICES, -1)}
+    )
 
 
 @settings(max_examples=20)
-@given(st.lists(st.integers(0, 4), min_size=DEVICES, max_size=DEVICES).filter(lambda sizes: sum(sizes) >= 2))
+@given(
+    st.lists(st.integers(0, 4), min_size=DEVICES, max_size=DEVICES).filter(
+        lambda sizes: sum(sizes) >= 2
+    )
+)
 def test_any_division_into_shards_gives_the_statistics_of_the_whole(sizes):
     mask = (np.arange(4)[None] < np.array(sizes)[:, None]).ravel()
     x = normal(DEVICES * 4, mean=np.repeat(np.arange(DEVICES), 4)[:, None])  # shards differ in mean
     x[~mask] = np.nan
     stats, y = _statistics(x, mask)
-    np.testing.assert_allclose(stats["mean"][0], x[mask].mean(0, dtype=np.float64), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(stats["var"][0], x[mask].var(0, dtype=np.float64), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        stats["mean"][0], x[mask].mean(0, dtype=np.float64), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        stats["var"][0], x[mask].var(0, dtype=np.float64), rtol=1e-5, atol=1e-5
+    )
     assert np.isfinite(np.asarray(y).reshape(-1, CHANNELS)[mask]).all()
 
 
 @pytest.mark.parametrize("wrapper", MAPPED)
-@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 2, 3, 4, 5, 6]]], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    "groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 2, 3, 4, 5, 6]]], ids=["equal", "unequal"]
+)
 def test_groups_have_their_own_statistics(wrapper, groups):
     def make(axis_name):
         inner = layer(axis_index_groups=groups)(axis_name)
@@ -91,23 +111,37 @@ def test_groups_have_their_own_statistics(wrapper, groups):
 def test_gradients_are_those_of_one_device(wrapper):
     with compat.enable_x64(True):
         rng = np.random.default_rng(3)
-        batch = {"x": rng.normal(size=(16, CHANNELS)), "mask": np.arange(16) < 11, "weight": rng.normal(size=(16, CHANNELS))}
+        batch = {
+            "x": rng.normal(size=(16, CHANNELS)),
+            "mask": np.arange(16) < 11,
+            "weight": rng.normal(size=(16, CHANNELS)),
+        }
 
         def make(axis_name):
             apply = layer()(axis_name)
 
             def gradient(variables, batch):
                 def loss(x):
-                    return jnp.sum(jnp.sin(apply(variables, {**batch, "x": x})[1]) * batch["weight"] * batch["mask"][:, None])
+                    return jnp.sum(
+                        jnp.sin(apply(variables, {**batch, "x": x})[1])
+                        * batch["weight"]
+                        * batch["mask"][:, None]
+                    )
 
                 return {}, jax.grad(loss)(batch["x"])
 
             return gradient
 
         variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start())
-        np.testing.assert_allclose(run(wrapper, make, variables, batch)[1], run("one device", make, variables, batch)[1], atol=1e-12)
+        np.testing.assert_allclose(
+            run(wrapper, make, variables, batch)[1],
+            run("one device", make, variables, batch)[1],
+            atol=1e-12,
+        )
 
 
 def test_groups_have_to_divide_up_the_axis():
-    with pytest.raises(ValueError, match="does not divide up the axis 'devices', which has 8 devices"):
+    with pytest.raises(
+        ValueError, match="does not divide up the axis 'devices', which has 8 devices"
+    ):
         run("vmap", layer(axis_index_groups=[[0, 1], [2, 3]]), start(), {"x": normal(16)})

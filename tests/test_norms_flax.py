@@ -13,7 +13,9 @@ import pytest
 
 from bnjax.norms import BatchNorm
 
-MEASURED = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "compare_flax.py"))["measurements"]()
+MEASURED = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "compare_flax.py"))[
+    "measurements"
+]()
 # How far off Flax is at least, relative to the truth; NaN where it has no number at all.
 FLAX_ERRORS = {
     "masked shards": 0.15,
@@ -45,10 +47,19 @@ def test_drop_in():
     fields = {field.name: field.default for field in dataclasses.fields(nn.BatchNorm)}
     ours = {field.name: field.default for field in dataclasses.fields(BatchNorm)}
     same = {name: default for name, default in fields.items() if ours[name] == default}
-    assert set(fields) - set(same) <= {"bias_init", "scale_init"}  # functions; what they return is compared below
-    assert list(ours)[: len(fields) - 2] == list(fields)[:-2]  # by position too; the last two are linen's own
-    ours_call, flax_call = (inspect.signature(norm.__call__).parameters for norm in (BatchNorm, nn.BatchNorm))
-    assert [(p.name, p.kind, p.default) for p in ours_call.values()] == [(p.name, p.kind, p.default) for p in flax_call.values()]
+    assert set(fields) - set(same) <= {
+        "bias_init",
+        "scale_init",
+    }  # functions; what they return is compared below
+    assert (
+        list(ours)[: len(fields) - 2] == list(fields)[:-2]
+    )  # by position too; the last two are linen's own
+    ours_call, flax_call = (
+        inspect.signature(norm.__call__).parameters for norm in (BatchNorm, nn.BatchNorm)
+    )
+    assert [(p.name, p.kind, p.default) for p in ours_call.values()] == [
+        (p.name, p.kind, p.default) for p in flax_call.values()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,27 +82,46 @@ def test_same_results(options, masked):
     results = []
     for norm in (nn.BatchNorm(**options), BatchNorm(**options)):
         variables = norm.init(jax.random.key(0), images(), use_running_average=False)
-        y, updated = norm.apply(variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"])
+        y, updated = norm.apply(
+            variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"]
+        )
         evaluated = norm.apply({**variables, **updated}, images(1), use_running_average=True)
-        results.append((variables, y[:5] if masked else y, updated, evaluated))  # what padding gives is anybody's
+        results.append(
+            (variables, y[:5] if masked else y, updated, evaluated)
+        )  # what padding gives is anybody's
     flax, ours = results
     assert jax.tree.structure(flax) == jax.tree.structure(ours)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), flax) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), ours)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), flax) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), ours
+    )
     tolerance = 0.02 if jnp.bfloat16 in options.values() else 2e-6
     for a, b in zip(jax.tree.leaves(flax), jax.tree.leaves(ours), strict=True):
-        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            a.astype(np.float32), b.astype(np.float32), rtol=tolerance, atol=tolerance
+        )
 
 
-@pytest.mark.parametrize("options", [{}, {"debias": True, "variance": "unbiased"}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"debias": True, "variance": "unbiased"}, {"momentum": None}], ids=str
+)
 def test_checkpoints_are_interchangeable(options):
     flax, ours = nn.BatchNorm(), BatchNorm(**options)
     for saver, loader in ((flax, ours), (ours, flax)):
         variables = saver.init(jax.random.key(0), images(), use_running_average=True)
-        _, updated = saver.apply(variables, images(), use_running_average=False, mutable=["batch_stats"])
+        _, updated = saver.apply(
+            variables, images(), use_running_average=False, mutable=["batch_stats"]
+        )
         variables = {**variables, **updated}
         expected = saver.apply(variables, images(1), use_running_average=True)
-        np.testing.assert_allclose(loader.apply(variables, images(1), use_running_average=True), expected, rtol=1e-6, atol=1e-6)
-        count = {"count": jnp.int32(1)} if loader is ours and options else {}  # which training on with these options needs
+        np.testing.assert_allclose(
+            loader.apply(variables, images(1), use_running_average=True),
+            expected,
+            rtol=1e-6,
+            atol=1e-6,
+        )
+        count = (
+            {"count": jnp.int32(1)} if loader is ours and options else {}
+        )  # which training on with these options needs
         variables = {**variables, "batch_stats": {**variables["batch_stats"], **count}}
         loader.apply(variables, images(1), use_running_average=False, mutable=["batch_stats"])
 
@@ -101,7 +131,10 @@ def test_low_precision_averages():
     x = jnp.full((1, 4), 1.0, jnp.bfloat16) + jnp.bfloat16(0.0078125)
     options = {"use_scale": False, "use_bias": False, "dtype": jnp.float32}
     truth = 0.0078125 / np.sqrt(3 + 1e-5)
-    flax, ours = (norm(**options).apply({"batch_stats": stats}, x, use_running_average=True)[0, 0] for norm in (nn.BatchNorm, BatchNorm))
+    flax, ours = (
+        norm(**options).apply({"batch_stats": stats}, x, use_running_average=True)[0, 0]
+        for norm in (nn.BatchNorm, BatchNorm)
+    )
     assert abs(flax / truth - 1) > 1e-4
     np.testing.assert_allclose(ours, truth, rtol=1e-6)
 
@@ -110,8 +143,12 @@ def test_masks():
     mask = np.arange(8) < 5
     variables = nn.BatchNorm().init(jax.random.key(0), images(), use_running_average=True)
     with pytest.raises((ValueError, TypeError)):
-        nn.BatchNorm().apply(variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"])
-    BatchNorm().apply(variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"])
+        nn.BatchNorm().apply(
+            variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"]
+        )
+    BatchNorm().apply(
+        variables, images(), use_running_average=False, mask=mask, mutable=["batch_stats"]
+    )
 
 
 def test_nan_in_padding():
@@ -122,7 +159,9 @@ def test_nan_in_padding():
         variables = norm.init(jax.random.key(0), images())
 
         def loss(params, norm=norm, variables=variables):
-            y, _ = norm.apply({**variables, "params": params}, x, mask=mask, mutable=["batch_stats"])
+            y, _ = norm.apply(
+                {**variables, "params": params}, x, mask=mask, mutable=["batch_stats"]
+            )
             return jnp.sum(jnp.where(mask, y, 0) ** 3)
 
         gradients.append(jax.grad(loss)(variables["params"])["scale"])
@@ -135,12 +174,15 @@ def test_where_flax_is_silent_or_brief():
     variables = nn.BatchNorm().init(jax.random.key(0), images(), use_running_average=True)
 
     def update(x, **options):
-        return nn.BatchNorm(**options).apply(variables, x, use_running_average=False, mutable=["batch_stats"])[0]
+        return nn.BatchNorm(**options).apply(
+            variables, x, use_running_average=False, mutable=["batch_stats"]
+        )[0]
 
     np.testing.assert_array_equal(update(images()[:1, :1, :1]), 0)
     with pytest.raises(NameError, match="unbound axis name: devices"):
         update(images(), axis_name="devices")
     with pytest.raises(NotImplementedError):
-        jax.vmap(lambda x: update(x, axis_name="devices", axis_index_groups=[[0, 1], [2, 3]]), axis_name="devices")(
-            images().reshape(4, 2, 3, 3, 4)
-        )
+        jax.vmap(
+            lambda x: update(x, axis_name="devices", axis_index_groups=[[0, 1], [2, 3]]),
+            axis_name="devices",
+        )(images().reshape(4, 2, 3, 3, 4))

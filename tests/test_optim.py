@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bnjax import defaults, optim
 from bnjax.errors import ConfigError
+from bnjax.train import defaults, optim
 
 
-@pytest.mark.parametrize(("steps", "epochs", "wanted"), [(100, 0.0, 100), (0, 2.0, 20), (0, 0.25, 2), (0, 0.001, 1)])
+@pytest.mark.parametrize(
+    ("steps", "epochs", "wanted"), [(100, 0.0, 100), (0, 2.0, 20), (0, 0.25, 2), (0, 0.001, 1)]
+)
 def test_durations(steps, epochs, wanted):
     duration = ConfigDict({"steps": steps, "epochs": epochs})
     assert optim.steps_of(duration, "", "train", batch_size=5000, examples=50000) == wanted
@@ -16,7 +18,9 @@ def test_durations(steps, epochs, wanted):
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 0.0), (5, 1.0), (-1, 0.0), (0, -2.0)])
 def test_a_duration_is_given_once(steps, epochs):
     with pytest.raises(ConfigError, match="train"):
-        optim.steps_of(ConfigDict({"steps": steps, "epochs": epochs}), "", "train", batch_size=5, examples=50)
+        optim.steps_of(
+            ConfigDict({"steps": steps, "epochs": epochs}), "", "train", batch_size=5, examples=50
+        )
 
 
 def test_adam_makes_its_published_first_and_second_step():
@@ -49,7 +53,14 @@ def test_sgd_with_momentum():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("name", "adamw9"), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("b1", 1.0), ("eps", 0.0), ("momentum", -0.1)],
+    [
+        ("name", "adamw9"),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("b1", 1.0),
+        ("eps", 0.0),
+        ("momentum", -0.1),
+    ],
 )
 def test_impossible_values_are_named(key, value):
     config = defaults.get_config().optimizer

@@ -7,7 +7,11 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_someone_elses_loop_runs_and_learns(capsys):
-    (block,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Net" in block)
+    (block,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if "class Net" in block
+    )
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     *steps, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in steps] == [str(step) for step in range(1, 9)]

@@ -17,16 +17,19 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_bad_input import JSON
 
-from bnjax import configfile, histograms, report, results
+from bnjax.compare import report, results
+from bnjax.compare.report import charts, inside, tables
+from bnjax.compare.report.runs import read_run, read_study
 from bnjax.errors import UserError
-from bnjax.report import charts, inside, tables
-from bnjax.report.runs import read_run, read_study
+from bnjax.train import histograms, parsing
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 
 
-def write_run(folder, seed=0, *, name="bn", losses=(2.0, 1.0, 0.5, 0.25, 0.125), finished=True, **changes):
+def write_run(
+    folder, seed=0, *, name="bn", losses=(2.0, 1.0, 0.5, 0.25, 0.125), finished=True, **changes
+):
     """Makes a run of a step for each loss, evaluated after every second, with a test loss 0.1 above the training loss."""
     config = synthetic.config(steps=len(losses))
     config.name, config.seed = name, seed
@@ -34,16 +37,33 @@ def write_run(folder, seed=0, *, name="bn", losses=(2.0, 1.0, 0.5, 0.25, 0.125),
         section, _, leaf = key.partition("__")
         config[section][leaf] = value
     folder.mkdir(parents=True)
-    data = {"name": "synthetic", "label": "the digits", "image_shape": [8, 8, 1], "classes": ["a", "b"]}
+    data = {
+        "name": "synthetic",
+        "label": "the digits",
+        "image_shape": [8, 8, 1],
+        "classes": ["a", "b"],
+    }
     (folder / "config.json").write_text(json.dumps({"config": config.to_dict(), "data": data}))
     lines, timing, inner = [], [], []
     for step, loss in enumerate(losses, start=1):
         lines.append({"step": step, "split": "train", "loss": loss, "accuracy": 1 - loss / 4})
         timing.append({"step": step, "seconds": 3.0 + 2.0 * step, "images_per_s": 5.0})
         if step % 2 == 0:
-            lines.append({"step": step, "split": "test", "loss": loss + 0.1, "accuracy": 0.5 + seed / 100 + step / 1000, "count": 20})
+            lines.append(
+                {
+                    "step": step,
+                    "split": "test",
+                    "loss": loss + 0.1,
+                    "accuracy": 0.5 + seed / 100 + step / 1000,
+                    "count": 20,
+                }
+            )
             values = {"norm.mean": RNG.normal(size=9), "norm.var": RNG.uniform(size=9)}
-            kinds = {"statistic": values, "activation": {"conv": RNG.normal(size=99)}, "gradient": {"conv.kernel": RNG.normal(size=50)}}
+            kinds = {
+                "statistic": values,
+                "activation": {"conv": RNG.normal(size=99)},
+                "gradient": {"conv.kernel": RNG.normal(size=50)},
+            }
             inner.append({"step": step, **histograms.summarise(kinds)})
     for file, content in (("metrics", lines), ("timing", timing), ("histograms", inner)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
@@ -56,15 +76,27 @@ def write_run(folder, seed=0, *, name="bn", losses=(2.0, 1.0, 0.5, 0.25, 0.125),
             "device": "1 x abacus",
             "git": "abc1234",
         }
-        (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"python": "3.11", "jax": "0.10.2"}}))
+        (folder / "summary.json").write_text(
+            json.dumps(summary | {"versions": {"python": "3.11", "jax": "0.10.2"}})
+        )
     return folder
 
 
 @pytest.fixture
 def folders(tmp_path):
-    bn = [write_run(tmp_path / "bn" / str(seed), seed, losses=(2.0, 1.0, 0.5, 0.25, 0.2 - seed / 100)) for seed in range(3)]
+    bn = [
+        write_run(tmp_path / "bn" / str(seed), seed, losses=(2.0, 1.0, 0.5, 0.25, 0.2 - seed / 100))
+        for seed in range(3)
+    ]
     plain = [
-        write_run(tmp_path / "no_bn" / str(seed), seed, name="no_bn", model__norm="none", losses=(3.0, 2.0, 1.9, 1.5)) for seed in range(2)
+        write_run(
+            tmp_path / "no_bn" / str(seed),
+            seed,
+            name="no_bn",
+            model__norm="none",
+            losses=(3.0, 2.0, 1.9, 1.5),
+        )
+        for seed in range(2)
     ]
     return [*bn, *plain]
 
@@ -99,7 +131,12 @@ def test_steps_to_a_loss_and_runs_that_never_got_there(folders, tmp_path):
     assert table["no_bn"]["steps to training loss 0.2"] == "not reached"
     (panel,) = charts.steps_to_loss(study).panels
     marks = [(row["variant"], row["step"], row["reached"]) for row in rows_of(panel)]
-    assert marks == [("bn", 5, "reached")] * 3 + [("bn", 5, "not reached so far")] + [("no_bn", 4, "not reached so far")] * 2
+    assert (
+        marks
+        == [("bn", 5, "reached")] * 3
+        + [("bn", 5, "not reached so far")]
+        + [("no_bn", 4, "not reached so far")] * 2
+    )
 
 
 def test_curves_are_means_and_ranges_over_the_seeds(folders):
@@ -113,11 +150,17 @@ def test_curves_are_means_and_ranges_over_the_seeds(folders):
 
 def test_long_curves_are_averaged_over_neighbours(tmp_path):
     losses = np.linspace(5, 1, 1000)
-    panel, *_ = charts.curves(read_study([write_run(tmp_path / "long", losses=losses.tolist())])).panels
+    panel, *_ = charts.curves(
+        read_study([write_run(tmp_path / "long", losses=losses.tolist())])
+    ).panels
     rows = rows_of(panel)
     assert len(rows) == 250
-    np.testing.assert_allclose([row["mean"] for row in rows], losses.reshape(250, 4).mean(1), rtol=1e-4)
-    np.testing.assert_allclose([row["high"] for row in rows], losses.reshape(250, 4).max(1), rtol=1e-4)
+    np.testing.assert_allclose(
+        [row["mean"] for row in rows], losses.reshape(250, 4).mean(1), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        [row["high"] for row in rows], losses.reshape(250, 4).max(1), rtol=1e-4
+    )
 
 
 def test_the_gap_is_the_test_loss_above_the_training_loss(folders):
@@ -129,62 +172,121 @@ def test_the_gap_is_the_test_loss_above_the_training_loss(folders):
 
 def test_time_and_rate(folders):
     table = cells(tables.speed(read_study(folders)))
-    assert table["bn"] == {"variant": "bn", "seconds": "13.0 ± 0.0", "images a second": "5 ± 0", "device": "1 x abacus"}
+    assert table["bn"] == {
+        "variant": "bn",
+        "seconds": "13.0 ± 0.0",
+        "images a second": "5 ± 0",
+        "device": "1 x abacus",
+    }
     loss, _ = charts.against_time(read_study(folders)).panels
-    assert [(row["x"], row["mean"]) for row in rows_of(loss) if row["variant"] == "no_bn"] == [(5, 3.0), (7, 2.0), (9, 1.9), (11, 1.5)]
+    assert [(row["x"], row["mean"]) for row in rows_of(loss) if row["variant"] == "no_bn"] == [
+        (5, 3.0),
+        (7, 2.0),
+        (9, 1.9),
+        (11, 1.5),
+    ]
 
 
 def test_what_went_on_inside_is_what_the_files_say(folders):
     study = read_study(folders)
     figures = {figure.name: figure for figure in inside.figures(study)}
     assert set(figures) == {
-        f"{what}_{of}" for what in ("running_mean", "running_variance", "activation", "gradient") for of in ("bn", "no_bn")
+        f"{what}_{of}"
+        for what in ("running_mean", "running_variance", "activation", "gradient")
+        for of in ("bn", "no_bn")
     }
     fan = rows_of(figures["running_variance_bn"].panels[0])
     lines = study.runs[0].histograms
     assert [row["step"] for row in fan] == [2, 4]
-    assert [row["median"] for row in fan] == [line["statistic"]["norm.var"]["quantiles"][4] for line in lines]
+    assert [row["median"] for row in fan] == [
+        line["statistic"]["norm.var"]["quantiles"][4] for line in lines
+    ]
     heat = rows_of(figures["gradient_bn"].panels[0])
     for line in lines:
         mine = [row for row in heat if row["step"] == line["step"]]
         assert sum(row["share"] for row in mine) == pytest.approx(1, abs=1e-3)
-        assert [round(50 * row["share"]) for row in mine] == [count for count in line["gradient"]["conv.kernel"]["counts"] if count]
+        assert [round(50 * row["share"]) for row in mine] == [
+            count for count in line["gradient"]["conv.kernel"]["counts"] if count
+        ]
 
 
 def test_the_difference_between_variants_is_shown_and_the_pixels_are_named(folders):
     study = read_study(folders)
-    assert tables.differences(study).rows == [["model.norm", "batch", "none"], ["name", "bn", "no_bn"], ["train.steps", "5", "4"]]
-    assert tables.origins(study).rows[0][1:] == ["the digits, not the official pixels", "python 3.11 jax 0.10.2", "abc1234"]
+    assert tables.differences(study).rows == [
+        ["model.norm", "batch", "none"],
+        ["name", "bn", "no_bn"],
+        ["train.steps", "5", "4"],
+    ]
+    assert tables.origins(study).rows[0][1:] == [
+        "the digits, not the official pixels",
+        "python 3.11 jax 0.10.2",
+        "abc1234",
+    ]
 
 
 def test_a_command_gives_the_same_config_again(folders):
     study = read_study(folders)
     for run, line in zip(study.runs, tables.commands(study), strict=True):
         words = shlex.split(line)
-        assert words[:3] + words[-2:] == ["python", "-m", "bnjax.main", "--workdir", str(run.folder)]
-        config = configfile.load(str(ROOT / words[4]), words[5:-2])
-        assert configfile.flat({"config": config.to_dict()}) == run.config
+        assert words[:3] + words[-2:] == [
+            "python",
+            "-m",
+            "bnjax.main",
+            "--workdir",
+            str(run.folder),
+        ]
+        config = parsing.load(str(ROOT / words[4]), words[5:-2])
+        assert parsing.flat({"config": config.to_dict()}) == run.config
 
 
 def test_a_comparison_has_its_own_order_and_command_and_says_what_is_missing(folders, tmp_path):
     variant = {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
-    comparison = {"variants": {"no_bn": variant, "bn": variant}, "seeds": [0, 1, 2], "command": "python -m bnjax.compare --configs a,b"}
+    comparison = {
+        "variants": {"no_bn": variant, "bn": variant},
+        "seeds": [0, 1, 2],
+        "command": "bnjax compare --configs a,b",
+    }
     comparison |= {"question": "", "size": "", "statements": [], "seeds_needed": 0}
     (tmp_path / "comparison.json").write_text(json.dumps(comparison))
     study = read_study([tmp_path])
-    assert [(run.variant, run.seed) for run in study.runs] == [("no_bn", 0), ("no_bn", 1), ("bn", 0), ("bn", 1), ("bn", 2)]
+    assert [(run.variant, run.seed) for run in study.runs] == [
+        ("no_bn", 0),
+        ("no_bn", 1),
+        ("bn", 0),
+        ("bn", 1),
+        ("bn", 2),
+    ]
     assert tables.commands(study) == [comparison["command"]]
     assert study.problems == [f"the comparison {tmp_path} has not begun no_bn/2."]
     assert tables.verdict_table(study) is None
 
 
 def test_the_verdicts_of_several_comparisons_stand_in_one_table(tmp_path):
-    for folder, question, margin in (("first", "Is it much better?", 0.02), ("second", "Is it better?", 0.005)):
-        for name, steps in (("a", 14), ("b", 4)):  # an accuracy of 0.5 + seed / 100 + steps / 1000 at the end
+    for folder, question, margin in (
+        ("first", "Is it much better?", 0.02),
+        ("second", "Is it better?", 0.005),
+    ):
+        for name, steps in (
+            ("a", 14),
+            ("b", 4),
+        ):  # an accuracy of 0.5 + seed / 100 + steps / 1000 at the end
             for seed in range(2):
-                write_run(tmp_path / folder / name / str(seed), seed, name=name, losses=(1.0,) * steps)
-        variant = {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
-        statement = {"quantity": "test_accuracy", "at": "last", "of": "a", "against": "b", "direction": "greater", "margin": margin}
+                write_run(
+                    tmp_path / folder / name / str(seed), seed, name=name, losses=(1.0,) * steps
+                )
+        variant = {
+            "config": {"train": {"target_loss": 0.2}},
+            "dataset": "the digits",
+            "differs": {},
+        }
+        statement = {
+            "quantity": "test_accuracy",
+            "at": "last",
+            "of": "a",
+            "against": "b",
+            "direction": "greater",
+            "margin": margin,
+        }
         comparison = {
             "question": question,
             "size": "small",
@@ -192,7 +294,7 @@ def test_the_verdicts_of_several_comparisons_stand_in_one_table(tmp_path):
             "statements": [{**statement, "source": "me"}],
             "seeds": [0, 1],
             "seeds_needed": 2,
-            "command": "python -m bnjax.compare",
+            "command": "bnjax compare",
         }
         (tmp_path / folder / "comparison.json").write_text(json.dumps(comparison))
     table = tables.verdict_table(read_study([tmp_path / "first", tmp_path / "second"]))
@@ -207,9 +309,13 @@ def test_one_name_in_two_comparisons_is_told_apart(tmp_path):
     for folder, batch_size in (("small", 10), ("large", 20)):
         for seed in range(2):
             write_run(tmp_path / folder / "bn" / str(seed), seed, train__batch_size=batch_size)
-        (tmp_path / folder / "comparison.json").write_text(json.dumps({"variants": {"bn": {}}, "seeds": [0, 1]}))
+        (tmp_path / folder / "comparison.json").write_text(
+            json.dumps({"variants": {"bn": {}}, "seeds": [0, 1]})
+        )
     study = read_study([tmp_path / "small", tmp_path / "large"])
-    assert {name: len(runs) for name, runs in study.variants.items()} == {f"bn ({tmp_path / folder})": 2 for folder in ("small", "large")}
+    assert {name: len(runs) for name, runs in study.variants.items()} == {
+        f"bn ({tmp_path / folder})": 2 for folder in ("small", "large")
+    }
     again = read_study([tmp_path / "small", tmp_path / "small" / "bn" / "1"])
     assert {name: len(runs) for name, runs in again.variants.items()} == {"bn": 2}
     assert f"{tmp_path / 'small' / 'bn' / '1'} is of the same config and seed" in again.problems[-1]
@@ -257,7 +363,10 @@ def test_verdicts_that_cannot_be_had_are_said(tmp_path):
 def test_one_name_for_two_configs_is_told_apart_and_seeds_are_not(folders, tmp_path):
     other = write_run(tmp_path / "wide", model__dense=(80,))
     variants = read_study([*folders[:3], other]).variants
-    assert {name: len(runs) for name, runs in variants.items()} == {f"bn ({folders[0]})": 3, f"bn ({other})": 1}
+    assert {name: len(runs) for name, runs in variants.items()} == {
+        f"bn ({folders[0]})": 3,
+        f"bn ({other})": 1,
+    }
 
 
 def test_the_page_needs_nothing_else_and_markdown_has_its_pictures(folders, tmp_path):
@@ -284,7 +393,9 @@ def test_names_are_text_and_never_markup(tmp_path):
     name = "</script><script>alert('x')</script>|<b><!--"
     text = report.write(write_run(tmp_path / "run", name=name)).read_text()
     assert text.count("<script") == text.count("</script") == 2
-    assert text.count("<!--") == 1  # the mark of a report; within a script it would hide the script's end
+    assert (
+        text.count("<!--") == 1
+    )  # the mark of a report; within a script it would hide the script's end
     assert html.escape(name, quote=False).split("'")[0] in text
     assert "\\|&lt;b>" in (tmp_path / "run" / "report.md").read_text()
 
@@ -300,7 +411,9 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):
         (partly / file).write_text('{"step": 1, "activation": {"a": {}}, "seconds": "x"}\n')
     (partly / "summary.json").write_text("[")
     not_begun = write_run(tmp_path / "not_begun", losses=())
-    study = read_study([empty, folders[0], unfinished, damaged, partly, not_begun, tmp_path / "nowhere"])
+    study = read_study(
+        [empty, folders[0], unfinished, damaged, partly, not_begun, tmp_path / "nowhere"]
+    )
     assert [run.variant for run in study.runs] == ["bn", "young", "partly"]
     told = "\n".join(study.problems)
     for words in (
@@ -315,11 +428,14 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):
     ):
         assert words in told
     (unfinished / "histograms.jsonl").unlink()  # fewer pictures
-    assert html.escape(study.problems[1]) in report.write_all([unfinished, empty], tmp_path / "out").read_text()
+    assert (
+        html.escape(study.problems[1])
+        in report.write_all([unfinished, empty], tmp_path / "out").read_text()
+    )
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(folders, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "bnjax.report.page", raising=False)
+    monkeypatch.delitem(sys.modules, "bnjax.compare.report.page", raising=False)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UserError, match=r"needs vl_convert, .* pip install 'bnjax\[report\]'"):
         report.write_all(folders, tmp_path / "out")
@@ -327,13 +443,19 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(folders, tmp_p
 
 def test_the_command_runs_without_jax(folders, tmp_path):
     code = (
-        "import sys; from bnjax.report import __main__\n"
-        "sys.argv = ['report', *sys.argv[1:]]\n"
-        "assert __main__.main() == 0\n"
+        "import sys; from bnjax import main\n"
+        "sys.argv = ['bnjax', 'report', *sys.argv[1:]]\n"
+        "assert main.main() == 0\n"
         "print([name for name in ('jax', 'flax', 'optax', 'orbax', 'tensorflow', 'torch') if name in sys.modules])"
     )
     arguments = [*folders[:1], "--out", tmp_path / "out"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"written: {tmp_path / 'out' / 'report.html'}", "[]"]
 
@@ -342,7 +464,12 @@ def test_the_command_runs_without_jax(folders, tmp_path):
 def test_nothing_to_report_is_an_error_without_a_traceback(tmp_path, arguments):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "bnjax.report", *arguments], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+        [sys.executable, "-m", "bnjax.main", "report", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=env,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -354,16 +481,46 @@ def template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("template") / "bn" / "0"
     write_run(folder)
     statements = [
-        {"quantity": quantity, "at": at, "of": "bn", "against": "bn", "direction": "greater", "margin": 1, "source": "me"}
-        for quantity, at in (("seconds_to_accuracy", 0.5), ("steps_to_loss", 0.3), ("test_loss", "best"))
+        {
+            "quantity": quantity,
+            "at": at,
+            "of": "bn",
+            "against": "bn",
+            "direction": "greater",
+            "margin": 1,
+            "source": "me",
+        }
+        for quantity, at in (
+            ("seconds_to_accuracy", 0.5),
+            ("steps_to_loss", 0.3),
+            ("test_loss", "best"),
+        )
     ]
-    variants = {"bn": {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}}
-    comparison = {"question": "Is it?", "size": "small", "variants": variants, "statements": statements, "seeds": [0], "seeds_needed": 1}
-    (folder.parents[1] / "comparison.json").write_text(json.dumps(comparison | {"command": "python -m bnjax.compare"}))
+    variants = {
+        "bn": {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
+    }
+    comparison = {
+        "question": "Is it?",
+        "size": "small",
+        "variants": variants,
+        "statements": statements,
+        "seeds": [0],
+        "seeds_needed": 1,
+    }
+    (folder.parents[1] / "comparison.json").write_text(
+        json.dumps(comparison | {"command": "bnjax compare"})
+    )
     return folder
 
 
-FILES = ["metrics.jsonl", "timing.jsonl", "histograms.jsonl", "summary.json", "config.json", "../../comparison.json"]
+FILES = [
+    "metrics.jsonl",
+    "timing.jsonl",
+    "histograms.jsonl",
+    "summary.json",
+    "config.json",
+    "../../comparison.json",
+]
 
 
 @settings(max_examples=30)
@@ -372,17 +529,34 @@ def test_any_content_of_any_file_is_reported_or_refused(template, file, content)
     path = template / file
     before = path.read_bytes()
     if not isinstance(content, bytes):
-        lines = [json.loads(line) for line in before.splitlines()] if file.endswith("l") else [json.loads(before)]
+        lines = (
+            [json.loads(line) for line in before.splitlines()]
+            if file.endswith("l")
+            else [json.loads(before)]
+        )
         line = content.draw(st.sampled_from(lines))
         line[content.draw(st.sampled_from(sorted(line)))] = content.draw(JSON)
         content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     try:
         path.write_bytes(content)
         study = read_study([template.parents[1]])
-        for table in (tables.verdict_table, tables.results, tables.speed, tables.origins, tables.differences, tables.whole_config):
+        for table in (
+            tables.verdict_table,
+            tables.results,
+            tables.speed,
+            tables.origins,
+            tables.differences,
+            tables.whole_config,
+        ):
             table(study)
         tables.commands(study)
-        for draw in (charts.curves, charts.steps_to_loss, charts.gap, charts.against_time, lambda study: list(inside.figures(study))):
+        for draw in (
+            charts.curves,
+            charts.steps_to_loss,
+            charts.gap,
+            charts.against_time,
+            lambda study: list(inside.figures(study)),
+        ):
             draw(study)
     except UserError as error:
         assert str(error)

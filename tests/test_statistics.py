@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from bnjax.statistics import Times, difference, logrank, mean, median, ratio, survival
+from bnjax.compare.intervals import Times, difference, logrank, mean, median, ratio, survival
 
 # Weeks of remission of 42 children with leukaemia, 6-mercaptopurine against placebo: Freireich et al. (1963), the standard example
 # of survival analysis (for instance Collett, Modelling Survival Data; Kleinbaum & Klein, table 2.1).
@@ -18,7 +18,9 @@ TREATED = Times(
     (6, 6, 6, 6, 7, 9, 10, 10, 11, 13, 16, 17, 19, 20, 22, 23, 25, 32, 32, 34, 35),
     tuple(map(bool, (1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0))),
 )
-PLACEBO = Times((1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23), (True,) * 21)
+PLACEBO = Times(
+    (1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23), (True,) * 21
+)
 
 
 def test_the_t_interval_of_students_own_example():
@@ -102,14 +104,22 @@ def test_times_that_half_the_runs_never_reach_have_no_median():
     never = median(Times((100, 100, 100), (False,) * 3))
     assert (never.value, never.low, never.high) == (math.inf, 0, math.inf)
     late = median(Times((40,) + (100,) * 99, (True,) + (False,) * 99))
-    assert (late.value, late.low, late.high) == (math.inf, 100, math.inf)  # surely later than anybody saw
+    assert (late.value, late.low, late.high) == (
+        math.inf,
+        100,
+        math.inf,
+    )  # surely later than anybody saw
 
 
 def test_the_ratio_is_paired_and_on_the_log_scale():
     found = ratio(Times((200, 400, 800), (True,) * 3), Times((100, 200, 400), (True,) * 3))
-    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))  # unpaired it would be wide
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (2, 2, 2)
+    )  # unpaired it would be wide
     other = ratio(Times((300, 400), (True,) * 2), Times((100, 100), (True,) * 2))
-    half = 12.7062 * abs(math.log(4 / 3)) / 2  # t of one degree of freedom; the standard error of two is half their distance
+    half = (
+        12.7062 * abs(math.log(4 / 3)) / 2
+    )  # t of one degree of freedom; the standard error of two is half their distance
     assert math.log(other.high / other.value) == pytest.approx(half, rel=1e-4)
     assert other.value == pytest.approx(math.sqrt(12))
 
@@ -136,13 +146,15 @@ def test_a_test_without_information_has_a_p_value_of_1():
     assert logrank(never, never) == 1
 
 
-@pytest.mark.parametrize(("values", "reached"), [((), ()), ((1, 2), (True,)), ((0,), (True,)), ((math.inf,), (False,))])
+@pytest.mark.parametrize(
+    ("values", "reached"), [((), ()), ((1, 2), (True,)), ((0,), (True,)), ((math.inf,), (False,))]
+)
 def test_what_are_no_times_is_refused(values, reached):
     with pytest.raises(ValueError, match="are not times"):
         Times(values, reached)
 
 
 def test_statistics_and_claims_need_no_jax():
-    code = "import sys, bnjax.statistics, bnjax.claims, bnjax.text; print(sorted({'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)))"
+    code = "import sys, bnjax.compare.intervals, bnjax.compare.claims, bnjax.compare.text; print(sorted({'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -25,7 +25,9 @@ class Tiny(nn.Module):
     def __call__(self, x, *, train, mask=None):
         x = x.reshape(x.shape[0], -1)
         full = None if mask is None else mask[:, None]
-        norm = nn.BatchNorm(momentum=MOMENTUM, epsilon=EPSILON, use_scale=False, use_bias=False, name="norm")
+        norm = nn.BatchNorm(
+            momentum=MOMENTUM, epsilon=EPSILON, use_scale=False, use_bias=False, name="norm"
+        )
         return nn.Dense(3, name="dense")(norm(x, use_running_average=not train, mask=full))
 
 
@@ -39,7 +41,10 @@ class Plain(nn.Module):
 
 def make_batch(n=8, seed=0, mask=None):
     rng = np.random.default_rng(seed)
-    batch = {"image": rng.integers(0, 256, (n, 2, 2, 1), np.uint8), "label": rng.integers(0, 3, n).astype(np.int32)}
+    batch = {
+        "image": rng.integers(0, 256, (n, 2, 2, 1), np.uint8),
+        "label": rng.integers(0, 3, n).astype(np.int32),
+    }
     return batch if mask is None else batch | {"mask": np.asarray(mask)}
 
 
@@ -79,7 +84,9 @@ def test_one_step_equals_float64_by_hand(mask):
         *(np.asarray(stats["norm"][k], np.float64) for k in ("mean", "var")),
         batch,
     )
-    state, stats, metrics = jax.jit(functools.partial(train_step, model=model, tx=tx))(state, stats, batch)
+    state, stats, metrics = jax.jit(functools.partial(train_step, model=model, tx=tx))(
+        state, stats, batch
+    )
     for name in ("kernel", "bias"):
         np.testing.assert_allclose(state.params["dense"][name], wanted[name], rtol=1e-5, atol=1e-6)
     for name in ("mean", "var"):
@@ -91,7 +98,10 @@ def test_one_step_equals_float64_by_hand(mask):
 
 def test_whatever_stands_in_padding_changes_nothing():
     mask = np.array([True] * 5 + [False] * 3)
-    clean, dirty = (make_batch(mask=mask) | {"image": make_batch()["image"].astype(np.float32)} for _ in range(2))
+    clean, dirty = (
+        make_batch(mask=mask) | {"image": make_batch()["image"].astype(np.float32)}
+        for _ in range(2)
+    )
     dirty["image"] = dirty["image"].copy()
     dirty["image"][5:] = np.nan
     dirty["label"] = dirty["label"].copy()
@@ -103,7 +113,9 @@ def test_whatever_stands_in_padding_changes_nothing():
 
 def test_a_batch_of_nothing_but_padding_leaves_the_parameters_alone():
     state, stats = start(Plain())
-    after, _, metrics = train_step(state, stats, make_batch(mask=[False] * 8), model=Plain(), tx=optax.sgd(RATE))
+    after, _, metrics = train_step(
+        state, stats, make_batch(mask=[False] * 8), model=Plain(), tx=optax.sgd(RATE)
+    )
     jax.tree.map(np.testing.assert_array_equal, state.params, after.params)
     assert int(metrics.count) == 0
     with pytest.raises(ValueError, match="no example was counted"):
@@ -114,7 +126,10 @@ def test_evaluation_depends_on_the_image_alone():
     state, stats = start(Tiny())
     batch = make_batch()
     together = predict_step(state.params, stats, batch["image"], model=Tiny())["score"]
-    alone = [predict_step(state.params, stats, batch["image"][i : i + 1], model=Tiny())["score"][0] for i in range(8)]
+    alone = [
+        predict_step(state.params, stats, batch["image"][i : i + 1], model=Tiny())["score"][0]
+        for i in range(8)
+    ]
     np.testing.assert_allclose(together, np.stack(alone), rtol=1e-6)
 
 
@@ -152,7 +167,9 @@ def test_floats_pass_unchanged_and_uint8_is_divided_by_255():
 def test_a_model_without_statistics_or_mask_trains():
     state, stats = start(Plain())
     assert stats == {}
-    after, stats, _ = train_step(state, stats, make_batch(mask=[True] * 7 + [False]), model=Plain(), tx=optax.sgd(RATE))
+    after, stats, _ = train_step(
+        state, stats, make_batch(mask=[True] * 7 + [False]), model=Plain(), tx=optax.sgd(RATE)
+    )
     assert stats == {}
     assert not np.array_equal(state.params["Dense_0"]["kernel"], after.params["Dense_0"]["kernel"])
 
@@ -175,8 +192,14 @@ def test_the_loss_is_the_callers():
     state, stats = start(Plain())
     batch = make_batch()
     metrics = eval_step(state.params, stats, batch, model=Plain(), loss_fn=squared)
-    logits = batch["image"].reshape(8, -1) / 255 @ np.asarray(state.params["Dense_0"]["kernel"], np.float64)
-    np.testing.assert_allclose(metrics.loss, np.square(logits - np.eye(3)[batch["label"]]).sum(), rtol=1e-5)
+    logits = (
+        batch["image"].reshape(8, -1)
+        / 255
+        @ np.asarray(state.params["Dense_0"]["kernel"], np.float64)
+    )
+    np.testing.assert_allclose(
+        metrics.loss, np.square(logits - np.eye(3)[batch["label"]]).sum(), rtol=1e-5
+    )
 
 
 class Dropping(nn.Module):
@@ -212,25 +235,44 @@ def test_scan_over_steps_and_vmap_over_seeds_equal_the_loop():
     def scanned(key):
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
         (state, stats), _ = jax.lax.scan(
-            lambda carry, batch: ((out := step(*carry, batch))[:2], out[2]), init_state(model, tx, key, batches[0]["image"]), stacked
+            lambda carry, batch: ((out := step(*carry, batch))[:2], out[2]),
+            init_state(model, tx, key, batches[0]["image"]),
+            stacked,
         )
         return state.params, stats
 
     together = jax.vmap(scanned)(keys)
     for i, key in enumerate(keys):
         jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), jax.tree.map(lambda x, i=i: x[i], together), solo(key)
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+            jax.tree.map(lambda x, i=i: x[i], together),
+            solo(key),
         )
 
 
 def test_cross_entropy_of_low_precision_logits_is_float32():
-    assert softmax_cross_entropy(jnp.ones((2, 3), jnp.bfloat16), jnp.array([0, 1])).dtype == jnp.float32
+    assert (
+        softmax_cross_entropy(jnp.ones((2, 3), jnp.bfloat16), jnp.array([0, 1])).dtype
+        == jnp.float32
+    )
 
 
 def test_importing_the_steps_brings_no_heavy_module():
     code = "import sys, bnjax.train_step; print(*sys.modules, sep='\\n')"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"tensorflow", "tensorflow_datasets", "orbax", "ml_collections", "sklearn", "tensorboard", "tensorboardX", "tqdm", "PIL"}
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {
+        "tensorflow",
+        "tensorflow_datasets",
+        "orbax",
+        "ml_collections",
+        "sklearn",
+        "tensorboard",
+        "tensorboardX",
+        "tqdm",
+        "PIL",
+    }
     assert "bnjax.train_step" in loaded
     assert heavy.isdisjoint(name.partition(".")[0] for name in loaded)
 
@@ -241,7 +283,9 @@ def steepen(x, bad):
     return x
 
 
-steepen.defvjp(lambda x, bad: (x, bad), lambda bad, slope: (slope + jnp.where(bad, jnp.inf, 0.0), None))
+steepen.defvjp(
+    lambda x, bad: (x, bad), lambda bad, slope: (slope + jnp.where(bad, jnp.inf, 0.0), None)
+)
 
 
 class Poisoned(nn.Module):
@@ -263,13 +307,21 @@ class Poisoned(nn.Module):
 @pytest.mark.parametrize("kind", [0, 1, 2, 3])
 def test_a_step_that_is_not_finite_is_dropped_whole(kind):
     tx = optax.adam(RATE)
-    batch = make_batch() | {"image": np.zeros((8, 2, 2, 1), np.float32) + np.arange(8, dtype=np.float32)[:, None, None, None] + kind}
+    batch = make_batch() | {
+        "image": np.zeros((8, 2, 2, 1), np.float32)
+        + np.arange(8, dtype=np.float32)[:, None, None, None]
+        + kind
+    }
     state, stats = init_state(Poisoned(), tx, jax.random.key(0), batch["image"])
     step = jax.jit(functools.partial(train_step, model=Poisoned(), tx=tx, skip_nonfinite=True))
     after, new_stats, metrics = step(state, stats, batch)
     assert int(after.step) == 1
     assert int(metrics.skipped) == (kind != 0)
-    same = jax.tree.map(np.array_equal, (state.params, state.opt_state, stats), (after.params, after.opt_state, new_stats))
+    same = jax.tree.map(
+        np.array_equal,
+        (state.params, state.opt_state, stats),
+        (after.params, after.opt_state, new_stats),
+    )
     if kind:
         assert all(jax.tree.leaves(same))
     else:
@@ -288,12 +340,21 @@ def test_without_the_option_nothing_is_dropped():
 def test_replicas_drop_a_step_together():
     """Only one of two shards meets the bad statistic."""
     tx = optax.sgd(RATE)
-    batch = make_batch() | {"image": np.zeros((8, 2, 2, 1), np.float32) + np.arange(8, dtype=np.float32)[:, None, None, None] * 3}
-    shards = jax.tree.map(lambda leaf: leaf.reshape(2, 4, *leaf.shape[1:])[:, ::-1], batch)  # the first pixels: 9 and 21
+    batch = make_batch() | {
+        "image": np.zeros((8, 2, 2, 1), np.float32)
+        + np.arange(8, dtype=np.float32)[:, None, None, None] * 3
+    }
+    shards = jax.tree.map(
+        lambda leaf: leaf.reshape(2, 4, *leaf.shape[1:])[:, ::-1], batch
+    )  # the first pixels: 9 and 21
     shards["image"][1, 0] = 3.0
     state, stats = init_state(Poisoned(), tx, jax.random.key(0), batch["image"])
-    step = functools.partial(train_step, model=Poisoned(), tx=tx, axis_name="shards", skip_nonfinite=True)
-    after, new_stats, metrics = jax.vmap(step, axis_name="shards", in_axes=(None, None, 0))(state, stats, shards)
+    step = functools.partial(
+        train_step, model=Poisoned(), tx=tx, axis_name="shards", skip_nonfinite=True
+    )
+    after, new_stats, metrics = jax.vmap(step, axis_name="shards", in_axes=(None, None, 0))(
+        state, stats, shards
+    )
     np.testing.assert_array_equal(metrics.skipped, [1, 1])
     np.testing.assert_array_equal(new_stats["seen"], [0, 0])
     for row in after.params["dense"]["kernel"]:

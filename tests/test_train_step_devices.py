@@ -11,7 +11,7 @@ import optax
 import pytest
 from wrappers import MAPPED, WRAPPERS, wrap
 
-from bnjax.models import ConvNet
+from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
 from bnjax.train_step import init_state, train_step
 
@@ -19,7 +19,10 @@ pytestmark = pytest.mark.lane
 
 # SGD shows a gradient that is n times too large, where Adam would hide it; its trace holds the gradients.
 SGD = optax.sgd(0.05, momentum=0.9)
-MASKS = {"even": np.ones(24, bool), "uneven": np.arange(24) < 17}  # uneven: the last two shards of three hold padding only
+MASKS = {
+    "even": np.ones(24, bool),
+    "uneven": np.arange(24) < 17,
+}  # uneven: the last two shards of three hold padding only
 
 
 @functools.cache
@@ -38,13 +41,20 @@ def network(axis_name, dropout=0.0):
 
 def batch_of(step, mask):
     rng = np.random.default_rng(step)
-    image = rng.normal(size=(24, 7, 7, 1)).astype(np.float32) + np.arange(24, dtype=np.float32).reshape(24, 1, 1, 1) / 8
+    image = (
+        rng.normal(size=(24, 7, 7, 1)).astype(np.float32)
+        + np.arange(24, dtype=np.float32).reshape(24, 1, 1, 1) / 8
+    )
     return {"image": image, "label": rng.integers(0, 3, 24), "mask": mask}
 
 
 @functools.cache
 def start(model):
-    return jax.device_get(jax.jit(partial(init_state, model, SGD))(jax.random.PRNGKey(0), np.zeros((2, 7, 7, 1), np.float32)))
+    return jax.device_get(
+        jax.jit(partial(init_state, model, SGD))(
+            jax.random.PRNGKey(0), np.zeros((2, 7, 7, 1), np.float32)
+        )
+    )
 
 
 @functools.cache
@@ -77,11 +87,21 @@ def close(actual, expected):
 
     A gradient sums up 24 examples at 9 positions, and what cancels there leaves roundings of the terms: 216 times 2**-24.
     """
-    for ((state, *stats), metrics), ((other, *others), counted) in zip(actual, expected, strict=True):
-        kinds = zip((state.params, state.opt_state, stats, metrics), (other.params, other.opt_state, others, counted), strict=True)
+    for ((state, *stats), metrics), ((other, *others), counted) in zip(
+        actual, expected, strict=True
+    ):
+        kinds = zip(
+            (state.params, state.opt_state, stats, metrics),
+            (other.params, other.opt_state, others, counted),
+            strict=True,
+        )
         for mine, its in kinds:
             atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(its))
-            jax.tree.map(lambda a, b, atol=atol: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol), mine, its)
+            jax.tree.map(
+                lambda a, b, atol=atol: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol),
+                mine,
+                its,
+            )
         np.testing.assert_array_equal(state.step, other.step)
         np.testing.assert_array_equal(state.rng, other.rng)
 
@@ -94,7 +114,10 @@ def test_gradients_and_parameters_are_those_of_one_device(wrapper):
 
 
 def test_dropout_under_jit_with_shardings_is_that_of_one_device():
-    close(train("jit with shardings", dropout=0.5)(MASKS["uneven"]), train("one device", dropout=0.5)(MASKS["uneven"]))
+    close(
+        train("jit with shardings", dropout=0.5)(MASKS["uneven"]),
+        train("one device", dropout=0.5)(MASKS["uneven"]),
+    )
 
 
 class Dropped(nn.Module):
@@ -111,7 +134,9 @@ class Dropped(nn.Module):
 def test_dropout_in_mapped_wrappers_differs_from_shard_to_shard(wrapper):
     def make(axis_name):
         def step(carried, batch):
-            state, stats, _ = train_step(*carried, batch, model=Dropped(), tx=SGD, axis_name=axis_name)
+            state, stats, _ = train_step(
+                *carried, batch, model=Dropped(), tx=SGD, axis_name=axis_name
+            )
             return state, stats["kept"]
 
         return step

@@ -12,14 +12,13 @@ from PIL import Image
 from tensorboardX.proto.graph_pb2 import GraphDef
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from bnjax import config as configs
-from bnjax import configfile, run
-from bnjax.board import CAPTION, TILE, Board, contact_sheet
-from bnjax.checkpoint import Checkpoints
-from bnjax.graph import nodes
-from bnjax.loop import train_and_evaluate
+from bnjax.train import build, parsing, run
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.graph import nodes
+from bnjax.train.loop import train_and_evaluate
+from bnjax.train.tensorboard import CAPTION, TILE, Board, contact_sheet
+from bnjax.train.writers import read_lines
 from bnjax.train_step import init_variables
-from bnjax.writers import read_lines
 
 
 def watched():
@@ -43,39 +42,60 @@ def values(finished):
 def test_each_evaluation_leaves_its_histograms_once(finished):
     lines = read_lines(finished / "histograms.jsonl")
     assert [line["step"] for line in lines] == [5, 10, 12]
-    assert list(lines[0]["activation"]) == ["conv0_norm", "conv0", "dense0_norm", "dense0", "logits_norm", "logits"]
-    assert list(lines[0]["statistic"]) == [f"{layer}_norm.{leaf}" for layer in ("conv0", "dense0", "logits") for leaf in ("mean", "var")]
+    assert list(lines[0]["activation"]) == [
+        "conv0_norm",
+        "conv0",
+        "dense0_norm",
+        "dense0",
+        "logits_norm",
+        "logits",
+    ]
+    assert list(lines[0]["statistic"]) == [
+        f"{layer}_norm.{leaf}"
+        for layer in ("conv0", "dense0", "logits")
+        for leaf in ("mean", "var")
+    ]
 
 
 def test_the_running_statistics_are_those_of_the_checkpoint(finished):
     with Checkpoints(finished / "checkpoints", read_only=True) as checkpoints:
-        model = configs.build(watched(), synthetic.dataset()).model
-        like = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), synthetic.dataset().train.image[:1]))
+        model = build.experiment(watched(), synthetic.dataset()).model
+        like = jax.eval_shape(
+            lambda: init_variables(model, jax.random.key(0), synthetic.dataset().train.image[:1])
+        )
         _, batch_stats = checkpoints.restore_variables(12, like)
     numbers = read_lines(finished / "histograms.jsonl")[-1]["statistic"]["dense0_norm.var"]
     variance = np.asarray(batch_stats["dense0_norm"]["var"])
     assert numbers["count"] == variance.size
-    np.testing.assert_allclose([numbers["quantiles"][i] for i in (0, 4, 8)], np.quantile(variance, [0, 0.5, 1]), rtol=1e-5)
+    np.testing.assert_allclose(
+        [numbers["quantiles"][i] for i in (0, 4, 8)], np.quantile(variance, [0, 0.5, 1]), rtol=1e-5
+    )
 
 
 def test_looking_changes_no_training(finished, tmp_path):
     config = synthetic.config()
     train_and_evaluate(config, tmp_path / "unseen", synthetic.dataset())
-    assert (tmp_path / "unseen" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "unseen" / "metrics.jsonl").read_bytes() == (
+        finished / "metrics.jsonl"
+    ).read_bytes()
     assert (tmp_path / "unseen" / "histograms.jsonl").read_bytes() == b""
     assert "test/predictions" not in read_values(tmp_path / "unseen" / "tensorboard")
 
 
 def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path, monkeypatch):
     stream = run.train_rows
-    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    monkeypatch.setattr(
+        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
+    )
     with pytest.raises(StopIteration):
         train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     with (tmp_path / "run" / "histograms.jsonl").open("a") as file:
         file.write('{"step": 7, "activation": {}}\n{"step": 8, "sta')  # past the checkpoint; torn
     monkeypatch.undo()
     train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
-    assert (tmp_path / "run" / "histograms.jsonl").read_bytes() == (finished / "histograms.jsonl").read_bytes()
+    assert (tmp_path / "run" / "histograms.jsonl").read_bytes() == (
+        finished / "histograms.jsonl"
+    ).read_bytes()
     events = read_events(tmp_path / "run" / "tensorboard")
     assert sum(bool(event.graph_def) for event in events) == 1
 
@@ -86,17 +106,27 @@ def test_tensorboard_gets_the_same_histograms(finished, values):
     assert step == 10
     histogram = value.histo
     assert list(histogram.bucket) == numbers["counts"]
-    assert (histogram.min, histogram.max, histogram.num) == (numbers["quantiles"][0], numbers["quantiles"][-1], numbers["count"])
+    assert (histogram.min, histogram.max, histogram.num) == (
+        numbers["quantiles"][0],
+        numbers["quantiles"][-1],
+        numbers["count"],
+    )
     assert histogram.bucket_limit[-1] == pytest.approx(numbers["high"])
-    assert np.diff(histogram.bucket_limit) == pytest.approx((numbers["high"] - numbers["low"]) / len(numbers["counts"]))
-    assert histogram.sum_squares / histogram.num == pytest.approx(numbers["mean"] ** 2 + numbers["std"] ** 2)
+    assert np.diff(histogram.bucket_limit) == pytest.approx(
+        (numbers["high"] - numbers["low"]) / len(numbers["counts"])
+    )
+    assert histogram.sum_squares / histogram.num == pytest.approx(
+        numbers["mean"] ** 2 + numbers["std"] ** 2
+    )
 
 
 def test_tensorboard_gets_the_graph_of_the_model(finished):
     (event,) = (event for event in read_events(finished / "tensorboard") if event.graph_def)
-    model = configs.build(watched(), synthetic.dataset()).model
+    model = build.experiment(watched(), synthetic.dataset()).model
     graph = GraphDef.FromString(event.graph_def)
-    assert [(node.name, list(node.input)) for node in graph.node] == [(node.name, node.inputs) for node in nodes(model, (10, 8, 8, 1))]
+    assert [(node.name, list(node.input)) for node in graph.node] == [
+        (node.name, node.inputs) for node in nodes(model, (10, 8, 8, 1))
+    ]
 
 
 def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
@@ -111,7 +141,7 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
     assert hparams["model.momentum"].number_value == 0.75
     assert hparams["model.norm"].string_value == "batch"
     assert hparams["train.shuffle"].bool_value is True
-    assert set(hparams) == set(configfile.flat(watched().to_dict()))
+    assert set(hparams) == set(parsing.flat(watched().to_dict()))
     compared = {metric.name.tag for metric in content["experiment"].experiment.metric_infos}
     assert compared <= set(values)
     first = content["experiment"].experiment.hparam_infos[0].name
@@ -120,7 +150,9 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
 
 def test_a_run_that_was_stopped_is_not_marked_as_finished(tmp_path, monkeypatch):
     stream = run.train_rows
-    monkeypatch.setattr(run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7))
+    monkeypatch.setattr(
+        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
+    )
     with pytest.raises(StopIteration):
         train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     assert "_hparams_/session_end_info" not in read_values(tmp_path / "run" / "tensorboard")
@@ -131,7 +163,9 @@ def test_tensorboard_gets_test_images_with_predictions(values):
     image = Image.open(io.BytesIO(values["test/predictions"][0][1].image.encoded_image_string))
     assert image.size == (4 * TILE, 3 * (TILE + CAPTION))
     chosen = synthetic.dataset().test.image[np.arange(12) * 20 // 12]
-    for i, picture in enumerate(chosen):  # the middle of each pixel of an 8x8 image, 15 by 15 on the sheet
+    for i, picture in enumerate(
+        chosen
+    ):  # the middle of each pixel of an 8x8 image, 15 by 15 on the sheet
         left, top = i % 4 * TILE + 4, i // 4 * (TILE + CAPTION) + 4
         middles = np.asarray(image)[top + 7 : top + 120 : 15, left + 7 : left + 120 : 15]
         np.testing.assert_array_equal(middles, picture.repeat(3, axis=-1))

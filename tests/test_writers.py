@@ -1,6 +1,6 @@
 from events import read_values
 
-from bnjax.writers import Lines, RunWriter, read_lines, write_json
+from bnjax.train.writers import Lines, RunWriter, read_lines, write_json
 
 
 def test_a_torn_last_line_is_left_out_and_later_steps_are_dropped(tmp_path):
@@ -24,7 +24,10 @@ def test_tensorboard_gets_every_scalar(tmp_path):
         writer.train(1, {"loss": 2.0, "accuracy": 0.25}, skipped=False)
         writer.test(1, {"loss": 3.0, "accuracy": 0.5}, count=4)
         writer.timing(1, 0.5, 100.0)
-    found = {tag: (step, value.simple_value) for tag, [(step, value)] in read_values(tmp_path / "tensorboard").items()}
+    found = {
+        tag: (step, value.simple_value)
+        for tag, [(step, value)] in read_values(tmp_path / "tensorboard").items()
+    }
     assert found["train/loss"] == (1, 2.0)
     assert found["test/accuracy"] == (1, 0.5)
     assert found["train/images_per_s"] == (1, 100.0)

@@ -6,13 +6,15 @@ import jax
 import numpy as np
 
 from bnjax.arrays import Batch
-from bnjax.data.sources import Split
+from bnjax.data.datasets import Split
 
 # Which examples make a batch: their indices, or the slice that they are where nothing is shuffled.
 Rows = slice | np.ndarray
 
 
-def train_rows(examples: int, batch_size: int, *, key: jax.Array | None, start: int = 0) -> Iterator[Rows]:
+def train_rows(
+    examples: int, batch_size: int, *, key: jax.Array | None, start: int = 0
+) -> Iterator[Rows]:
     """Yields the rows of batches for ever, from step `start` on; what a step sees depends on the key and the step alone.
 
     The examples are one endless stream, epoch after epoch, cut into full batches: nothing is dropped, no batch is
@@ -33,14 +35,19 @@ def train_rows(examples: int, batch_size: int, *, key: jax.Array | None, start: 
     [slice(0, 2, None), slice(2, 4, None), array([4, 0])]
     """
     if not 0 < batch_size <= examples:
-        raise ValueError(f"batch_size {batch_size} has to be between 1 and the number of training images, {examples}")
+        raise ValueError(
+            f"batch_size {batch_size} has to be between 1 and the number of training images, {examples}"
+        )
     position = start * batch_size
     epoch, order = -1, np.arange(examples)
 
     def order_of(wanted: int) -> np.ndarray:
         nonlocal epoch, order
         if key is not None and wanted != epoch:
-            epoch, order = wanted, np.asarray(jax.random.permutation(jax.random.fold_in(key, wanted), examples))
+            epoch, order = (
+                wanted,
+                np.asarray(jax.random.permutation(jax.random.fold_in(key, wanted), examples)),
+            )
         return order
 
     while True:
@@ -50,7 +57,11 @@ def train_rows(examples: int, batch_size: int, *, key: jax.Array | None, start: 
             yield slice(offset, last)  # a view: nothing is copied
         else:
             rows = order_of(first)[offset:last]
-            yield rows if last <= examples else np.concatenate([rows, order_of(first + 1)[: last - examples]])
+            yield (
+                rows
+                if last <= examples
+                else np.concatenate([rows, order_of(first + 1)[: last - examples]])
+            )
         position += batch_size
 
 
@@ -72,7 +83,10 @@ def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Itera
     """
     examples = len(label)
     for start in range(0, examples, batch_size):
-        batch = {"image": image[start : start + batch_size], "label": label[start : start + batch_size]}
+        batch = {
+            "image": image[start : start + batch_size],
+            "label": label[start : start + batch_size],
+        }
         real = len(batch["label"])
         if examples % batch_size:
             batch = {name: _pad(rows, batch_size) for name, rows in batch.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.data.fetch import Remote
+from bnjax.data.download import Remote
 from bnjax.errors import DataError
 
 PIXELS = 32 * 32 * 3
@@ -40,7 +40,10 @@ class Version:
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of each file of examples."""
-        return {name: examples * (self.label_bytes + PIXELS) for name, examples in (self.train_files | self.test_files).items()}
+        return {
+            name: examples * (self.label_bytes + PIXELS)
+            for name, examples in (self.train_files | self.test_files).items()
+        }
 
 
 VERSIONS = {
@@ -80,7 +83,10 @@ VERSIONS = {
 def find(version: Version, folder: Path) -> Path | None:
     """Returns the unpacked folder of this version, or else its archive, in a folder that may itself be the unpacked one."""
     itself = Path(os.path.abspath(folder))  # "." has no name
-    for candidate in (itself if itself.name == version.folder else folder / version.folder, folder / version.archive.name):
+    for candidate in (
+        itself if itself.name == version.folder else folder / version.folder,
+        folder / version.archive.name,
+    ):
         if os.path.lexists(candidate):
             return candidate
     return None
@@ -93,10 +99,15 @@ def read(version: Version, source: Path) -> tuple[Split, Split, tuple[str, ...]]
         DataError: naming the file that is missing, damaged, of the wrong size, or holds a label out of range.
     """
     contents = _read_folder(version, source) if source.is_dir() else _read_archive(version, source)
-    train, test = (_split(version, source, contents, files) for files in (version.train_files, version.test_files))
+    train, test = (
+        _split(version, source, contents, files)
+        for files in (version.train_files, version.test_files)
+    )
     classes = tuple(contents[version.class_file].decode("ascii", "replace").split())
     if len(classes) != version.classes:
-        raise DataError(f"{source / version.class_file} names {len(classes)} classes, not {version.classes}. {_MEND}")
+        raise DataError(
+            f"{source / version.class_file} names {len(classes)} classes, not {version.classes}. {_MEND}"
+        )
     return train, test, classes
 
 
@@ -116,7 +127,9 @@ def _read_folder(version: Version, folder: Path) -> dict[str, bytes]:
     contents = {}
     for name in [*version.sizes(), version.class_file]:
         try:
-            _check_size(version, folder, name, (folder / name).stat().st_size)  # first, as it may be huge, or no real file
+            _check_size(
+                version, folder, name, (folder / name).stat().st_size
+            )  # first, as it may be huge, or no real file
             contents[name] = (folder / name).read_bytes()
         except OSError as error:
             raise DataError(f"{folder / name} cannot be read: {error.strerror}. {_MEND}") from error
@@ -132,7 +145,9 @@ def _read_archive(version: Version, path: Path) -> dict[str, bytes]:
         with gzip.open(path) as stream:
             unpacked = stream.read(most + 1)
         if len(unpacked) > most:
-            raise DataError(f"{path} unpacks to far more than {version.archive.name} should. {_MEND}")
+            raise DataError(
+                f"{path} unpacks to far more than {version.archive.name} should. {_MEND}"
+            )
         with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
@@ -140,7 +155,9 @@ def _read_archive(version: Version, path: Path) -> dict[str, bytes]:
                     _check_size(version, path, name, member.size)
                     contents[name] = archive.extractfile(member).read()  # type: ignore[union-attr]  # None for what is no file
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{path} is not a whole tar.gz archive: {getattr(error, 'strerror', None) or error}. {_MEND}") from error
+        raise DataError(
+            f"{path} is not a whole tar.gz archive: {getattr(error, 'strerror', None) or error}. {_MEND}"
+        ) from error
     if missing := [name for name in names if name not in contents]:
         raise DataError(f"{path} holds no file {', '.join(missing)}. {_MEND}")
     return contents
@@ -149,18 +166,31 @@ def _read_archive(version: Version, path: Path) -> dict[str, bytes]:
 def _check_size(version: Version, source: Path, name: str, size: int) -> None:
     right = version.sizes().get(name)
     if right is None and size > CLASS_FILE_BYTES:
-        raise DataError(f"{source / name} has {size:,} bytes, too many for the names of {version.classes} classes. {_MEND}")
+        raise DataError(
+            f"{source / name} has {size:,} bytes, too many for the names of {version.classes} classes. {_MEND}"
+        )
     if right is not None and size != right:
         raise DataError(f"{source / name} has {size:,} bytes, not {right:,}. {_MEND}")
 
 
-def _split(version: Version, source: Path, contents: dict[str, bytes], files: dict[str, int]) -> Split:
-    rows = [np.frombuffer(contents[name], np.uint8).reshape(-1, version.label_bytes + PIXELS) for name in files]
+def _split(
+    version: Version, source: Path, contents: dict[str, bytes], files: dict[str, int]
+) -> Split:
+    rows = [
+        np.frombuffer(contents[name], np.uint8).reshape(-1, version.label_bytes + PIXELS)
+        for name in files
+    ]
     for name, row in zip(files, rows, strict=True):
         label = row[:, version.label_bytes - 1]
         if label.max() >= version.classes:
             wrong = f"example {label.argmax()} has the label {label.max()}"
-            raise DataError(f"{source / name}: {wrong}, not one of 0 to {version.classes - 1}. {_MEND}")
+            raise DataError(
+                f"{source / name}: {wrong}, not one of 0 to {version.classes - 1}. {_MEND}"
+            )
     image = np.empty((sum(files.values()), 32, 32, 3), np.uint8)
-    planes = [row[:, version.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for row in rows]
-    return np.concatenate(planes, out=image), np.concatenate([row[:, version.label_bytes - 1] for row in rows]).astype(np.int32)
+    planes = [
+        row[:, version.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for row in rows
+    ]
+    return np.concatenate(planes, out=image), np.concatenate(
+        [row[:, version.label_bytes - 1] for row in rows]
+    ).astype(np.int32)

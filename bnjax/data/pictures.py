@@ -26,18 +26,26 @@ def read_pictures(path: Path, shape: tuple[int, int, int]) -> list[Picture]:
         DataError: naming the file, if it is missing, damaged, or not an image.
     """
     try:
-        arrays = _read_npy(path) if path.suffix.lower() == ".npy" else [_read_image(path, channels=shape[2])]
+        arrays = (
+            _read_npy(path)
+            if path.suffix.lower() == ".npy"
+            else [_read_image(path, channels=shape[2])]
+        )
         names = [str(path)] if len(arrays) == 1 else [f"{path}[{i}]" for i in range(len(arrays))]
         return [_fit(name, array, shape) for name, array in zip(names, arrays, strict=True)]
     except Exception as error:  # for damage, Pillow and NumPy raise a dozen types, of which only some are documented
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = (
+            getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        )
         raise DataError(f"{path} cannot be read as an image: {reason.rstrip('.')}.") from error
 
 
 def _read_image(path: Path, channels: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of oddities that Pillow reads over
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # raised before anything is decoded
+        warnings.simplefilter(
+            "error", Image.DecompressionBombWarning
+        )  # raised before anything is decoded
         try:
             image = Image.open(path, formats=("PNG", "JPEG"))
         except Image.UnidentifiedImageError as error:
@@ -57,7 +65,9 @@ def _read_npy(path: Path) -> list[np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of headers that older versions of NumPy wrote
         try:
-            array = np.lib.format.open_memmap(path, mode="r")  # mapped: a header cannot claim more than there is; never unpickled
+            array = np.lib.format.open_memmap(
+                path, mode="r"
+            )  # mapped: a header cannot claim more than there is; never unpickled
         except ValueError as error:
             raise ValueError(f"it is not a whole .npy file of numbers ({error})") from error
     if array.ndim not in (2, 3, 4) or array.size == 0:
@@ -65,7 +75,9 @@ def _read_npy(path: Path) -> list[np.ndarray]:
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"its values are {array.dtype}, neither uint8 nor floats from 0 to 1")
     if array.dtype != np.uint8 and not (np.min(array) >= 0 and np.max(array) <= 1):
-        raise ValueError(f"its values lie between {np.min(array):g} and {np.max(array):g}; floats have to be from 0 to 1, or else be uint8")
+        raise ValueError(
+            f"its values lie between {np.min(array):g} and {np.max(array):g}; floats have to be from 0 to 1, or else be uint8"
+        )
     return list(array) if array.ndim == 4 else [array]
 
 
@@ -84,5 +96,7 @@ def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
 
 
 def _resize(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    image = Image.fromarray(np.ascontiguousarray(plane, np.float32))  # in floats, so that nothing is rounded to 8 bits
+    image = Image.fromarray(
+        np.ascontiguousarray(plane, np.float32)
+    )  # in floats, so that nothing is rounded to 8 bits
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

@@ -54,7 +54,9 @@ def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
         sources = import_tfds().data_source(name, data_dir=root, download=False)
     held_out = "test" if "test" in sources else "validation"
     if "train" not in sources or held_out not in sources:
-        raise DataError(f"the TFDS set {name!r} has the splits {sorted(sources)}; bnjax needs 'train' and 'test' or 'validation'.")
+        raise DataError(
+            f"the TFDS set {name!r} has the splits {sorted(sources)}; bnjax needs 'train' and 'test' or 'validation'."
+        )
     classes = _classes(name, dict(sources["train"].dataset_info.features.items()))
     with _naming(name, root):
         train, test = (_arrays(name, sources[split], len(classes)) for split in ("train", held_out))
@@ -79,19 +81,29 @@ def _naming(name: str, root: Path) -> Iterator[None]:
 def _classes(name: str, features: dict[str, Any]) -> tuple[str, ...]:
     kinds = import_tfds().features
     image, label = features.get("image"), features.get("label")
-    if not isinstance(image, kinds.Image) or np.dtype(image.np_dtype) != np.uint8 or not isinstance(label, kinds.ClassLabel):
-        raise DataError(f"the TFDS set {name!r} holds {sorted(features)}; bnjax needs an 'image' of 8 bits and a 'label' that is a class.")
+    if (
+        not isinstance(image, kinds.Image)
+        or np.dtype(image.np_dtype) != np.uint8
+        or not isinstance(label, kinds.ClassLabel)
+    ):
+        raise DataError(
+            f"the TFDS set {name!r} holds {sorted(features)}; bnjax needs an 'image' of 8 bits and a 'label' that is a class."
+        )
     return tuple(label.names)
 
 
 def _arrays(name: str, source: Any, classes: int) -> Split:
-    image = np.empty((len(source), *(source[0]["image"].shape if len(source) else (0, 0, 0))), np.uint8)
+    image = np.empty(
+        (len(source), *(source[0]["image"].shape if len(source) else (0, 0, 0))), np.uint8
+    )
     label = np.empty(len(source), np.int32)
     ids = []
     for i, example in enumerate(source):
         if example["image"].shape != image.shape[1:]:
             sizes = f"{image.shape[1:]} and {example['image'].shape}"
-            raise DataError(f"the images of the TFDS set {name!r} are not all of one size ({sizes}); bnjax needs a set with one size.")
+            raise DataError(
+                f"the images of the TFDS set {name!r} are not all of one size ({sizes}); bnjax needs a set with one size."
+            )
         if not 0 <= example["label"] < classes:
             raise DataError(
                 f"the TFDS set {name!r} has the label {example['label']} in a split; bnjax needs all of them from 0 to {classes - 1}."
@@ -126,7 +138,9 @@ def _missing(name: str, data_dir: str) -> DataError:
     if copies:
         root, formats = copies[0]
         what = f"the copy of the TFDS set {name!r} in {root} is in the format {' and '.join(sorted(formats))}, which only TensorFlow reads"
-        return UnavailableError(f"{what}. Prepare another as array_record, in a folder of its own:\n{_recipe(name, root / READABLE)}")
+        return UnavailableError(
+            f"{what}. Prepare another as array_record, in a folder of its own:\n{_recipe(name, root / READABLE)}"
+        )
     if base in known:
         what = f"the TFDS set {name!r} has not been prepared in {' or '.join(map(str, roots))}"
         return UnavailableError(f"{what}. To do that, once and anywhere:\n{_recipe(name, root)}")

@@ -75,7 +75,13 @@ def build(
         ValueError: for an unknown name.
     """
     affine: dict[str, Any] = {"epsilon": epsilon, "use_scale": scale, "use_bias": shift}
-    batch: dict[str, Any] = {**affine, "momentum": momentum, "variance": variance, "debias": debias, "axis_name": axis_name}
+    batch: dict[str, Any] = {
+        **affine,
+        "momentum": momentum,
+        "variance": variance,
+        "debias": debias,
+        "axis_name": axis_name,
+    }
     r_max, d_max = paper_limits(renorm_steps)
     makers: dict[str, Callable[..., nn.Module]] = {
         "batch": partial(BatchNorm, **batch),

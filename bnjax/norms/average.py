@@ -49,7 +49,9 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     if not debias:
         return kept
     count = jnp.asarray(count, dtype)
-    rate = jnp.log(jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6))  # the ends of 0 to 1 would give 0 / 0
+    rate = jnp.log(
+        jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6)
+    )  # the ends of 0 to 1 would give 0 / 0
     return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
 
 

@@ -73,7 +73,9 @@ class BatchNorm(nn.Module):
     train_affine: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Returns the normalised input, of the same shape.
 
         Args:
@@ -86,25 +88,39 @@ class BatchNorm(nn.Module):
             ValueError: if the shape leaves fewer than 2 values per channel, an option is unknown, or the mask does not fit.
             NameError: if `axis_name` is not bound.
         """
-        if self.variance not in ("biased", "unbiased") or self.statistics not in (None, "batch", "running"):
+        if self.variance not in ("biased", "unbiased") or self.statistics not in (
+            None,
+            "batch",
+            "running",
+        ):
             raise ValueError(
                 f"variance = {self.variance!r} and statistics = {self.statistics!r} are not possible together: variance is "
                 "'biased' or 'unbiased', and statistics is 'batch', 'running' or None."
             )
-        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        by_batch = not use_running_average if self.statistics is None else self.statistics == "batch"
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        by_batch = (
+            not use_running_average if self.statistics is None else self.statistics == "batch"
+        )
         update = not use_running_average
         if self.update_average is not None:
             update = self.update_average and self.is_mutable_collection("batch_stats")
 
         given = jnp.asarray(x)
         axis_list = [self.axis] if isinstance(self.axis, int) else list(self.axis)
-        if jnp.iscomplexobj(given) or any(not -given.ndim <= axis < given.ndim for axis in axis_list):
+        if jnp.iscomplexobj(given) or any(
+            not -given.ndim <= axis < given.ndim for axis in axis_list
+        ):
             raise ValueError(
                 f"{self._label()} got an input of dtype {given.dtype} and shape {given.shape} for axis = {self.axis}: it takes real "
                 "numbers, and the axis of the channels has to be one of the input's."
             )
-        x = given.astype(jnp.promote_types(jnp.promote_types(given.dtype, self.dtype or jnp.float32), jnp.float32))
+        x = given.astype(
+            jnp.promote_types(
+                jnp.promote_types(given.dtype, self.dtype or jnp.float32), jnp.float32
+            )
+        )
         channels = [axis % x.ndim for axis in axis_list]
         axes = tuple(axis for axis in range(x.ndim) if axis not in channels)
         per_channel = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
@@ -119,7 +135,9 @@ class BatchNorm(nn.Module):
                 "batch_stats has no `count` beside `mean` and `var`. Add one to these averages, an int32 []: 0 starts them anew."
             )
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
-        running_mean, running_var = (leaf.value.astype(x.dtype).reshape(per_channel) for leaf in (mean, var))
+        running_mean, running_var = (
+            leaf.value.astype(x.dtype).reshape(per_channel) for leaf in (mean, var)
+        )
         running = Moments(running_mean, running_var, None if count is None else count.value)
 
         if mask is not None:
@@ -129,7 +147,9 @@ class BatchNorm(nn.Module):
                     f"{self._label()} counts its updates once for all channels, and the mask of shape {mask.shape} differs between them. "
                     "Give the mask one entry along the channels, or use a constant momentum without debias."
                 )
-            x = jnp.where(mask, x, 0)  # NaN in padding would come back through the gradient as 0 * NaN
+            x = jnp.where(
+                mask, x, 0
+            )  # NaN in padding would come back through the gradient as 0 * NaN
         if by_batch or update:
             batch = self._batch_moments(x, axes, mask)
         if by_batch:
@@ -155,7 +175,9 @@ class BatchNorm(nn.Module):
     def _is_counted(self) -> bool:
         return is_counted(self.momentum, self.debias)
 
-    def _center_and_inverse(self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments) -> tuple[Any, Any]:
+    def _center_and_inverse(
+        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
+    ) -> tuple[Any, Any]:
         """Returns what the input is shifted by and multiplied with in training; the variants of batch normalization differ here."""
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
@@ -185,20 +207,41 @@ class BatchNorm(nn.Module):
                     f"jax.pmap(..., axis_name={name!r}), jax.vmap(..., axis_name={name!r}) or jax.shard_map over a mesh with that "
                     "axis. Under plain jax.jit use axis_name=None: there the statistics are global, however the batch is sharded."
                 ) from error
-        return min(map(len, self.axis_index_groups)) if self.axis_index_groups else lax.axis_size(self.axis_name)
+        return (
+            min(map(len, self.axis_index_groups))
+            if self.axis_index_groups
+            else lax.axis_size(self.axis_name)
+        )
 
-    def _update(self, mean: nn.Variable, var: nn.Variable, count: nn.Variable | None, batch: Moments, masked: bool) -> None:
+    def _update(
+        self,
+        mean: nn.Variable,
+        var: nn.Variable,
+        count: nn.Variable | None,
+        batch: Moments,
+        masked: bool,
+    ) -> None:
         """Moves the running averages towards the batch, unless masking left fewer than 2 values."""
-        kept = kept_fraction(self.momentum, self.debias, None if count is None else count.value, batch.mean.dtype)
-        stored = batch.var if self.variance == "biased" else batch.var * (batch.count / jnp.maximum(batch.count - 1, 1))
+        kept = kept_fraction(
+            self.momentum, self.debias, None if count is None else count.value, batch.mean.dtype
+        )
+        stored = (
+            batch.var
+            if self.variance == "biased"
+            else batch.var * (batch.count / jnp.maximum(batch.count - 1, 1))
+        )
         enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape)
         for leaf, new in ((mean, batch.mean), (var, stored)):
             updated = blend(leaf.value, new.reshape(leaf.value.shape), kept)
-            leaf.value = jnp.where(enough.reshape(updated.shape), updated, leaf.value) if masked else updated
+            leaf.value = (
+                jnp.where(enough.reshape(updated.shape), updated, leaf.value) if masked else updated
+            )
         if count is not None:
             count.value = count.value + (enough.any() if masked else 1)
 
-    def _affine(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
+    def _affine(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
+    ) -> Array:
         value = self.param(name, init, shape, self.param_dtype)
         return value if self.train_affine else lax.stop_gradient(value)
 

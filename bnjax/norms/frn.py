@@ -15,7 +15,9 @@ class FilterResponseNorm(PerExampleNorm):
     """
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Returns the normalised input; `use_running_average` changes nothing. Other arguments as for `BatchNorm`.
 
         Raises:
@@ -24,7 +26,9 @@ class FilterResponseNorm(PerExampleNorm):
         if not self.is_initializing():
             check_positions(f"FilterResponseNorm {'/'.join(self.path)}", x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        nu2 = lax.square(x).mean(tuple(range(1, x.ndim - 1)), keepdims=True, where=real_positions(mask, x))
+        nu2 = lax.square(x).mean(
+            tuple(range(1, x.ndim - 1)), keepdims=True, where=real_positions(mask, x)
+        )
         y = x * lax.rsqrt(nu2 + self.epsilon)
         if self.use_scale:
             y = y * per_channel(self.param("scale", nn.initializers.ones, x.shape[-1:]), x.ndim)
@@ -39,4 +43,6 @@ class ThresholdedLinear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Returns the activation of x [..., c]."""
-        return jnp.maximum(x, per_channel(self.param("threshold", nn.initializers.zeros, x.shape[-1:]), x.ndim))
+        return jnp.maximum(
+            x, per_channel(self.param("threshold", nn.initializers.zeros, x.shape[-1:]), x.ndim)
+        )

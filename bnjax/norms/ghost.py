@@ -24,12 +24,20 @@ class GhostBatchNorm(BatchNorm):
 
     virtual_batch: int = 32
 
-    def _center_and_inverse(self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments) -> tuple[Any, Any]:
+    def _center_and_inverse(
+        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
+    ) -> tuple[Any, Any]:
         if self.virtual_batch < 2:
-            raise ValueError(f"virtual_batch = {self.virtual_batch} is not possible: a variance needs 2 examples or more.")
+            raise ValueError(
+                f"virtual_batch = {self.virtual_batch} is not possible: a variance needs 2 examples or more."
+            )
         examples, *within = axes
         size = x.shape[examples]
-        real = jnp.ones(size, bool) if mask is None else jnp.broadcast_to(mask.any(range_without(examples, x.ndim)), (size,))
+        real = (
+            jnp.ones(size, bool)
+            if mask is None
+            else jnp.broadcast_to(mask.any(range_without(examples, x.ndim)), (size,))
+        )
         owner = jnp.maximum(jnp.cumsum(real) - 1, 0) // self.virtual_batch
 
         def total(values: Array) -> Array:

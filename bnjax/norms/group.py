@@ -16,7 +16,9 @@ class GroupNorm(PerExampleNorm):
     groups: int = 32
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Returns the normalised input; `use_running_average` changes nothing. Other arguments as for `BatchNorm`.
 
         Raises:

@@ -10,7 +10,9 @@ class InstanceNorm(PerExampleNorm):
     """Normalises each channel of each example over its positions (equation 4)."""
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Returns the normalised input; `use_running_average` changes nothing. Other arguments as for `BatchNorm`.
 
         Raises:

@@ -10,7 +10,9 @@ class LayerNorm(PerExampleNorm):
     """Normalises each example over everything that it has, positions and channels (equation 3), with a scale and shift for each channel."""
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Returns the normalised input; `use_running_average` changes nothing. Other arguments as for `BatchNorm`."""
         norm = nn.LayerNorm(
             epsilon=self.epsilon,

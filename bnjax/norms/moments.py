@@ -30,7 +30,9 @@ class Moments(NamedTuple):
     count: Any
 
 
-def moments(x: Array, axes: tuple[int, ...], mask: Array | None = None, total: Total = lambda part: part) -> Moments:
+def moments(
+    x: Array, axes: tuple[int, ...], mask: Array | None = None, total: Total = lambda part: part
+) -> Moments:
     """Returns the moments of `x` over `axes`, and over the devices that `total` sums over.
 
     The mean comes first and the squares are of deviations from it, on every device from the same mean: a mean of
@@ -57,7 +59,9 @@ def moments(x: Array, axes: tuple[int, ...], mask: Array | None = None, total: T
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _mean_and_var(x: Any, mask: Any, count: Any, axes: tuple[int, ...], total: Total) -> tuple[Array, Array]:
+def _mean_and_var(
+    x: Any, mask: Any, count: Any, axes: tuple[int, ...], total: Total
+) -> tuple[Array, Array]:
     mean = _average(x, mask, count, axes, total)
     return mean, _average(lax.square(x - mean), mask, count, axes, total)
 
@@ -100,7 +104,9 @@ def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
     mask = jnp.asarray(mask, bool)
     if mask.ndim == 1 and len(shape) > 1 and mask.shape[0] == shape[axes[0]] and axes[0] == 0:
         mask = mask.reshape(-1, *[1] * (len(shape) - 1))
-    if mask.ndim != len(shape) or any(size not in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)):
+    if mask.ndim != len(shape) or any(
+        size not in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)
+    ):
         raise ValueError(
             f"a mask of shape {mask.shape} does not fit values of shape {shape}. Give one value for each example, "
             f"[{shape[axes[0]]}], or one of rank {len(shape)} that broadcasts, for instance mask[:, None, None, None] for images."
@@ -132,7 +138,9 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
     numbers = [group_of[index] for index in range(size)]
 
     def total(part: Any) -> Array:
-        own = jnp.array(numbers)[lax.axis_index(axis_name)]  # in here: the derivative's rule is traced at another time
+        own = jnp.array(numbers)[
+            lax.axis_index(axis_name)
+        ]  # in here: the derivative's rule is traced at another time
         # psum's own axis_index_groups does not exist under vmap and under shard_map's vma check; a slot for each group does.
         slots = jnp.where(jnp.arange(len(groups)) == own, jnp.asarray(part)[..., None], 0)
         return lax.psum(slots, axis_name)[..., own]

@@ -24,7 +24,9 @@ def paper_limits(steps: int = 40_000) -> tuple[Limit, Limit]:
     [(1.0, 0.0), (2.142857074737549, 5.0), (3.0, 5.0)]
     """
     shut = steps // 8
-    return optax.linear_schedule(1.0, 3.0, steps - shut, shut), optax.linear_schedule(0.0, 5.0, steps // 2, shut)
+    return optax.linear_schedule(1.0, 3.0, steps - shut, shut), optax.linear_schedule(
+        0.0, 5.0, steps // 2, shut
+    )
 
 
 class BatchRenorm(BatchNorm):
@@ -45,10 +47,16 @@ class BatchRenorm(BatchNorm):
     def _is_counted(self) -> bool:
         return super()._is_counted() or callable(self.r_max) or callable(self.d_max)
 
-    def _center_and_inverse(self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments) -> tuple[Any, Any]:
-        r_max, d_max = (limit(running.count) if callable(limit) else limit for limit in (self.r_max, self.d_max))
+    def _center_and_inverse(
+        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
+    ) -> tuple[Any, Any]:
+        r_max, d_max = (
+            limit(running.count) if callable(limit) else limit for limit in (self.r_max, self.d_max)
+        )
         inverse = lax.rsqrt(batch.var + self.epsilon)
         running_inverse = lax.rsqrt(running.var + self.epsilon)
         r = lax.stop_gradient(jnp.clip(running_inverse / inverse, 1 / r_max, r_max))
-        d = lax.stop_gradient(jnp.clip((batch.mean - running.mean) * running_inverse, -d_max, d_max))
+        d = lax.stop_gradient(
+            jnp.clip((batch.mean - running.mean) * running_inverse, -d_max, d_max)
+        )
         return batch.mean - d / (r * inverse), r * inverse

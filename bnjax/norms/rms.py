@@ -15,9 +15,17 @@ class RMSNorm(PerExampleNorm):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Returns the normalised input; `use_running_average` changes nothing. Other arguments as for `BatchNorm`."""
-        norm = nn.RMSNorm(epsilon=self.epsilon, use_scale=self.use_scale, reduction_axes=tuple(range(1, x.ndim)))
+        norm = nn.RMSNorm(
+            epsilon=self.epsilon, use_scale=self.use_scale, reduction_axes=tuple(range(1, x.ndim))
+        )
         nn.share_scope(self, norm)
         y = norm(x, mask=real_positions(mask, x))
-        return y + per_channel(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x.ndim) if self.use_bias else y
+        return (
+            y + per_channel(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x.ndim)
+            if self.use_bias
+            else y
+        )

@@ -1,7 +1,7 @@
 """BN needs large batches; group and layer normalization do not, and batch renormalization needs smaller ones.
 
-    python -m bnjax.compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes
-    python -m bnjax.compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes_full --full
+    bnjax compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes
+    bnjax compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes_full --full
 
 Source: Wu & He 2018 (arXiv 1803.08494, section 4.1): validation error of ResNet-50 on ImageNet at 32 images a worker 23.6 % with batch
     norm, 24.1 % with group norm, 25.3 % with layer norm; at 2 images 34.7 % with batch norm and 24.1 % with group norm; at 4 images
@@ -13,7 +13,7 @@ As there, the norm stands before the activation and the learning rate grows with
 slow (0.99) for the sake of the small batches, and leave out their starting values for the sake of the few steps of the large ones.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 NORMS = ("batch", "group", "layer", "renorm")
 SIZES = (2, 16, 128, 512)
@@ -22,7 +22,14 @@ SIZES = (2, 16, 128, 512)
 def get_claim():
     paper = "Wu & He 2018, section 4.1"
     variants = {
-        f"{norm}_{size}": ("../bn.py", {"model.norm": norm, "train.batch_size": size, "optimizer.learning_rate": 0.01 * size / 32})
+        f"{norm}_{size}": (
+            "../bn.py",
+            {
+                "model.norm": norm,
+                "train.batch_size": size,
+                "optimizer.learning_rate": 0.01 * size / 32,
+            },
+        )
         for size in SIZES
         for norm in NORMS
     }
@@ -43,9 +50,24 @@ def get_claim():
         "question": "Which norms stand small batches?",
         "variants": variants,
         "statements": [
-            {**small_batch, "of": "group_2", "margin": 0.05, "source": f"{paper}: errors of 24.1 and 34.7 %"},
-            {**small_batch, "of": "layer_2", "margin": 0.045, "source": f"{paper}: errors of 25.3 (of 32 images) and 34.7 %"},
-            {**small_batch, "of": "renorm_2", "margin": 0.005, "source": f"{paper}: errors of 26.3 and 27.3 % at 4 images; Ioffe 2017"},
+            {
+                **small_batch,
+                "of": "group_2",
+                "margin": 0.05,
+                "source": f"{paper}: errors of 24.1 and 34.7 %",
+            },
+            {
+                **small_batch,
+                "of": "layer_2",
+                "margin": 0.045,
+                "source": f"{paper}: errors of 25.3 (of 32 images) and 34.7 %",
+            },
+            {
+                **small_batch,
+                "of": "renorm_2",
+                "margin": 0.005,
+                "source": f"{paper}: errors of 26.3 and 27.3 % at 4 images; Ioffe 2017",
+            },
             {
                 **accuracy,
                 "of": "group_512",

@@ -1,7 +1,7 @@
 """With dropout, BN after the dense layers learns faster at first and ends a little worse than BN before them only.
 
-    python -m bnjax.compare --claim configs/claims/dropout_bn.py --workdir runs/dropout_bn
-    python -m bnjax.compare --claim configs/claims/dropout_bn.py --workdir runs/dropout_bn_full --full
+    bnjax compare --claim configs/claims/dropout_bn.py --workdir runs/dropout_bn
+    bnjax compare --claim configs/claims/dropout_bn.py --workdir runs/dropout_bn_full --full
 
 Source: the tutorial's third notebook, after Li et al. 2018 (arXiv 1801.05134): test accuracy .523 with BN after dropout too and .422
     without after 20 steps, .609 and .620 after 100.
@@ -9,18 +9,37 @@ Time: 5 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: half of the early difference, 0.05; none for the late one, which the source calls slight.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_claim():
-    arms = {"quantity": "test_accuracy", "of": "before_dropout_only", "against": "after_dropout_too"}
+    arms = {
+        "quantity": "test_accuracy",
+        "of": "before_dropout_only",
+        "against": "after_dropout_too",
+    }
     notebook = "github.com/ilango100/cifar, third notebook"
     return {
         "question": "Should batch normalization follow dropout?",
-        "variants": {"after_dropout_too": ("../dropout_bn.py", {}), "before_dropout_only": ("../dropout_bn_last.py", {})},
+        "variants": {
+            "after_dropout_too": ("../dropout_bn.py", {}),
+            "before_dropout_only": ("../dropout_bn_last.py", {}),
+        },
         "statements": [
-            {**arms, "at": "first", "direction": "less", "margin": 0.05, "source": f"{notebook}: .422 and .523 after 20 steps"},
-            {**arms, "at": "last", "direction": "greater", "margin": 0.0, "source": f"{notebook}: .620 and .609 after 100 steps"},
+            {
+                **arms,
+                "at": "first",
+                "direction": "less",
+                "margin": 0.05,
+                "source": f"{notebook}: .422 and .523 after 20 steps",
+            },
+            {
+                **arms,
+                "at": "last",
+                "direction": "greater",
+                "margin": 0.0,
+                "source": f"{notebook}: .620 and .609 after 100 steps",
+            },
         ],
         "seeds": 5,
         "small": {**defaults.SMALL, "model.dense": (256, 64)},

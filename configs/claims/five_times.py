@@ -1,6 +1,6 @@
 """Batch normalization reaches the same training loss in a fifth of the steps.
 
-    python -m bnjax.compare --claim configs/claims/five_times.py --workdir runs/five_times
+    bnjax compare --claim configs/claims/five_times.py --workdir runs/five_times
 
 Source: the tutorial that the README cites: a training loss of about 0.2 after about 350 steps without BN and about 70 with, one run
     each.
@@ -13,7 +13,13 @@ Margin: "about 350" and "about 70" are taken as good to an eighth each, so their
 
 def get_claim():
     tutorial = "github.com/ilango100/cifar, the tutorial: about 350 steps without BN, about 70 with"
-    steps = {"quantity": "steps_to_loss", "at": 0.2, "of": "no_bn", "against": "bn", "source": tutorial}
+    steps = {
+        "quantity": "steps_to_loss",
+        "at": 0.2,
+        "of": "no_bn",
+        "against": "bn",
+        "source": tutorial,
+    }
     return {
         "question": "Is training five times faster with batch normalization?",
         "variants": {"bn": ("../bn.py", {}), "no_bn": ("../no_bn.py", {})},

@@ -1,7 +1,7 @@
 """In large batches, normalising small ones within them generalises better.
 
-    python -m bnjax.compare --claim configs/claims/ghost.py --workdir runs/ghost
-    python -m bnjax.compare --claim configs/claims/ghost.py --workdir runs/ghost_full --full
+    bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost
+    bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost_full --full
 
 Source: Hoffer et al. 2017 (arXiv 1705.08741, table 1): ResNet44 on CIFAR-10 with batches of 4,096 and a learning rate adapted
     to them comes to 89.30 %, and with ghost batches of 128 besides to 90.50 %.
@@ -10,13 +10,16 @@ Margin: half of the published difference, 0.006 in test accuracy.
 bnjax evaluates with averages of the whole batch, the paper with those of the ghost batches.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_claim():
     return {
         "question": "Does ghost batch normalization help large batches?",
-        "variants": {"whole_batch": ("../bn.py", {}), "ghost": ("../bn.py", {"model.norm": "ghost"})},
+        "variants": {
+            "whole_batch": ("../bn.py", {}),
+            "ghost": ("../bn.py", {"model.norm": "ghost"}),
+        },
         "statements": [
             {
                 "quantity": "test_accuracy",
@@ -29,6 +32,12 @@ def get_claim():
             }
         ],
         "seeds": 5,
-        "small": {**defaults.SMALL, "train.batch_size": 1000, "train.steps": 60, "train.shuffle": True, "model.virtual_batch": 50},
+        "small": {
+            **defaults.SMALL,
+            "train.batch_size": 1000,
+            "train.steps": 60,
+            "train.shuffle": True,
+            "model.virtual_batch": 50,
+        },
         "full": {"train.shuffle": True, "model.virtual_batch": 128},
     }

@@ -1,7 +1,7 @@
 """BN makes training faster, and lets it use learning rates that are 5 and 30 times higher.
 
-    python -m bnjax.compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates
-    python -m bnjax.compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates_full --full
+    bnjax compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates
+    bnjax compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates_full --full
 
 Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2 and figure 3): 72.2 % after 31.0 million steps without BN, 13.3 with, 2.1
     with BN and five times the rate, 2.7 with thirty times; without BN, five times the rate sent the parameters to infinity.
@@ -11,7 +11,7 @@ Margin: half of each published factor, on the log scale: 1.5 and 2.5. Where the 
 Plain SGD with momentum, as there; a step that is not finite is dropped. What is timed is the training loss, not validation accuracy.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 RATE = 0.01
 
@@ -36,12 +36,35 @@ def get_claim():
         "question": "Does batch normalization make higher learning rates possible?",
         "variants": variants,
         "statements": [
-            {**steps, "of": "no_bn_x1", "against": "bn_x1", "margin": 1.5, "source": f"{paper}: 31.0 and 13.3 million steps"},
-            {**steps, "of": "bn_x1", "against": "bn_x5", "margin": 2.5, "source": f"{paper}: 13.3 and 2.1 million steps"},
-            {**fails, "of": "bn_x5", "against": "no_bn_x5", "source": f"{paper}: without BN the parameters went to infinity"},
+            {
+                **steps,
+                "of": "no_bn_x1",
+                "against": "bn_x1",
+                "margin": 1.5,
+                "source": f"{paper}: 31.0 and 13.3 million steps",
+            },
+            {
+                **steps,
+                "of": "bn_x1",
+                "against": "bn_x5",
+                "margin": 2.5,
+                "source": f"{paper}: 13.3 and 2.1 million steps",
+            },
+            {
+                **fails,
+                "of": "bn_x5",
+                "against": "no_bn_x5",
+                "source": f"{paper}: without BN the parameters went to infinity",
+            },
             {**fails, "of": "bn_x30", "against": "no_bn_x30", "source": f"{paper}: 74.8 % with BN"},
         ],
         "seeds": 5,
-        "small": {**defaults.SMALL, **sgd, "train.batch_size": 250, "train.steps": 240, "eval.every_epochs": 4.0},
+        "small": {
+            **defaults.SMALL,
+            **sgd,
+            "train.batch_size": 250,
+            "train.steps": 240,
+            "eval.every_epochs": 4.0,
+        },
         "full": {**sgd, "train.batch_size": 500, "train.steps": 2000},
     }

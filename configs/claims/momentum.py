@@ -1,7 +1,7 @@
 """Running averages that are too slow spoil evaluation, and leaving out their starting values mends that.
 
-    python -m bnjax.compare --claim configs/claims/momentum.py --workdir runs/momentum
-    python -m bnjax.compare --claim configs/claims/momentum.py --workdir runs/momentum_full --full
+    bnjax compare --claim configs/claims/momentum.py --workdir runs/momentum
+    bnjax compare --claim configs/claims/momentum.py --workdir runs/momentum_full --full
 
 Source: the tutorial: 0.99 was tried first and gave bad test results; after 100 steps 0.99**100 = 37 % of the starting values are left,
     after 20 steps 82 %. That leaving them out mends it follows; that the mean of all batches lags behind the weights is bnjax's own
@@ -11,7 +11,7 @@ Margin: in test loss. The source has no figures: 0.5 early, where chance is 2.3,
 The mean of all batches is momentum 0.9999 without starting values, which over 100 steps weighs them alike to a hundredth.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_claim():
@@ -28,12 +28,54 @@ def get_claim():
             "mean_of_all": ("../bn.py", {"model.momentum": 0.9999, "model.debias": True}),
         },
         "statements": [
-            {**early, "of": "0.99", "against": "0.75", "direction": "greater", "margin": 0.5, "source": tutorial},
-            {**late, "of": "0.99", "against": "0.75", "direction": "greater", "margin": 0.1, "source": tutorial},
-            {**late, "of": "0.9", "against": "0.75", "direction": "equal", "margin": 0.1, "source": own},
-            {**early, "of": "0.99_debiased", "against": "0.99", "direction": "less", "margin": 0.5, "source": own},
-            {**late, "of": "0.99_debiased", "against": "0.99", "direction": "less", "margin": 0.1, "source": own},
-            {**late, "of": "mean_of_all", "against": "0.75", "direction": "greater", "margin": 0.0, "source": own},
+            {
+                **early,
+                "of": "0.99",
+                "against": "0.75",
+                "direction": "greater",
+                "margin": 0.5,
+                "source": tutorial,
+            },
+            {
+                **late,
+                "of": "0.99",
+                "against": "0.75",
+                "direction": "greater",
+                "margin": 0.1,
+                "source": tutorial,
+            },
+            {
+                **late,
+                "of": "0.9",
+                "against": "0.75",
+                "direction": "equal",
+                "margin": 0.1,
+                "source": own,
+            },
+            {
+                **early,
+                "of": "0.99_debiased",
+                "against": "0.99",
+                "direction": "less",
+                "margin": 0.5,
+                "source": own,
+            },
+            {
+                **late,
+                "of": "0.99_debiased",
+                "against": "0.99",
+                "direction": "less",
+                "margin": 0.1,
+                "source": own,
+            },
+            {
+                **late,
+                "of": "mean_of_all",
+                "against": "0.75",
+                "direction": "greater",
+                "margin": 0.0,
+                "source": own,
+            },
         ],
         "seeds": 5,
         "small": defaults.SMALL,

@@ -1,7 +1,7 @@
 """It makes little difference whether BN stands before or after the activation, or at the input of every layer.
 
-    python -m bnjax.compare --claim configs/claims/placement.py --workdir runs/placement
-    python -m bnjax.compare --claim configs/claims/placement.py --workdir runs/placement_full --full
+    bnjax compare --claim configs/claims/placement.py --workdir runs/placement
+    bnjax compare --claim configs/claims/placement.py --workdir runs/placement_full --full
 
 Source: a debate without figures for this network: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 3.2) put it before the activation,
     the tutorial after.
@@ -9,7 +9,7 @@ Time: 6 minutes for the small version, 15 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.02 in the best test accuracy, bnjax's own choice.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_claim():

@@ -1,7 +1,7 @@
 """A stride does as well as pooling.
 
-    python -m bnjax.compare --claim configs/claims/pooling.py --workdir runs/pooling
-    python -m bnjax.compare --claim configs/claims/pooling.py --workdir runs/pooling_full --full
+    bnjax compare --claim configs/claims/pooling.py --workdir runs/pooling
+    bnjax compare --claim configs/claims/pooling.py --workdir runs/pooling_full --full
 
 Source: Springenberg et al. 2015 (arXiv 1412.6806, table 3), whom the tutorial follows: on CIFAR-10 an error of 9.74 % with max pooling
     and 10.19 % with strides instead (model C; in their models A and B strides lose 0.99 and 0.78 points).
@@ -9,7 +9,7 @@ Time: 7 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.02 in test accuracy, since the published difference is 0.0045.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_claim():

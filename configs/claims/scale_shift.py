@@ -1,7 +1,7 @@
 """Scale and shift make no difference where the next layer can do the same.
 
-    python -m bnjax.compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift
-    python -m bnjax.compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift_full --full
+    bnjax compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift
+    bnjax compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift_full --full
 
 Source: the tutorial's second notebook: test accuracy .607 with both and .608 with neither after 400 steps, and losses that look alike.
 Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
@@ -9,7 +9,7 @@ Margin: the two published runs are up to 0.043 apart in accuracy on the way (ste
     training loss is bnjax's own choice.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_claim():
@@ -19,8 +19,20 @@ def get_claim():
         "question": "Do scale and shift make a difference?",
         "variants": {"both": ("../bn.py", {}), "neither": ("../bn_no_scale_shift.py", {})},
         "statements": [
-            {**arms, "quantity": "test_accuracy", "at": "last", "margin": 0.02, "source": f"{notebook}: .608 and .607 after 400 steps"},
-            {**arms, "quantity": "train_loss", "at": "last", "margin": 0.1, "source": f"{notebook}: no visible difference to the loss"},
+            {
+                **arms,
+                "quantity": "test_accuracy",
+                "at": "last",
+                "margin": 0.02,
+                "source": f"{notebook}: .608 and .607 after 400 steps",
+            },
+            {
+                **arms,
+                "quantity": "train_loss",
+                "at": "last",
+                "margin": 0.1,
+                "source": f"{notebook}: no visible difference to the loss",
+            },
         ],
         "seeds": 5,
         "small": defaults.SMALL,

@@ -1,7 +1,7 @@
 """With BN even a network of sigmoids learns.
 
-    python -m bnjax.compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid
-    python -m bnjax.compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid_full --full
+    bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid
+    bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid_full --full
 
 Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at chance without BN and comes to 69.8 %
     with, at five times the learning rate.
@@ -9,7 +9,7 @@ Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.1 in test accuracy, where chance is 0.1.
 """
 
-from bnjax import defaults
+from bnjax.train import defaults
 
 
 def get_claim():

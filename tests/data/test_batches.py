@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnjax.data.batches import eval_batches, take, train_rows
-from bnjax.data.sources import Split
+from bnjax.data.datasets import Split
 
 EXAMPLES = 12
 SIZES = st.integers(1, EXAMPLES)
@@ -16,12 +16,17 @@ SIZES = st.integers(1, EXAMPLES)
 def data(examples=EXAMPLES):
     """Images that tell which one they are: the label, in every pixel."""
     label = np.arange(examples, dtype=np.int32)
-    return np.broadcast_to(label.astype(np.uint8)[:, None, None, None], (examples, 2, 3, 1)).copy(), label
+    return np.broadcast_to(
+        label.astype(np.uint8)[:, None, None, None], (examples, 2, 3, 1)
+    ).copy(), label
 
 
 def labels(count, batch_size, *, key=None, start=0, examples=EXAMPLES):
     split = Split(*data(examples))
-    batches = [take(split, rows) for rows in itertools.islice(train_rows(examples, batch_size, key=key, start=start), count)]
+    batches = [
+        take(split, rows)
+        for rows in itertools.islice(train_rows(examples, batch_size, key=key, start=start), count)
+    ]
     for batch in batches:
         assert set(batch) == {"image", "label"}
         assert batch["image"].shape == (batch_size, 2, 3, 1)
@@ -33,35 +38,52 @@ def labels(count, batch_size, *, key=None, start=0, examples=EXAMPLES):
 @given(batch_size=SIZES, start=st.integers(0, 50), examples=st.integers(EXAMPLES, 20))
 def test_file_order_is_the_data_again_and_again(batch_size, start, examples):
     seen = labels(7, batch_size, start=start, examples=examples)
-    np.testing.assert_array_equal(seen, np.arange(start * batch_size, (start + 7) * batch_size) % examples)
+    np.testing.assert_array_equal(
+        seen, np.arange(start * batch_size, (start + 7) * batch_size) % examples
+    )
 
 
 @given(batch_size=SIZES, seed=st.integers(0, 1000))
 def test_each_epoch_has_every_image_once(batch_size, seed):
     count = -(-4 * EXAMPLES // batch_size)
-    epochs = labels(count, batch_size, key=jax.random.key(seed))[: 4 * EXAMPLES].reshape(4, EXAMPLES)
+    epochs = labels(count, batch_size, key=jax.random.key(seed))[: 4 * EXAMPLES].reshape(
+        4, EXAMPLES
+    )
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(EXAMPLES), (4, 1)))
 
 
 @given(batch_size=SIZES, seed=st.integers(0, 1000), start=st.integers(0, 30), shuffle=st.booleans())
 def test_start_is_the_same_as_skipping(batch_size, seed, start, shuffle):
     key = jax.random.key(seed) if shuffle else None
-    np.testing.assert_array_equal(labels(3, batch_size, key=key, start=start), labels(start + 3, batch_size, key=key)[start * batch_size :])
+    np.testing.assert_array_equal(
+        labels(3, batch_size, key=key, start=start),
+        labels(start + 3, batch_size, key=key)[start * batch_size :],
+    )
 
 
 def test_the_order_depends_on_the_key_and_the_epoch_alone():
-    one, again, other = (labels(2, EXAMPLES, key=jax.random.key(seed)).reshape(2, EXAMPLES) for seed in (1, 1, 2))
+    one, again, other = (
+        labels(2, EXAMPLES, key=jax.random.key(seed)).reshape(2, EXAMPLES) for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
     assert (one[0] != one[1]).any()
     assert (one[0] != np.arange(EXAMPLES)).any()
-    np.testing.assert_array_equal(labels(4, 6, key=jax.random.key(1)), one.ravel())  # whatever the batch size
+    np.testing.assert_array_equal(
+        labels(4, 6, key=jax.random.key(1)), one.ravel()
+    )  # whatever the batch size
 
 
 def test_file_order_copies_nothing_but_where_epochs_meet():
     image, label = data()
-    batches = [take(Split(image, label), rows) for rows in itertools.islice(train_rows(EXAMPLES, 5, key=None), 12)]
-    shared = [np.shares_memory(batch["image"], image) and np.shares_memory(batch["label"], label) for batch in batches]
+    batches = [
+        take(Split(image, label), rows)
+        for rows in itertools.islice(train_rows(EXAMPLES, 5, key=None), 12)
+    ]
+    shared = [
+        np.shares_memory(batch["image"], image) and np.shares_memory(batch["label"], label)
+        for batch in batches
+    ]
     assert shared == [step * 5 // EXAMPLES == (step * 5 + 4) // EXAMPLES for step in range(12)]
 
 
@@ -78,7 +100,10 @@ def test_evaluation_has_every_image_once_in_order(examples, batch_size):
     assert len(batches) == -(-examples // batch_size)
     seen = []
     for batch in batches:
-        assert (batch["image"].shape, batch["label"].shape) == ((batch_size, 2, 3, 1), (batch_size,))
+        assert (batch["image"].shape, batch["label"].shape) == (
+            (batch_size, 2, 3, 1),
+            (batch_size,),
+        )
         assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
         assert ("mask" in batch) == (examples % batch_size > 0)
         mask = batch.get("mask", np.ones(batch_size, bool))

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_cifar import CLASSES, tar_gz
 
-from bnjax.data import cifar, sources, tfds
+from bnjax.data import cifar, datasets, tfds
 from bnjax.errors import DataError
 
 
@@ -37,9 +37,13 @@ def test_a_folder_and_an_archive_hold_the_same(tiny, tmp_path):
 
 
 def test_cifar100_has_the_fine_label_after_the_coarse_one(tmp_path):
-    version = cifar.dataclasses.replace(cifar.VERSIONS["cifar100"], train_files={"train.bin": 2}, test_files={"test.bin": 1})
+    version = cifar.dataclasses.replace(
+        cifar.VERSIONS["cifar100"], train_files={"train.bin": 2}, test_files={"test.bin": 1}
+    )
     for name, fine in (("train.bin", (99, 0)), ("test.bin", (7,))):
-        (tmp_path / name).write_bytes(b"".join(bytes([255, label]) + bytes(cifar.PIXELS) for label in fine))
+        (tmp_path / name).write_bytes(
+            b"".join(bytes([255, label]) + bytes(cifar.PIXELS) for label in fine)
+        )
     (tmp_path / "fine_label_names.txt").write_text("\n".join(f"class{i}" for i in range(100)))
     train, test, classes = cifar.read(version, tmp_path)
     assert (train[1].tolist(), test[1].tolist(), classes[99]) == ([99, 0], [7], "class99")
@@ -78,7 +82,7 @@ def test_a_damaged_file_is_named(damage, tiny, tmp_path):
     folder = tiny.write_folder(tmp_path)
     DAMAGE[damage](folder / "data_batch_2.bin")
     with pytest.raises(DataError, match=r"data_batch_2\.bin.*(Fetch|remove)") as error:
-        sources.load("cifar10", str(tmp_path), fallback="digits")
+        datasets.load("cifar10", str(tmp_path), fallback="digits")
     assert "\n" not in str(error.value)
 
 
@@ -119,14 +123,17 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(DataError, match=r"config\.data\.dir.*Permission denied"):
-        sources.load("cifar10", str(tmp_path))
+        datasets.load("cifar10", str(tmp_path))
 
 
 @pytest.mark.parametrize("place", ["nowhere", "file"])
 def test_data_dir_has_to_be_a_folder(place, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=rf"config\.data\.dir = .*{place}.*(No such file|Not a directory).*cifar-10-batches-bin"):
-        sources.load("cifar10", str(tmp_path / place), fallback="digits")
+    with pytest.raises(
+        DataError,
+        match=rf"config\.data\.dir = .*{place}.*(No such file|Not a directory).*cifar-10-batches-bin",
+    ):
+        datasets.load("cifar10", str(tmp_path / place), fallback="digits")
 
 
 def _linked(files, name):
@@ -160,14 +167,23 @@ ARCHIVES = {
     "not compressed": (lambda files: gzip.decompress(tar_gz(files)), "not a whole tar.gz"),
     "text": (lambda files: b"<html>Log in to the network</html>", "not a whole tar.gz"),
     "a gzip of text": (lambda files: gzip.compress(b"hello" * 1000), "not a whole tar.gz"),
-    "of something else": (lambda files: tar_gz({"a/readme.txt": b"hello"}), "holds no file data_batch_1.bin"),
-    "without one file": (lambda files: tar_gz({k: v for k, v in files.items() if k != "test_batch.bin"}), "no file test_batch.bin"),
+    "of something else": (
+        lambda files: tar_gz({"a/readme.txt": b"hello"}),
+        "holds no file data_batch_1.bin",
+    ),
+    "without one file": (
+        lambda files: tar_gz({k: v for k, v in files.items() if k != "test_batch.bin"}),
+        "no file test_batch.bin",
+    ),
     "a link": (lambda files: _linked(files, "data_batch_1.bin"), "no file data_batch_1.bin"),
     "a file too long": (
         lambda files: tar_gz(files | {"test_batch.bin": bytes(4 * 3073 + 1)}),
         r"test_batch\.bin has 12,293 bytes, not 12,292",
     ),
-    "a file of terabytes": (lambda files: _claiming(files, "test_batch.bin", 1 << 42), r"test_batch\.bin has 4,398,046,511,104 bytes"),
+    "a file of terabytes": (
+        lambda files: _claiming(files, "test_batch.bin", 1 << 42),
+        r"test_batch\.bin has 4,398,046,511,104 bytes",
+    ),
     "a bomb": (lambda files: tar_gz({"zeros": bytes(1 << 22)} | files), "unpacks to far more"),
 }
 
@@ -178,7 +194,7 @@ def test_a_bad_archive_is_named(kind, tiny, tmp_path):
     path = tmp_path / "cifar-10-binary.tar.gz"
     path.write_bytes(make(tiny.files()))
     with pytest.raises(DataError, match=message) as error:
-        sources.load("cifar10", str(tmp_path), fallback="digits")
+        datasets.load("cifar10", str(tmp_path), fallback="digits")
     assert str(path) in str(error.value)
     assert [file.name for file in tmp_path.rglob("*")] == [path.name]  # nothing was unpacked
 
@@ -214,7 +230,9 @@ def test_the_official_sums_are_the_published_means():
         "cifar100": [0.5070751592371323, 0.48654887331495095, 0.4409178433670343],
     }
     for name, means in published.items():
-        np.testing.assert_allclose(np.divide(cifar.VERSIONS[name].train_sums, 50_000 * 1024 * 255), means, rtol=1e-12)
+        np.testing.assert_allclose(
+            np.divide(cifar.VERSIONS[name].train_sums, 50_000 * 1024 * 255), means, rtol=1e-12
+        )
 
 
 def test_the_official_checksums_are_those_of_tfds():
@@ -233,14 +251,20 @@ def real_folder(tmp_path_factory):
 
 
 def test_the_real_images_are_not_official(real_folder):
-    data = sources.load("cifar10", str(real_folder))
+    data = datasets.load("cifar10", str(real_folder))
     assert data.train.image.shape == (50_000, 32, 32, 3)
     assert data.test.image.shape == (10_000, 32, 32, 3)
     assert np.bincount(data.train.label).tolist() == [5000] * 10
-    assert (data.official, data.label, data.classes) == (False, "cifar10 (not the official pixels)", CLASSES)
+    assert (data.official, data.label, data.classes) == (
+        False,
+        "cifar10 (not the official pixels)",
+        CLASSES,
+    )
 
 
 def test_reading_needs_neither_tfds_nor_jax():
-    program = "import sys, bnjax.data.sources; print([m for m in ('tensorflow_datasets', 'jax', 'sklearn') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = "import sys, bnjax.data.datasets; print([m for m in ('tensorflow_datasets', 'jax', 'sklearn') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bnjax.data import fetch
+from bnjax.data import download
 from bnjax.errors import DataError
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
@@ -29,7 +29,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(404 if name == "missing" else 503 if name == "busy" else 200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
-        self.wfile.write({"whole": CONTENT, "wrong": CONTENT[::-1]}.get(name, CONTENT[: len(CONTENT) // 2]))
+        self.wfile.write(
+            {"whole": CONTENT, "wrong": CONTENT[::-1]}.get(name, CONTENT[: len(CONTENT) // 2])
+        )
         self.wfile.flush()
         if name == "stalled":
             self.server.released.wait(20)
@@ -57,7 +59,9 @@ def server():
 
 
 def remote(server, behaviour):
-    return fetch.Remote(f"{server}/{behaviour}/file.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    return download.Remote(
+        f"{server}/{behaviour}/file.bin", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
+    )
 
 
 @pytest.fixture
@@ -69,13 +73,15 @@ def cache(tmp_path):
 def _no_tensorflow(tmp_path, monkeypatch):
     """Importing TensorFlow ends the process."""
     (tmp_path / "path" / "tensorflow").mkdir(parents=True)
-    (tmp_path / "path" / "tensorflow" / "__init__.py").write_text("import os; os.write(2, b'TensorFlow'); os._exit(77)")
+    (tmp_path / "path" / "tensorflow" / "__init__.py").write_text(
+        "import os; os.write(2, b'TensorFlow'); os._exit(77)"
+    )
     monkeypatch.syspath_prepend(tmp_path / "path")
 
 
 @pytest.mark.usefixtures("_no_tensorflow")
 def test_a_file_arrives_whole_and_alone(server, cache):
-    path = fetch.download(remote(server, "whole"), cache)
+    path = download.download(remote(server, "whole"), cache)
     assert path == cache / "file.bin"
     assert path.read_bytes() == CONTENT
     assert list(cache.iterdir()) == [path]
@@ -83,7 +89,9 @@ def test_a_file_arrives_whole_and_alone(server, cache):
 
 def test_two_may_download_at_once(server, cache):
     with ThreadPoolExecutor() as pool:
-        one, two = (pool.submit(fetch.download, remote(server, "whole"), cache) for _ in range(2))
+        one, two = (
+            pool.submit(download.download, remote(server, "whole"), cache) for _ in range(2)
+        )
     assert one.result() == two.result() == cache / "file.bin"
     assert (cache / "file.bin").read_bytes() == CONTENT
     assert len(list(cache.iterdir())) == 1
@@ -100,11 +108,13 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("behaviour", FAILURES)
-def test_a_failed_download_gives_up_and_leaves_nothing(behaviour, server, cache, monkeypatch, capfd):
-    monkeypatch.setattr(fetch, "STALL_SECONDS", 0.5)
+def test_a_failed_download_gives_up_and_leaves_nothing(
+    behaviour, server, cache, monkeypatch, capfd
+):
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(DataError, match=FAILURES[behaviour]) as error:
-        fetch.download(remote(server, behaviour), cache)
+        download.download(remote(server, behaviour), cache)
     assert time.monotonic() - began < 30
     assert remote(server, behaviour).url in str(error.value)
     assert list(cache.iterdir()) == []
@@ -116,21 +126,21 @@ def test_names_that_are_never_resolved_give_up(cache, tmp_path, monkeypatch):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(hang)
     monkeypatch.syspath_prepend(tmp_path / "path")
-    monkeypatch.setattr(fetch, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(DataError, match="is there a network"):
-        fetch.download(remote("http://example.invalid", "whole"), cache)
+        download.download(remote("http://example.invalid", "whole"), cache)
     assert time.monotonic() - began < 30
 
 
 def test_the_time_to_give_up_is_about_ten_seconds():
-    assert fetch.STALL_SECONDS == 10
+    assert download.STALL_SECONDS == 10
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cache folder .*file cannot be written.*BNJAX_CACHE"):
-        fetch.download(remote("http://127.0.0.1:9", "whole"), tmp_path / "file")
+        download.download(remote("http://127.0.0.1:9", "whole"), tmp_path / "file")
 
 
 def test_what_a_killed_machine_left_is_removed(server, cache):
@@ -139,8 +149,8 @@ def test_what_a_killed_machine_left_is_removed(server, cache):
         (draft / "part").mkdir(parents=True)
         (draft / "part" / "file.bin").write_bytes(b"half")
     for path in (*old.rglob("*"), old):
-        os.utime(path, (0, time.time() - 2 * fetch.ABANDONED_SECONDS))
-    fetch.download(remote(server, "whole"), cache)
+        os.utime(path, (0, time.time() - 2 * download.ABANDONED_SECONDS))
+    download.download(remote(server, "whole"), cache)
     assert sorted(path.name for path in cache.iterdir()) == ["download-new", "file.bin"]
 
 
@@ -148,7 +158,7 @@ def start(server, behaviour, cache, **options):
     program = (
         "import sys; from pathlib import Path; from bnjax import errors; from bnjax.data import fetch\n"
         "url, size, sha256, cache = sys.argv[1:]\n"
-        "errors.run(lambda: bool(fetch.download(fetch.Remote(url, int(size), sha256), Path(cache))) - 1)"
+        "errors.run(lambda: bool(download.download(download.Remote(url, int(size), sha256), Path(cache))) - 1)"
     )
     file = remote(server, behaviour)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -173,7 +183,10 @@ def test_an_interrupted_download_leaves_nothing(whom, server, cache):
     else:
         process.kill()
         code, said = -signal.SIGKILL, ""
-    assert process.communicate(timeout=30) == (None, said)  # which is complete when the process that downloads is gone, too
+    assert process.communicate(timeout=30) == (
+        None,
+        said,
+    )  # which is complete when the process that downloads is gone, too
     assert process.returncode == code
     assert list(cache.iterdir()) == []
 

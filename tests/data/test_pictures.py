@@ -32,7 +32,9 @@ def read_one(content, path, shape=SHAPE):
 
 
 def assert_pixels(picture, expected):
-    np.testing.assert_allclose(picture.image, np.broadcast_to(expected, picture.image.shape) / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        picture.image, np.broadcast_to(expected, picture.image.shape) / 255, atol=1e-6
+    )
     assert picture.note == ""
 
 
@@ -67,7 +69,9 @@ def test_16_bits_keep_their_brightness(channels, tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg(mode, tmp_path):
     smooth = np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None, None], SHAPE)
-    picture = read_one(encode(Image.fromarray(smooth).convert(mode), "jpeg", quality=95), tmp_path / "a.jpg")
+    picture = read_one(
+        encode(Image.fromarray(smooth).convert(mode), "jpeg", quality=95), tmp_path / "a.jpg"
+    )
     np.testing.assert_allclose(picture.image, smooth / 255, atol=0.03)
 
 
@@ -85,7 +89,9 @@ def test_the_content_counts_and_not_the_name(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (16, 8), (1, 1), (32, 31)])
 def test_other_sizes_are_resized_with_a_note(height, width, tmp_path):
     colours = np.array([0, 127, 255], np.uint8)
-    picture = read_one(encode(Image.fromarray(np.broadcast_to(colours, (height, width, 3)))), tmp_path / "a.png")
+    picture = read_one(
+        encode(Image.fromarray(np.broadcast_to(colours, (height, width, 3)))), tmp_path / "a.png"
+    )
     np.testing.assert_allclose(picture.image, np.broadcast_to(colours / 255, SHAPE), atol=1e-6)
     assert picture.note == f"resized from {width}x{height} to 32x32"
 
@@ -137,10 +143,20 @@ def npy_header(text):
 
 def png_claiming(width, height):
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", size)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 with io.BytesIO() as _buffer:
@@ -159,8 +175,14 @@ REFUSED = {
     "empty.npy": (b"", "not a whole .npy file"),
     "zip.npy": (NPZ, "magic"),
     "pickle.npy": (npy(np.array([[{}]], object)), "Python objects"),
-    "terabytes.npy": (npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000, 1000, 3), }"), "mmap length"),
-    "negative.npy": (npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-8, 8, 3), }") + bytes(192), "cannot be read"),
+    "terabytes.npy": (
+        npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000, 1000, 3), }"),
+        "mmap length",
+    ),
+    "negative.npy": (
+        npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (-8, 8, 3), }") + bytes(192),
+        "cannot be read",
+    ),
     "code.npy": (npy_header("__import__('os').abort()"), "not a whole .npy file"),
     "truncated.npy": (npy(RGB)[:-1], "mmap length"),
     "nan.npy": (npy(np.full(SHAPE, np.nan, np.float32)), "nan"),
@@ -193,7 +215,11 @@ def test_what_is_no_file_is_refused(suffix, tmp_path):
         read_pictures(tmp_path / f"folder{suffix}", SHAPE)
 
 
-@given(kind=st.sampled_from(["png", "jpeg", "npy"]), position=st.integers(0, 4000), value=st.integers(0, 255))
+@given(
+    kind=st.sampled_from(["png", "jpeg", "npy"]),
+    position=st.integers(0, 4000),
+    value=st.integers(0, 255),
+)
 def test_a_flipped_byte_is_an_error_or_harmless(kind, position, value, tmp_path):
     content = bytearray(npy(RGB) if kind == "npy" else encode(Image.fromarray(RGB), kind))
     content[position % len(content)] = value
@@ -205,4 +231,7 @@ def test_a_flipped_byte_is_an_error_or_harmless(kind, position, value, tmp_path)
     except DataError as error:
         message = str(error)
     assert str(path) in message
-    assert all(picture.image.shape == SHAPE and 0 <= picture.image.min() <= picture.image.max() <= 1 for picture in pictures)
+    assert all(
+        picture.image.shape == SHAPE and 0 <= picture.image.min() <= picture.image.max() <= 1
+        for picture in pictures
+    )

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_cifar import CLASSES, make_tiny
 
-from bnjax.data import sources, tfds
+from bnjax.data import datasets, tfds
 from bnjax.errors import DataError, UnavailableError
 
 
@@ -30,7 +30,9 @@ def write(root, dataset, features, splits):
         pkg_dir_path = root
 
         def _info(self):
-            return package.core.DatasetInfo(builder=self, features=package.features.FeaturesDict(features))
+            return package.core.DatasetInfo(
+                builder=self, features=package.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, manager):
             return {split: self._generate_examples(examples) for split, examples in splits.items()}
@@ -50,7 +52,10 @@ GREY = np.random.default_rng(2).integers(0, 256, (9, 28, 28, 1), np.uint8)
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("prepared")
     kinds = tfds.import_tfds().features
-    rows = [{"image": png(image), "label": int(label)} for image, label in zip(TINY.image, TINY.label, strict=True)]
+    rows = [
+        {"image": png(image), "label": int(label)}
+        for image, label in zip(TINY.image, TINY.label, strict=True)
+    ]
     classes = kinds.ClassLabel(names=list(CLASSES))
     write(
         root,
@@ -65,27 +70,54 @@ def prepared(tmp_path_factory):
     features = {"image": kinds.Image(shape=(28, 28, 1)), "label": kinds.ClassLabel(num_classes=3)}
     write(root, "greys", features, {"train": grey[:6], "validation": grey[6:]})
     write(root, "one_split", features, {"train": [{"image": png(GREY[0]), "label": 0}]})
-    write(root, "no_label", {"image": features["image"]}, {split: [{"image": png(GREY[0])}] for split in ("train", "test")})
-    write(root, "unlabelled", features, {"train": [{"image": png(GREY[0]), "label": 0}], "test": [{"image": png(GREY[0]), "label": -1}]})
+    write(
+        root,
+        "no_label",
+        {"image": features["image"]},
+        {split: [{"image": png(GREY[0])}] for split in ("train", "test")},
+    )
+    write(
+        root,
+        "unlabelled",
+        features,
+        {
+            "train": [{"image": png(GREY[0]), "label": 0}],
+            "test": [{"image": png(GREY[0]), "label": -1}],
+        },
+    )
     sizes = [{"image": png(np.zeros((side, 8, 3), np.uint8)), "label": 0} for side in (8, 9)]
-    write(root, "sizes", {"image": kinds.Image(shape=(None, None, 3)), "label": classes}, {"train": sizes, "test": sizes})
+    write(
+        root,
+        "sizes",
+        {"image": kinds.Image(shape=(None, None, 3)), "label": classes},
+        {"train": sizes, "test": sizes},
+    )
     assert "tensorflow" not in sys.modules
     return root
 
 
 def test_cifar_comes_in_the_order_of_the_files(prepared, tiny):
-    data = sources.load("cifar10", str(prepared))
+    data = datasets.load("cifar10", str(prepared))
     np.testing.assert_array_equal(data.train.image, TINY.image[:12])
     np.testing.assert_array_equal(data.test.image, TINY.image[12:])
     np.testing.assert_array_equal(np.concatenate([data.train.label, data.test.label]), TINY.label)
-    assert (data.name, data.official, data.classes) == ("cifar10", False, CLASSES)  # `tiny` has other sums
+    assert (data.name, data.official, data.classes) == (
+        "cifar10",
+        False,
+        CLASSES,
+    )  # `tiny` has other sums
 
 
 def test_any_set_by_name(prepared):
-    data = sources.load("greys", str(prepared), label="my greys")
+    data = datasets.load("greys", str(prepared), label="my greys")
     assert (data.train.image.shape, data.test.image.shape) == ((6, 28, 28, 1), (3, 28, 28, 1))
     assert (data.train.image.dtype, data.train.label.dtype) == (np.uint8, np.int32)
-    assert (data.name, data.label, data.official, data.classes) == ("greys", "my greys", None, ("0", "1", "2"))
+    assert (data.name, data.label, data.official, data.classes) == (
+        "greys",
+        "my greys",
+        None,
+        ("0", "1", "2"),
+    )
     expected = {image.tobytes(): i % 3 for i, image in enumerate(GREY)}
     for split in (data.train, data.test):  # TFDS shuffled them
         for image, label in zip(split.image, split.label, strict=True):
@@ -95,8 +127,8 @@ def test_any_set_by_name(prepared):
 
 def test_the_default_folder_of_tfds_comes_after_data_dir(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
-    assert len(sources.load("greys", str(tmp_path)).train.label) == 6
-    assert len(sources.load("greys").train.label) == 6
+    assert len(datasets.load("greys", str(tmp_path)).train.label) == 6
+    assert len(datasets.load("greys").train.label) == 6
 
 
 @pytest.mark.parametrize(
@@ -110,18 +142,20 @@ def test_the_default_folder_of_tfds_comes_after_data_dir(prepared, tmp_path, mon
 )
 def test_an_unfit_set_says_why_and_no_fallback_hides_it(name, message, prepared):
     with pytest.raises(DataError, match=message):
-        sources.load(name, str(prepared), fallback="digits")
+        datasets.load(name, str(prepared), fallback="digits")
 
 
 def test_a_damaged_copy_is_named_and_no_fallback_hides_it(prepared, tmp_path):
     folder = shutil.copytree(prepared / "greys", tmp_path / "greys")
     (record,) = folder.rglob("*train*")
     record.write_bytes(record.read_bytes()[:-70_000])
-    with pytest.raises(DataError, match=rf"'greys' in {tmp_path} cannot be read .*[Pp]repare it again"):
-        sources.load("greys", str(tmp_path), fallback="digits")
+    with pytest.raises(
+        DataError, match=rf"'greys' in {tmp_path} cannot be read .*[Pp]repare it again"
+    ):
+        datasets.load("greys", str(tmp_path), fallback="digits")
     record.unlink()
     with pytest.raises(DataError, match=rf"'greys' in {tmp_path} cannot be read"):
-        sources.load("greys", str(tmp_path), fallback="digits")
+        datasets.load("greys", str(tmp_path), fallback="digits")
 
 
 def as_tfrecord(prepared, root, name):
@@ -134,30 +168,45 @@ def as_tfrecord(prepared, root, name):
 
 def test_a_copy_that_only_tensorflow_reads(prepared, tmp_path):
     as_tfrecord(prepared, tmp_path, "mnist")
-    with pytest.raises(UnavailableError, match="is in the format tfrecord, which only TensorFlow reads") as error:
-        sources.load("mnist", str(tmp_path))
+    with pytest.raises(
+        UnavailableError, match="is in the format tfrecord, which only TensorFlow reads"
+    ) as error:
+        datasets.load("mnist", str(tmp_path))
     message = str(error.value)
     assert "pip install tensorflow " in message
     # In a folder of its own: beside a TFRECORD copy, TFDS refuses to prepare another.
-    assert f"tfds.builder('mnist', data_dir='{tmp_path}/array_record', file_format='array_record').download_and_prepare()" in message
+    assert (
+        f"tfds.builder('mnist', data_dir='{tmp_path}/array_record', file_format='array_record').download_and_prepare()"
+        in message
+    )
     assert f"--config.data.dir={tmp_path}/array_record" in message
-    assert sources.load("mnist", str(tmp_path), fallback="digits").fallback_reason == message
+    assert datasets.load("mnist", str(tmp_path), fallback="digits").fallback_reason == message
 
 
 @pytest.mark.parametrize("name", ["mnist", "imagenette/160px-v2", "mnist:3.0.1"])
 def test_a_set_that_is_not_prepared(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(UnavailableError, match=rf"'{name}' has not been prepared in {tmp_path}") as error:
-        sources.load(name)
-    assert f"tfds.builder('{name}', data_dir='{tmp_path}', file_format='array_record')" in str(error.value)
+    with pytest.raises(
+        UnavailableError, match=rf"'{name}' has not been prepared in {tmp_path}"
+    ) as error:
+        datasets.load(name)
+    assert f"tfds.builder('{name}', data_dir='{tmp_path}', file_format='array_record')" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("cifar_10", "cifar10"), ("digit", "digits"), ("fashion-mnist", "fashion_mnist"), ("../etc", "Known")]
+    ("name", "hint"),
+    [
+        ("cifar_10", "cifar10"),
+        ("digit", "digits"),
+        ("fashion-mnist", "fashion_mnist"),
+        ("../etc", "Known"),
+    ],
 )
 def test_an_unknown_name_is_refused_with_a_hint_and_no_fallback_hides_it(name, hint):
     with pytest.raises(DataError, match=hint) as error:
-        sources.load(name, fallback="digits")
+        datasets.load(name, fallback="digits")
     assert not isinstance(error.value, UnavailableError)
 
 

@@ -23,7 +23,8 @@ class Tiny:
         contents, start = {}, 0
         for name, count in (self.version.train_files | self.version.test_files).items():
             rows = [
-                bytes([int(self.label[i])]) + b"".join(self.image[i, :, :, channel].tobytes() for channel in range(3))
+                bytes([int(self.label[i])])
+                + b"".join(self.image[i, :, :, channel].tobytes() for channel in range(3))
                 for i in range(start, start + count)
             ]
             contents[name] = b"".join(rows)
@@ -38,7 +39,11 @@ class Tiny:
         return folder
 
     def write_archive(self, path: Path) -> Path:
-        path.write_bytes(tar_gz({f"{self.version.folder}/{name}": content for name, content in self.files().items()}))
+        path.write_bytes(
+            tar_gz(
+                {f"{self.version.folder}/{name}": content for name, content in self.files().items()}
+            )
+        )
         return path
 
 

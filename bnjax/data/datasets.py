@@ -1,0 +1,164 @@
+"""Named data sets become uint8 arrays."""
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+
+from bnjax.data import cifar, download, tfds
+from bnjax.errors import ConfigError, DataError, UnavailableError
+
+DIGITS = "digits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images uint8 [n, h, w, c] and their labels int32 [n]."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+    def __post_init__(self) -> None:
+        if (
+            self.image.dtype != np.uint8
+            or self.image.ndim != 4
+            or len(self.image) != len(self.label)
+        ):
+            found = f"images {self.image.dtype} {self.image.shape} and labels {self.label.shape}"
+            raise ValueError(f"{found} are not uint8 [n, h, w, c] and [n]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+        name: what was loaded: after a fallback another one than was asked for.
+        label: what tables and summaries call it.
+        official: whether its pixels are known to be the published ones; None where bnjax has nothing to compare with.
+        fallback_reason: why this set stands in for the one that was asked for; empty if it does not.
+    """
+
+    name: str
+    label: str
+    official: bool | None
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    fallback_reason: str = ""
+
+
+def cache_dir() -> Path:
+    """Returns bnjax's own folder for downloads: $BNJAX_CACHE, or `bnjax` in the user's cache folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("BNJAX_CACHE") or f"{user}/bnjax").expanduser()
+
+
+def load(
+    name: str, data_dir: str = "", *, fallback: str = "", label: str = "", train_images: int = 0
+) -> Dataset:
+    """Returns a data set by name.
+
+    CIFAR is looked for in `data_dir`, then in `cache_dir()`, then as an array_record copy of TFDS, and at last downloaded.
+
+    Args:
+        name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow Datasets.
+        data_dir: a folder that holds CIFAR's binary files or archive, or TFDS's copies.
+        fallback: "digits" to use those where the set cannot be had; "" to raise.
+        label: what to call the data in tables instead of its name.
+        train_images: how many of the training images to keep, the first ones, and 0 for all; a fallback keeps all.
+
+    Raises:
+        DataError: if the data cannot be had and there is no fallback, or are damaged (no fallback hides damage).
+        ConfigError: if there are fewer training images than are wanted.
+    """
+    if name != DIGITS and data_dir:
+        _check_folder(data_dir)
+    try:
+        found = _named(name, data_dir, label)
+    except UnavailableError as error:
+        if fallback != DIGITS:
+            raise
+        return dataclasses.replace(_digits(), fallback_reason=str(error))
+    return _first(found, train_images) if train_images else found
+
+
+def _named(name: str, data_dir: str, label: str) -> Dataset:
+    if name == DIGITS:
+        return _digits()
+    return _cifar(name, data_dir, label) if name in cifar.VERSIONS else _tfds(name, data_dir, label)
+
+
+def _first(dataset: Dataset, images: int) -> Dataset:
+    train = dataset.train
+    if not 0 < images <= len(train.label):
+        raise ConfigError(
+            "data.train_images",
+            images,
+            f"1 up to the {len(train.label)} training images of {dataset.label}, or 0 for all",
+        )
+    label = f"{dataset.label}, the first {images:,} training images"
+    return dataclasses.replace(
+        dataset, label=label, train=Split(train.image[:images], train.label[:images])
+    )
+
+
+def _check_folder(data_dir: str) -> None:
+    try:
+        os.listdir(Path(data_dir).expanduser())
+    except OSError as error:
+        raise DataError(
+            f"config.data.dir = {data_dir!r} cannot be read: {error.strerror}. It has to be a folder, the one that holds "
+            "cifar-10-batches-bin or cifar-10-binary.tar.gz or that TensorFlow Datasets prepared."
+        ) from error
+
+
+def _cifar(name: str, data_dir: str, label: str) -> Dataset:
+    version = cifar.VERSIONS[name]
+    folders = [*([Path(data_dir).expanduser()] if data_dir else []), cache_dir()]
+    source = next(filter(None, (cifar.find(version, folder) for folder in folders)), None)
+    if source is None and tfds.find(name, data_dir):
+        train, test, classes = tfds.read(name, data_dir)
+    else:
+        train, test, classes = cifar.read(version, source or _download(name, version.archive))
+    official = cifar.is_official(version, train[0], test[0])
+    label = label or (name if official else f"{name} (not the official pixels)")
+    return Dataset(name, label, official, Split(*train), Split(*test), classes)
+
+
+def _download(name: str, archive: download.Remote) -> Path:
+    try:
+        return download.download(archive, cache_dir())
+    except DataError as error:
+        raise UnavailableError(
+            f"{name} is not on this machine, and {error}. To mend that, fetch {archive.url} where there is a network, "
+            "put it into a folder, and add --config.data.dir=FOLDER."
+        ) from error
+
+
+def _tfds(name: str, data_dir: str, label: str) -> Dataset:
+    train, test, classes = tfds.read(name, data_dir)
+    return Dataset(name, label or name, None, Split(*train), Split(*test), classes)
+
+
+def _digits() -> Dataset:
+    """The 1,797 handwritten digits of the UCI set that scikit-learn ships, 8x8 in 17 greys, as 32x32x3; every fifth is for testing."""
+    # The file, and not sklearn.datasets.load_digits, since importing that takes longer than everything else before the first step.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise DataError(
+            "the digits come with scikit-learn, which is not installed. Install it with: pip install scikit-learn."
+        )
+    table = np.loadtxt(
+        Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz",
+        delimiter=",",
+    )
+    grey = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    image = np.repeat(np.kron(grey, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=-1)
+    label = table[:, -1].astype(np.int32)
+    held_out = np.arange(len(label)) % 5 == 4
+    train, test = Split(image[~held_out], label[~held_out]), Split(image[held_out], label[held_out])
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return Dataset(DIGITS, DIGITS, True, train, test, names)

@@ -1,0 +1,1 @@
+"""The networks; the norm is injected."""

@@ -1,0 +1,120 @@
+"""The networks. The normalisation layer is injected, so that one network serves every norm."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from bnjax.arrays import Array, Images, Logits, Mask
+
+Placement = Literal["input", "before", "after"]
+Pooling = Literal["none", "max", "avg"]
+# Makes a norm layer: called with `name`, it returns a module that is called like `flax.linen.BatchNorm`.
+NormFactory = Callable[..., nn.Module]
+# Makes an activation: called with `name`, it returns a function of an array, for instance a module.
+ActivationFactory = Callable[..., Any]
+
+POOLS = {"max": nn.max_pool, "avg": nn.avg_pool}
+ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh}
+
+
+class ConvNet(nn.Module):
+    """A few convolutions and dense layers, with a norm layer wherever one is wanted.
+
+    The defaults are the network of the tutorial that the README cites: 27.9 million parameters on 32x32x3 images.
+    Returns logits, float [n, classes], for images of any size that survives the convolutions.
+
+    Attributes:
+        filters, kernels, strides: one entry for each convolution (square kernels, no padding).
+        dense: the widths of the hidden dense layers.
+        classes: the number of logits.
+        norm: makes a norm layer, for instance `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
+        placement: "input" normalises what goes into each layer, the first convolution and the logits included;
+            "before" and "after" stand around the activation of each hidden layer.
+        activation: of each hidden layer, a function of an array.
+        norm_activation: makes what takes its place in a layer that is normalised just before it, where the norm asks for that.
+        conv: makes a convolution; called like `flax.linen.Conv`.
+        norm_dense: for each hidden dense layer, whether its output is normalised. Normalisation precedes dropout.
+        dropout: the fraction of each hidden dense layer's units that is dropped in training.
+        pooling: "none" strides the convolutions; "max" and "avg" pool by the stride instead.
+        dtype: the dtype of the arithmetic (that of the input if None); parameters are float32.
+        dense_product: what multiplies in the dense layers; called like `jax.lax.dot_general`, which it is if None.
+    """
+
+    filters: Sequence[int] = (30, 50, 60)
+    kernels: Sequence[int] = (3, 3, 3)
+    strides: Sequence[int] = (2, 1, 1)
+    dense: Sequence[int] = (3500, 700)
+    classes: int = 10
+    norm: NormFactory | None = None
+    activation: Callable[[Array], Array] = nn.relu
+    norm_activation: ActivationFactory | None = None
+    conv: Callable[..., nn.Module] = nn.Conv
+    placement: Placement = "input"
+    norm_dense: Sequence[bool] = (True, True)
+    dropout: Sequence[float] = (0.0, 0.0)
+    pooling: Pooling = "none"
+    dtype: Any = None
+    dense_product: Callable[..., Any] | None = None
+
+    @nn.compact
+    def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
+        """Returns the logits [n, classes] of images [n, h, w, c]; examples where `mask` [n] is False are padding."""
+
+        def normalise(x: Array, where: Placement, name: str) -> Array:
+            if self.norm is None or where != self.placement:
+                return x
+            full_mask = (
+                None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
+            )  # the rank that Flax's own norms want
+            return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
+
+        def activate(x: Array, name: str, normalised: bool = True) -> Array:
+            if not normalised:
+                return self.activation(x)
+            x = normalise(x, "before", name)
+            if self.norm_activation is not None and self.placement == "before":
+                x = self.norm_activation(name=f"{name}_activation")(x)
+            else:
+                x = self.activation(x)
+            return normalise(x, "after", name)
+
+        glorot = nn.initializers.glorot_uniform()
+        dense = functools.partial(
+            nn.Dense, kernel_init=glorot, dtype=self.dtype, dot_general=self.dense_product
+        )
+        for i, (filters, kernel, stride) in enumerate(
+            zip(self.filters, self.kernels, self.strides, strict=True)
+        ):
+            x = normalise(x, "input", f"conv{i}")
+            window = (kernel, kernel)
+            steps = (stride, stride) if self.pooling == "none" else (1, 1)
+            conv = self.conv(
+                filters,
+                window,
+                steps,
+                padding="VALID",
+                kernel_init=glorot,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )
+            x = activate(conv(x), f"conv{i}")
+            if self.pooling != "none" and stride > 1:
+                x = POOLS[self.pooling](x, (stride, stride), (stride, stride))
+
+        x = x.reshape(x.shape[0], -1)
+        normalised, rate = True, 0.0  # of what goes into the next dense layer
+        for i, (width, norm_after, rate_after) in enumerate(
+            zip(self.dense, self.norm_dense, self.dropout, strict=True)
+        ):
+            x = normalise(x, "input", f"dense{i}") if normalised else x
+            x = nn.Dropout(rate, deterministic=not train)(x)
+            x = dense(width, name=f"dense{i}")(x)
+            x = activate(x, f"dense{i}", norm_after)
+            normalised, rate = norm_after, rate_after
+        x = normalise(x, "input", "logits") if normalised else x
+        x = nn.Dropout(rate, deterministic=not train)(x)
+        x = dense(self.classes, name="logits")(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,332 @@
+"""Checkpoints with Orbax: everything that a run needs to go on, verified before it is believed."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from bnjax.arrays import BatchStats, Params
+from bnjax.errors import UserError
+from bnjax.train_step import TrainState
+
+ITEMS = ("variables", "training")
+# Beside what Orbax writes, and in place before a checkpoint gets its final name: it is intact while it agrees with this.
+RECORD = "bnjax.json"
+# Orbax numbers its operations per process, so that two threads may not begin one at the same time.
+_ONE_SAVE = threading.Lock()
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder with one subfolder a step; the newest two and the best are kept.
+
+    Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and "training" (opt_state,
+    step, rng), and a record: the test accuracy, whatever `about` says, and a checksum of every file. Saving happens in the
+    background; leaving the context waits until everything is on disk.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        """Opens the folder; unless `read_only`, it is created and what a killed process was writing is removed."""
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # Orbax reports its own settings as warnings
+        self.folder = folder
+        if not read_only:
+            for draft in folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(draft, ignore_errors=True)
+        self._records = {
+            int(path.name): _read_record(path) for path in folder.glob("*") if path.name.isdecimal()
+        }
+        self._saving: dict[str, Any] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=None if read_only else _NewestTwoAndBest(self._records),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record),
+            read_only=read_only,
+        )
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_handlers=handlers
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that there are checkpoints of, in ascending order; waits for one that is being saved."""
+        self.wait()
+        return sorted(step for step in self._records if (self.folder / str(step)).is_dir())
+
+    def step(self, which: str) -> int:
+        """Returns the step that `which` ("best", "last" or a number) means.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(
+                f"there is no checkpoint in {self.folder}. Training saves the first one at its first evaluation."
+            )
+        if which in ("best", "last"):
+            return steps[-1] if which == "last" else _best(self._records, steps) or steps[-1]
+        if which.isdecimal() and int(which) in steps:
+            return int(which)
+        raise CheckpointError(
+            f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, {', '.join(map(str, steps))}."
+        )
+
+    def newest_intact(self) -> tuple[int | None, list[str]]:
+        """Returns the newest step whose files are as they were saved (None if nothing was saved), and what was wrong with later ones.
+
+        Those that are damaged are moved to `damaged` beside the folder, since their steps come again.
+
+        Raises:
+            CheckpointError: if all are damaged; nothing is moved then.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except CheckpointError as error:
+                damaged[step] = str(error)
+                continue
+            for later in damaged:
+                target = self.folder.with_name("damaged") / str(later)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(self.folder / str(later), target)
+                del self._records[later]
+            self._manager.reload()
+            return step, [
+                f"{reason} Going on from step {step} instead; it was moved to {self.folder.with_name('damaged')}."
+                for reason in damaged.values()
+            ]
+        if damaged:
+            raise CheckpointError(
+                f"{' '.join(damaged.values())} No other checkpoint is left. Nothing was changed: restore {self.folder} from a "
+                "copy, or train anew in another folder with --workdir."
+            )
+        return None, []
+
+    def verify(self, step: int) -> None:
+        """Checks every file of a checkpoint against its checksum.
+
+        Raises:
+            CheckpointError: naming the first file that is missing or has changed.
+        """
+        folder, wanted = self.folder / str(step), self._records[step].get("files", {})
+        found = _checksums(folder)
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                trouble = (
+                    "is missing"
+                    if name not in found
+                    else "has changed"
+                    if name in wanted
+                    else "does not belong to it"
+                )
+                raise CheckpointError(
+                    f"the checkpoint {folder} is damaged: its file {name} {trouble}."
+                )
+        if not wanted:
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged: its file {RECORD} cannot be read."
+            )
+
+    def save(
+        self,
+        state: TrainState,
+        batch_stats: BatchStats,
+        accuracy: float | None,
+        about: dict[str, Any],
+    ) -> None:
+        """Saves under the state's step, in the background.
+
+        Args:
+            accuracy: on the test images; decides which is the best. None for a step that was not evaluated.
+            about: anything worth knowing beside it that is JSON: config, versions, conventions.
+
+        Raises:
+            CheckpointError: if the disk is full or cannot be written, now or while saving the one before.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        variables = {"params": state.params, "batch_stats": batch_stats}
+        training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+        args = ocp.args.Composite(
+            variables=ocp.args.StandardSave(variables), training=ocp.args.StandardSave(training)
+        )
+        try:
+            self._saving = {"step": step, "accuracy": accuracy, "about": about}
+            self._records[step] = self._saving
+            with _ONE_SAVE:
+                self._manager.save(step, args=args)
+        except (
+            Exception
+        ) as error:  # Orbax, TensorStore and the file system each raise their own for a full disk
+            raise self._unsaved(error) from error
+
+    def restore(
+        self, step: int, like: tuple[TrainState, BatchStats]
+    ) -> tuple[TrainState, BatchStats]:
+        """Returns the state and the statistics of a step, on the default device; `like` gives the tree, the shapes and the dtypes."""
+        state, batch_stats = like
+        training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+        variables = {"params": state.params, "batch_stats": batch_stats}
+        restored = self._restore(step, {"variables": variables, "training": training})
+        params, batch_stats = restored["variables"]["params"], restored["variables"]["batch_stats"]
+        return TrainState(params=params, **restored["training"]), batch_stats
+
+    def restore_variables(
+        self, step: int, like: tuple[Params, BatchStats]
+    ) -> tuple[Params, BatchStats]:
+        """Returns only what evaluation needs: params and batch_stats."""
+        params, batch_stats = like
+        restored = self._restore(
+            step, {"variables": {"params": params, "batch_stats": batch_stats}}
+        )["variables"]
+        return restored["params"], restored["batch_stats"]
+
+    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+        self.verify(step)  # first: TensorStore would return changed bytes without a word
+        folder, saved = self.folder / str(step), self._manager.item_metadata(step)
+        (default,) = jax.numpy.zeros(()).devices()
+        here = jax.sharding.SingleDeviceSharding(default)  # whatever devices it was saved on
+        args = {}
+        for name, wanted in items.items():
+            _check_leaves(folder, _leaves_of_metadata(saved[name]), _leaves_of(wanted))
+            args[name] = ocp.args.StandardRestore(
+                jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted
+                )
+            )
+        return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    def wait(self) -> None:
+        """Waits until everything that was saved is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (
+            Exception
+        ) as error:  # whatever the background thread met: Orbax, TensorStore or the file system
+            raise self._unsaved(error) from error
+
+    def _write_record(self) -> None:
+        folder = next(
+            self.folder.glob(f"{self._saving['step']}.*")
+        )  # its draft name, with a suffix of Orbax's
+        self._saving["files"] = _checksums(folder)
+        (folder / RECORD).write_text(json.dumps(self._saving))
+
+    def _unsaved(self, error: Exception) -> CheckpointError:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return CheckpointError(
+            f"a checkpoint could not be saved in {self.folder}: {reason}. The earlier ones are intact: "
+            "make room or mend the folder, and the same command goes on from the last of them."
+        )
+
+
+@dataclasses.dataclass
+class _NewestTwoAndBest(preservation_policy.PreservationPolicy):
+    records: dict[int, dict[str, Any]]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in (*steps[-2:], _best(self.records, steps)) for step in steps]
+
+
+def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
+    """Returns the step with the highest accuracy, the earliest if several have it; None if none was evaluated."""
+    accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
+    known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
+    return max(known, key=lambda step: (known[step], -step)) if known else None
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Returns the record of a checkpoint, or an empty one if it is damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        sound = isinstance(record["files"], dict) and isinstance(record["accuracy"], float | None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return record if sound else {}
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Returns size and CRC-32 of every file that Orbax keeps arrays in, by its path in the folder."""
+    found = {}
+    for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
+        if (
+            path.is_file() and path.name != "commit_success.txt"
+        ):  # comes and goes with the final name
+            size = checksum = 0
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+            found[path.relative_to(folder).as_posix()] = [size, checksum]
+    return found
+
+
+Leaves = dict[str, tuple[tuple[int, ...], str]]
+
+
+def _leaves_of(tree: Any) -> Leaves:
+    def stored(leaf: Any) -> Any:  # Orbax keeps a random key as the integers that it is made of
+        return (
+            jax.eval_shape(jax.random.key_data, leaf)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        )
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(stored, tree))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (leaf.shape, str(leaf.dtype))
+        for path, leaf in leaves
+    }
+
+
+def _leaves_of_metadata(metadata: Any) -> Leaves:
+    return {
+        leaf.name: (tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(metadata.tree)
+    }
+
+
+def _check_leaves(folder: Path, saved: Leaves, wanted: Leaves) -> None:
+    """Raises a `CheckpointError` that names every leaf which one side lacks or has in another shape or dtype."""
+    differences = []
+    for name in sorted({*saved, *wanted}):
+        there, here = (
+            "nothing" if leaf is None else f"{leaf[1]} {list(leaf[0])}"
+            for leaf in (saved.get(name), wanted.get(name))
+        )
+        if there != here:
+            differences.append(f"{name} ({there} in the checkpoint, {here} in the model)")
+    if differences:
+        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(
+            f"the checkpoint {folder} is of another network or optimizer: {'; '.join(differences[:8])}{more}. "
+            "Restore it with the config that it was trained with."
+        )

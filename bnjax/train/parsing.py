@@ -1,0 +1,161 @@
+"""From a config file, the words of a command line or a saved config to a ConfigDict whose keys and types are right."""
+
+import ast
+import difflib
+import runpy
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bnjax.errors import ConfigError, UserError
+from bnjax.train import defaults
+
+
+def load(path: str, overrides: list[str]) -> ConfigDict:
+    """Returns the config of a file with `--config.key=value` overrides applied.
+
+    Raises:
+        UserError: if the file cannot be run, or an override names no key or has the wrong type.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(
+            f"there is no config file {path}. The examples are in the folder configs of the repository."
+        )
+    try:
+        config = runpy.run_path(str(file))["get_config"]()
+    except KeyError as error:
+        raise UserError(
+            f"the config file {path} defines no {error}. It needs a function get_config() that returns a ConfigDict."
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"the config file {path} does not run: {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(config, ConfigDict) or "name" not in config:
+        raise UserError(
+            f"the config file {path} gives no config: take bnjax.train.defaults.get_config(), change it and return it."
+        )
+    for name, text in _pairs(overrides):
+        override(config, name, text)
+    config.name = config.name or file.stem
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """Returns the config with these values, as `to_dict` gave them and JSON kept them.
+
+    Raises:
+        UserError: for an unknown key.
+        ConfigError: for a value of another type.
+    """
+    config = defaults.get_config()
+
+    def fill(section: ConfigDict, values: dict[str, Any], path: str) -> None:
+        for key, value in values.items():
+            if key not in section or isinstance(section[key], ConfigDict) != isinstance(
+                value, dict
+            ):
+                raise UserError(f"there is no key config.{path}{key} of this kind.")
+            if isinstance(value, dict):
+                fill(section[key], value, f"{path}{key}.")
+            else:
+                section[key] = _of_type(f"{path}{key}", value, section[key])
+
+    fill(config, values, "")
+    return config
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a nested dict under keys with dots, tuples as the lists that JSON makes of them.
+
+    >>> flat({"model": {"dense": (100,)}, "seed": 0})
+    {'model.dense': [100], 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets one key, given as on a command line, with a value of the type that it has.
+
+    >>> config = defaults.get_config()
+    >>> override(config, "model.momentum", "0.9")
+    >>> override(config, "model.dense", "100")
+    >>> config.model.momentum, config.model.dense
+    (0.9, (100,))
+    """
+    section, keys = config, name.split(".")
+    for depth, key in enumerate(keys):
+        if not isinstance(section, ConfigDict) or key not in section:
+            known = list(section) if isinstance(section, ConfigDict) else []
+            close = difflib.get_close_matches(key, known, 1)
+            parent = ".".join(["config", *keys[:depth]])
+            hint = f" Did you mean {parent}.{close[0]}?" if close else ""
+            raise UserError(
+                f"there is no key config.{name}.{hint} {parent} has: {', '.join(known) or 'no keys of its own'}."
+            )
+        if depth < len(keys) - 1:
+            section = section[key]
+    old = section[keys[-1]]
+    if isinstance(old, ConfigDict):
+        raise UserError(f"config.{name} is a section; set one of its keys: {', '.join(old)}.")
+    section[keys[-1]] = _convert(name, text, old)
+
+
+def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
+    """Splits `--config.a.b=value` and `--config.a.b value` into names and values."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            raise UserError(
+                f"{flag!r} is not understood. Overrides look like --config.model.momentum=0.9; --help shows the rest."
+            )
+        name, equals, text = flag.removeprefix("--config.").partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(
+                    f"{flag} has no value. Overrides look like --config.model.momentum=0.9."
+                )
+            text = rest.pop(0)
+        pairs.append((name, text))
+    return pairs
+
+
+def _convert(name: str, text: str, old: Any) -> Any:
+    """Returns the text as a value of the type of `old`."""
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    if isinstance(old, tuple) and isinstance(value, int | float):
+        value = (value,)
+    return _of_type(name, value, old)
+
+
+def _of_type(name: str, value: Any, old: Any) -> Any:
+    """Returns the value as the type of `old`, where that loses nothing: a list as a tuple, a whole number as a float."""
+    kind = type(old)
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
+        return float(value)
+    if type(value) is not kind:
+        words = {
+            str: "text",
+            bool: "True or False",
+            int: "a whole number",
+            float: "a number",
+            tuple: "values with commas between them",
+        }
+        raise ConfigError(name, value, words[kind])
+    return value

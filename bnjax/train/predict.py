@@ -1,0 +1,182 @@
+"""What a trained network says of images, or of a whole split."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnjax.arrays import Batch, BatchStats, Params
+from bnjax.data.batches import eval_batches
+from bnjax.data.pictures import Picture, read_pictures
+from bnjax.errors import DataError, UserError
+from bnjax.metrics import Metrics, from_losses
+from bnjax.train import build, rundir
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.xla import compiler_options
+from bnjax.train_step import classes_and_scores, forward, init_variables, softmax_cross_entropy
+
+MAX_BATCH = 256  # pictures at once
+
+
+def of_split(workdir: Path, checkpoint: str, split: str, data_dir: str | None) -> dict[str, Any]:
+    """Returns predictions, loss and accuracy for the split "train" or "test" of a run's data.
+
+    Args:
+        workdir: the run's folder.
+        checkpoint: "best", "last" or a step.
+        split: which.
+        data_dir: where the data lie, if not where they lay in training.
+
+    Raises:
+        UserError: if the folder has no run or no such checkpoint, or the data are not found.
+    """
+    network = _Network(workdir, checkpoint)
+    config, data = network.config, network.data
+    config.data.dir = data_dir or config.data.dir
+    # After a fallback that is another set than was asked for, and the one that was asked for may have turned up since.
+    stand_in = data.name != config.data.name
+    config.data.name = data.name
+    if stand_in:
+        config.data.dir, config.data.label, config.data.train_images = "", "", 0
+    dataset = build.dataset(config)
+    if dataset.label != data.label:
+        found = f"the run was trained on {data.label}, and what is found now is {dataset.label}"
+        raise UserError(f"{found}. Say where its data lie with --data-dir.")
+    chosen = dataset.train if split == "train" else dataset.test
+    size = min(config.eval.batch_size, len(chosen.label))
+    predicted, metrics = network.predict(chosen.image, chosen.label, size)
+    rows = network.rows([f"{split}[{i}]" for i in range(len(chosen.label))], predicted)
+    for row, truth in zip(rows, chosen.label, strict=True):
+        row["label"] = data.classes[truth]
+    right = predicted["class"] == chosen.label
+    per_class = {
+        name: float(right[chosen.label == i].mean())
+        for i, name in enumerate(data.classes)
+        if (chosen.label == i).any()
+    }
+    sums = {**metrics.means(), "count": int(metrics.count), "accuracy_per_class": per_class}
+    return network.about | {"predictions": rows, **sums, "errors": []}
+
+
+def of_images(workdir: Path, checkpoint: str, paths: list[Path]) -> dict[str, Any]:
+    """Returns predictions for image files, and under "errors" what is wrong with those that cannot be read.
+
+    Raises:
+        UserError: if the folder has no run or no such checkpoint.
+    """
+    network = _Network(workdir, checkpoint)
+    pictures, failures = _read(paths, network.data.image_shape)
+    rows: list[dict[str, Any]] = []
+    if pictures:
+        images = np.stack([picture.image for picture in pictures])
+        unknown = np.zeros(len(images), np.int32)
+        predicted, _ = network.predict(images, unknown, min(len(images), MAX_BATCH))
+        rows = network.rows([picture.name for picture in pictures], predicted)
+    for row, picture in zip(rows, pictures, strict=True):
+        row |= {"note": picture.note} if picture.note else {}
+    return network.about | {"predictions": rows, "errors": failures}
+
+
+class _Network:
+    """A trained network, from the folder of its run."""
+
+    def __init__(self, workdir: Path, checkpoint: str):
+        self.config, self.data = rundir.read(workdir)
+        model = build.model(self.config.model, len(self.data.classes), self.data.image_shape)
+        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+            step = checkpoints.step(checkpoint)
+            like = jax.eval_shape(
+                functools.partial(init_variables, model, jax.random.key(0)),
+                np.zeros((1, *self.data.image_shape), np.uint8),
+            )
+            self._variables = checkpoints.restore_variables(step, like)
+        self._classify = jax.jit(
+            functools.partial(_classify, model=model), compiler_options=compiler_options()
+        )
+        self.about = {"workdir": str(workdir), "step": step, "dataset": self.data.label}
+
+    def predict(
+        self, image: np.ndarray, label: np.ndarray, batch_size: int
+    ) -> tuple[dict[str, np.ndarray], Metrics]:
+        """Returns `class` int32 [n] and `score` float32 [n, classes] in the images' order, and the metrics."""
+        batches = eval_batches(image, label, batch_size)
+        found = [jax.device_get(self._classify(*self._variables, batch)) for batch in batches]
+        predicted = {
+            name: np.concatenate([one[name] for one, _ in found])[: len(image)]
+            for name in ("class", "score")
+        }
+        return predicted, functools.reduce(Metrics.merge, [metrics for _, metrics in found])
+
+    def rows(self, names: list[str], predicted: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Returns an object for each image."""
+        classes = self.data.classes
+        return [
+            {
+                "image": name,
+                "class": classes[index],
+                "score": float(score[index]),
+                "scores": dict(zip(classes, map(float, score), strict=True)),
+            }
+            for name, index, score in zip(
+                names, predicted["class"], predicted["score"], strict=True
+            )
+        ]
+
+
+def _classify(
+    params: Params, batch_stats: BatchStats, batch: Batch, *, model: Any
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Returns what `predict_step` and `eval_step` return, from one pass."""
+    logits, _ = forward(params, batch_stats, batch, model=model, train=False)
+    losses = softmax_cross_entropy(logits, batch["label"])
+    metrics = from_losses(losses, logits, batch["label"], batch.get("mask"))
+    return classes_and_scores(logits), metrics
+
+
+def _read(paths: list[Path], shape: tuple[int, int, int]) -> tuple[list[Picture], list[str]]:
+    """Returns the pictures that can be read, and what is wrong with the others."""
+    pictures: list[Picture] = []
+    failures: list[str] = []
+    for path in paths:
+        try:
+            pictures.extend(read_pictures(path, shape))
+        except DataError as error:
+            failures.append(str(error))
+    return pictures, failures
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns a result as lines of text."""
+    return "\n".join(_lines(result))
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    rows = result["predictions"]
+    if rows:
+        columns = [
+            column
+            for column in ("image", "label", "class", "score", "note")
+            if any(column in row for row in rows)
+        ]
+        cells = [
+            columns,
+            *(
+                [f"{row[c]:.4f}" if c == "score" else str(row.get(c, "")) for c in columns]
+                for row in rows
+            ),
+        ]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        yield from (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        )
+    if "accuracy" in result:
+        yield f"\n{result['dataset']}, {result['count']:,} images, checkpoint of step {result['step']}"
+        yield from (
+            f"  accuracy of {name}: {accuracy:.4f}"
+            for name, accuracy in result["accuracy_per_class"].items()
+        )
+        yield f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f}"

@@ -1,0 +1,187 @@
+"""What a run leaves behind while it goes on: lines of JSON, TensorBoard, and progress on the terminal."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from bnjax.errors import UserError
+from bnjax.train.tensorboard import Board
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(draft, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one JSON object a line, each with a `step` above 0; a torn last line is left out.
+
+    Raises:
+        UserError: naming the first line that is something else.
+    """
+    found = []
+    for number, line in enumerate(
+        path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1
+    ):
+        if line.endswith(b"\n"):
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if (
+                not isinstance(value, dict)
+                or type(value.get("step")) is not int
+                or not 0 < value["step"] < 2**53
+            ):
+                raise _damaged(path, f"line {number}")
+            found.append(value)
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl: `step`, `split` ("train" or "test"), `loss` (None if it was not finite), `accuracy`.
+
+    Raises:
+        UserError: naming the step of the first line that is something else.
+    """
+    lines = read_lines(path)
+    for line in lines:
+        loss, accuracy = line.get("loss", ""), line.get("accuracy")
+        if (
+            line.get("split") not in ("train", "test")
+            or type(accuracy) is not float
+            or not (loss is None or type(loss) is float)
+        ):
+            raise _damaged(path, f"the line of step {line['step']}")
+    return lines
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another folder with --workdir."
+    )
+
+
+class Lines:
+    """A file with one JSON object a line."""
+
+    def __init__(self, path: Path, *, keep_up_to: int):
+        """Opens the file to append, after dropping the lines with a larger `step` than `keep_up_to`."""
+        kept = [line for line in read_lines(path) if line["step"] <= keep_up_to]
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(draft, path)
+        self._file = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one object."""
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Waits until everything written so far is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Progress:
+    """A bar with the time to go on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, done: int):
+        """Starts at `done` of `total` steps."""
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def advance(self, loss: float, accuracy: float, images_per_s: float) -> None:
+        """Counts one training step."""
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, accuracy {accuracy:.3f}, {images_per_s:,.0f} images/s", refresh=False
+        )
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.tqdm.write(text)  # above other bars, too
+        sys.stdout.flush()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+class RunWriter:
+    """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/; a context manager.
+
+    Only timing.jsonl and tensorboard/ depend on the clock.
+    """
+
+    def __init__(self, workdir: Path, *, start: int):
+        """Opens the files; what an interrupted run wrote past step `start` is dropped, since it comes again."""
+        self._metrics = Lines(workdir / "metrics.jsonl", keep_up_to=start)
+        self._timing = Lines(workdir / "timing.jsonl", keep_up_to=start)
+        self._histograms = Lines(workdir / "histograms.jsonl", keep_up_to=start)
+        self._files = (self._metrics, self._timing, self._histograms)
+        self.board = Board(workdir / "tensorboard", start=start)
+
+    def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
+        """Records the loss and accuracy of the batch of one training step, steps counted from 1; a loss that is not finite is null."""
+        self._write(step, "train", means, **{"skipped": 1} if skipped else {})
+
+    def test(self, step: int, means: dict[str, float], count: int) -> None:
+        """Records an evaluation of the test images after so many steps."""
+        self._write(step, "test", means, count=count)
+
+    def timing(self, step: int, seconds: float, images_per_s: float) -> None:
+        """Records the seconds since training began and the current rate."""
+        self._timing.write(
+            {"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)}
+        )
+        self.board.scalar("train/images_per_s", images_per_s, step)
+
+    def histograms(self, step: int, summaries: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Records what `bnjax.train.histograms.summarise` returned after so many steps."""
+        self._histograms.write({"step": step, **summaries})
+        for kind, group in summaries.items():
+            for name, numbers in group.items():
+                self.board.histogram(f"{kind}/{name}", numbers, step)
+
+    def pictures(self, step: int, sheet: np.ndarray) -> None:
+        """Shows what the network makes of a few test images after so many steps, uint8 [h, w, 3]."""
+        self.board.picture("test/predictions", sheet, step)
+
+    def _write(self, step: int, split: str, means: dict[str, float], **more: int) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        self._metrics.write({"step": step, "split": split, **finite, **more})
+        for name, value in finite.items():
+            if value is not None:
+                self.board.scalar(f"{split}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system."""
+        for file in (*self._files, self.board):
+            file.flush()
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (*self._files, self.board):
+            file.close()
