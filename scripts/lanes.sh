@@ -47,6 +47,8 @@ worst=0
 for lane in "${lanes[@]}"; do
   status=0
   (run_lane "$lane" "$@") || status=$? # a subshell, so that its environment goes when it ends
-  [[ $status -eq 0 ]] || { echo "lane $lane: failed ($status)" >&2; worst=$status; }
+  [[ $status -eq 0 ]] || echo "lane $lane: exit status $status" >&2
+  # A missing Python must not hide that another lane failed.
+  [[ $status -eq 0 || ($status -eq 77 && $worst -ne 0) ]] || worst=$status
 done
 exit "$worst"
