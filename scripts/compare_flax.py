@@ -134,7 +134,7 @@ def main():
         title = titles.get(name, name) + (" (as PyTorch)" if name.startswith("stored") else "")
         numbers = f"{row['flax']:.6g} | {row['ours']:.6g}"
         print(
-            f"| {title}: right is {row['truth']:.6g} | {numbers} | `test_norms_flax.py::test_measured[{name}]` |"
+            f"| {title}: right is {row['truth']:.6g} | {numbers} | `norms/test_against_flax.py::test_measured[{name}]` |"
         )
 
 

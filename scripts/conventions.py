@@ -1,6 +1,6 @@
 """Writes what other frameworks' batch normalization stores after a few updates, for the tests to compare ours with.
 
-    python scripts/conventions.py tests/data/conventions.json
+    python scripts/conventions.py tests/norms/conventions.json
 
 Every framework that this Python can import is run (PyTorch; TensorFlow, fused and not; Keras) and its rows, with its version,
 replace those of the same framework in the file; the rest stays. So run it once in each environment.

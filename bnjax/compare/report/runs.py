@@ -72,7 +72,7 @@ class Run:
             "-m",
             "bnjax.main",
             "--config",
-            "bnjax/defaults.py",
+            "bnjax/train/defaults.py",
             *(f"--{key}={value}" for key, value in different.items()),
         ]
 

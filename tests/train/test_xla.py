@@ -145,7 +145,7 @@ def test_batch_statistics_keep_their_digits_under_the_options():
 def compile_in_a_process(home, **env):
     """Compiles something that takes longer than the limit, and returns the folder that JAX then has for it."""
     code = (
-        "import jax, pathlib\nfrom bnjax import platform\n"
+        "import jax, pathlib\nfrom bnjax.train import xla\n"
         f"xla.keep_compiled(pathlib.Path({str(home)!r}))\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, 3)))\nprint(jax.config.jax_compilation_cache_dir)"

@@ -11,7 +11,7 @@ from bnjax.data.datasets import Dataset, Split
 from bnjax.norms import Identity
 from bnjax.train import build, parsing
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
 
 def experiment(path, n=50_000):

@@ -15,7 +15,7 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_bad_input import JSON
+from strategies import JSON
 
 from bnjax.compare import report, results
 from bnjax.compare.report import charts, inside, tables
@@ -23,7 +23,7 @@ from bnjax.compare.report.runs import read_run, read_study
 from bnjax.errors import UserError
 from bnjax.train import histograms, parsing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 
 

@@ -156,7 +156,7 @@ def test_what_a_killed_machine_left_is_removed(server, cache):
 
 def start(server, behaviour, cache, **options):
     program = (
-        "import sys; from pathlib import Path; from bnjax import errors; from bnjax.data import fetch\n"
+        "import sys; from pathlib import Path; from bnjax import errors; from bnjax.data import download\n"
         "url, size, sha256, cache = sys.argv[1:]\n"
         "errors.run(lambda: bool(download.download(download.Remote(url, int(size), sha256), Path(cache))) - 1)"
     )

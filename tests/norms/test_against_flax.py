@@ -13,7 +13,7 @@ import pytest
 
 from bnjax.norms import BatchNorm
 
-MEASURED = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "compare_flax.py"))[
+MEASURED = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "compare_flax.py"))[
     "measurements"
 ]()
 # How far off Flax is at least, relative to the truth; NaN where it has no number at all.

@@ -13,7 +13,7 @@ import synthetic
 from bnjax import main
 from bnjax.compare import claims, grid, report, results, seeds
 from bnjax.errors import NonFiniteError, UserError
-from bnjax.train import build, loop, run, rundir
+from bnjax.train import build, loop, parsing, run, rundir
 from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Stopped, train_and_evaluate
 from bnjax.train.writers import read_lines
@@ -346,9 +346,7 @@ def test_equal_seeds_have_equal_initial_values_and_order(files):
     comparison = grid.compare_configs([str(files / "bn.py"), str(files / "no_bn.py")], [])
     kernels = []
     for variant in comparison["variants"].values():
-        experiment = build.experiment(
-            grid.configfile.from_dict(variant["config"]), synthetic.dataset()
-        )
+        experiment = build.experiment(parsing.from_dict(variant["config"]), synthetic.dataset())
         init_key, _ = jax.random.split(jax.random.key(3))
         state, _ = init_state(
             experiment.model, experiment.tx, init_key, synthetic.dataset().train.image[:1]

@@ -16,6 +16,7 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from strategies import JSON
 
 from bnjax import errors, main
 from bnjax.errors import UserError
@@ -25,7 +26,7 @@ from bnjax.train.loop import train_and_evaluate
 from bnjax.train.writers import Lines, read_metrics
 from bnjax.train_step import init_variables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def keys(config, prefix=""):
@@ -67,13 +68,6 @@ VALUES = st.one_of(
         ]
     ),
     st.text(max_size=20),
-)
-JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
-    max_leaves=8,
 )
 SMALL = synthetic.dataset()
 

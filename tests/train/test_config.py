@@ -126,7 +126,7 @@ def test_an_unknown_key_is_named_with_what_there_is(name, said):
 def test_a_config_file_and_its_overrides(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n"
+        "from bnjax.train import defaults\ndef get_config():\n    return defaults.get_config()\n"
     )
     config = parsing.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
     assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
@@ -163,7 +163,7 @@ def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
 def test_flags_that_are_no_overrides_are_refused(tmp_path, flags):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from bnjax import defaults\ndef get_config():\n    return defaults.get_config()\n"
+        "from bnjax.train import defaults\ndef get_config():\n    return defaults.get_config()\n"
     )
     with pytest.raises(UserError, match="Overrides look like"):
         parsing.load(str(file), flags)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_configs import Dataset, Split
 
 from bnjax.compare import claims, grid, results, text
 from bnjax.compare.claims import Statement, verdicts
 from bnjax.compare.intervals import Estimate
+from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import UserError
 from bnjax.train import build, parsing
 
-FILES = sorted((Path(__file__).parents[1] / "configs" / "claims").glob("*.py"))
+FILES = sorted((Path(__file__).parents[2] / "configs" / "claims").glob("*.py"))
 GREATER = {
     "quantity": "test_accuracy",
     "at": "last",
@@ -362,6 +362,6 @@ def test_the_small_version_is_small(path):
 
 
 def test_every_claim_is_named_in_the_readme():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     for path in FILES:
         assert f"configs/claims/{path.name}" in readme

@@ -19,7 +19,7 @@ from bnjax.norms.average import kept_fraction
 
 pytestmark = pytest.mark.lane
 
-CONVENTIONS = json.loads((Path(__file__).parent / "data" / "conventions.json").read_text())
+CONVENTIONS = json.loads((Path(__file__).parent / "conventions.json").read_text())
 
 
 def normal(shape, mean=1.0, seed=0):
