@@ -24,3 +24,24 @@ Params = Tree
 BatchStats = Tree
 # `image` (Images), `label` (Labels) and optionally `mask` (Mask).
 Batch = Mapping[str, Array]
+
+
+def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Returns the leaves of a tree under the names that lead to them, with dots, in the tree's order.
+
+    >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "steps": (3, 4)})
+    {'dense.kernel': 1, 'dense.bias': 2, 'steps.0': 3, 'steps.1': 4}
+    """
+    if isinstance(tree, Mapping):
+        branches: Any = tree.items()
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        branches = zip(tree._fields, tree, strict=True)
+    elif isinstance(tree, tuple | list):
+        branches = enumerate(tree)
+    else:
+        return {} if tree is None else {path: tree}
+    prefix = f"{path}." if path else ""
+    found: dict[str, Any] = {}
+    for name, branch in branches:
+        found |= named_leaves(branch, f"{prefix}{name}")
+    return found

@@ -44,7 +44,7 @@ def train(args: argparse.Namespace) -> int:
         _warn_of_fallback(config.data.name, dataset.name, dataset.fallback_reason)
     workdir = args.workdir or Path("runs") / config.name
     if (workdir / "summary.json").exists():
-        rundir.claim(workdir, config, rundir.DataFacts.of(dataset))
+        rundir.take(workdir, config, rundir.DataFacts.of(dataset))
         print(
             f"{workdir} is finished: {workdir / 'summary.json'} has the result. "
             "Train anew in another folder with --workdir."

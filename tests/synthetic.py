@@ -1,9 +1,13 @@
 """A data set that a small network learns in a few steps, and a config for it."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 
 from bnjax.data.datasets import Dataset, Split
-from bnjax.train import defaults
+from bnjax.train import build, defaults
+from bnjax.train.steps import default_feed
 
 
 def dataset(train=48, test=20):
@@ -19,6 +23,17 @@ def dataset(train=48, test=20):
     return Dataset(
         "synthetic", "synthetic", None, split(train), split(test), ("top", "middle", "bottom")
     )
+
+
+def feed(config, *, each=lambda step, item: item, first=None):
+    """The default feed; `each` sees and returns every item, and after the `first` ones there are no more."""
+    usual = default_feed(build.experiment(config, dataset()), dataset().train)
+
+    def items(seed, start):
+        numbered = enumerate(usual.items(seed, start), start + 1)
+        return (each(step, item) for step, item in itertools.islice(numbered, first))
+
+    return dataclasses.replace(usual, items=items)
 
 
 def config(steps=12):

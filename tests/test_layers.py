@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    {"arrays", "compat", "errors"},
+    {"arrays", "compat", "errors", "quiet"},
     {"norms", "metrics"},
     {"models"},
     {"train_step"},

@@ -16,7 +16,7 @@ from bnjax.data.datasets import Dataset
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
 from bnjax.train.interrupt import StopRequest
-from bnjax.train.writers import write_json
+from bnjax.train.records import write_json
 
 
 def compare_configs(files: Sequence[str], words: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bnjax.compare.intervals import Times
 from bnjax.errors import UserError
-from bnjax.train.writers import read_lines, read_metrics
+from bnjax.train.records import read_lines, read_metrics
 
 # Read at one point of a run: the first, the last or the best evaluation (of the training set: step), or a given step.
 VALUES = {

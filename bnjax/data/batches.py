@@ -1,8 +1,9 @@
 """The order in which images are seen, and batches of one constant shape."""
 
+import functools
+import itertools
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from bnjax.arrays import Batch
@@ -13,60 +14,54 @@ Rows = slice | np.ndarray
 
 
 def train_rows(
-    examples: int, batch_size: int, *, key: jax.Array | None, start: int = 0
+    examples: int, batch_size: int, *, seed: int | None, start: int = 0
 ) -> Iterator[Rows]:
-    """Yields the rows of batches for ever, from step `start` on; what a step sees depends on the key and the step alone.
+    """Yields the rows of batches for ever, from step `start` on.
 
-    The examples are one endless stream, epoch after epoch, cut into full batches: nothing is dropped, no batch is
-    small, and each example occurs once in each epoch. Where the batch size does not divide the number
-    of examples, a batch spans the end of one epoch and the start of the next.
+    What a step sees depends on the seed and the step alone. The examples are one endless stream,
+    epoch after epoch, cut into full batches: nothing is dropped, no batch is small, and each
+    example occurs once in each epoch. Where the batch size does not divide the number of examples,
+    a batch spans the end of one epoch and the start of the next.
 
     Args:
         examples: how many there are.
         batch_size: at most as many.
-        key: shuffles each epoch anew; None keeps the order of the data.
+        seed: shuffles each epoch anew; None keeps the order of the data.
         start: number of batches that have been seen already.
 
     Raises:
         ValueError: if a batch is larger than the data.
 
     >>> import itertools
-    >>> list(itertools.islice(train_rows(5, 2, key=None), 3))
+    >>> list(itertools.islice(train_rows(5, 2, seed=None), 3))
     [slice(0, 2, None), slice(2, 4, None), array([4, 0])]
     """
     if not 0 < batch_size <= examples:
         raise ValueError(
-            f"batch_size {batch_size} has to be between 1 and the number of training images, {examples}"
+            f"batch_size {batch_size} has to be between 1 and the number of training images, "
+            f"{examples}"
         )
-    position = start * batch_size
-    epoch, order = -1, np.arange(examples)
 
-    def order_of(wanted: int) -> np.ndarray:
-        nonlocal epoch, order
-        if key is not None and wanted != epoch:
-            epoch, order = (
-                wanted,
-                np.asarray(jax.random.permutation(jax.random.fold_in(key, wanted), examples)),
-            )
-        return order
+    # Drawn on the host: a permutation on the device would wait for the step that runs there.
+    @functools.lru_cache(maxsize=2)
+    def order_of(epoch: int) -> np.ndarray:
+        if seed is None:
+            return np.arange(examples)
+        return np.random.default_rng([seed, epoch]).permutation(examples)
 
-    while True:
-        first, offset = divmod(position, examples)
-        last = offset + batch_size
-        if key is None and last <= examples:
-            yield slice(offset, last)  # a view: nothing is copied
+    for position in itertools.count(start * batch_size, batch_size):
+        epoch, offset = divmod(position, examples)
+        end = offset + batch_size
+        if seed is None and end <= examples:
+            yield slice(offset, end)  # a view: nothing is copied
+        elif end <= examples:
+            yield order_of(epoch)[offset:end]
         else:
-            rows = order_of(first)[offset:last]
-            yield (
-                rows
-                if last <= examples
-                else np.concatenate([rows, order_of(first + 1)[: last - examples]])
-            )
-        position += batch_size
+            yield np.concatenate([order_of(epoch)[offset:], order_of(epoch + 1)[: end - examples]])
 
 
 def take(split: Split, rows: Rows) -> Batch:
-    """Returns the batch that the rows of a split make; of indices [k, n], k batches at once."""
+    """Returns the batch that the rows of a split make."""
     return {"image": split.image[rows], "label": split.label[rows]}
 
 

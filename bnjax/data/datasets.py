@@ -124,7 +124,7 @@ def _cifar(name: str, data_dir: str, label: str) -> Dataset:
     else:
         train, test, classes = cifar.read(version, source or _download(name, version.archive))
     official = cifar.is_official(version, train[0], test[0])
-    label = label or (name if official else f"{name} (not the official pixels)")
+    label = (label or name) + ("" if official else " (not the official pixels)")
     return Dataset(name, label, official, Split(*train), Split(*test), classes)
 
 

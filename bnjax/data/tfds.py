@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bnjax.errors import DataError, UnavailableError
+from bnjax.quiet import drop_logs
 
 READABLE = "array_record"  # of TFDS's file formats, the one that needs no TensorFlow
 
@@ -22,7 +22,7 @@ Split = tuple[np.ndarray, np.ndarray]
 
 def import_tfds() -> ModuleType:
     """Returns the package `tensorflow_datasets`, imported late because that takes its time, its notices silenced."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    drop_logs("tensorflow_datasets")
     import tensorflow_datasets
 
     return tensorflow_datasets

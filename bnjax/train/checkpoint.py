@@ -14,8 +14,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from bnjax.arrays import BatchStats, Params
+from bnjax.arrays import BatchStats, Params, named_leaves
 from bnjax.errors import UserError
+from bnjax.quiet import drop_logs
 from bnjax.train_step import TrainState
 
 ITEMS = ("variables", "training")
@@ -39,9 +40,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, read_only: bool = False):
         """Opens the folder; unless `read_only`, it is created and what a killed process was writing is removed."""
-        logging.getLogger("absl").setLevel(
-            logging.CRITICAL
-        )  # Orbax reports its own settings as warnings
+        # It reports its own settings as warnings, and as errors what is raised here as well.
+        drop_logs("orbax", below=logging.CRITICAL)
         self.folder = folder
         if not read_only:
             for draft in folder.glob("*.orbax-checkpoint-tmp*"):
@@ -301,11 +301,8 @@ def _leaves_of(tree: Any) -> Leaves:
             else leaf
         )
 
-    leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(stored, tree))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): (leaf.shape, str(leaf.dtype))
-        for path, leaf in leaves
-    }
+    leaves = named_leaves(jax.tree.map(stored, tree))
+    return {name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()}
 
 
 def _leaves_of_metadata(metadata: Any) -> Leaves:

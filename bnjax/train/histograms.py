@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import Array, Batch, BatchStats, Params
+from bnjax.arrays import Array, Batch, BatchStats, Params, named_leaves
 from bnjax.train_step import LossFn, TrainState, dropout_key, forward, softmax_cross_entropy
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
-MOST = 1 << 16  # values that are looked at of one array; more would change no picture
+MAX_VALUES = 1 << 16  # values that are looked at of one array; more would change no picture
 
 # By kind ("statistic", "activation", "gradient") and name, in the order of the computation. JAX sorts the keys of other dicts.
 Samples = OrderedDict[str, OrderedDict[str, Array]]
@@ -62,9 +62,9 @@ def sample(
 
     grads, outputs = jax.grad(loss, has_aux=True)(state.params)
     kinds = OrderedDict(
-        statistic=_in_order(_leaves(batch_stats), outputs),
+        statistic=_in_order(named_leaves(batch_stats), outputs),
         activation=outputs,
-        gradient=_in_order(_leaves(grads), outputs),
+        gradient=_in_order(named_leaves(grads), outputs),
     )
     return jax.tree.map(_thin, kinds)
 
@@ -114,9 +114,9 @@ def _short(value: float) -> float:
 
 
 def _thin(values: Array) -> Array:
-    """Returns at most `MOST` of the values, at equal distances, [count]."""
+    """Returns at most `MAX_VALUES` of the values, at equal distances, [count]."""
     size = max(values.size, 1)
-    stride = -(-size // MOST)
+    stride = -(-size // MAX_VALUES)
     while math.gcd(stride, size) > 1:  # it would meet some channels only
         stride += 1
     return jnp.asarray(values, jnp.float32).reshape(-1)[::stride]
@@ -136,11 +136,6 @@ def _outputs(
     ]
     if leaves and not inner:
         yield ".".join(path) or "output", jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
-
-
-def _leaves(tree: Any) -> dict[str, Array]:
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
 def _in_order(leaves: dict[str, Array], outputs: Mapping[str, Any]) -> OrderedDict[str, Array]:

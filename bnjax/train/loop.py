@@ -1,7 +1,6 @@
 """Training with everything around it: `train_and_evaluate(config, workdir, dataset)`."""
 
 import contextlib
-import itertools
 import math
 import signal
 import time
@@ -13,16 +12,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bnjax.data.batches import Rows, indices
 from bnjax.data.datasets import Dataset
+from bnjax.data.feed import Feed, Item, ship
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
 from bnjax.train import build
-from bnjax.train.dispatch import unstack
+from bnjax.train.build import Experiment
+from bnjax.train.diagnostics import Observer
 from bnjax.train.interrupt import StopRequest
-from bnjax.train.program import Program
-from bnjax.train.run import Run
-from bnjax.train.writers import Progress
+from bnjax.train.progress import Progress
+from bnjax.train.recorder import Recorder
+from bnjax.train.steps import Steps, default_feed, unstack
 
 # What the device is given at once: long beside the host's own work, short beside a user's Ctrl-C.
 DISPATCH_SECONDS = 0.5
@@ -31,31 +31,34 @@ Summary = dict[str, Any]
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM came; everything up to `step` is saved, None standing for a moment between two runs."""
+    """Ctrl-C or SIGTERM came; everything up to `step` is saved (None: between two runs)."""
 
     def __init__(self, step: int | None, received: signal.Signals):
         """Keeps the last complete step and the signal."""
-        super().__init__(
-            f"stopped by {received.name}" + ("" if step is None else f" after step {step}")
-        )
+        after = "" if step is None else f" after step {step}"
+        super().__init__(f"stopped by {received.name}{after}")
         self.step, self.signal = step, received
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> Summary:
-    """Trains, evaluates at intervals, leaves the run's folder behind and returns its summary; goes on where it was stopped.
+def train_and_evaluate(
+    config: ConfigDict, workdir: Path, dataset: Dataset, feed: Feed | None = None
+) -> Summary:
+    """Trains and evaluates, fills the run's folder and returns its summary; resumes where it was stopped.
 
     Args:
-        config: as `bnjax.train.defaults.get_config` lays it out.
+        config: with the keys of `bnjax.train.config`.
         workdir: the run's folder, created if need be.
         dataset: from `bnjax.data.datasets.load`.
+        feed: where the batches come from; by default the training images of `dataset`.
 
     Raises:
-        UserError: if the config is impossible, the folder belongs to another run or process, or the disk fails.
+        UserError: if the config is impossible, the folder belongs to another run or process, or
+            the disk fails.
         NonFiniteError: if more steps in a row than the config allows are not finite.
         Stopped: after Ctrl-C or SIGTERM, when the last complete step has been saved.
     """
     with StopRequest() as stop:
-        (result,) = Trainer(config, dataset).train({config.seed: workdir}, stop).values()
+        (result,) = Trainer(config, dataset, feed).train({config.seed: workdir}, stop).values()
     if isinstance(result, NonFiniteError):
         raise result
     return result
@@ -64,7 +67,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> S
 class Trainer:
     """Trains the runs of one config, whatever their seeds; what is compiled for one is used for the next."""
 
-    def __init__(self, config: ConfigDict, dataset: Dataset):
+    def __init__(self, config: ConfigDict, dataset: Dataset, feed: Feed | None = None):
         """Compiles nothing yet.
 
         Raises:
@@ -72,15 +75,18 @@ class Trainer:
         """
         self._config, self._dataset = config, dataset
         self._experiment = build.experiment(config, dataset)
-        self._programs: dict[int, Program] = {}
+        self._feed = feed or default_feed(self._experiment, dataset.train)
+        self._observer = Observer(self._experiment, dataset)
+        self._steps: dict[int, Steps] = {}
 
     def train(
-        self, workdirs: Mapping[int, Path], stop: StopRequest
+        self, folders: Mapping[int, Path], stop: StopRequest
     ) -> dict[int, Summary | NonFiniteError]:
         """Takes the steps that are missing in each seed's folder, all in one program, and returns what each came to.
 
-        Runs that stand at different steps, after an interruption, are taken one group after the other; in groups of another size the
-        results are the same but for rounding. The seconds of a step are shared out evenly among the runs that still go on.
+        Runs that stand at different steps, after an interruption, are taken one group after the
+        other; in groups of another size the results are the same but for rounding. The seconds of
+        a step are shared out evenly among the runs that still go on.
 
         Raises:
             UserError: if a folder belongs to another run or process, or the disk fails.
@@ -90,130 +96,110 @@ class Trainer:
             print(f"\nWARNING: {warning}\n", flush=True)
         try:
             with contextlib.ExitStack() as stack:
-                runs = {
-                    seed: self._open(seed, workdir, stack) for seed, workdir in workdirs.items()
-                }
+                runs = {seed: self._open(seed, folder, stack) for seed, folder in folders.items()}
                 for start in sorted({run.start for run in runs.values() if not run.ended}):
                     if stop.signal:
                         raise Stopped(None, stop.signal)
-                    self._train(
-                        [run for run in runs.values() if run.start == start and not run.ended], stop
-                    )
+                    group = [run for run in runs.values() if run.start == start and not run.ended]
+                    steps = self._compiled(len(group))
+                    with Progress(self._experiment.steps, start) as progress:
+                        _train(group, steps, self._experiment, self._observer, progress, stop)
                 return {seed: run.failure or run.finish() for seed, run in runs.items()}
         except OSError as error:
             raise UserError(
-                f"{', '.join(map(str, workdirs.values()))} cannot be written: {error.strerror or error}. What was saved before is intact: "
-                "make room or mend the folder, and the same command goes on from the last checkpoint."
+                f"{', '.join(map(str, folders.values()))} cannot be written: "
+                f"{error.strerror or error}. What was saved before is intact: make room or mend "
+                "the folder, and the same command goes on from the last checkpoint."
             ) from error
 
-    def _open(self, seed: int, workdir: Path, stack: contextlib.ExitStack) -> Run:
+    def _open(self, seed: int, folder: Path, stack: contextlib.ExitStack) -> Recorder:
         config = self._config.copy_and_resolve_references()
         config.seed = seed
-        run = Run(config, workdir, self._experiment, self._dataset, stack)
+        run = Recorder(config, folder, self._experiment, self._dataset, stack)
         for note in run.notes:
             print(f"\nWARNING: {note}\n", flush=True)
         return run
 
-    def _train(self, runs: list[Run], stop: StopRequest) -> None:
-        """Takes the steps of runs that all stand at the same one."""
-        if len(runs) not in self._programs:
-            self._programs[len(runs)] = Program(self._experiment, self._dataset, len(runs))
-        with Progress(self._experiment.steps, runs[0].start) as progress:
-            _train(runs, self._programs[len(runs)], progress, stop)
+    def _compiled(self, seeds: int) -> Steps:
+        if seeds not in self._steps:
+            self._steps[seeds] = Steps(self._experiment, self._dataset, self._feed, seeds)
+        return self._steps[seeds]
 
 
-def _train(runs: list[Run], program: Program, progress: Progress, stop: StopRequest) -> None:
-    experiment, start, orders = program.experiment, runs[0].start, [run.order() for run in runs]
-    states = [run.begin(program) for run in runs]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(states[0][0].params))
-    progress.say(
-        f"{runs[0].name}{f', {len(runs)} seeds in one program' if len(runs) > 1 else ''}: {parameters:,} parameters, "
-        f"{len(program.dataset.train.label):,} images of {program.dataset.label}, steps {start + 1} to {experiment.steps} of "
-        f"{experiment.batch_size} images, on {jax.devices()[0].device_kind}"
-    )
-    state, batch_stats = (program.join(list(trees)) for trees in zip(*states, strict=True))
+def _train(
+    runs: list[Recorder],
+    steps: Steps,
+    experiment: Experiment,
+    observer: Observer,
+    progress: Progress,
+    stop: StopRequest,
+) -> None:
+    """Takes the steps of runs that all stand at the same one."""
+    step, feed, target = runs[0].start, steps.feed, experiment.stop_at_loss
+    items = zip(*(feed.items(run.seed, step) for run in runs), strict=True)
+    states = [run.begin(steps) for run in runs]
+    progress.say(_banner(runs, states[0][0].params, experiment))
+    state, batch_stats = steps.join(states)
     del states  # their buffers are donated to the first step
-    clock = _Clock()
-
-    def next_rows() -> Rows:
-        rows = [next(order) for order in orders]
-        return rows[0] if len(rows) == 1 else np.stack([indices(of_member) for of_member in rows])
-
-    def record(first: int, rows: list[Rows], dispatched: Metrics) -> None:
-        every = unstack(dispatched, len(rows))  # waits until the steps are through
-        for step, of_step, metrics, seconds in zip(
-            itertools.count(first), rows, every, clock.lap(len(rows)), strict=False
-        ):
-            going_on = sum(not run.ended for run in runs)
-            for i, run in enumerate(runs):
-                if not run.ended:
-                    run.record(step, program.member(metrics, i), seconds / going_on)
-                    if run.is_lost():
-                        run.fail(
-                            step,
-                            program.member(state, i),
-                            program.member(batch_stats, i),
-                            program.member(of_step, i),
-                        )
-            total = jax.tree.map(np.sum, metrics).means()
-            progress.advance(
-                total["loss"], total["accuracy"], len(runs) * experiment.batch_size / seconds
-            )
-
-    saved_at, step, target = time.monotonic(), start, experiment.stop_at_loss
+    streak = steps.streak([run.skipped for run in runs])
+    clock, saved_at = _Clock(), time.monotonic()
     # Fetched when the next steps have been dispatched: the device never waits.
-    pending: tuple[int, list[Rows], Metrics] | None = None
+    pending: tuple[int, list[tuple[Item, ...]], Metrics] | None = None
+
+    def record(first: int, shipped: list[tuple[Item, ...]], metrics: Metrics) -> None:
+        every = unstack(metrics, len(shipped), len(runs))  # waits until the steps are through
+        seconds = clock.lap(len(shipped))
+        for number, (of_runs, its_items) in enumerate(zip(every, shipped, strict=True), first):
+            going_on = [i for i, run in enumerate(runs) if not run.ended]
+            for i in going_on:
+                runs[i].record(number, of_runs[i], seconds / len(going_on))
+                if runs[i].is_lost():
+                    batch = feed.batch(feed.resident, its_items[i])
+                    runs[i].fail(number, *steps.split(state, batch_stats)[i], batch)
+            total = jax.tree.map(lambda *leaves: np.sum(leaves), *of_runs).means()
+            rate = len(runs) * experiment.batch_size / seconds
+            progress.advance(total["loss"], total["accuracy"], rate)
+
     while not all(run.ended for run in runs):
+        count = min(_steps_to_next(step, experiment), feed.max_steps)
         # Runs that may end before their last step wait for the loss of each.
-        count = (
-            min(
-                _steps_to_next(step, experiment),
-                program.dispatch.most,
-                clock.steps_in(DISPATCH_SECONDS),
-            )
-            if target is None
-            else 1
+        count = min(count, clock.steps_in(DISPATCH_SECONDS)) if target is None else 1
+        shipped = [next(items) for _ in range(count)]
+        state, batch_stats, streak, metrics = steps.train(
+            state, batch_stats, streak, steps.resident, *jax.device_put(ship(feed, shipped))
         )
-        rows = [next_rows() for _ in range(count)]
-        state, batch_stats, metrics = program.dispatch.advance(state, batch_stats, rows)
-        if step == start:  # while the device is busy
+        if step == runs[0].start:  # while the device is busy
             for run in runs:
-                run.show(program)
+                run.introduce(observer)
         if pending is not None:
             record(*pending)
-        pending = (step + 1, rows, metrics)
+        pending = (step + 1, shipped, metrics)
         step += count
-        evaluates, saves = (
-            step % experiment.eval_every == 0,
-            experiment.save_every is not None and step % experiment.save_every == 0,
-        )
-        if experiment.save_every_minutes is not None:
-            saves = time.monotonic() - saved_at > 60 * experiment.save_every_minutes
-        ending = (
-            set(range(len(runs)))
-            if step == experiment.steps
-            else _at_or_below(target, program, metrics)
-        )
-        ending = {i for i in ending if not runs[i].ended}
+        evaluates, saves = _is_due(step, saved_at, experiment)
+        ending = {i for i, run in enumerate(runs) if step == experiment.steps and not run.ended}
+        if target is not None:
+            losses = [one.means()["loss"] for one in unstack(metrics, 1, len(runs))[0]]
+            ending |= {i for i, run in enumerate(runs) if losses[i] <= target and not run.ended}
         stopping = stop.signal  # read once: whoever is told of it below has to be saved above
         if not (evaluates or saves or ending or stopping):
             continue
         record(*pending)
-        pending, tested = None, None
-        for i, run in enumerate(runs):
+        pending = None
+        tested = steps.test(state, batch_stats) if evaluates or ending else None
+        for i, (run, own) in enumerate(zip(runs, steps.split(state, batch_stats), strict=True)):
             if run.ended:
                 continue
-            mine, accuracy = (program.member(state, i), program.member(batch_stats, i)), None
-            if evaluates or i in ending:
-                tested = tested or program.evaluate(state, batch_stats)
-                means = run.test(step, program.member(tested, i), *mine, program)
+            accuracy = None
+            if tested and (evaluates or i in ending):
+                means = run.test(step, tested[i], own, observer)
                 accuracy = means["accuracy"]
                 which = f"seed {run.seed}, " if len(runs) > 1 else ""
                 progress.say(
-                    f"{which}step {step}: test loss {means['loss']:.4f}, test accuracy {accuracy:.4f}"
+                    f"{which}step {step}: test loss {means['loss']:.4f}, "
+                    f"test accuracy {accuracy:.4f}"
                 )
             if accuracy is not None or saves or stopping:
-                run.save(*mine, accuracy)
+                run.save(own, accuracy)
             run.ended = i in ending
         saved_at = time.monotonic() if evaluates or saves else saved_at
         clock.restart()
@@ -221,18 +207,27 @@ def _train(runs: list[Run], program: Program, progress: Progress, stop: StopRequ
             raise Stopped(step, stopping)
 
 
-def _steps_to_next(step: int, experiment: build.Experiment) -> int:
-    """Returns how many steps there are to the next evaluation, the next save or the end, whichever comes first."""
+def _banner(runs: list[Recorder], params: Any, experiment: Experiment) -> str:
+    together = f", {len(runs)} seeds in one program" if len(runs) > 1 else ""
+    return (
+        f"{runs[0].name}{together}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} "
+        f"parameters, {runs[0].data}, steps {runs[0].start + 1} to {experiment.steps} of "
+        f"{experiment.batch_size} images, on {jax.devices()[0].device_kind}"
+    )
+
+
+def _steps_to_next(step: int, experiment: Experiment) -> int:
+    """Returns how many steps there are to the next evaluation, the next save or the end."""
     intervals = [experiment.eval_every, experiment.save_every or experiment.steps]
     return min(experiment.steps - step, *(every - step % every for every in intervals))
 
 
-def _at_or_below(target: float | None, program: Program, metrics: Metrics) -> set[int]:
-    """Returns the members whose loss in the one step of this dispatch is that low; waits for it if there is a target."""
-    if target is None:
-        return set()
-    (only,) = unstack(metrics, 1)
-    return {i for i in range(program.members) if program.member(only, i).means()["loss"] <= target}
+def _is_due(step: int, saved_at: float, experiment: Experiment) -> tuple[bool, bool]:
+    """Returns whether the network is evaluated, and whether it is saved besides, after a step."""
+    saves = experiment.save_every is not None and step % experiment.save_every == 0
+    if experiment.save_every_minutes is not None:
+        saves = time.monotonic() - saved_at > 60 * experiment.save_every_minutes
+    return step % experiment.eval_every == 0, saves
 
 
 class _Clock:
@@ -245,11 +240,11 @@ class _Clock:
     def restart(self) -> None:
         self._last = time.perf_counter()
 
-    def lap(self, steps: int) -> list[float]:
+    def lap(self, steps: int) -> float:
         """Ends the steps of one dispatch and returns the seconds that each took."""
         now = time.perf_counter()
         self._seconds_per_step, self._last = (now - self._last) / steps, now
-        return [self._seconds_per_step] * steps
+        return self._seconds_per_step
 
     def steps_in(self, seconds: float) -> int:
         """Returns how many steps take so long, at least 1; 1 before the first one is through."""

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
 from bnjax.train import parsing
-from bnjax.train.writers import write_json
+from bnjax.train.records import write_json
 
 LOCK = ".lock"
 OURS = (
@@ -66,7 +66,7 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
+def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     """Makes the folder this config's, or checks that it is.
 
     Raises:

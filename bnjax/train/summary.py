@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset
 from bnjax.train.build import Experiment
-from bnjax.train.writers import read_metrics
+from bnjax.train.records import first_at_or_below, read_metrics
 
 
 def summarise(
@@ -49,24 +49,28 @@ def summarise(
     }
 
 
-def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
-    """Returns the first step whose training loss was that low, None if none was."""
-    train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
-    return next((line["step"] for line in train if line["loss"] <= loss), None)
-
-
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that a result depends on."""
     packages = ("bnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in packages
-    }
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
-def _git_revision() -> str | None:
-    """Returns the revision of the code where it runs from a clone, else None."""
+def _version(package: str) -> str:
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # bnjax itself, run from a clone
+        return "not installed"
+
+
+def _git_revision(package: Path = Path(__file__).parents[1]) -> str | None:
+    """Returns the revision of the code where it runs from a clone of its own, else None.
+
+    An installed package may lie within another project's repository, which does not track it.
+    """
+    git = ["git", "-C", str(package)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True, check=True)
+        command = [*git, "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

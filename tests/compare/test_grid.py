@@ -16,7 +16,7 @@ from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, loop, parsing, run, rundir
 from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Stopped, train_and_evaluate
-from bnjax.train.writers import read_lines
+from bnjax.train.records import read_lines
 from bnjax.train_step import init_state
 
 CONFIG = "import synthetic\n\ndef get_config():\n    config = synthetic.config(steps=6)\n    config.name = ''\n"

@@ -69,7 +69,10 @@ def test_the_label_tells_whether_the_pixels_are_official(label, tiny, tmp_path):
     file = folder / "test_batch.bin"
     file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
     data = datasets.load("cifar10", str(tmp_path), label=label)
-    assert (data.official, data.label) == (False, label or "cifar10 (not the official pixels)")
+    assert (data.official, data.label) == (
+        False,
+        f"{label or 'cifar10'} (not the official pixels)",
+    )
     assert data.name == "cifar10"
 
 

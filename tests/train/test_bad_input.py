@@ -1,6 +1,5 @@
 """Whatever is thrown at bnjax, the answer is a result or one paragraph: never a traceback, a hang or a half-written file."""
 
-import itertools
 import json
 import os
 import shutil
@@ -20,10 +19,10 @@ from strategies import JSON
 
 from bnjax import errors, main
 from bnjax.errors import UserError
-from bnjax.train import build, defaults, parsing, run, rundir
+from bnjax.train import build, defaults, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.writers import Lines, read_metrics
+from bnjax.train.records import Lines, read_metrics
 from bnjax.train_step import init_variables
 
 ROOT = Path(__file__).parents[2]
@@ -228,13 +227,8 @@ def interrupted(tmp_path_factory):
     """A run that died in step 8 of 10, and the parameters of one that did not."""
     folder, config = tmp_path_factory.mktemp("runs"), synthetic.config(steps=10)
     train_and_evaluate(config, folder / "whole", SMALL)
-    stream = run.train_rows
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
-        )
-        with pytest.raises(StopIteration):
-            train_and_evaluate(config, folder / "died", SMALL)
+    with pytest.raises(StopIteration):
+        train_and_evaluate(config, folder / "died", SMALL, synthetic.feed(config, first=7))
     return folder / "died", parameters(folder / "whole")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.train.histograms import BINS, MOST, QUANTILES, sample, summarise
+from bnjax.train.histograms import BINS, MAX_VALUES, QUANTILES, sample, summarise
 from bnjax.train_step import init_state
 
 
@@ -128,7 +128,7 @@ def test_of_a_large_array_all_channels_are_sampled():
     values = sample(
         state, batch_stats, {"image": images, "label": np.zeros(8192, np.int32)}, model=Wide()
     )["activation"]["wide"]
-    assert MOST / 2 < values.size <= MOST
+    assert MAX_VALUES / 2 < values.size <= MAX_VALUES
     counts = np.bincount(np.asarray(values, int), minlength=30)
     assert counts.min() > 0.99 * counts.max()
 

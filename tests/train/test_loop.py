@@ -1,5 +1,6 @@
 """A run's folder, and that stopping and going on changes nothing in it."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import synthetic
 
+from bnjax.data.feed import resident_feed
 from bnjax.errors import NonFiniteError, UserError
-from bnjax.train import build, dispatch, run, tensorboard
+from bnjax.train import build, records, tensorboard
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, train_and_evaluate
-from bnjax.train.writers import read_lines
+from bnjax.train.records import read_lines
 from bnjax.train_step import init_state
 
 SLOW = pytest.mark.slow
@@ -92,22 +94,19 @@ def test_the_newest_two_and_the_best_checkpoint_stay(finished):
 @pytest.mark.parametrize(
     "stop_in", [pytest.param(2, marks=SLOW), 5, 7, pytest.param(11, marks=SLOW)]
 )
-def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop_in):
+def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, stop_in):
     workdir = tmp_path / "stopped"
-    stream = run.train_rows
 
-    def interrupting(*args, **kwargs):
-        for step, rows in enumerate(stream(*args, **kwargs), start=1):
-            if step == stop_in:
-                signal.raise_signal(signal.SIGINT)
-            yield rows
+    def interrupting(step, item):
+        if step == stop_in:
+            signal.raise_signal(signal.SIGINT)
+        return item
 
-    monkeypatch.setattr(run, "train_rows", interrupting)
+    feed = synthetic.feed(synthetic.config(), each=interrupting)
     with pytest.raises(Stopped) as stopped:
-        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset(), feed)
     assert stopped.value.step == stop_in
     assert not (workdir / "summary.json").exists()
-    monkeypatch.undo()
     train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
     jax.tree.map(
@@ -117,19 +116,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stop
     )
 
 
-def test_lines_written_after_the_last_checkpoint_come_again_once(finished, tmp_path, monkeypatch):
+def test_lines_written_after_the_last_checkpoint_come_again_once(finished, tmp_path):
     """As after a crash: the process dies in step 8, the newest checkpoint is of step 5."""
     workdir = tmp_path / "crashed"
-    stream = run.train_rows
-    monkeypatch.setattr(
-        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
-    )
+    feed = synthetic.feed(synthetic.config(), first=7)
     with pytest.raises(StopIteration):
-        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset(), feed)
     assert read_lines(workdir / "metrics.jsonl")[-1]["step"] > 5
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "los')  # torn
-    monkeypatch.undo()
     train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
     assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
 
@@ -153,19 +148,17 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         train_and_evaluate(synthetic.config(), tmp_path, synthetic.dataset())
 
 
-def test_file_order_sees_the_images_in_their_order(tmp_path, monkeypatch):
+def test_file_order_sees_the_images_in_their_order(tmp_path):
     seen = []
-    stream = run.train_rows
 
-    def watching(*args, **kwargs):
-        for rows in stream(*args, **kwargs):
-            seen.append(synthetic.dataset().train.label[rows])
-            yield rows
+    def watching(step, item):
+        seen.append(item["label"])
+        return item
 
-    monkeypatch.setattr(run, "train_rows", watching)
     config = synthetic.config(steps=5)
     config.train.shuffle = False
-    train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    feed = synthetic.feed(config, each=watching)
+    train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
     label = synthetic.dataset().train.label
     np.testing.assert_array_equal(np.concatenate(seen)[:50], np.concatenate([label, label])[:50])
 
@@ -185,33 +178,24 @@ def test_slow_averages_spoil_the_test_loss_and_are_warned_of(tmp_path, capsys):
     assert losses[0.99] > 1.5 * losses[0.75]
 
 
-def poison(monkeypatch, *steps):
-    """Makes the batches of the given steps floats with an infinite pixel; the others are the same floats without."""
-    stream, take, bad = run.train_rows, run.take, []
+def poisoned(config, *steps, first=None):
+    """A feed of floats with an infinite pixel in the batches of the given steps."""
 
-    def rows(*args, start, **kwargs):
-        for step, of_step in enumerate(stream(*args, start=start, **kwargs), start=start + 1):
-            bad.extend([of_step] if step in steps else [])
-            yield of_step
+    def batch(step, item):
+        image = item["image"].astype(np.float32) / 255
+        image[3, 2, 1, 0] = np.inf if step in steps else image[3, 2, 1, 0]
+        return item | {"image": image}
 
-    def batch(split, of_step):
-        made = take(split, of_step)
-        image = made["image"].astype(np.float32) / 255
-        image[3, 2, 1, 0] = np.inf if any(of_step is one for one in bad) else image[3, 2, 1, 0]
-        return made | {"image": image}
-
-    monkeypatch.setattr(run, "train_rows", rows)
-    monkeypatch.setattr(run, "take", batch)
-    monkeypatch.setattr(dispatch, "take", batch)
+    return synthetic.feed(config, each=batch, first=first)
 
 
-def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path, monkeypatch):
-    poison(monkeypatch, 7)
+def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
+    feed = poisoned(synthetic.config(), 7)
     with pytest.raises(
         NonFiniteError,
         match=r"step 7 gave .* is the image values\. The checkpoint of step 5 is kept",
     ):
-        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset(), feed)
     assert [
         line["step"]
         for line in read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -221,11 +205,11 @@ def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path, monkey
         assert checkpoints.newest_intact() == (5, [])
 
 
-def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path, monkeypatch):
-    poison(monkeypatch, 3, 4, 8)
+def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path):
     config = synthetic.config()
     config.train.on_nonfinite, config.train.most_skipped = "skip", 2
-    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    feed = poisoned(config, 3, 4, 8)
+    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
     assert summary["skipped_steps"] == 3
     lines = {
         line["step"]: line
@@ -240,7 +224,7 @@ def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path, mo
     )
     config.train.most_skipped = 1
     with pytest.raises(NonFiniteError, match="step 4 and 1 before it"):
-        train_and_evaluate(config, tmp_path / "other", synthetic.dataset())
+        train_and_evaluate(config, tmp_path / "other", synthetic.dataset(), feed)
 
 
 @pytest.mark.parametrize(
@@ -251,38 +235,28 @@ def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path, mo
         pytest.param("every_minutes", marks=SLOW),
     ],
 )
-def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, monkeypatch, key):
+def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, key):
     """Interrupted in step 8 without a chance to save: step 5 is evaluated, and one of 6 to 8 was saved besides."""
     config = synthetic.config()
     config.checkpoint[key] = {"every_steps": 3, "every_epochs": 3 * 10 / 48, "every_minutes": 1e-9}[
         key
     ]
-    stream = run.train_rows
-    monkeypatch.setattr(
-        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8)
-    )
+    feed = synthetic.feed(config, first=8)
     with pytest.raises(StopIteration):
-        train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+        train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.newest_intact()[0] == (8 if key == "every_minutes" else 6)
-    monkeypatch.undo()
     train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
         finished[0] / "metrics.jsonl"
     ).read_bytes()
 
 
-def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(
-    finished, tmp_path, monkeypatch, capsys
-):
+def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(finished, tmp_path, capsys):
     workdir = tmp_path / "run"
-    stream = run.train_rows
-    monkeypatch.setattr(
-        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 11)
-    )
+    feed = synthetic.feed(synthetic.config(), first=11)
     with pytest.raises(StopIteration):
-        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
-    monkeypatch.undo()
+        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset(), feed)
     file = workdir / "checkpoints" / "10" / "variables" / "manifest.ocdbt"
     file.write_bytes(file.read_bytes()[:20])
     train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
@@ -306,7 +280,7 @@ def test_a_disk_that_fails_is_a_clear_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run.RunWriter, "flush", full)
+    monkeypatch.setattr(records.RunWriter, "flush", full)
     with pytest.raises(
         UserError, match=r"No space left on device.*goes on from the last checkpoint"
     ):
@@ -348,25 +322,15 @@ def test_files_that_lack_steps_before_the_checkpoint_are_not_gone_on_with(finish
         train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
 
 
-def test_steps_skipped_in_a_row_are_counted_across_an_interruption(tmp_path, monkeypatch):
+def test_steps_skipped_in_a_row_are_counted_across_an_interruption(tmp_path):
     """Steps 4 and 5 are skipped, 5 is saved, and the third one in a row, after going on, is one too many."""
     config = synthetic.config()
     config.train.on_nonfinite, config.train.most_skipped = "skip", 2
-    stream = run.train_rows
-    with monkeypatch.context() as patch:
-        poison(patch, 4, 5)
-        poisoned = run.train_rows
-        patch.setattr(
-            run,
-            "train_rows",
-            lambda *args, **kwargs: itertools.islice(poisoned(*args, **kwargs), 5),
-        )
-        with pytest.raises(StopIteration):
-            train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
-    assert run.train_rows is stream
-    poison(monkeypatch, 6)
+    feed = poisoned(config, 4, 5, first=5)
+    with pytest.raises(StopIteration):
+        train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
     with pytest.raises(NonFiniteError, match="step 6 and 2 before it"):
-        train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+        train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), poisoned(config, 6))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
@@ -382,43 +346,39 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp
     ).read_bytes()
 
 
-def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(
-    finished, tmp_path, monkeypatch
-):
+def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(finished, tmp_path):
     """As on an accelerator, which takes as many steps at once as fit into half a second."""
-    monkeypatch.setattr(dispatch, "build", dispatch.many_at_a_time)
-    train_and_evaluate(synthetic.config(), tmp_path / "whole", synthetic.dataset())
+    config, data = synthetic.config(), synthetic.dataset()
+    feed = resident_feed(data.train, config.train.batch_size, shuffle=True, max_steps=100)
+    train_and_evaluate(config, tmp_path / "whole", data, feed)
     assert len(read_lines(tmp_path / "whole" / "timing.jsonl")) == 12
     ours, its = (
         [line["loss"] for line in read_lines(workdir / "metrics.jsonl")]
         for workdir in (tmp_path / "whole", finished[0])
     )
     np.testing.assert_allclose(ours, its, rtol=1e-3)
-    stream = run.train_rows
-    monkeypatch.setattr(
-        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 8)
+    cut = dataclasses.replace(
+        feed, items=lambda seed, start: itertools.islice(feed.items(seed, start), 8)
     )
     with pytest.raises(StopIteration):
-        train_and_evaluate(synthetic.config(), tmp_path / "cut", synthetic.dataset())
-    monkeypatch.setattr(run, "train_rows", stream)
-    train_and_evaluate(synthetic.config(), tmp_path / "cut", synthetic.dataset())
+        train_and_evaluate(config, tmp_path / "cut", data, cut)
+    train_and_evaluate(config, tmp_path / "cut", data, feed)
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_bytes()
 
 
-def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(tmp_path, monkeypatch):
+def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(tmp_path):
     compiled, events = [], []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
-    stream = run.train_rows
 
-    def counting(*args, **kwargs):
-        for rows in stream(*args, **kwargs):
-            compiled.append(events.count("/jax/core/compile/backend_compile_duration"))
-            yield rows
+    def counting(step, item):
+        compiled.append(events.count("/jax/core/compile/backend_compile_duration"))
+        return item
 
-    monkeypatch.setattr(run, "train_rows", counting)
-    train_and_evaluate(synthetic.config(steps=16), tmp_path / "run", synthetic.dataset())
+    config = synthetic.config(steps=16)
+    feed = synthetic.feed(config, each=counting)
+    train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
     assert compiled[0] > 0
     assert compiled[1] > compiled[0]  # the step
     assert compiled[4] == compiled[1]

@@ -9,7 +9,7 @@ import numpy as np
 
 from bnjax.errors import UserError
 from bnjax.train import defaults, parsing
-from bnjax.train.writers import read_lines, read_metrics
+from bnjax.train.records import read_lines, read_metrics
 
 # Two runs that differ in nothing else are of the same variant.
 NO_VARIANT = ("config.seed", "config.name", "config.data.dir")

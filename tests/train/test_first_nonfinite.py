@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from bnjax.models.convnet import ConvNet
-from bnjax.train.diagnose import first_nonfinite
+from bnjax.train.diagnostics import first_nonfinite
 from bnjax.train_step import init_state
 
 NORM = functools.partial(nn.BatchNorm, momentum=0.75)

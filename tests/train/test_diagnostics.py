@@ -1,7 +1,6 @@
 """What a run leaves in histograms.jsonl and tensorboard/, read back; and that looking changes no training."""
 
 import io
-import itertools
 
 import jax
 import numpy as np
@@ -12,12 +11,12 @@ from PIL import Image
 from tensorboardX.proto.graph_pb2 import GraphDef
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from bnjax.train import build, parsing, run
+from bnjax.train import build, parsing
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.graph import nodes
 from bnjax.train.loop import train_and_evaluate
+from bnjax.train.records import read_lines
 from bnjax.train.tensorboard import CAPTION, TILE, Board, contact_sheet
-from bnjax.train.writers import read_lines
 from bnjax.train_step import init_variables
 
 
@@ -82,16 +81,12 @@ def test_looking_changes_no_training(finished, tmp_path):
     assert "test/predictions" not in read_values(tmp_path / "unseen" / "tensorboard")
 
 
-def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path, monkeypatch):
-    stream = run.train_rows
-    monkeypatch.setattr(
-        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
-    )
+def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path):
+    feed = synthetic.feed(watched(), first=7)
     with pytest.raises(StopIteration):
-        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
+        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset(), feed)
     with (tmp_path / "run" / "histograms.jsonl").open("a") as file:
         file.write('{"step": 7, "activation": {}}\n{"step": 8, "sta')  # past the checkpoint; torn
-    monkeypatch.undo()
     train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
     assert (tmp_path / "run" / "histograms.jsonl").read_bytes() == (
         finished / "histograms.jsonl"
@@ -148,13 +143,10 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
     assert first == "data.name"  # the first that is not as in the defaults
 
 
-def test_a_run_that_was_stopped_is_not_marked_as_finished(tmp_path, monkeypatch):
-    stream = run.train_rows
-    monkeypatch.setattr(
-        run, "train_rows", lambda *args, **kwargs: itertools.islice(stream(*args, **kwargs), 7)
-    )
+def test_a_run_that_was_stopped_is_not_marked_as_finished(tmp_path):
+    feed = synthetic.feed(watched(), first=7)
     with pytest.raises(StopIteration):
-        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
+        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset(), feed)
     assert "_hparams_/session_end_info" not in read_values(tmp_path / "run" / "tensorboard")
 
 

@@ -1,14 +1,12 @@
-"""What a run leaves behind while it goes on: lines of JSON, TensorBoard, and progress on the terminal."""
+"""The files that a run leaves behind while it goes on, written and read."""
 
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from bnjax.errors import UserError
 from bnjax.train.tensorboard import Board
@@ -64,6 +62,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
+    """Returns the first step whose training loss was that low, None if none was."""
+    train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
+    return next((line["step"] for line in train if line["loss"] <= loss), None)
+
+
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(
         f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another folder with --workdir."
@@ -93,38 +97,6 @@ class Lines:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-
-class Progress:
-    """A bar with the time to go on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int, done: int):
-        """Starts at `done` of `total` steps."""
-        self._bar = tqdm.tqdm(
-            total=total,
-            initial=done,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-
-    def advance(self, loss: float, accuracy: float, images_per_s: float) -> None:
-        """Counts one training step."""
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, accuracy {accuracy:.3f}, {images_per_s:,.0f} images/s", refresh=False
-        )
-        self._bar.update()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        tqdm.tqdm.write(text)  # above other bars, too
-        sys.stdout.flush()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 class RunWriter:

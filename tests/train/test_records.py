@@ -1,6 +1,6 @@
 from events import read_values
 
-from bnjax.train.writers import Lines, RunWriter, read_lines, write_json
+from bnjax.train.records import Lines, RunWriter, read_lines, write_json
 
 
 def test_a_torn_last_line_is_left_out_and_later_steps_are_dropped(tmp_path):

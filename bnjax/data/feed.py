@@ -1,0 +1,85 @@
+"""How batches for training reach the device."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnjax.arrays import Batch
+from bnjax.data.batches import indices, take, train_rows
+from bnjax.data.datasets import Split
+
+# What the host ships for one step: a tree of arrays, of the same shapes for every step.
+Item = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Batches in two halves: what the host ships for a step, and what the device makes of it.
+
+    Attributes:
+        items: (seed, start) -> the items of the steps after `start`, for ever; what a step sees
+            depends on the seed and the step alone, so that resuming is `items(seed, start)`.
+        batch: (resident, item) -> the batch of a step; pure, and compiled into the step.
+        resident: a tree of arrays that lie on the device for all steps.
+        max_steps: how many items may be shipped at once.
+    """
+
+    items: Callable[[int, int], Iterator[Item]]
+    batch: Callable[[Any, Item], Batch]
+    resident: Any = ()
+    max_steps: int = 1
+
+
+def host_feed(split: Split, batch_size: int, *, shuffle: bool) -> Feed:
+    """Returns a feed that ships whole batches, one step at a time."""
+
+    def items(seed: int, start: int) -> Iterator[Batch]:
+        order = seed if shuffle else None
+        rows = train_rows(len(split.label), batch_size, seed=order, start=start)
+        return (take(split, of_step) for of_step in rows)
+
+    return Feed(items, lambda resident, item: item)
+
+
+def resident_feed(split: Split, batch_size: int, *, shuffle: bool, max_steps: int) -> Feed:
+    """Returns a feed that ships indices: the images lie on the device, as uint8.
+
+    An image is one row there: as [h, w, c] a TPU would pad the 3 channels, and copy all images
+    into that layout in each dispatch.
+    """
+    shape = split.image.shape[1:]
+
+    def items(seed: int, start: int) -> Iterator[np.ndarray]:
+        order = seed if shuffle else None
+        rows = train_rows(len(split.label), batch_size, seed=order, start=start)
+        return (indices(of_step).astype(np.int32) for of_step in rows)
+
+    def batch(resident: Any, rows: Any) -> Batch:
+        image, label = resident
+        return {"image": image[rows].reshape(*rows.shape, *shape), "label": label[rows]}
+
+    return Feed(items, batch, (split.image.reshape(len(split.image), -1), split.label), max_steps)
+
+
+def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
+    """Returns the items of several steps as the program takes them, to be handed over at once.
+
+    With one step at a time that is one item, else [max_steps, ...], filled up, and the number of
+    steps. With several seeds the items have an axis for them.
+
+    Args:
+        feed: whose items they are.
+        items: one for each step and, in it, each seed.
+    """
+    joined = [_stack(of_seeds) if len(of_seeds) > 1 else of_seeds[0] for of_seeds in items]
+    if feed.max_steps == 1:
+        return (joined[0],)
+    missing = feed.max_steps - len(items)
+    return _stack([*joined, *[joined[-1]] * missing]), np.int32(len(items))
+
+
+def _stack(items: Sequence[Item]) -> Item:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)

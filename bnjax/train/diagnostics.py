@@ -1,0 +1,138 @@
+"""What goes on inside a network in training: graph, histograms, predictions, and what went bad first."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from bnjax.arrays import Batch, BatchStats, Logits, Params, named_leaves
+from bnjax.data.datasets import Dataset, Split
+from bnjax.train import defaults
+from bnjax.train.build import Experiment
+from bnjax.train.graph import graph_def, nodes
+from bnjax.train.histograms import sample, summarise
+from bnjax.train.parsing import flat
+from bnjax.train.records import RunWriter
+from bnjax.train.tensorboard import contact_sheet
+from bnjax.train.xla import compiler_options
+from bnjax.train_step import (
+    LossFn,
+    TrainState,
+    dropout_key,
+    forward,
+    predict_step,
+    softmax_cross_entropy,
+)
+
+
+class Observer:
+    """Shows what goes on in a network beside its metrics; training stays as it is."""
+
+    def __init__(self, experiment: Experiment, dataset: Dataset):
+        """Chooses the images, spread evenly over each split; compiles nothing yet."""
+        self._classes = dataset.classes
+        self._train = _spread(dataset.train, experiment.histograms)
+        self._test = _spread(dataset.test, experiment.pictures)
+        self._model = experiment.model
+        self._shape = (experiment.batch_size, *dataset.train.image.shape[1:])
+        self._sample = jax.jit(
+            functools.partial(sample, model=experiment.model), compiler_options=compiler_options()
+        )
+        self._predict = jax.jit(
+            functools.partial(predict_step, model=experiment.model),
+            compiler_options=compiler_options(),
+        )
+
+    def introduce(self, writer: RunWriter, config: ConfigDict) -> None:
+        """Shows the graph of the model and the hyperparameters."""
+        writer.board.graph(graph_def(nodes(self._model, self._shape)))
+        values, standard = flat(config.to_dict()), flat(defaults.get_config().to_dict())
+        # TensorBoard shows the first few columns: what is special about this run.
+        writer.board.hyperparameters(
+            dict(sorted(values.items(), key=lambda item: item[1] == standard[item[0]]))
+        )
+
+    def observe(
+        self, writer: RunWriter, step: int, state: TrainState, batch_stats: BatchStats
+    ) -> None:
+        """Records the histograms and the predictions after so many steps."""
+        if len(self._train.label):
+            batch = {"image": self._train.image, "label": self._train.label}
+            writer.histograms(
+                step, summarise(jax.device_get(self._sample(state, batch_stats, batch)))
+            )
+        if len(self._test.label):
+            predicted = jax.device_get(self._predict(state.params, batch_stats, self._test.image))
+            writer.pictures(step, self._sheet(predicted["class"], predicted["score"].max(-1)))
+
+    def _sheet(self, predicted: np.ndarray, score: np.ndarray) -> np.ndarray:
+        wrong = predicted != self._test.label
+        captions = [
+            f"{self._classes[guess]} {certain:.2f}"
+            + (f"\nnot {self._classes[truth]}" if guess != truth else "")
+            for guess, certain, truth in zip(predicted, score, self._test.label, strict=True)
+        ]
+        return contact_sheet(self._test.image, captions, wrong.tolist())
+
+
+def _spread(split: Split, count: int) -> Split:
+    """Returns so many examples at equal distances: a split may be sorted by class."""
+    chosen = np.arange(count) * len(split.label) // max(count, 1)
+    return Split(split.image[chosen], split.label[chosen])
+
+
+def first_nonfinite(
+    state: TrainState,
+    batch_stats: BatchStats,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    loss_fn: LossFn = softmax_cross_entropy,
+) -> str | None:
+    """Returns what in a training step is not finite first, in the order of the computation, in words; None if all is finite.
+
+    Looks at the images, the parameters, the statistics, the output of each layer, the new statistics, the losses and the gradients.
+    The forward pass is not compiled, so that the layers are met in the order in which they run.
+
+    Args:
+        state: as it was before the step, `step` included, since dropout depends on it.
+        batch_stats: likewise.
+        batch: the batch of the step.
+        model: as for `train_step`.
+        loss_fn: as for `train_step`.
+    """
+    bind = functools.partial(forward, model=model, train=True, dropout=dropout_key(state))
+    logits, written = bind(state.params, batch_stats, batch, capture=True)
+
+    def losses_of(logits: Logits) -> jax.Array:
+        return jnp.where(batch.get("mask", True), loss_fn(logits, batch["label"]), 0)
+
+    def loss(params: Params) -> jax.Array:
+        return losses_of(bind(params, batch_stats, batch)[0]).sum()
+
+    images = batch["image"] if "mask" not in batch else batch["image"][np.asarray(batch["mask"])]
+    stages = [
+        ("the image values", images),
+        ("the parameter", state.params),
+        ("the running statistic", batch_stats),
+        ("the output of layer", written["intermediates"]),
+        ("the new statistic", written.get("batch_stats", {})),
+        ("the losses", losses_of(logits)),
+    ]
+    for words, tree in stages:
+        for name in _bad_leaves(tree):
+            return f"{words} {name}".strip()
+    for name in _bad_leaves(jax.jit(jax.grad(loss))(state.params)):
+        return f"the gradient of {name}"
+    return None
+
+
+def _bad_leaves(tree: Any) -> list[str]:
+    """Returns the names of the leaves that are not finite, in the order in which they were put into the tree."""
+    leaves = named_leaves(tree).items()
+    bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float32)).all()]
+    return [name.partition("__call__")[0].rstrip(".") for name in bad]

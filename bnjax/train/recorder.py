@@ -1,0 +1,176 @@
+"""What one run leaves in its folder while it is trained, and where it stands."""
+
+import contextlib
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from bnjax.arrays import Batch, BatchStats
+from bnjax.data.datasets import Dataset
+from bnjax.errors import NonFiniteError, UserError
+from bnjax.metrics import Metrics
+from bnjax.train import rundir
+from bnjax.train.build import Experiment
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.diagnostics import Observer, first_nonfinite
+from bnjax.train.records import (
+    RunWriter,
+    first_at_or_below,
+    read_lines,
+    read_metrics,
+    write_json,
+)
+from bnjax.train.steps import State, Steps
+from bnjax.train.summary import summarise, versions
+from bnjax.train_step import TrainState
+
+
+class Recorder:
+    """Records a run in its folder: training steps, evaluations, checkpoints, and the summary.
+
+    Attributes:
+        name, seed: of the config.
+        data: the training images, in words.
+        start: the last step of the newest intact checkpoint; 0 if there is none.
+        notes: what was wrong with later ones.
+        skipped: how many steps in a row before the next one were dropped as not finite.
+        ended: whether it takes no more steps: all are taken, the loss to stop at was reached, or
+            it broke down.
+        failure: why it broke down, or None.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        experiment: Experiment,
+        dataset: Dataset,
+        stack: contextlib.ExitStack,
+    ):
+        """Takes the folder and opens what is in it, until `stack` closes.
+
+        Raises:
+            UserError: if the folder belongs to another config or process, all its checkpoints are
+                damaged, or its files lack steps.
+        """
+        stack.enter_context(rundir.locked(workdir))
+        rundir.take(workdir, config, rundir.DataFacts.of(dataset))
+        self.name, self.seed = config.name, config.seed
+        self.data = f"{len(dataset.train.label):,} images of {dataset.label}"
+        self._config, self._workdir = config, workdir
+        self._experiment, self._dataset = experiment, dataset
+        self._about = {
+            "config": config.to_dict(),
+            "versions": versions(),
+            "norm": rundir.norm_conventions(config),
+        }
+        self._checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints"))
+        newest, self.notes = self._checkpoints.newest_intact()
+        self.start, self._is_new = newest or 0, newest is None
+        self._writer = stack.enter_context(RunWriter(workdir, start=self.start))
+        self._seconds, self.skipped = _so_far(workdir, self.start) if self.start else (0.0, 0)
+        self.ended = self.start == experiment.steps or self._has_reached_its_loss()
+        self.failure: NonFiniteError | None = None
+
+    def _has_reached_its_loss(self) -> bool:
+        target, lines = self._experiment.stop_at_loss, self._workdir / "metrics.jsonl"
+        return target is not None and first_at_or_below(read_metrics(lines), target) is not None
+
+    def begin(self, steps: Steps) -> State:
+        """Returns the state and the statistics to go on with."""
+        like = steps.like()
+        if self._is_new:
+            init_key, _ = jax.random.split(jax.random.key(self.seed))
+            return steps.init(init_key)
+        return self._checkpoints.restore(self.start, like)
+
+    def introduce(self, observer: Observer) -> None:
+        """Shows what is trained, once in a run."""
+        if self._is_new:
+            observer.introduce(self._writer, self._config)
+
+    def record(self, step: int, metrics: Metrics, seconds: float) -> None:
+        """Records a training step, and the seconds that it took."""
+        skipped = bool(metrics.skipped)
+        self.skipped = self.skipped + 1 if skipped else 0
+        self._seconds += seconds
+        self._writer.train(step, metrics.means(), skipped=skipped)
+        self._writer.timing(step, self._seconds, self._experiment.batch_size / seconds)
+
+    def is_lost(self) -> bool:
+        """Returns whether more steps in a row were not finite than the config puts up with."""
+        return self.skipped > self._experiment.most_skipped
+
+    def fail(self, step: int, state: TrainState, batch_stats: BatchStats, batch: Batch) -> None:
+        """Ends the run at a step that was not finite; everything but `state.step` is as before it."""
+        self._writer.flush()
+        before = dataclasses.replace(state, step=jnp.int32(step - 1))
+        found = first_nonfinite(before, batch_stats, batch, model=self._experiment.model)
+        self.ended = True
+        self.failure = _nonfinite(step, self.skipped, found, self._checkpoints.steps())
+
+    def test(
+        self, step: int, metrics: Metrics, state: State, observer: Observer
+    ) -> dict[str, float]:
+        """Records an evaluation, observes the network, and returns the loss and the accuracy."""
+        means = metrics.means()
+        self._writer.test(step, means, count=int(metrics.count))
+        observer.observe(self._writer, step, *state)
+        return means
+
+    def save(self, state: State, accuracy: float | None) -> None:
+        """Saves a checkpoint; `accuracy` of an evaluation at this step, or None."""
+        self._writer.flush()  # first, so that a checkpoint never knows more than the files
+        self._checkpoints.save(*state, accuracy, self._about)
+
+    def finish(self) -> dict[str, Any]:
+        """Writes and returns the summary, once everything else is on disk."""
+        self._writer.board.finished()
+        self._writer.flush()
+        self._checkpoints.wait()
+        summary = summarise(
+            self._config, self._workdir, self._dataset, self._experiment, self._seconds
+        )
+        write_json(self._workdir / "summary.json", summary)
+        return summary
+
+
+def _so_far(workdir: Path, step: int) -> tuple[float, int]:
+    """Returns the seconds of training up to a step, and how many steps in a row before it were skipped.
+
+    Raises:
+        UserError: if metrics.jsonl or timing.jsonl does not reach so far.
+    """
+    train = [line for line in read_metrics(workdir / "metrics.jsonl") if line["split"] == "train"]
+    timing = read_lines(workdir / "timing.jsonl")
+    for name, lines in (("metrics.jsonl", train), ("timing.jsonl", timing)):
+        if not lines or lines[-1]["step"] != step:
+            raise UserError(
+                f"{workdir / name} ends before step {step}, of which there is a checkpoint. "
+                "Restore the file from a copy, or train anew in another folder with --workdir."
+            )
+    seconds = timing[-1].get("seconds")
+    skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])
+    return seconds if isinstance(seconds, float) else 0.0, len([*skipped])
+
+
+def _nonfinite(step: int, in_a_row: int, found: str | None, saved: list[int]) -> NonFiniteError:
+    where = (
+        f"The first thing that is not finite there is {found}."
+        if found
+        else "Computed again, layer by layer, everything is finite."
+    )
+    rows = f" and {in_a_row - 1} before it" if in_a_row > 1 else ""
+    kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
+    return NonFiniteError(
+        f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {where} "
+        f"{kept}. What usually helps: a lower learning rate (--config.optimizer.learning_rate=…), "
+        "a larger config.model.epsilon, float32 instead of bfloat16, and a look at the images; "
+        "--config.train.on_nonfinite=skip drops such steps instead. Each is another config, and "
+        "needs a --workdir of its own."
+    )
