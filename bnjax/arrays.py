@@ -1,4 +1,4 @@
-"""The types that the rest of bnjax speaks of: arrays with their shapes, and the trees made of them."""
+"""The types of bnjax: arrays with their shapes, and the trees made of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,22 @@ Mask = Bool[Array, " n"]  # False marks padding
 Logits = Float[Array, "n classes"]
 Losses = Float[Array, " n"]
 
-# A field of a structure of arrays: the array, or what stands in its place in such a tree, as its shape or its sharding.
+# A field of a structure of arrays: the array, or what stands in its place in such a tree, as its
+# shape or its sharding.
 Leaf = Any
 # A tree of arrays under string keys, as `flax.linen` keeps one collection of variables.
 Tree = Mapping[str, Any]
 # The trainable weights: the collection "params" of a linen module.
 Params = Tree
-# The running statistics: the collection "batch_stats" of a linen module; empty for a network without any.
+# The running statistics: the collection "batch_stats" of a linen module; empty for a network
+# without any.
 BatchStats = Tree
 # `image` (Images), `label` (Labels) and optionally `mask` (Mask).
 Batch = Mapping[str, Array]
 
 
 def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Returns the leaves of a tree under the names that lead to them, with dots, in the tree's order.
+    """Returns the leaves of a tree by their names, with dots, in the tree's order.
 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "steps": (3, 4)})
     {'dense.kernel': 1, 'dense.bias': 2, 'steps.0': 3, 'steps.1': 4}

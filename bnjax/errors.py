@@ -37,7 +37,10 @@ class UnavailableError(DataError):
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a command line and exits with its code, or with that of the error that it met; 130 after Ctrl-C."""
+    """Runs a command line and exits with its code, or with that of the error that it met.
+
+    130 after Ctrl-C.
+    """
     try:
         code = main()
     except UserError as error:
@@ -48,7 +51,8 @@ def run(main: Callable[[], int]) -> None:
         code = 0
     except OSError as error:
         print(
-            f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.",
+            f"error: {error.filename or 'a file'} cannot be read or written: "
+            f"{error.strerror or error}.",
             file=sys.stderr,
         )
         code = 1
@@ -60,8 +64,10 @@ def run(main: Callable[[], int]) -> None:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(
-            f"error: the memory of this machine does not suffice ({' '.join(str(error).split())[:200]}). What helps: a smaller "
-            "--config.train.batch_size or --config.eval.batch_size, smaller layers (--config.model.filters, --config.model.dense), and "
+            "error: the memory of this machine does not suffice "
+            f"({' '.join(str(error).split())[:200]}). What helps: a smaller "
+            "--config.train.batch_size or --config.eval.batch_size, smaller layers "
+            "(--config.model.filters, --config.model.dense), and "
             "--at-once=one where several seeds are compared.",
             file=sys.stderr,
         )

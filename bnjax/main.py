@@ -1,11 +1,10 @@
-"""The command: `bnjax train|predict|compare|report`; `python -m bnjax.main --config FILE` trains."""
+"""The command `bnjax`; `python -m bnjax.main --config FILE` trains as well."""
 
 import argparse
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bnjax import errors
 
@@ -34,8 +33,9 @@ def train(args: argparse.Namespace) -> int:
     config = parsing.load(args.config, args.overrides)
     build.check(config)
 
-    from bnjax.train import rundir
-    from bnjax.train.loop import Stopped, train_and_evaluate
+    from bnjax.train import rundir, summary
+    from bnjax.train.interrupt import StopRequest
+    from bnjax.train.loop import Stopped, Trainer
 
     _prepare()
     dataset = build.dataset(config)
@@ -51,11 +51,14 @@ def train(args: argparse.Namespace) -> int:
         )
         return 0
     try:
-        summary = train_and_evaluate(config, workdir, dataset)
+        with StopRequest() as stop:
+            (result,) = Trainer(config, dataset).train({config.seed: workdir}, stop).values()
     except Stopped as stopped:
         print(f"\n{stopped}; everything is saved. To go on:\n    {args.again}")
         return 128 + stopped.signal
-    print(_result(summary))
+    if isinstance(result, errors.NonFiniteError):
+        raise result
+    print(summary.as_text(result))
     print(f"\npredict with:    bnjax predict --workdir {workdir} --split test")
     print(f"look at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}")
     return 0
@@ -259,26 +262,6 @@ def _prepare() -> None:
 
     keep_freed_memory()
     keep_compiled(cache_dir() / "compiled")
-
-
-def _result(summary: dict[str, Any]) -> str:
-    """Returns the result of a run as a few lines of text."""
-    target, reached = next(iter(summary["steps_to_loss"].items()))
-    best, last = summary["best_test"], summary["final_test"]
-    first = "not reached" if reached is None else f"first at step {reached}"
-    return "\n".join(
-        [
-            f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of "
-            f"{summary['batch_size']} images:",
-            f"  training loss at or below {target}: {first}",
-            f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
-            f"all {last['count']:,} test images",
-            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
-            f"{best['step']}",
-            f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s "
-            f"on {summary['device']}",
-        ]
-    )
 
 
 def _warn_of_fallback(wanted: str, name: str, reason: str) -> None:

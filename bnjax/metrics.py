@@ -1,4 +1,4 @@
-"""Sums and counts over examples: what the steps return, exact however the examples were divided up."""
+"""Sums and counts over examples, exact however the examples were divided up."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ class Metrics:
         loss: sum of the losses, float32 [].
         correct: number of examples whose largest logit is at the label, int32 [].
         count: number of real examples, int32 [].
-        skipped: number of training steps that were dropped because something in them was not finite, int32 [].
+        skipped: number of training steps that were dropped because something in them was not
+            finite, int32 [].
     """
 
     loss: Leaf
@@ -36,7 +37,8 @@ class Metrics:
         count = int(self.count)
         if count == 0:
             raise ValueError(
-                "no example was counted, so there is no mean: every row was masked, or no batch was merged"
+                "no example was counted, so there is no mean: every row was masked, or no batch "
+                "was merged"
             )
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 

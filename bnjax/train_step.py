@@ -1,11 +1,11 @@
-"""The training step, the evaluation step and the prediction step: pure functions over explicit state.
+"""The steps of training, evaluation and prediction: pure functions over explicit state.
 
-The running statistics are a value: `train_step` takes them and returns them, so nobody can forget to update them.
-Nothing here compiles, replicates or logs. Bind what is static with `functools.partial` and wrap the result in
-`jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or `jax.lax.scan` as you like.
+The running statistics are a value: `train_step` takes them and returns them, so nobody can forget
+to update them. Nothing here compiles, replicates or logs. Bind what is static with
+`functools.partial` and wrap the result in `jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or
+`jax.lax.scan` as you like.
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bnjax import compat
 from bnjax.arrays import (
     Array,
     Batch,
@@ -29,6 +28,7 @@ from bnjax.arrays import (
     Params,
     Tree,
 )
+from bnjax.compat import varying
 from bnjax.metrics import Metrics, from_losses
 
 LossFn = Callable[[Logits, Labels], Losses]
@@ -70,7 +70,7 @@ def softmax_cross_entropy(logits: Logits, label: Labels) -> Losses:
 def init_state(
     model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Images
 ) -> tuple[TrainState, BatchStats]:
-    """Returns the state of an untrained network and its running statistics (an empty dict if it has none).
+    """Returns the state of an untrained network and its running statistics, perhaps empty.
 
     Args:
         model: any linen module with `__call__(x, train=...)`.
@@ -87,7 +87,10 @@ def init_state(
 
 
 def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params, BatchStats]:
-    """Returns the parameters and the running statistics of an untrained network; arguments and errors as for `init_state`."""
+    """Returns the parameters and the running statistics of an untrained network.
+
+    Arguments and errors as for `init_state`.
+    """
     params_rng, dropout_rng = jax.random.split(rng)
     variables = dict(
         model.init({"params": params_rng, "dropout": dropout_rng}, _to_float(images), train=False)
@@ -95,8 +98,10 @@ def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params
     params, batch_stats = variables.pop("params", {}), variables.pop("batch_stats", {})
     if variables:
         raise ValueError(
-            f"the model {type(model).__name__} keeps the collections {sorted(variables)}; train_step carries only 'params' and "
-            "'batch_stats', so these would be lost silently. Store running values under 'batch_stats', or do not create them."
+            f"the model {type(model).__name__} keeps the collections {sorted(variables)}; "
+            "train_step carries only 'params' and "
+            "'batch_stats', so these would be lost silently. Store running values under "
+            "'batch_stats', or do not create them."
         )
     return params, batch_stats
 
@@ -114,20 +119,25 @@ def train_step(
 ) -> tuple[TrainState, BatchStats, Metrics]:
     """Returns the state, the running statistics and the metrics after one step of gradient descent.
 
-    The loss is the mean over the real examples of the batch; with `axis_name`, over those of all shards together, and
-    the gradients are summed over that axis exactly once. The running statistics stay what the model made of
-    them: per replica, unless its norm layers reduce over the same axis. Metrics are of the network before the update.
+    The loss is the mean over the real examples of the batch; with `axis_name`, over those of all
+    shards together, and the gradients are summed over that axis exactly once. The running
+    statistics stay what the model made of them: per replica, unless its norm layers reduce over the
+    same axis. Metrics are of the network before the update.
 
     Args:
         state: from `init_state` or the step before.
         batch_stats: likewise.
-        batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], optionally `mask` bool [n].
-        model: any linen module with `__call__(x, train=...)`; gets `mask` if its `__call__` names it.
+        batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], optionally `mask`
+            bool [n].
+        model: any linen module with `__call__(x, train=...)`; gets `mask` if its `__call__` names
+            it.
         tx: the optimizer that `init_state` was given.
         loss_fn: (logits, label) -> losses [n].
-        axis_name: the mapped axis or axes under `jax.pmap`, `jax.shard_map` or `jax.vmap`; None under plain `jax.jit`.
-        skip_nonfinite: drop the whole update where the loss, a gradient or a new statistic is not finite: params, opt_state and
-            batch_stats alike stay as they were. `state.step` still counts the batch, and the metrics count it as skipped.
+        axis_name: the mapped axis or axes under `jax.pmap`, `jax.shard_map` or `jax.vmap`; None
+            under plain `jax.jit`.
+        skip_nonfinite: drop the whole update where the loss, a gradient or a new statistic is not
+            finite: params, opt_state and batch_stats alike stay as they were. `state.step` still
+            counts the batch, and the metrics count it as skipped.
     """
     dropout = dropout_key(state)
     if axis_name is not None:  # each shard drops its own units
@@ -145,12 +155,13 @@ def train_step(
         total = jnp.where(real, losses, 0).sum() / jnp.maximum(metrics.count, 1)
         return total, (written.get("batch_stats", {}), metrics)
 
-    grads, (new_stats, metrics) = jax.grad(loss, has_aux=True)(_varying(state.params, axis_name))
+    grads, (new_stats, metrics) = jax.grad(loss, has_aux=True)(varying(state.params, axis_name))
     grads = _sum_over(grads, axis_name)
     updates, new_opt_state = tx.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     if skip_nonfinite:
-        # Statistics that are not synced may be bad on one shard only; all shards have to drop the step together.
+        # Statistics that are not synced may be bad on one shard only; all shards have to drop the
+        # step together.
         bad = (
             _sum_over((~_is_finite((grads, metrics.loss, new_stats))).astype(jnp.int32), axis_name)
             > 0
@@ -175,9 +186,12 @@ def eval_step(
     loss_fn: LossFn = softmax_cross_entropy,
     axis_name: AxisName = None,
 ) -> Metrics:
-    """Returns the metrics of one batch under the running statistics; what an image yields depends on no other image.
+    """Returns the metrics of one batch under the running statistics.
 
-    Arguments as for `train_step`; raw, averaged, recomputed or folded weights and statistics are all evaluated by this.
+    What an image yields depends on no other image.
+
+    Arguments as for `train_step`; raw, averaged, recomputed or folded weights and statistics are
+    all evaluated by this.
     """
     logits, _ = forward(params, batch_stats, batch, model=model, train=False)
     metrics = from_losses(
@@ -189,13 +203,13 @@ def eval_step(
 def predict_step(
     params: Params, batch_stats: BatchStats, images: Images, *, model: nn.Module
 ) -> dict[str, jax.Array]:
-    """Returns `class` int32 [n] and `score` float32 [n, classes], the softmax, for images [n, h, w, c]."""
+    """Returns `class` int32 [n] and `score` float32 [n, classes] for images [n, h, w, c]."""
     logits, _ = forward(params, batch_stats, {"image": images}, model=model, train=False)
     return classes_and_scores(logits)
 
 
 def classes_and_scores(logits: Logits) -> dict[str, jax.Array]:
-    """Returns `class` int32 [n], the largest logit's, and `score` float32 [n, classes], the softmax."""
+    """Returns `class` int32 [n] and `score` float32 [n, classes], the softmax of the logits."""
     scores = jax.nn.softmax(logits.astype(jnp.float32))
     return {"class": logits.argmax(-1).astype(jnp.int32), "score": scores}
 
@@ -250,7 +264,7 @@ def _to_float(images: Images) -> Images:
 
 
 def _model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
-    """Returns the images as floats, padding blanked, and the further arguments that the model wants."""
+    """Returns the images as floats, padding blanked, and the model's further arguments."""
     images, mask = _to_float(batch["image"]), batch.get("mask")
     if mask is None:
         return images, {}
@@ -267,29 +281,8 @@ def _sum_over(tree: Any, axis_name: AxisName) -> Any:
 
 def _is_finite(tree: Any) -> jax.Array:
     """Returns whether every number in the tree is finite, bool []."""
-    # The sum of x - x is 0 unless an x is infinite or NaN: a reduction that XLA fuses with whatever else reads x.
+    # The sum of x - x is 0 unless an x is infinite or NaN: a reduction that XLA fuses with whatever
+    # else reads x.
     return jnp.isfinite(
         sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
     )
-
-
-def _varying(params: Params, axis_name: AxisName) -> Params:
-    """Marks the parameters as different on each shard, so that `jax.grad` does not sum over the axis by itself.
-
-    With its vma check, `jax.shard_map` differentiates a replicated value into the sum over the shards; the explicit
-    sum of `train_step` would then come second, and the gradients out n times too large.
-    """
-    if axis_name is None:
-        return params
-    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    manual = names & set(
-        jax.sharding.get_abstract_mesh().manual_axes
-    )  # an axis of pmap or vmap needs no mark and takes none
-
-    def mark(leaf: jax.Array) -> jax.Array:
-        for name in sorted(manual):
-            with contextlib.suppress(ValueError):  # it is varying already
-                leaf = compat.varying(leaf, name)
-        return leaf
-
-    return jax.tree.map(mark, params)

@@ -71,10 +71,12 @@ def indices(rows: Rows) -> np.ndarray:
 
 
 def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yields every image once, in order; the last batch is padded, and `mask` (bool [batch_size]) says where.
+    """Yields every image once, in order.
 
-    All batches have the same shapes and entries, so that a step compiles once; there is no `mask` where
-    batch_size divides the number of images.
+    The last batch is padded, and `mask` (bool [batch_size]) says where.
+
+    All batches have the same shapes and entries, so that a step compiles once; there is no `mask`
+    where batch_size divides the number of images.
     """
     examples = len(label)
     for start in range(0, examples, batch_size):

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their official binary files, without TensorFlow and without unpickling anything."""
+"""CIFAR-10 and CIFAR-100 from their official binary files; nothing is unpickled."""
 
 import dataclasses
 import gzip
@@ -23,9 +23,10 @@ Split = tuple[np.ndarray, np.ndarray]
 class Version:
     """One of the two data sets: its files, and what is known of its contents.
 
-    `train_sums` and `test_sums` are the sums of all red, green and blue values of the official pixels. They follow from the
-    per-channel means that are published to 16 digits (0.49139967861519607 for red in CIFAR-10, and so on): times the
-    number of pixels and 255 these give whole numbers.
+    `train_sums` and `test_sums` are the sums of all red, green and blue values of the official
+    pixels. They follow from the per-channel means that are published to 16 digits
+    (0.49139967861519607 for red in CIFAR-10, and so on): times the number of pixels and 255 these
+    give whole numbers.
     """
 
     archive: Remote
@@ -81,7 +82,7 @@ VERSIONS = {
 
 
 def find(version: Version, folder: Path) -> Path | None:
-    """Returns the unpacked folder of this version, or else its archive, in a folder that may itself be the unpacked one."""
+    """Returns the unpacked folder of this version (perhaps the folder itself) or its archive."""
     itself = Path(os.path.abspath(folder))  # "." has no name
     for candidate in (
         itself if itself.name == version.folder else folder / version.folder,
@@ -93,10 +94,11 @@ def find(version: Version, folder: Path) -> Path | None:
 
 
 def read(version: Version, source: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    """Returns train and test, each images uint8 [n, 32, 32, 3] and labels int32 [n], and the class names.
+    """Returns train and test, images uint8 [n, 32, 32, 3] and labels int32 [n], and the classes.
 
     Raises:
-        DataError: naming the file that is missing, damaged, of the wrong size, or holds a label out of range.
+        DataError: naming the file that is missing, damaged, of the wrong size, or holds a label out
+            of range.
     """
     contents = _read_folder(version, source) if source.is_dir() else _read_archive(version, source)
     train, test = (
@@ -106,7 +108,8 @@ def read(version: Version, source: Path) -> tuple[Split, Split, tuple[str, ...]]
     classes = tuple(contents[version.class_file].decode("ascii", "replace").split())
     if len(classes) != version.classes:
         raise DataError(
-            f"{source / version.class_file} names {len(classes)} classes, not {version.classes}. {_MEND}"
+            f"{source / version.class_file} names {len(classes)} classes, not {version.classes}. "
+            f"{_MEND}"
         )
     return train, test, classes
 
@@ -137,7 +140,10 @@ def _read_folder(version: Version, folder: Path) -> dict[str, bytes]:
 
 
 def _read_archive(version: Version, path: Path) -> dict[str, bytes]:
-    """Reads the files in the archive without unpacking anything to the disk; links in it are not followed."""
+    """Reads the files in the archive without unpacking anything to the disk.
+
+    Links in it are not followed.
+    """
     most = 2 * sum(version.sizes().values()) + (1 << 20)
     names = [*version.sizes(), version.class_file]
     contents: dict[str, bytes] = {}
@@ -153,10 +159,12 @@ def _read_archive(version: Version, path: Path) -> dict[str, bytes]:
                 name = member.name.rpartition("/")[2]
                 if name in names and member.isfile():
                     _check_size(version, path, name, member.size)
-                    contents[name] = archive.extractfile(member).read()  # type: ignore[union-attr]  # None for what is no file
+                    # None only for what is no file.
+                    contents[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         raise DataError(
-            f"{path} is not a whole tar.gz archive: {getattr(error, 'strerror', None) or error}. {_MEND}"
+            f"{path} is not a whole tar.gz archive: {getattr(error, 'strerror', None) or error}. "
+            f"{_MEND}"
         ) from error
     if missing := [name for name in names if name not in contents]:
         raise DataError(f"{path} holds no file {', '.join(missing)}. {_MEND}")
@@ -167,7 +175,8 @@ def _check_size(version: Version, source: Path, name: str, size: int) -> None:
     right = version.sizes().get(name)
     if right is None and size > CLASS_FILE_BYTES:
         raise DataError(
-            f"{source / name} has {size:,} bytes, too many for the names of {version.classes} classes. {_MEND}"
+            f"{source / name} has {size:,} bytes, too many for the names of {version.classes} "
+            f"classes. {_MEND}"
         )
     if right is not None and size != right:
         raise DataError(f"{source / name} has {size:,} bytes, not {right:,}. {_MEND}")

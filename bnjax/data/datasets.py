@@ -37,8 +37,10 @@ class Dataset:
     Attributes:
         name: what was loaded: after a fallback another one than was asked for.
         label: what tables and summaries call it.
-        official: whether its pixels are known to be the published ones; None where bnjax has nothing to compare with.
-        fallback_reason: why this set stands in for the one that was asked for; empty if it does not.
+        official: whether its pixels are known to be the published ones; None where bnjax has
+            nothing to compare with.
+        fallback_reason: why this set stands in for the one that was asked for; empty if it does
+            not.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Dataset:
 
 
 def cache_dir() -> Path:
-    """Returns bnjax's own folder for downloads: $BNJAX_CACHE, or `bnjax` in the user's cache folder."""
+    """Returns the folder for downloads: $BNJAX_CACHE, or `bnjax` in the user's cache folder."""
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("BNJAX_CACHE") or f"{user}/bnjax").expanduser()
 
@@ -61,17 +63,21 @@ def load(
 ) -> Dataset:
     """Returns a data set by name.
 
-    CIFAR is looked for in `data_dir`, then in `cache_dir()`, then as an array_record copy of TFDS, and at last downloaded.
+    CIFAR is looked for in `data_dir`, then in `cache_dir()`, then as an array_record copy of TFDS,
+    and at last downloaded.
 
     Args:
-        name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow Datasets.
+        name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow
+            Datasets.
         data_dir: a folder that holds CIFAR's binary files or archive, or TFDS's copies.
         fallback: "digits" to use those where the set cannot be had; "" to raise.
         label: what to call the data in tables instead of its name.
-        train_images: how many of the training images to keep, the first ones, and 0 for all; a fallback keeps all.
+        train_images: how many of the training images to keep, the first ones, and 0 for all; a
+            fallback keeps all.
 
     Raises:
-        DataError: if the data cannot be had and there is no fallback, or are damaged (no fallback hides damage).
+        DataError: if the data cannot be had and there is no fallback, or are damaged (no fallback
+            hides damage).
         ConfigError: if there are fewer training images than are wanted.
     """
     if name != DIGITS and data_dir:
@@ -110,7 +116,8 @@ def _check_folder(data_dir: str) -> None:
         os.listdir(Path(data_dir).expanduser())
     except OSError as error:
         raise DataError(
-            f"config.data.dir = {data_dir!r} cannot be read: {error.strerror}. It has to be a folder, the one that holds "
+            f"config.data.dir = {data_dir!r} cannot be read: {error.strerror}. It has to be a "
+            "folder, the one that holds "
             "cifar-10-batches-bin or cifar-10-binary.tar.gz or that TensorFlow Datasets prepared."
         ) from error
 
@@ -133,7 +140,8 @@ def _download(name: str, archive: download.Remote) -> Path:
         return download.download(archive, cache_dir())
     except DataError as error:
         raise UnavailableError(
-            f"{name} is not on this machine, and {error}. To mend that, fetch {archive.url} where there is a network, "
+            f"{name} is not on this machine, and {error}. To mend that, fetch {archive.url} where "
+            "there is a network, "
             "put it into a folder, and add --config.data.dir=FOLDER."
         ) from error
 
@@ -144,12 +152,14 @@ def _tfds(name: str, data_dir: str, label: str) -> Dataset:
 
 
 def _digits() -> Dataset:
-    """The 1,797 handwritten digits of the UCI set that scikit-learn ships, 8x8 in 17 greys, as 32x32x3; every fifth is for testing."""
-    # The file, and not sklearn.datasets.load_digits, since importing that takes longer than everything else before the first step.
+    """The 1,797 digits that scikit-learn ships, 8x8, as 32x32x3; every fifth is for testing."""
+    # The file, and not sklearn.datasets.load_digits, since importing that takes longer than
+    # everything else before the first step.
     package = importlib.util.find_spec("sklearn")
     if package is None or not package.submodule_search_locations:
         raise DataError(
-            "the digits come with scikit-learn, which is not installed. Install it with: pip install scikit-learn."
+            "the digits come with scikit-learn, which is not installed. Install it with: pip "
+            "install scikit-learn."
         )
     table = np.loadtxt(
         Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz",

@@ -1,7 +1,8 @@
 """A download that gives up soon, is verified, and leaves nothing half-written.
 
-TensorFlow Datasets' manager does the work. It tries again for minutes and cannot be interrupted, so it runs in a process of
-its own, `python -m bnjax.data.download`, which ends when nothing comes any more or when whoever wanted the file is gone.
+TensorFlow Datasets' manager does the work. It tries again for minutes and cannot be interrupted, so
+it runs in a process of its own, `python -m bnjax.data.download`, which ends when nothing comes any
+more or when whoever wanted the file is gone.
 """
 
 import contextlib
@@ -42,10 +43,13 @@ class Remote:
 
 
 def download(file: Remote, cache: Path) -> Path:
-    """Returns the file in the cache folder after downloading it; it appears there whole and verified, or not at all.
+    """Returns the file in the cache folder after downloading it.
+
+    It appears there whole and verified, or not at all.
 
     Raises:
-        DataError: when the server cannot be reached, stops sending or sends other bytes, or the cache cannot be written.
+        DataError: when the server cannot be reached, stops sending or sends other bytes, or the
+            cache cannot be written.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,8 @@ def download(file: Remote, cache: Path) -> Path:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise DataError(
-            f"the cache folder {cache} cannot be written ({error.strerror}); choose another with BNJAX_CACHE"
+            f"the cache folder {cache} cannot be written ({error.strerror}); choose another with "
+            "BNJAX_CACHE"
         ) from error
 
 
@@ -80,7 +85,8 @@ def _fetch(file: Remote, folder: Path) -> Path:
     said = done.stdout.strip()
     if done.returncode != 0:
         raise DataError(
-            f"{file.url} could not be downloaded: {said or 'the download process ended without a word'}"
+            f"{file.url} could not be downloaded: "
+            f"{said or 'the download process ended without a word'}"
         )
     return Path(said)
 
@@ -96,7 +102,10 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def main(url: str, size: str, sha256: str, folder: str, stall_seconds: str) -> int:
-    """Downloads into the folder and prints the file's path, or one line that says what failed; returns the exit code."""
+    """Downloads into the folder and prints the file's path, or one line that says what failed.
+
+    Returns the exit code.
+    """
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches both processes; the other one ends this one

@@ -20,7 +20,9 @@ class Picture:
 
 
 def read_pictures(path: Path, shape: tuple[int, int, int]) -> list[Picture]:
-    """Returns the images of a file, each resized to [h, w, c] = `shape`; only a .npy file may hold several.
+    """Returns the images of a file, each resized to [h, w, c] = `shape`.
+
+    Only a .npy file may hold several.
 
     Raises:
         DataError: naming the file, if it is missing, damaged, or not an image.
@@ -33,7 +35,7 @@ def read_pictures(path: Path, shape: tuple[int, int, int]) -> list[Picture]:
         )
         names = [str(path)] if len(arrays) == 1 else [f"{path}[{i}]" for i in range(len(arrays))]
         return [_fit(name, array, shape) for name, array in zip(names, arrays, strict=True)]
-    except Exception as error:  # for damage, Pillow and NumPy raise a dozen types, of which only some are documented
+    except Exception as error:  # Pillow and NumPy raise a dozen types for damage
         reason = (
             getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         )
@@ -76,7 +78,8 @@ def _read_npy(path: Path) -> list[np.ndarray]:
         raise ValueError(f"its values are {array.dtype}, neither uint8 nor floats from 0 to 1")
     if array.dtype != np.uint8 and not (np.min(array) >= 0 and np.max(array) <= 1):
         raise ValueError(
-            f"its values lie between {np.min(array):g} and {np.max(array):g}; floats have to be from 0 to 1, or else be uint8"
+            f"its values lie between {np.min(array):g} and {np.max(array):g}; floats have to be "
+            "from 0 to 1, or else be uint8"
         )
     return list(array) if array.ndim == 4 else [array]
 

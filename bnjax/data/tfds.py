@@ -21,7 +21,7 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def import_tfds() -> ModuleType:
-    """Returns the package `tensorflow_datasets`, imported late because that takes its time, its notices silenced."""
+    """Returns the package `tensorflow_datasets`, imported late because that takes its time."""
     drop_logs("tensorflow_datasets")
     import tensorflow_datasets
 
@@ -29,15 +29,18 @@ def import_tfds() -> ModuleType:
 
 
 def find(name: str, data_dir: str) -> Path | None:
-    """Returns the folder that holds a readable copy of the set, `data_dir` or else TFDS's own; TFDS is not imported."""
+    """Returns the folder that holds a readable copy of the set, `data_dir` or else TFDS's own.
+
+    TFDS is not imported.
+    """
     return next((root for root in _roots(data_dir) if READABLE in _formats(root, name)), None)
 
 
 def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
-    """Returns train and test, each images uint8 [n, h, w, c] and labels int32 [n], and the class names.
+    """Returns train and test, images uint8 [n, h, w, c] and labels int32 [n], and the classes.
 
-    The test split is "test", or "validation" where there is none. Examples that carry an `id` are sorted by it, which
-    for CIFAR is the order of the original files.
+    The test split is "test", or "validation" where there is none. Examples that carry an `id` are
+    sorted by it, which for CIFAR is the order of the original files.
 
     Args:
         name: as TFDS names it, a config and a version included.
@@ -45,7 +48,8 @@ def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
 
     Raises:
         UnavailableError: if there is no copy that can be read without TensorFlow.
-        DataError: if there is no such set, or the copy is damaged or does not hold labelled images of one size.
+        DataError: if there is no such set, or the copy is damaged or does not hold labelled images
+            of one size.
     """
     root = find(name, data_dir)
     if root is None:
@@ -55,7 +59,8 @@ def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
     held_out = "test" if "test" in sources else "validation"
     if "train" not in sources or held_out not in sources:
         raise DataError(
-            f"the TFDS set {name!r} has the splits {sorted(sources)}; bnjax needs 'train' and 'test' or 'validation'."
+            f"the TFDS set {name!r} has the splits {sorted(sources)}; bnjax needs 'train' and "
+            "'test' or 'validation'."
         )
     classes = _classes(name, dict(sources["train"].dataset_info.features.items()))
     with _naming(name, root):
@@ -65,7 +70,7 @@ def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
 
 @contextlib.contextmanager
 def _naming(name: str, root: Path) -> Iterator[None]:
-    """Turns whatever TFDS raises for a lost or damaged file, or another version's, into an error that names the copy."""
+    """Turns whatever TFDS raises for a damaged copy into an error that names it."""
     try:
         yield
     except DataError:
@@ -73,7 +78,8 @@ def _naming(name: str, root: Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"the copy of the TFDS set {name!r} in {root} cannot be read ({type(error).__name__}: {reason}). "
+            f"the copy of the TFDS set {name!r} in {root} cannot be read ({type(error).__name__}: "
+            f"{reason}). "
             f"Remove it and prepare it again:\n{_recipe(name, root)}"
         ) from error
 
@@ -87,7 +93,8 @@ def _classes(name: str, features: dict[str, Any]) -> tuple[str, ...]:
         or not isinstance(label, kinds.ClassLabel)
     ):
         raise DataError(
-            f"the TFDS set {name!r} holds {sorted(features)}; bnjax needs an 'image' of 8 bits and a 'label' that is a class."
+            f"the TFDS set {name!r} holds {sorted(features)}; bnjax needs an 'image' of 8 bits and "
+            "a 'label' that is a class."
         )
     return tuple(label.names)
 
@@ -102,11 +109,13 @@ def _arrays(name: str, source: Any, classes: int) -> Split:
         if example["image"].shape != image.shape[1:]:
             sizes = f"{image.shape[1:]} and {example['image'].shape}"
             raise DataError(
-                f"the images of the TFDS set {name!r} are not all of one size ({sizes}); bnjax needs a set with one size."
+                f"the images of the TFDS set {name!r} are not all of one size ({sizes}); bnjax "
+                "needs a set with one size."
             )
         if not 0 <= example["label"] < classes:
             raise DataError(
-                f"the TFDS set {name!r} has the label {example['label']} in a split; bnjax needs all of them from 0 to {classes - 1}."
+                f"the TFDS set {name!r} has the label {example['label']} in a split; bnjax needs "
+                f"all of them from 0 to {classes - 1}."
             )
         image[i], label[i] = example["image"], example["label"]
         ids.append(example.get("id", i))
@@ -137,9 +146,12 @@ def _missing(name: str, data_dir: str) -> DataError:
     copies = [(root, formats) for root in roots if (formats := _formats(root, name))]
     if copies:
         root, formats = copies[0]
-        what = f"the copy of the TFDS set {name!r} in {root} is in the format {' and '.join(sorted(formats))}, which only TensorFlow reads"
+        found = " and ".join(sorted(formats))
+        copy = f"the copy of the TFDS set {name!r} in {root}"
+        what = f"{copy} is in the format {found}, which only TensorFlow reads"
         return UnavailableError(
-            f"{what}. Prepare another as array_record, in a folder of its own:\n{_recipe(name, root / READABLE)}"
+            f"{what}. Prepare another as array_record, in a folder of its "
+            f"own:\n{_recipe(name, root / READABLE)}"
         )
     if base in known:
         what = f"the TFDS set {name!r} has not been prepared in {' or '.join(map(str, roots))}"
@@ -147,14 +159,17 @@ def _missing(name: str, data_dir: str) -> DataError:
     close = ", ".join(difflib.get_close_matches(base, [*known, "digits"], 3))
     return DataError(
         f"there is no data set {name!r}{f'; did you mean {close}?' if close else '.'} "
-        "Known are digits, cifar10, cifar100 and the sets of https://www.tensorflow.org/datasets/catalog/overview"
+        "Known are digits, cifar10, cifar100 and the sets of "
+        "https://www.tensorflow.org/datasets/catalog/overview"
     )
 
 
 def _recipe(name: str, root: Path) -> str:
-    prepare = f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format={READABLE!r}).download_and_prepare()"
+    builder = f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format={READABLE!r})"
+    prepare = f"{builder}.download_and_prepare()"
     return (
         "    pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
         f'    python -c "import tensorflow_datasets as tfds; {prepare}"\n'
-        f"and then --config.data.dir={root}. Only preparing needs TensorFlow; bnjax reads the result without."
+        f"and then --config.data.dir={root}. Only preparing needs TensorFlow; bnjax reads the "
+        "result without."
     )

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import threading
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,40 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from bnjax.arrays import BatchStats, Params, named_leaves
-from bnjax.errors import UserError
+from bnjax.arrays import BatchStats, Params
 from bnjax.quiet import drop_logs
+from bnjax.train.integrity import (
+    ITEMS,
+    RECORD,
+    CheckpointError,
+    check_leaves,
+    checksums,
+    leaves_of,
+    leaves_of_metadata,
+    read_record,
+)
 from bnjax.train_step import TrainState
 
-ITEMS = ("variables", "training")
-# Beside what Orbax writes, and in place before a checkpoint gets its final name: it is intact while it agrees with this.
-RECORD = "bnjax.json"
 # Orbax numbers its operations per process, so that two threads may not begin one at the same time.
 _ONE_SAVE = threading.Lock()
 
 
-class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or does not fit the model."""
-
-
 class Checkpoints:
-    """The checkpoints of one run, in a folder with one subfolder a step; the newest two and the best are kept.
+    """The checkpoints of one run, in a folder with one subfolder a step.
 
-    Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and "training" (opt_state,
-    step, rng), and a record: the test accuracy, whatever `about` says, and a checksum of every file. Saving happens in the
-    background; leaving the context waits until everything is on disk.
+    The newest two and the best are kept.
+
+    Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and
+    "training" (opt_state, step, rng), and a record: the test accuracy, whatever `about` says, and a
+    checksum of every file. Saving happens in the background; leaving the context waits until
+    everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
-        """Opens the folder; unless `read_only`, it is created and what a killed process was writing is removed."""
+        """Opens the folder.
+
+        Unless `read_only`, it is created and what a killed process was writing is removed.
+        """
         # It reports its own settings as warnings, and as errors what is raised here as well.
         drop_logs("orbax", below=logging.CRITICAL)
         self.folder = folder
@@ -47,7 +54,7 @@ class Checkpoints:
             for draft in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(draft, ignore_errors=True)
         self._records = {
-            int(path.name): _read_record(path) for path in folder.glob("*") if path.name.isdecimal()
+            int(path.name): read_record(path) for path in folder.glob("*") if path.name.isdecimal()
         }
         self._saving: dict[str, Any] = {}
         options = ocp.CheckpointManagerOptions(
@@ -70,7 +77,10 @@ class Checkpoints:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps that there are checkpoints of, in ascending order; waits for one that is being saved."""
+        """Returns the steps that there are checkpoints of, in ascending order.
+
+        Waits for one that is being saved.
+        """
         self.wait()
         return sorted(step for step in self._records if (self.folder / str(step)).is_dir())
 
@@ -83,20 +93,23 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             raise CheckpointError(
-                f"there is no checkpoint in {self.folder}. Training saves the first one at its first evaluation."
+                f"there is no checkpoint in {self.folder}. Training saves the first one at its "
+                "first evaluation."
             )
         if which in ("best", "last"):
             return steps[-1] if which == "last" else _best(self._records, steps) or steps[-1]
         if which.isdecimal() and int(which) in steps:
             return int(which)
         raise CheckpointError(
-            f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, {', '.join(map(str, steps))}."
+            f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, "
+            f"{', '.join(map(str, steps))}."
         )
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
-        """Returns the newest step whose files are as they were saved (None if nothing was saved), and what was wrong with later ones.
+        """Returns the newest intact step (None if there is none), and what is wrong with later ones.
 
-        Those that are damaged are moved to `damaged` beside the folder, since their steps come again.
+        Those that are damaged are moved to `damaged` beside the folder, since their steps come
+        again.
 
         Raises:
             CheckpointError: if all are damaged; nothing is moved then.
@@ -116,12 +129,14 @@ class Checkpoints:
                 del self._records[later]
             self._manager.reload()
             return step, [
-                f"{reason} Going on from step {step} instead; it was moved to {self.folder.with_name('damaged')}."
+                f"{reason} Going on from step {step} instead; it was moved to "
+                f"{self.folder.with_name('damaged')}."
                 for reason in damaged.values()
             ]
         if damaged:
             raise CheckpointError(
-                f"{' '.join(damaged.values())} No other checkpoint is left. Nothing was changed: restore {self.folder} from a "
+                f"{' '.join(damaged.values())} No other checkpoint is left. Nothing was changed: "
+                f"restore {self.folder} from a "
                 "copy, or train anew in another folder with --workdir."
             )
         return None, []
@@ -133,7 +148,7 @@ class Checkpoints:
             CheckpointError: naming the first file that is missing or has changed.
         """
         folder, wanted = self.folder / str(step), self._records[step].get("files", {})
-        found = _checksums(folder)
+        found = checksums(folder)
         for name in sorted({*wanted, *found}):
             if wanted.get(name) != found.get(name):
                 trouble = (
@@ -161,11 +176,13 @@ class Checkpoints:
         """Saves under the state's step, in the background.
 
         Args:
-            accuracy: on the test images; decides which is the best. None for a step that was not evaluated.
+            accuracy: on the test images; decides which is the best. None for a step that was not
+                evaluated.
             about: anything worth knowing beside it that is JSON: config, versions, conventions.
 
         Raises:
-            CheckpointError: if the disk is full or cannot be written, now or while saving the one before.
+            CheckpointError: if the disk is full or cannot be written, now or while saving the one
+                before.
         """
         step = int(state.step)
         if step in self.steps():
@@ -188,7 +205,10 @@ class Checkpoints:
     def restore(
         self, step: int, like: tuple[TrainState, BatchStats]
     ) -> tuple[TrainState, BatchStats]:
-        """Returns the state and the statistics of a step, on the default device; `like` gives the tree, the shapes and the dtypes."""
+        """Returns the state and the statistics of a step, on the default device.
+
+        `like` gives the tree, the shapes and the dtypes.
+        """
         state, batch_stats = like
         training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
         variables = {"params": state.params, "batch_stats": batch_stats}
@@ -213,7 +233,7 @@ class Checkpoints:
         here = jax.sharding.SingleDeviceSharding(default)  # whatever devices it was saved on
         args = {}
         for name, wanted in items.items():
-            _check_leaves(folder, _leaves_of_metadata(saved[name]), _leaves_of(wanted))
+            check_leaves(folder, leaves_of_metadata(saved[name]), leaves_of(wanted))
             args[name] = ocp.args.StandardRestore(
                 jax.tree.map(
                     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted
@@ -238,13 +258,14 @@ class Checkpoints:
         folder = next(
             self.folder.glob(f"{self._saving['step']}.*")
         )  # its draft name, with a suffix of Orbax's
-        self._saving["files"] = _checksums(folder)
+        self._saving["files"] = checksums(folder)
         (folder / RECORD).write_text(json.dumps(self._saving))
 
     def _unsaved(self, error: Exception) -> CheckpointError:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return CheckpointError(
-            f"a checkpoint could not be saved in {self.folder}: {reason}. The earlier ones are intact: "
+            f"a checkpoint could not be saved in {self.folder}: {reason}. The earlier ones are "
+            "intact: "
             "make room or mend the folder, and the same command goes on from the last of them."
         )
 
@@ -259,71 +280,10 @@ class _NewestTwoAndBest(preservation_policy.PreservationPolicy):
 
 
 def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
-    """Returns the step with the highest accuracy, the earliest if several have it; None if none was evaluated."""
+    """Returns the step with the highest accuracy, the earliest if several have it.
+
+    None if none was evaluated.
+    """
     accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
     known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
     return max(known, key=lambda step: (known[step], -step)) if known else None
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    """Returns the record of a checkpoint, or an empty one if it is damaged."""
-    try:
-        record = json.loads((folder / RECORD).read_bytes())
-        sound = isinstance(record["files"], dict) and isinstance(record["accuracy"], float | None)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return record if sound else {}
-
-
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Returns size and CRC-32 of every file that Orbax keeps arrays in, by its path in the folder."""
-    found = {}
-    for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
-        if (
-            path.is_file() and path.name != "commit_success.txt"
-        ):  # comes and goes with the final name
-            size = checksum = 0
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
-            found[path.relative_to(folder).as_posix()] = [size, checksum]
-    return found
-
-
-Leaves = dict[str, tuple[tuple[int, ...], str]]
-
-
-def _leaves_of(tree: Any) -> Leaves:
-    def stored(leaf: Any) -> Any:  # Orbax keeps a random key as the integers that it is made of
-        return (
-            jax.eval_shape(jax.random.key_data, leaf)
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            else leaf
-        )
-
-    leaves = named_leaves(jax.tree.map(stored, tree))
-    return {name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()}
-
-
-def _leaves_of_metadata(metadata: Any) -> Leaves:
-    return {
-        leaf.name: (tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(metadata.tree)
-    }
-
-
-def _check_leaves(folder: Path, saved: Leaves, wanted: Leaves) -> None:
-    """Raises a `CheckpointError` that names every leaf which one side lacks or has in another shape or dtype."""
-    differences = []
-    for name in sorted({*saved, *wanted}):
-        there, here = (
-            "nothing" if leaf is None else f"{leaf[1]} {list(leaf[0])}"
-            for leaf in (saved.get(name), wanted.get(name))
-        )
-        if there != here:
-            differences.append(f"{name} ({there} in the checkpoint, {here} in the model)")
-    if differences:
-        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise CheckpointError(
-            f"the checkpoint {folder} is of another network or optimizer: {'; '.join(differences[:8])}{more}. "
-            "Restore it with the config that it was trained with."
-        )

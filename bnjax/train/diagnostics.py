@@ -1,4 +1,4 @@
-"""What goes on inside a network in training: graph, histograms, predictions, and what went bad first."""
+"""What goes on inside a network: graph, histograms, predictions, and what went bad first."""
 
 import functools
 from typing import Any
@@ -93,10 +93,11 @@ def first_nonfinite(
     model: nn.Module,
     loss_fn: LossFn = softmax_cross_entropy,
 ) -> str | None:
-    """Returns what in a training step is not finite first, in the order of the computation, in words; None if all is finite.
+    """Returns in words what in a training step is not finite first; None if all is finite.
 
-    Looks at the images, the parameters, the statistics, the output of each layer, the new statistics, the losses and the gradients.
-    The forward pass is not compiled, so that the layers are met in the order in which they run.
+    Looks at the images, the parameters, the statistics, the output of each layer, the new
+    statistics, the losses and the gradients. The forward pass is not compiled, so that the layers
+    are met in the order in which they run.
 
     Args:
         state: as it was before the step, `step` included, since dropout depends on it.
@@ -132,7 +133,7 @@ def first_nonfinite(
 
 
 def _bad_leaves(tree: Any) -> list[str]:
-    """Returns the names of the leaves that are not finite, in the order in which they were put into the tree."""
+    """Returns the names of the leaves that are not finite, in the tree's order."""
     leaves = named_leaves(tree).items()
     bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float32)).all()]
     return [name.partition("__call__")[0].rstrip(".") for name in bad]

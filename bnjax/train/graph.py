@@ -29,7 +29,8 @@ class Node:
     Attributes:
         name: its path in the module tree, "/" between the parts.
         op: the class of the layer, or the name of the operation.
-        inputs: the names of the nodes that it computes from, in the order in which they were computed.
+        inputs: the names of the nodes that it computes from, in the order in which they were
+            computed.
         shape: of its output.
         parameters: names and shapes of the arrays that it holds.
     """
@@ -42,10 +43,13 @@ class Node:
 
 
 def nodes(model: nn.Module, shape: Sequence[int], dtype: Any = np.uint8) -> list[Node]:
-    """Returns the graph of a training step's forward pass, in the order of the computation; nothing is computed.
+    """Returns the graph of a training step's forward pass, in the order of the computation.
 
-    Modules that call no others are one node each; what is computed between them is a node for each operation. What does not depend
-    on the images, or what the result does not depend on, is left out.
+    Nothing is computed.
+
+    Modules that call no others are one node each; what is computed between them is a node for each
+    operation. What does not depend on the images, or what the result does not depend on, is left
+    out.
 
     Args:
         model: any linen module, as for `bnjax.train_step.train_step`.
@@ -138,7 +142,7 @@ class _Flow:
     def follow(
         self, jaxpr: core.Jaxpr, inputs: Sequence[Node | None], owner: int | None
     ) -> list[Node | None]:
-        """Returns which node each output comes from, None for those that do not depend on the images; likewise for the inputs."""
+        """Returns the node of each output, None for those that do not depend on the images."""
         found: dict[Any, Node | None] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def origin(variable: Any) -> Node | None:

@@ -17,7 +17,8 @@ QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
 MAX_VALUES = 1 << 16  # values that are looked at of one array; more would change no picture
 
-# By kind ("statistic", "activation", "gradient") and name, in the order of the computation. JAX sorts the keys of other dicts.
+# By kind ("statistic", "activation", "gradient") and name, in the order of the computation. JAX
+# sorts the keys of other dicts.
 Samples = OrderedDict[str, OrderedDict[str, Array]]
 
 
@@ -29,10 +30,11 @@ def sample(
     model: nn.Module,
     loss_fn: LossFn = softmax_cross_entropy,
 ) -> Samples:
-    """Returns values of every running statistic, layer output and parameter gradient of a training step on this batch.
+    """Returns values of every running statistic, layer output and gradient of a training step.
 
-    The outputs are those of the innermost modules (dropout left out), the gradients those of the mean loss. Of an array with more than
-    65,536 values, as many are taken at equal distances. Nothing is updated: whether and when this is called changes no training.
+    The outputs are those of the innermost modules (dropout left out), the gradients those of the
+    mean loss. Of an array with more than 65,536 values, as many are taken at equal distances.
+    Nothing is updated: whether and when this is called changes no training.
 
     Args:
         state: as before the step.
@@ -70,10 +72,13 @@ def sample(
 
 
 def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Any]]:
-    """Returns each of the samples as plain numbers, fit for JSON; what has no finite value is left out.
+    """Returns each of the samples as plain numbers, fit for JSON.
 
-    `count`, `mean` and `std` of the finite values, their `quantiles` at `QUANTILES`, and a histogram: `counts` in equal bins from
-    `low` to `high`, which are the quantiles 0.005 and 0.995; what lies outside is counted in the first and the last bin.
+    What has no finite value is left out.
+
+    `count`, `mean` and `std` of the finite values, their `quantiles` at `QUANTILES`, and a
+    histogram: `counts` in equal bins from `low` to `high`, which are the quantiles 0.005 and 0.995;
+    what lies outside is counted in the first and the last bin.
 
     >>> numbers = summarise({"statistic": {"norm": np.arange(5.0)}})["statistic"]["norm"]
     >>> numbers["count"], numbers["mean"], numbers["quantiles"][4], sum(numbers["counts"])
@@ -139,7 +144,10 @@ def _outputs(
 
 
 def _in_order(leaves: dict[str, Array], outputs: Mapping[str, Any]) -> OrderedDict[str, Array]:
-    """Returns the leaves in the order of the layers that they belong to; those of no layer come last."""
+    """Returns the leaves in the order of the layers that they belong to.
+
+    Those of no layer come last.
+    """
     place = {name: i for i, name in enumerate(outputs)}
     return OrderedDict(
         sorted(leaves.items(), key=lambda item: place.get(item[0].rpartition(".")[0], len(place)))

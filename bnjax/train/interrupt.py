@@ -6,10 +6,12 @@ from types import FrameType
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`; a second one ends the program at once.
+    """While entered, the first SIGINT or SIGTERM only sets `signal`.
 
-    An exception in the middle of a step would find its inputs donated and its outputs not there yet. In
-    another thread than the main one, where Python allows no handlers, nothing changes.
+    A second one ends the program at once.
+
+    An exception in the middle of a step would find its inputs donated and its outputs not there
+    yet. In another thread than the main one, where Python allows no handlers, nothing changes.
 
     Attributes:
         signal: the signal that came, or None.

@@ -43,7 +43,9 @@ class Stopped(Exception):
 def train_and_evaluate(
     config: ConfigDict, workdir: Path, dataset: Dataset, feed: Feed | None = None
 ) -> Summary:
-    """Trains and evaluates, fills the run's folder and returns its summary; resumes where it was stopped.
+    """Trains and evaluates, fills the run's folder and returns its summary.
+
+    Resumes where it was stopped.
 
     Args:
         config: with the keys of `bnjax.train.config`.
@@ -65,7 +67,10 @@ def train_and_evaluate(
 
 
 class Trainer:
-    """Trains the runs of one config, whatever their seeds; what is compiled for one is used for the next."""
+    """Trains the runs of one config, whatever their seeds.
+
+    What is compiled for one is used for the next.
+    """
 
     def __init__(self, config: ConfigDict, dataset: Dataset, feed: Feed | None = None):
         """Compiles nothing yet.
@@ -82,11 +87,11 @@ class Trainer:
     def train(
         self, folders: Mapping[int, Path], stop: StopRequest
     ) -> dict[int, Summary | NonFiniteError]:
-        """Takes the steps that are missing in each seed's folder, all in one program, and returns what each came to.
+        """Takes the steps that are missing in each seed's folder, all in one program.
 
-        Runs that stand at different steps, after an interruption, are taken one group after the
-        other; in groups of another size the results are the same but for rounding. The seconds of
-        a step are shared out evenly among the runs that still go on.
+        Returns what each came to. Runs that stand at different steps, after an interruption, are
+        taken one group after the other; in groups of another size the results are the same but for
+        rounding. The seconds of a step are shared out evenly among the runs that still go on.
 
         Raises:
             UserError: if a folder belongs to another run or process, or the disk fails.

@@ -36,7 +36,8 @@ def of_split(workdir: Path, checkpoint: str, split: str, data_dir: str | None) -
     network = _Network(workdir, checkpoint)
     config, data = network.config, network.data
     config.data.dir = data_dir or config.data.dir
-    # After a fallback that is another set than was asked for, and the one that was asked for may have turned up since.
+    # After a fallback that is another set than was asked for, and the one that was asked for may
+    # have turned up since.
     stand_in = data.name != config.data.name
     config.data.name = data.name
     if stand_in:
@@ -62,7 +63,7 @@ def of_split(workdir: Path, checkpoint: str, split: str, data_dir: str | None) -
 
 
 def of_images(workdir: Path, checkpoint: str, paths: list[Path]) -> dict[str, Any]:
-    """Returns predictions for image files, and under "errors" what is wrong with those that cannot be read.
+    """Returns predictions for image files, and under "errors" what cannot be read.
 
     Raises:
         UserError: if the folder has no run or no such checkpoint.
@@ -101,7 +102,7 @@ class _Network:
     def predict(
         self, image: np.ndarray, label: np.ndarray, batch_size: int
     ) -> tuple[dict[str, np.ndarray], Metrics]:
-        """Returns `class` int32 [n] and `score` float32 [n, classes] in the images' order, and the metrics."""
+        """Returns `class` int32 [n], `score` float32 [n, classes] and the metrics."""
         batches = eval_batches(image, label, batch_size)
         found = [jax.device_get(self._classify(*self._variables, batch)) for batch in batches]
         predicted = {
@@ -174,7 +175,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             for line in cells
         )
     if "accuracy" in result:
-        yield f"\n{result['dataset']}, {result['count']:,} images, checkpoint of step {result['step']}"
+        images = f"{result['count']:,} images"
+        yield f"\n{result['dataset']}, {images}, checkpoint of step {result['step']}"
         yield from (
             f"  accuracy of {name}: {accuracy:.4f}"
             for name, accuracy in result["accuracy_per_class"].items()

@@ -107,7 +107,10 @@ class Recorder:
         return self.skipped > self._experiment.most_skipped
 
     def fail(self, step: int, state: TrainState, batch_stats: BatchStats, batch: Batch) -> None:
-        """Ends the run at a step that was not finite; everything but `state.step` is as before it."""
+        """Ends the run at a step that was not finite.
+
+        Everything but `state.step` is as before it.
+        """
         self._writer.flush()
         before = dataclasses.replace(state, step=jnp.int32(step - 1))
         found = first_nonfinite(before, batch_stats, batch, model=self._experiment.model)
@@ -141,7 +144,7 @@ class Recorder:
 
 
 def _so_far(workdir: Path, step: int) -> tuple[float, int]:
-    """Returns the seconds of training up to a step, and how many steps in a row before it were skipped.
+    """Returns the seconds of training up to a step, and the steps in a row skipped before it.
 
     Raises:
         UserError: if metrics.jsonl or timing.jsonl does not reach so far.
@@ -169,8 +172,9 @@ def _nonfinite(step: int, in_a_row: int, found: str | None, saved: list[int]) ->
     kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
     return NonFiniteError(
         f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {where} "
-        f"{kept}. What usually helps: a lower learning rate (--config.optimizer.learning_rate=…), "
-        "a larger config.model.epsilon, float32 instead of bfloat16, and a look at the images; "
+        f"{kept}. What usually helps: a lower learning rate "
+        "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, float32 instead of "
+        "bfloat16, and a look at the images; "
         "--config.train.on_nonfinite=skip drops such steps instead. Each is another config, and "
         "needs a --workdir of its own."
     )

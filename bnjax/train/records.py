@@ -20,7 +20,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file with one JSON object a line, each with a `step` above 0; a torn last line is left out.
+    """Returns the objects of a file with one JSON object a line, each with a `step` above 0.
+
+    A torn last line is left out.
 
     Raises:
         UserError: naming the first line that is something else.
@@ -45,7 +47,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl: `step`, `split` ("train" or "test"), `loss` (None if it was not finite), `accuracy`.
+    """Returns the lines of a metrics.jsonl.
+
+    Each has `step`, `split` ("train" or "test"), `loss` (None if not finite) and `accuracy`.
 
     Raises:
         UserError: naming the step of the first line that is something else.
@@ -70,7 +74,8 @@ def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(
-        f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another folder with --workdir."
+        f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another "
+        "folder with --workdir."
     )
 
 
@@ -78,7 +83,7 @@ class Lines:
     """A file with one JSON object a line."""
 
     def __init__(self, path: Path, *, keep_up_to: int):
-        """Opens the file to append, after dropping the lines with a larger `step` than `keep_up_to`."""
+        """Opens the file to append, without the lines whose `step` is above `keep_up_to`."""
         kept = [line for line in read_lines(path) if line["step"] <= keep_up_to]
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -100,13 +105,18 @@ class Lines:
 
 
 class RunWriter:
-    """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/; a context manager.
+    """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/.
+
+    A context manager.
 
     Only timing.jsonl and tensorboard/ depend on the clock.
     """
 
     def __init__(self, workdir: Path, *, start: int):
-        """Opens the files; what an interrupted run wrote past step `start` is dropped, since it comes again."""
+        """Opens the files.
+
+        What an interrupted run wrote past step `start` is dropped, since it comes again.
+        """
         self._metrics = Lines(workdir / "metrics.jsonl", keep_up_to=start)
         self._timing = Lines(workdir / "timing.jsonl", keep_up_to=start)
         self._histograms = Lines(workdir / "histograms.jsonl", keep_up_to=start)
@@ -114,7 +124,10 @@ class RunWriter:
         self.board = Board(workdir / "tensorboard", start=start)
 
     def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
-        """Records the loss and accuracy of the batch of one training step, steps counted from 1; a loss that is not finite is null."""
+        """Records the loss and accuracy of the batch of one training step, steps counted from 1.
+
+        A loss that is not finite is null.
+        """
         self._write(step, "train", means, **{"skipped": 1} if skipped else {})
 
     def test(self, step: int, means: dict[str, float], count: int) -> None:
@@ -136,7 +149,7 @@ class RunWriter:
                 self.board.histogram(f"{kind}/{name}", numbers, step)
 
     def pictures(self, step: int, sheet: np.ndarray) -> None:
-        """Shows what the network makes of a few test images after so many steps, uint8 [h, w, 3]."""
+        """Shows predictions for a few test images after so many steps, uint8 [h, w, 3]."""
         self.board.picture("test/predictions", sheet, step)
 
     def _write(self, step: int, split: str, means: dict[str, float], **more: int) -> None:

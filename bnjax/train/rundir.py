@@ -1,6 +1,7 @@
 """The folder of one run: whose it is, and what is in it.
 
-`config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`, `summary.json`, `checkpoints/`, `tensorboard/`.
+`config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`, `summary.json`,
+`checkpoints/`, `tensorboard/`.
 """
 
 import contextlib
@@ -56,11 +57,13 @@ def locked(workdir: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout as error:
         raise UserError(
-            f"another process is training in {workdir}. Wait for it, stop it, or choose another folder with --workdir."
+            f"another process is training in {workdir}. Wait for it, stop it, or choose another "
+            "folder with --workdir."
         ) from error
     except OSError as error:
         raise UserError(
-            f"the run's folder {workdir} cannot be written: {error.strerror}. Choose another with --workdir."
+            f"the run's folder {workdir} cannot be written: {error.strerror}. Choose another with "
+            "--workdir."
         ) from error
     with lock:
         yield
@@ -78,25 +81,30 @@ def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
         if not file.exists():
             if leftovers := [path.name for path in workdir.iterdir() if path.name not in OURS]:
                 raise UserError(
-                    f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an empty or new folder with --workdir."
+                    f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an "
+                    "empty or new folder with --workdir."
                 )
             write_json(file, mine)
             return
     except OSError as error:
         raise UserError(
-            f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with --workdir."
+            f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with "
+            "--workdir."
         ) from error
     config_there, data_there = read(workdir)
     if lines := differences(
         {"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)}, mine
     ):
         raise UserError(
-            f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with --workdir, or remove that one."
+            f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with "
+            "--workdir, or remove that one."
         )
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    r"""Returns a line for each entry of two trees that differs, and nothing if they agree; where the data lie is no difference.
+    r"""Returns a line for each entry of two trees that differs, and nothing if they agree.
+
+    Where the data lie is no difference.
 
     >>> differences({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
     '\n    a.b: 1 there, 3 now'
@@ -149,11 +157,15 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
         UserError,
     ) as error:
         raise UserError(
-            f"{file} is damaged, or from another version of bnjax ({type(error).__name__}: {error})."
+            f"{file} is damaged, or from another version of bnjax ({type(error).__name__}: "
+            f"{error})."
         ) from error
     return config, facts
 
 
 def norm_conventions(config: ConfigDict) -> dict[str, Any]:
-    """Returns how the stored statistics are to be read; the momentum is the fraction of the old average that is kept."""
+    """Returns how the stored statistics are to be read.
+
+    The momentum is the fraction of the old average that is kept.
+    """
     return {key: config.model[key] for key in ("norm", "epsilon", "momentum", "variance", "debias")}

@@ -49,6 +49,26 @@ def summarise(
     }
 
 
+def as_text(summary: dict[str, Any]) -> str:
+    """Returns the result of a run as a few lines of text."""
+    target, reached = next(iter(summary["steps_to_loss"].items()))
+    best, last = summary["best_test"], summary["final_test"]
+    first = "not reached" if reached is None else f"first at step {reached}"
+    return "\n".join(
+        [
+            f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of "
+            f"{summary['batch_size']} images:",
+            f"  training loss at or below {target}: {first}",
+            f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
+            f"all {last['count']:,} test images",
+            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
+            f"{best['step']}",
+            f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s "
+            f"on {summary['device']}",
+        ]
+    )
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that a result depends on."""
     packages = ("bnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")

@@ -19,12 +19,16 @@ TILE, CAPTION, COLUMNS = 128, 34, 4  # pixels, pixels, pictures
 
 
 class Board:
-    """The folder of one run that TensorBoard reads; every method raises OSError if it cannot be written."""
+    """The folder of one run that TensorBoard reads.
+
+    Every method raises OSError if it cannot be written.
+    """
 
     def __init__(self, folder: Path, *, start: int):
         """Opens it; what an interrupted run wrote past step `start` is not shown."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Written by this thread: tensorboardX's SummaryWriter has one that dies of a full disk without a word, and then waits for it.
+        # Written by this thread: tensorboardX's SummaryWriter has one that dies of a full disk
+        # without a word, and then waits for it.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{start}")
         if start:
             self._write(start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -34,7 +38,10 @@ class Board:
         self._write(step, summary=summary.scalar(name, value))
 
     def histogram(self, name: str, numbers: dict[str, Any], step: int) -> None:
-        """Adds a histogram, given as `bnjax.train.histograms.summarise` returns it; the outer bins reach to the extremes."""
+        """Adds a histogram, given as `bnjax.train.histograms.summarise` returns it.
+
+        The outer bins reach to the extremes.
+        """
         count, mean, std, counts = (numbers[key] for key in ("count", "mean", "std", "counts"))
         least, most = (
             min(numbers["quantiles"][0], numbers["low"]),
@@ -58,7 +65,7 @@ class Board:
         self._write(0, graph_def=graph.SerializeToString())
 
     def hyperparameters(self, values: dict[str, Any]) -> None:
-        """Enters the run in the table of hyperparameters, where it counts as going on until `finished`."""
+        """Enters the run in the table of hyperparameters, as going on until `finished`."""
         plain = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in values.items()
@@ -87,7 +94,9 @@ class Board:
 def contact_sheet(
     images: np.ndarray, captions: Sequence[str], marked: Sequence[bool]
 ) -> np.ndarray:
-    """Returns the images side by side with a caption each, uint8 [h, w, 3]; those that are marked have a red frame.
+    """Returns the images side by side with a caption each, uint8 [h, w, 3].
+
+    Those that are marked have a red frame.
 
     Args:
         images: uint8 [n, h, w, 1 or 3], n at least 1.

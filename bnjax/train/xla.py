@@ -1,4 +1,4 @@
-"""What XLA has to be told to be fast on the backend at hand, and where it keeps what it has compiled."""
+"""What XLA has to be told to be fast on the backend at hand, and its cache."""
 
 import ctypes
 import functools
@@ -10,10 +10,12 @@ import jax
 
 Options = dict[str, str | bool | int]
 
-# Measured with jaxlib 0.10.2 and 0.12.0.1, the tutorial's network, batches of 512 and 5000. By default convolutions go to YNNPACK
-# as well, whose gradients of them are slow: 830 to 910 images/s instead of 1,490 on AVX-512 cores, worse on AVX2 ones. So it gets
-# matrix products (INDIVIDUAL_DOT) and reductions (REDUCE: 5 %); with ELTWISE a step takes 13 % longer. Without the analysis of
-# regions XLA copies what Adam remembers of the largest layer, twice 102 MB in each step (5 %; the bits are the same).
+# Measured with jaxlib 0.10.2 and 0.12.0.1, the tutorial's network, batches of 512 and 5000. By
+# default convolutions go to YNNPACK as well, whose gradients of them are slow: 830 to 910 images/s
+# instead of 1,490 on AVX-512 cores, worse on AVX2 ones. So it gets matrix products (INDIVIDUAL_DOT)
+# and reductions (REDUCE: 5 %); with ELTWISE a step takes 13 % longer. Without the analysis of
+# regions XLA copies what Adam remembers of the largest layer, twice 102 MB in each step (5 %; the
+# bits are the same).
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 CPU_OPTIONS: Options = {
     FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
@@ -21,16 +23,18 @@ CPU_OPTIONS: Options = {
 }
 # On AVX-512 cores 1 to 4 %; on AVX2 cores this one costs a fifth.
 AVX512_OPTIONS: Options = {"xla_cpu_prefer_vector_width": "512"}
-# There Eigen multiplies many rows of float32 faster than YNNPACK does (batch 5000: a step takes 9 to 12 % less), and fewer rows
-# not (batch 512: 3 to 6 % more); bfloat16 only YNNPACK is fast at.
+# There Eigen multiplies many rows of float32 faster than YNNPACK does (batch 5000: a step takes 9
+# to 12 % less), and fewer rows not (batch 512: 3 to 6 % more); bfloat16 only YNNPACK is fast at.
 AVX512_LARGE_BATCH_OPTIONS: Options = AVX512_OPTIONS | {FUSIONS: "LIBRARY_FUSION_TYPE_REDUCE"}
 LARGE_BATCH = 2048
 
-# Initial values are computed once, and their random numbers are a lot of code: of the tutorial's network 1.5 s of compiling instead of
-# 5.1, and as fast to run; of the network for the digits 1.4 s instead of 3.8.
+# Initial values are computed once, and their random numbers are a lot of code: of the tutorial's
+# network 1.5 s of compiling instead of 5.1, and as fast to run; of the network for the digits 1.4 s
+# instead of 3.8.
 CPU_INIT_OPTIONS: Options = {"xla_backend_optimization_level": 1}
 
-# Of glibc's mallopt: how much free memory goes back to the kernel, how many allocations are mappings of their own, how many heaps.
+# Of glibc's mallopt: how much free memory goes back to the kernel, how many allocations are
+# mappings of their own, how many heaps.
 KEEP_FREED_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 MADV_HUGEPAGE = 14
 LEAST_MEMORY = (
@@ -39,7 +43,7 @@ LEAST_MEMORY = (
 
 
 def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
-    """Returns the options for `jax.jit(f, compiler_options=...)` that are fast on the default backend.
+    """Returns the options for `jax.jit(f, compiler_options=...)` that are fast by default.
 
     An option that this jaxlib does not know is left out, as is one that the user set in XLA_FLAGS.
 
@@ -54,7 +58,7 @@ def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
 
 
 def init_options() -> Options:
-    """Returns the options, likewise, for what runs only once and is large: the initial values of a network."""
+    """Returns the options, likewise, for what is large and runs once, as initial values do."""
     return _usable(CPU_INIT_OPTIONS)
 
 
@@ -69,7 +73,10 @@ def _usable(cpu_options: Options) -> Options:
 
 
 def memory() -> int | None:
-    """Returns the bytes that the default device can hold, on a CPU those of the machine; None where nobody says."""
+    """Returns the bytes that the default device can hold, on a CPU those of the machine.
+
+    None where nobody says.
+    """
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None and jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -79,9 +86,10 @@ def memory() -> int | None:
 def keep_freed_memory() -> bool:
     """Makes glibc keep what XLA frees for the next step, in huge pages; returns whether it does.
 
-    XLA frees and takes gigabytes in each step on a CPU, and page faults are a quarter of its time. Call this before the first
-    computation. Nothing is done where less than 8 GB are available, where another malloc or other settings of this one
-    were chosen (LD_PRELOAD, GLIBC_TUNABLES), with BNJAX_MALLOC=0, and where there is no glibc.
+    XLA frees and takes gigabytes in each step on a CPU, and page faults are a quarter of its time.
+    Call this before the first computation. Nothing is done where less than 8 GB are available,
+    where another malloc or other settings of this one were chosen (LD_PRELOAD, GLIBC_TUNABLES),
+    with BNJAX_MALLOC=0, and where there is no glibc.
     """
     chosen = "malloc" in os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
     available = _available_memory()
@@ -91,7 +99,8 @@ def keep_freed_memory() -> bool:
     if not (hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt")):
         return False
     kept = all(libc.mallopt(name, value) == 1 for name, value in KEEP_FREED_MEMORY.values())
-    # The heap grows by this at once, marked, and none of it is touched; what is freed stays a part of the heap.
+    # The heap grows by this at once, marked, and none of it is touched; what is freed stays a part
+    # of the heap.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.madvise.argtypes, libc.free.argtypes = (
         [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
@@ -116,9 +125,12 @@ def _available_memory() -> int:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keeps compiled programs in a folder, so that the next process need not compile them; at most 2 GB, the latest used.
+    """Keeps compiled programs in a folder, so that the next process need not compile them.
 
-    Nothing is changed where the user has chosen a folder, by JAX_COMPILATION_CACHE_DIR or by jax.config.
+    At most 2 GB, the latest used.
+
+    Nothing is changed where the user has chosen a folder, by JAX_COMPILATION_CACHE_DIR or by
+    jax.config.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -132,7 +144,7 @@ def keep_compiled(folder: Path) -> None:
 def _is_known(name: str, value: str | bool | int) -> bool:
     try:
         jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
-    except Exception:  # jaxlib raises different types for an unknown name and for an unknown value, none of them public
+    except Exception:  # of several types that are not public
         return False
     return True
 

@@ -156,9 +156,11 @@ def test_what_a_killed_machine_left_is_removed(server, cache):
 
 def start(server, behaviour, cache, **options):
     program = (
-        "import sys; from pathlib import Path; from bnjax import errors; from bnjax.data import download\n"
+        "import sys; from pathlib import Path; from bnjax import errors; from bnjax.data import "
+        "download\n"
         "url, size, sha256, cache = sys.argv[1:]\n"
-        "errors.run(lambda: bool(download.download(download.Remote(url, int(size), sha256), Path(cache))) - 1)"
+        "errors.run(lambda: bool(download.download(download.Remote(url, int(size), sha256), "
+        "Path(cache))) - 1)"
     )
     file = remote(server, behaviour)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

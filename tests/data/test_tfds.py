@@ -159,7 +159,7 @@ def test_a_damaged_copy_is_named_and_no_fallback_hides_it(prepared, tmp_path):
 
 
 def as_tfrecord(prepared, root, name):
-    """What TFDS's default leaves: only TensorFlow writes it, but its description is enough to be refused."""
+    """What TFDS's default leaves: its description is enough to be refused."""
     shutil.copytree(prepared / "greys", root / name)
     (file,) = (root / name).rglob("dataset_info.json")
     info = json.loads(file.read_text()) | {"name": name, "fileFormat": "tfrecord"}
@@ -176,8 +176,8 @@ def test_a_copy_that_only_tensorflow_reads(prepared, tmp_path):
     assert "pip install tensorflow " in message
     # In a folder of its own: beside a TFRECORD copy, TFDS refuses to prepare another.
     assert (
-        f"tfds.builder('mnist', data_dir='{tmp_path}/array_record', file_format='array_record').download_and_prepare()"
-        in message
+        f"tfds.builder('mnist', data_dir='{tmp_path}/array_record', "
+        "file_format='array_record').download_and_prepare()" in message
     )
     assert f"--config.data.dir={tmp_path}/array_record" in message
     assert datasets.load("mnist", str(tmp_path), fallback="digits").fallback_reason == message

@@ -1,4 +1,4 @@
-"""Whatever is thrown at bnjax, the answer is a result or one paragraph: never a traceback, a hang or a half-written file."""
+"""Whatever is thrown at bnjax, the answer is a result or one paragraph."""
 
 import json
 import os
@@ -297,7 +297,7 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
 def test_any_damage_is_said_or_does_no_harm_when_predicting(
     finished, tmp_path, monkeypatch, capsys, data
 ):
-    """The command line itself, in this process: damaged runs, and images of damaged or random bytes."""
+    """The command line itself: damaged runs, and images of damaged or random bytes."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
     shutil.copytree(finished, folder)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())

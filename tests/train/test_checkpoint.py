@@ -66,7 +66,8 @@ def test_no_checkpoint_is_an_error_that_says_when_there_will_be_one(tmp_path):
     [
         (
             {"layer": {"kernel": jnp.zeros((2, 4))}},
-            r"params\.layer\.kernel \(float32 \[2, 3\] in the checkpoint, float32 \[2, 4\] in the model",
+            r"params\.layer\.kernel \(float32 \[2, 3\] in the checkpoint, float32 \[2, 4\] in the "
+            r"model",
         ),
         (
             {"layer": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}},
@@ -130,7 +131,10 @@ SLOW = pytest.mark.slow
     ["overwritten", pytest.param("truncated", marks=SLOW), pytest.param("deleted", marks=SLOW)],
 )
 def test_whatever_is_damaged_is_noticed_or_does_not_matter(three, tmp_path, how):
-    """Every file of the newest checkpoint in turn; TensorStore itself gives back changed bytes without a word."""
+    """Every file of the newest checkpoint in turn.
+
+    TensorStore itself gives back changed bytes without a word.
+    """
     files = [path.relative_to(three) for path in sorted((three / "3").rglob("*")) if path.is_file()]
     noticed = 0
     for name in files:
@@ -201,7 +205,7 @@ def test_what_is_said_about_it_is_kept_beside_it(tmp_path):
 
 
 def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoints_stay(tmp_path):
-    """The limit on the size of a file stands for the disk: writing past it fails in the same way, in Orbax's background thread."""
+    """The limit on the size of a file stands for the disk: Orbax's thread fails in the same way."""
     code = f"""
 import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -217,7 +221,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 state, stats = make(2)
 try:
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(state.replace(params={{"big": jnp.arange(100_000.0) ** 1.5}}), stats, 0.6, {{}})
+        big = state.replace(params={{"big": jnp.arange(100_000.0) ** 1.5}})
+        checkpoints.save(big, stats, 0.6, {{}})
 except CheckpointError as error:
     print(error)
 """
@@ -229,7 +234,7 @@ except CheckpointError as error:
 
 
 def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
-    """Saved sharded over the simulated devices of this process, restored in a process that has one device."""
+    """Saved sharded over simulated devices, restored in a process that has one."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     kernel = jax.device_put(jnp.arange(16.0), sharding)
@@ -241,7 +246,8 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from bnjax.train.checkpoint import Checkpoints
 with Checkpoints(Path({str(tmp_path)!r}), read_only=True) as checkpoints:
-    params, _ = checkpoints.restore_variables(1, jax.eval_shape(lambda: ({{"kernel": jnp.zeros(16)}}, {{}})))
+    like = jax.eval_shape(lambda: ({{"kernel": jnp.zeros(16)}}, {{}}))
+    params, _ = checkpoints.restore_variables(1, like)
 print(jax.device_count(), params["kernel"].tolist() == list(range(16)))
 """
     env = {**os.environ, "XLA_FLAGS": ""}

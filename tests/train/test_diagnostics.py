@@ -1,4 +1,7 @@
-"""What a run leaves in histograms.jsonl and tensorboard/, read back; and that looking changes no training."""
+"""What a run leaves in histograms.jsonl and tensorboard/, read back.
+
+And that looking changes no training.
+"""
 
 import io
 

@@ -16,7 +16,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """A residual block, plain and rematerialised, a layer that is called twice, and something that leads nowhere."""
+    """A residual block, plain and rematerialised, a layer called twice, and one for nothing."""
 
     @nn.compact
     def __call__(self, x, train):

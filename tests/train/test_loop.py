@@ -164,7 +164,7 @@ def test_file_order_sees_the_images_in_their_order(tmp_path):
 
 
 def test_slow_averages_spoil_the_test_loss_and_are_warned_of(tmp_path, capsys):
-    """The trap that the tutorial fell into first: with 0.99, evaluation still sees mean 0 and variance 1."""
+    """The tutorial's trap: with 0.99, evaluation still sees mean 0 and variance 1."""
     losses = {}
     for momentum in (0.75, 0.99):
         config = synthetic.config()
@@ -236,7 +236,7 @@ def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path):
     ],
 )
 def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, key):
-    """Interrupted in step 8 without a chance to save: step 5 is evaluated, and one of 6 to 8 was saved besides."""
+    """Interrupted in step 8 without a chance to save; step 5 is evaluated, one of 6 to 8 saved."""
     config = synthetic.config()
     config.checkpoint[key] = {"every_steps": 3, "every_epochs": 3 * 10 / 48, "every_minutes": 1e-9}[
         key
@@ -266,7 +266,10 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(finished
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     lock = str(tmp_path / "run" / ".lock")
-    code = f"import filelock, time; lock = filelock.FileLock({lock!r}); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    code = (
+        f"import filelock, time; lock = filelock.FileLock({lock!r}); lock.acquire(); "
+        "print('held', flush=True); time.sleep(60)"
+    )
     (tmp_path / "run").mkdir()
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
@@ -323,7 +326,7 @@ def test_files_that_lack_steps_before_the_checkpoint_are_not_gone_on_with(finish
 
 
 def test_steps_skipped_in_a_row_are_counted_across_an_interruption(tmp_path):
-    """Steps 4 and 5 are skipped, 5 is saved, and the third one in a row, after going on, is one too many."""
+    """Steps 4 and 5 are skipped, 5 is saved, and the third one in a row is one too many."""
     config = synthetic.config()
     config.train.on_nonfinite, config.train.most_skipped = "skip", 2
     feed = poisoned(config, 4, 5, first=5)
@@ -418,7 +421,8 @@ def test_a_run_may_stop_at_a_loss(finished, tmp_path):
     assert (summary["steps"], summary["final_test"]["step"]) == (first, first)
     assert summary["ended"].startswith("training loss at or below")
     assert list(summary["steps_to_loss"].values()) == [first]
-    # As after a crash between the last checkpoint and the summary: it goes on to its end, and that is here.
+    # As after a crash between the last checkpoint and the summary: it goes on to its end, and that
+    # is here.
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (tmp_path / "run" / "summary.json").unlink()
     assert train_and_evaluate(config, tmp_path / "run", synthetic.dataset())["steps"] == first

@@ -41,7 +41,7 @@ def numbers(tree):
 
 
 def take(steps, items, counts):
-    """Takes so many steps in each dispatch, and returns the leaves of the states and the metrics."""
+    """Takes so many steps in each dispatch; returns the leaves of the states and the metrics."""
     state, batch_stats = steps.init(jax.random.key(0))
     streak, metrics, items = steps.streak([0]), [], iter(items)
     for count in counts:

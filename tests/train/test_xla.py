@@ -80,7 +80,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
 
 
 def page_faults(**env):
-    """Returns whether freed memory is kept, and the page faults of 8 steps that take and free 64 MB, in a process of its own."""
+    """Returns whether freed memory is kept, and the page faults of 8 steps that free 64 MB."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -102,7 +102,7 @@ def page_faults(**env):
     reason="needs glibc and 8 GB",
 )
 def test_freed_memory_is_kept():
-    """A page of 4 KB costs a fault when it is new: 8 times 64 MB are 131,072 of them, or 256 in huge pages."""
+    """A new page of 4 KB costs a fault: 8 times 64 MB are 131,072, or 256 in huge pages."""
     kept, few = page_faults()
     released, many = page_faults(BNJAX_MALLOC="0")
     assert (kept, released) == (True, False)
@@ -134,7 +134,7 @@ def test_memory_is_kept_only_where_there_is_enough(monkeypatch):
 
 @SUMS_ONE_BY_ONE
 def test_batch_statistics_keep_their_digits_under_the_options():
-    """A fast reduction must not be a sloppy one: a mean 10,000 times the deviation, 80,000 values a channel."""
+    """A fast reduction must not be a sloppy one: 80,000 values, a mean of 10,000 deviations."""
     x = (np.random.default_rng(0).normal(size=(512, 13, 12, 5)) + 1e4).astype(np.float32)
     found = jax.jit(lambda x: moments(x, (0, 1, 2))[:2], compiler_options=xla.compiler_options())(x)
     wide = x.astype(np.float64)
@@ -143,12 +143,13 @@ def test_batch_statistics_keep_their_digits_under_the_options():
 
 
 def compile_in_a_process(home, **env):
-    """Compiles something that takes longer than the limit, and returns the folder that JAX then has for it."""
+    """Compiles something, and returns the folder that JAX then has for it."""
     code = (
         "import jax, pathlib\nfrom bnjax.train import xla\n"
         f"xla.keep_compiled(pathlib.Path({str(home)!r}))\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
-        "jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, 3)))\nprint(jax.config.jax_compilation_cache_dir)"
+        "jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, "
+        "3)))\nprint(jax.config.jax_compilation_cache_dir)"
     )
     clean = {
         name: value
