@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,6 @@ def test_imports_point_down(path):
 
 
 def test_no_module_has_the_name_of_one_in_the_standard_library():
-    import sys
-
     assert not {path.stem for path in FILES} & set(sys.stdlib_module_names)
 
 
