@@ -1,14 +1,18 @@
-"""How fast training is here, beside a plain Flax loop and other frameworks, everything in turn and in processes of its own.
+"""How fast training is here, beside a plain Flax loop and other frameworks.
 
     python scripts/bench.py --data-dir FOLDER --quick
-    python scripts/bench.py --data-dir FOLDER --json bench.json --peer 'python step_torch.py FOLDER {batch} {steps}' --peer …
+    python scripts/bench.py --data-dir FOLDER --json bench.json --peer COMMAND --peer COMMAND
 
-FOLDER holds CIFAR-10. A peer is any command that trains the same network and prints a JSON line with `peer`, `step_s` and `images_per_s`;
-{batch} and {steps} are filled in. Run it on an otherwise idle machine: `--quick` takes some minutes, the whole two hours on two cores.
+FOLDER holds CIFAR-10. Everything is measured in turn, each in a process of its own. A peer is any
+command that trains the same network and prints a JSON line with `peer`, `step_s` and
+`images_per_s`, for instance 'python step_torch.py FOLDER {batch} {steps}'; {batch} and {steps} are
+filled in. Run it on an otherwise idle machine: `--quick` takes some minutes, the whole two hours on
+two cores.
 
-Prints Markdown tables: images a second (median, minimum and maximum of the rounds), the ratio to bnjax in the same round (median),
-FLOP/s beside the best float32 product at hand (XLA's or NumPy's BLAS), and the peak of memory; then evaluation, what the
-training loop adds to its steps, and the time from the command to the first step.
+Prints Markdown tables: images a second (median, minimum and maximum of the rounds), the ratio to
+bnjax in the same round (median), FLOP/s beside the best float32 product at hand (XLA's or NumPy's
+BLAS), and the peak of memory; then evaluation, what the training loop adds to its steps, and the
+time from the command to the first step.
 """
 
 import argparse
@@ -35,12 +39,13 @@ from bnjax.train.summary import versions
 
 ROOT = Path(__file__).parents[1]
 STEP = [sys.executable, str(ROOT / "scripts" / "bench_step.py")]
-# What `keep_freed_memory` sets in bnjax's own processes, for those of other frameworks: the same malloc for all.
+# What `keep_freed_memory` sets in bnjax's own processes, for those of other frameworks: the same
+# malloc for all.
 KEPT = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=18446744073709551615:"
     "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
 }
-# NumPy's BLAS is to choose its kernels by the processor, whatever was chosen for other programs here.
+# NumPy's BLAS is to choose its kernels by the processor, whatever was chosen for other programs.
 BLAS_BY_ITSELF = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 Results = dict[tuple[int, str], list[dict[str, Any]]]
 
@@ -97,11 +102,9 @@ def race(args: argparse.Namespace) -> Results:
 
 
 def table(results: Results, product: float) -> str:
-    """Returns the table of the race; `product` is the FLOP/s of the fastest large float32 product."""
-    lines = [
-        "| batch | what | images/s | min to max | bnjax / it | TFLOP/s | of a matrix product | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Returns the table of the race; `product` is the FLOP/s of the best large float32 product."""
+    titles = "batch|what|images/s|min to max|bnjax / it|TFLOP/s|of a matrix product|peak memory"
+    lines = ["| " + titles.replace("|", " | ") + " |", "|---" * 8 + "|"]
     for (batch, name), runs in results.items():
         rates = [run["images_per_s"] for run in runs]
         ratio = np.median(
@@ -143,7 +146,7 @@ def train_command(config: str, workdir: Path, *overrides: str) -> list[str]:
 
 
 def overhead(args: argparse.Namespace, bare: float) -> float:
-    """Returns the seconds that a step of a whole training takes, over those of a bare step of batch 512, minus 1."""
+    """Returns by how much a step of a whole training takes longer than a bare one of batch 512."""
     with tempfile.TemporaryDirectory() as folder:
         steps = [
             "train.steps=40",
@@ -164,7 +167,7 @@ def overhead(args: argparse.Namespace, bare: float) -> float:
 
 
 def first_step(env: dict[str, str]) -> float:
-    """Returns the seconds from the command to the moment when the terminal shows the first training step, on the digits."""
+    """Returns the seconds from the command to the first training step shown, on the digits."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         leader, follower = pty.openpty()
@@ -184,7 +187,7 @@ def first_step(env: dict[str, str]) -> float:
 
 
 def start_up() -> dict[str, float]:
-    """Returns the seconds that --help takes, and those to the first step with nothing compiled and with everything compiled."""
+    """Returns the seconds of --help, and to the first step with nothing compiled and with all."""
     with tempfile.TemporaryDirectory() as compiled:
         env = {"BNJAX_CACHE": compiled, "TQDM_MININTERVAL": "0"}
         cold = first_step(env)
@@ -199,7 +202,7 @@ def start_up() -> dict[str, float]:
 
 
 def processor() -> str:
-    """Returns the processor's name and the widest vectors that it has, as far as the system tells."""
+    """Returns the processor's name and its widest vectors, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
@@ -284,7 +287,8 @@ def main() -> None:
     print(f"Evaluation: {single['evaluation']['images_per_s']:,.0f} images/s.")
     cold, warm = single["first_step_cold_s"], single["first_step_warm_s"]
     print(
-        f"From the command to the first step on the digits: {cold:.1f} s; {warm:.1f} s once compiled."
+        f"From the command to the first step on the digits: {cold:.1f} s; "
+        f"{warm:.1f} s once compiled."
     )
     print(f"--help: {single['help_s']:.2f} s.")
     if bare:

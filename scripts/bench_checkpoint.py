@@ -1,7 +1,8 @@
 """Measures what a checkpoint of the tutorial's network costs: `python scripts/bench_checkpoint.py`.
 
-Prints one JSON object: bytes on disk, the seconds for which `save` holds up training, until all is on disk and verified, to restore,
-and the seconds that one save in the background adds to the training steps beside it (median over rounds, saving and not saving in turn).
+Prints one JSON object: bytes on disk; the seconds for which `save` holds up training, until all is
+on disk and verified, and to restore; and the seconds that one save in the background adds to the
+training steps beside it (median over rounds, saving and not saving in turn).
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Times the tutorial's training step with bnjax.norms.BatchNorm and with flax.linen.BatchNorm, in turn, and compares their losses.
+"""Times the tutorial's training step with bnjax.norms.BatchNorm and with flax.linen.BatchNorm.
 
     python scripts/bench_norms.py --data-dir FOLDER --batch 512 --pairs 20
 
-Prints one JSON object: seconds a step (median, minimum, maximum) of each, the median of the pairs' ratios, and the first losses of both.
+They take turns. Prints one JSON object: seconds a step (median, minimum, maximum) of each, the
+median of the pairs' ratios, and the first losses of both.
 Without --data-dir the images are noise, which changes the losses and not the speed.
 """
 

@@ -1,10 +1,12 @@
 """One contender of `scripts/bench.py`, in a process of its own: prints one JSON line.
 
-    python scripts/bench_step.py train FOLDER BATCH STEPS [--model bnjax|textbook] [--norm none] [--dtype bfloat16] [--together 16]
+    python scripts/bench_step.py train FOLDER BATCH STEPS [--model bnjax|textbook] [--norm none]
+        [--dtype bfloat16] [--together 16]
     python scripts/bench_step.py evaluate FOLDER BATCH STEPS
     python scripts/bench_step.py matmul|blas - BATCH STEPS [--dtype bfloat16]
 
-FOLDER holds CIFAR-10. Seconds are of a step, the median of all but the first two; the peak of memory is the process's.
+FOLDER holds CIFAR-10. Seconds are of a step, the median of all but the first two; the peak of
+memory is the process's.
 """
 
 import argparse
@@ -47,7 +49,7 @@ def timed(once: Callable[[], Any], times: int) -> list[float]:
 def bnjax_trainer(
     args: argparse.Namespace, split: datasets.Split
 ) -> tuple[Callable[[], Any], float]:
-    """Returns what takes a step, or `together` of them in one dispatch, and the floating-point operations of one."""
+    """Returns what takes a step, or `together` in one dispatch, and the FLOPs of one."""
     config = defaults.get_config()
     config.model.norm, config.model.dtype, config.model.dense_product = (
         args.norm,
@@ -129,7 +131,7 @@ def textbook_step(state, image, label):
 def textbook_trainer(
     args: argparse.Namespace, split: datasets.Split
 ) -> tuple[Callable[[], Any], float]:
-    """Returns what takes a step of the plain loop, JAX as installed, and the floating-point operations of one."""
+    """Returns what takes a step of the plain loop, JAX as installed, and its FLOPs."""
     model = Textbook(args.norm == "batch")
     variables = model.init(jax.random.key(0), jnp.ones((1, *split.image.shape[1:])), train=False)
     state = TextbookState.create(
@@ -191,7 +193,10 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def matmul(args: argparse.Namespace) -> dict[str, Any]:
-    """Times the largest matrix product of the network, the batch times the first dense layer's weights, with float32 sums."""
+    """Times the network's largest matrix product, with float32 sums.
+
+    It is that of the batch and the first dense layer's weights.
+    """
     x, weight = (
         jax.random.normal(jax.random.key(0), shape, args.dtype)
         for shape in ((args.batch, 7260), (7260, 3500))

@@ -19,22 +19,36 @@ from bnjax.norms import BatchNorm
 NORMS = {"flax": nn.BatchNorm, "ours": BatchNorm}
 DEVICES = 8
 
-# feature | Flax | ours | test; what is measured comes after these.
+# feature | Flax | ours, then the test that shows it; what is measured comes after these.
 FEATURES = """
-constructor, call, leaf names, shapes, defaults | yes | the same | flax.py::test_drop_in
-its checkpoint in the other layer | yes | the same results, both ways | flax.py::test_checkpoints_are_interchangeable
-bfloat16 averages in a checkpoint | evaluates in bfloat16 | at least float32 | flax.py::test_low_precision_averages
-mask of one value an example, [n] | error | yes | flax.py::test_masks
-NaN in padding | NaN gradient of scale | no effect | flax.py::test_nan_in_padding
-fewer than 2 values per channel | silent, output 0 | error that says what to do | batch.py::test_errors_say_what_to_do
-unbound axis name | NameError of JAX | names the axis and the wrapper | batch.py::test_errors_say_what_to_do
-axis_index_groups | pmap, unchecked shard_map | also vmap and checked shard_map | devices.py::test_groups_have_their_own_statistics
-stored variance | biased | biased or unbiased, by the true count | batch.py::test_conventions_of_other_frameworks
-momentum | a number | a number, a schedule, None for the mean | batch.py::test_momentum_may_follow_the_steps
-averages without their initial values | no | debias=True | batch.py::test_debias_gives_powers_of_the_momentum_as_weights
-normalise by / update / train affine | one switch | three | batch.py::test_which_statistics_normalise_and_whether_they_are_updated
-forward mode, second derivatives | not tested here | yes | batch.py::test_forward_mode_and_second_derivatives
-gradient = closed form, float64, 1e-10 | not tested here | yes | batch.py::test_gradients_are_the_closed_form
+constructor, call, leaf names, shapes, defaults | yes | the same
+    test_against_flax.py::test_drop_in
+its checkpoint in the other layer | yes | the same results, both ways
+    test_against_flax.py::test_checkpoints_are_interchangeable
+bfloat16 averages in a checkpoint | evaluates in bfloat16 | at least float32
+    test_against_flax.py::test_low_precision_averages
+mask of one value an example, [n] | error | yes
+    test_against_flax.py::test_masks
+NaN in padding | NaN gradient of scale | no effect
+    test_against_flax.py::test_nan_in_padding
+fewer than 2 values per channel | silent, output 0 | error that says what to do
+    test_batch.py::test_errors_say_what_to_do
+unbound axis name | NameError of JAX | names the axis and the wrapper
+    test_batch.py::test_errors_say_what_to_do
+axis_index_groups | pmap, unchecked shard_map | also vmap and checked shard_map
+    test_devices.py::test_groups_have_their_own_statistics
+stored variance | biased | biased or unbiased, by the true count
+    test_batch.py::test_conventions_of_other_frameworks
+momentum | a number | a number, a schedule, None for the mean
+    test_batch.py::test_momentum_may_follow_the_steps
+averages without their initial values | no | debias=True
+    test_batch.py::test_debias_gives_powers_of_the_momentum_as_weights
+normalise by / update / train affine | one switch | three
+    test_batch.py::test_which_statistics_normalise_and_whether_they_are_updated
+forward mode, second derivatives | not tested here | yes
+    test_batch.py::test_forward_mode_and_second_derivatives
+gradient = closed form, float64, 1e-10 | not tested here | yes
+    test_batch.py::test_gradients_are_the_closed_form
 """
 
 
@@ -67,7 +81,10 @@ def _over_shards(norm, x, mask):
 
 
 def _masked_shards():
-    """Eight shards of four, filled to 4, 4, 4, 4, 4, 4, 4, 1, of values that grow: the last shard's mean counts too much."""
+    """Eight shards of four, the last with one real value: its mean counts too much.
+
+    The values grow, so that this shows.
+    """
     x = jnp.arange(32.0)[:, None] ** 2
     mask = jnp.arange(32)[:, None] < 29
     truth = float(np.mean(np.arange(29.0) ** 2))
@@ -122,9 +139,9 @@ def _stored_variances():
 def main():
     """Prints the table."""
     print("| | Flax linen | bnjax | shown by |\n|---|---|---|---|")
-    for row in FEATURES.strip().splitlines():
-        feature, flax, ours, test = row.split(" | ")
-        print(f"| {feature} | {flax} | {ours} | `test_norms_{test}` |")
+    rows = FEATURES.strip().splitlines()
+    for feature, test in zip(rows[::2], rows[1::2], strict=True):
+        print(f"| {feature} | `norms/{test.strip()}` |")
     titles = {
         "masked shards": "mean over 8 masked shards of unequal size",
         "empty shard": "mean with one shard all padding",
@@ -132,10 +149,9 @@ def main():
     titles["unequal groups"] = "mean of six devices, the other two being another group"
     for name, row in measurements().items():
         title = titles.get(name, name) + (" (as PyTorch)" if name.startswith("stored") else "")
-        numbers = f"{row['flax']:.6g} | {row['ours']:.6g}"
-        print(
-            f"| {title}: right is {row['truth']:.6g} | {numbers} | `norms/test_against_flax.py::test_measured[{name}]` |"
-        )
+        numbers = " | ".join(f"{row[key]:.6g}" for key in ("flax", "ours"))
+        test = f"norms/test_against_flax.py::test_measured[{name}]"
+        print(f"| {title}: right is {row['truth']:.6g} | {numbers} | `{test}` |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Writes what other frameworks' batch normalization stores after a few updates, for the tests to compare ours with.
+"""Writes what other frameworks' batch normalization stores after a few updates, for the tests.
 
     python scripts/conventions.py tests/norms/conventions.json
 
-Every framework that this Python can import is run (PyTorch; TensorFlow, fused and not; Keras) and its rows, with its version,
-replace those of the same framework in the file; the rest stays. So run it once in each environment.
+Every framework that this Python can import is run (PyTorch; TensorFlow, fused and not; Keras) and
+its rows, with its version, replace those of the same framework in the file; the rest stays. So run
+it once in each environment.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ UPDATES = 3
 
 
 def batches(size):
-    """Returns the batches [UPDATES, size, 1, 1, 2]: simple numbers, so that no random generator has to be shared."""
+    """Returns the batches [UPDATES, size, 1, 1, 2], of numbers without a random generator."""
     index = np.arange(UPDATES * size * 2, dtype=np.float32)
     return (np.sin(index) * 3 + index % 5).reshape(UPDATES, size, 1, 1, 2)
 

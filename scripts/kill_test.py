@@ -1,8 +1,11 @@
-"""Kills trainings at random moments and checks that going on loses nothing: `python scripts/kill_test.py --kills 200`.
+"""Kills trainings at random moments and checks that going on loses nothing.
 
-A small network is trained on the embedded digits, without interruption, and again and again with SIGKILL at a
-random moment of its time, during imports, steps, evaluations and saves alike, followed by the same command. In the end the parameters,
-the running statistics, the optimizer state and the whole of metrics.jsonl have to be the same bits. Exits with 1 if they are not.
+    python scripts/kill_test.py --kills 200
+
+A small network is trained on the embedded digits, without interruption, and again and again with
+SIGKILL at a random moment of its time, during imports, steps, evaluations and saves alike, followed
+by the same command. In the end the parameters, the running statistics, the optimizer state and the
+whole of metrics.jsonl have to be the same bits. Exits with 1 if they are not.
 """
 
 import argparse
@@ -151,7 +154,8 @@ def main() -> int:
                 a != b for a, b in zip(found.splitlines(), metrics.splitlines(), strict=False)
             ) + (found.count(b"\n") != metrics.count(b"\n"))
             print(
-                f"run {runs}: {here} kills, {kills} in all, {bits} differing bits, {lines_differing} differing lines",
+                f"run {runs}: {here} kills, {kills} in all, {bits} differing bits, "
+                f"{lines_differing} differing lines",
                 file=sys.stderr,
                 flush=True,
             )

@@ -5,10 +5,12 @@ import signal
 import tempfile
 from pathlib import Path
 
-# Before JAX is imported anywhere: eight simulated devices, so that every test can be about several; and machine code that is not
-# optimised, since the networks here are small and compiling them takes longer than running them.
+# Before JAX is imported anywhere: eight simulated devices, so that every test can be about several;
+# and machine code that is not optimised, since compiling these small networks takes longer than
+# running them.
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -17,12 +19,12 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # started in the background by a shell; the tests of Ctrl-C want it heard
+# A shell that starts this in the background has Ctrl-C ignored, whose tests want it heard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# JAX keeps millions of small objects while it traces, and looking through them again and again for cycles took a tenth of the time.
+# JAX keeps millions of small objects while it traces; looking for cycles among them again and again
+# took a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
@@ -35,8 +37,8 @@ for _name, _value in (
 ):
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
-# The shapes in the annotations are checked in every call that a test makes; not in the one file whose class inherits
-# fields from Flax with annotations that cannot be checked.
+# The shapes in the annotations are checked in every call that a test makes; not in the one file
+# whose class inherits fields from Flax with annotations that cannot be checked.
 ROOT = Path(__file__).parents[1]
 SHAPED = [
     path
@@ -51,7 +53,8 @@ MODULES = [
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
 
-# Property tests: the same examples each time, as many as the time for every change allows; `--hypothesis-profile=thorough` is for more.
+# Property tests: the same examples each time, as many as the time for every change allows;
+# `--hypothesis-profile=thorough` is for more.
 _CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
     "default", max_examples=100, deadline=None, derandomize=True, suppress_health_check=_CHECKS

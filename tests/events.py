@@ -5,7 +5,10 @@ from tensorboardX.record_writer import masked_crc32c
 
 
 def read_events(folder):
-    """Returns the events of all files in a folder, checksums verified: length, its checksum, the event, its checksum."""
+    """Returns the events of all files in a folder, checksums verified.
+
+    A file is a row of: length, its checksum, the event, its checksum.
+    """
     events = []
     for file in sorted(folder.iterdir()):
         content, at = file.read_bytes(), 0

@@ -11,7 +11,10 @@ from bnjax.train.steps import default_feed
 
 
 def dataset(train=48, test=20):
-    """Images [n, 8, 8, 1] in three classes, each a bright row with noise; neither size is a multiple of the batch."""
+    """Images [n, 8, 8, 1] in three classes, each a bright row with noise.
+
+    Neither size is a multiple of the batch.
+    """
     rng = np.random.default_rng(0)
 
     def split(n):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -20,15 +21,6 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "scripts" / "colab.ipynb"
 (CELL,) = re.findall(r"```python\n(REPO = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-# What Colab had installed in August 2026.
-COLAB = {
-    "jax": "0.7.2",
-    "flax": "0.11.2",
-    "optax": "0.2.8",
-    "orbax-checkpoint": "0.12.4",
-    "numpy": "2.1.3",
-    "tensorflow-datasets": "4.9.10",
-}
 
 # What takes pip's place: it says what it was asked for, and where told so, it "upgrades" jax.
 PIP = """
@@ -43,7 +35,7 @@ if "BREAK" in os.environ:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """Returns what executes a notebook in an empty folder, as if on a new machine without a network.
+    """Returns what executes a notebook in an empty folder, as on a new machine without a network.
 
     `REPO` is a repository of its own, with this one's configs; pip only says what it was asked for.
     """
@@ -131,16 +123,13 @@ def test_the_notebook_is_small_valid_and_without_outputs():
 
 def test_what_colab_has_is_enough():
     """Otherwise pip would replace jax there, and leave its CUDA plugin behind."""
-    text = re.search(
-        r"^dependencies = \[(.*?)^\]",
-        (ROOT / "pyproject.toml").read_text(),
-        re.DOTALL | re.MULTILINE,
-    )
-    wanted = {
-        found.name: found.specifier for found in map(Requirement, re.findall(r'"(.+?)"', text[1]))
-    }
-    assert set(COLAB) <= set(wanted)
-    assert [name for name, version in COLAB.items() if not wanted[name].contains(version)] == []
+    constraints = (ROOT / "scripts" / "colab-constraints.txt").read_text()
+    has = dict(re.findall(r"^([\w-]+)==(\S+)$", constraints, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = map(Requirement, project["dependencies"] + project["optional-dependencies"]["report"])
+    wanted = {found.name: found.specifier for found in asked if found.name in has}
+    assert {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "altair"} <= set(wanted)
+    assert [name for name, versions in wanted.items() if has[name] not in versions] == []
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,12 @@ def test_imports_point_down(path):
         assert floor[name] < floor[room(path)], f"{path} imports {name}"
 
 
-def test_no_module_has_the_name_of_one_in_the_standard_library():
-    import sys
+def test_the_order_is_the_one_that_contributors_read():
+    order = " < ".join(", ".join(sorted(names)) for names in ORDER)
+    assert f"\n    {order}\n" in (ROOT / "CONTRIBUTING.md").read_text()
 
+
+def test_no_module_has_the_name_of_one_in_the_standard_library():
     assert not {path.stem for path in FILES} & set(sys.stdlib_module_names)
 
 

@@ -1,9 +1,34 @@
-"""What the README shows to be run is run."""
+"""What README, CONTRIBUTING, CHANGELOG and the configs' docstrings show is there and runs."""
 
+import ast
+import pkgutil
 import re
+import runpy
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import pytest
+
+from bnjax.main import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+README, CONTRIBUTING, CHANGELOG = (
+    (ROOT / f"{name}.md").read_text() for name in ("README", "CONTRIBUTING", "CHANGELOG")
+)
+TEXTS = pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+
+
+def code(text):
+    """Returns the lines of code in a text: its fenced blocks, spans and indented lines."""
+    found = re.findall(r"```\w*\n(.*?)```|`([^`]+)`|^    ([^\n]+)$", text, re.DOTALL | re.MULTILINE)
+    return [line for block in found for part in block for line in part.splitlines()]
+
+
+def commands(text):
+    """Returns the commands of bnjax that a text shows."""
+    shown = re.compile(r"(?:^|&& |-m )bnjax(?:\.main)? ([a-z]+(?:\|[a-z]+)*)")
+    found = [name for line in code(text) for name in shown.findall(line)]
+    return {command for names in found for command in names.split("|")}
 
 
 def test_someone_elses_loop_runs_and_learns(capsys):
@@ -18,14 +43,58 @@ def test_someone_elses_loop_runs_and_learns(capsys):
     assert "accuracy" in last
 
 
-def test_every_config_and_module_that_it_names_exists():
-    root = Path(__file__).parents[1]
-    for name in re.findall(r"\]\(((?:configs|bnjax|scripts)/[^)]+)\)", README):
-        assert (root / name).exists(), name
-    for module in re.findall(r"python -m (bnjax\.\w+)", README):
-        place = root / module.replace(".", "/")
-        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
-    for config in re.findall(r"configs/\w+\.py", README):
-        assert (root / config).exists(), config
-    named = set(re.findall(r"configs/(\w+)\.py", README))
-    assert {path.stem for path in (root / "configs").glob("*.py")} <= named
+def test_every_command_is_one():
+    assert commands(README) == set(COMMANDS)
+    assert commands(CONTRIBUTING) <= set(COMMANDS)
+    for path in CONFIGS:
+        assert commands(ast.get_docstring(ast.parse(path.read_text())) or "") <= set(COMMANDS), path
+
+
+def test_every_module_and_name_can_be_imported():
+    lines = code(README) + code(CONTRIBUTING)
+    named = {name for line in lines for name in re.findall(r"\bbnjax(?:\.[A-Za-z]\w*)+", line)}
+    assert "bnjax.train.xla.compiler_options" in named
+    for name in named:
+        pkgutil.resolve_name(name)
+
+
+def test_what_was_moved_is_where_the_changelog_says():
+    unreleased = CHANGELOG.split("\n## ")[1]
+    moved = re.findall(r"^ *\| `bnjax[\w.]+` \| `(bnjax[\w.]+)`", unreleased, re.MULTILINE)
+    assert moved
+    for name in moved:
+        pkgutil.resolve_name(name)
+
+
+@TEXTS
+def test_every_link_leads_somewhere(text):
+    slugs = {re.sub(r"\W+", "-", title.lower()) for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert path.startswith("https://") or (ROOT / path).exists(), link
+        assert path or anchor in slugs, link
+
+
+@TEXTS
+def test_every_file_that_it_names_exists(text):
+    for name in re.findall(r"\b(?:bnjax|configs|scripts|tests)/[\w/.-]+\.\w+", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_test_that_is_named_exists():
+    named = set(re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)", README + CONTRIBUTING))
+    assert ("norms/test_against_flax.py", "test_drop_in") in named
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+
+
+def test_every_config_is_in_the_readme():
+    assert [path for path in CONFIGS if f"]({path.relative_to(ROOT)})" not in README] == []
+
+
+def test_the_table_of_norms_is_the_scripts():
+    rows = runpy.run_path(str(ROOT / "scripts" / "compare_flax.py"))["FEATURES"].strip().split("\n")
+    for feature, test in zip(rows[::2], rows[1::2], strict=True):
+        assert f"| {feature} | `norms/{test.strip()}` |" in README

@@ -289,7 +289,7 @@ steepen.defvjp(
 
 
 class Poisoned(nn.Module):
-    """Has an infinite gradient, an infinite activation or an infinite statistic where the first pixel says so (0 to 3)."""
+    """Has an infinite gradient, activation or statistic where the first pixel says so (0 to 3)."""
 
     @nn.compact
     def __call__(self, x, train):

@@ -17,7 +17,8 @@ from bnjax.train_step import init_state, train_step
 
 pytestmark = pytest.mark.lane
 
-# SGD shows a gradient that is n times too large, where Adam would hide it; its trace holds the gradients.
+# SGD shows a gradient that is n times too large, where Adam would hide it; its trace holds the
+# gradients.
 SGD = optax.sgd(0.05, momentum=0.9)
 MASKS = {
     "even": np.ones(24, bool),
@@ -59,7 +60,7 @@ def start(model):
 
 @functools.cache
 def train(wrapper, dropout=0.0):
-    """Returns a function of the mask that gives state, statistics and metrics of each of five steps."""
+    """Returns a function of the mask: state, statistics and metrics of each of five steps."""
 
     def make(axis_name):
         step = partial(train_step, model=network(axis_name, dropout), tx=SGD, axis_name=axis_name)
@@ -85,7 +86,8 @@ def train(wrapper, dropout=0.0):
 def close(actual, expected):
     """Compares histories: each number to 1e-4 of itself or 1e-5 of the largest of its kind.
 
-    A gradient sums up 24 examples at 9 positions, and what cancels there leaves roundings of the terms: 216 times 2**-24.
+    A gradient sums up 24 examples at 9 positions, and what cancels there leaves roundings of the
+    terms: 216 times 2**-24.
     """
     for ((state, *stats), metrics), ((other, *others), counted) in zip(
         actual, expected, strict=True

@@ -18,12 +18,15 @@ def run(wrapper, make, replicated, sharded):
 
 
 def wrap(wrapper, make):
-    """Returns make(axis_name) under a wrapper: (replicated, sharded) -> (replicated, sharded), as they would be on one device.
+    """Returns make(axis_name) under a wrapper: (replicated, sharded) -> (replicated, sharded).
+
+    The results are as they would be on one device.
 
     Args:
         wrapper: "one device" or one of WRAPPERS.
-        make: takes the axis name, or None where there is none; returns a function of two trees of arrays, of which the first is
-            the same on every device and the second is divided up along the first axis.
+        make: takes the axis name, or None where there is none; returns a function of two trees of
+            arrays, of which the first is the same on every device and the second is divided up
+            along the first axis.
     """
     if wrapper == "one device":
         compiled = jax.jit(make(None))
