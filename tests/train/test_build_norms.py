@@ -79,7 +79,7 @@ def test_the_options_reach_the_layers():
     assert not layer.use_bias
     assert built(norm="group", groups=2, placement="before").norm().groups == 2
     assert built(weight_standardization=True).conv is norms.StandardizedConv
-    assert float(built(norm="renorm", renorm_steps=16).norm().r_max(16)) == 3
+    assert built(norm="renorm", renorm_steps=16).norm().renorm_steps == 16
 
 
 def test_the_thresholded_unit_follows_its_norm_and_relu_the_others():

@@ -42,4 +42,4 @@ def test_the_tutorials_schedule():
         False,
     )
     assert experiment(FILES[0].with_name("no_bn.py")).steps == 400
-    assert experiment(FILES[0].with_name("no_bn.py")).model.norm is Identity
+    assert experiment(FILES[0].with_name("no_bn.py")).model.norm.func is Identity
