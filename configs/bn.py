@@ -8,10 +8,10 @@ Expected: training loss first at or below 0.2 at step 76; test accuracy 0.601 at
     64 steps to get there (claims/five_times.py).
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     return config

@@ -8,11 +8,11 @@ Expected: the training of bn.py (loss first at or below 0.2 at step 76), and tes
     recompressed as JPEG, quality 75.
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     config.model.momentum = 0.99
     return config

@@ -8,11 +8,11 @@ Expected: training loss first at or below 0.2 at step 76; test accuracy 0.495 at
     quality 75. The spread over seeds is not measured.
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     config.model.scale = False
     config.model.shift = False

@@ -7,11 +7,11 @@ Expected: training loss 0.26 at step 100; test accuracy 0.492 at step 20, 0.614 
     1.42. One run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG, quality 75. The spread over seeds is not measured.
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     config.model.dropout = (0.4, 0.5)
     return config

@@ -8,11 +8,11 @@ Expected: training loss 0.73 at step 100; test accuracy 0.402 at step 20, 0.568 
     quality 75. The spread over seeds is not measured.
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     config.model.dropout = (0.4, 0.5)
     config.model.norm_dense = (False, False)

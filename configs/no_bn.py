@@ -8,11 +8,11 @@ Expected: training loss first at or below 0.2 at step 353; test accuracy 0.563 a
     seeds 0 to 2, took 367, 336 and 424 steps to get there (claims/five_times.py).
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     config.train.steps = 400
     config.model.norm = "none"

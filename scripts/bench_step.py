@@ -26,7 +26,8 @@ from flax.training import train_state
 from bnjax import norms
 from bnjax.data import datasets
 from bnjax.data.batches import eval_batches, train_rows
-from bnjax.train import build, defaults, dispatch
+from bnjax.train import build, dispatch
+from bnjax.train.config import default_config
 from bnjax.train.evaluate import evaluate
 from bnjax.train.xla import compiler_options, keep_freed_memory
 from bnjax.train_step import eval_step, init_state, train_step
@@ -48,7 +49,7 @@ def bnjax_trainer(
     args: argparse.Namespace, split: datasets.Split
 ) -> tuple[Callable[[], Any], float]:
     """Returns what takes a step, or `together` of them in one dispatch, and the floating-point operations of one."""
-    config = defaults.get_config()
+    config = default_config()
     config.model.norm, config.model.dtype, config.model.dense_product = (
         args.norm,
         args.dtype,
@@ -171,7 +172,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     """Times the evaluation of the test images."""
-    data, config = datasets.load("cifar10", args.folder), defaults.get_config()
+    data, config = datasets.load("cifar10", args.folder), default_config()
     model = build.model(config.model, 10, data.test.image.shape[1:])
     state, batch_stats = init_state(model, optax.sgd(0.0), jax.random.key(0), data.test.image[:1])
     step = jax.jit(

@@ -30,7 +30,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-from bnjax.train import build, defaults, optim
+from bnjax.train import build
+from bnjax.train.config import default_config
 from bnjax.train.dispatch import many_steps
 from bnjax.train_step import eval_step, init_state, train_step
 
@@ -153,9 +154,9 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
         dtype: "float32" or "bfloat16".
         size: of a batch.
     """
-    config = defaults.get_config()
+    config = default_config()
     config.model.dtype = dtype
-    model, tx = build.model(config.model, 10, IMAGE), optim.build(config.optimizer)
+    model, tx = build.model(config.model, 10, IMAGE), build.optimizer(config.optimizer)
     mesh = Mesh(np.array(chip.devices(count)), ("data",), axis_types=(AxisType.Auto,))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from bnjax.data.datasets import Dataset, Split
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def dataset(train=48, test=20):
@@ -22,7 +22,7 @@ def dataset(train=48, test=20):
 
 
 def config(steps=12):
-    config = defaults.get_config()
+    config = default_config()
     config.name = "small"
     config.data.name = "synthetic"
     config.model.filters, config.model.kernels, config.model.strides = (4,), (3,), (2,)

@@ -45,7 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> S
     """Trains, evaluates at intervals, leaves the run's folder behind and returns its summary; goes on where it was stopped.
 
     Args:
-        config: as `bnjax.train.defaults.get_config` lays it out.
+        config: as `bnjax.train.config.default_config` lays it out.
         workdir: the run's folder, created if need be.
         dataset: from `bnjax.data.datasets.load`.
 

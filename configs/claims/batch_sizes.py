@@ -13,7 +13,7 @@ As there, the norm stands before the activation and the learning rate grows with
 slow (0.99) for the sake of the small batches, and leave out their starting values for the sake of the few steps of the large ones.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 NORMS = ("batch", "group", "layer", "renorm")
 SIZES = (2, 16, 128, 512)
@@ -79,7 +79,7 @@ def get_claim():
         ],
         "seeds": 5,
         "small": {
-            **defaults.SMALL,
+            **SMALL,
             **common,
             "data.train_images": 2560,
             "train.epochs": 4.0,

@@ -9,7 +9,7 @@ Time: 5 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: half of the early difference, 0.05; none for the late one, which the source calls slight.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -42,6 +42,6 @@ def get_claim():
             },
         ],
         "seeds": 5,
-        "small": {**defaults.SMALL, "model.dense": (256, 64)},
+        "small": {**SMALL, "model.dense": (256, 64)},
         "full": {"train.steps": 100},
     }

@@ -10,7 +10,7 @@ Margin: half of the published difference, 0.006 in test accuracy.
 bnjax evaluates with averages of the whole batch, the paper with those of the ghost batches.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -33,7 +33,7 @@ def get_claim():
         ],
         "seeds": 5,
         "small": {
-            **defaults.SMALL,
+            **SMALL,
             "train.batch_size": 1000,
             "train.steps": 60,
             "train.shuffle": True,

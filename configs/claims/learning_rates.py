@@ -11,7 +11,7 @@ Margin: half of each published factor, on the log scale: 1.5 and 2.5. Where the 
 Plain SGD with momentum, as there; a step that is not finite is dropped. What is timed is the training loss, not validation accuracy.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 RATE = 0.01
 
@@ -60,7 +60,7 @@ def get_claim():
         ],
         "seeds": 5,
         "small": {
-            **defaults.SMALL,
+            **SMALL,
             **sgd,
             "train.batch_size": 250,
             "train.steps": 240,

@@ -11,7 +11,7 @@ Margin: in test loss. The source has no figures: 0.5 early, where chance is 2.3,
 The mean of all batches is momentum 0.9999 without starting values, which over 100 steps weighs them alike to a hundredth.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -78,6 +78,6 @@ def get_claim():
             },
         ],
         "seeds": 5,
-        "small": defaults.SMALL,
+        "small": SMALL,
         "full": {"train.steps": 100},
     }

@@ -9,7 +9,7 @@ Time: 6 minutes for the small version, 15 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.02 in the best test accuracy, bnjax's own choice.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -27,6 +27,6 @@ def get_claim():
             {**best, "of": "input", "against": "after", "source": debate},
         ],
         "seeds": 5,
-        "small": defaults.SMALL,
+        "small": SMALL,
         "full": {"train.steps": 100},
     }

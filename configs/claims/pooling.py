@@ -9,7 +9,7 @@ Time: 7 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.02 in test accuracy, since the published difference is 0.0045.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -28,6 +28,6 @@ def get_claim():
             }
         ],
         "seeds": 5,
-        "small": defaults.SMALL,
+        "small": SMALL,
         "full": {"train.steps": 100},
     }

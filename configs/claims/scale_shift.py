@@ -9,7 +9,7 @@ Margin: the two published runs are up to 0.043 apart in accuracy on the way (ste
     training loss is bnjax's own choice.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -35,6 +35,6 @@ def get_claim():
             },
         ],
         "seeds": 5,
-        "small": defaults.SMALL,
+        "small": SMALL,
         "full": {"train.steps": 400},
     }

@@ -9,7 +9,7 @@ Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.1 in test accuracy, where chance is 0.1.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -29,6 +29,6 @@ def get_claim():
             }
         ],
         "seeds": 5,
-        "small": defaults.SMALL,
+        "small": SMALL,
         "full": {"train.steps": 100},
     }

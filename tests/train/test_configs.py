@@ -1,4 +1,4 @@
-"""Every config in configs/ builds, says what it promises to, and differs from the others as its docstring says."""
+"""Every config in configs/ builds, and its docstring says how to run it and what comes out."""
 
 import ast
 import runpy
