@@ -1,4 +1,4 @@
-"""An alternative that needs no batch: group normalization before each activation, with weight standardization.
+"""Group norm before each activation, with weight standardization: no need for a batch.
 
     python -m bnjax.main --config configs/group_norm.py
 

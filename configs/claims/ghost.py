@@ -3,9 +3,11 @@
     bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost
     bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost_full --full
 
-Source: Hoffer et al. 2017 (arXiv 1705.08741, table 1): ResNet44 on CIFAR-10 with batches of 4,096 and a learning rate adapted
-    to them comes to 89.30 %, and with ghost batches of 128 besides to 90.50 %.
-Time: 4 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
+Source: Hoffer et al. 2017 (arXiv 1705.08741, table 1): ResNet44 on CIFAR-10 with batches of 4,096
+    and a learning rate adapted to them comes to 89.30 %, and with ghost batches of 128 besides to
+    90.50 %.
+Time: 4 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the
+    full size is for a GPU and not measured.
 Margin: half of the published difference, 0.006 in test accuracy.
 bnjax evaluates with averages of the whole batch, the paper with those of the ghost batches.
 """
