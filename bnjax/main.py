@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bnjax import errors
 
@@ -40,8 +41,8 @@ def train(args: argparse.Namespace) -> int:
     _prepare()
     dataset = build.dataset(config)
     if dataset.fallback_reason:
-        config.name = f"{config.name}-{dataset.name}"
-        _warn_of_fallback(config.data.name, dataset.name, dataset.fallback_reason)
+        config = build.stand_in(config, dataset, args.overrides)
+        _warn_of_fallback(config.data.name, dataset, config.train.batch_size)
     workdir = args.workdir or Path("runs") / config.name
     if (workdir / "summary.json").exists():
         rundir.take(workdir, config, rundir.DataFacts.of(dataset))
@@ -138,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=help_text, description=text, epilog=epilog, allow_abbrev=False
         )
 
-    keys = "bnjax/train/defaults.py lists all keys."
+    keys = "bnjax/train/config.py lists all keys."
     sub = command(
         "train",
         "Train and evaluate one config. The same command again goes on where an interrupted run "
@@ -264,11 +265,11 @@ def _prepare() -> None:
     keep_compiled(cache_dir() / "compiled")
 
 
-def _warn_of_fallback(wanted: str, name: str, reason: str) -> None:
+def _warn_of_fallback(wanted: str, dataset: Any, batch_size: int) -> None:
     bar = "!" * 100
     text = (
-        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {name!r} instead.\n"
-        f"!!  {reason}\n{bar}"
+        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {dataset.name!r} "
+        f"instead, in batches of {batch_size}.\n!!  {dataset.fallback_reason}\n{bar}"
     )
     print(text, file=sys.stderr, flush=True)
 

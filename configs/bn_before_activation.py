@@ -6,11 +6,11 @@ Time: not measured
 Expected: not measured
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     config.model.placement = "before"
     return config

@@ -1,4 +1,4 @@
-"""An alternative that needs no batch: group normalization before each activation, with weight standardization.
+"""Group norm before each activation, with weight standardization: no need for a batch.
 
     python -m bnjax.main --config configs/group_norm.py
 
@@ -6,11 +6,11 @@ Time: not measured
 Expected: not measured
 """
 
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def get_config():
-    config = defaults.get_config()
+    config = default_config()
     config.data.fallback = "digits"
     config.model.norm = "group"
     config.model.groups = 10

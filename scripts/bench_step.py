@@ -11,7 +11,6 @@ memory is the process's.
 
 import argparse
 import functools
-import itertools
 import json
 import resource
 import time
@@ -27,11 +26,13 @@ from flax.training import train_state
 
 from bnjax import norms
 from bnjax.data import datasets
-from bnjax.data.batches import eval_batches, train_rows
-from bnjax.train import build, defaults, dispatch
-from bnjax.train.evaluate import evaluate
+from bnjax.data.batches import train_rows
+from bnjax.data.feed import resident_feed, ship
+from bnjax.train import build
+from bnjax.train.config import default_config
+from bnjax.train.steps import Steps, default_feed, unstack
 from bnjax.train.xla import compiler_options, keep_freed_memory
-from bnjax.train_step import eval_step, init_state, train_step
+from bnjax.train_step import train_step
 
 WARM_UP = 2
 
@@ -47,37 +48,28 @@ def timed(once: Callable[[], Any], times: int) -> list[float]:
 
 
 def bnjax_trainer(
-    args: argparse.Namespace, split: datasets.Split
+    args: argparse.Namespace, data: datasets.Dataset
 ) -> tuple[Callable[[], Any], float]:
     """Returns what takes a step, or `together` in one dispatch, and the FLOPs of one."""
-    config = defaults.get_config()
-    config.model.norm, config.model.dtype, config.model.dense_product = (
-        args.norm,
-        args.dtype,
-        args.dense_product,
-    )
-    model, tx = build.model(config.model, 10, split.image.shape[1:]), optax.adam(1e-3)
-    step = functools.partial(train_step, model=model, tx=tx, skip_nonfinite=True)
-    products = "bfloat16" if "bfloat16" in (args.dtype, args.dense_product) else "float32"
-    options = compiler_options(args.batch, products)
-    make = (
-        functools.partial(dispatch.many_at_a_time, most=args.together)
-        if args.together
-        else dispatch.build
-    )
-    way = make(step, split, options)
-    count = args.together or way.most
-    order = train_rows(len(split.label), args.batch, key=None)
-    held = [jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0), split.image[:1])]
-    batch = {"image": split.image[: args.batch], "label": split.label[: args.batch]}
-    operations = jax.jit(step).lower(*held[0], batch).cost_analysis()["flops"]
+    config = default_config()
+    config.model.norm, config.model.dtype = args.norm, args.dtype
+    config.model.dense_product, config.train.batch_size = args.dense_product, args.batch
+    experiment = build.experiment(config, data)
+    feed = default_feed(experiment, data.train)
+    if args.together:
+        feed = resident_feed(data.train, args.batch, shuffle=False, max_steps=args.together)
+    steps, items = Steps(experiment, data, feed), feed.items(0, 0)
+    held = [(*steps.init(jax.random.key(0)), steps.streak([0]))]
+    batch = feed.batch(feed.resident, next(feed.items(0, 0)))
+    step = functools.partial(train_step, model=experiment.model, tx=experiment.tx)
+    operations = jax.jit(step).lower(*held[0][:2], batch).cost_analysis()["flops"]
 
     def advance() -> Any:
-        state, batch_stats, metrics = way.advance(*held[0], list(itertools.islice(order, count)))
-        held[0] = (state, batch_stats)
-        return state, batch_stats, metrics.loss[0] / args.batch
+        shipment = ship(feed, [(next(items),) for _ in range(feed.max_steps)])
+        *held[0], metrics = steps.train(*held[0], steps.resident, *jax.device_put(shipment))
+        return held[0], unstack(metrics, 1, 1)[0][0].loss / args.batch
 
-    args.per_call = count
+    args.per_call = feed.max_steps
     return advance, operations
 
 
@@ -129,33 +121,35 @@ def textbook_step(state, image, label):
 
 
 def textbook_trainer(
-    args: argparse.Namespace, split: datasets.Split
+    args: argparse.Namespace, data: datasets.Dataset
 ) -> tuple[Callable[[], Any], float]:
     """Returns what takes a step of the plain loop, JAX as installed, and its FLOPs."""
     model = Textbook(args.norm == "batch")
-    variables = model.init(jax.random.key(0), jnp.ones((1, *split.image.shape[1:])), train=False)
+    variables = model.init(
+        jax.random.key(0), jnp.ones((1, *data.train.image.shape[1:])), train=False
+    )
     state = TextbookState.create(
         apply_fn=model.apply,
         params=variables["params"],
         tx=optax.adam(1e-3),
         batch_stats=variables.get("batch_stats", {}),
     )
-    order, held = train_rows(len(split.label), args.batch, key=None), [state]
+    order, held = train_rows(len(data.train.label), args.batch, seed=None), [state]
 
     def advance() -> Any:
         rows = next(order)
-        held[0], loss = textbook_step(held[0], split.image[rows], split.label[rows])
+        held[0], loss = textbook_step(held[0], data.train.image[rows], data.train.label[rows])
         return held[0].params, held[0].opt_state, loss
 
     return advance, textbook_step.lower(
-        state, split.image[: args.batch], split.label[: args.batch]
+        state, data.train.image[: args.batch], data.train.label[: args.batch]
     ).cost_analysis()["flops"]
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Times training steps."""
     args.per_call = 1
-    split = datasets.load("cifar10", args.folder).train
+    data = datasets.load("cifar10", args.folder)
     advance, operations = (bnjax_trainer if args.model == "bnjax" else textbook_trainer)(
         args, split
     )
@@ -173,21 +167,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     """Times the evaluation of the test images."""
-    data, config = datasets.load("cifar10", args.folder), defaults.get_config()
-    model = build.model(config.model, 10, data.test.image.shape[1:])
-    state, batch_stats = init_state(model, optax.sgd(0.0), jax.random.key(0), data.test.image[:1])
-    step = jax.jit(
-        functools.partial(eval_step, model=model), compiler_options=compiler_options(args.batch)
-    )
-    seconds = timed(
-        lambda: evaluate(
-            step,
-            state.params,
-            batch_stats,
-            eval_batches(data.test.image, data.test.label, args.batch),
-        ),
-        WARM_UP + args.steps,
-    )
+    data, config = datasets.load("cifar10", args.folder), default_config()
+    config.eval.batch_size = args.batch
+    experiment = build.experiment(config, data)
+    steps = Steps(experiment, data, default_feed(experiment, data.train))
+    state = steps.init(jax.random.key(0))
+    seconds = timed(lambda: steps.test(*state)[0].loss, WARM_UP + args.steps)
     median = float(np.median(seconds[WARM_UP:]))
     return {"step_s": median, "images_per_s": len(data.test.label) / median}
 

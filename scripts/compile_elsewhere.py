@@ -30,8 +30,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-from bnjax.train import build, defaults, optim
-from bnjax.train.dispatch import many_steps
+from bnjax.data.datasets import Dataset, Split
+from bnjax.data.feed import resident_feed
+from bnjax.train import build
+from bnjax.train.config import default_config
+from bnjax.train.steps import training_program
 from bnjax.train_step import eval_step, init_state, train_step
 
 IMAGE, EXAMPLES, STEPS = (32, 32, 3), 50_000, 100
@@ -153,9 +156,9 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
         dtype: "float32" or "bfloat16".
         size: of a batch.
     """
-    config = defaults.get_config()
+    config = default_config()
     config.model.dtype = dtype
-    model, tx = build.model(config.model, 10, IMAGE), optim.build(config.optimizer)
+    model, tx = build.model(config.model, 10, IMAGE), build.optimizer(config.optimizer)
     mesh = Mesh(np.array(chip.devices(count)), ("data",), axis_types=(AxisType.Auto,))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
@@ -174,11 +177,17 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
         test = jax.jit(functools.partial(eval_step, model=model))
         lowered = test.lower(state.params, stats, batch)
     else:
-        many = many_steps(functools.partial(step, skip_nonfinite=True), IMAGE, STEPS)
-        resident = array((EXAMPLES, math.prod(IMAGE)), np.uint8), array((EXAMPLES,), np.int32)
-        rows, taken = array((STEPS, size), np.int32), array((), np.int32)
+        images = np.zeros((EXAMPLES, *IMAGE), np.uint8)
+        split = Split(images, np.zeros(EXAMPLES, np.int32))
+        data = Dataset("cifar10", "cifar10", None, split, split, tuple("abcdefghij"))
+        config.train.batch_size = size
+        feed = resident_feed(split, size, shuffle=False, max_steps=STEPS)
+        many = training_program(build.experiment(config, data), feed, 1)
+        resident = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), feed.resident)
+        streak, taken = array((), np.int32), array((), np.int32)
+        rows = array((STEPS, size), np.int32)
         loop = jax.jit(many, donate_argnums=(0, 1))
-        lowered = loop.lower(state, stats, *resident, rows, taken)
+        lowered = loop.lower(state, stats, streak, resident, rows, taken)
     return lowered.compile(compiler_options=CUDA_OPTIONS if isinstance(chip, Gpu) else None)
 
 

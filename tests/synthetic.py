@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 
 from bnjax.data.datasets import Dataset, Split
-from bnjax.train import build, defaults
+from bnjax.train import build
+from bnjax.train.config import default_config
 from bnjax.train.steps import default_feed
 
 
@@ -40,7 +41,7 @@ def feed(config, *, each=lambda step, item: item, first=None):
 
 
 def config(steps=12):
-    config = defaults.get_config()
+    config = default_config()
     config.name = "small"
     config.data.name = "synthetic"
     config.model.filters, config.model.kernels, config.model.strides = (4,), (3,), (2,)

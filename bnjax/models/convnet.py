@@ -1,4 +1,4 @@
-"""The networks. The normalisation layer is injected, so that one network serves every norm."""
+"""The tutorial's network. The norm is injected, so that one network serves all of them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ from bnjax.arrays import Array, Images, Logits, Mask
 
 Placement = Literal["input", "before", "after"]
 Pooling = Literal["none", "max", "avg"]
-# Makes a norm layer: called with `name`, it returns a module that is called like `flax.linen.BatchNorm`.
+# Called with `name`, it returns a module that is called like `flax.linen.BatchNorm`.
 NormFactory = Callable[..., nn.Module]
-# Makes an activation: called with `name`, it returns a function of an array, for instance a module.
+# Called with `name`, it returns a function of an array, for instance a module.
 ActivationFactory = Callable[..., Any]
 
 POOLS = {"max": nn.max_pool, "avg": nn.avg_pool}
@@ -21,26 +21,31 @@ ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh}
 
 
 class ConvNet(nn.Module):
-    """A few convolutions and dense layers, with a norm layer wherever one is wanted.
+    """Convolutions and dense layers, with a norm where `placement` and `norm_dense` say so.
 
-    The defaults are the network of the tutorial that the README cites: 27.9 million parameters on 32x32x3 images.
-    Returns logits, float [n, classes], for images of any size that survives the convolutions.
+    The defaults are the network of the tutorial that the README cites: 27.9 million parameters on
+    32x32x3 images. Returns logits, float [n, classes], for images of any size that leaves the last
+    convolution at least one pixel.
 
     Attributes:
         filters, kernels, strides: one entry for each convolution (square kernels, no padding).
         dense: the widths of the hidden dense layers.
         classes: the number of logits.
-        norm: makes a norm layer, for instance `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
-        placement: "input" normalises what goes into each layer, the first convolution and the logits included;
-            "before" and "after" stand around the activation of each hidden layer.
+        norm: makes a norm layer, for instance
+            `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
+        placement: "input" normalises what goes into each layer, the first convolution and the
+            logits included; "before" and "after" stand around the activation of each hidden layer.
         activation: of each hidden layer, a function of an array.
-        norm_activation: makes what takes its place in a layer that is normalised just before it, where the norm asks for that.
+        norm_activation: makes the activation of a layer that is normalised just before it, for a
+            norm that has its own; None: `activation`.
         conv: makes a convolution; called like `flax.linen.Conv`.
-        norm_dense: for each hidden dense layer, whether its output is normalised. Normalisation precedes dropout.
+        norm_dense: for each hidden dense layer, whether its output is normalised. Normalisation
+            precedes dropout.
         dropout: the fraction of each hidden dense layer's units that is dropped in training.
         pooling: "none" strides the convolutions; "max" and "avg" pool by the stride instead.
         dtype: the dtype of the arithmetic (that of the input if None); parameters are float32.
-        dense_product: what multiplies in the dense layers; called like `jax.lax.dot_general`, which it is if None.
+        dense_product: what multiplies in the dense layers; called like `jax.lax.dot_general`, which
+            it is if None.
     """
 
     filters: Sequence[int] = (30, 50, 60)
@@ -61,14 +66,13 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; examples where `mask` [n] is False are padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
 
         def normalise(x: Array, where: Placement, name: str) -> Array:
             if self.norm is None or where != self.placement:
                 return x
-            full_mask = (
-                None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
-            )  # the rank that Flax's own norms want
+            # Of the rank that Flax's own norms want.
+            full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
             return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
 
         def activate(x: Array, name: str, normalised: bool = True) -> Array:

@@ -1,4 +1,4 @@
-"""Matrix products with operands of half the size: for processors that multiply bfloat16 faster than float32."""
+"""Matrix products of bfloat16 operands, for processors that multiply them faster than float32."""
 
 from typing import Any
 
@@ -16,14 +16,16 @@ COLUMNS_WITH_COLUMNS = (((0,), (0,)), ((), ()))
 def bfloat16_product(x: Array, weight: Array) -> Array:
     """Returns x @ weight, float32 [n, m], from operands rounded to bfloat16; the sums are float32.
 
-    The gradient of `x` is computed the same way, that of `weight` from float32 operands: there bfloat16 gains no time on
-    the CPUs that have it, since both would be contracted over their first axis.
+    The gradient of `x` is computed the same way, that of `weight` from float32 operands: there
+    bfloat16 gains no time on the CPUs that have it, since both would be contracted over their first
+    axis.
 
     Args:
         x: float32 [n, k].
         weight: float32 [k, m].
 
-    >>> bfloat16_product(jnp.array([[1.0, 2.0]]), jnp.array([[1.0 + 2**-10], [4.0]]))  # 1 + 2**-10 is 1 in bfloat16
+    >>> weight = jnp.array([[1.0 + 2**-10], [4.0]])  # 1 + 2**-10 is 1 in bfloat16
+    >>> bfloat16_product(jnp.array([[1.0, 2.0]]), weight)
     Array([[9.]], dtype=float32)
     """
     return lax.dot(
@@ -55,6 +57,7 @@ def bfloat16_dot_general(
     """
     if x.ndim != 2 or dimension_numbers != (((1,), (0,)), ((), ())):
         raise ValueError(
-            f"bfloat16_dot_general takes inputs [n, k] and weights [k, m], and got {x.shape} and {weight.shape}"
+            f"bfloat16_dot_general takes inputs [n, k] and weights [k, m], and got {x.shape} and "
+            f"{weight.shape}"
         )
     return bfloat16_product(x, weight)

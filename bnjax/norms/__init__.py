@@ -1,5 +1,6 @@
-"""The normalisation layers, built by name and all called as `norm(x, use_running_average=not train, mask=mask)`."""
+"""The norms by name, all called as `norm(x, use_running_average=not train, mask=mask)`."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 import flax.linen as nn
 
 from bnjax.norms.batch import BatchNorm
-from bnjax.norms.frn import FilterResponseNorm, ThresholdedLinear
 from bnjax.norms.ghost import GhostBatchNorm
-from bnjax.norms.group import GroupNorm
-from bnjax.norms.instance import InstanceNorm
-from bnjax.norms.layer import LayerNorm
-from bnjax.norms.none import Identity
-from bnjax.norms.renorm import BatchRenorm, paper_limits
-from bnjax.norms.rms import RMSNorm
+from bnjax.norms.per_example import (
+    FilterResponseNorm,
+    GroupNorm,
+    Identity,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+    ThresholdedLinear,
+)
+from bnjax.norms.renorm import BatchRenorm
 from bnjax.norms.weight_standardization import StandardizedConv
 
 __all__ = [
@@ -35,65 +39,47 @@ __all__ = [
     "build",
 ]
 
-NORMS = ("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none")
+NORMS: dict[str, type[nn.Module]] = {
+    "batch": BatchNorm,
+    "ghost": GhostBatchNorm,
+    "renorm": BatchRenorm,
+    "layer": LayerNorm,
+    "group": GroupNorm,
+    "instance": InstanceNorm,
+    "rms": RMSNorm,
+    "frn": FilterResponseNorm,
+    "none": Identity,
+}
 # Those with running averages, which need more than one example a batch.
-BATCH_NORMS = ("batch", "ghost", "renorm")
+BATCH_NORMS = tuple(name for name, norm in NORMS.items() if issubclass(norm, BatchNorm))
 # Those that need more than one position an example: images, not vectors.
 POSITION_NORMS = ("instance", "frn")
 
 
-def build(
-    name: str,
-    *,
-    momentum: float = 0.75,
-    epsilon: float = 1e-3,
-    scale: bool = True,
-    shift: bool = True,
-    variance: str = "biased",
-    debias: bool = False,
-    virtual_batch: int = 32,
-    renorm_steps: int = 40_000,
-    groups: int = 10,
-    axis_name: str | None = None,
-) -> Callable[..., nn.Module]:
+def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
     """Returns what makes a layer of this kind; called with `name`.
 
     Args:
-        name: one of `NORMS`.
-        momentum: the fraction of the old running average that is kept, as in Flax, TensorFlow and Keras.
-        epsilon: added to the variance.
-        scale: whether the layer learns a scale for each channel.
-        shift: likewise, a shift.
-        variance: what the running average stores, "biased" or "unbiased".
-        debias: whether the running averages leave out their initial values.
-        virtual_batch: the examples of a virtual batch ("ghost").
-        renorm_steps: when the limits are fully open ("renorm").
-        groups: of the channels ("group").
-        axis_name: the mapped axis over which the statistics of a batch are taken.
+        norm: one of `NORMS`.
+        options: fields of these classes. Those that this norm does not have are left out, so that
+            one set of options serves every norm; what is not given is as the class has it.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for a name that no norm has.
+        TypeError: for an option that no norm has.
+
+    >>> build("ghost", momentum=0.75, virtual_batch=16, groups=5)(name="norm").virtual_batch
+    16
     """
-    affine: dict[str, Any] = {"epsilon": epsilon, "use_scale": scale, "use_bias": shift}
-    batch: dict[str, Any] = {
-        **affine,
-        "momentum": momentum,
-        "variance": variance,
-        "debias": debias,
-        "axis_name": axis_name,
-    }
-    r_max, d_max = paper_limits(renorm_steps)
-    makers: dict[str, Callable[..., nn.Module]] = {
-        "batch": partial(BatchNorm, **batch),
-        "ghost": partial(GhostBatchNorm, virtual_batch=virtual_batch, **batch),
-        "renorm": partial(BatchRenorm, r_max=r_max, d_max=d_max, **batch),
-        "layer": partial(LayerNorm, **affine),
-        "group": partial(GroupNorm, groups=groups, **affine),
-        "instance": partial(InstanceNorm, **affine),
-        "rms": partial(RMSNorm, **affine),
-        "frn": partial(FilterResponseNorm, **affine),
-        "none": Identity,
-    }
-    if name not in makers:
-        raise ValueError(f"there is no norm named {name!r}; there are {', '.join(makers)}")
-    return makers[name]
+    if norm not in NORMS:
+        raise ValueError(f"there is no norm named {norm!r}; there are {', '.join(NORMS)}")
+    known = set().union(*(_options(kind) for kind in NORMS.values()))
+    if unknown := sorted(set(options) - known):
+        raise TypeError(f"no norm has the options {unknown}; there are {', '.join(sorted(known))}")
+    own = _options(NORMS[norm])
+    return partial(NORMS[norm], **{key: value for key, value in options.items() if key in own})
+
+
+def _options(norm: type[nn.Module]) -> set[str]:
+    """Returns the fields of a norm's class without the two that every linen module has."""
+    return {field.name for field in dataclasses.fields(norm)} - {"name", "parent"}

@@ -1,4 +1,4 @@
-"""How much of a running average each step keeps: a number, a schedule, or what makes an unweighted mean."""
+"""How much of a running average each step keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from bnjax.arrays import Array
 
 Schedule = Callable[[Any], Any]
-# The fraction of the old average that is kept, the same as a function of the updates so far, or None: the mean of all batches.
+# The fraction of the old average that is kept; the same as a function of the updates so far; or
+# None for the mean of all batches.
 Momentum = float | Schedule | None
 
 
@@ -18,11 +19,13 @@ def is_counted(momentum: Momentum, debias: bool) -> bool:
 
 
 def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp.float32) -> Any:
-    """Returns the fraction of the old average that update number `count` (from 0) keeps; the new value gets the rest.
+    """Returns the fraction of the old average that update number `count` (from 0) keeps.
 
-    With `debias` the made-up initial value is forgotten at once and the weights of the real ones, powers of the momentum m,
-    are made to sum to 1 after every update: k(t) = m (1 - m^t) / (1 - m^(t+1)). This is Adam's correction (Kingma & Ba, 2015,
-    section 3) applied to what is stored instead of to what is read. A schedule is taken as if its current value had always held.
+    The new value gets the rest. With `debias` the made-up initial value is forgotten at once and
+    the weights of the real ones, powers of the momentum m, are made to sum to 1 after every update:
+    k(t) = m (1 - m^t) / (1 - m^(t+1)). This is Adam's correction (Kingma & Ba, 2015, section 3)
+    applied to what is stored instead of to what is read. A schedule is taken as if its current
+    value had always held.
 
     Args:
         momentum: as for `BatchNorm`.
@@ -40,8 +43,8 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     """
     if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
         raise ValueError(
-            f"momentum = {momentum} is not possible: it is the fraction of the old average that is kept, from 0 to 1. "
-            "PyTorch's momentum is one minus this."
+            f"momentum = {momentum} is not possible: it is the fraction of the old average that is "
+            "kept, from 0 to 1. PyTorch's momentum is one minus this."
         )
     if momentum is None:
         return jnp.asarray(count, dtype) / (jnp.asarray(count, dtype) + 1)
@@ -49,9 +52,8 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     if not debias:
         return kept
     count = jnp.asarray(count, dtype)
-    rate = jnp.log(
-        jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6)
-    )  # the ends of 0 to 1 would give 0 / 0
+    # The ends of 0 to 1 would give 0 / 0.
+    rate = jnp.log(jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6))
     return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
 
 

@@ -17,32 +17,39 @@ from bnjax.norms.moments import AxisName, Moments, full_mask, moments, total_ove
 class BatchNorm(nn.Module):
     """Batch normalization: y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each channel.
 
-    Constructor, call and leaves are those of `flax.linen.BatchNorm`, so code and checkpoints are interchangeable: `scale` and
-    `bias` under "params", `mean` and `var` under "batch_stats". Statistics are at least float32 in training and in evaluation.
+    Constructor, call and leaves are those of `flax.linen.BatchNorm`, so code and checkpoints are
+    interchangeable: `scale` and `bias` under "params", `mean` and `var` under "batch_stats".
+    Statistics are at least float32 in training and in evaluation.
 
     Attributes:
-        use_running_average: False normalises by the batch and updates the averages, True normalises by the averages; here or in the call.
+        use_running_average: False normalises by the batch and updates the averages, True normalises
+            by the averages; here or in the call.
         axis: of the channels; the others are reduced.
-        momentum: the fraction of the old average that an update keeps; or a function of the number of updates so far; or None
-            for the plain mean of all batches.
+        momentum: the fraction of the old average that an update keeps; or a function of the number
+            of updates so far; or None for the plain mean of all batches.
         epsilon: added to the variance.
         dtype: of the result; if None that of the input and the parameters.
         param_dtype: of scale and bias.
         use_bias, use_scale, bias_init, scale_init: the learnt shift and scale.
-        axis_name: the mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` over which statistics are taken; None
-            under plain `jax.jit`, where they are global whatever the sharding.
+        axis_name: the mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` over which
+            statistics are taken; None under plain `jax.jit`, where they are global whatever the
+            sharding.
         axis_index_groups: divides the axis into groups with statistics of their own.
-        use_fast_variance, force_float32_reductions: taken so that calls written for Flax work, and without effect: the accurate
-            way is as fast, and nothing below float32 is ever right.
-        variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1 ("unbiased": PyTorch and
-            TensorFlow's fused kernel). The batch is normalised by the biased one always.
-        debias: leaves the initial mean 0 and variance 1 out of the averages, so that they are right from the first update on.
-        statistics: which ones normalise, "batch" or "running", whatever use_running_average says; None: what that says.
-        update_average: False never updates; True updates whenever "batch_stats" is mutable, also while the averages normalise;
-            None: updates if use_running_average is False.
+        use_fast_variance, force_float32_reductions: taken so that calls written for Flax work, and
+            without effect: the accurate way is as fast, and nothing below float32 is ever right.
+        variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1
+            ("unbiased": PyTorch and TensorFlow's fused kernel). The batch is normalised by the
+            biased one always.
+        debias: leaves the initial mean 0 and variance 1 out of the averages, so that they are right
+            from the first update on.
+        statistics: which ones normalise, "batch" or "running", whatever use_running_average says;
+            None: what that says.
+        update_average: False never updates; True updates whenever "batch_stats" is mutable, also
+            while the averages normalise; None: updates if use_running_average is False.
         train_affine: False gives scale and bias no gradient.
 
-    The count of updates is stored as `count` [] int32 beside `mean` and `var`, only if momentum or debias need it.
+    The count of updates is stored as `count` [] int32 beside `mean` and `var`, only if momentum or
+    debias need it.
 
     >>> import jax, jax.numpy as jnp
     >>> norm, x = BatchNorm(momentum=0.5), jnp.array([[1.0], [3.0]])
@@ -79,23 +86,24 @@ class BatchNorm(nn.Module):
         """Returns the normalised input, of the same shape.
 
         Args:
-            x: float, at least 2 values per channel (over all devices of the axis) if the statistics of the batch are needed.
+            x: float, at least 2 values per channel (over all devices of the axis) if the statistics
+                of the batch are needed.
             use_running_average: see the class; has to be given in exactly one of the two places.
-            mask: bool [n], one for each example, or of x's rank and broadcastable; False is padding, counts for nothing and gives `bias`.
-                With fewer than 2 real values per channel the averages stay as they are.
+            mask: bool [n], one for each example, or of x's rank and broadcastable; False is
+                padding, counts for nothing and gives `bias`. With fewer than 2 real values per
+                channel the averages stay as they are.
 
         Raises:
-            ValueError: if the shape leaves fewer than 2 values per channel, an option is unknown, or the mask does not fit.
+            ValueError: if the shape leaves fewer than 2 values per channel, an option is unknown,
+                or the mask does not fit.
             NameError: if `axis_name` is not bound.
         """
-        if self.variance not in ("biased", "unbiased") or self.statistics not in (
-            None,
-            "batch",
-            "running",
-        ):
+        is_variance = self.variance in ("biased", "unbiased")
+        if not is_variance or self.statistics not in (None, "batch", "running"):
             raise ValueError(
-                f"variance = {self.variance!r} and statistics = {self.statistics!r} are not possible together: variance is "
-                "'biased' or 'unbiased', and statistics is 'batch', 'running' or None."
+                f"variance = {self.variance!r} and statistics = {self.statistics!r} are not "
+                "possible together: variance is 'biased' or 'unbiased', and statistics is 'batch', "
+                "'running' or None."
             )
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -113,14 +121,12 @@ class BatchNorm(nn.Module):
             not -given.ndim <= axis < given.ndim for axis in axis_list
         ):
             raise ValueError(
-                f"{self._label()} got an input of dtype {given.dtype} and shape {given.shape} for axis = {self.axis}: it takes real "
-                "numbers, and the axis of the channels has to be one of the input's."
+                f"{self._label()} got an input of dtype {given.dtype} and shape {given.shape} for "
+                f"axis = {self.axis}: it takes real numbers, and the axis of the channels has to "
+                "be one of the input's."
             )
-        x = given.astype(
-            jnp.promote_types(
-                jnp.promote_types(given.dtype, self.dtype or jnp.float32), jnp.float32
-            )
-        )
+        wanted = jnp.promote_types(given.dtype, self.dtype or jnp.float32)
+        x = given.astype(jnp.promote_types(wanted, jnp.float32))
         channels = [axis % x.ndim for axis in axis_list]
         axes = tuple(axis for axis in range(x.ndim) if axis not in channels)
         per_channel = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
@@ -131,8 +137,9 @@ class BatchNorm(nn.Module):
         counted = self._is_counted() and (by_batch or update or self.is_initializing())
         if counted and not self.is_initializing() and not self.has_variable("batch_stats", "count"):
             raise ValueError(
-                f"{self._label()} has momentum = {self.momentum} and debias = {self.debias}, which need the number of updates so far, and "
-                "batch_stats has no `count` beside `mean` and `var`. Add one to these averages, an int32 []: 0 starts them anew."
+                f"{self._label()} has momentum = {self.momentum} and debias = {self.debias}, which "
+                "need the number of updates so far, and batch_stats has no `count` beside `mean` "
+                "and `var`. Add one to these averages, an int32 []: 0 starts them anew."
             )
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
         running_mean, running_var = (
@@ -144,12 +151,12 @@ class BatchNorm(nn.Module):
             mask = full_mask(mask, x.shape, axes)
             if counted and any(mask.shape[axis] > 1 for axis in channels):
                 raise ValueError(
-                    f"{self._label()} counts its updates once for all channels, and the mask of shape {mask.shape} differs between them. "
-                    "Give the mask one entry along the channels, or use a constant momentum without debias."
+                    f"{self._label()} counts its updates once for all channels, and the mask of "
+                    f"shape {mask.shape} differs between them. Give the mask one entry along the "
+                    "channels, or use a constant momentum without debias."
                 )
-            x = jnp.where(
-                mask, x, 0
-            )  # NaN in padding would come back through the gradient as 0 * NaN
+            # NaN in padding would come back through the gradient as 0 * NaN.
+            x = jnp.where(mask, x, 0)
         if by_batch or update:
             batch = self._batch_moments(x, axes, mask)
         if by_batch:
@@ -165,7 +172,8 @@ class BatchNorm(nn.Module):
             inverse = inverse * scale.reshape(per_channel)
         deviation = x - center
         if mask is not None:
-            # With one real value, or none, `inverse` is 1 / sqrt(epsilon): layer after layer would blow the padding up to infinity.
+            # With one real value, or none, `inverse` is 1 / sqrt(epsilon): layer after layer would
+            # blow the padding up to infinity.
             deviation = jnp.where(mask, deviation, 0)
         y = deviation * inverse
         if bias is not None:
@@ -178,7 +186,7 @@ class BatchNorm(nn.Module):
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
     ) -> tuple[Any, Any]:
-        """Returns what the input is shifted by and multiplied with in training; the variants of batch normalization differ here."""
+        """Returns what training subtracts and then multiplies with; the variants differ here."""
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
     def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
@@ -187,10 +195,11 @@ class BatchNorm(nn.Module):
         devices = self._devices()
         if math.prod(x.shape[axis] for axis in axes) * devices < 2:
             raise ValueError(
-                f"{self._label()} got an input of shape {x.shape}, which has fewer than 2 values per channel: the variance would be 0 "
-                "and the output the same for every input. Use a larger batch, leave out an incomplete last one, take the statistics "
-                "over several devices with axis_name, evaluate with use_running_average=True, or use a norm that needs no batch, "
-                "as layer or group normalization."
+                f"{self._label()} got an input of shape {x.shape}, which has fewer than 2 values "
+                "per channel: the variance would be 0 and the output the same for every input. Use "
+                "a larger batch, leave out an incomplete last one, take the statistics over "
+                "several devices with axis_name, evaluate with use_running_average=True, or use a "
+                "norm that needs no batch, as layer or group normalization."
             )
         return moments(x, axes, mask, total_over(self.axis_name, self.axis_index_groups))
 
@@ -203,15 +212,15 @@ class BatchNorm(nn.Module):
                 lax.axis_size(name)
             except NameError as error:
                 raise NameError(
-                    f"{self._label()} has axis_name = {name!r}, but there is no mapped axis {name!r} here. Run it inside "
-                    f"jax.pmap(..., axis_name={name!r}), jax.vmap(..., axis_name={name!r}) or jax.shard_map over a mesh with that "
-                    "axis. Under plain jax.jit use axis_name=None: there the statistics are global, however the batch is sharded."
+                    f"{self._label()} has axis_name = {name!r}, but there is no mapped axis "
+                    f"{name!r} here. Run it inside jax.pmap(..., axis_name={name!r}), "
+                    f"jax.vmap(..., axis_name={name!r}) or jax.shard_map over a mesh with that "
+                    "axis. Under plain jax.jit use axis_name=None: there the statistics are "
+                    "global, however the batch is sharded."
                 ) from error
-        return (
-            min(map(len, self.axis_index_groups))
-            if self.axis_index_groups
-            else lax.axis_size(self.axis_name)
-        )
+        if self.axis_index_groups:
+            return min(map(len, self.axis_index_groups))
+        return lax.axis_size(self.axis_name)
 
     def _update(
         self,
@@ -225,17 +234,15 @@ class BatchNorm(nn.Module):
         kept = kept_fraction(
             self.momentum, self.debias, None if count is None else count.value, batch.mean.dtype
         )
-        stored = (
-            batch.var
-            if self.variance == "biased"
-            else batch.var * (batch.count / jnp.maximum(batch.count - 1, 1))
-        )
+        stored = batch.var
+        if self.variance == "unbiased":
+            stored = stored * (batch.count / jnp.maximum(batch.count - 1, 1))
         enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape)
         for leaf, new in ((mean, batch.mean), (var, stored)):
             updated = blend(leaf.value, new.reshape(leaf.value.shape), kept)
-            leaf.value = (
-                jnp.where(enough.reshape(updated.shape), updated, leaf.value) if masked else updated
-            )
+            if masked:
+                updated = jnp.where(enough.reshape(updated.shape), updated, leaf.value)
+            leaf.value = updated
         if count is not None:
             count.value = count.value + (enough.any() if masked else 1)
 

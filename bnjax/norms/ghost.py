@@ -12,32 +12,35 @@ from bnjax.norms.moments import Moments
 
 
 class GhostBatchNorm(BatchNorm):
-    """Batch normalization of each `virtual_batch` examples by themselves, which keeps the noise of a small batch in a large one.
+    """Batch normalization of each `virtual_batch` examples by themselves.
 
-    The running averages are those of `BatchNorm`: mean and variance of the whole batch, over all devices, so that evaluation
-    does not depend on how the batch was divided (the paper averages those of the virtual batches). Virtual batches are filled with
-    real examples in order and do not reach across the devices of `axis_name`; the last one may be smaller.
+    It keeps the noise of a small batch in a large one. The running averages are those of
+    `BatchNorm`: mean and variance of the whole batch, over all devices, so that evaluation does not
+    depend on how the batch was divided (the paper averages those of the virtual batches). Virtual
+    batches are filled with real examples in order and do not reach across the devices of
+    `axis_name`; the last one may be smaller.
 
     Attributes:
         virtual_batch: k, the examples of a virtual batch, at least 2.
     """
 
-    virtual_batch: int = 32
+    virtual_batch: int = 50
 
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
     ) -> tuple[Any, Any]:
         if self.virtual_batch < 2:
             raise ValueError(
-                f"virtual_batch = {self.virtual_batch} is not possible: a variance needs 2 examples or more."
+                f"virtual_batch = {self.virtual_batch} is not possible: a variance needs 2 "
+                "examples or more."
             )
         examples, *within = axes
         size = x.shape[examples]
-        real = (
-            jnp.ones(size, bool)
-            if mask is None
-            else jnp.broadcast_to(mask.any(range_without(examples, x.ndim)), (size,))
-        )
+        if mask is None:
+            real = jnp.ones(size, bool)
+        else:
+            others = tuple(axis for axis in range(x.ndim) if axis != examples)
+            real = jnp.broadcast_to(mask.any(others), (size,))
         owner = jnp.maximum(jnp.cumsum(real) - 1, 0) // self.virtual_batch
 
         def total(values: Array) -> Array:
@@ -49,12 +52,3 @@ class GhostBatchNorm(BatchNorm):
         count = jnp.maximum(total(jnp.ones_like(x)), 1)
         mean = total(x) / count
         return mean, lax.rsqrt(total(lax.square(x - mean)) / count + self.epsilon)
-
-
-def range_without(axis: int, rank: int) -> tuple[int, ...]:
-    """Returns all axes but one.
-
-    >>> range_without(0, 3)
-    (1, 2)
-    """
-    return tuple(other for other in range(rank) if other != axis)

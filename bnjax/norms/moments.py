@@ -1,4 +1,4 @@
-"""Mean and variance of what counts: right for masks, for many devices and for means far from zero."""
+"""Mean and variance of what counts, right for masks, many devices and means far from zero."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -35,8 +35,9 @@ def moments(
 ) -> Moments:
     """Returns the moments of `x` over `axes`, and over the devices that `total` sums over.
 
-    The mean comes first and the squares are of deviations from it, on every device from the same mean: a mean of
-    means would be wrong for unequal shards, and E[x^2] - E[x]^2 loses its digits where the mean is large.
+    The mean comes first and the squares are of deviations from it, on every device from the same
+    mean: a mean of means would be wrong for unequal shards, and E[x^2] - E[x]^2 loses its digits
+    where the mean is large.
 
     Args:
         x: float; its dtype is that of the arithmetic.
@@ -45,7 +46,8 @@ def moments(
         total: sums over devices.
 
     >>> import jax.numpy as jnp
-    >>> result = moments(jnp.array([[1.0], [3.0], [99.0]]), (0,), mask=jnp.array([[True], [True], [False]]))
+    >>> mask = jnp.array([[True], [True], [False]])
+    >>> result = moments(jnp.array([[1.0], [3.0], [99.0]]), (0,), mask)
     >>> print(*[float(value.squeeze()) for value in result])
     2.0 1.0 2.0
     """
@@ -68,10 +70,10 @@ def _mean_and_var(
 
 @_mean_and_var.defjvp
 def _(axes: tuple[int, ...], total: Total, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """The derivative by hand: the deviations sum to zero, so the variance does not depend on the mean's own change.
+    """The derivative: deviations sum to zero, so the mean's own change does not move the variance.
 
-    Autodiff does not know it and adds one more reduction, a fifth of the layer's time on a CPU. As a jvp it serves
-    forward mode, reverse mode and second derivatives.
+    Autodiff does not know it and adds one more reduction, a fifth of the layer's time on a CPU. As
+    a jvp it serves forward mode, reverse mode and second derivatives.
     """
     (x, mask, count), (dx, *_) = primals, tangents
     mean, var = _mean_and_var(x, mask, count, axes, total)
@@ -91,7 +93,8 @@ def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
     """Returns the mask as bool of full rank.
 
     Args:
-        mask: one value for each example [n], or of full rank and broadcastable to `shape`; True or 1 counts.
+        mask: one value for each example [n], or of full rank and broadcastable to `shape`; True or
+            1 counts.
         shape: of what is masked.
         axes: what will be reduced; the first is the axis of the examples.
 
@@ -108,8 +111,9 @@ def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
         size not in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)
     ):
         raise ValueError(
-            f"a mask of shape {mask.shape} does not fit values of shape {shape}. Give one value for each example, "
-            f"[{shape[axes[0]]}], or one of rank {len(shape)} that broadcasts, for instance mask[:, None, None, None] for images."
+            f"a mask of shape {mask.shape} does not fit values of shape {shape}. Give one value "
+            f"for each example, [{shape[axes[0]]}], or one of rank {len(shape)} that broadcasts, "
+            "for instance mask[:, None, None, None] for images."
         )
     return mask
 
@@ -119,7 +123,8 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
 
     Args:
         axis_name: the mapped axis or axes; None for no sum.
-        groups: lists of indices along the axis, each index in exactly one of them; None for one group.
+        groups: lists of indices along the axis, each index in exactly one of them; None for one
+            group.
 
     Raises:
         ValueError: if the groups leave out or repeat an index.
@@ -131,17 +136,17 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
     size = lax.axis_size(axis_name)
     if sorted(index for group in groups for index in group) != list(range(size)):
         raise ValueError(
-            f"axis_index_groups = {groups} does not divide up the axis {axis_name!r}, which has {size} devices: each index "
-            f"from 0 to {size - 1} has to be in exactly one group."
+            f"axis_index_groups = {groups} does not divide up the axis {axis_name!r}, which has "
+            f"{size} devices: each index from 0 to {size - 1} has to be in exactly one group."
         )
     group_of = {index: number for number, group in enumerate(groups) for index in group}
     numbers = [group_of[index] for index in range(size)]
 
     def total(part: Any) -> Array:
-        own = jnp.array(numbers)[
-            lax.axis_index(axis_name)
-        ]  # in here: the derivative's rule is traced at another time
-        # psum's own axis_index_groups does not exist under vmap and under shard_map's vma check; a slot for each group does.
+        # Looked up in here, since the derivative's rule is traced at another time.
+        own = jnp.array(numbers)[lax.axis_index(axis_name)]
+        # A slot for each group works under vmap and under shard_map's vma check, where psum's own
+        # axis_index_groups does not exist.
         slots = jnp.where(jnp.arange(len(groups)) == own, jnp.asarray(part)[..., None], 0)
         return lax.psum(slots, axis_name)[..., own]
 

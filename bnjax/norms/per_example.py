@@ -1,15 +1,18 @@
-"""What the norms share that look at one example at a time; they keep no averages and need no axis name."""
+"""Norms that look at one example at a time: they keep no averages and need no axis name."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bnjax.arrays import Array
 from bnjax.norms.moments import full_mask
 
 
 class PerExampleNorm(nn.Module):
-    """The constructor of the norms whose statistics are of one example [..., c], in training as in evaluation.
+    """The constructor of the norms with statistics of one example [n, ..., c], never of the batch.
+
+    They are called as `BatchNorm` is; `use_running_average` changes nothing.
 
     Attributes:
         epsilon: added to the variance.
@@ -21,10 +24,162 @@ class PerExampleNorm(nn.Module):
     use_bias: bool = True
 
 
-def real_positions(mask: Array | None, x: Array) -> jax.Array | None:
-    """Returns which values of `x` count, as bool of its shape, or None if masking cannot matter.
+class LayerNorm(PerExampleNorm):
+    """Normalises each example over positions and channels (Ba et al., 2016, equation 3)."""
 
-    An example's padding cannot reach the others. Where a mask has nothing of an example, all of it counts, so that its output is finite.
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns the normalised input; scale and shift are of each channel."""
+        norm = nn.LayerNorm(
+            epsilon=self.epsilon,
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+            reduction_axes=tuple(range(1, x.ndim)),
+            use_fast_variance=False,  # the fast one is wrong where the mean is large
+        )
+        nn.share_scope(self, norm)
+        return norm(x, mask=_real_positions(mask, x))
+
+
+class GroupNorm(PerExampleNorm):
+    """Normalises each group of channels of each example (Wu & He, 2018, equation 7).
+
+    Attributes:
+        groups: how many there are; has to divide the number of channels.
+    """
+
+    groups: int = 32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns the normalised input.
+
+        Raises:
+            ValueError: if the groups do not divide the channels.
+        """
+        if self.groups < 1 or x.shape[-1] % self.groups:
+            raise ValueError(
+                f"GroupNorm {'/'.join(self.path)}: {self.groups} groups do not divide the "
+                f"{x.shape[-1]} channels. Choose a number of groups that divides the channels of "
+                "every layer."
+            )
+        norm = nn.GroupNorm(
+            num_groups=self.groups,
+            epsilon=self.epsilon,
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+            use_fast_variance=False,  # as in LayerNorm
+        )
+        nn.share_scope(self, norm)
+        return norm(x, mask=_real_positions(mask, x))
+
+
+class InstanceNorm(PerExampleNorm):
+    """Normalises each channel of each example over its positions (Ulyanov et al., 2016)."""
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns the normalised input.
+
+        Raises:
+            ValueError: if there is one position only (not at initialisation).
+        """
+        if not self.is_initializing():
+            _check_positions(f"InstanceNorm {'/'.join(self.path)}", x)
+        norm = nn.InstanceNorm(
+            epsilon=self.epsilon,
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+            use_fast_variance=False,  # as in LayerNorm
+        )
+        nn.share_scope(self, norm)
+        return norm(x, mask=_real_positions(mask, x))
+
+
+class RMSNorm(PerExampleNorm):
+    """Divides each example by its root mean square (Zhang & Sennrich, 2019, equation 4).
+
+    The mean is not subtracted and there is no shift; `use_bias` adds one, off by default.
+    """
+
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns the normalised input; the scale is of each channel."""
+        norm = nn.RMSNorm(
+            epsilon=self.epsilon, use_scale=self.use_scale, reduction_axes=tuple(range(1, x.ndim))
+        )
+        nn.share_scope(self, norm)
+        y = norm(x, mask=_real_positions(mask, x))
+        if self.use_bias:
+            y = y + _per_channel(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x.ndim)
+        return y
+
+
+class FilterResponseNorm(PerExampleNorm):
+    """Divides each channel of each example by its root mean square nu (Singh & Krishnan, 2020).
+
+    y = scale * x / sqrt(nu^2 + epsilon) + bias (equation 1). The mean is not subtracted; the
+    activation that follows has to be a `ThresholdedLinear`, whose threshold makes up for it.
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns the normalised input, at least float32.
+
+        Raises:
+            ValueError: if there is one position only (not at initialisation).
+        """
+        if not self.is_initializing():
+            _check_positions(f"FilterResponseNorm {'/'.join(self.path)}", x)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        positions = tuple(range(1, x.ndim - 1))
+        nu2 = lax.square(x).mean(positions, keepdims=True, where=_real_positions(mask, x))
+        y = x * lax.rsqrt(nu2 + self.epsilon)
+        if self.use_scale:
+            y = y * _per_channel(self.param("scale", nn.initializers.ones, x.shape[-1:]), x.ndim)
+        if self.use_bias:
+            y = y + _per_channel(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x.ndim)
+        return y
+
+
+class ThresholdedLinear(nn.Module):
+    """The activation max(x, tau), tau learnt for each channel from 0 (Singh & Krishnan, 2020)."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns the activation of x [..., c]."""
+        threshold = self.param("threshold", nn.initializers.zeros, x.shape[-1:])
+        return jnp.maximum(x, _per_channel(threshold, x.ndim))
+
+
+class Identity(nn.Module):
+    """Returns its input, in the place of a norm."""
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns `x`."""
+        return x
+
+
+def _real_positions(mask: Array | None, x: Array) -> jax.Array | None:
+    """Returns which values of `x` count, bool of its shape, or None if masking cannot matter.
+
+    An example's padding cannot reach the others. Where a mask has nothing of an example, all of it
+    counts, so that its output is finite.
     """
     axes = tuple(range(1, x.ndim))
     if mask is None or (mask := full_mask(mask, x.shape, (0,))).size == mask.shape[0]:
@@ -32,16 +187,17 @@ def real_positions(mask: Array | None, x: Array) -> jax.Array | None:
     return jnp.broadcast_to(mask | ~mask.any(axes, keepdims=True), x.shape)
 
 
-def per_channel(values: Array, rank: int) -> Array:
+def _per_channel(values: Array, rank: int) -> Array:
     """Returns values [c] as [1, ..., c] of this rank."""
     return values.reshape((1,) * (rank - 1) + (-1,))
 
 
-def check_positions(label: str, x: Array) -> None:
-    """Raises ValueError if each channel of an example has one value only, which leaves nothing to normalise by."""
+def _check_positions(label: str, x: Array) -> None:
+    """Raises ValueError if each channel of an example has one value only: nothing to divide by."""
     if x[0, ..., 0].size < 2:
         raise ValueError(
-            f"{label} normalises each channel of each example by itself, and an input of shape {x.shape} has one value there: the "
-            "output would not depend on how large it is. Use it on images only (leave it out of the dense layers), or use layer, "
-            "group or rms normalization."
+            f"{label} normalises each channel of each example by itself, and an input of shape "
+            f"{x.shape} has one value there: the output would not depend on how large it is. Use "
+            "it on images only (leave it out of the dense layers), or use layer, group or rms "
+            "normalization."
         )

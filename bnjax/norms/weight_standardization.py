@@ -10,9 +10,10 @@ from bnjax.arrays import Array
 
 
 class StandardizedConv(nn.Conv):
-    """A convolution with a kernel [h, w, in, out] of mean 0 and variance 1 for each output (equation 7).
+    """A convolution whose kernel has mean 0 and variance 1 for each output (equation 7).
 
-    What is stored, and trained, is the kernel before that, under the same names as in `flax.linen.Conv`.
+    What is stored, and trained, is the kernel [h, w, in, out] before that, under the same names as
+    in `flax.linen.Conv`.
     """
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from bnjax.arrays import Batch, BatchStats, Logits, Params, named_leaves
 from bnjax.data.datasets import Dataset, Split
-from bnjax.train import defaults
 from bnjax.train.build import Experiment
+from bnjax.train.config import default_config
 from bnjax.train.graph import graph_def, nodes
 from bnjax.train.histograms import sample, summarise
 from bnjax.train.parsing import flat
@@ -50,7 +50,7 @@ class Observer:
     def introduce(self, writer: RunWriter, config: ConfigDict) -> None:
         """Shows the graph of the model and the hyperparameters."""
         writer.board.graph(graph_def(nodes(self._model, self._shape)))
-        values, standard = flat(config.to_dict()), flat(defaults.get_config().to_dict())
+        values, standard = flat(config.to_dict()), flat(default_config().to_dict())
         # TensorBoard shows the first few columns: what is special about this run.
         writer.board.hyperparameters(
             dict(sorted(values.items(), key=lambda item: item[1] == standard[item[0]]))

@@ -48,7 +48,7 @@ def train_and_evaluate(
     Resumes where it was stopped.
 
     Args:
-        config: with the keys of `bnjax.train.config`.
+        config: as `bnjax.train.config.default_config` lays it out.
         workdir: the run's folder, created if need be.
         dataset: from `bnjax.data.datasets.load`.
         feed: where the batches come from; by default the training images of `dataset`.

@@ -1,4 +1,4 @@
-"""From a config file, the words of a command line or a saved config to a ConfigDict whose keys and types are right."""
+"""From a file, the words of a command line or JSON to a config whose keys and types are right."""
 
 import ast
 import difflib
@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError, UserError
-from bnjax.train import defaults
+from bnjax.train.config import default_config
 
 
 def load(path: str, overrides: list[str]) -> ConfigDict:
@@ -21,13 +21,15 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     file = Path(path)
     if not file.is_file():
         raise UserError(
-            f"there is no config file {path}. The examples are in the folder configs of the repository."
+            f"there is no config file {path}. The examples are in the folder configs of the "
+            "repository."
         )
     try:
         config = runpy.run_path(str(file))["get_config"]()
     except KeyError as error:
         raise UserError(
-            f"the config file {path} defines no {error}. It needs a function get_config() that returns a ConfigDict."
+            f"the config file {path} defines no {error}. It needs a function get_config() that "
+            "returns a ConfigDict."
         ) from error
     except (Exception, SystemExit) as error:
         raise UserError(
@@ -35,9 +37,10 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
         ) from error
     if not isinstance(config, ConfigDict) or "name" not in config:
         raise UserError(
-            f"the config file {path} gives no config: take bnjax.train.defaults.get_config(), change it and return it."
+            f"the config file {path} gives no config: take bnjax.train.config.default_config(), "
+            "change it and return it."
         )
-    for name, text in _pairs(overrides):
+    for name, text in pairs(overrides):
         override(config, name, text)
     config.name = config.name or file.stem
     return config
@@ -50,15 +53,14 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
         UserError: for an unknown key.
         ConfigError: for a value of another type.
     """
-    config = defaults.get_config()
+    config = default_config()
 
     def fill(section: ConfigDict, values: dict[str, Any], path: str) -> None:
         for key, value in values.items():
-            if key not in section or isinstance(section[key], ConfigDict) != isinstance(
-                value, dict
-            ):
+            is_section = key in section and isinstance(section[key], ConfigDict)
+            if key not in section or is_section != isinstance(value, dict):
                 raise UserError(f"there is no key config.{path}{key} of this kind.")
-            if isinstance(value, dict):
+            if is_section:
                 fill(section[key], value, f"{path}{key}.")
             else:
                 section[key] = _of_type(f"{path}{key}", value, section[key])
@@ -68,7 +70,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of a nested dict under keys with dots, tuples as the lists that JSON makes of them.
+    """Returns the values of a nested dict under keys with dots, tuples as lists, as in JSON.
 
     >>> flat({"model": {"dense": (100,)}, "seed": 0})
     {'model.dense': [100], 'seed': 0}
@@ -85,7 +87,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets one key, given as on a command line, with a value of the type that it has.
 
-    >>> config = defaults.get_config()
+    >>> config = default_config()
     >>> override(config, "model.momentum", "0.9")
     >>> override(config, "model.dense", "100")
     >>> config.model.momentum, config.model.dense
@@ -99,7 +101,8 @@ def override(config: ConfigDict, name: str, text: str) -> None:
             parent = ".".join(["config", *keys[:depth]])
             hint = f" Did you mean {parent}.{close[0]}?" if close else ""
             raise UserError(
-                f"there is no key config.{name}.{hint} {parent} has: {', '.join(known) or 'no keys of its own'}."
+                f"there is no key config.{name}.{hint} {parent} has: "
+                f"{', '.join(known) or 'no keys of its own'}."
             )
         if depth < len(keys) - 1:
             section = section[key]
@@ -109,14 +112,19 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     section[keys[-1]] = _convert(name, text, old)
 
 
-def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
-    """Splits `--config.a.b=value` and `--config.a.b value` into names and values."""
-    pairs, rest = [], list(overrides)
+def pairs(overrides: list[str]) -> list[tuple[str, str]]:
+    """Splits `--config.a.b=value` and `--config.a.b value` into names and values.
+
+    Raises:
+        UserError: for other words.
+    """
+    found, rest = [], list(overrides)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--config."):
             raise UserError(
-                f"{flag!r} is not understood. Overrides look like --config.model.momentum=0.9; --help shows the rest."
+                f"{flag!r} is not understood. Overrides look like --config.model.momentum=0.9; "
+                "--help shows the rest."
             )
         name, equals, text = flag.removeprefix("--config.").partition("=")
         if not equals:
@@ -125,8 +133,8 @@ def _pairs(overrides: list[str]) -> list[tuple[str, str]]:
                     f"{flag} has no value. Overrides look like --config.model.momentum=0.9."
                 )
             text = rest.pop(0)
-        pairs.append((name, text))
-    return pairs
+        found.append((name, text))
+    return found
 
 
 def _convert(name: str, text: str, old: Any) -> Any:
@@ -143,7 +151,7 @@ def _convert(name: str, text: str, old: Any) -> Any:
 
 
 def _of_type(name: str, value: Any, old: Any) -> Any:
-    """Returns the value as the type of `old`, where that loses nothing: a list as a tuple, a whole number as a float."""
+    """Returns the value as the type of `old`, where that loses nothing: an int as a float, say."""
     kind = type(old)
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(value)

@@ -1,19 +1,23 @@
-"""BN needs large batches; group and layer normalization do not, and batch renormalization needs smaller ones.
+"""BN needs large batches; batch renorm needs less of one, group and layer norm need none.
 
     bnjax compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes
     bnjax compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes_full --full
 
-Source: Wu & He 2018 (arXiv 1803.08494, section 4.1): validation error of ResNet-50 on ImageNet at 32 images a worker 23.6 % with batch
-    norm, 24.1 % with group norm, 25.3 % with layer norm; at 2 images 34.7 % with batch norm and 24.1 % with group norm; at 4 images
-    27.3 % with batch norm and 26.3 % with batch renormalization (Ioffe 2017, arXiv 1702.03275).
-Time: 10 minutes for the small version, 80 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
-Margin: half of each published difference: 0.05 for group norm, 0.045 for layer norm and 0.005 for renorm at 2 images. At 512 images
-    batch and group norm are called alike if they are within 0.02: bnjax's own guess, since the source's figure 5 ends at 32 images.
-As there, the norm stands before the activation and the learning rate grows with the batch; as many epochs for all. The averages are
-slow (0.99) for the sake of the small batches, and leave out their starting values for the sake of the few steps of the large ones.
+Source: Wu & He 2018 (arXiv 1803.08494, section 4.1): validation error of ResNet-50 on ImageNet at
+    32 images a worker 23.6 % with batch norm, 24.1 % with group norm, 25.3 % with layer norm; at 2
+    images 34.7 % with batch norm and 24.1 % with group norm; at 4 images 27.3 % with batch norm and
+    26.3 % with batch renormalization (Ioffe 2017, arXiv 1702.03275).
+Time: 10 minutes for the small version, 80 runs, on two 2.45 GHz AVX2 cores beside other work; the
+    full size is for a GPU and not measured.
+Margin: half of each published difference: 0.05 for group norm, 0.045 for layer norm and 0.005 for
+    renorm at 2 images. At 512 images batch and group norm are called alike if they are within 0.02:
+    bnjax's own guess, since the source's figure 5 ends at 32 images.
+As there, the norm stands before the activation and the learning rate grows with the batch; as many
+epochs for all. The averages are slow (0.99) for the sake of the small batches, and leave out their
+starting values for the sake of the few steps of the large ones.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 NORMS = ("batch", "group", "layer", "renorm")
 SIZES = (2, 16, 128, 512)
@@ -79,7 +83,7 @@ def get_claim():
         ],
         "seeds": 5,
         "small": {
-            **defaults.SMALL,
+            **SMALL,
             **common,
             "data.train_images": 2560,
             "train.epochs": 4.0,

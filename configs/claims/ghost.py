@@ -3,14 +3,16 @@
     bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost
     bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost_full --full
 
-Source: Hoffer et al. 2017 (arXiv 1705.08741, table 1): ResNet44 on CIFAR-10 with batches of 4,096 and a learning rate adapted
-    to them comes to 89.30 %, and with ghost batches of 128 besides to 90.50 %.
-Time: 4 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
+Source: Hoffer et al. 2017 (arXiv 1705.08741, table 1): ResNet44 on CIFAR-10 with batches of 4,096
+    and a learning rate adapted to them comes to 89.30 %, and with ghost batches of 128 besides to
+    90.50 %.
+Time: 4 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the
+    full size is for a GPU and not measured.
 Margin: half of the published difference, 0.006 in test accuracy.
 bnjax evaluates with averages of the whole batch, the paper with those of the ghost batches.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -33,7 +35,7 @@ def get_claim():
         ],
         "seeds": 5,
         "small": {
-            **defaults.SMALL,
+            **SMALL,
             "train.batch_size": 1000,
             "train.steps": 60,
             "train.shuffle": True,

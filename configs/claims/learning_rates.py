@@ -3,15 +3,19 @@
     bnjax compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates
     bnjax compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates_full --full
 
-Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2 and figure 3): 72.2 % after 31.0 million steps without BN, 13.3 with, 2.1
-    with BN and five times the rate, 2.7 with thirty times; without BN, five times the rate sent the parameters to infinity.
-Time: 7 minutes for the small version, 30 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
-Margin: half of each published factor, on the log scale: 1.5 and 2.5. Where the source only says that it fails: 0.05 in test accuracy.
-    The source's five times the rate came with less regularization, a faster decay of the rate and other changes, so 2.5 asks much.
-Plain SGD with momentum, as there; a step that is not finite is dropped. What is timed is the training loss, not validation accuracy.
+Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2 and figure 3): 72.2 % after 31.0 million
+    steps without BN, 13.3 with, 2.1 with BN and five times the rate, 2.7 with thirty times; without
+    BN, five times the rate sent the parameters to infinity.
+Time: 7 minutes for the small version, 30 runs, on two 2.45 GHz AVX2 cores beside other work; the
+    full size is for a GPU and not measured.
+Margin: half of each published factor, on the log scale: 1.5 and 2.5. Where the source only says
+    that it fails: 0.05 in test accuracy. The source's five times the rate came with less
+    regularization, a faster decay of the rate and other changes, so 2.5 asks much.
+Plain SGD with momentum, as there; a step that is not finite is dropped. What is timed is the
+training loss, not validation accuracy.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 RATE = 0.01
 
@@ -60,7 +64,7 @@ def get_claim():
         ],
         "seeds": 5,
         "small": {
-            **defaults.SMALL,
+            **SMALL,
             **sgd,
             "train.batch_size": 250,
             "train.steps": 240,

@@ -3,13 +3,14 @@
     bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid
     bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid_full --full
 
-Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at chance without BN and comes to 69.8 %
-    with, at five times the learning rate.
-Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the full size is for a GPU and not measured.
+Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at
+    chance without BN and comes to 69.8 % with, at five times the learning rate.
+Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the
+    full size is for a GPU and not measured.
 Margin: 0.1 in test accuracy, where chance is 0.1.
 """
 
-from bnjax.train import defaults
+from bnjax.compare.claims import SMALL
 
 
 def get_claim():
@@ -29,6 +30,6 @@ def get_claim():
             }
         ],
         "seeds": 5,
-        "small": defaults.SMALL,
+        "small": SMALL,
         "full": {"train.steps": 100},
     }

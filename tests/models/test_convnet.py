@@ -22,7 +22,7 @@ SMALL = {
 
 
 def randomise(tree, seed=0):
-    """The same tree with random positive leaves, so that no scale of one or shift of zero hides a mistake."""
+    """The same tree with random leaves: no scale of one or shift of zero hides a mistake."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.uniform(0.2, 1.0, leaf.shape), jnp.float32), tree

@@ -1,4 +1,4 @@
-"""BatchNorm against independent truths: NumPy in float64, the paper's backward pass, and what other frameworks store."""
+"""BatchNorm against NumPy in float64, the paper's backward pass and other frameworks' averages."""
 
 import functools
 import json
@@ -281,7 +281,7 @@ def test_averages_without_count_are_not_thrown_away_in_silence():
 
 @pytest.mark.parametrize("real", [0, 1, 2])
 def test_masks_that_leave_little_do_not_blow_up_deep_networks(real):
-    """Each layer divides by sqrt(epsilon) where the variance is 0; twenty of them would take padding past float32."""
+    """Where the variance is 0 each layer divides by sqrt(epsilon); twenty would pass float32."""
 
     class Deep(nn.Module):
         @nn.compact
@@ -519,7 +519,8 @@ def test_the_state_can_be_carried_through_a_scan():
         (
             {"axis_name": "batch"},
             {},
-            r"axis_name = 'batch', but there is no mapped axis 'batch' here.*jax.pmap\(..., axis_name='batch'\)",
+            r"axis_name = 'batch', but there is no mapped axis 'batch' here.*"
+            r"jax.pmap\(..., axis_name='batch'\)",
         ),
         (
             {},

@@ -24,6 +24,7 @@ def make(name, axis_name=None):
     return norms.build(
         name,
         momentum=0.8,
+        epsilon=1e-3,
         virtual_batch=4,
         groups=5,
         debias=True,
@@ -179,7 +180,8 @@ def test_evaluation_does_not_depend_on_the_other_images(name):
     np.testing.assert_allclose(together, backwards, rtol=1e-6, atol=1e-6)
 
 
-# Those without statistics of the batch have nothing to sum over devices; one wrapper shows that they run.
+# Those without statistics of the batch have nothing to sum over devices; one wrapper shows that
+# they run.
 ACROSS_DEVICES = [
     (name, wrapper)
     for name in norms.NORMS
@@ -216,6 +218,30 @@ def test_state_survives_serialisation(name):
     close(step(norm, restored, images()), step(norm, variables, images()), rtol=0, atol=0)
 
 
-def test_unknown_name():
+@EVERY_NORM
+def test_what_is_not_given_is_as_its_class_has_it(name):
+    assert norms.build(name)() == norms.NORMS[name]()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "names"),
+    [
+        ("momentum", 0.5, norms.BATCH_NORMS),
+        ("virtual_batch", 7, ("ghost",)),
+        ("renorm_steps", 9, ("renorm",)),
+        ("groups", 3, ("group",)),
+        ("use_bias", False, set(norms.NORMS) - {"none"}),
+    ],
+)
+def test_an_option_reaches_the_norms_that_have_it(option, value, names):
+    built = {name: norms.build(name, **{option: value})() for name in norms.NORMS}
+    assert {name: getattr(norm, option, None) for name, norm in built.items()} == {
+        name: value if name in names else None for name in norms.NORMS
+    }
+
+
+def test_unknown_names_and_options_are_refused():
     with pytest.raises(ValueError, match="no norm named 'bach'; there are batch, ghost"):
         norms.build("bach")
+    with pytest.raises(TypeError, match=r"no norm has the options \['momentun'\]; .*momentum"):
+        norms.build("layer", momentun=0.9)

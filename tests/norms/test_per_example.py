@@ -49,8 +49,8 @@ def test_equation(name, mean):
     x = X + np.float32(mean)
     expected = PER_EXAMPLE[name](x.astype(np.float64))
     y, _ = apply(norms.build(name, epsilon=EPSILON, groups=2)(), x)
-    # However it is ordered, a sum of n numbers is off by n roundings of it at most; where the mean is subtracted, that is what
-    # remains of it, over a deviation of 1 or more.
+    # However it is ordered, a sum of n numbers is off by n roundings of it at most; where the mean
+    # is subtracted, that is what remains of it, over a deviation of 1 or more.
     n = {"layer": 160, "group": 80, "instance": 20}.get(name, 0)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 + n * 2.0**-24 * mean)
 
@@ -58,11 +58,10 @@ def test_equation(name, mean):
 @pytest.mark.parametrize("name", ["layer", "group", "instance", "rms", "frn"])
 def test_scale_and_shift_are_of_channels(name):
     scale, bias = np.arange(8.0, dtype=np.float32), np.arange(8.0, dtype=np.float32)[::-1].copy()
-    y, _ = apply(
-        norms.build(name, epsilon=EPSILON, groups=2)(), X, params={"scale": scale, "bias": bias}
-    )
+    norm = norms.build(name, epsilon=EPSILON, groups=2, use_bias=True)()
+    y, _ = apply(norm, X, params={"scale": scale, "bias": bias})
     np.testing.assert_allclose(y, PER_EXAMPLE[name](X64) * scale + bias, rtol=1e-5, atol=1e-4)
-    bare = norms.build(name, scale=False, shift=False, groups=2)().init(
+    bare = norms.build(name, use_scale=False, use_bias=False, groups=2)().init(
         jax.random.key(0), X, use_running_average=True
     )
     assert not bare.get("params")
@@ -156,9 +155,9 @@ def test_renorm_takes_r_and_d_as_constants():
 
 
 def test_renorm_opens_its_limits_with_the_updates():
-    norm = norms.build("renorm", renorm_steps=8, momentum=1.0)()
+    norm = norms.build("renorm", renorm_steps=8, momentum=1.0, epsilon=EPSILON)()
     closed, open_ = (apply(norm, X, {**STATS, "count": np.int32(count)})[0] for count in (0, 8))
-    np.testing.assert_allclose(closed, apply(norms.BatchNorm(epsilon=1e-3), X)[0], atol=1e-5)
+    np.testing.assert_allclose(closed, apply(norms.BatchNorm(epsilon=EPSILON), X)[0], atol=1e-5)
     assert np.abs(open_ - closed).max() > 0.1
     assert apply(norm, X, STATS)[1]["count"] == 1
 
@@ -188,7 +187,8 @@ def test_standardised_convolution():
         variables["params"]
     )["kernel"]
     gradient = np.asarray(gradient, np.float64)
-    # What the mean takes away has no gradient: the 72 of an output sum to zero, but for what rounding each of them leaves.
+    # What the mean takes away has no gradient: the 72 of an output sum to zero, but for what
+    # rounding each of them leaves.
     assert (np.abs(gradient.sum((0, 1, 2))) < 1e-5 * np.abs(gradient).sum((0, 1, 2))).all()
     assert np.abs(gradient).max() > 0.1
 

@@ -19,8 +19,9 @@ from strategies import JSON
 
 from bnjax import errors, main
 from bnjax.errors import UserError
-from bnjax.train import build, defaults, parsing, rundir
+from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
 from bnjax.train.records import Lines, read_metrics
 from bnjax.train_step import init_variables
@@ -36,7 +37,7 @@ def keys(config, prefix=""):
             yield prefix + key
 
 
-KEYS = sorted(keys(defaults.get_config()))
+KEYS = sorted(keys(default_config()))
 NUMBERS = st.one_of(
     st.integers(-3, 40),
     st.integers(),

@@ -1,4 +1,4 @@
-"""Every norm by its name in the config: it trains, and what cannot work is refused before anything runs."""
+"""Every norm by its name in the config trains, and what cannot work is refused before a run."""
 
 from functools import partial
 
@@ -10,14 +10,15 @@ import pytest
 
 from bnjax import norms
 from bnjax.errors import ConfigError
-from bnjax.train import build, defaults
+from bnjax.train import build
+from bnjax.train.config import default_config
 from bnjax.train_step import init_state, train_step
 
 CLASSES = 3
 
 
 def config_of(**model):
-    config = defaults.get_config()
+    config = default_config()
     config.model.update(
         {
             "filters": (6,),
@@ -79,7 +80,7 @@ def test_the_options_reach_the_layers():
     assert not layer.use_bias
     assert built(norm="group", groups=2, placement="before").norm().groups == 2
     assert built(weight_standardization=True).conv is norms.StandardizedConv
-    assert float(built(norm="renorm", renorm_steps=16).norm().r_max(16)) == 3
+    assert built(norm="renorm", renorm_steps=16).norm().renorm_steps == 16
 
 
 def test_the_thresholded_unit_follows_its_norm_and_relu_the_others():

@@ -1,10 +1,18 @@
+import json
+from pathlib import Path
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from bnjax import main, norms
+from bnjax.data import datasets, download
 from bnjax.data.datasets import Dataset, Split
-from bnjax.errors import ConfigError, UserError
+from bnjax.errors import ConfigError, DataError, UserError
+from bnjax.models.convnet import ACTIVATIONS, POOLS, Placement
 from bnjax.models.products import bfloat16_dot_general
-from bnjax.train import build, defaults, parsing
+from bnjax.train import build, parsing
+from bnjax.train.config import KEYS, default_config
 
 
 def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
@@ -13,7 +21,7 @@ def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
 
 
 def make(overrides=(), n=100, **more):
-    config = defaults.get_config()
+    config = default_config()
     config.train.batch_size, config.train.steps, config.train.epochs = 10, 0, 10.0
     for name, text in overrides:
         parsing.override(config, name, text)
@@ -50,6 +58,14 @@ def make(overrides=(), n=100, **more):
         ("train.epochs", "0"),
         ("eval.every_epochs", "-1"),
         ("eval.batch_size", "0"),
+        ("eval.histograms", "1"),
+        ("eval.pictures", "101"),
+        ("checkpoint.every_minutes", "-1"),
+        ("data.fallback", "mnist"),
+        ("data.train_images", "-1"),
+        ("model.virtual_batch", "1"),
+        ("train.most_skipped", "-1"),
+        ("train.on_nonfinite", "wait"),
         ("optimizer.name", "sgdd"),
         ("seed", "-1"),
     ],
@@ -61,6 +77,34 @@ def test_an_impossible_value_is_refused_by_key(name, text):
     assert f"config.{section}" in str(caught.value)
     assert key in str(caught.value)
     assert "Allowed: " in str(caught.value)
+
+
+def test_the_defaults_are_allowed_and_have_the_types_of_their_checks():
+    assert len({key.name for key in KEYS}) == len(KEYS)
+    for key in KEYS:
+        assert key.help
+        assert key.allowed.words
+        assert key.allowed.holds(key.default), key.name
+
+
+def test_the_names_in_the_table_are_those_that_there_are():
+    words = {key.name: key.allowed.words.split(", ") for key in KEYS}
+    assert words["model.norm"] == list(norms.NORMS)
+    assert words["model.activation"] == list(ACTIVATIONS)
+    assert words["model.pooling"] == ["none", *POOLS]
+    assert words["model.placement"] == list(get_args(Placement))
+    assert datasets.DIGITS in words["data.fallback"][0]
+
+
+def test_a_norm_of_its_own_has_the_default_of_the_table():
+    defaults = {key.norm: key.default for key in KEYS if key.norm}
+    assert norms.GhostBatchNorm().virtual_batch == defaults["virtual_batch"]
+    assert norms.BatchRenorm().renorm_steps == defaults["renorm_steps"]
+
+
+def test_two_intervals_of_saving_are_refused():
+    with pytest.raises(ConfigError, match=r"checkpoint\.every_\w+ = .*at most one of"):
+        make([("checkpoint.every_steps", "5"), ("checkpoint.every_minutes", "1")])
 
 
 def test_images_that_shrink_to_nothing_are_refused():
@@ -85,7 +129,7 @@ def test_images_that_shrink_to_nothing_are_refused():
     ],
 )
 def test_overrides_keep_the_type(name, text, wanted):
-    config = defaults.get_config()
+    config = default_config()
     parsing.override(config, name, text)
     value = config
     for key in name.split("."):
@@ -106,7 +150,7 @@ def test_overrides_keep_the_type(name, text, wanted):
 )
 def test_overrides_of_another_type_are_refused(name, text):
     with pytest.raises(ConfigError, match=name):
-        parsing.override(defaults.get_config(), name, text)
+        parsing.override(default_config(), name, text)
 
 
 @pytest.mark.parametrize(
@@ -120,20 +164,20 @@ def test_overrides_of_another_type_are_refused(name, text):
 )
 def test_an_unknown_key_is_named_with_what_there_is(name, said):
     with pytest.raises(UserError, match=said):
-        parsing.override(defaults.get_config(), name, "1")
+        parsing.override(default_config(), name, "1")
 
 
 def test_a_config_file_and_its_overrides(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from bnjax.train import defaults\ndef get_config():\n    return defaults.get_config()\n"
+        "from bnjax.train.config import default_config\ndef get_config(): return default_config()\n"
     )
     config = parsing.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
     assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
 
 
 def test_low_precision_products_are_chosen_and_checked():
-    config = defaults.get_config()
+    config = default_config()
     config.model.dense_product = "bfloat16"
     assert build.model(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
     config.model.dtype = "bfloat16"
@@ -163,18 +207,55 @@ def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
 def test_flags_that_are_no_overrides_are_refused(tmp_path, flags):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from bnjax.train import defaults\ndef get_config():\n    return defaults.get_config()\n"
+        "from bnjax.train.config import default_config\ndef get_config(): return default_config()\n"
     )
     with pytest.raises(UserError, match="Overrides look like"):
         parsing.load(str(file), flags)
 
 
-def test_durations_become_steps_and_a_fallback_batch_is_a_tenth_of_the_images():
+def test_durations_become_steps():
     experiment = make([("train.epochs", "3")], n=100)
     assert (experiment.steps, experiment.eval_every, experiment.batch_size) == (30, 20, 10)
-    experiment = make([("train.batch_size", "5000")], n=1438, fallback_reason="no network")
-    assert experiment.batch_size == 143
-    assert experiment.eval_every == 20
+
+
+def test_what_stands_in_for_the_data_names_the_run_and_sets_its_batch():
+    config, digits = default_config(), dataset(1438, fallback_reason="no network")
+    config.name = "bn"
+    used = build.stand_in(config, digits, [])
+    assert (used.name, used.train.batch_size) == ("bn-cifar10", 143)
+    assert build.experiment(used, digits).batch_size == 143
+    assert (config.name, config.train.batch_size) == ("bn", 5000)
+    assert build.stand_in(config, dataset(), []) == config
+
+
+@pytest.mark.parametrize(
+    "words", [["--config.train.batch_size=64"], ["--config.train.batch_size", "64"]]
+)
+def test_a_batch_size_of_the_command_line_is_kept(words):
+    config, digits = default_config(), dataset(1438, fallback_reason="no network")
+    for name, text in parsing.pairs(words):
+        parsing.override(config, name, text)
+    used = build.stand_in(config, digits, words)
+    assert build.experiment(used, digits).batch_size == used.train.batch_size == 64
+
+
+def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, capsys):
+    def no_network(file, cache):
+        raise DataError("there was no answer")
+
+    monkeypatch.setattr(download, "download", no_network)
+    words = ["--config.model.filters=2,2,2", "--config.model.dense=4,4", "--config.train.steps=2"]
+    few = ["--config.eval.histograms=0", "--config.eval.pictures=0"]
+    config, folder = Path(__file__).parents[2] / "configs" / "bn.py", tmp_path / "run"
+    command = ["bnjax", "train", "--config", str(config), "--workdir", str(folder), *words, *few]
+    monkeypatch.setattr("sys.argv", command)
+    assert main.main() == 0
+    assert "embedded set 'digits' instead, in batches of 143." in capsys.readouterr().err
+    saved = json.loads((folder / "config.json").read_text())["config"]
+    assert (saved["name"], saved["train"]["batch_size"]) == ("bn-digits", 143)
+    assert json.loads((folder / "summary.json").read_text())["batch_size"] == 143
+    assert main.main() == 0
+    assert f"{folder} is finished" in capsys.readouterr().out
 
 
 def test_an_average_that_keeps_its_starting_value_is_warned_of():
@@ -193,9 +274,7 @@ def test_an_average_that_keeps_its_starting_value_is_warned_of():
 
 
 def test_a_config_survives_json():
-    import json
-
-    config = defaults.get_config()
+    config = default_config()
     config.model.dense = (5, 6, 7)
     config.model.dropout = (0.0, 0.1, 0.2)
     assert parsing.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()

@@ -4,29 +4,29 @@ import pytest
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
-from bnjax.train import defaults, optim
+from bnjax.train import build
+from bnjax.train.config import default_config
 
 
 @pytest.mark.parametrize(
     ("steps", "epochs", "wanted"), [(100, 0.0, 100), (0, 2.0, 20), (0, 0.25, 2), (0, 0.001, 1)]
 )
 def test_durations(steps, epochs, wanted):
-    duration = ConfigDict({"steps": steps, "epochs": epochs})
-    assert optim.steps_of(duration, "", "train", batch_size=5000, examples=50000) == wanted
+    config = ConfigDict({"steps": steps, "epochs": epochs})
+    assert build.duration(config, "", "train", batch_size=5000, images=50_000) == wanted
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 0.0), (5, 1.0), (-1, 0.0), (0, -2.0)])
 def test_a_duration_is_given_once(steps, epochs):
+    config = ConfigDict({"steps": steps, "epochs": epochs})
     with pytest.raises(ConfigError, match="train"):
-        optim.steps_of(
-            ConfigDict({"steps": steps, "epochs": epochs}), "", "train", batch_size=5, examples=50
-        )
+        build.duration(config, "", "train", batch_size=5, images=50)
 
 
 def test_adam_makes_its_published_first_and_second_step():
     """Kingma & Ba 2015, algorithm 1, by hand in float64."""
-    config = defaults.get_config().optimizer
-    tx = optim.build(config)
+    config = default_config().optimizer
+    tx = build.optimizer(config)
     grads = [0.5, -0.2]
     params = jnp.array([1.0])
     state = tx.init(params)
@@ -40,9 +40,9 @@ def test_adam_makes_its_published_first_and_second_step():
 
 
 def test_sgd_with_momentum():
-    config = defaults.get_config().optimizer
+    config = default_config().optimizer
     config.name, config.learning_rate, config.momentum = "sgd", 0.1, 0.5
-    tx = optim.build(config)
+    tx = build.optimizer(config)
     params = jnp.array([1.0])
     state = tx.init(params)
     for _ in range(2):
@@ -63,7 +63,7 @@ def test_sgd_with_momentum():
     ],
 )
 def test_impossible_values_are_named(key, value):
-    config = defaults.get_config().optimizer
+    config = default_config().optimizer
     config[key] = value
     with pytest.raises(ConfigError, match=f"optimizer.{key}"):
-        optim.build(config)
+        build.optimizer(config)

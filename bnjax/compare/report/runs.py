@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from bnjax.errors import UserError
-from bnjax.train import defaults, parsing
+from bnjax.train import parsing
+from bnjax.train.config import default_config
 from bnjax.train.records import read_lines, read_metrics
 
 # Two runs that differ in nothing else are of the same variant.
@@ -65,14 +66,14 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The words of a command that trains this run again, from the defaults."""
-        standard = parsing.flat({"config": defaults.get_config().to_dict()})
+        standard = parsing.flat({"config": default_config().to_dict()})
         different = {key: value for key, value in self.config.items() if value != standard.get(key)}
         return [
             "python",
             "-m",
             "bnjax.main",
             "--config",
-            "bnjax/train/defaults.py",
+            "bnjax/train/config.py",
             *(f"--{key}={value}" for key, value in different.items()),
         ]
 

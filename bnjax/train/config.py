@@ -1,0 +1,280 @@
+"""The table of config keys: name, default, what is allowed, what it is for.
+
+A config file takes `default_config()`, the tutorial's network and training, changes what it is
+about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.build`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from bnjax.errors import ConfigError
+
+MAX_SIZE = 1 << 20  # of a layer: beyond it is a slip of the finger
+MAX_PICTURES = 100  # that are still looked at
+
+
+class Check(NamedTuple):
+    """What a value has to be, in words and as a function of a value of the key's type."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+class Key(NamedTuple):
+    """One key of the config.
+
+    Attributes:
+        name: with its section and a dot before it, if it is in one.
+        default: its type is that of every value.
+        allowed: what is checked of a value by itself.
+        help: what the key is for.
+        norm: the field of the classes in `bnjax.norms` that it sets, if it sets one.
+    """
+
+    name: str
+    default: Any
+    allowed: Check
+    help: str
+    norm: str = ""
+
+
+def one_of(*values: str) -> Check:
+    """Allows some texts."""
+    return Check(", ".join(values), lambda value: value in values)
+
+
+def whole(low: int, high: float = math.inf, words: str = "") -> Check:
+    """Allows whole numbers from `low` to `high`."""
+    return Check(words or f"a whole number, {low} or above", lambda value: low <= value <= high)
+
+
+def each(words: str, holds: Callable[[Any], bool]) -> Check:
+    """Allows tuples of which each value is allowed."""
+    return Check(words, lambda values: all(map(holds, values)))
+
+
+TEXT = Check("any text", lambda value: isinstance(value, str))
+FLAG = Check("True or False", lambda value: isinstance(value, bool))
+POSITIVE = Check("a number above 0", lambda value: 0 < value < math.inf)
+FRACTION = Check("0 up to but not including 1", lambda value: 0 <= value < 1)
+# Steps are counted in int32.
+DURATION = Check(
+    "a number above 0 and below 2**31, or 0 to use the other unit",
+    lambda value: 0 <= value < 1 << 31,
+)
+SAVES = Check(
+    "a number above 0 and below 2**31, or 0 for none",
+    lambda value: 0 <= value < 1 << 31,
+)
+SIZES = each(
+    f"whole numbers above 0, up to {MAX_SIZE:,}",
+    lambda size: type(size) is int and 0 < size <= MAX_SIZE,
+)
+SEED = whole(0, 2**32 - 1, "a whole number from 0 up to 2**32 - 1")
+DTYPE = one_of("float32", "bfloat16")
+
+KEYS = (
+    Key("name", "", TEXT, "of the run; the file's name if empty"),
+    Key("seed", 0, SEED, "of the initial weights, the order of the images and dropout"),
+    # The data.
+    Key(
+        "data.name",
+        "cifar10",
+        Check("cifar10, cifar100, digits, or the name of a TFDS set", bool),
+        "cifar10, cifar100, digits, or a data set of TensorFlow Datasets",
+    ),
+    Key(
+        "data.dir",
+        "",
+        TEXT,
+        "a folder with cifar-10-batches-bin or cifar-10-binary.tar.gz, or a TFDS data_dir",
+    ),
+    Key(
+        "data.fallback",
+        "",
+        Check("'digits', or '' for none", lambda value: value in ("", "digits")),
+        "digits: use these real images where the named ones cannot be had; empty: fail",
+    ),
+    Key("data.label", "", TEXT, "what summaries and tables call the data; the name if empty"),
+    Key(
+        "data.train_images",
+        0,
+        Check("a whole number above 0, or 0 for all", lambda value: value >= 0),
+        "train on the first so many only; 0: on all",
+    ),
+    # The network.
+    Key("model.filters", (30, 50, 60), SIZES, "of each convolution"),
+    Key("model.kernels", (3, 3, 3), SIZES, "the sides of the convolutions' kernels"),
+    Key("model.strides", (2, 1, 1), SIZES, "of the convolutions, or of the pooling after them"),
+    Key(
+        "model.pooling",
+        "none",
+        one_of("none", "max", "avg"),
+        "none: strided convolutions; max, avg: pool by the stride instead",
+    ),
+    Key("model.dense", (3500, 700), SIZES, "the widths of the hidden dense layers"),
+    Key(
+        "model.dropout",
+        (0.0, 0.0),
+        each(
+            "fractions from 0 up to but not including 1",
+            lambda rate: isinstance(rate, int | float) and 0 <= rate < 1,
+        ),
+        "the fraction that is dropped after each hidden dense layer",
+    ),
+    Key(
+        "model.norm",
+        "batch",
+        one_of("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none"),
+        "which normalisation",
+    ),
+    Key(
+        "model.norm_dense",
+        (True, True),
+        each("True or False for each hidden dense layer", FLAG.holds),
+        "whether the output of each hidden dense layer is normalised",
+    ),
+    Key(
+        "model.placement",
+        "input",
+        one_of("input", "before", "after"),
+        "of the norms: at the input of each layer, or before or after its activation",
+    ),
+    Key(
+        "model.momentum",
+        0.75,
+        Check(f"{FRACTION.words} (the fraction of the old average that is kept)", FRACTION.holds),
+        "of the running averages: the fraction of the old average that a step keeps",
+        "momentum",
+    ),
+    Key("model.debias", False, FLAG, "whether averages leave their starting values out", "debias"),
+    Key(
+        "model.variance",
+        "biased",
+        one_of("biased", "unbiased"),
+        "what the average stores: the variance divided by n, or by n - 1",
+        "variance",
+    ),
+    Key("model.virtual_batch", 50, whole(2), "ghost: images of a virtual batch", "virtual_batch"),
+    Key("model.renorm_steps", 40_000, whole(2), "renorm: when its limits are open", "renorm_steps"),
+    Key("model.groups", 10, whole(1), "group: how many groups of channels", "groups"),
+    Key("model.epsilon", 1e-3, POSITIVE, "what is added to variances", "epsilon"),
+    Key(
+        "model.activation",
+        "relu",
+        one_of("relu", "sigmoid", "tanh"),
+        "of each hidden layer; norm frn brings its own",
+    ),
+    Key("model.scale", True, FLAG, "whether norms learn a scale for each channel", "use_scale"),
+    Key("model.shift", True, FLAG, "whether norms learn a shift for each channel", "use_bias"),
+    Key("model.weight_standardization", False, FLAG, "of the convolutions' kernels"),
+    Key(
+        "model.dtype",
+        "float32",
+        DTYPE,
+        "of the arithmetic; parameters, statistics and metrics are float32, while gradients of "
+        "kernels are of this dtype until they have been summed over devices",
+    ),
+    Key(
+        "model.dense_product",
+        "float32",
+        DTYPE,
+        "what the dense layers multiply; bfloat16 is for CPUs that are faster at it",
+    ),
+    # The optimizer.
+    Key("optimizer.name", "adam", one_of("adam", "sgd"), "which optimizer"),
+    Key("optimizer.learning_rate", 1e-3, POSITIVE, "constant over the run"),
+    Key("optimizer.b1", 0.9, FRACTION, "adam: the decay of the mean gradient"),
+    Key("optimizer.b2", 0.999, FRACTION, "adam: the decay of the mean squared gradient"),
+    Key("optimizer.eps", 1e-8, POSITIVE, "adam: what is added to the root of the latter"),
+    Key("optimizer.momentum", 0.0, FRACTION, "sgd: the fraction of the last update that is kept"),
+    # Training. A duration is given in steps or in epochs: exactly one of the two is not 0.
+    Key("train.steps", 100, DURATION, "how long to train"),
+    Key("train.epochs", 0.0, DURATION, "how long to train"),
+    Key("train.batch_size", 5000, whole(1), "images of a step"),
+    Key("train.shuffle", False, FLAG, "False: the order of the files, as in the tutorial"),
+    Key(
+        "train.target_loss",
+        0.2,
+        POSITIVE,
+        "the summary says when the training loss first was at or below it",
+    ),
+    Key(
+        "train.stop_at_loss",
+        0.0,
+        Check("a number above 0, or 0 to take every step", lambda value: 0 <= value < math.inf),
+        "end training when the loss of a step first is at or below it; 0: take every step",
+    ),
+    Key(
+        "train.on_nonfinite",
+        "stop",
+        one_of("stop", "skip"),
+        "what to do with a step whose loss or gradient is not finite",
+    ),
+    Key("train.most_skipped", 10, whole(0), "skip: stop after more than so many in a row"),
+    # Evaluation, each time followed by a checkpoint.
+    Key("eval.every_steps", 0, DURATION, "how often to evaluate"),
+    Key("eval.every_epochs", 2.0, DURATION, "how often to evaluate"),
+    Key("eval.batch_size", 1000, whole(1), "images that are evaluated at once"),
+    Key(
+        "eval.histograms",
+        256,
+        whole(0, MAX_SIZE, f"a whole number up to {MAX_SIZE:,}, or 0 for none"),
+        "training images whose activations and gradients are summed up at each evaluation",
+    ),
+    Key(
+        "eval.pictures",
+        12,
+        whole(0, MAX_PICTURES, f"a whole number from 0 up to {MAX_PICTURES}"),
+        "test images that TensorBoard shows with their predictions at each evaluation",
+    ),
+    # Further checkpoints between the evaluations; at most one of the three is not 0.
+    Key("checkpoint.every_steps", 0, SAVES, "how often to save"),
+    Key("checkpoint.every_epochs", 0.0, SAVES, "how often to save"),
+    Key("checkpoint.every_minutes", 0.0, SAVES, "how often to save"),
+)
+
+
+def default_config() -> ConfigDict:
+    """Returns the defaults; every key that exists is there."""
+    values: dict[str, Any] = {}
+    for key in KEYS:
+        section, _, name = key.name.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[name] = key.default
+    return ConfigDict(values)
+
+
+get_config = default_config  # this file is a config file too: the defaults as they are
+
+
+def check_values(config: ConfigDict, section: str = "") -> None:
+    """Checks each value by itself.
+
+    Args:
+        config: a whole config, or one section of it.
+        section: its name, if it is one.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    for key, value in _values(config, section):
+        if not key.allowed.holds(value):
+            raise ConfigError(key.name, value, key.allowed.words)
+
+
+def norm_options(model: ConfigDict) -> dict[str, Any]:
+    """Returns the values in the section `model` that set fields of the norms, by their fields."""
+    return {key.norm: value for key, value in _values(model, "model") if key.norm}
+
+
+def _values(config: ConfigDict, section: str) -> Iterator[tuple[Key, Any]]:
+    prefix = f"{section}." if section else ""
+    for key in KEYS:
+        if key.name.startswith(prefix):
+            value = config
+            for name in key.name.removeprefix(prefix).split("."):
+                value = value[name]
+            yield key, value
