@@ -150,9 +150,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """Times training steps."""
     args.per_call = 1
     data = datasets.load("cifar10", args.folder)
-    advance, operations = (bnjax_trainer if args.model == "bnjax" else textbook_trainer)(
-        args, split
-    )
+    advance, operations = (bnjax_trainer if args.model == "bnjax" else textbook_trainer)(args, data)
     losses: list[Any] = []
     calls = max(WARM_UP + 1, args.steps // args.per_call)
     seconds = timed(lambda: losses.append((result := advance())[-1]) or result, calls)
@@ -224,8 +222,8 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("--model", choices=("bnjax", "textbook"), default="bnjax")
     parser.add_argument("--norm", choices=norms.NORMS, default="batch")
-    parser.add_argument("--dtype", choices=build.DTYPES, default="float32")
-    parser.add_argument("--dense-product", choices=build.DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dense-product", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--together",
         type=int,
