@@ -21,8 +21,14 @@ from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.diagnose import first_nonfinite
 from bnjax.train.program import Program
 from bnjax.train.rundir import DataFacts
-from bnjax.train.summary import first_at_or_below, summarise, versions
-from bnjax.train.writers import RunWriter, read_lines, read_metrics, write_json
+from bnjax.train.summary import summarise, versions
+from bnjax.train.writers import (
+    RunWriter,
+    first_at_or_below,
+    read_lines,
+    read_metrics,
+    write_json,
+)
 from bnjax.train_step import TrainState
 
 

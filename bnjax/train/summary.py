@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset
 from bnjax.train.build import Experiment
-from bnjax.train.writers import read_metrics
+from bnjax.train.writers import first_at_or_below, read_metrics
 
 
 def summarise(
@@ -47,12 +47,6 @@ def summarise(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "git": _git_revision(),
     }
-
-
-def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
-    """Returns the first step whose training loss was that low, None if none was."""
-    train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
-    return next((line["step"] for line in train if line["loss"] <= loss), None)
 
 
 def versions() -> dict[str, str]:

@@ -64,6 +64,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
+    """Returns the first step whose training loss was that low, None if none was."""
+    train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
+    return next((line["step"] for line in train if line["loss"] <= loss), None)
+
+
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(
         f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another folder with --workdir."
