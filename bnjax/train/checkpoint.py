@@ -46,9 +46,7 @@ class Checkpoints:
         if not read_only:
             for draft in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(draft, ignore_errors=True)
-        self._records = {
-            int(path.name): _read_record(path) for path in folder.glob("*") if path.name.isdecimal()
-        }
+        self._records = _read_records(folder)
         self._saving: dict[str, Any] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else _NewestTwoAndBest(self._records),
@@ -263,6 +261,20 @@ def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
     accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
     known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
     return max(known, key=lambda step: (known[step], -step)) if known else None
+
+
+def keep_best_and_last(folder: Path) -> None:
+    """Removes the other checkpoints of a run that has ended; its folder has to be locked."""
+    records = _read_records(folder)
+    steps = sorted(records)
+    for step in {*steps[:-1]} - {_best(records, steps)}:
+        shutil.rmtree(folder / str(step))
+
+
+def _read_records(folder: Path) -> dict[int, dict[str, Any]]:
+    """Returns the record of each checkpoint by its step."""
+    steps = (path for path in folder.glob("*") if path.name.isdecimal())
+    return {int(path.name): _read_record(path) for path in steps}
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
