@@ -84,7 +84,7 @@ def predict(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """Trains the runs that are missing and prints what they say; returns 1 if a run broke down."""
-    from bnjax.compare import grid, report, results, seeds, text
+    from bnjax.compare import grid, report, runs, seeds, text
     from bnjax.train.loop import Stopped
 
     _prepare()
@@ -96,12 +96,12 @@ def compare(args: argparse.Namespace) -> int:
     comparison |= {"seeds": list(range(count)), "command": args.again}
     folder = args.workdir or Path("runs") / (Path(args.claim).stem if args.claim else "compare")
     try:
-        datasets = grid.load_data(comparison)
+        datasets = grid.load_datasets(comparison)
         failures = grid.run(comparison, datasets, folder, args.at_once or seeds.fast_way())
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"\n{str(stopped) or 'stopped'}; everything is saved. To go on:\n    {args.again}")
         return 128 + stopped.signal if isinstance(stopped, Stopped) else 130
-    print(text.of_comparison(comparison, results.read_runs(folder, comparison)))
+    print(text.of_comparison(comparison, runs.finished_runs(folder, comparison)))
     try:
         print(f"\nreport: {report.write(folder)}")
     except errors.UserError as error:  # the results above stand without it

@@ -1,40 +1,43 @@
-"""Every variant of a comparison over the same seeds, each in a run's folder of its own: `<folder>/<variant>/<seed>/`."""
+"""Every variant of a comparison over the same seeds, each run in `<folder>/<variant>/<seed>/`."""
 
 import functools
 import json
-import shutil
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tqdm
+from ml_collections import ConfigDict
 
 from bnjax.compare import claims, seeds
+from bnjax.compare.runs import COMPARISON
 from bnjax.data.datasets import Dataset
-from bnjax.errors import NonFiniteError, UserError
-from bnjax.train import build, parsing, rundir
+from bnjax.errors import UserError
+from bnjax.train import build, checkpoint, parsing, rundir
 from bnjax.train.interrupt import StopRequest
+from bnjax.train.loop import Trainer
 from bnjax.train.records import write_json
 
 
 def compare_configs(files: Sequence[str], words: list[str]) -> dict[str, Any]:
-    """Returns the comparison of config files, without claims; `words` are overrides for all, as on a command line.
+    """Returns the comparison of config files, without claims; `words` are overrides for all.
 
     Raises:
         UserError: if a config cannot be loaded, or two have one name.
     """
-    found: list[tuple[str, tuple[str, dict[str, Any]]]] = [
-        (parsing.load(file, []).name, (file, {})) for file in files
-    ]
-    if len({name for name, _ in found}) < len(files):
+    names = [parsing.load(file, []).name for file in files]
+    if len({*names}) < len(files):
         raise UserError(
-            f"two configs have the same name: {', '.join(name for name, _ in found)}. Give each its own config.name."
+            f"two configs have the same name: {', '.join(names)}. Give each its own config.name."
         )
+    named: dict[str, tuple[str, dict[str, Any]]]
+    named = {name: (file, {}) for name, file in zip(names, files, strict=True)}
     return {
         "question": "",
-        "variants": _variants(dict(found), {}, words),
+        "variants": _variants(named, {}, words),
         "statements": [],
         "seeds_needed": 0,
         "size": "",
@@ -42,7 +45,7 @@ def compare_configs(files: Sequence[str], words: list[str]) -> dict[str, Any]:
 
 
 def compare_claim(file: str, words: list[str], *, full: bool) -> dict[str, Any]:
-    """Returns the comparison that a claim file asks for, in its small version if it has one, unless `full`.
+    """Returns the comparison that a claim file asks for, in its small version unless `full`.
 
     Raises:
         UserError: if the claim or one of its configs cannot be loaded.
@@ -61,14 +64,15 @@ def compare_claim(file: str, words: list[str], *, full: bool) -> dict[str, Any]:
 def _variants(
     named: dict[str, tuple[str, dict[str, Any]]], common: dict[str, Any], words: list[str]
 ) -> dict[str, Any]:
-    """Returns for each variant its file, what is overridden and the whole config; what a variant is about is stronger than `common`."""
-    found = {}
+    """Returns for each variant its file, what is overridden, the whole config and what differs.
+
+    What a variant is about is stronger than `common`.
+    """
+    found: dict[str, Any] = {}
     for name, (file, own) in named.items():
         claims.check_name(name)
-        overrides = [
-            *(f"--config.{key}={value}" for key, value in {**common, **own}.items()),
-            *words,
-        ]
+        pairs = {**common, **own}.items()
+        overrides = [*(f"--config.{key}={value}" for key, value in pairs), *words]
         config = parsing.load(file, overrides)
         if any(word.startswith("--config.seed") for word in overrides):
             raise UserError(
@@ -82,19 +86,18 @@ def _variants(
             "overrides": overrides,
             "config": json.loads(json.dumps(config.to_dict())),
         }
-    leaves = {name: parsing.flat(variant["config"]) for name, variant in found.items()}
-    for name, variant in found.items():
-        others = [leaves[other] for other in leaves]
+    leaves = [parsing.flat(variant["config"]) for variant in found.values()]
+    for variant, mine in zip(found.values(), leaves, strict=True):
         variant["differs"] = {
             key: value
-            for key, value in leaves[name].items()
-            if key != "name" and any(value != other[key] for other in others)
+            for key, value in mine.items()
+            if key != "name" and any(value != other[key] for other in leaves)
         }
     return found
 
 
-def load_data(comparison: dict[str, Any]) -> dict[str, Dataset]:
-    """Returns the data set of each variant, the same one for the same data, after building each variant once; notes its label.
+def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
+    """Returns the data set of each variant, the same one for the same data, and notes its label.
 
     Raises:
         UserError: if data cannot be had or a variant cannot be trained on them.
@@ -115,13 +118,13 @@ def load_data(comparison: dict[str, Any]) -> dict[str, Dataset]:
     return found
 
 
-def claim_folder(folder: Path, comparison: dict[str, Any]) -> None:
-    """Makes the folder this comparison's, or checks that it is; seeds may be added to those that it has.
+def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
+    """Makes the folder this comparison's, or checks that it is; seeds may be added.
 
     Raises:
         UserError: if it holds something else, or another comparison (the difference is shown).
     """
-    if (folder / claims.FILE).exists():
+    if (folder / COMPARISON).exists():
         there = claims.read(folder)
         names = [", ".join(sorted(which["variants"])) for which in (there, comparison)]
         lines = f"\n    variants: {names[0]} there, {names[1]} now" if names[0] != names[1] else ""
@@ -130,13 +133,15 @@ def claim_folder(folder: Path, comparison: dict[str, Any]) -> None:
             lines += f"\n    seeds: {gone} there, but not now"
         if lines:
             raise UserError(
-                f"{folder} belongs to another comparison:{lines}\nChoose another folder with --workdir, or remove that one."
+                f"{folder} belongs to another comparison:{lines}\n"
+                "Choose another folder with --workdir, or remove that one."
             )
     elif leftovers := [path.name for path in folder.iterdir() if path.name not in rundir.OURS]:
         raise UserError(
-            f"{folder} holds {', '.join(sorted(leftovers)[:5])} but no comparison. Choose an empty or new folder with --workdir."
+            f"{folder} holds {', '.join(sorted(leftovers)[:5])} but no comparison. "
+            "Choose an empty or new folder with --workdir."
         )
-    write_json(folder / claims.FILE, comparison)
+    write_json(folder / COMPARISON, comparison)
 
 
 def _identity(comparison: dict[str, Any]) -> dict[str, Any]:
@@ -148,104 +153,124 @@ def _identity(comparison: dict[str, Any]) -> dict[str, Any]:
     statements = {
         str(number): fields for number, fields in enumerate(comparison["statements"], start=1)
     }
-    return {
-        "variants": variants,
-        "statements": statements,
-        "seeds_needed": comparison["seeds_needed"],
-    }
+    needed = comparison["seeds_needed"]
+    return {"variants": variants, "statements": statements, "seeds_needed": needed}
 
 
 def run(
-    comparison: dict[str, Any], datasets: dict[str, Dataset], folder: Path, way: str
+    comparison: dict[str, Any],
+    datasets: dict[str, Dataset],
+    folder: Path,
+    way: str,
+    trainer: Callable[[ConfigDict, Dataset], Trainer] = Trainer,
 ) -> list[str]:
-    """Takes the runs that are missing, variant by variant; returns what went wrong in those that broke down.
+    """Takes the runs that are missing, variant by variant; returns why those failed that did.
 
-    Equal seeds have equal data order and, where the shapes agree, equal initial values. Of a finished run the last checkpoint is kept.
-    `way` is as for `bnjax.compare.seeds.train`.
+    Equal seeds have equal data order and, where the shapes agree, equal initial values. Of a
+    finished run the best and the last checkpoint are kept.
+
+    Args:
+        comparison: from `compare_configs` or `compare_claim`, with its `seeds` and `command`.
+        datasets: of each variant.
+        folder: created if need be.
+        way: as for `bnjax.compare.seeds.train`.
+        trainer: makes what trains the seeds of one config.
 
     Raises:
         UserError: if the folder belongs to another comparison or process, or the disk fails.
-        Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM, when the runs of the moment have been saved.
+        Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM, when the runs of the moment are saved.
     """
     failures = []
     with (
         rundir.locked(folder),
         StopRequest() as stop,
-        Progress(len(comparison["variants"]) * len(comparison["seeds"])) as progress,
+        GridProgress(len(comparison["variants"]) * len(comparison["seeds"])) as progress,
     ):
-        claim_folder(folder, comparison)
+        take_folder(folder, comparison)
         for name, variant in comparison["variants"].items():
             config = parsing.from_dict(variant["config"])
+            folders = {seed: folder / name / str(seed) for seed in comparison["seeds"]}
             missing = {}
-            for seed in comparison["seeds"]:
-                run_folder = folder / name / str(seed)
+            for seed, run_folder in folders.items():
                 if (run_folder / "summary.json").exists():
                     config.seed = seed
-                    rundir.claim(run_folder, config, rundir.DataFacts.of(datasets[name]))
-                    progress.finished(f"{name}, seed {seed}")
+                    rundir.take(run_folder, config, rundir.DataFacts.of(datasets[name]))
+                    progress.finished_before(name, seed)
                 else:
                     missing[seed] = run_folder
             if missing:
                 (folder / name).mkdir(exist_ok=True)
-                begin = functools.partial(progress.begin, name)
-                found = seeds.train(config, datasets[name], missing, way, stop, begin)
+                found = seeds.train(
+                    functools.partial(trainer, config, datasets[name]),
+                    missing,
+                    way,
+                    stop,
+                    functools.partial(progress.begin, name),
+                    functools.partial(progress.end, name),
+                )
                 failures += [
-                    f"{name}, seed {seed}: {error}"
-                    for seed, error in found.items()
-                    if isinstance(error, NonFiniteError)
+                    f"{name}, seed {seed}: {result}"
+                    for seed, result in found.items()
+                    if isinstance(result, UserError)
                 ]
-            for seed in comparison["seeds"]:
-                _keep_the_last_checkpoint(folder / name / str(seed))
+            for run_folder in folders.values():
+                # One that broke down may be tried again from any of its checkpoints.
+                if (run_folder / "summary.json").exists():
+                    with rundir.locked(run_folder):
+                        checkpoint.keep_best_and_last(run_folder / "checkpoints")
     return failures
 
 
-def _keep_the_last_checkpoint(folder: Path) -> None:
-    if not (
-        folder / "summary.json"
-    ).exists():  # it broke down, and may be tried again from any of them
-        return
-    steps = sorted(
-        int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()
-    )
-    for step in steps[:-1]:
-        shutil.rmtree(folder / "checkpoints" / str(step))
+class GridProgress:
+    """How much of the grid is done and how long the rest will take; several threads may tell it.
 
-
-class Progress:
-    """How much of the grid is done and how long the rest will take: a bar on a terminal, a line for each run everywhere."""
+    A bar on a terminal, a line for each run everywhere.
+    """
 
     def __init__(self, runs: int):
         """Starts before the first of so many runs."""
         self._bar = tqdm.tqdm(
             total=runs, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
-        self._runs, self._number, self._taken, self._began = runs, 0, 0, time.monotonic()
+        self._lock = threading.Lock()
+        self._runs, self._begun, self._before, self._done = runs, 0, 0, 0
+        self._start = time.monotonic()
 
-    def finished(self, what: str) -> None:
+    def finished_before(self, variant: str, seed: int) -> None:
         """Says that a run was finished before."""
-        self._number += 1
-        self._say(f"{what}: finished before")
+        with self._lock:
+            self._begun += 1
+            self._before += 1
+            self._bar.update()
+            self._say(f"{variant}, seed {seed}: finished before")
 
     def begin(self, variant: str, seeds: Sequence[int]) -> None:
-        """Says which runs of a variant come now; they count as taken when the next ones begin."""
-        left = self._runs - self._number
-        seconds = (time.monotonic() - self._began) / max(self._taken, 1) * left
-        to_go = f", about {tqdm.tqdm.format_interval(seconds)} to go" if self._taken else ""
-        self._bar.update(self._number - self._bar.n)
-        self._number += len(seeds)
-        self._taken += len(seeds)
-        self._say(
-            f"{variant}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{to_go}"
-        )
+        """Says which runs of a variant come now."""
+        with self._lock:
+            self._begun += len(seeds)
+            to_go = ""
+            if self._done:
+                left = self._runs - self._before - self._done
+                seconds = (time.monotonic() - self._start) / self._done * left
+                to_go = f", about {tqdm.tqdm.format_interval(seconds)} to go"
+            numbers = ", ".join(map(str, seeds))
+            self._say(f"{variant}, seed{'s' * (len(seeds) > 1)} {numbers}{to_go}")
+
+    def end(self, variant: str, results: seeds.Results) -> None:
+        """Counts runs that ended, and says which of them failed."""
+        with self._lock:
+            self._done += len(results)
+            self._bar.update(len(results))
+            for seed, result in results.items():
+                if isinstance(result, UserError):
+                    self._say(f"{variant}, seed {seed} failed: {result}")
 
     def _say(self, what: str) -> None:
-        tqdm.tqdm.write(f"[{self._number}/{self._runs}] {what}")
+        tqdm.tqdm.write(f"[{self._begun}/{self._runs}] {what}")
         sys.stdout.flush()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "GridProgress":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._bar.update(self._runs - self._bar.n)
+    def __exit__(self, *_: object) -> None:
         self._bar.close()

@@ -1,4 +1,4 @@
-"""What a few runs say of many: means, paired differences and times that some runs did not live to see, each with a 95 % interval."""
+"""What a few runs say of many: means, differences and times, each with a 95 % interval."""
 
 import dataclasses
 import math
@@ -13,14 +13,17 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, whose ends are infinite (of a time or a ratio also 0) where the runs set none.
+    """A value with its 95 % interval.
+
+    Its ends are infinite (of a time or a ratio also 0) where the runs set none.
 
     Attributes:
         value: the estimate itself; infinite for a time that was never reached.
         low, high: the ends of the interval.
         n: how many runs, or pairs of runs, it is of.
         method: how it was found, in words for a table's footnote.
-        bound: "at least" or "at most" where the value is a bound only, "unknown" where it says nothing, else empty.
+        bound: "at least" or "at most" where the value is a bound only, "unknown" where it says
+            nothing, else empty.
     """
 
     value: float
@@ -33,23 +36,25 @@ class Estimate:
     def __str__(self) -> str:
         """Returns the value with its interval, ends that the runs do not set as dots.
 
-        >>> print(mean([1.0, 2.0, 3.0]), "and", ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True))))
-        2 [-0.4841 to 4.484] and at least 5.345 [2.288 to …]
+        >>> print(mean([1.0, 2.0, 3.0]))
+        2 [-0.4841 to 4.484]
+        >>> print(ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True))))
+        at least 5.345 [2.288 to …]
         """
         if self.bound == "unknown":
             return self.bound
         low, high = ("…" if math.isinf(end) else f"{end:.4g}" for end in (self.low, self.high))
-        value = (
-            "not reached by half the runs"
-            if math.isinf(self.value)
-            else f"{self.bound} {self.value:.4g}".strip()
-        )
-        return value if high == "…" and self.low in (0, -math.inf) else f"{value} [{low} to {high}]"
+        value = f"{self.bound} {self.value:.4g}".strip()
+        if math.isinf(self.value):
+            value = "not reached by half the runs"
+        if high == "…" and self.low in (0, -math.inf):
+            return value
+        return f"{value} [{low} to {high}]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Right-censored times: a run that did not get there in `values[i]` steps or seconds has `reached[i]` False.
+    """Right-censored times: a run that did not get there in `values[i]` has `reached[i]` False.
 
     Raises:
         ValueError: if there is none, the lengths differ or a time is not above 0.
@@ -59,13 +64,11 @@ class Times:
     reached: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        if (
-            not self.values
-            or len(self.values) != len(self.reached)
-            or not all(0 < value < math.inf for value in self.values)
-        ):
+        sound = all(0 < value < math.inf for value in self.values)
+        if not sound or not self.values or len(self.values) != len(self.reached):
             raise ValueError(
-                f"{self.values} and {self.reached} are not times above 0 and whether each was reached"
+                f"{self.values} and {self.reached} are not times above 0 and whether each was "
+                "reached"
             )
 
     def _censored(self) -> stats.CensoredData:
@@ -73,7 +76,7 @@ class Times:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Returns the mean and Student's t interval of at least one value; a single one has no interval.
+    """Returns the mean of at least one value and Student's t interval; one value has none.
 
     >>> found = mean([1.0, 2.0, 3.0])
     >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
@@ -90,20 +93,19 @@ def mean(values: Sequence[float]) -> Estimate:
 def difference(of: Sequence[float], against: Sequence[float]) -> Estimate:
     """Returns the mean of `of - against`, pair by pair, and the t interval of these differences."""
     found = mean([a - b for a, b in zip(of, against, strict=True)])
-    return dataclasses.replace(
-        found,
-        method="mean of the differences at equal seeds, t interval"
-        if found.n > 1
-        else found.method,
-    )
+    if found.n < 2:
+        return found
+    return dataclasses.replace(found, method="mean of the differences at equal seeds, t interval")
 
 
 def ratio(of: Times, against: Times) -> Estimate:
-    """Returns the geometric mean of `of / against`, pair by pair, and the t interval of the logarithms, taken back.
+    """Returns the geometric mean of `of / against`, pair by pair, and its t interval.
 
-    Where a time was not reached, the time until the run ended stands in for it. If that happened in `of` only, each such ratio is too
-    small: the value is a lower bound, the lower end a confidence bound, and the upper end infinite. If it happened in `against` only,
-    the other way round; if in both, nothing is known of the true ratio.
+    The interval is that of the logarithms, taken back. Where a time was not reached, the time
+    until the run ended stands in for it. If that happened in `of` only, each such ratio is too
+    small: the value is a lower bound, the lower end a confidence bound, and the upper end
+    infinite. If it happened in `against` only, the other way round; if in both, nothing is known
+    of the true ratio.
 
     >>> found = ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True)))
     >>> round(found.value, 2), round(found.low, 2), found.high
@@ -118,18 +120,13 @@ def ratio(of: Times, against: Times) -> Estimate:
     )
     low, high = low if all(against.reached) else 0.0, high if all(of.reached) else math.inf
     method = "geometric mean of the ratios at equal seeds, t interval of their logarithms"
-    return Estimate(
-        value,
-        low,
-        high,
-        logs.n,
-        method if not bound else f"{method}, a bound where some runs never got there",
-        bound,
-    )
+    if bound:
+        method += ", a bound where some runs never got there"
+    return Estimate(value, low, high, logs.n, method, bound)
 
 
 def survival(times: Times) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the Kaplan-Meier estimate: times in ascending order, and the fraction of runs that need longer than each.
+    """Returns the Kaplan-Meier estimate: ascending times, and how many runs need longer than each.
 
     >>> [found.round(3).tolist() for found in survival(Times((3, 5, 5), (True, True, False)))]
     [[3.0, 5.0], [0.667, 0.333]]
@@ -139,16 +136,17 @@ def survival(times: Times) -> tuple[np.ndarray, np.ndarray]:
 
 
 def median(times: Times) -> Estimate:
-    """Returns the Kaplan-Meier median, infinite if half the runs never got there, and its interval (Brookmeyer & Crowley, 1982).
+    """Returns the Kaplan-Meier median, infinite if half the runs never got there, and its interval.
 
-    The interval holds the times at which the log-log interval of the survival function, with Greenwood's variance, includes one half. Its
-    upper end is infinite where the runs do not bound it, as is usual for a few; of three runs it holds the median in 88 % of cases only.
+    The interval (Brookmeyer & Crowley, 1982) holds the times at which the log-log interval of the
+    survival function, with Greenwood's variance, includes one half. Its upper end is infinite where
+    the runs do not bound it, as is usual for a few; of three runs it holds the median in 88 % of
+    cases only.
     """
     curve = stats.ecdf(times._censored()).sf
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter(
-            "ignore", RuntimeWarning
-        )  # SciPy's, where all runs or none have got there; filled in below
+        # SciPy's, where all runs or none have got there; filled in below.
+        warnings.simplefilter("ignore", RuntimeWarning)
         ends = curve.confidence_interval(LEVEL, method="log-log")
     low, high = ends.low.probabilities, ends.high.probabilities
 
@@ -159,20 +157,18 @@ def median(times: Times) -> Estimate:
     value, n = first_half(curve.probabilities), len(times.values)
     if n < 2:
         return Estimate(value, 0.0, math.inf, n, "one run, no interval")
-    first, last = (
-        first_half(np.where(np.isnan(low), curve.probabilities, low)),
-        first_half(np.where(np.isnan(high), 1.0, high)),
-    )
-    known = (
-        float(max(times.values)) if any(times.reached) else 0.0
-    )  # later than that the lower end may be, but nobody saw it
+    first = first_half(np.where(np.isnan(low), curve.probabilities, low))
+    last = first_half(np.where(np.isnan(high), 1.0, high))
+    # Later than that the lower end may be, but nobody saw it.
+    known = float(max(times.values)) if any(times.reached) else 0.0
     return Estimate(value, min(first, known), last, n, "Kaplan-Meier median, log-log interval")
 
 
 def logrank(of: Times, against: Times) -> float:
     """Returns the p value of the log-rank test that both need equally long; pairs are not used.
 
-    1 where nothing is known: no run got there, or none of one arm was still on its way when the first of the other did.
+    1 where nothing is known: no run got there, or none of one arm was still on its way when the
+    first of the other did.
     """
     if not any((*of.reached, *against.reached)):
         return 1.0

@@ -1,73 +1,66 @@
 """The results of a comparison as lines of text."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from bnjax.compare import claims, intervals, results
+from bnjax.compare import claims, intervals, runs
+from bnjax.compare.runs import Run
 
 
-def of_comparison(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+def of_comparison(comparison: dict[str, Any], finished: Sequence[Run]) -> str:
     """Returns the results as lines of text: each variant with its intervals, then each verdict."""
-    lines = [
-        f"\n{comparison['question'] or 'Comparison'} (seeds: {len(comparison['seeds'])}; 95 % intervals in brackets)"
-    ]
+    title, total = comparison["question"] or "Comparison", len(comparison["seeds"])
+    lines = [f"\n{title} (seeds: {total}; 95 % intervals in brackets)"]
     for name, variant in comparison["variants"].items():
-        finished = [run for run in runs if run["variant"] == name and run["summary"] is not None]
-        lines += [
-            "",
-            f"{name} on {variant['dataset']}: {len(finished)} of {len(comparison['seeds'])} runs finished",
-        ]
-        lines += [
-            f"  {line}" for line in _of_variant(finished, variant["config"]["train"]["target_loss"])
-        ]
-    verdicts = _verdicts(comparison, runs)
-    return "\n".join([*lines, "", *(verdicts or _differences(comparison, runs))])
+        mine = [run for run in finished if run.variant == name]
+        head = f"{name} on {variant['dataset']}: {len(mine)} of {total} runs finished"
+        target = variant["config"]["train"]["target_loss"]
+        lines += ["", head, *(f"  {line}" for line in _of_variant(mine, target))]
+    verdicts = _verdicts(comparison, finished)
+    return "\n".join([*lines, "", *(verdicts or _differences(comparison, finished))])
 
 
-def _of_variant(runs: list[dict[str, Any]], target: float) -> list[str]:
-    if not runs:
+def _of_variant(mine: Sequence[Run], target: float) -> list[str]:
+    if not mine:
         return []
-    accuracy = {at: intervals.mean([*_accuracies(runs, at).values()]) for at in ("last", "best")}
-    times = results.times(runs, "steps_to_loss", target)
-    reached = f"{sum(times.reached)} of {len(runs)} runs got there in {max(times.values):g} steps"
+    last, best = (intervals.mean([*_accuracies(mine, at).values()]) for at in ("last", "best"))
+    times = runs.times(mine, "steps_to_loss", target)
+    reached = f"{sum(times.reached)} of {len(mine)} runs got there in {max(times.values):g} steps"
     return [
-        f"test accuracy {accuracy['last']} at the end, {accuracy['best']} at its best",
+        f"test accuracy {last} at the end, {best} at its best",
         f"steps to training loss {target:g}: median {intervals.median(times)}; {reached}",
     ]
 
 
-def _verdicts(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+def _verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[str]:
     lines: list[str] = []
     methods: set[str] = set()
-    for verdict in claims.verdicts(comparison, runs):
-        lines += [f"{verdict.outcome.upper()}: {verdict.statement}", f"  because {verdict.reason}"]
-        if verdict.effect and verdict.of and verdict.against:
-            names = f"{verdict.statement.of} {verdict.of}, {verdict.statement.against} {verdict.against}"
-            lines.append(
-                f"  found {verdict.effect} in {verdict.effect.n} pairs of runs; alone: {names}"
-            )
-            methods |= {verdict.effect.method, verdict.of.method, verdict.against.method}
+    for verdict in claims.verdicts(comparison, finished):
+        statement, effect = verdict.statement, verdict.effect
+        lines += [f"{verdict.outcome.upper()}: {statement}", f"  because {verdict.reason}"]
+        if effect and verdict.of and verdict.against:
+            alone = f"{statement.of} {verdict.of}, {statement.against} {verdict.against}"
+            lines.append(f"  found {effect} in {effect.n} pairs of runs; alone: {alone}")
+            methods |= {effect.method, verdict.of.method, verdict.against.method}
         if verdict.logrank is not None:
-            lines.append(
-                f"  some runs did not get there; log-rank test of the two: p = {verdict.logrank:.2g}"
-            )
-        lines.append(f"  claimed by: {verdict.statement.source}")
+            p = f"{verdict.logrank:.2g}"
+            lines.append(f"  some runs did not get there; log-rank test of the two: p = {p}")
+        lines.append(f"  claimed by: {statement.source}")
     return [*lines, f"Methods: {'; '.join(sorted(methods))}."] if methods else lines
 
 
-def _differences(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+def _differences(comparison: dict[str, Any], finished: Sequence[Run]) -> list[str]:
     """Compares each variant with the first one, seed by seed, where nothing was claimed."""
-    done = [run for run in runs if run["summary"] is not None]
     finals = {
-        name: _accuracies([run for run in done if run["variant"] == name], "last")
+        name: _accuracies([run for run in finished if run.variant == name], "last")
         for name in comparison["variants"]
     }
     first, *others = finals
     lines, methods = [], set()
     for name in others:
         if seeds := sorted({*finals[name]} & {*finals[first]}):
-            effect = intervals.difference(
-                *([finals[arm][seed] for seed in seeds] for arm in (name, first))
-            )
+            pairs = ([finals[arm][seed] for seed in seeds] for arm in (name, first))
+            effect = intervals.difference(*pairs)
             lines.append(
                 f"test accuracy at the end, {name} - {first}: {effect} in {effect.n} pairs of runs"
             )
@@ -75,7 +68,7 @@ def _differences(comparison: dict[str, Any], runs: list[dict[str, Any]]) -> list
     return [*lines, f"Method: {'; '.join(sorted(methods))}."] if lines else []
 
 
-def _accuracies(runs: list[dict[str, Any]], at: str) -> dict[int, float]:
+def _accuracies(finished: Sequence[Run], at: str) -> dict[int, float]:
     """Returns the test accuracy of each run by its seed."""
-    found = ((run["seed"], results.value(run, "test_accuracy", at)) for run in runs)
+    found = ((run.seed, runs.value(run, "test_accuracy", at)) for run in finished)
     return {seed: accuracy for seed, accuracy in found if accuracy is not None}

@@ -23,7 +23,7 @@ from bnjax.train.integrity import (
     checksums,
     leaves_of,
     leaves_of_metadata,
-    read_record,
+    read_records,
 )
 from bnjax.train_step import TrainState
 
@@ -53,9 +53,7 @@ class Checkpoints:
         if not read_only:
             for draft in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(draft, ignore_errors=True)
-        self._records = {
-            int(path.name): read_record(path) for path in folder.glob("*") if path.name.isdecimal()
-        }
+        self._records = read_records(folder)
         self._saving: dict[str, Any] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else _NewestTwoAndBest(self._records),
@@ -287,3 +285,11 @@ def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
     accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
     known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
     return max(known, key=lambda step: (known[step], -step)) if known else None
+
+
+def keep_best_and_last(folder: Path) -> None:
+    """Removes the other checkpoints of a run that has ended; its folder has to be locked."""
+    records = read_records(folder)
+    steps = sorted(records)
+    for step in {*steps[:-1]} - {_best(records, steps)}:
+        shutil.rmtree(folder / str(step))

@@ -20,7 +20,13 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit the model."""
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_records(folder: Path) -> dict[int, dict[str, Any]]:
+    """Returns the record of each checkpoint by its step."""
+    steps = (path for path in folder.glob("*") if path.name.isdecimal())
+    return {int(path.name): _read_record(path) for path in steps}
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
     """Returns the record of a checkpoint, or an empty one if it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_bytes())

@@ -1,4 +1,4 @@
-"""Verdicts by runs that are made up, claim files that are wrong, and the claims of the repository."""
+"""Verdicts by runs that are made up, wrong claim files, and the claims of the repository."""
 
 import ast
 import json
@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnjax.compare import claims, grid, results, text
+from bnjax.compare import claims, grid, runs, text
 from bnjax.compare.claims import Statement, verdicts
 from bnjax.compare.intervals import Estimate
+from bnjax.compare.runs import Run, finished_runs, value
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import UserError
 from bnjax.train import build, parsing
@@ -30,8 +31,8 @@ GREATER = {
 FASTER = {**GREATER, "quantity": "steps_to_loss", "at": 0.5, "margin": 1.0}
 
 
-def run(variant, seed, losses=(0.9, 0.4), tests=((2, 1.0, 0.5),), finished=True):
-    """As `read_runs` gives it: the loss of each training step, and (step, loss, accuracy) of each evaluation."""
+def run(variant, seed, losses=(0.9, 0.4), tests=((2, 1.0, 0.5),)):
+    """A run with the loss of each training step, and (step, loss, accuracy) of each evaluation."""
     train = [
         {"step": step, "split": "train", "loss": loss, "accuracy": 0.1}
         for step, loss in enumerate(losses, start=1)
@@ -40,14 +41,9 @@ def run(variant, seed, losses=(0.9, 0.4), tests=((2, 1.0, 0.5),), finished=True)
         {"step": step, "split": "test", "loss": loss, "accuracy": accuracy}
         for step, loss, accuracy in tests
     ]
-    timing = [{"step": line["step"], "seconds": 1.5 * line["step"]} for line in train]
-    return {
-        "variant": variant,
-        "seed": seed,
-        "summary": {} if finished else None,
-        "metrics": train + test,
-        "timing": timing,
-    }
+    seconds = {line["step"]: 1.5 * line["step"] for line in train}
+    folder = Path(variant) / str(seed)
+    return Run(folder, variant, seed, {}, "made_up", "made up", train + test, seconds, {"steps": 2})
 
 
 def comparison(*statements, seeds=3, needed=3):
@@ -67,8 +63,8 @@ def accuracies(variant, *values):
     return [run(variant, seed, tests=[(2, 1.0, value)]) for seed, value in enumerate(values)]
 
 
-def outcome(statement, *runs, **more):
-    (verdict,) = verdicts(comparison(statement, **more), [one for arm in runs for one in arm])
+def outcome(statement, *arms, **more):
+    (verdict,) = verdicts(comparison(statement, **more), [one for arm in arms for one in arm])
     return verdict
 
 
@@ -113,15 +109,12 @@ def test_too_few_seeds_and_unfinished_runs_are_inconclusive_whatever_the_interva
     a, b = accuracies("a", 0.60, 0.61, 0.62), accuracies("b", 0.50, 0.52, 0.51)
     few = outcome(GREATER, a, b, needed=5)
     assert (few.outcome, few.reason) == ("inconclusive", "3 of the 5 seeds that the claim asks for")
-    a[1]["summary"] = None
-    broken = outcome(GREATER, a, b, needed=2)
+    broken = outcome(GREATER, [a[0], a[2]], b, needed=2)
     assert (broken.outcome, broken.reason) == ("inconclusive", "unfinished: a/1")
     assert broken.effect.n == 2
     one = outcome(GREATER, a[:1], b[:1], seeds=1, needed=1)
     assert (one.outcome, one.reason) == ("inconclusive", "one seed has no interval")
-    for each in a:
-        each["summary"] = None
-    assert outcome(GREATER, a, b).effect is None
+    assert outcome(GREATER, [], b).effect is None
 
 
 def steps(variant, *counts, most=40):
@@ -162,28 +155,28 @@ def test_what_is_read_off_a_run():
     one = run(
         "a", 0, losses=[0.9, None, 0.3, 0.6], tests=[(2, 1.2, 0.5), (3, 1.0, 0.4), (4, 1.1, 0.3)]
     )
-    found = {at: results.value(one, "test_loss", at) for at in ("first", "last", "best", 3, 1)}
+    found = {at: value(one, "test_loss", at) for at in ("first", "last", "best", 3, 1)}
     assert found == {"first": 1.2, "last": 1.1, "best": 1.0, 3: 1.0, 1: None}
-    assert results.value(one, "test_accuracy", "best") == 0.5
-    assert results.value(one, "train_loss", 2) is None
-    assert results.value(one, "train_loss", "best") == 0.3
-    assert results.time(one, "steps_to_loss", 0.3) == (3, True)
-    assert results.time(one, "steps_to_loss", 0.2) == (4, False)
-    assert results.time(one, "steps_to_accuracy", 0.5) == (2, True)
-    assert results.time(one, "seconds_to_accuracy", 0.5) == (3.0, True)
-    assert results.time(one, "seconds_to_accuracy", 0.6) == (6.0, False)
+    assert value(one, "test_accuracy", "best") == 0.5
+    assert value(one, "train_loss", 2) is None
+    assert value(one, "train_loss", "best") == 0.3
+    assert runs.time(one, "steps_to_loss", 0.3) == (3, True)
+    assert runs.time(one, "steps_to_loss", 0.2) == (4, False)
+    assert runs.time(one, "steps_to_accuracy", 0.5) == (2, True)
+    assert runs.time(one, "seconds_to_accuracy", 0.5) == (3.0, True)
+    assert runs.time(one, "seconds_to_accuracy", 0.6) == (6.0, False)
 
 
 def test_a_loss_that_is_not_finite_is_inconclusive():
     statement = {**GREATER, "quantity": "test_loss"}
-    runs = [
+    arms = [
         [
             run(name, seed, tests=[(2, None if (name, seed) == ("a", 1) else 1.0, 0.1)])
             for seed in range(3)
         ]
         for name in "ab"
     ]
-    assert outcome(statement, *runs).reason == "some runs have no finite value at that point"
+    assert outcome(statement, *arms).reason == "some runs have no finite value at that point"
 
 
 @given(
@@ -280,8 +273,8 @@ def test_a_missing_claim_file_is_said():
 
 
 def test_the_text_says_verdict_interval_method_and_source():
-    runs = [*steps("a", 35, 99, 99), *steps("b", 7, 8, 6)]
-    found = text.of_comparison(comparison(FASTER, GREATER), runs)
+    finished = [*steps("a", 35, 99, 99), *steps("b", 7, 8, 6)]
+    found = text.of_comparison(comparison(FASTER, GREATER), finished)
     assert "REPRODUCED: steps to loss 0.5: a / b is greater than 1" in found
     assert "NOT REPRODUCED: test accuracy (last): a - b is greater than 0.02" in found
     assert "1 of 3 runs got there in 40 steps" in found
@@ -302,7 +295,7 @@ def test_any_comparison_file_is_read_or_refused(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("comparison")
     base = comparison(FASTER) | {"command": "c"}
     for key in (None, *base):
-        (folder / claims.FILE).write_text(
+        (folder / runs.COMPARISON).write_text(
             json.dumps(content if key is None else {**base, key: content})
         )
         try:
@@ -310,7 +303,7 @@ def test_any_comparison_file_is_read_or_refused(tmp_path_factory, content):
         except UserError as error:
             assert "missing or damaged" in str(error)
         else:
-            assert verdicts(found, results.read_runs(folder, found)) is not None
+            assert verdicts(found, finished_runs(folder, found)) is not None
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +343,10 @@ def test_a_claim_builds_and_its_docstring_gives_command_source_time_and_margin(p
     "path", [path for path in FILES if path.stem != "five_times"], ids=lambda path: path.stem
 )
 def test_the_small_version_is_small(path):
-    """What 45 seconds should be enough for: 60,000 images of a network with a thirtieth of the work, or 6,000 steps of a few images."""
+    """What 45 seconds should be enough for.
+
+    60,000 images of a network with a thirtieth of the work, or 6,000 steps of a few images.
+    """
     for variant in grid.compare_claim(str(path), [], full=False)["variants"].values():
         config = parsing.from_dict(variant["config"])
         images = config.data.train_images

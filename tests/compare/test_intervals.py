@@ -12,8 +12,9 @@ from scipy import stats
 
 from bnjax.compare.intervals import Times, difference, logrank, mean, median, ratio, survival
 
-# Weeks of remission of 42 children with leukaemia, 6-mercaptopurine against placebo: Freireich et al. (1963), the standard example
-# of survival analysis (for instance Collett, Modelling Survival Data; Kleinbaum & Klein, table 2.1).
+# Weeks of remission of 42 children with leukaemia, 6-mercaptopurine against placebo: Freireich et
+# al. (1963), the standard example of survival analysis (for instance Collett, Modelling Survival
+# Data; Kleinbaum & Klein, table 2.1).
 TREATED = Times(
     (6, 6, 6, 6, 7, 9, 10, 10, 11, 13, 16, 17, 19, 20, 22, 23, 25, 32, 32, 34, 35),
     tuple(map(bool, (1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0))),
@@ -24,7 +25,10 @@ PLACEBO = Times(
 
 
 def test_the_t_interval_of_students_own_example():
-    """Hours of sleep gained with the second drug, minus the first, in ten patients (Student, 1908): t = 4.06, 95 % from 0.70 to 2.46."""
+    """Hours of sleep gained with the second drug, minus the first, in ten patients.
+
+    Student (1908): t = 4.06, 95 % from 0.70 to 2.46.
+    """
     first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
     second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
     found = difference(second, first)
@@ -154,7 +158,10 @@ def test_what_are_no_times_is_refused(values, reached):
         Times(values, reached)
 
 
-def test_statistics_and_claims_need_no_jax():
-    code = "import sys, bnjax.compare.intervals, bnjax.compare.claims, bnjax.compare.text; print(sorted({'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)))"
+def test_intervals_and_claims_need_no_jax():
+    code = (
+        "import sys, bnjax.compare.intervals, bnjax.compare.claims, bnjax.compare.text\n"
+        "print(sorted({'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

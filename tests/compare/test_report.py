@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from strategies import JSON
 
-from bnjax.compare import report, results
+from bnjax.compare import report
 from bnjax.compare.report import charts, inside, tables
-from bnjax.compare.report.runs import read_run, read_study
+from bnjax.compare.report.study import read_study
+from bnjax.compare.runs import finished_runs, read_run, time, with_histograms
 from bnjax.errors import UserError
 from bnjax.train import histograms, parsing
 
@@ -30,7 +31,10 @@ RNG = np.random.default_rng(0)
 def write_run(
     folder, seed=0, *, name="bn", losses=(2.0, 1.0, 0.5, 0.25, 0.125), finished=True, **changes
 ):
-    """Makes a run of a step for each loss, evaluated after every second, with a test loss 0.1 above the training loss."""
+    """Makes a run of a step for each loss.
+
+    It is evaluated after every second step, with a test loss 0.1 above the training loss.
+    """
     config = synthetic.config(steps=len(losses))
     config.name, config.seed = name, seed
     for key, value in changes.items():
@@ -125,7 +129,8 @@ def test_results_are_means_with_student_intervals(folders):
 def test_steps_to_a_loss_and_runs_that_never_got_there(folders, tmp_path):
     write_run(tmp_path / "bn" / "3", 3, losses=(2.0, 1.0, 0.5, 0.25, 0.25))
     study = read_study([*folders, tmp_path / "bn" / "3"])
-    assert [run.steps_to_loss for run in study.runs] == [5, 5, 5, None, None, None]
+    found = [time(run, "steps_to_loss", run.target_loss) for run in study.runs]
+    assert found == [(5, True)] * 3 + [(5, False)] + [(4, False)] * 2
     table = cells(tables.results(study))
     assert table["bn"]["steps to training loss 0.2"] == "5 (3 of 4 got there)"
     assert table["no_bn"]["steps to training loss 0.2"] == "not reached"
@@ -239,6 +244,31 @@ def test_a_command_gives_the_same_config_again(folders):
         assert parsing.flat({"config": config.to_dict()}) == run.config
 
 
+def test_the_command_of_a_run_on_the_data_that_stood_in_is_accepted_by_its_folder(tmp_path):
+    """Nothing can be downloaded into a cache that is a file."""
+    (tmp_path / "cache").touch()
+    env = {**os.environ, "BNJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    few = ["--config.model.filters=2,2,2", "--config.model.dense=4,4", "--config.train.steps=2"]
+    few += ["--config.eval.every_epochs=0", "--config.eval.every_steps=2"]
+
+    def call(*words):
+        return subprocess.run(
+            words, capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=240
+        )
+
+    train = [sys.executable, "-m", "bnjax.main", "--config", "configs/bn.py", *few]
+    first = call(*train, "--workdir", str(tmp_path / "run"))
+    assert first.returncode == 0, first.stderr
+    study = read_study([tmp_path / "run"])
+    assert study.runs[0].config["config.name"] == "bn-digits"
+    (line,) = tables.commands(study)
+    python, *words = shlex.split(line)
+    assert python == "python"
+    again = call(sys.executable, *words)
+    assert again.returncode == 0, again.stderr
+    assert f"{tmp_path / 'run'} is finished" in again.stdout
+
+
 def test_a_comparison_has_its_own_order_and_command_and_says_what_is_missing(folders, tmp_path):
     variant = {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
     comparison = {
@@ -325,17 +355,17 @@ def test_files_that_do_not_agree_are_no_finished_run(tmp_path):
     folder = write_run(tmp_path / "bn" / "0")
     variant = {"config": {"train": {"target_loss": 0.2}}, "dataset": "the digits", "differs": {}}
     comparison = {"variants": {"bn": variant}, "seeds": [0]}
-    assert results.read_runs(tmp_path, comparison)[0]["summary"]["steps"] == 5
+    assert [run.summary["steps"] for run in finished_runs(tmp_path, comparison)] == [5]
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:3]))  # as if the disk had lost the rest
-    assert "is of 5 steps, and metrics.jsonl ends at step 2" in read_run(folder)[1][0]
-    assert not read_run(folder)[0].summary
+    assert "is of 5 steps, and metrics.jsonl ends at step 2" in read_run(folder).problems[0]
+    assert not read_run(folder).summary
     with pytest.raises(UserError, match="is damaged"):
-        results.read_runs(tmp_path, comparison)
+        finished_runs(tmp_path, comparison)
     (folder / "metrics.jsonl").write_text("".join(lines))
     folder.rename(tmp_path / "bn" / "1")
     with pytest.raises(UserError, match="one finished run of seed 1"):
-        results.read_runs(tmp_path, comparison | {"seeds": [1]})
+        finished_runs(tmp_path, comparison | {"seeds": [1]})
 
 
 def test_a_report_of_somebody_else_is_not_overwritten(tmp_path):
@@ -446,7 +476,8 @@ def test_the_command_runs_without_jax(folders, tmp_path):
         "import sys; from bnjax import main\n"
         "sys.argv = ['bnjax', 'report', *sys.argv[1:]]\n"
         "assert main.main() == 0\n"
-        "print([name for name in ('jax', 'flax', 'optax', 'orbax', 'tensorflow', 'torch') if name in sys.modules])"
+        "heavy = 'jax', 'flax', 'optax', 'orbax', 'tensorflow', 'torch'\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     arguments = [*folders[:1], "--out", tmp_path / "out"]
     done = subprocess.run(
@@ -562,4 +593,4 @@ def test_any_content_of_any_file_is_reported_or_refused(template, file, content)
         assert str(error)
     finally:
         path.write_bytes(before)
-    assert read_run(template)[1] == []
+    assert with_histograms(read_run(template)).problems == ()

@@ -8,7 +8,7 @@ MARK = "<!-- made by bnjax.report -->"  # at the top of what is written
 
 
 def write(folder: Path) -> Path:
-    """Writes the report about a run or a comparison into its folder and returns the path of report.html.
+    """Writes the report about a run or a comparison into its folder; returns report.html's path.
 
     Raises:
         UserError: if nothing there can be reported, or the extra `report` is not installed.
@@ -17,17 +17,19 @@ def write(folder: Path) -> Path:
 
 
 def write_all(folders: list[Path], out: Path) -> Path:
-    """Writes `report.html` (one file that needs nothing else), `report.md` and its pictures in `report_files`; returns the first's path.
+    """Writes `report.html`, one file that needs nothing else, and returns its path.
+
+    Beside it are `report.md` and its pictures in `report_files`.
 
     Args:
         folders: of runs and of comparisons.
         out: the folder to write into, created if need be.
 
     Raises:
-        UserError: if nothing there can be reported, `out` cannot be written or has a report of somebody else's, or the extra `report` is
-            not installed.
+        UserError: if nothing there can be reported, `out` cannot be written or has a report of
+            somebody else's, or the extra `report` is not installed.
     """
-    from bnjax.compare.report.runs import read_study
+    from bnjax.compare.report.study import read_study
 
     study = read_study(folders)
     _check_ours(out)
@@ -35,7 +37,8 @@ def write_all(folders: list[Path], out: Path) -> Path:
         from bnjax.compare.report.page import write_page
     except ModuleNotFoundError as error:
         raise UserError(
-            f"a report needs {error.name}, which is not installed. Install it with: pip install 'bnjax[report]'."
+            f"a report needs {error.name}, which is not installed. Install it with: "
+            "pip install 'bnjax[report]'."
         ) from error
     return write_page(study, out)
 
@@ -50,7 +53,8 @@ def _check_ours(out: Path) -> None:
                 and MARK not in file.read_text(encoding="utf-8", errors="replace")[:200]
             ):
                 raise UserError(
-                    f"{file} was not made by bnjax.report, and is not overwritten. Choose another folder with --out."
+                    f"{file} was not made by bnjax.report, and is not overwritten. "
+                    "Choose another folder with --out."
                 )
     except OSError as error:
         raise UserError(

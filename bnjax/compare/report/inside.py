@@ -1,4 +1,4 @@
-"""What went on inside the networks, as charts: running statistics, activations and gradients over training."""
+"""What went on inside the networks, as charts: statistics, activations and gradients."""
 
 import re
 from collections.abc import Iterator
@@ -7,14 +7,15 @@ import altair as alt
 import numpy as np
 
 from bnjax.compare.report.charts import COLOURS, STEP, Figure, Panel, chart_of
-from bnjax.compare.report.runs import Run, Study
+from bnjax.compare.report.study import Study
+from bnjax.compare.runs import Run
 
-MOST_COLUMNS = 12  # evaluations in a picture of histograms
-MOST_LAYERS = 16
+MAX_COLUMNS = 12  # evaluations in a picture of histograms
+MAX_LAYERS = 16
 
 
 def figures(study: Study) -> Iterator[Figure]:
-    """Yields what went on inside the network of the first seed of each variant: statistics, activations, gradients."""
+    """Yields what went on inside the network of the first seed of each variant."""
     words = {
         "mean": ("running mean", "The running mean of the channels"),
         "var": ("running variance", "The running variance of the channels"),
@@ -27,10 +28,12 @@ def figures(study: Study) -> Iterator[Figure]:
         for leaf, (title, sentence) in words.items():
             names = [name for name in _names(run, "statistic") if name.rpartition(".")[2] == leaf]
             panels = [_fan(run, name, name.rpartition(".")[0]) for name in _few(names)]
-            caption = f"{sentence}: line: the median channel; dark band: the middle half; light band: from 5 to 95 %."
-            yield Figure(
-                _file(variant, title), f"{title.capitalize()}: {of}", caption, panels, details=True
+            caption = (
+                f"{sentence}: line: the median channel; dark band: the middle half; light band: "
+                "from 5 to 95 %."
             )
+            heading = f"{title.capitalize()}: {of}"
+            yield Figure(_file(variant, title), heading, caption, panels, details=True)
         for kind, sentence in (
             ("activation", "Outputs of each layer"),
             ("gradient", "Gradients of the mean loss in each layer's kernel"),
@@ -42,12 +45,12 @@ def figures(study: Study) -> Iterator[Figure]:
             ]
             panels = [_heat(run, kind, name) for name in _few(names)]
             caption = (
-                f"{sentence}, on a fixed small batch of training images. The stronger the colour, the more of the values; each column "
-                "adds up to 100 %. What lies beyond the range (1 % of a column at most) is counted at its ends."
+                f"{sentence}, on a fixed small batch of training images. The stronger the colour, "
+                "the more of the values; each column adds up to 100 %. What lies beyond the range "
+                "(1 % of a column at most) is counted at its ends."
             )
-            yield Figure(
-                _file(variant, kind), f"{kind.capitalize()}s: {of}", caption, panels, details=True
-            )
+            heading = f"{kind.capitalize()}s: {of}"
+            yield Figure(_file(variant, kind), heading, caption, panels, details=True)
 
 
 def _names(run: Run, kind: str) -> list[str]:
@@ -55,8 +58,8 @@ def _names(run: Run, kind: str) -> list[str]:
 
 
 def _few(names: list[str]) -> list[str]:
-    """Returns at most `MOST_LAYERS` of the names, at equal distances."""
-    count = min(len(names), MOST_LAYERS)
+    """Returns at most `MAX_LAYERS` of the names, at equal distances."""
+    count = min(len(names), MAX_LAYERS)
     return [names[i * len(names) // count] for i in range(count)]
 
 
@@ -100,7 +103,7 @@ def _fan(run: Run, name: str, title: str) -> Panel:
 def _heat(run: Run, kind: str, name: str) -> Panel:
     """Returns a column of shaded bins for each of a few evaluations."""
     lines = [line for line in run.histograms if name in line.get(kind, {})]
-    count = min(len(lines), MOST_COLUMNS)
+    count = min(len(lines), MAX_COLUMNS)
     rows = []
     for line in (lines[(i + 1) * len(lines) // count - 1] for i in range(count)):
         numbers = line[kind][name]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bnjax.compare.report import MARK, charts, inside, tables
 from bnjax.compare.report.charts import Figure
-from bnjax.compare.report.runs import Study
+from bnjax.compare.report.study import Study
 
 PICTURES = "report_files"
 VERSION = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]  # of Vega-Lite
@@ -43,7 +43,7 @@ PAPER = json.loads(json.dumps(ADAPTING).replace("currentColor", "#222222")) | {
 
 
 def write_page(study: Study, out: Path) -> Path:
-    """Writes `report.html`, `report.md` and `report_files/` into a folder and returns the path of the first."""
+    """Writes `report.html`, `report.md` and `report_files/`, and returns the path of the first."""
     drawn = (
         charts.curves(study),
         charts.steps_to_loss(study),
@@ -99,7 +99,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _specs(shown: list[Figure]) -> tuple[str, dict[str, list[str]]]:
-    """Returns all charts as one JavaScript object by the names of their places, and those names by figure."""
+    """Returns all charts as one JavaScript object by their places, and the places by figure."""
     specs: dict[str, Any] = {}
     places: dict[str, list[str]] = {}
     for number, figure in enumerate(shown):
@@ -112,30 +112,28 @@ def _specs(shown: list[Figure]) -> tuple[str, dict[str, list[str]]]:
                 "width": "container",
                 "config": ADAPTING,
             }
-    return json.dumps(specs, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    ), places  # a name may hold "</script>" or "<!--"
+    # A name may hold "</script>" or "<!--".
+    return json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c"), places
 
 
 def _png(figure: Figure) -> bytes:
-    """Returns the panels of a figure side by side, on white, in few colours: a tenth of the bytes."""
+    """Returns the panels of a figure on white, in few colours: a tenth of the bytes."""
     columns = 1 if len(figure.panels) == 1 else 2 if len(figure.panels) <= 4 else 3
     spec = {**alt.concat(*figure.panels, columns=columns).to_dict(validate=False), "config": PAPER}
-    png, small = (
-        io.BytesIO(vl_convert.vegalite_to_png(spec, vl_version=VERSION, scale=1.5)),
-        io.BytesIO(),
-    )
-    Image.open(png).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
-        small, "png", optimize=True
-    )
+    png = vl_convert.vegalite_to_png(spec, vl_version=VERSION, scale=1.5)
+    picture, small = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
 
 
 def _lead(study: Study) -> str:
     """Returns what the report is about, in a sentence or two."""
     data = " and ".join(sorted({tables.pixels(run) for run in study.runs}))
-    runs, variants = len(study.runs), len(study.variants)
-    return f"{runs} run{'s' * (runs > 1)} of {variants} variant{'s' * (variants > 1)}, trained on {data}."
+    runs, variants = (
+        f"{len(some)} {word}{'s' * (len(some) > 1)}"
+        for some, word in ((study.runs, "run"), (study.variants, "variant"))
+    )
+    return f"{runs} of {variants}, trained on {data}."
 
 
 def _title(study: Study) -> str:
