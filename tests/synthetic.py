@@ -30,7 +30,7 @@ def dataset(train=48, test=20):
 
 
 def feed(config, *, each=lambda step, item: item, first=None):
-    """The default feed; `each` sees and returns every item, and after the `first` ones there are no more."""
+    """The default feed; `each` sees and returns every item, and after `first` there are no more."""
     usual = default_feed(build.experiment(config, dataset()), dataset().train)
 
     def items(seed, start):

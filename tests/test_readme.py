@@ -90,6 +90,12 @@ def test_every_test_that_is_named_exists():
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
 
 
+def test_the_map_names_every_module():
+    modules = [path.stem for path in (ROOT / "bnjax").rglob("[!_]*.py")]
+    assert len(modules) > 30
+    assert [name for name in modules if not re.search(rf"`{name}(\.py)?`", CONTRIBUTING)] == []
+
+
 def test_every_config_is_in_the_readme():
     assert [path for path in CONFIGS if f"]({path.relative_to(ROOT)})" not in README] == []
 
