@@ -104,7 +104,7 @@ class Checkpoints:
         )
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
-        """Returns the newest intact step (None if there is none), and what is wrong with later ones.
+        """Returns the newest intact step, None if there is none, and what is wrong with later ones.
 
         Those that are damaged are moved to `damaged` beside the folder, since their steps come
         again.
