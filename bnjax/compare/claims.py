@@ -14,17 +14,6 @@ from bnjax.compare.runs import COMPARISON, POINTS, TIMES, VALUES, Run
 from bnjax.errors import UserError
 
 DIRECTIONS = ("greater", "less", "equal")
-# Config keys for a claim that is tried at a small budget: a tenth of the images in batches of a
-# tenth, so that an epoch is still 10 steps, and a narrow network: half a million multiplications an
-# image forward instead of 34 million.
-SMALL = {
-    "data.train_images": 5000,
-    "model.filters": (8, 12, 16),
-    "model.dense": (64, 32),
-    "model.groups": 4,
-    "train.batch_size": 500,
-    "train.steps": 100,
-}
 
 
 @dataclasses.dataclass(frozen=True)

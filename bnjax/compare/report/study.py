@@ -85,7 +85,7 @@ def command(run: Run) -> list[str]:
         # The command adds the name of the set that stands in.
         config["config.name"] = config["config.name"].removesuffix(f"-{run.data}")
     words = [f"--{key}={value}" for key, value in config.items() if value != standard.get(key)]
-    return ["python", "-m", "bnjax.main", "--config", "bnjax/train/defaults.py", *words]
+    return ["python", "-m", "bnjax.main", "--config", "bnjax/train/config.py", *words]
 
 
 def _named(found: list[Run]) -> list[Run]:
