@@ -86,7 +86,7 @@ def memory() -> int | None:
 def keep_freed_memory() -> bool:
     """Makes glibc keep what XLA frees for the next step, in huge pages; returns whether it does.
 
-    XLA frees and takes gigabytes in each step on a CPU, and page faults are a quarter of its time.
+    XLA frees and takes gigabytes in each step on a CPU, and page faults are a fifth of its time.
     Call this before the first computation. Nothing is done where less than 8 GB are available,
     where another malloc or other settings of this one were chosen (LD_PRELOAD, GLIBC_TUNABLES),
     with BNJAX_MALLOC=0, and where there is no glibc.
