@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bnjax import errors
+from bnjax import clinic, errors
 
 MAX_SEEDS = 100_000  # each is a run
 
@@ -37,8 +37,9 @@ def train(args: argparse.Namespace) -> int:
     from bnjax.train import rundir, summary
     from bnjax.train.interrupt import StopRequest
     from bnjax.train.loop import Stopped, Trainer
+    from bnjax.train.xla import prepare
 
-    _prepare()
+    prepare()
     dataset = build.dataset(config)
     if dataset.fallback_reason:
         config = build.stand_in(config, dataset, args.overrides)
@@ -70,8 +71,9 @@ def predict(args: argparse.Namespace) -> int:
     import json
 
     from bnjax.train import predict
+    from bnjax.train.xla import prepare
 
-    _prepare()
+    prepare()
     if args.split:
         result = predict.of_split(args.workdir, args.checkpoint, args.split, args.data_dir)
     else:
@@ -86,8 +88,9 @@ def compare(args: argparse.Namespace) -> int:
     """Trains the runs that are missing and prints what they say; returns 1 if a run broke down."""
     from bnjax.compare import grid, report, runs, seeds, text
     from bnjax.train.loop import Stopped
+    from bnjax.train.xla import prepare
 
-    _prepare()
+    prepare()
     if args.claim:
         comparison = grid.compare_claim(args.claim, args.overrides, full=args.full)
     else:
@@ -124,6 +127,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "predict": predict,
     "compare": compare,
     "report": report,
+    **clinic.COMMANDS,
 }
 
 
@@ -172,18 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("train", "test"),
         help="classify this split; ends with loss, accuracy and accuracy per class",
     )
-    sub.add_argument(
-        "--workdir", type=Path, required=True, metavar="DIR", help="the folder of the run"
-    )
-    sub.add_argument(
-        "--checkpoint",
-        default="last",
-        metavar="best|last|STEP",
-        help="which of its checkpoints (default: last)",
-    )
-    sub.add_argument(
-        "--data-dir", metavar="DIR", help="where the data lie, if not where they lay in training"
-    )
+    clinic.add_run_arguments(sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
 
     sub = command(
@@ -240,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the folder to write into (default: that of the first run)",
     )
+    clinic.add_commands(command)
     return parser
 
 
@@ -254,15 +248,6 @@ def _seeds(text: str) -> int:
     if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_SEEDS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_SEEDS:,}")
     return int(text)
-
-
-def _prepare() -> None:
-    """Sets up this process for JAX, before anything is computed."""
-    from bnjax.data.datasets import cache_dir
-    from bnjax.train.xla import keep_compiled, keep_freed_memory
-
-    keep_freed_memory()
-    keep_compiled(cache_dir() / "compiled")
 
 
 def _warn_of_fallback(wanted: str, dataset: Any, batch_size: int) -> None:

@@ -7,7 +7,7 @@ to update them. Nothing here compiles, replicates or logs. Bind what is static w
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -223,8 +223,9 @@ def forward(
     train: bool,
     dropout: jax.Array | None = None,
     capture: bool | Callable[[nn.Module, str], bool] = False,
+    mutable: Sequence[str] | None = None,
 ) -> tuple[Logits, dict[str, Tree]]:
-    """Returns the logits of a batch, and the collections that the pass wrote (none in evaluation).
+    """Returns the logits of a batch, and the collections that the pass wrote.
 
     Every pass through a model in bnjax is this one.
 
@@ -237,18 +238,19 @@ def forward(
         dropout: the key that says which units are dropped; None in evaluation.
         capture: also write `intermediates`, the outputs of modules, as `capture_intermediates` of
             `flax.linen.Module.apply`.
+        mutable: the collections that may be written; None: `batch_stats` in training, and none in
+            evaluation.
     """
     images, options = _model_inputs(model, batch)
     variables = {"params": params, "batch_stats": batch_stats}
-    if not train:
-        logits: Any = model.apply(variables, images, train=False, **options)
-        return logits, {}
+    if mutable is None:
+        mutable = ["batch_stats"] if train else []
     if capture:
         options["capture_intermediates"] = capture
-    mutable = ["batch_stats", *(["intermediates"] if capture else [])]
+        mutable = [*mutable, "intermediates"]
     rngs = {} if dropout is None else {"dropout": dropout}
     logits, written = model.apply(
-        variables, images, train=True, mutable=mutable, rngs=rngs, **options
+        variables, images, train=train, mutable=[*mutable], rngs=rngs, **options
     )
     return logits, dict(written)
 

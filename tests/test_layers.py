@@ -13,9 +13,10 @@ ORDER = [
     {"norms", "metrics"},
     {"models"},
     {"train_step"},
-    {"data"},
+    {"data", "stats"},
     {"train"},
     {"compare"},
+    {"clinic"},
     {"main"},
 ]
 

@@ -89,6 +89,21 @@ def _size(x: Array, axes: tuple[int, ...]) -> int:
     return int(np.prod([x.shape[axis] for axis in axes], dtype=int))
 
 
+def merge(mine: Moments, its: Moments) -> Moments:
+    """Returns the moments of both sets of values together (Chan et al., 1979).
+
+    Exact for any counts, also where one or both sets are empty.
+
+    >>> merge(Moments(1.0, 0.0, 1.0), Moments(4.0, 1.0, 2.0))  # of 1, 3 and 5
+    Moments(mean=Array(3., dtype=float32), var=Array(2.6666667, dtype=float32), count=3.0)
+    """
+    count = mine.count + its.count
+    share = its.count / jnp.maximum(count, 1)
+    apart = its.mean - mine.mean
+    var = mine.var + (its.var - mine.var) * share + lax.square(apart) * share * (1 - share)
+    return Moments(mine.mean + apart * share, var, count)
+
+
 def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     """Returns the mask as bool of full rank.
 

@@ -11,12 +11,11 @@ import numpy as np
 from bnjax.arrays import Batch, BatchStats, Params
 from bnjax.data.batches import eval_batches
 from bnjax.data.pictures import Picture, read_pictures
-from bnjax.errors import DataError, UserError
+from bnjax.errors import DataError
 from bnjax.metrics import Metrics, from_losses
-from bnjax.train import build, rundir
-from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
-from bnjax.train_step import classes_and_scores, forward, init_variables, softmax_cross_entropy
+from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
 
 MAX_BATCH = 256  # pictures at once
 
@@ -34,28 +33,17 @@ def of_split(workdir: Path, checkpoint: str, split: str, data_dir: str | None) -
         UserError: if the folder has no run or no such checkpoint, or the data are not found.
     """
     network = _Network(workdir, checkpoint)
-    config, data = network.config, network.data
-    config.data.dir = data_dir or config.data.dir
-    # After a fallback that is another set than was asked for, and the one that was asked for may
-    # have turned up since.
-    stand_in = data.name != config.data.name
-    config.data.name = data.name
-    if stand_in:
-        config.data.dir, config.data.label, config.data.train_images = "", "", 0
-    dataset = build.dataset(config)
-    if dataset.label != data.label:
-        found = f"the run was trained on {data.label}, and what is found now is {dataset.label}"
-        raise UserError(f"{found}. Say where its data lie with --data-dir.")
+    dataset, classes = network.trained.dataset(data_dir), network.trained.data.classes
     chosen = dataset.train if split == "train" else dataset.test
-    size = min(config.eval.batch_size, len(chosen.label))
+    size = min(network.trained.config.eval.batch_size, len(chosen.label))
     predicted, metrics = network.predict(chosen.image, chosen.label, size)
     rows = network.rows([f"{split}[{i}]" for i in range(len(chosen.label))], predicted)
     for row, truth in zip(rows, chosen.label, strict=True):
-        row["label"] = data.classes[truth]
+        row["label"] = classes[truth]
     right = predicted["class"] == chosen.label
     per_class = {
         name: float(right[chosen.label == i].mean())
-        for i, name in enumerate(data.classes)
+        for i, name in enumerate(classes)
         if (chosen.label == i).any()
     }
     sums = {**metrics.means(), "count": int(metrics.count), "accuracy_per_class": per_class}
@@ -69,7 +57,7 @@ def of_images(workdir: Path, checkpoint: str, paths: list[Path]) -> dict[str, An
         UserError: if the folder has no run or no such checkpoint.
     """
     network = _Network(workdir, checkpoint)
-    pictures, failures = _read(paths, network.data.image_shape)
+    pictures, failures = _read(paths, network.trained.data.image_shape)
     rows: list[dict[str, Any]] = []
     if pictures:
         images = np.stack([picture.image for picture in pictures])
@@ -82,29 +70,27 @@ def of_images(workdir: Path, checkpoint: str, paths: list[Path]) -> dict[str, An
 
 
 class _Network:
-    """A trained network, from the folder of its run."""
+    """A trained network, compiled to classify."""
 
     def __init__(self, workdir: Path, checkpoint: str):
-        self.config, self.data = rundir.read(workdir)
-        model = build.model(self.config.model, len(self.data.classes), self.data.image_shape)
-        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-            step = checkpoints.step(checkpoint)
-            like = jax.eval_shape(
-                functools.partial(init_variables, model, jax.random.key(0)),
-                np.zeros((1, *self.data.image_shape), np.uint8),
-            )
-            self._variables = checkpoints.restore_variables(step, like)
+        self.trained = Trained(workdir, checkpoint)
         self._classify = jax.jit(
-            functools.partial(_classify, model=model), compiler_options=compiler_options()
+            functools.partial(_classify, model=self.trained.model),
+            compiler_options=compiler_options(),
         )
-        self.about = {"workdir": str(workdir), "step": step, "dataset": self.data.label}
+        self.about = {
+            "workdir": str(workdir),
+            "step": self.trained.step,
+            "dataset": self.trained.data.label,
+        }
 
     def predict(
         self, image: np.ndarray, label: np.ndarray, batch_size: int
     ) -> tuple[dict[str, np.ndarray], Metrics]:
         """Returns `class` int32 [n], `score` float32 [n, classes] and the metrics."""
         batches = eval_batches(image, label, batch_size)
-        found = [jax.device_get(self._classify(*self._variables, batch)) for batch in batches]
+        variables = (self.trained.params, self.trained.batch_stats)
+        found = [jax.device_get(self._classify(*variables, batch)) for batch in batches]
         predicted = {
             name: np.concatenate([one[name] for one, _ in found])[: len(image)]
             for name in ("class", "score")
@@ -113,7 +99,7 @@ class _Network:
 
     def rows(self, names: list[str], predicted: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Returns an object for each image."""
-        classes = self.data.classes
+        classes = self.trained.data.classes
         return [
             {
                 "image": name,

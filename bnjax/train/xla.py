@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from bnjax.data.datasets import cache_dir
+
 Options = dict[str, str | bool | int]
 
 # Measured with jaxlib 0.10.2 and 0.12.0.1, the tutorial's network, batches of 512 and 5000. By
@@ -40,6 +42,12 @@ MADV_HUGEPAGE = 14
 LEAST_MEMORY = (
     8 << 30
 )  # bytes that have to be available: kept memory may be half as much again as what a step needs
+
+
+def prepare() -> None:
+    """Sets up this process for a command that computes; call it before anything is computed."""
+    keep_freed_memory()
+    keep_compiled(cache_dir() / "compiled")
 
 
 def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:

@@ -1,0 +1,1 @@
+"""The BN clinic: running statistics looked at, recomputed, adapted, folded and ported."""

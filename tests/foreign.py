@@ -1,0 +1,160 @@
+"""Networks as other people write them, for what has to work on any linen model.
+
+None of them knows of bnjax. `x` is float [n, h, w, c]; logits [n, 10].
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+class BasicBlock(nn.Module):
+    """He et al., 2016a, figure 2, with a projection where the shape changes."""
+
+    filters: int
+    strides: int
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(self.norm()(self.conv(self.filters, (3, 3), (self.strides,) * 2)(x)))
+        y = self.norm(scale_init=nn.initializers.constant(0.5))(self.conv(self.filters, (3, 3))(y))
+        if x.shape != y.shape:
+            x = self.conv(self.filters, (1, 1), (self.strides,) * 2, name="conv_proj")(x)
+            x = self.norm(name="norm_proj")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A residual network of basic blocks; (2, 2, 2, 2) and 64 make it ResNet-18."""
+
+    stages: Sequence[int] = (2, 2, 2, 2)
+    width: int = 64
+    momentum: float = 0.9
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        conv = functools.partial(nn.Conv, use_bias=False)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=self.momentum, epsilon=1e-5
+        )
+        x = nn.relu(norm(name="norm_init")(conv(self.width, (3, 3), name="conv_init")(x)))
+        for i, blocks in enumerate(self.stages):
+            for j in range(blocks):
+                strides = 2 if i > 0 and j == 0 else 1
+                x = BasicBlock(self.width * 2**i, strides, conv, norm)(x)
+        return nn.Dense(self.classes)(x.mean((1, 2)))
+
+
+class PreActResNet(nn.Module):
+    """Norm, ReLU, convolution (He et al., 2016b); the last norm is followed by the mean."""
+
+    blocks: int = 2
+    width: int = 8
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=self.momentum
+        )
+        x = nn.Conv(self.width, (3, 3), use_bias=False)(x)
+        for _ in range(self.blocks):
+            y = nn.Conv(self.width, (3, 3), use_bias=False)(nn.relu(norm()(x)))
+            y = nn.Conv(self.width, (3, 3), use_bias=False)(nn.relu(norm()(y)))
+            x = x + y
+        return nn.Dense(10)(nn.relu(norm(name="last")(x)).mean((1, 2)))
+
+
+class _Layer(nn.Module):
+    """What is repeated by a lifted transformation: a dense layer, a norm, a ReLU."""
+
+    width: int
+    train: bool
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = nn.Dense(self.width)(x)
+        x = nn.BatchNorm(use_running_average=not self.train, momentum=self.momentum)(x)
+        return nn.relu(x), None
+
+
+class ScanNet(nn.Module):
+    """Equal layers under `nn.scan`: parameters and statistics have an axis for the layers."""
+
+    layers: int = 3
+    width: int = 12
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Dense(self.width)(x.reshape(len(x), -1))
+        layers = nn.scan(
+            _Layer,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        x, _ = layers(self.width, train, name="layers")(x, None)
+        return nn.Dense(10)(x)
+
+
+class RematNet(nn.Module):
+    """Layers under `nn.remat`, which runs each again in the gradient."""
+
+    layers: int = 2
+    width: int = 12
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = x.reshape(len(x), -1)
+        for i in range(self.layers):
+            x, _ = nn.remat(_Layer)(self.width, train, name=f"layer{i}")(x)
+        return nn.Dense(10)(x)
+
+
+class VmapNet(nn.Module):
+    """Heads side by side under `nn.vmap`, each with statistics of its own; their mean."""
+
+    heads: int = 3
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        heads = nn.vmap(
+            _Layer,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.heads,
+        )
+        x, _ = heads(self.width, train, name="heads")(x.reshape(len(x), -1))
+        return nn.Dense(10)(jnp.mean(x, 0))
+
+
+class SharedNet(nn.Module):
+    """One layer, with its norm, that is called twice."""
+
+    width: int = 12
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        layer = _Layer(self.width, train)
+        x, _ = layer(nn.Dense(self.width)(x.reshape(len(x), -1)))
+        x, _ = layer(x)
+        return nn.Dense(10)(x)
+
+
+NETWORKS = {
+    "resnet": ResNet((1, 1), 4),
+    "preact": PreActResNet(),
+    "scan": ScanNet(),
+    "remat": RematNet(),
+    "vmap": VmapNet(),
+    "shared": SharedNet(),
+}
