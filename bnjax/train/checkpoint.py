@@ -21,6 +21,7 @@ from bnjax.train.integrity import (
     CheckpointError,
     check_leaves,
     checksums,
+    items,
     leaves_of,
     leaves_of_metadata,
     read_records,
@@ -37,9 +38,9 @@ class Checkpoints:
     The newest two and the best are kept.
 
     Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and
-    "training" (opt_state, step, rng), and a record: the test accuracy, whatever `about` says, and a
-    checksum of every file. Saving happens in the background; leaving the context waits until
-    everything is on disk.
+    "training" (opt_state, step, rng; also params and batch_stats where evaluation has others), and
+    a record: the test accuracy, whatever `about` says, and a checksum of every file. Saving happens
+    in the background; leaving the context waits until everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -170,12 +171,14 @@ class Checkpoints:
         batch_stats: BatchStats,
         accuracy: float | None,
         about: dict[str, Any],
+        evaluated: tuple[Params, BatchStats] | None = None,
     ) -> None:
         """Saves under the state's step, in the background.
 
         Args:
             accuracy: on the test images; decides which is the best. None for a step that was not
                 evaluated.
+            evaluated: the weights and statistics that evaluation used, if they are not training's.
             about: anything worth knowing beside it that is JSON: config, versions, conventions.
 
         Raises:
@@ -185,8 +188,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        variables = {"params": state.params, "batch_stats": batch_stats}
-        training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+        variables, training = items(state, batch_stats, evaluated)
         args = ocp.args.Composite(
             variables=ocp.args.StandardSave(variables), training=ocp.args.StandardSave(training)
         )
@@ -201,18 +203,19 @@ class Checkpoints:
             raise self._unsaved(error) from error
 
     def restore(
-        self, step: int, like: tuple[TrainState, BatchStats]
+        self, step: int, like: tuple[TrainState, BatchStats], *, apart: bool = False
     ) -> tuple[TrainState, BatchStats]:
         """Returns the state and the statistics of a step, on the default device.
 
-        `like` gives the tree, the shapes and the dtypes.
+        `like` gives the tree, the shapes and the dtypes; `apart` says that `save` had `evaluated`.
         """
         state, batch_stats = like
-        training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
-        variables = {"params": state.params, "batch_stats": batch_stats}
+        evaluated = (state.params, batch_stats) if apart else None
+        variables, training = items(state, batch_stats, evaluated)
         restored = self._restore(step, {"variables": variables, "training": training})
-        params, batch_stats = restored["variables"]["params"], restored["variables"]["batch_stats"]
-        return TrainState(params=params, **restored["training"]), batch_stats
+        found = restored["variables"] | restored["training"]  # training's own, where both have them
+        batch_stats = found.pop("batch_stats")
+        return TrainState(**found), batch_stats
 
     def restore_variables(
         self, step: int, like: tuple[Params, BatchStats]

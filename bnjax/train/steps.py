@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
-from typing import Any
+import operator
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import BatchStats
-from bnjax.data.batches import eval_batches
+from bnjax.arrays import Batch, BatchStats, Params
+from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset, Split
 from bnjax.data.feed import Feed, host_feed, resident_feed
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
+from bnjax.stats.layers import norm_layers, nothing_seen, observe
+from bnjax.stats.precise import put
+from bnjax.stats.weights import averaged_params
 from bnjax.train.build import Experiment
 from bnjax.train.xla import compiler_options, init_options, memory
 from bnjax.train_step import TrainState, eval_step, init_state, train_step
@@ -22,6 +27,8 @@ MAX_STEPS = 100  # a dispatch
 RESIDENT_SHARE = 0.25  # of a device's memory, that the training images may fill
 
 State = tuple[TrainState, BatchStats]
+Variables = tuple[Params, BatchStats]
+Both = TypeVar("Both", State, Variables)
 
 
 def default_feed(experiment: Experiment, split: Split) -> Feed:
@@ -73,6 +80,11 @@ class Steps:
             jax.vmap(test, in_axes=(0, 0, None)) if seeds > 1 else test,
             compiler_options=compiler_options(experiment.eval_batch_size, product),
         )
+        watch = functools.partial(observe, model=model, mode="batch")
+        self._observe = jax.jit(
+            jax.vmap(watch, in_axes=(0, 0, 0, None)) if seeds > 1 else watch,
+            compiler_options=compiler_options(experiment.batch_size, product),
+        )
 
     def like(self) -> State:
         """Returns the shapes and dtypes of one seed.
@@ -107,21 +119,55 @@ class Steps:
         """Returns the first `streak`, from the steps in a row that each seed has dropped so far."""
         return np.array(skipped if self._seeds > 1 else skipped[0], np.int32)
 
-    def split(self, state: TrainState, batch_stats: BatchStats) -> list[State]:
-        """Returns the state of each seed."""
+    def split(self, both: Both) -> list[Both]:
+        """Returns the state of each seed, or its variables."""
         if self._seeds == 1:
-            return [(state, batch_stats)]
-        both = (state, batch_stats)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], both) for i in range(self._seeds)]
+            return [both]
+        return [jax.tree.map(operator.itemgetter(i), both) for i in range(self._seeds)]
 
-    def test(self, state: TrainState, batch_stats: BatchStats) -> list[Metrics]:
+    def evaluated(self, state: TrainState, batch_stats: BatchStats) -> Variables:
+        """Returns the weights and statistics that are evaluated and predicted with.
+
+        By default those that training has; otherwise averaged weights, or precise statistics.
+        """
+        experiment = self._experiment
+        params = state.params
+        if experiment.averages:
+            params = averaged_params(state.opt_state, params)
+        if not experiment.precise_images:
+            return params, batch_stats
+        batches = precise_batches(
+            self._dataset.train, experiment.precise_images, experiment.batch_size
+        )
+        seen, batch = nothing_seen(batch_stats), None
+        for batch in batches if seen else ():
+            _, seen = self._observe(params, batch_stats, seen, batch)
+        if batch is None:  # no norm has statistics
+            return params, batch_stats
+        one = (params, batch_stats)
+        if self._seeds > 1:
+            one = jax.tree.map(lambda leaf: leaf[0], one)
+        layers = norm_layers(experiment.model, *one, batch=batch, train=False)
+        return params, put(batch_stats, seen, layers)
+
+    def test(self, params: Params, batch_stats: BatchStats) -> list[Metrics]:
         """Returns the metrics of each seed over all test images."""
         test = self._dataset.test
         batches = eval_batches(test.image, test.label, self._experiment.eval_batch_size)
-        metrics = [self._test(state.params, batch_stats, batch) for batch in batches]
+        metrics = [self._test(params, batch_stats, batch) for batch in batches]
         total = functools.reduce(Metrics.merge, jax.device_get(metrics))
         (of_seeds,) = unstack(total, 1, self._seeds)
         return of_seeds
+
+
+def precise_batches(split: Split, images: int, batch_size: int) -> Iterator[Batch]:
+    """Yields images at equal distances, in batches of one size that is at most `batch_size`.
+
+    They are as alike as can be: a small last one would be normalised by few images.
+    """
+    chosen = spread(split, images)
+    size = -(-images // -(-images // batch_size))
+    return eval_batches(chosen.image, chosen.label, size)
 
 
 def training_program(experiment: Experiment, feed: Feed, seeds: int) -> Any:
