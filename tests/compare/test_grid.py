@@ -121,9 +121,8 @@ class Pretend:
 CLASSES = ["top", "middle", "bottom"]
 
 
-def call(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["bnjax", "compare", *map(str, words)])
-    return main.main()
+def call(*words):
+    return main.main(["compare", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -392,12 +391,12 @@ def test_equal_seeds_have_equal_initial_values_and_order(files):
     assert (kernels[0] == kernels[1]).all()
 
 
-def test_a_run_that_breaks_down_does_not_end_the_others(files, monkeypatch, capsys):
+def test_a_run_that_breaks_down_does_not_end_the_others(files, capsys):
     """As a command: what every kind of run says, and the exit code."""
     broken = FILES["bn"].replace("return", "config.optimizer.learning_rate = 1e38\n    return")
     (files / "bn.py").write_text(broken)
     words = ["--configs", f"{files / 'bn.py'},{files / 'no_bn.py'}", "--workdir", files / "runs"]
-    assert call(monkeypatch, *words, "--seeds", 1) == 1
+    assert call(*words, "--seeds", 1) == 1
     out, err = capsys.readouterr()
     assert "bn, seed 0 failed: step" in out
     assert "error: bn, seed 0: step" in err
@@ -444,7 +443,7 @@ def test_ctrl_c_is_no_error(files, monkeypatch, capsys, stopped):
         raise stopped
 
     monkeypatch.setattr(grid, "run", interrupted)
-    assert call(monkeypatch, "--configs", files / "bn.py", "--workdir", files / "runs") == 130
+    assert call("--configs", files / "bn.py", "--workdir", files / "runs") == 130
     said = capsys.readouterr().out
     assert "everything is saved. To go on:\n    bnjax compare --configs" in said
 
