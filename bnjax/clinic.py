@@ -63,9 +63,9 @@ def _add_port(command: Callable[..., argparse.ArgumentParser]) -> None:
         "Take a run's weights and running statistics to PyTorch or Keras, or from there into a new "
         "run. Files are safetensors, or .npz; nothing is unpickled.",
         "--to torch prints the network in PyTorch, with layers called as here; it takes images "
-        "[n, c, h, w], from 0 to 1. --from makes a run folder, which predict, audit and precise "
-        "take; the network has to have the layers of that in --workdir, and every key has to have "
-        "a counterpart. In torch: save_file(network.state_dict(), FILE) and "
+        "[n, c, h, w], from 0 to 1. --from makes a run folder that can be evaluated, and not "
+        "trained on; the network has to have the layers of that in --workdir, and every key has to "
+        "have a counterpart. In torch: save_file(network.state_dict(), FILE) and "
         "network.load_state_dict(load_file(FILE)) of safetensors.torch. In Keras 3: "
         "np.savez(FILE, **{v.path: v.numpy() for v in network.weights}), and v.assign(np.load(FILE)"
         '[v.path]) for each. A table of names is JSON: {"names": {"conv{i}": '

@@ -140,9 +140,8 @@ def test_keras_both_ways():
     like = shapes_of(model, "keras")
     table = Table(depthwise={"depthwise": 2}, flattened={"flat_norm": (5, 4, 8)})
     params, stats = port_from("keras", arrays, like, table)
-    assert check_logits(
-        model, params, stats, images_of("keras"), np.array(MEASURED["keras"]["logits"])
-    ) < 1e-5  # fmt: skip
+    logits = np.array(MEASURED["keras"]["logits"])
+    assert check_logits(model, params, stats, images_of("keras"), logits) < 1e-5
     back = port_to("keras", params, stats, table)
     assert back.keys() == arrays.keys()
     for key, value in arrays.items():
@@ -276,12 +275,11 @@ def test_a_norm_with_a_shift_alone_has_a_scale_of_ones_in_torch():
 
 
 def test_fields_of_norms():
-    assert our_fields("torch", 1e-5, 0.1) == {
-        "epsilon": 1e-5, "momentum": 0.9, "variance": "unbiased"
-    }  # fmt: skip
-    assert our_fields("keras", 1e-3, 0.99) == {
-        "epsilon": 1e-3, "momentum": 0.99, "variance": "biased"
-    }  # fmt: skip
+    for framework, momentum, wanted in (
+        ("torch", 0.1, {"epsilon": 1e-5, "momentum": 0.9, "variance": "unbiased"}),
+        ("keras", 0.99, {"epsilon": 1e-5, "momentum": 0.99, "variance": "biased"}),
+    ):
+        assert our_fields(framework, 1e-5, momentum) == wanted
     assert norm_fields("torch", 1e-3, 0.99) == {"eps": 1e-3, "momentum": 0.01}
     assert norm_fields("keras", 1e-3, 0.99) == {"epsilon": 1e-3, "momentum": 0.99}
     assert norm_fields("torch", 1e-3, None)["momentum"] is None

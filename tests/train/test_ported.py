@@ -146,9 +146,8 @@ def test_what_is_refused_leaves_no_run(run, port, tmp_path, options, said):
     (tmp_path / "table.json").write_text('{"names": {"conv{i}": "c{i}", "{layer}": "{layer}"}}')
     places = {"TABLE": tmp_path / "table.json", "FILE": file}
     options = [places.get(option, option) for option in options]
-    done = port(
-        "--workdir", run, "--from", "torch", file, "--out", new, "--probe", probe, *options
-    )  # fmt: skip
+    files = ("--out", new, "--probe", probe)
+    done = port("--workdir", run, "--from", "torch", file, *files, *options)
     assert done.returncode == 2
     assert said in done.stderr
     assert not new.exists()
@@ -160,3 +159,9 @@ def test_options_that_do_not_go_together(run, port, tmp_path):
     done = port("--workdir", run, "--to", "torch", file, "--out", tmp_path / "new")
     assert "are of --from" in done.stderr
     assert not file.exists()
+
+
+def test_help_says_how_the_other_framework_saves(port):
+    done = port("--help")
+    assert done.returncode == 0
+    assert "save_file(network.state_dict(), FILE)" in " ".join(done.stdout.split())
