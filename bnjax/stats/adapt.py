@@ -34,7 +34,7 @@ def adapt_statistics(
     Every mean and variance becomes keep * old + (1 - keep) * new, where the new ones are precise
     (Schneider et al., 2020, section 3). The paper gives the old ones the weight of N examples
     beside n new ones: `keep` is N / (N + n) then. A few new images say too little by themselves,
-    which is what N is for; with hundreds of them 0 is best.
+    which is what N is for; where the shift is large, the old ones are in the way all the same.
 
     Args:
         model: any linen module whose norms are Flax's or bnjax's BatchNorm.
