@@ -36,6 +36,8 @@ def train(args: argparse.Namespace) -> int:
     from bnjax.train import build, parsing
 
     config = parsing.load(args.config, args.overrides)
+    if args.hosts or args.coordinator:
+        _join_hosts(args)
     build.check(config)
 
     from bnjax.train import rundir, summary
@@ -64,6 +66,8 @@ def train(args: argparse.Namespace) -> int:
         return 128 + stopped.signal
     if isinstance(result, errors.NonFiniteError):
         raise result
+    if not result:  # the first process has it
+        return 0
     print(summary.as_text(result))
     print(f"\npredict with:    bnjax predict --workdir {workdir} --split test")
     print(f"look at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}")
@@ -164,6 +168,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the run's folder (default: runs/ and the config's name)",
     )
+    sub.add_argument(
+        "--hosts",
+        action="store_true",
+        help="train with the processes that Slurm, Open MPI or a TPU pod started beside this one",
+    )
+    sub.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="train with other processes that get the same command: where process 0 is met",
+    )
+    sub.add_argument("--processes", type=int, metavar="N", help="how many, with --coordinator")
+    sub.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0 on")
 
     sub = command("predict", "Classify images, or a whole split, with a trained network.")
     what = sub.add_mutually_exclusive_group(required=True)
@@ -252,6 +268,18 @@ def _seeds(text: str) -> int:
     if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_SEEDS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_SEEDS:,}")
     return int(text)
+
+
+def _join_hosts(args: argparse.Namespace) -> None:
+    """Meets the other processes; only the first one speaks, errors excepted."""
+    import os
+
+    from bnjax.train import hosts
+
+    hosts.join(args.coordinator, args.processes, args.process)
+    if not hosts.is_first():
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
 
 
 def _warn_of_fallback(wanted: str, dataset: Any, batch_size: int) -> None:

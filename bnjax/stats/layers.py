@@ -28,6 +28,8 @@ Seen = Mapping[tuple[str, ...], Moments]
 # The leaves beside `mean` and `var` in which a pass adds up what the norms see. They have the
 # shape of `mean`, so that every lifted transformation carries them as it carries that.
 _SEEN = ("seen_mean", "seen_var", "seen_count")
+# What a norm is marked with that was made to use its running statistics whatever it was told.
+FROZEN = "statistics_are_frozen"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +81,12 @@ def norm_layers(
     found: dict[tuple[str, ...], NormLayer] = {}
 
     def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+        y = call(x, *args, **kwargs)
         layer = _layer(norm, x, *args, **kwargs)
+        if getattr(norm, FROZEN, False):
+            layer = dataclasses.replace(layer, by_batch=False)
         found.setdefault(layer.path, layer)
-        return call(x, *args, **kwargs)
+        return y
 
     def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
         keys = jax.random.key(0) if train else None

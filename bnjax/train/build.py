@@ -1,8 +1,10 @@
 """What a config describes, checked and built: the last place that knows the keys' names."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
@@ -15,6 +17,7 @@ from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.products import bfloat16_dot_general
 from bnjax.train import parsing
 from bnjax.train.config import MAX_SIZE, check_values, norm_options
+from bnjax.train.parallel import Parallel, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Experiment:
     """What a config means for a data set: everything that the loop needs, durations in steps."""
 
     model: ConvNet
+    training_model: ConvNet  # the same, its batch norms bound to the axes of `parallel`
+    parallel: Parallel
     tx: optax.GradientTransformation
     steps: int
     stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
@@ -52,8 +57,14 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     save_every = None
     if saves.every_steps or saves.every_epochs:
         save_every = duration(saves, "every_", "checkpoint", batch_size, images)
+    parallel = spread_over(config)
+    network = functools.partial(
+        model, config.model, len(dataset.classes), dataset.train.image.shape[1:]
+    )
     return Experiment(
-        model=model(config.model, len(dataset.classes), dataset.train.image.shape[1:]),
+        model=network(),
+        training_model=network(**parallel.norm_axes),
+        parallel=parallel,
         tx=optimizer(config.optimizer),
         steps=steps,
         stop_at_loss=config.train.stop_at_loss or None,
@@ -108,8 +119,16 @@ def check(config: ConfigDict) -> None:
     model(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, 3))
 
 
-def model(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> ConvNet:
+def model(
+    config: ConfigDict, classes: int, image_shape: tuple[int, int, int], **norm_axes: str
+) -> ConvNet:
     """Returns the network that `config.model` describes for images [h, w, c].
+
+    Args:
+        config: the section `model`.
+        classes: the number of logits.
+        image_shape: of one image.
+        norm_axes: the mapped axes of the batch norms, for training in parts.
 
     Raises:
         ConfigError: for an impossible value, or if the images shrink to nothing.
@@ -133,7 +152,7 @@ def model(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -
         dense=config.dense,
         dropout=tuple(float(rate) for rate in config.dropout),
         classes=classes,
-        norm=norms.build(config.norm, **norm_options(config)),
+        norm=norms.build(config.norm, **norm_options(config), **norm_axes),
         activation=ACTIVATIONS[config.activation],
         norm_activation=norms.ThresholdedLinear if config.norm == "frn" else None,
         conv=norms.StandardizedConv if config.weight_standardization else nn.Conv,
@@ -142,6 +161,34 @@ def model(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -
         dtype=jnp.dtype(config.dtype),
         dense_product=bfloat16_dot_general if config.dense_product == "bfloat16" else None,
     )
+
+
+def spread_over(config: ConfigDict) -> Parallel:
+    """Returns how a step is spread over the devices that are here.
+
+    Raises:
+        ConfigError: if there are not so many, or they make no whole groups.
+    """
+    chosen = jax.config.values["jax_default_device"]  # as under `jax.default_device`
+    devices = [chosen] if chosen else jax.devices()
+    processes = jax.process_count()
+    count = config.devices or len(devices)
+    if count > len(devices) or count % processes:
+        of_each = f", of each of {processes} processes as many" if processes > 1 else ""
+        raise ConfigError("devices", count, f"up to {len(devices)}, which there are{of_each}")
+    taken = [
+        device
+        for process in range(processes)
+        for device in [one for one in devices if one.process_index == process or chosen][
+            : count // processes
+        ]
+    ]
+    over = config.model.statistics_over
+    try:
+        return spread(taken, int(over) if over.isdecimal() else over)
+    except ValueError as error:
+        allowed = f"global, per_device, or a number that divides that of the devices, {count}"
+        raise ConfigError("model.statistics_over", over, allowed) from error
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:

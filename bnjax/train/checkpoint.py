@@ -50,7 +50,7 @@ class Checkpoints:
         # It reports its own settings as warnings, and as errors what is raised here as well.
         drop_logs("orbax", below=logging.CRITICAL)
         self.folder = folder
-        if not read_only:
+        if not read_only and jax.process_index() == 0:
             for draft in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(draft, ignore_errors=True)
         self._records = read_records(folder)
@@ -73,6 +73,12 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+    def reload(self) -> None:
+        """Takes note of what another process has changed in the folder."""
+        self._records.clear()
+        self._records.update(read_records(self.folder))
+        self._manager.reload()
 
     def steps(self) -> list[int]:
         """Returns the steps that there are checkpoints of, in ascending order.
@@ -253,6 +259,8 @@ class Checkpoints:
             raise self._unsaved(error) from error
 
     def _write_record(self) -> None:
+        if jax.process_index() > 0:
+            return
         folder = next(
             self.folder.glob(f"{self._saving['step']}.*")
         )  # its draft name, with a suffix of Orbax's

@@ -79,6 +79,12 @@ DTYPE = one_of("float32", "bfloat16")
 KEYS = (
     Key("name", "", TEXT, "of the run; the file's name if empty"),
     Key("seed", 0, SEED, "of the initial weights, the order of the images and dropout"),
+    Key(
+        "devices",
+        0,
+        whole(0, 1 << 20, "a whole number, or 0 for all"),
+        "how many devices train together; a batch stays as large, and its results the same",
+    ),
     # The data.
     Key(
         "data.name",
@@ -157,6 +163,16 @@ KEYS = (
         one_of("biased", "unbiased"),
         "what the average stores: the variance divided by n, or by n - 1",
         "variance",
+    ),
+    Key(
+        "model.statistics_over",
+        "global",
+        Check(
+            "global, per_device, or a number of devices",
+            lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
+        ),
+        "batch norms normalise over the batch of all devices, of each, or of so many together; "
+        "running averages are always those of all",
     ),
     Key("model.virtual_batch", 50, whole(2), "ghost: images of a virtual batch", "virtual_batch"),
     Key("model.renorm_steps", 40_000, whole(2), "renorm: when its limits are open", "renorm_steps"),

@@ -25,8 +25,8 @@ OURS = (
     "config.json.tmp",
     "comparison.json.tmp",
 )  # what a process may have left that died or met a full disk at its start
-# Not part of what a run is: the same data may lie elsewhere tomorrow.
-PLACES = ("config.data.dir",)
+# Not part of what a run is: the same data may lie elsewhere tomorrow, and other devices be free.
+PLACES = ("config.data.dir", "config.devices")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from bnjax.arrays import BatchStats
 from bnjax.data.batches import eval_batches
 from bnjax.data.datasets import Dataset, Split
-from bnjax.data.feed import Feed, host_feed, resident_feed
+from bnjax.data.feed import Feed, Item, host_feed, resident_feed, ship
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
@@ -31,11 +32,12 @@ def default_feed(experiment: Experiment, split: Split) -> Feed:
     (jax-ml/jax#12868). An accelerator would wait for the host between steps: it gets many, and
     the images once for all.
     """
-    batch_size, shuffle = experiment.batch_size, experiment.shuffle
+    batch_size, part = experiment.batch_size, experiment.parallel.part
+    shuffle = experiment.shuffle
     room = RESIDENT_SHARE * (memory() or float("inf"))
     if jax.default_backend() == "cpu" or split.image.nbytes > room:
-        return host_feed(split, batch_size, shuffle=shuffle)
-    return resident_feed(split, batch_size, shuffle=shuffle, max_steps=MAX_STEPS)
+        return host_feed(split, batch_size, shuffle=shuffle, part=part)
+    return resident_feed(split, batch_size, shuffle=shuffle, max_steps=MAX_STEPS, part=part)
 
 
 class Steps:
@@ -46,7 +48,7 @@ class Steps:
 
     Attributes:
         feed: where the batches come from.
-        resident: what of the feed lies on the device.
+        resident: what of the feed lies on each device.
         train: (state, batch_stats, streak, resident, *shipment) -> (state, batch_stats, streak,
             metrics), the states donated; the shipment is from `bnjax.data.feed.ship`, the metrics
             are for `unstack`. `streak` (of each seed) counts how many steps in a row were dropped
@@ -58,20 +60,30 @@ class Steps:
         """Compiles nothing yet."""
         model, product = experiment.model, experiment.product
         self._experiment, self._dataset, self._seeds = experiment, dataset, seeds
+        self._parallel = parallel = experiment.parallel
         self.feed = feed
-        self.resident = jax.device_put(feed.resident)
+        self.resident = parallel.put(feed.resident, None)
+        self._examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in a shipment
+        shipped = (self._examples,) if feed.max_steps == 1 else (self._examples, None)
         self._init = jax.jit(
             functools.partial(init_state, model, experiment.tx), compiler_options=init_options()
         )
-        self.train = jax.jit(
-            training_program(experiment, feed, seeds),
+        self.train = parallel.compile(
+            functools.partial(training_program, experiment, feed, seeds),
+            (None, None, None, None, *shipped),
             donate_argnums=(0, 1),
             compiler_options=compiler_options(experiment.batch_size, product),
         )
-        test = functools.partial(eval_step, model=model)
-        self._test = jax.jit(
-            jax.vmap(test, in_axes=(0, 0, None)) if seeds > 1 else test,
-            compiler_options=compiler_options(experiment.eval_batch_size, product),
+        # Filled up, so that each device takes as many.
+        devices = parallel.mesh.size
+        self._test_size = -(-experiment.eval_batch_size // devices) * devices
+
+        def test(axis_name: Any) -> Any:
+            step = functools.partial(eval_step, model=model, axis_name=axis_name)
+            return jax.vmap(step, in_axes=(0, 0, None)) if seeds > 1 else step
+
+        self._test = parallel.compile(
+            test, (None, None, 0), compiler_options=compiler_options(self._test_size, product)
         )
 
     def like(self) -> State:
@@ -98,10 +110,18 @@ class Steps:
         return self._init(key, self._dataset.train.image[:1])
 
     def join(self, states: list[State]) -> State:
-        """Returns the states of each seed as one."""
-        if self._seeds == 1:
-            return states[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        """Returns the states of each seed as one, on all devices."""
+        if self._seeds > 1:
+            return self._parallel.put(
+                jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), None
+            )
+        return self._parallel.put(states[0], None)
+
+    def ship(self, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
+        """Returns the items of several steps and, in them, seeds, as `train` takes them."""
+        joined, *count = ship(self.feed, items)
+        put = self._parallel.put
+        return put(joined, self._examples), *(put(number, None) for number in count)
 
     def streak(self, skipped: list[int]) -> np.ndarray:
         """Returns the first `streak`, from the steps in a row that each seed has dropped so far."""
@@ -109,29 +129,43 @@ class Steps:
 
     def split(self, state: TrainState, batch_stats: BatchStats) -> list[State]:
         """Returns the state of each seed."""
-        if self._seeds == 1:
-            return [(state, batch_stats)]
         both = (state, batch_stats)
+        if self._seeds == 1:
+            return [both]
         return [jax.tree.map(lambda leaf, i=i: leaf[i], both) for i in range(self._seeds)]
+
+    def local(self, state: State) -> State:
+        """Returns the state of one seed on one device of this process."""
+        return self._parallel.local(state)
 
     def test(self, state: TrainState, batch_stats: BatchStats) -> list[Metrics]:
         """Returns the metrics of each seed over all test images."""
         test = self._dataset.test
-        batches = eval_batches(test.image, test.label, self._experiment.eval_batch_size)
-        metrics = [self._test(state.params, batch_stats, batch) for batch in batches]
+        batches = map(self._parallel.part.of, eval_batches(test.image, test.label, self._test_size))
+        metrics = [
+            self._test(state.params, batch_stats, self._parallel.put(batch, 0)) for batch in batches
+        ]
         total = functools.reduce(Metrics.merge, jax.device_get(metrics))
         (of_seeds,) = unstack(total, 1, self._seeds)
         return of_seeds
 
 
-def training_program(experiment: Experiment, feed: Feed, seeds: int) -> Any:
-    """Returns `Steps.train`, to be compiled."""
-    model, tx, most_skipped = experiment.model, experiment.tx, experiment.most_skipped
+def training_program(
+    experiment: Experiment, feed: Feed, seeds: int, axis_name: tuple[str, ...] | None = None
+) -> Any:
+    """Returns `Steps.train`, to be compiled; with `axis_name`, for the part of one device."""
+    model, tx, most_skipped = experiment.training_model, experiment.tx, experiment.most_skipped
 
     def one(state: Any, batch_stats: Any, streak: Any, resident: Any, item: Any) -> Any:
         batch = feed.batch(resident, item)
         new, new_stats, metrics = train_step(
-            state, batch_stats, batch, model=model, tx=tx, skip_nonfinite=True
+            state,
+            batch_stats,
+            batch,
+            model=model,
+            tx=tx,
+            axis_name=axis_name,
+            skip_nonfinite=True,
         )
         over = streak > most_skipped
         old = (dataclasses.replace(state, step=new.step), batch_stats)

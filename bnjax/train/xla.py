@@ -93,7 +93,7 @@ def memory() -> int | None:
 
     None where nobody says.
     """
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None and jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit
