@@ -79,13 +79,15 @@ def predict(args: argparse.Namespace) -> int:
     import json
 
     from bnjax.train import predict
+    from bnjax.train.trained import Trained
     from bnjax.train.xla import prepare
 
     prepare()
+    trained = Trained(args.workdir, args.checkpoint)
     if args.split:
-        result = predict.of_split(args.workdir, args.checkpoint, args.split, args.data_dir)
+        result = predict.of_split(trained, args.split, args.data_dir)
     else:
-        result = predict.of_images(args.workdir, args.checkpoint, args.images)
+        result = predict.of_images(trained, args.images)
     print(json.dumps(result) if args.json else predict.table(result))
     for failure in result["errors"]:
         print(f"error: {failure}", file=sys.stderr)
