@@ -1,9 +1,11 @@
 """Variants over seeds in one folder: nothing is repeated or mixed up, a run is what it is alone."""
 
 import json
+import re
 import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -260,6 +262,37 @@ def test_a_run_that_breaks_down_on_one_device_is_said_while_the_others_go_on(tmp
     found, begun = at_once(lambda: SimpleNamespace(train=train), 3, tmp_path, end)
     assert len(said) == len(found) == len(begun) == 3
     assert [str(result) for result in said[0].values()] == ["step 3"]
+
+
+class SlowlyCounted(dict):
+    """Takes a while to say how many it has, in which other threads come by."""
+
+    busy = threading.Lock()
+
+    def __len__(self):
+        assert self.busy.acquire(blocking=False), "two threads count at once"
+        threading.Event().wait(0.003)
+        self.busy.release()
+        return super().__len__()
+
+
+def test_several_threads_may_tell_the_progress(capsys):
+    ready = threading.Barrier(8)
+
+    def train(first):
+        runs = SlowlyCounted({first: {}, first + 1: UserError("no space")})
+        ready.wait(9)
+        progress.begin("bn", runs)
+        progress.end("bn", runs)
+
+    with grid.GridProgress(16) as progress, ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(train, first) for first in range(0, 16, 2)]:
+            done.result()
+    said = capsys.readouterr().out
+    begun = re.findall(r"\[(\d+)/16\] bn, seeds", said)
+    assert [*map(int, begun)] == [2, 4, 6, 8, 10, 12, 14, 16]
+    failed = re.findall(r"bn, seed (\d+) failed: no space", said)
+    assert sorted(map(int, failed)) == [1, 3, 5, 7, 9, 11, 13, 15]
 
 
 def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(tmp_path):
