@@ -61,13 +61,14 @@ def test_the_images_of_a_split_go_through_the_network_once(split, images, batche
     assert found["accuracy"] == (logits.argmax(-1) == chosen.label).mean() == 1
 
 
-def test_a_run_on_data_that_stood_in_is_predicted_on_those(tmp_path, monkeypatch):
-    """The set that was asked for may be there by now, under the user's own label and elsewhere."""
+def test_a_run_on_data_that_stood_in_is_predicted_on_those(tmp_path):
+    """The set that was asked for may be there by now; here it is damaged, so that reading fails."""
     config = synthetic.config(steps=1)
     config.data.name, config.data.label, config.data.fallback = "cifar10", "mine", "digits"
     config.data.dir, config.data.train_images = str(tmp_path), 100
     summary = train_and_evaluate(config, tmp_path / "run", datasets.load("digits"))
-    monkeypatch.setattr(datasets, "_cifar", lambda *_: synthetic.dataset())
+    for place in (tmp_path, datasets.cache_dir()):
+        (place / "cifar-10-binary.tar.gz").write_text("damaged")
     found = of_split(Trained(tmp_path / "run", "last"), "test")
     assert (found["dataset"], found["count"]) == ("digits", 359)
     assert found["accuracy"] == summary["final_test"]["accuracy"]
