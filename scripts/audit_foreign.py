@@ -9,7 +9,7 @@ cosine, weight decay on kernels alone. The same weights are audited
     right       as they are,
     forgotten   with averages that training never carried on,
     train=True  evaluated by the statistics of each batch,
-    averaged    as the average of the weights of about the last 20 steps, with statistics that were
+    averaged    as the average of the weights of about the last 50 steps, with statistics that were
                 not recomputed for it,
     slow        with averages of momentum 0.999 instead of 0.9,
 
@@ -43,7 +43,7 @@ from bnjax.train.audit import audit_batches
 from bnjax.train.xla import compiler_options, prepare
 from bnjax.train_step import eval_step, forward, init_state, train_step
 
-STEPS, BATCH, RATE, AVERAGE = 100, 128, 0.05, 0.95
+STEPS, BATCH, RATE, AVERAGE = 100, 128, 0.05, 0.98
 
 
 def train(model, tx, split, jit):
@@ -60,6 +60,7 @@ def train(model, tx, split, jit):
 
 
 def main():
+    """Trains twice and audits what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True, help="where CIFAR-10 lies")
     parser.add_argument("--width", type=int, default=16, help="64 is ResNet-18 (default: 16)")

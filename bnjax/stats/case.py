@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import optax
 
 from bnjax.arrays import Images, Logits
 from bnjax.stats.evidence import Evidence, Measured, Network
 from bnjax.stats.findings import Finding, NotChecked
-from bnjax.stats.limits import limit
 
 Outcome = Iterator[Finding | NotChecked]
 
@@ -24,7 +22,7 @@ class Run:
         batch_size: examples that share their statistics: of a step, or of one device if the norms
             have no axis_name.
         weights: `bnjax.arrays.fingerprint` of the weights that the statistics were averaged with.
-        tx: the optimizer; tried on arrays of one number.
+        tx: the optimizer, with `init` and `update` as Optax's; tried on arrays of one number.
         predict: images [n, h, w, c] -> logits [n, classes], as the network is evaluated; None for
             `model.apply(…, train=False)`.
     """
@@ -32,7 +30,7 @@ class Run:
     steps: int | None = None
     batch_size: int | None = None
     weights: str | None = None
-    tx: optax.GradientTransformation | None = None
+    tx: Any = None
     predict: Callable[[Images], Logits] | None = None
 
 
@@ -68,13 +66,6 @@ def momentum_of(evidence: Evidence) -> Any:
     return evidence.layer.module.momentum
 
 
-def live(evidence: Evidence) -> np.ndarray:
-    """Returns which channels return something that varies, bool [c]."""
-    var = evidence.batch.var.mean(0)
-    std = np.abs(evidence.scale) * np.sqrt(var / (var + evidence.layer.module.epsilon))
-    return (std > limit("dead") * np.sqrt(np.mean(std**2))) & (std > 0)
-
-
 def rms(values: np.ndarray) -> float:
     """Returns the root of the mean square, 0 of nothing."""
     return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
@@ -83,7 +74,7 @@ def rms(values: np.ndarray) -> float:
 def noise_of(evidence: Evidence, batch_size: int | None) -> float | None:
     """Returns by how much a training batch's mean varies, in standard deviations.
 
-    RMS over the channels; None if there is but one batch to tell from. With `batch_size` None a
+    RMS over live channels; None if there is but one batch to tell from. With `batch_size` None a
     training batch is as large as those that were looked at.
     """
     if len(evidence.train.mean) < 2:
@@ -91,7 +82,7 @@ def noise_of(evidence: Evidence, batch_size: int | None) -> float | None:
     size = batch_size or evidence.examples
     size = min(size, getattr(evidence.layer.module, "virtual_batch", size))
     deviation = evidence.train.mean.std(0, ddof=1) / evidence.std
-    return rms(deviation) * (evidence.examples / size) ** 0.5
+    return rms(deviation[evidence.live]) * (evidence.examples / size) ** 0.5
 
 
 def count_of(evidence: Evidence, batch_size: int | None) -> int:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.stats.case import Case, Outcome, count_of, live, noise_of
+from bnjax.stats.case import Case, Outcome, count_of, noise_of
 from bnjax.stats.evidence import Evidence
 from bnjax.stats.findings import Finding, NotChecked
 from bnjax.stats.limits import limit
@@ -38,7 +38,7 @@ def dead_channels(case: Case) -> Outcome:
     """Finds layers many of whose channels return constants."""
     names, words = [], []
     for one in case.layers:
-        dead = ~live(one)
+        dead = ~one.live
         if dead.mean() > limit("channels"):
             names.append(one.layer.name)
             by_scale = int((dead & (np.abs(one.scale) <= limit("dead"))).sum())
@@ -51,7 +51,7 @@ def epsilon_large(case: Case) -> Outcome:
     """Finds layers whose epsilon, and not whose variance, decides what they divide by."""
     names, words = [], []
     for one in case.layers:
-        epsilon, var = one.layer.module.epsilon, one.batch.var.mean(0)[live(one)]
+        epsilon, var = one.layer.module.epsilon, one.batch.var.mean(0)[one.live]
         below = var < epsilon
         if below.size and below.mean() > limit("channels"):
             names.append(one.layer.name)
@@ -67,7 +67,7 @@ def low_precision(case: Case) -> Outcome:
     """Finds variances that rounding drowns, and statistics too coarse to be averaged in."""
     names, words = [], []
     for one in case.layers:
-        ratio = float((np.abs(one.train.mean.mean(0)) / one.std)[live(one)].max(initial=0))
+        ratio = float((np.abs(one.train.mean.mean(0)) / one.std)[one.live].max(initial=0))
         error, how = max(_rounding(one, ratio))
         coarse = jnp.finfo(one.dtype).bits < 32
         if error > limit("rounding") or coarse:
@@ -136,6 +136,6 @@ def variance_shift(case: Case) -> Outcome:
 
 def shifts(evidence: Evidence) -> np.ndarray:
     """Returns the mean log ratio of variances with and without dropped units, of each batch."""
-    epsilon, alive = evidence.layer.module.epsilon, live(evidence)
+    epsilon, alive = evidence.layer.module.epsilon, evidence.live
     logs = np.log((evidence.train.var + epsilon) / (evidence.batch.var + epsilon))
     return logs[:, alive].mean(1) if alive.any() else np.zeros(len(logs))

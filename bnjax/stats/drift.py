@@ -18,7 +18,7 @@ def unfinished_or_stale(case: Case) -> Outcome:
     """Finds averages that are not ready, or not of these weights; one of the two at most."""
     open_layers = [one for one in case.layers if one.layer.name not in case.explained]
     known = [(one, _initial_share(case, one)) for one in open_layers]
-    early = [(one, share) for one, share in known if share > limit("initial_share")]
+    early = [(one, share) for one, share in known if _is_early(one, share)]
     if early:
         yield _not_converged(early, "momentum ** updates is", _updates(case, early[0][0]))
         yield NotChecked("stale", "averages that have converged")
@@ -59,8 +59,9 @@ def z_scores(case: Case, evidence: Evidence) -> tuple[float, float]:
     if isinstance(momentum, int | float):
         left = (1 - momentum) / (1 + momentum)
     factor = left * evidence.examples / size + 1 / len(given.mean)
-    of_mean = rms(given.mean.std(0, ddof=1) / evidence.std) * math.sqrt(factor)
-    of_var = rms(given.var.std(0, ddof=1) / evidence.std**2) * math.sqrt(factor)
+    std, live = evidence.std, evidence.live
+    of_mean = rms((given.mean.std(0, ddof=1) / std)[live]) * math.sqrt(factor)
+    of_var = rms((given.var.std(0, ddof=1) / std**2)[live]) * math.sqrt(factor)
     return (
         rms(evidence.drift) / max(of_mean, FLOAT32),
         rms(evidence.log_ratio) / max(of_var, FLOAT32),
@@ -68,7 +69,7 @@ def z_scores(case: Case, evidence: Evidence) -> tuple[float, float]:
 
 
 def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> Outcome:
-    """Finds statistics whose misfit shows in the predictions."""
+    """Finds statistics that are worse than a small batch's, or whose misfit predictions show."""
     network, expected = case.network, case.measured.expected
     mixed, stored = flatten_dict(dict(expected)), flatten_dict(dict(network.batch_stats))
     for one in judged:
@@ -76,11 +77,17 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
             mixed[*one.layer.path, name] = stored[*one.layer.path, name]
     right = network.logits(expected, "expected statistics")
     moved = distance(right, network.logits(unflatten_dict(mixed), "those of them that are judged"))
-    usual = distance(right, case.measured.batch_logits)
-    if moved <= max(limit("moved"), usual):
+    # What a batch's noise does to the predictions goes as the noise does, 1 / sqrt(examples).
+    scale = judged[0].examples / (case.run.batch_size or judged[0].examples)
+    usual = distance(right, case.measured.batch_logits) * math.sqrt(scale)
+    misfit = any(
+        rms(one.drift) > limit("misfit_mean") or rms(one.log_ratio) > limit("misfit_var")
+        for one in beyond
+    )
+    if not misfit and moved <= max(limit("moved"), usual):
         return
     share, explained = fitted_share(judged)
-    if explained > limit("explained") and share > limit("initial_share"):
+    if explained > limit("explained") and any(_is_early(one, share) for one in judged):
         yield _not_converged([(one, share) for one in judged], "they fit best for", None)
         return
     worst = max(beyond, key=lambda one: max(z_scores(case, one)))
@@ -107,8 +114,8 @@ def fitted_share(layers: list[Evidence]) -> tuple[float, float]:
     x, y = [], []
     for one in layers:
         mean, var, std = one.train.mean.mean(0), one.train.var.mean(0), one.std
-        x += [-mean / std, (1 - var) / std**2]
-        y += [(one.mean - mean) / std, (one.var - var) / std**2]
+        x += [(-mean / std)[one.live], ((1 - var) / std**2)[one.live]]
+        y += [((one.mean - mean) / std)[one.live], ((one.var - var) / std**2)[one.live]]
     initial, found = np.concatenate(x), np.concatenate(y)
     share = float(initial @ found / max(initial @ initial, 1e-12))
     rest = found - share * initial
@@ -131,6 +138,12 @@ def _initial_share(case: Case, evidence: Evidence) -> float:
     return float(momentum) ** updates if isinstance(momentum, int | float) else 0.0
 
 
+def _is_early(evidence: Evidence, share: float) -> bool:
+    """Returns whether so much of the starting values is still too much."""
+    apart = rms((evidence.train.mean.mean(0) / evidence.std)[evidence.live])
+    return share > limit("initial_share") or share * apart > limit("initial_shift")
+
+
 def _not_converged(shares: list[tuple[Evidence, float]], how: str, updates: int | None) -> Finding:
     worst, share = max(shares, key=lambda pair: pair[1])
     momentum, text = momentum_of(worst), f"{how} a share of {share:.1%} of the starting values"
@@ -140,5 +153,11 @@ def _not_converged(shares: list[tuple[Evidence, float]], how: str, updates: int 
         text += (
             f"{after} with momentum {momentum:g}; it takes {needed:,} updates to get to "
             f"{limit('initial_share'):.0%}"
+        )
+    apart = rms((worst.train.mean.mean(0) / worst.std)[worst.live])
+    if share * apart > limit("initial_shift"):
+        text += (
+            f"; the mean of {worst.layer.name} is {apart:.3g} standard deviations from 0, so that "
+            f"this moves it by {share * apart:.2f}"
         )
     return Finding("not-converged", tuple(one.layer.name for one, _ in shares), text)

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.arrays import Batch, BatchStats, Params
 from bnjax.norms.moments import Moments, merge
 from bnjax.stats.layers import Mode, NormLayer, norm_layers, nothing_seen, observe
+from bnjax.stats.limits import limit
 from bnjax.stats.precise import put
 from bnjax.train_step import forward, softmax_cross_entropy
 
@@ -71,15 +72,22 @@ class Evidence:
         return np.sqrt(self.train.var.mean(0) + self.layer.module.epsilon)
 
     @property
+    def live(self) -> np.ndarray:
+        """Which channels return something that varies, bool [c]."""
+        var = self.batch.var.mean(0)
+        std = np.abs(self.scale) * np.sqrt(var / (var + self.layer.module.epsilon))
+        return (std > limit("dead") * np.sqrt(np.mean(std**2))) & (std > 0)
+
+    @property
     def drift(self) -> np.ndarray:
-        """Stored minus expected mean, in standard deviations [c]."""
-        return (self.mean - self.train.mean.mean(0)) / self.std
+        """Stored minus expected mean of live channels, in standard deviations [c]."""
+        return ((self.mean - self.train.mean.mean(0)) / self.std)[self.live]
 
     @property
     def log_ratio(self) -> np.ndarray:
-        """The log of stored over expected variance, epsilon added to both [c]."""
+        """The log of stored over expected variance of live channels, epsilon added to both [c]."""
         stored = np.maximum(self.var, 0) + self.layer.module.epsilon
-        return np.log(stored / self.std**2)
+        return np.log(stored / self.std**2)[self.live]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +249,9 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _logits(params: Params, batch_stats: BatchStats, batch: Batch, *, model: nn.Module) -> Any:
-    return forward(params, batch_stats, batch, model=model, train=False)[0]
+    # What a model writes whose flag has no effect is dropped: `batch_dependent` finds it.
+    mutable = ("batch_stats",)
+    return forward(params, batch_stats, batch, model=model, train=False, mutable=mutable)[0]
 
 
 def _given(moments: list[Moments], layer: NormLayer) -> Given:

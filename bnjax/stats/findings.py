@@ -47,13 +47,14 @@ class Row:
     Attributes:
         name: of the layer.
         shape: of its statistics.
-        drift: RMS over the channels of stored minus expected mean, in standard deviations.
-        log_ratio: mean over the channels of log(stored / expected variance).
+        drift: RMS over the live channels of stored minus expected mean, in standard deviations.
+        log_ratio: mean over them of log(stored / expected variance).
         noise: RMS of the standard deviation of a training batch's mean, in standard deviations.
         shift: mean log ratio of the variances in training and in evaluation.
         dead: how many channels do not vary.
         count: n, values for each channel and batch in training.
-        drifts, log_ratios: the former two at their 5, 25, 50, 75 and 95 per cent quantiles.
+        drifts, log_ratios: the former two at their 5, 25, 50, 75 and 95 per cent quantiles; empty
+            if all channels are dead.
     """
 
     name: str
@@ -159,9 +160,9 @@ def _table(findings: Findings) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
              for line in cells]  # fmt: skip
     note = (
-        "drift: stored minus expected mean in standard deviations, RMS over channels; log var: "
-        "log(stored / expected variance); noise: of a training batch's mean; train/eval: ratio of "
-        "variances with and without dropout; n: values for each channel and batch"
+        "drift: stored minus expected mean in standard deviations, RMS over live channels; "
+        "log var: log(stored / expected variance); noise: of a training batch's mean; train/eval: "
+        "ratio of variances with and without dropout; n: values for each channel and batch"
     )
     return "\n".join([*(line.rstrip() for line in lines), *textwrap.wrap(note, WIDTH)])
 

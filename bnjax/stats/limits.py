@@ -1,5 +1,6 @@
 """Where healthy ends: every number that the audit compares with, and where it comes from."""
 
+import math
 from typing import NamedTuple
 
 
@@ -17,6 +18,11 @@ LIMITS = {
         "momentum ** updates, the share of the starting values 0 and 1 in the averages",
         "one per cent of what evaluation uses; what is warned of before training starts, too",
     ),
+    "initial_shift": Limit(
+        0.1,
+        "that share times |mean| / std, by which evaluation's mean is off, RMS over the channels",
+        "a tolerance: what the norm returns moves by a tenth of its standard deviation",
+    ),
     "standard_errors": Limit(
         4.0,
         "RMS over the channels of stored minus expected statistics, in standard errors",
@@ -31,6 +37,16 @@ LIMITS = {
         "a tolerance: the probability of an answer moves by no more than a tenth. The distance "
         "also has to be above that which normalising by the batch makes, the noise that the "
         "network was trained under",
+    ),
+    "misfit_mean": Limit(
+        0.25,
+        "RMS over the channels of stored minus expected mean, in standard deviations",
+        "the statistics are worse than those of one batch of 16 independent values (see noise)",
+    ),
+    "misfit_var": Limit(
+        math.sqrt(2 / 16),
+        "RMS over the channels of the log of stored over expected variance",
+        "likewise: the log variance of n normal values has a standard deviation of sqrt(2 / n)",
     ),
     "explained": Limit(
         0.5,

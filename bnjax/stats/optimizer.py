@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.traverse_util import flatten_dict
 
 from bnjax.arrays import Params
@@ -45,15 +44,15 @@ def decay(case: Case) -> Outcome:
             yield Finding(name, layers, f"the optimizer {how} {kinds}, {len(hit)} leaves")
 
 
-def depends(
-    tx: optax.GradientTransformation, params: Params, *, gradient: float
-) -> set[tuple[str, ...]]:
+def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]:
     """Returns the leaves whose update depends on their value, for one and the same gradient.
 
     With gradient 0 that is weight decay; otherwise it may be a layer-wise rate. Each leaf is
     replaced by one number with as many axes, so that masks by path or rank hold and it costs
-    nothing. A mask by the size of a leaf, or by its values, is not seen.
+    nothing; a mask by the size of a leaf, or by its values, is not seen. `tx` has `init` and
+    `update`, as Optax's have.
 
+    >>> import optax
     >>> params = {"norm": {"scale": np.ones(3)}}
     >>> depends(optax.adamw(1e-3), params, gradient=0.0)
     {('norm', 'scale')}

@@ -45,6 +45,8 @@ def _panel(findings: Findings, quantity: str) -> Any:
 
     rows = []
     for row in findings.layers:
+        if not getattr(row, quantity):  # no channel varies
+            continue
         found = findings.ids_of(row.name)
         state = {"layer": row.name, "found": ", ".join(found) or "nothing", "ill": bool(found)}
         values = [float(f"{value:.4g}") for value in getattr(row, quantity)]
