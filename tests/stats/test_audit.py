@@ -1,5 +1,6 @@
 """The audit: every illness is found in a network that has it, and none in healthy ones."""
 
+import functools
 import json
 
 import jax
@@ -7,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from patients import HEALTHY, ILL, Plain, batches, plain, ready, shared_jit, trained, untold
+from patients import HEALTHY, ILL, Plain, images, plain, ready, shared_jit, untold
 
 from bnjax.arrays import fingerprint
 from bnjax.stats.audit import Run, audit
+from bnjax.stats.case import Case
+from bnjax.stats.drift import z_scores
+from bnjax.stats.evidence import Network, measure
 from bnjax.stats.illnesses import ILLNESSES
 from bnjax.stats.optimizer import depends
 from bnjax.stats.structure import settle
+from bnjax.train_step import forward, init_variables
 
 QUICK = ("preact", "scan", "vmap", "shared", "plain", "convnet")
 LONG = ("far from 0 in bfloat16", "far from 0, 60 steps")
@@ -235,25 +240,23 @@ def test_a_fingerprint_is_of_every_bit_name_and_shape():
     assert fingerprint(jax.tree.map(jnp.asarray, params)) == fingerprint(params)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("size", [16, 128])
 def test_stored_statistics_stray_as_far_as_their_standard_error_says(size):
-    """Weights that stand still: z-scores of the averages have RMS 1, whatever the batch size."""
-    from bnjax.stats.case import Case
-    from bnjax.stats.drift import z_scores
-    from bnjax.stats.evidence import Network, measure
-
-    patient = trained(Plain(), 0, rate=1e-9, steps=120, size=size)
-    network = Network(
-        patient.model,
-        patient.params,
-        patient.batch_stats,
-        [*batches(0, 32, size)],
-        shared_jit,
-        lambda batches, name: batches,
-    )
-    case = Case(network, measure(network), Run(batch_size=size))
-    for layer in case.layers:
-        of_mean, of_var = z_scores(case, layer)
-        assert 0.3 < of_mean < 3.0
-        assert 0.3 < of_var < 3.0
+    """At weights that stand still, averages over independent batches have z-scores of RMS 1."""
+    # 0.8 ** 60 is nothing: the starting values do not count.
+    model, rng, repeats = Plain(momentum=0.8), np.random.default_rng(0), 16
+    params, initial = init_variables(model, jax.random.key(0), images(0)[0][:2])
+    update = jax.jit(functools.partial(forward, model=model, train=True))
+    scores = []
+    for _ in range(repeats):
+        fresh = [{"image": images(rng.integers(1 << 32), size)[0]} for _ in range(92)]
+        stats = initial
+        for batch in fresh[:60]:
+            stats = update(params, stats, batch)[1]["batch_stats"]
+        network = Network(model, params, stats, fresh[60:], shared_jit, lambda given, name: given)
+        case = Case(network, measure(network), Run(batch_size=size))
+        scores.append([z_scores(case, layer) for layer in case.layers])
+    # Squares of 16 repeats in at least four directions have a mean of 1 +- 0.18.
+    squares = np.square(scores).mean(0)
+    assert squares.min() > 0.5
+    assert squares.max() < 1.6
