@@ -90,8 +90,10 @@ def norm_layers(
 
     def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
         keys = jax.random.key(0) if train else None
+        # A model whose flag has no effect writes in evaluation, too.
+        options: Any = {"train": train, "dropout": keys, "mutable": ("batch_stats",)}
         with nn.intercept_methods(_only_norms(watch)):
-            return forward(params, batch_stats, batch, model=model, train=train, dropout=keys)
+            return forward(params, batch_stats, batch, model=model, **options)
 
     jax.eval_shape(run, params, batch_stats, dict(batch))
     return tuple(found.values())

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from bnjax.arrays import BatchStats, Params
+from bnjax.arrays import BatchStats, Params, fingerprint
 from bnjax.quiet import drop_logs
 from bnjax.train.integrity import (
     ITEMS,
@@ -37,9 +37,9 @@ class Checkpoints:
     The newest two and the best are kept.
 
     Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and
-    "training" (opt_state, step, rng), and a record: the test accuracy, whatever `about` says, and a
-    checksum of every file. Saving happens in the background; leaving the context waits until
-    everything is on disk.
+    "training" (opt_state, step, rng), and a record: the test accuracy, whatever `about` says with
+    a fingerprint of the weights, and a checksum of every file. Saving happens in the background;
+    leaving the context waits until everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -108,6 +108,10 @@ class Checkpoints:
             f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, "
             f"{', '.join(map(str, steps))}."
         )
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Returns what was worth knowing when a step was saved; empty if that is not known."""
+        return self._records[step].get("about", {})
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
         """Returns the newest intact step, None if there is none, and what is wrong with later ones.
@@ -191,6 +195,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
+        about = about | {"weights": fingerprint(state.params)}
         variables = {"params": state.params, "batch_stats": batch_stats}
         training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
         args = ocp.args.Composite(

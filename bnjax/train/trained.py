@@ -23,6 +23,8 @@ class Trained:
         config: of the run.
         data: the facts of its data.
         step: of the checkpoint.
+        weights: the fingerprint of the weights that its statistics belong to; None if it was saved
+            before there were any.
         model: the network.
         params: its weights.
         batch_stats: its running statistics.
@@ -41,6 +43,7 @@ class Trained:
         )
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             self.step = checkpoints.step(checkpoint)
+            self.weights: str | None = checkpoints.about(self.step).get("weights")
             like = jax.eval_shape(
                 functools.partial(init_variables, self.model, jax.random.key(0)),
                 np.zeros((1, *self.data.image_shape), np.uint8),
