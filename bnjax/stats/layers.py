@@ -79,8 +79,9 @@ def norm_layers(
     found: dict[tuple[str, ...], NormLayer] = {}
 
     def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
-        layer = _layer(norm, x, *args, **kwargs)
-        found.setdefault(layer.path, layer)
+        if norm.has_variable("batch_stats", "mean"):  # one that was folded has no leaves
+            layer = _layer(norm, x, *args, **kwargs)
+            found.setdefault(layer.path, layer)
         return call(x, *args, **kwargs)
 
     def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
