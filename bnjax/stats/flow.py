@@ -185,7 +185,7 @@ class _Part:
                 return self._calls[mark[1]].path
             if _step(maker, None) is None:
                 return f"what comes from {self._what(maker)}"
-            value = maker.invars[0]
+            value = _operand(maker)
         return "what enters the network, or the part of it that is repeated"
 
     def _what(self, operation: Any) -> str:
@@ -194,25 +194,27 @@ class _Part:
 
 
 def _step(operation: Any, channels: int | None) -> Way | None:
-    """Returns what an operation does to its first input, or None if it mixes channels.
+    """Returns what an operation does to its only operand, or None if that is not to be moved past.
 
-    Or if it is no sum, no maximum and no other place of the values. `channels` None: of any number.
+    It is to be if it is a sum or a maximum of values of one channel, a product with a number above
+    0, or another place of the values. `channels` None: as many as the last axis of the operand has.
     """
-    kind, given, params = operation.primitive.name, operation.invars[0].aval, operation.params
-    (returned,) = [value.aval for value in operation.outvars] or [given]
-    if len(operation.outvars) != 1 or isinstance(operation.invars[0], core.Literal):
+    kind, params, operand = operation.primitive.name, operation.params, _operand(operation)
+    if operand is None or len(operation.outvars) != 1:
         return None
+    given, returned = operand.aval, operation.outvars[0].aval
     if kind in _SAME:
         floats = all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (given, returned))
         return Way(()) if floats else None
     if not given.shape:
         return None
     last = len(given.shape) - 1
-    if kind in ("mul", "div") and isinstance(operation.invars[1], core.Literal):
-        number = float(operation.invars[1].val)
-        if number <= 0:
+    if kind in ("mul", "div") and len(operation.invars) == 2:
+        first, second = operation.invars
+        if kind == "div" and isinstance(first, core.Literal):
             return None
-        return Way((), number if kind == "mul" else 1 / number)
+        number = float((first if second is operand else second).val)
+        return Way((), number if kind == "mul" else 1 / number) if number > 0 else None
     if kind == "transpose" and params["permutation"][last] == last:
         return Way(())
     if kind == "squeeze" and last not in params["dimensions"]:
@@ -236,6 +238,12 @@ def _step(operation: Any, channels: int | None) -> Way | None:
     else:
         return None
     return Way((), maxima=True) if kind in _MAXIMA else Way((), float(count))
+
+
+def _operand(operation: Any) -> Any:
+    """Returns the value that an operation depends on, None if there are several."""
+    values = [value for value in operation.invars if isinstance(value, core.Var)]
+    return values[0] if len(values) == 1 else None
 
 
 def _parts(jaxpr: Any) -> Iterator[Any]:

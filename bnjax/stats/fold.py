@@ -91,7 +91,7 @@ def fold(model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch
         for place, neighbour in _NEIGHBOURS:
             link = neighbour(path, watched)
             if isinstance(link, Link):
-                link = _moved(own, norm.epsilon, link, place, leaves, weights)
+                link = _moved(own, float(norm.epsilon), link, place, leaves, weights)
             if isinstance(link, Link):
                 norms.append(NormFold(path, link.layer, place))
                 break
@@ -109,6 +109,8 @@ def fold(model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch
         unflatten_dict({path: leaf for path, leaf in tree.items() if path[:-1] not in gone})
         for tree in (leaves, stats)
     )
+    if isinstance(model, Folded):
+        model, pairs = model.unfolded, (*model.pairs, *pairs)
     return Folding(Folded(model, pairs), params, batch_stats, tuple(norms))
 
 

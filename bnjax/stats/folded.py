@@ -25,17 +25,18 @@ class Folded(nn.Module):
     have no leaves; the layers have a bias, and a standardised kernel is used as it is stored.
 
     Attributes:
-        model: the network with its norms.
+        unfolded: the network with its norms.
         pairs: the paths of each norm that was folded and of the layer that has it now.
     """
 
-    model: nn.Module
+    unfolded: nn.Module
     pairs: Sequence[tuple[Path, Path]]
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]."""
-        nn.share_scope(self, self.model)
+        # In this module's own scope, so that the leaves keep their names.
+        model = self.unfolded.copy(parent=self.scope, name=None)
         norms, layers = ({tuple(path) for path in side} for side in zip(*self.pairs, strict=True))
 
         def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -46,10 +47,10 @@ class Folded(nn.Module):
                 return _with_bias(module)(*args, **kwargs)
             return call(*args, **kwargs)
 
-        takes_mask = "mask" in inspect.signature(type(self.model).__call__).parameters
+        takes_mask = "mask" in inspect.signature(type(self.unfolded).__call__).parameters
         options = {"mask": mask} if takes_mask else {}
         with nn.intercept_methods(intercept):
-            return self.model(x, train=train, **options)
+            return model(x, train=train, **options)
 
 
 def _unchanged(norm: Any, x: Array, *_: Any, **__: Any) -> Array:
