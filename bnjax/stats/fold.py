@@ -21,7 +21,7 @@ from bnjax.norms.weight_standardization import standardize
 from bnjax.stats.flow import Flow, Path, Way, flow
 from bnjax.stats.fold_pair import Place, folded, gain_and_offset
 from bnjax.stats.folded import LAYERS, Folded
-from bnjax.stats.layers import NORMS, norm_layers
+from bnjax.stats.layers import NORMS, NormLayer, norm_layers
 
 PER_EXAMPLE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, PerExampleNorm)
 # Kernel and bias of a layer, in float64.
@@ -75,14 +75,14 @@ def fold(model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch
     """
     watched = flow(model, params, batch_stats, batch, _is_of_interest)
     layers = norm_layers(model, params, batch_stats, batch, train=False)
-    by_batch = {layer.path for layer in layers if layer.by_batch}
+    about = {layer.path: layer for layer in layers}
     leaves, stats = flatten_dict(params), flatten_dict(batch_stats)
     weights: dict[Path, Weights] = {}
     norms = []
     for path, norm in watched.modules.items():
         if not isinstance(norm, (*NORMS, *PER_EXAMPLE)):
             continue
-        if reason := _hindrance(norm, path in by_batch):
+        if reason := _hindrance(norm, about.get(path)):
             norms.append(NormFold(path, reason=reason))
             continue
         own = [leaves.get((*path, name)) for name in ("scale", "bias")]
@@ -138,16 +138,16 @@ def _is_of_interest(module: Any) -> bool:
     return isinstance(module, (*LAYERS, *PER_EXAMPLE))
 
 
-def _hindrance(norm: Any, by_batch: bool) -> str:
+def _hindrance(norm: Any, about: NormLayer | None) -> str:
     """Returns why a norm can be folded into no layer whatever."""
-    if isinstance(norm, PER_EXAMPLE):
+    if about is None:
         return "its mean and variance are those of each example, and no constants"
-    if by_batch:
+    if about.by_batch:
         return "it normalises by the batch in evaluation too"
     if type(norm).__call__ not in [kind.__call__ for kind in NORMS]:
         return f"it is a {type(norm).__name__}, which may do something else in evaluation"
-    axes = [norm.axis] if isinstance(norm.axis, int) else [*norm.axis]
-    return "" if axes == [-1] else f"its channels are not the last axis but {axes}"
+    last = len(about.shape) - 1
+    return "" if about.axes == tuple(range(last)) else "its channels are not the last axis alone"
 
 
 def _before(norm: Path, watched: Flow) -> Link | str:
