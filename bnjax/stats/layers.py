@@ -81,11 +81,13 @@ def norm_layers(
     found: dict[tuple[str, ...], NormLayer] = {}
 
     def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+        is_there = norm.has_variable("batch_stats", "mean")  # one that was folded has no leaves
         y = call(x, *args, **kwargs)
-        layer = _layer(norm, x, *args, **kwargs)
-        if getattr(norm, FROZEN, False):
-            layer = dataclasses.replace(layer, by_batch=False)
-        found.setdefault(layer.path, layer)
+        if is_there:
+            layer = _layer(norm, x, *args, **kwargs)
+            if getattr(norm, FROZEN, False):
+                layer = dataclasses.replace(layer, by_batch=False)
+            found.setdefault(layer.path, layer)
         return y
 
     def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
