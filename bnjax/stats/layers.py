@@ -5,6 +5,7 @@ A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, wherever it sta
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -188,9 +189,11 @@ def _only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         norm = context.module
-        if context.method_name != "__call__" or not isinstance(norm, NORMS):
-            return call(*args, **kwargs)
-        return watch(norm, call, *args, **kwargs)
+        is_call = context.method_name == "__call__" and isinstance(norm, NORMS)
+        # One that extends a norm and is called in another way calls what it extends.
+        if is_call and "use_running_average" in inspect.signature(context.orig_method).parameters:
+            return watch(norm, call, *args, **kwargs)
+        return call(*args, **kwargs)
 
     return intercept
 
