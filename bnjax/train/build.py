@@ -15,7 +15,7 @@ from bnjax.data.datasets import Dataset
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.products import bfloat16_dot_general
-from bnjax.train import parsing
+from bnjax.train import checks, parsing
 from bnjax.train.config import MAX_SIZE, check_values, norm_options
 from bnjax.train.parallel import Parallel, spread
 
@@ -50,7 +50,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         ConfigError: naming the key, the value and what is allowed.
     """
     check_values(config)
-    _check_batch(config, dataset)
+    checks.batch(config, dataset)
     low_precision = "bfloat16" in (config.model.dtype, config.model.dense_product)
     images, batch_size, saves = len(dataset.train.label), config.train.batch_size, config.checkpoint
     steps = duration(config.train, "", "train", batch_size, images)
@@ -134,9 +134,9 @@ def model(
         ConfigError: for an impossible value, or if the images shrink to nothing.
     """
     check_values(config, "model")
-    _check_lengths(config)
-    _check_norm(config)
-    _check_sides(config, image_shape)
+    checks.lengths(config)
+    checks.norm(config)
+    checks.sides(config, image_shape)
     if config.dense_product != "float32" and config.dtype != "float32":
         raise ConfigError(
             "model.dense_product",
@@ -233,69 +233,6 @@ def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, ima
             f"{section}.{prefix}epochs", epochs, "so many that they make fewer than 2**31 steps"
         )
     return steps
-
-
-def _check_batch(config: ConfigDict, dataset: Dataset) -> None:
-    """Checks how batches go with images and norm, and that there is one interval of saving."""
-    smallest = 2 if config.model.norm in norms.BATCH_NORMS else 1
-    images = len(dataset.train.label)
-    if not smallest <= config.train.batch_size <= images:
-        allowed = f"{smallest} up to the {images} training images of {dataset.label}"
-        raise ConfigError("train.batch_size", config.train.batch_size, allowed)
-    if 0 < config.eval.histograms < smallest:
-        allowed = f"a whole number, {smallest} or above, or 0 for none"
-        raise ConfigError("eval.histograms", config.eval.histograms, allowed)
-    given = {key: value for key, value in config.checkpoint.items() if value}
-    if len(given) > 1:
-        key, value = next(iter(given.items()))
-        allowed = f"0 with the others as they are: at most one of {', '.join(given)} is above 0"
-        raise ConfigError(f"checkpoint.{key}", value, allowed)
-
-
-def _check_lengths(config: ConfigDict) -> None:
-    for of, keys in (("filters", ("kernels", "strides")), ("dense", ("dropout", "norm_dense"))):
-        for key in keys:
-            if len(config[key]) != len(config[of]):
-                allowed = f"as many entries as config.model.{of}, which has {len(config[of])}"
-                raise ConfigError(f"model.{key}", config[key], allowed)
-
-
-def _check_sides(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
-    """Checks that the convolutions leave a pixel of the images."""
-    for side in image_shape[:2]:
-        for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
-            pooled = config.pooling != "none"
-            after = (side - kernel + 1) // stride if pooled else (side - kernel) // stride + 1
-            if side < kernel or after < 1:
-                raise ConfigError(
-                    "model.kernels and .strides",
-                    (tuple(config.kernels), tuple(config.strides)),
-                    "layers that leave at least one pixel; image sides of "
-                    f"{image_shape[0]}x{image_shape[1]} are {side} at layer {i}",
-                )
-            side = after
-
-
-def _check_norm(config: ConfigDict) -> None:
-    """Checks that the norm can work where it stands."""
-    norm = f"model.norm = {config.norm!r}"
-    normed = zip(config.dense, config.norm_dense, strict=True)
-    widths = (*config.filters, *(width for width, is_normed in normed if is_normed))
-    if config.norm in norms.POSITION_NORMS and any(config.norm_dense):
-        allowed = f"False for every layer with {norm}, which normalises images and not vectors"
-        raise ConfigError("model.norm_dense", config.norm_dense, allowed)
-    if config.norm == "frn" and config.placement != "before":
-        allowed = f"'before' with {norm}, which brings the activation after it"
-        raise ConfigError("model.placement", config.placement, allowed)
-    if config.norm in ("instance", "group") and config.placement == "input":
-        allowed = (
-            f"'before' or 'after' with {norm}, whose statistics the input of a layer may be too "
-            "small for"
-        )
-        raise ConfigError("model.placement", config.placement, allowed)
-    if config.norm == "group" and any(width % config.groups for width in widths):
-        allowed = f"a number that divides the channels of every normalised layer: {widths}"
-        raise ConfigError("model.groups", config.groups, allowed)
 
 
 def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
