@@ -15,8 +15,10 @@ from bnjax.data.datasets import Dataset
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.products import bfloat16_dot_general
+from bnjax.stats.weights import weight_average
 from bnjax.train import checks, parsing
-from bnjax.train.config import MAX_SIZE, check_values, norm_options
+from bnjax.train.allowed import MAX_SIZE
+from bnjax.train.config import check_values, norm_options
 from bnjax.train.parallel import Parallel, spread
 
 
@@ -34,6 +36,9 @@ class Experiment:
     batch_size: int
     eval_batch_size: int
     product: str  # the dtype of what the dense layers multiply
+    averages: bool  # averaged weights are evaluated
+    precise_images: int  # training images of the statistics of evaluation; 0: the running ones
+    gap_images: int  # training images
     histograms: int  # training images
     pictures: int  # test images
     shuffle: bool
@@ -41,6 +46,11 @@ class Experiment:
     save_every: int | None  # steps, beside the evaluations
     save_every_minutes: float | None
     warnings: tuple[str, ...]
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether other weights or statistics are evaluated than training has."""
+        return self.precise_images > 0
 
 
 def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
@@ -72,6 +82,9 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         batch_size=batch_size,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
         product="bfloat16" if low_precision else "float32",
+        averages=config.optimizer.average != "none",
+        precise_images=min(config.eval.precise_images, images) if _is_precise(config) else 0,
+        gap_images=min(config.eval.gap_images, images),
         histograms=min(config.eval.histograms, images),
         pictures=min(config.eval.pictures, len(dataset.test.label)),
         shuffle=config.train.shuffle,
@@ -199,8 +212,18 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """
     check_values(config, "optimizer")
     if config.name == "sgd":
-        return optax.sgd(config.learning_rate, momentum=config.momentum or None)
-    return optax.adam(config.learning_rate, b1=config.b1, b2=config.b2, eps=config.eps)
+        tx = optax.sgd(config.learning_rate, momentum=config.momentum or None)
+    else:
+        tx = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.average == "none":
+        return tx
+    return weight_average(
+        tx,
+        kind=config.average,
+        decay=config.average_decay,
+        start=config.average_start,
+        every=config.average_every,
+    )
 
 
 def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, images: int) -> int:
@@ -235,10 +258,16 @@ def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, ima
     return steps
 
 
+def _is_precise(config: ConfigDict) -> bool:
+    """Returns whether evaluation has statistics of its own, as averaged weights always do."""
+    return config.eval.statistics == "precise" or config.optimizer.average != "none"
+
+
 def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
     momentum = config.model.momentum
     left = momentum**steps
-    if config.model.norm not in norms.BATCH_NORMS or config.model.debias or left <= 0.01:
+    is_batch = config.model.norm in norms.BATCH_NORMS
+    if not is_batch or config.model.debias or _is_precise(config) or left <= 0.01:
         return ()
     return (
         f"the running averages will not be ready. With config.model.momentum = {momentum:g} each "

@@ -17,9 +17,10 @@ def batch(config: ConfigDict, dataset: Dataset) -> None:
     if not smallest <= config.train.batch_size <= images:
         allowed = f"{smallest} up to the {images} training images of {dataset.label}"
         raise ConfigError("train.batch_size", config.train.batch_size, allowed)
-    if 0 < config.eval.histograms < smallest:
-        allowed = f"a whole number, {smallest} or above, or 0 for none"
-        raise ConfigError("eval.histograms", config.eval.histograms, allowed)
+    for key in ("histograms", "gap_images"):
+        if 0 < config.eval[key] < smallest:
+            allowed = f"a whole number, {smallest} or above, or 0 for none"
+            raise ConfigError(f"eval.{key}", config.eval[key], allowed)
     given = {key: value for key, value in config.checkpoint.items() if value}
     if len(given) > 1:
         key, value = next(iter(given.items()))
