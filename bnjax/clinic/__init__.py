@@ -7,10 +7,11 @@ command needs is imported when it runs, so that --help is quick.
 import argparse
 from collections.abc import Callable
 
-from bnjax.clinic import audit, fold, port
+from bnjax.clinic import audit, fold, port, precise
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "audit": audit.run,
+    "precise": precise.run,
     "fold": fold.run,
     "port": port.run,
 }
@@ -18,5 +19,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds the parsers of the commands; `command(name, text)` makes one."""
-    for each in (audit, fold, port):
+    for each in (audit, precise, fold, port):
         each.add(command)

@@ -16,7 +16,7 @@ from bnjax.compare import claims, seeds
 from bnjax.compare.runs import COMPARISON
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
-from bnjax.train import build, parsing, rundir
+from bnjax.train import build, parsing, retention, rundir
 from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Trainer
 from bnjax.train.records import write_json

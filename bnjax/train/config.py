@@ -1,7 +1,7 @@
 """The table of config keys: name, default, what is allowed, what it is for.
 
 A config file takes `default_config()`, the tutorial's network and training, changes what it is
-about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.build`.
+about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.checks`.
 """
 
 import math
@@ -52,12 +52,7 @@ class Key(NamedTuple):
 KEYS = (
     Key("name", "", TEXT, "of the run; the file's name if empty"),
     Key("seed", 0, SEED, "of the initial weights, the order of the images and dropout"),
-    Key(
-        "devices",
-        0,
-        whole(0, 1 << 20, "a whole number, or 0 for all"),
-        "how many devices train together; a batch stays as large, and its results the same",
-    ),
+    Key("devices", 0, whole(0), "how many train together, 0: all; batches stay as large"),
     # The data.
     Key(
         "data.name",

@@ -75,7 +75,7 @@ def test_what_several_processes_train_is_what_one_trains(tmp_path, alone, proces
 
 
 def wait_for_checkpoint(workdir, started):
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while not [*(workdir / "checkpoints").glob(f"*/{RECORD}")]:
         assert time.monotonic() < until
         assert all(process.poll() is None for process in started)
