@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnjax import clinic, errors
+from bnjax.clinic.arguments import add_run_arguments
 
 MAX_SEEDS = 100_000  # each is a run
 
@@ -198,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("train", "test"),
         help="classify this split; ends with loss, accuracy and accuracy per class",
     )
-    clinic.add_run_arguments(sub)
+    add_run_arguments(sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
 
     sub = command(

@@ -170,7 +170,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     experiment = build.experiment(config, data)
     steps = Steps(experiment, data, default_feed(experiment, data.train))
     state = steps.init(jax.random.key(0))
-    seconds = timed(lambda: steps.test(*state)[0].loss, WARM_UP + args.steps)
+    seconds = timed(lambda: steps.test(state[0].params, state[1])[0].loss, WARM_UP + args.steps)
     median = float(np.median(seconds[WARM_UP:]))
     return {"step_s": median, "images_per_s": len(data.test.label) / median}
 

@@ -53,6 +53,8 @@ def config(steps=12):
         True,
     )
     config.eval.every_steps, config.eval.every_epochs, config.eval.batch_size = 5, 0.0, 8
-    config.eval.histograms = config.eval.pictures = 0  # each costs a compilation
+    config.eval.histograms = config.eval.pictures = config.eval.gap_images = (
+        0  # each costs a compilation
+    )
     config.optimizer.learning_rate = 0.01
     return config

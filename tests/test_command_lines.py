@@ -62,7 +62,7 @@ def run(tmp_path_factory):
     return workdir, done
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "compare", "report"])
+@pytest.mark.parametrize("command", [*main.COMMANDS])
 def test_help_exits_with_0(inside, command):
     done = inside(command, "--help")
     assert done.returncode == 0

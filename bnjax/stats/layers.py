@@ -5,6 +5,7 @@ A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, wherever it sta
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -81,17 +82,21 @@ def norm_layers(
     found: dict[tuple[str, ...], NormLayer] = {}
 
     def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+        is_there = norm.has_variable("batch_stats", "mean")  # one that was folded has no leaves
         y = call(x, *args, **kwargs)
-        layer = _layer(norm, x, *args, **kwargs)
-        if getattr(norm, FROZEN, False):
-            layer = dataclasses.replace(layer, by_batch=False)
-        found.setdefault(layer.path, layer)
+        if is_there:
+            layer = _layer(norm, x, *args, **kwargs)
+            if getattr(norm, FROZEN, False):
+                layer = dataclasses.replace(layer, by_batch=False)
+            found.setdefault(layer.path, layer)
         return y
 
     def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
         keys = jax.random.key(0) if train else None
+        # A model whose flag has no effect writes in evaluation, too.
+        options: Any = {"train": train, "dropout": keys, "mutable": ("batch_stats",)}
         with nn.intercept_methods(_only_norms(watch)):
-            return forward(params, batch_stats, batch, model=model, train=train, dropout=keys)
+            return forward(params, batch_stats, batch, model=model, **options)
 
     jax.eval_shape(run, params, batch_stats, dict(batch))
     return tuple(found.values())
@@ -184,9 +189,11 @@ def _only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         norm = context.module
-        if context.method_name != "__call__" or not isinstance(norm, NORMS):
-            return call(*args, **kwargs)
-        return watch(norm, call, *args, **kwargs)
+        is_call = context.method_name == "__call__" and isinstance(norm, NORMS)
+        # One that extends a norm and is called in another way calls what it extends.
+        if is_call and "use_running_average" in inspect.signature(context.orig_method).parameters:
+            return watch(norm, call, *args, **kwargs)
+        return call(*args, **kwargs)
 
     return intercept
 

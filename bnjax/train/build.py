@@ -15,8 +15,10 @@ from bnjax.data.datasets import Dataset
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.products import bfloat16_dot_general
-from bnjax.train import parsing
-from bnjax.train.config import MAX_SIZE, check_values, norm_options
+from bnjax.stats.weights import weight_average
+from bnjax.train import checks, parsing
+from bnjax.train.allowed import MAX_SIZE
+from bnjax.train.config import check_values, norm_options
 from bnjax.train.parallel import Parallel, spread
 
 
@@ -34,6 +36,9 @@ class Experiment:
     batch_size: int
     eval_batch_size: int
     product: str  # the dtype of what the dense layers multiply
+    averages: bool  # averaged weights are evaluated
+    precise_images: int  # training images of the statistics of evaluation; 0: the running ones
+    gap_images: int  # training images
     histograms: int  # training images
     pictures: int  # test images
     shuffle: bool
@@ -41,6 +46,11 @@ class Experiment:
     save_every: int | None  # steps, beside the evaluations
     save_every_minutes: float | None
     warnings: tuple[str, ...]
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether other weights or statistics are evaluated than training has."""
+        return self.precise_images > 0
 
 
 def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
@@ -50,7 +60,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         ConfigError: naming the key, the value and what is allowed.
     """
     check_values(config)
-    _check_batch(config, dataset)
+    checks.batch(config, dataset)
     low_precision = "bfloat16" in (config.model.dtype, config.model.dense_product)
     images, batch_size, saves = len(dataset.train.label), config.train.batch_size, config.checkpoint
     steps = duration(config.train, "", "train", batch_size, images)
@@ -72,6 +82,9 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         batch_size=batch_size,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
         product="bfloat16" if low_precision else "float32",
+        averages=config.optimizer.average != "none",
+        precise_images=min(config.eval.precise_images, images) if _is_precise(config) else 0,
+        gap_images=min(config.eval.gap_images, images),
         histograms=min(config.eval.histograms, images),
         pictures=min(config.eval.pictures, len(dataset.test.label)),
         shuffle=config.train.shuffle,
@@ -134,9 +147,9 @@ def model(
         ConfigError: for an impossible value, or if the images shrink to nothing.
     """
     check_values(config, "model")
-    _check_lengths(config)
-    _check_norm(config)
-    _check_sides(config, image_shape)
+    checks.lengths(config)
+    checks.norm(config)
+    checks.sides(config, image_shape)
     if config.dense_product != "float32" and config.dtype != "float32":
         raise ConfigError(
             "model.dense_product",
@@ -199,8 +212,18 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """
     check_values(config, "optimizer")
     if config.name == "sgd":
-        return optax.sgd(config.learning_rate, momentum=config.momentum or None)
-    return optax.adam(config.learning_rate, b1=config.b1, b2=config.b2, eps=config.eps)
+        tx = optax.sgd(config.learning_rate, momentum=config.momentum or None)
+    else:
+        tx = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.average == "none":
+        return tx
+    return weight_average(
+        tx,
+        kind=config.average,
+        decay=config.average_decay,
+        start=config.average_start,
+        every=config.average_every,
+    )
 
 
 def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, images: int) -> int:
@@ -235,73 +258,16 @@ def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, ima
     return steps
 
 
-def _check_batch(config: ConfigDict, dataset: Dataset) -> None:
-    """Checks how batches go with images and norm, and that there is one interval of saving."""
-    smallest = 2 if config.model.norm in norms.BATCH_NORMS else 1
-    images = len(dataset.train.label)
-    if not smallest <= config.train.batch_size <= images:
-        allowed = f"{smallest} up to the {images} training images of {dataset.label}"
-        raise ConfigError("train.batch_size", config.train.batch_size, allowed)
-    if 0 < config.eval.histograms < smallest:
-        allowed = f"a whole number, {smallest} or above, or 0 for none"
-        raise ConfigError("eval.histograms", config.eval.histograms, allowed)
-    given = {key: value for key, value in config.checkpoint.items() if value}
-    if len(given) > 1:
-        key, value = next(iter(given.items()))
-        allowed = f"0 with the others as they are: at most one of {', '.join(given)} is above 0"
-        raise ConfigError(f"checkpoint.{key}", value, allowed)
-
-
-def _check_lengths(config: ConfigDict) -> None:
-    for of, keys in (("filters", ("kernels", "strides")), ("dense", ("dropout", "norm_dense"))):
-        for key in keys:
-            if len(config[key]) != len(config[of]):
-                allowed = f"as many entries as config.model.{of}, which has {len(config[of])}"
-                raise ConfigError(f"model.{key}", config[key], allowed)
-
-
-def _check_sides(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
-    """Checks that the convolutions leave a pixel of the images."""
-    for side in image_shape[:2]:
-        for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
-            pooled = config.pooling != "none"
-            after = (side - kernel + 1) // stride if pooled else (side - kernel) // stride + 1
-            if side < kernel or after < 1:
-                raise ConfigError(
-                    "model.kernels and .strides",
-                    (tuple(config.kernels), tuple(config.strides)),
-                    "layers that leave at least one pixel; image sides of "
-                    f"{image_shape[0]}x{image_shape[1]} are {side} at layer {i}",
-                )
-            side = after
-
-
-def _check_norm(config: ConfigDict) -> None:
-    """Checks that the norm can work where it stands."""
-    norm = f"model.norm = {config.norm!r}"
-    normed = zip(config.dense, config.norm_dense, strict=True)
-    widths = (*config.filters, *(width for width, is_normed in normed if is_normed))
-    if config.norm in norms.POSITION_NORMS and any(config.norm_dense):
-        allowed = f"False for every layer with {norm}, which normalises images and not vectors"
-        raise ConfigError("model.norm_dense", config.norm_dense, allowed)
-    if config.norm == "frn" and config.placement != "before":
-        allowed = f"'before' with {norm}, which brings the activation after it"
-        raise ConfigError("model.placement", config.placement, allowed)
-    if config.norm in ("instance", "group") and config.placement == "input":
-        allowed = (
-            f"'before' or 'after' with {norm}, whose statistics the input of a layer may be too "
-            "small for"
-        )
-        raise ConfigError("model.placement", config.placement, allowed)
-    if config.norm == "group" and any(width % config.groups for width in widths):
-        allowed = f"a number that divides the channels of every normalised layer: {widths}"
-        raise ConfigError("model.groups", config.groups, allowed)
+def _is_precise(config: ConfigDict) -> bool:
+    """Returns whether evaluation has statistics of its own, as averaged weights always do."""
+    return config.eval.statistics == "precise" or config.optimizer.average != "none"
 
 
 def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
     momentum = config.model.momentum
     left = momentum**steps
-    if config.model.norm not in norms.BATCH_NORMS or config.model.debias or left <= 0.01:
+    is_batch = config.model.norm in norms.BATCH_NORMS
+    if not is_batch or config.model.debias or _is_precise(config) or left <= 0.01:
         return ()
     return (
         f"the running averages will not be ready. With config.model.momentum = {momentum:g} each "

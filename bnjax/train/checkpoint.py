@@ -1,6 +1,5 @@
 """Checkpoints with Orbax: everything that a run needs to go on, verified before it is believed."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -11,9 +10,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from bnjax.arrays import BatchStats, Params
+from bnjax.arrays import BatchStats, Params, fingerprint
 from bnjax.quiet import drop_logs
 from bnjax.train.integrity import (
     ITEMS,
@@ -21,10 +19,12 @@ from bnjax.train.integrity import (
     CheckpointError,
     check_leaves,
     checksums,
+    items,
     leaves_of,
     leaves_of_metadata,
     read_records,
 )
+from bnjax.train.retention import NewestTwoAndBest, best
 from bnjax.train_step import TrainState
 
 # Orbax numbers its operations per process, so that two threads may not begin one at the same time.
@@ -37,7 +37,8 @@ class Checkpoints:
     The newest two and the best are kept.
 
     Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and
-    "training" (opt_state, step, rng), and a record: the test accuracy, whatever `about` says, and a
+    "training" (opt_state, step, rng; also params and batch_stats where evaluation has others), and
+    a record: the test accuracy, whatever `about` says with a fingerprint of the weights, and a
     checksum of every file. Saving happens in the background; leaving the context waits until
     everything is on disk.
     """
@@ -56,7 +57,7 @@ class Checkpoints:
         self._records = read_records(folder)
         self._saving: dict[str, Any] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else _NewestTwoAndBest(self._records),
+            preservation_policy=None if read_only else NewestTwoAndBest(self._records),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record),
             read_only=read_only,
         )
@@ -101,13 +102,17 @@ class Checkpoints:
                 "first evaluation."
             )
         if which in ("best", "last"):
-            return steps[-1] if which == "last" else _best(self._records, steps) or steps[-1]
+            return steps[-1] if which == "last" else best(self._records, steps) or steps[-1]
         if which.isdecimal() and int(which) in steps:
             return int(which)
         raise CheckpointError(
             f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, "
             f"{', '.join(map(str, steps))}."
         )
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Returns what was worth knowing when a step was saved; empty if that is not known."""
+        return self._records[step].get("about", {})
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
         """Returns the newest intact step, None if there is none, and what is wrong with later ones.
@@ -176,12 +181,14 @@ class Checkpoints:
         batch_stats: BatchStats,
         accuracy: float | None,
         about: dict[str, Any],
+        evaluated: tuple[Params, BatchStats] | None = None,
     ) -> None:
         """Saves under the state's step, in the background.
 
         Args:
             accuracy: on the test images; decides which is the best. None for a step that was not
                 evaluated.
+            evaluated: the weights and statistics that evaluation used, if they are not training's.
             about: anything worth knowing beside it that is JSON: config, versions, conventions.
 
         Raises:
@@ -191,8 +198,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        variables = {"params": state.params, "batch_stats": batch_stats}
-        training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+        variables, training = items(state, batch_stats, evaluated)
+        about = about | {"weights": fingerprint(variables["params"])}
         args = ocp.args.Composite(
             variables=ocp.args.StandardSave(variables), training=ocp.args.StandardSave(training)
         )
@@ -207,18 +214,19 @@ class Checkpoints:
             raise self._unsaved(error) from error
 
     def restore(
-        self, step: int, like: tuple[TrainState, BatchStats]
+        self, step: int, like: tuple[TrainState, BatchStats], *, apart: bool = False
     ) -> tuple[TrainState, BatchStats]:
         """Returns the state and the statistics of a step, on the default device.
 
-        `like` gives the tree, the shapes and the dtypes.
+        `like` gives the tree, the shapes and the dtypes; `apart` says that `save` had `evaluated`.
         """
         state, batch_stats = like
-        training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
-        variables = {"params": state.params, "batch_stats": batch_stats}
+        evaluated = (state.params, batch_stats) if apart else None
+        variables, training = items(state, batch_stats, evaluated)
         restored = self._restore(step, {"variables": variables, "training": training})
-        params, batch_stats = restored["variables"]["params"], restored["variables"]["batch_stats"]
-        return TrainState(params=params, **restored["training"]), batch_stats
+        found = restored["variables"] | restored["training"]  # training's own, where both have them
+        batch_stats = found.pop("batch_stats")
+        return TrainState(**found), batch_stats
 
     def restore_variables(
         self, step: int, like: tuple[Params, BatchStats]
@@ -274,30 +282,3 @@ class Checkpoints:
             "intact: "
             "make room or mend the folder, and the same command goes on from the last of them."
         )
-
-
-@dataclasses.dataclass
-class _NewestTwoAndBest(preservation_policy.PreservationPolicy):
-    records: dict[int, dict[str, Any]]
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        return [step in (*steps[-2:], _best(self.records, steps)) for step in steps]
-
-
-def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
-    """Returns the step with the highest accuracy, the earliest if several have it.
-
-    None if none was evaluated.
-    """
-    accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
-    known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
-    return max(known, key=lambda step: (known[step], -step)) if known else None
-
-
-def keep_best_and_last(folder: Path) -> None:
-    """Removes the other checkpoints of a run that has ended; its folder has to be locked."""
-    records = read_records(folder)
-    steps = sorted(records)
-    for step in {*steps[:-1]} - {_best(records, steps)}:
-        shutil.rmtree(folder / str(step))

@@ -1,26 +1,34 @@
 """The table of config keys: name, default, what is allowed, what it is for.
 
 A config file takes `default_config()`, the tutorial's network and training, changes what it is
-about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.build`.
+about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.checks`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
-
-MAX_SIZE = 1 << 20  # of a layer: beyond it is a slip of the finger
-MAX_PICTURES = 100  # that are still looked at
-
-
-class Check(NamedTuple):
-    """What a value has to be, in words and as a function of a value of the key's type."""
-
-    words: str
-    holds: Callable[[Any], bool]
+from bnjax.train.allowed import (
+    DTYPE,
+    DURATION,
+    FLAG,
+    FRACTION,
+    MAX_PICTURES,
+    MAX_SIZE,
+    POSITIVE,
+    SAVES,
+    SEED,
+    SIZES,
+    STEP,
+    TEXT,
+    Check,
+    each,
+    one_of,
+    whole,
+)
 
 
 class Key(NamedTuple):
@@ -41,50 +49,10 @@ class Key(NamedTuple):
     norm: str = ""
 
 
-def one_of(*values: str) -> Check:
-    """Allows some texts."""
-    return Check(", ".join(values), lambda value: value in values)
-
-
-def whole(low: int, high: float = math.inf, words: str = "") -> Check:
-    """Allows whole numbers from `low` to `high`."""
-    return Check(words or f"a whole number, {low} or above", lambda value: low <= value <= high)
-
-
-def each(words: str, holds: Callable[[Any], bool]) -> Check:
-    """Allows tuples of which each value is allowed."""
-    return Check(words, lambda values: all(map(holds, values)))
-
-
-TEXT = Check("any text", lambda value: isinstance(value, str))
-FLAG = Check("True or False", lambda value: isinstance(value, bool))
-POSITIVE = Check("a number above 0", lambda value: 0 < value < math.inf)
-FRACTION = Check("0 up to but not including 1", lambda value: 0 <= value < 1)
-# Steps are counted in int32.
-DURATION = Check(
-    "a number above 0 and below 2**31, or 0 to use the other unit",
-    lambda value: 0 <= value < 1 << 31,
-)
-SAVES = Check(
-    "a number above 0 and below 2**31, or 0 for none",
-    lambda value: 0 <= value < 1 << 31,
-)
-SIZES = each(
-    f"whole numbers above 0, up to {MAX_SIZE:,}",
-    lambda size: type(size) is int and 0 < size <= MAX_SIZE,
-)
-SEED = whole(0, 2**32 - 1, "a whole number from 0 up to 2**32 - 1")
-DTYPE = one_of("float32", "bfloat16")
-
 KEYS = (
     Key("name", "", TEXT, "of the run; the file's name if empty"),
     Key("seed", 0, SEED, "of the initial weights, the order of the images and dropout"),
-    Key(
-        "devices",
-        0,
-        whole(0, 1 << 20, "a whole number, or 0 for all"),
-        "how many devices train together; a batch stays as large, and its results the same",
-    ),
+    Key("devices", 0, whole(0), "how many train together, 0: all; batches stay as large"),
     # The data.
     Key(
         "data.name",
@@ -207,6 +175,16 @@ KEYS = (
     Key("optimizer.b2", 0.999, FRACTION, "adam: the decay of the mean squared gradient"),
     Key("optimizer.eps", 1e-8, POSITIVE, "adam: what is added to the root of the latter"),
     Key("optimizer.momentum", 0.0, FRACTION, "sgd: the fraction of the last update that is kept"),
+    Key(
+        "optimizer.average",
+        "none",
+        one_of("none", "ema", "swa"),
+        "the mean of which weights is evaluated and predicted with, always under precise "
+        "statistics of its own (eval.precise_images); training goes on without it",
+    ),
+    Key("optimizer.average_decay", 0.99, FRACTION, "ema: the fraction that a step keeps"),
+    Key("optimizer.average_start", 1, STEP, "the first step whose weights are averaged"),
+    Key("optimizer.average_every", 1, STEP, "from there on, how many steps lie between two"),
     # Training. A duration is given in steps or in epochs: exactly one of the two is not 0.
     Key("train.steps", 100, DURATION, "how long to train"),
     Key("train.epochs", 0.0, DURATION, "how long to train"),
@@ -235,6 +213,28 @@ KEYS = (
     Key("eval.every_steps", 0, DURATION, "how often to evaluate"),
     Key("eval.every_epochs", 2.0, DURATION, "how often to evaluate"),
     Key("eval.batch_size", 1000, whole(1), "images that are evaluated at once"),
+    Key(
+        "eval.statistics",
+        "running",
+        one_of("running", "precise"),
+        "what evaluation normalises by: training's running averages, or the mean and variance of "
+        "training images, taken anew each time. A checkpoint holds what was evaluated, for "
+        "predict, and beside it what training goes on with",
+    ),
+    Key(
+        "eval.precise_images",
+        10_000,
+        whole(2),
+        "precise: of how many training images, at equal distances in the order of the data, in "
+        "batches of about train.batch_size that are normalised one by one",
+    ),
+    Key(
+        "eval.gap_images",
+        256,
+        whole(0, MAX_SIZE, f"a whole number up to {MAX_SIZE:,}, or 0 for none"),
+        "training images that are evaluated under the running averages and under statistics of "
+        "their own at each evaluation: what the averages cost, and how far off each is",
+    ),
     Key(
         "eval.histograms",
         256,

@@ -10,15 +10,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bnjax.arrays import Batch, BatchStats, Logits, Params, named_leaves
-from bnjax.data.datasets import Dataset, Split
+from bnjax.data.batches import spread
+from bnjax.data.datasets import Dataset
+from bnjax.stats.gap import Drift, drift, gap
+from bnjax.stats.layers import norm_layers, nothing_seen
+from bnjax.stats.precise import put
 from bnjax.train.build import Experiment
 from bnjax.train.config import default_config
 from bnjax.train.graph import graph_def, nodes
 from bnjax.train.histograms import sample, summarise
 from bnjax.train.parsing import flat
 from bnjax.train.records import RunWriter
+from bnjax.train.steps import Variables
 from bnjax.train.tensorboard import contact_sheet
-from bnjax.train.xla import compiler_options
+from bnjax.train.xla import compiler_options, init_options
 from bnjax.train_step import (
     LossFn,
     TrainState,
@@ -35,12 +40,18 @@ class Observer:
     def __init__(self, experiment: Experiment, dataset: Dataset):
         """Chooses the images, spread evenly over each split; compiles nothing yet."""
         self._classes = dataset.classes
-        self._train = _spread(dataset.train, experiment.histograms)
-        self._test = _spread(dataset.test, experiment.pictures)
+        self._train = spread(dataset.train, experiment.histograms)
+        self._test = spread(dataset.test, experiment.pictures)
+        self._same = spread(dataset.train, experiment.gap_images)
         self._model = experiment.model
         self._shape = (experiment.batch_size, *dataset.train.image.shape[1:])
         self._sample = jax.jit(
             functools.partial(sample, model=experiment.model), compiler_options=compiler_options()
+        )
+        # Compiled in a third of the time, and as fast: it runs seldom.
+        self._gap = jax.jit(
+            functools.partial(gap, model=experiment.model),
+            compiler_options=compiler_options() | init_options(),
         )
         self._predict = jax.jit(
             functools.partial(predict_step, model=experiment.model),
@@ -57,16 +68,39 @@ class Observer:
         )
 
     def observe(
-        self, writer: RunWriter, step: int, state: TrainState, batch_stats: BatchStats
+        self,
+        writer: RunWriter,
+        step: int,
+        state: TrainState,
+        batch_stats: BatchStats,
+        evaluated: Variables,
     ) -> None:
-        """Records the histograms and the predictions after so many steps."""
+        """Records the gap, the histograms and the predictions after so many steps.
+
+        The predictions are of what is evaluated; all else is of what training has.
+        """
+        if len(self._same.label) and nothing_seen(batch_stats):
+            batch = {"image": self._same.image, "label": self._same.label}
+            found = jax.device_get(self._gap(state.params, batch_stats, batch))
+            layers = norm_layers(self._model, state.params, batch_stats, batch, train=False)
+            drifts = drift(batch_stats, put(batch_stats, found.seen, layers), layers)
+            means = found.batch.means().items()
+            writer.gap(
+                step,
+                found.stored.means() | {f"batch_{key}": value for key, value in means},
+                len(self._same.label),
+                {
+                    f"drift_{of}": {name: getattr(one, of) for name, one in drifts.items()}
+                    for of in Drift._fields
+                },
+            )
         if len(self._train.label):
             batch = {"image": self._train.image, "label": self._train.label}
             writer.histograms(
                 step, summarise(jax.device_get(self._sample(state, batch_stats, batch)))
             )
         if len(self._test.label):
-            predicted = jax.device_get(self._predict(state.params, batch_stats, self._test.image))
+            predicted = jax.device_get(self._predict(*evaluated, self._test.image))
             writer.pictures(step, self._sheet(predicted["class"], predicted["score"].max(-1)))
 
     def _sheet(self, predicted: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -77,12 +111,6 @@ class Observer:
             for guess, certain, truth in zip(predicted, score, self._test.label, strict=True)
         ]
         return contact_sheet(self._test.image, captions, wrong.tolist())
-
-
-def _spread(split: Split, count: int) -> Split:
-    """Returns so many examples at equal distances: a split may be sorted by class."""
-    chosen = np.arange(count) * len(split.label) // max(count, 1)
-    return Split(split.image[chosen], split.label[chosen])
 
 
 def first_nonfinite(

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from bnjax.arrays import named_leaves
+from bnjax.arrays import BatchStats, Params, named_leaves
 from bnjax.errors import UserError
+from bnjax.train_step import TrainState
 
 ITEMS = ("variables", "training")
 # Beside what Orbax writes, and in place before a checkpoint gets its final name: it is intact while
@@ -18,6 +19,17 @@ RECORD = "bnjax.json"
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+def items(
+    state: TrainState, batch_stats: BatchStats, evaluated: tuple[Params, BatchStats] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what a checkpoint holds as "variables" and as "training"."""
+    training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+    own = {"params": state.params, "batch_stats": batch_stats}
+    if evaluated is None:
+        return own, training
+    return dict(zip(own, evaluated, strict=True)), training | own
 
 
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:

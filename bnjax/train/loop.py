@@ -185,7 +185,8 @@ def _train(
                 runs[i].record(number, of_runs[i], seconds / len(going_on))
                 if runs[i].is_lost():
                     batch = feed.batch(feed.resident, its_items[i])
-                    runs[i].fail(number, *steps.local(steps.split(state, batch_stats)[i]), batch)
+                    own = steps.local(steps.split((state, batch_stats))[i])
+                    runs[i].fail(number, *own, batch)
             total = jax.tree.map(lambda *leaves: np.sum(leaves), *of_runs).means()
             rate = len(runs) * experiment.batch_size / seconds
             progress.advance(total["loss"], total["accuracy"], rate)
@@ -219,13 +220,15 @@ def _train(
             continue
         record(*pending)
         pending = None
-        tested = steps.test(state, batch_stats) if evaluates or ending else None
-        for i, (run, own) in enumerate(zip(runs, steps.split(state, batch_stats), strict=True)):
+        evaluated = steps.evaluated(state, batch_stats)
+        tested = steps.test(*evaluated) if evaluates or ending else None
+        each = zip(runs, steps.split((state, batch_stats)), steps.split(evaluated), strict=True)
+        for i, (run, own, shown) in enumerate(each):
             if run.ended:
                 continue
             accuracy = None
             if tested and (evaluates or i in ending):
-                means = run.test(step, tested[i], steps.local(own), observer)
+                means = run.test(step, tested[i], steps.local(own), steps.local(shown), observer)
                 accuracy = means["accuracy"]
                 which = f"seed {run.seed}, " if len(runs) > 1 else ""
                 progress.say(
@@ -233,7 +236,7 @@ def _train(
                     f"test accuracy {accuracy:.4f}"
                 )
             if accuracy is not None or saves or received:
-                run.save(own, accuracy)
+                run.save(own, shown, accuracy)
             run.ended = i in ending
         saved_at = time.monotonic() if evaluates or saves else saved_at
         clock.restart()

@@ -25,7 +25,7 @@ from bnjax.train.records import (
     read_metrics,
     write_json,
 )
-from bnjax.train.steps import State, Steps
+from bnjax.train.steps import State, Steps, Variables
 from bnjax.train.summary import summarise, versions
 from bnjax.train_step import TrainState
 
@@ -84,7 +84,7 @@ class Recorder:
         if self._is_new:
             init_key, _ = jax.random.split(jax.random.key(self.seed))
             return steps.init(init_key)
-        return self._checkpoints.restore(self.start, like)
+        return self._checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
     def introduce(self, observer: Observer) -> None:
         """Shows what is trained, once in a run."""
@@ -115,18 +115,19 @@ class Recorder:
         self.failure = _nonfinite(step, self.skipped, found, self._checkpoints.steps())
 
     def test(
-        self, step: int, metrics: Metrics, state: State, observer: Observer
+        self, step: int, metrics: Metrics, state: State, evaluated: Variables, observer: Observer
     ) -> dict[str, float]:
         """Records an evaluation, observes the network, and returns the loss and the accuracy."""
         means = metrics.means()
         self._writer.test(step, means, count=int(metrics.count))
-        observer.observe(self._writer, step, *state)
+        observer.observe(self._writer, step, *state, evaluated)
         return means
 
-    def save(self, state: State, accuracy: float | None) -> None:
+    def save(self, state: State, evaluated: Variables, accuracy: float | None) -> None:
         """Saves a checkpoint; `accuracy` of an evaluation at this step, or None."""
         self._writer.flush()  # first, so that a checkpoint never knows more than the files
-        self._checkpoints.save(*state, accuracy, self._about)
+        apart = evaluated if self._experiment.is_apart else None
+        self._checkpoints.save(*state, accuracy, self._about, evaluated=apart)
 
     def finish(self) -> dict[str, Any]:
         """Writes and returns the summary, once everything else is on disk."""
@@ -166,7 +167,7 @@ class Follower:
             init_key, _ = jax.random.split(jax.random.key(self.seed))
             return steps.init(init_key)
         self._checkpoints.reload()
-        return self._checkpoints.restore(self.start, like)
+        return self._checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
     def introduce(self, observer: Observer) -> None:
         """Shows nothing."""
@@ -184,14 +185,15 @@ class Follower:
         self.ended, self.failure = True, _nonfinite(step, self.skipped, None, [])
 
     def test(
-        self, step: int, metrics: Metrics, state: State, observer: Observer
+        self, step: int, metrics: Metrics, state: State, evaluated: Variables, observer: Observer
     ) -> dict[str, float]:
         """Returns the loss and the accuracy."""
         return metrics.means()
 
-    def save(self, state: State, accuracy: float | None) -> None:
+    def save(self, state: State, evaluated: Variables, accuracy: float | None) -> None:
         """Saves this process's part of a checkpoint."""
-        self._checkpoints.save(*state, accuracy, {})
+        apart = evaluated if self._experiment.is_apart else None
+        self._checkpoints.save(*state, accuracy, {}, evaluated=apart)
 
     def finish(self) -> dict[str, Any]:
         """Returns no summary: the first process writes it."""

@@ -49,18 +49,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl.
 
-    Each has `step`, `split` ("train" or "test"), `loss` (None if not finite) and `accuracy`.
+    Each has `step`, `split`, `loss` (None if not finite) and `accuracy`. The split is "train", the
+    batch of a step; "test", an evaluation; or "gap": training images under the running statistics,
+    with `batch_loss` and `batch_accuracy` of the same under their own, and for each norm in
+    `drift_mean` and `drift_variance` what `bnjax.stats.gap.Drift` says.
 
     Raises:
         UserError: naming the step of the first line that is something else.
     """
     lines = read_lines(path)
     for line in lines:
-        loss, accuracy = line.get("loss", ""), line.get("accuracy")
+        split = line.get("split")
+        prefixes = ("", "batch_") if split == "gap" else ("",)
+        losses = [line.get(f"{prefix}loss", "") for prefix in prefixes]
+        if split == "gap":
+            drifts = [line.get(f"drift_{of}") for of in ("mean", "variance")]
+            losses += [x for of in drifts for x in (of.values() if isinstance(of, dict) else [""])]
         if (
-            line.get("split") not in ("train", "test")
-            or type(accuracy) is not float
-            or not (loss is None or type(loss) is float)
+            split not in ("train", "test", "gap")
+            or any(type(line.get(f"{prefix}accuracy")) is not float for prefix in prefixes)
+            or not all(loss is None or type(loss) is float for loss in losses)
         ):
             raise _damaged(path, f"the line of step {line['step']}")
     return lines
@@ -70,6 +78,10 @@ def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
     """Returns the first step whose training loss was that low, None if none was."""
     train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
     return next((line["step"] for line in train if line["loss"] <= loss), None)
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _damaged(path: Path, what: str) -> UserError:
@@ -134,6 +146,20 @@ class RunWriter:
         """Records an evaluation of the test images after so many steps."""
         self._write(step, "test", means, count=count)
 
+    def gap(
+        self, step: int, means: dict[str, float], count: int, drifts: dict[str, dict[str, float]]
+    ) -> None:
+        """Records the gap after so many steps; for the keys see `read_metrics`."""
+        short = {
+            key: {name: _short(value) for name, value in of_norms.items()}
+            for key, of_norms in drifts.items()
+        }
+        self._write(step, "gap", means, count=count, **short)
+        for key, of_norms in short.items():
+            for name, value in of_norms.items():
+                if value is not None:
+                    self.board.scalar(f"{key}/{name}", value, step)
+
     def timing(self, step: int, seconds: float, images_per_s: float) -> None:
         """Records the seconds since training began and the current rate."""
         self._timing.write(
@@ -152,7 +178,7 @@ class RunWriter:
         """Shows predictions for a few test images after so many steps, uint8 [h, w, 3]."""
         self.board.picture("test/predictions", sheet, step)
 
-    def _write(self, step: int, split: str, means: dict[str, float], **more: int) -> None:
+    def _write(self, step: int, split: str, means: dict[str, float], **more: Any) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
         self._metrics.write({"step": step, "split": split, **finite, **more})
         for name, value in finite.items():

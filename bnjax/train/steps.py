@@ -2,19 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import BatchStats
-from bnjax.data.batches import eval_batches
+from bnjax.arrays import Batch, BatchStats, Params
+from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset, Split
 from bnjax.data.feed import Feed, Item, host_feed, resident_feed, ship
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
+from bnjax.stats.layers import norm_layers, nothing_seen, observe
+from bnjax.stats.precise import put
+from bnjax.stats.weights import averaged_params
 from bnjax.train.build import Experiment
 from bnjax.train.xla import compiler_options, init_options, memory
 from bnjax.train_step import TrainState, eval_step, init_state, train_step
@@ -23,6 +27,8 @@ MAX_STEPS = 100  # a dispatch
 RESIDENT_SHARE = 0.25  # of a device's memory, that the training images may fill
 
 State = tuple[TrainState, BatchStats]
+Variables = tuple[Params, BatchStats]
+Both = TypeVar("Both", State, Variables)
 
 
 def default_feed(experiment: Experiment, split: Split) -> Feed:
@@ -86,6 +92,20 @@ class Steps:
             test, (None, None, 0), compiler_options=compiler_options(self._test_size, product)
         )
 
+        def watch(axis_name: Any) -> Any:
+            step = functools.partial(observe, model=model, mode="batch", axis_name=axis_name)
+
+            def seen(*arguments: Any) -> Any:
+                return step(*arguments)[1]
+
+            return jax.vmap(seen, in_axes=(0, 0, 0, None)) if seeds > 1 else seen
+
+        self._observe = parallel.compile(
+            watch,
+            (None, None, None, 0),
+            compiler_options=compiler_options(experiment.batch_size, product),
+        )
+
     def like(self) -> State:
         """Returns the shapes and dtypes of one seed.
 
@@ -127,27 +147,57 @@ class Steps:
         """Returns the first `streak`, from the steps in a row that each seed has dropped so far."""
         return np.array(skipped if self._seeds > 1 else skipped[0], np.int32)
 
-    def split(self, state: TrainState, batch_stats: BatchStats) -> list[State]:
-        """Returns the state of each seed."""
-        both = (state, batch_stats)
+    def split(self, both: Both) -> list[Both]:
+        """Returns the state of each seed, or its variables."""
         if self._seeds == 1:
             return [both]
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], both) for i in range(self._seeds)]
+        return [jax.tree.map(operator.itemgetter(i), both) for i in range(self._seeds)]
 
-    def local(self, state: State) -> State:
-        """Returns the state of one seed on one device of this process."""
-        return self._parallel.local(state)
+    def local(self, both: Both) -> Both:
+        """Returns the state of one seed, or its variables, on one device of this process."""
+        return self._parallel.local(both)
 
-    def test(self, state: TrainState, batch_stats: BatchStats) -> list[Metrics]:
+    def evaluated(self, state: TrainState, batch_stats: BatchStats) -> Variables:
+        """Returns the weights and statistics that are evaluated and predicted with.
+
+        By default those that training has; otherwise averaged weights, or precise statistics.
+        """
+        experiment = self._experiment
+        params = state.params
+        if experiment.averages:
+            params = averaged_params(state.opt_state, params)
+        seen = nothing_seen(batch_stats)
+        if not experiment.precise_images or not seen:
+            return params, batch_stats
+        batches = [*precise_batches(self._dataset.train, experiment)]
+        for batch in batches:
+            part = self._parallel.put(self._parallel.part.of(batch), 0)
+            seen = self._observe(params, batch_stats, seen, part)
+        one = (params, batch_stats)
+        if self._seeds > 1:
+            one = jax.tree.map(lambda leaf: leaf[0], one)
+        layers = norm_layers(experiment.model, *one, batch=batches[0], train=False)
+        return params, put(batch_stats, seen, layers)
+
+    def test(self, params: Params, batch_stats: BatchStats) -> list[Metrics]:
         """Returns the metrics of each seed over all test images."""
         test = self._dataset.test
         batches = map(self._parallel.part.of, eval_batches(test.image, test.label, self._test_size))
-        metrics = [
-            self._test(state.params, batch_stats, self._parallel.put(batch, 0)) for batch in batches
-        ]
+        metrics = [self._test(params, batch_stats, self._parallel.put(one, 0)) for one in batches]
         total = functools.reduce(Metrics.merge, jax.device_get(metrics))
         (of_seeds,) = unstack(total, 1, self._seeds)
         return of_seeds
+
+
+def precise_batches(split: Split, experiment: Experiment) -> Iterator[Batch]:
+    """Yields training images at equal distances, in batches of one size, at most that of training.
+
+    They are as alike as can be: a small last one would be normalised by few images.
+    """
+    images = experiment.precise_images
+    chosen = spread(split, images)
+    size = -(-images // -(-images // experiment.batch_size))
+    return eval_batches(chosen.image, chosen.label, size)
 
 
 def training_program(

@@ -1,5 +1,6 @@
 """The norms of other people's networks: which there are, and what they are given."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -39,12 +40,15 @@ def test_norms_in_the_order_of_their_calls(name):
         assert {layer.module.momentum for layer in layers} == {0.9}
 
 
-def test_a_norm_by_itself_and_on_another_axis():
+@pytest.mark.parametrize("kind", ["same signature", "own signature", "shared scope"])
+def test_a_norm_that_is_the_whole_model_and_on_another_axis(kind):
     x = np.random.default_rng(1).normal(3, 2, (5, 4, 3, 2)).astype(np.float32)
-    norm = _Called(axis=1)
+    norm = {"same signature": _Outer, "own signature": _Called, "shared scope": _Shared}[kind](
+        axis=1
+    )
     params, stats = init_variables(norm, jax.random.key(0), x)
     (layer,) = norm_layers(norm, params, stats, {"image": x}, train=False)
-    assert layer.axes == (0, 2, 3)
+    assert (layer.path, layer.axes) == ((), (0, 2, 3))
     _, seen = observe(params, stats, nothing_seen(stats), {"image": x}, model=norm, mode="running")
     (found,) = seen.values()
     np.testing.assert_allclose(found.mean, x.mean((0, 2, 3), np.float64), rtol=1e-6)
@@ -53,7 +57,34 @@ def test_a_norm_by_itself_and_on_another_axis():
 
 
 class _Called(BatchNorm):
-    """A norm that is the whole model."""
+    """A norm that is the whole model: it extends another, and is called in another way."""
 
     def __call__(self, x, *, train, mask=None):
-        return super().__call__(x, not train, mask=mask)
+        return super().__call__(x, not train, mask=mask).mean((1, 2))
+
+
+class _Extended(nn.BatchNorm):
+    """One that is called as the norm that it extends, which is not to count twice."""
+
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        return super().__call__(2 * x / 2, use_running_average, mask=mask)
+
+
+class _Outer(nn.Module):
+    axis: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = _Extended(axis=self.axis)
+        nn.share_scope(self, norm)
+        return norm(x, not train).mean((1, 2))
+
+
+class _Shared(nn.Module):
+    axis: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = nn.BatchNorm(axis=self.axis)
+        nn.share_scope(self, norm)
+        return norm(x, use_running_average=not train).mean((1, 2))

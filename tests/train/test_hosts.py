@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bnjax.train.integrity import RECORD
 from bnjax.train.records import read_lines
 
 pytestmark = pytest.mark.slow
@@ -18,7 +19,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
 
 
 def start(workdir, processes, devices, *overrides):
-    """Starts so many processes, each with so many devices; dropout would depend on nothing."""
+    """Starts so many processes, each with so many devices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,14 +70,13 @@ def test_what_several_processes_train_is_what_one_trains(tmp_path, alone, proces
     assert codes == [0] * processes, said
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=2e-2)
     assert "on 4 x cpu" in said[0][0]
-    assert not any(out for out, _ in said[1:])
+    for out, _ in said[1:]:  # Gloo itself says who is connected
+        assert all(line.startswith("[Gloo]") for line in out.splitlines())
 
 
 def wait_for_checkpoint(workdir, started):
-    until = time.monotonic() + 200
-    while not [*(workdir / "checkpoints").glob("[0-9]*/RECORD*")] and not [
-        *(workdir / "checkpoints").glob("[0-9]")
-    ]:
+    until = time.monotonic() + 400
+    while not [*(workdir / "checkpoints").glob(f"*/{RECORD}")]:
         assert time.monotonic() < until
         assert all(process.poll() is None for process in started)
         time.sleep(0.2)
@@ -87,12 +87,10 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(tmp_path,
     started = start(workdir, 2, 1, *TWO_EPOCHS)
     wait_for_checkpoint(workdir, started)
     started[1].kill()
-    began = time.monotonic()
-    (_, other), _ = finish(started, timeout=60), None
-    assert time.monotonic() - began < 60
-    assert started[0].returncode not in (0, None)
+    codes, said = finish(started, timeout=60)
+    assert 0 not in codes, said
     codes, said = finish(start(workdir, 2, 1, *TWO_EPOCHS))
-    assert codes == [0, 0], (said, other)
+    assert codes == [0, 0], said
     assert losses(workdir) == pytest.approx(alone, rel=2e-2)
 
 

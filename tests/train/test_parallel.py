@@ -46,7 +46,8 @@ def train(config, parallel, *, resident=False, seeds=1, batch=BATCH, steps=5):
     for _ in range(steps // feed.max_steps):
         shipped = compiled.ship([next(items) for _ in range(feed.max_steps)])
         *states, streak, _ = compiled.train(*states, streak, compiled.resident, *shipped)
-    found = compiled.split(*states), compiled.test(*states)
+    state, stats = states
+    found = compiled.split((state, stats)), compiled.test(state.params, stats)
     return jax.device_get(jax.tree.map(_without_keys, found))
 
 

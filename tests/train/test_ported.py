@@ -137,7 +137,7 @@ def test_other_names_and_conventions(run, port, tmp_path):
         (["--epsilon", 1e-1], "the logits of the probe batch differ by up to"),
         (["--table", "TABLE"], "There, and not needed here:\n    conv0.bias"),
         (["--probe", "FILE"], "is no probe batch"),
-        (["--examples", 0], "'0' is not a number above 0"),
+        (["--examples", 0], "'0' is not a whole number, 1 or above"),
     ],
 )
 def test_what_is_refused_leaves_no_run(run, port, tmp_path, options, said):

@@ -1,63 +1,15 @@
-"""The commands of the BN clinic: `bnjax audit | precise | fold | port`.
-
-Each is a thin layer over a function in `bnjax.stats`, for the networks in run folders.
-"""
+"""`bnjax port`: weights to another framework or from it."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from bnjax.clinic.arguments import add_run_arguments, count
 from bnjax.errors import UserError
 
-# Whatever a command needs is imported in it, so that --help is quick.
 
-
-def add_run_arguments(parser: argparse.ArgumentParser, *, data: bool = True) -> None:
-    """Adds the options that say which trained network, and where its data lie."""
-    parser.add_argument(
-        "--workdir", type=Path, required=True, metavar="DIR", help="the folder of the run"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="last",
-        metavar="best|last|STEP",
-        help="which of its checkpoints (default: last)",
-    )
-    if data:
-        parser.add_argument(
-            "--data-dir",
-            metavar="DIR",
-            help="where the data lie, if not where they lay in training",
-        )
-
-
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds the parsers of the commands; `command(name, text)` makes one."""
-    _add_port(command)
-
-
-def port(args: argparse.Namespace) -> int:
-    """Takes weights to another framework or from it."""
-    from bnjax.train import ported
-    from bnjax.train.trained import Trained
-    from bnjax.train.xla import prepare
-
-    if args.source and args.out is None:
-        raise UserError("--from makes a new run: say in which folder with --out.")
-    if args.to and any(value is not None for value in (args.out, args.epsilon, args.momentum)):
-        raise UserError("--out, --epsilon and --momentum are of --from.")
-    prepare()
-    trained = Trained(args.workdir, args.checkpoint)
-    options = {"table": args.table, "probe": args.probe, "examples": args.examples}
-    if args.to:
-        print(ported.export_run(trained, args.to, args.file, **options))
-    else:
-        options |= {"epsilon": args.epsilon, "momentum": args.momentum}
-        print(ported.import_run(trained, args.source, args.file, args.out, **options))
-    return 0
-
-
-def _add_port(command: Callable[..., argparse.ArgumentParser]) -> None:
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the parser of the command."""
     sub = command(
         "port",
         "Take a run's weights and running statistics to PyTorch or Keras, or from there into a new "
@@ -93,7 +45,7 @@ def _add_port(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument(
         "--examples",
-        type=_count,
+        type=count,
         metavar="N",
         help="the images of a training batch, to convert stored variances: torch's are divided by "
         "n - 1, those of Keras by n, n being N times the positions. Default: they stay as they "
@@ -114,10 +66,22 @@ def _add_port(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
+def run(args: argparse.Namespace) -> int:
+    """Takes weights to another framework or from it."""
+    from bnjax.train import ported
+    from bnjax.train.trained import Trained
+    from bnjax.train.xla import prepare
 
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"port": port}
+    if args.source and args.out is None:
+        raise UserError("--from makes a new run: say in which folder with --out.")
+    if args.to and any(value is not None for value in (args.out, args.epsilon, args.momentum)):
+        raise UserError("--out, --epsilon and --momentum are of --from.")
+    prepare()
+    trained = Trained(args.workdir, args.checkpoint)
+    options = {"table": args.table, "probe": args.probe, "examples": args.examples}
+    if args.to:
+        print(ported.export_run(trained, args.to, args.file, **options))
+    else:
+        options |= {"epsilon": args.epsilon, "momentum": args.momentum}
+        print(ported.import_run(trained, args.source, args.file, args.out, **options))
+    return 0
