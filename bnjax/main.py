@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ MAX_SEEDS = 100_000  # each is a run
 # Whatever a command needs is imported in it, so that --help is quick.
 
 
-def main() -> int:
-    """Reads the command line, does what it asks for, and returns the exit code."""
-    words = sys.argv[1:]
+def main(words: Sequence[str] | None = None) -> int:
+    """Does what the words of a command line ask for, and returns the exit code.
+
+    Args:
+        words: after `bnjax`; those of this process if None.
+    """
+    words = sys.argv[1:] if words is None else list(words)
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
         words = ["train", *words]
     parser = _parser()
@@ -76,13 +80,15 @@ def predict(args: argparse.Namespace) -> int:
     import json
 
     from bnjax.train import predict
+    from bnjax.train.trained import Trained
     from bnjax.train.xla import prepare
 
     prepare()
+    trained = Trained(args.workdir, args.checkpoint)
     if args.split:
-        result = predict.of_split(args.workdir, args.checkpoint, args.split, args.data_dir)
+        result = predict.of_split(trained, args.split, args.data_dir)
     else:
-        result = predict.of_images(args.workdir, args.checkpoint, args.images)
+        result = predict.of_images(trained, args.images)
     print(json.dumps(result) if args.json else predict.table(result))
     for failure in result["errors"]:
         print(f"error: {failure}", file=sys.stderr)
