@@ -16,11 +16,7 @@ MAX_SEEDS = 100_000  # each is a run
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Does what the words of a command line ask for, and returns the exit code.
-
-    Args:
-        words: after `bnjax`; those of this process if None.
-    """
+    """Does what the words after `bnjax` say, by default this process's; returns the exit code."""
     words = sys.argv[1:] if words is None else list(words)
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
         words = ["train", *words]

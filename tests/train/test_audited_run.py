@@ -36,11 +36,10 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def bnjax(monkeypatch, capsys):
+def bnjax(capsys):
     def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["bnjax", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            errors.run(main.main)
+            errors.run(lambda: main.main([*map(str, arguments)]))
         return left.value.code or 0, *capsys.readouterr()
 
     return call

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +30,17 @@ SMALL = [
 def plain(tmp_path_factory):
     """The folder of a small network that was trained for two steps."""
     workdir = tmp_path_factory.mktemp("runs") / "plain"
-    argv, sys.argv = sys.argv, ["bnjax", "--config", CONFIG, "--workdir", str(workdir), *SMALL]
-    try:
-        assert main.main() == 0
-    finally:
-        sys.argv = argv
+    assert main.main(["--config", CONFIG, "--workdir", str(workdir), *SMALL]) == 0
     return workdir
 
 
 @pytest.fixture
-def bnjax(monkeypatch, capsys):
+def bnjax(capsys):
     """Runs a command; returns exit code, standard output and standard error."""
 
     def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["bnjax", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            errors.run(main.main)
+            errors.run(lambda: main.main([*map(str, arguments)]))
         return left.value.code or 0, *capsys.readouterr()
 
     return call

@@ -23,11 +23,10 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def port(monkeypatch, capsys):
+def port(capsys):
     def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["bnjax", "port", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            errors.run(main.main)
+            errors.run(lambda: main.main(["port", *map(str, arguments)]))
         return subprocess.CompletedProcess(arguments, left.value.code or 0, *capsys.readouterr())
 
     return call
