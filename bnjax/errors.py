@@ -1,7 +1,11 @@
 """Errors that a user can mend, and how the command lines report them."""
 
+import os
 import sys
 from collections.abc import Callable
+
+# What JAX says where a process of a training has gone that others wait for.
+LOST_PROCESS = ("Gloo", "coordination service", "heartbeat", "NCCL", "CoordinationService")
 
 
 class UserError(Exception):
@@ -61,6 +65,15 @@ def run(main: Callable[[], int]) -> None:
         code = 130
     except Exception as error:
         # By its text: only XLA raises it, and nothing here should import JAX just for --help.
+        if any(words in str(error) for words in LOST_PROCESS):
+            print(
+                "error: another process of this training has ended or cannot be reached "
+                f"({' '.join(str(error).split())[:200]}). Up to the last checkpoint everything is "
+                "saved: start all processes again with the same command, and they go on from it.",
+                file=sys.stderr,
+            )
+            sys.stderr.flush()
+            os._exit(1)  # the way out waits for the lost one
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(

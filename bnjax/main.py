@@ -3,20 +3,21 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bnjax import clinic, errors
+from bnjax.clinic.arguments import add_run_arguments
 
 MAX_SEEDS = 100_000  # each is a run
 
 # Whatever a command needs is imported in it, so that --help is quick.
 
 
-def main() -> int:
-    """Reads the command line, does what it asks for, and returns the exit code."""
-    words = sys.argv[1:]
+def main(words: Sequence[str] | None = None) -> int:
+    """Does what the words after `bnjax` say, by default this process's; returns the exit code."""
+    words = sys.argv[1:] if words is None else list(words)
     if words and words[0] not in (*COMMANDS, "-h", "--help"):
         words = ["train", *words]
     parser = _parser()
@@ -32,6 +33,8 @@ def train(args: argparse.Namespace) -> int:
     from bnjax.train import build, parsing
 
     config = parsing.load(args.config, args.overrides)
+    if args.hosts or args.coordinator:
+        _join_hosts(args)
     build.check(config)
 
     from bnjax.train import rundir, summary
@@ -60,6 +63,8 @@ def train(args: argparse.Namespace) -> int:
         return 128 + stopped.signal
     if isinstance(result, errors.NonFiniteError):
         raise result
+    if not result:  # the first process has it
+        return 0
     print(summary.as_text(result))
     print(f"\npredict with:    bnjax predict --workdir {workdir} --split test")
     print(f"look at curves:  pip install tensorboard && tensorboard --logdir {workdir.parent}")
@@ -71,13 +76,15 @@ def predict(args: argparse.Namespace) -> int:
     import json
 
     from bnjax.train import predict
+    from bnjax.train.trained import Trained
     from bnjax.train.xla import prepare
 
     prepare()
+    trained = Trained(args.workdir, args.checkpoint)
     if args.split:
-        result = predict.of_split(args.workdir, args.checkpoint, args.split, args.data_dir)
+        result = predict.of_split(trained, args.split, args.data_dir)
     else:
-        result = predict.of_images(args.workdir, args.checkpoint, args.images)
+        result = predict.of_images(trained, args.images)
     print(json.dumps(result) if args.json else predict.table(result))
     for failure in result["errors"]:
         print(f"error: {failure}", file=sys.stderr)
@@ -160,6 +167,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the run's folder (default: runs/ and the config's name)",
     )
+    sub.add_argument(
+        "--hosts",
+        action="store_true",
+        help="train with the processes that Slurm, Open MPI or a TPU pod started beside this one",
+    )
+    sub.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="train with other processes that get the same command: where process 0 is met",
+    )
+    sub.add_argument("--processes", type=int, metavar="N", help="how many, with --coordinator")
+    sub.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0 on")
 
     sub = command("predict", "Classify images, or a whole split, with a trained network.")
     what = sub.add_mutually_exclusive_group(required=True)
@@ -176,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("train", "test"),
         help="classify this split; ends with loss, accuracy and accuracy per class",
     )
-    clinic.add_run_arguments(sub)
+    add_run_arguments(sub)
     sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
 
     sub = command(
@@ -248,6 +267,18 @@ def _seeds(text: str) -> int:
     if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) <= MAX_SEEDS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_SEEDS:,}")
     return int(text)
+
+
+def _join_hosts(args: argparse.Namespace) -> None:
+    """Meets the other processes; only the first one speaks, errors excepted."""
+    import os
+
+    from bnjax.train import hosts
+
+    hosts.join(args.coordinator, args.processes, args.process)
+    if not hosts.is_first():
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
 
 
 def _warn_of_fallback(wanted: str, dataset: Any, batch_size: int) -> None:

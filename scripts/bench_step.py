@@ -27,7 +27,7 @@ from flax.training import train_state
 from bnjax import norms
 from bnjax.data import datasets
 from bnjax.data.batches import train_rows
-from bnjax.data.feed import resident_feed, ship
+from bnjax.data.feed import resident_feed
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.steps import Steps, default_feed, unstack
@@ -65,8 +65,8 @@ def bnjax_trainer(
     operations = jax.jit(step).lower(*held[0][:2], batch).cost_analysis()["flops"]
 
     def advance() -> Any:
-        shipment = ship(feed, [(next(items),) for _ in range(feed.max_steps)])
-        *held[0], metrics = steps.train(*held[0], steps.resident, *jax.device_put(shipment))
+        shipment = steps.ship([(next(items),) for _ in range(feed.max_steps)])
+        *held[0], metrics = steps.train(*held[0], steps.resident, *shipment)
         return held[0], unstack(metrics, 1, 1)[0][0].loss / args.batch
 
     args.per_call = feed.max_steps
@@ -170,7 +170,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     experiment = build.experiment(config, data)
     steps = Steps(experiment, data, default_feed(experiment, data.train))
     state = steps.init(jax.random.key(0))
-    seconds = timed(lambda: steps.test(*state)[0].loss, WARM_UP + args.steps)
+    seconds = timed(lambda: steps.test(state[0].params, state[1])[0].loss, WARM_UP + args.steps)
     median = float(np.median(seconds[WARM_UP:]))
     return {"step_s": median, "images_per_s": len(data.test.label) / median}
 

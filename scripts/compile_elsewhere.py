@@ -21,8 +21,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-# Before JAX is imported: it would look for the chips.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+# Before JAX is imported: it would look for the chips. By a lock file libtpu lets in one process
+# of a machine, since that takes the chips; none is used here.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 import jax
 import numpy as np

@@ -29,21 +29,34 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
+def _torch_conv(filters, kernel, strides=1, **options):
+    """A convolution that pads as torch does: both sides alike, by half the kernel."""
+    padding = [(side // 2, side // 2) for side in kernel]
+    return nn.Conv(filters, kernel, strides, padding, use_bias=False, **options)
+
+
 class ResNet(nn.Module):
-    """A residual network of basic blocks; (2, 2, 2, 2) and 64 make it ResNet-18."""
+    """A residual network of basic blocks; (2, 2, 2, 2) and 64 make it ResNet-18.
+
+    With `torchvision` its stem is that for ImageNet, and it pads as torch does.
+    """
 
     stages: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
     momentum: float = 0.9
     classes: int = 10
+    torchvision: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = True):
-        conv = functools.partial(nn.Conv, use_bias=False)
+        conv = _torch_conv if self.torchvision else functools.partial(nn.Conv, use_bias=False)
         norm = functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=self.momentum, epsilon=1e-5
         )
-        x = nn.relu(norm(name="norm_init")(conv(self.width, (3, 3), name="conv_init")(x)))
+        stem, stride = ((7, 7), (2, 2)) if self.torchvision else ((3, 3), (1, 1))
+        x = nn.relu(norm(name="norm_init")(conv(self.width, stem, stride, name="conv_init")(x)))
+        if self.torchvision:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
                 strides = 2 if i > 0 and j == 0 else 1

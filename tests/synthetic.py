@@ -42,7 +42,7 @@ def feed(config, *, each=lambda step, item: item, first=None):
 
 def config(steps=12):
     config = default_config()
-    config.name = "small"
+    config.name, config.devices = "small", 1
     config.data.name = "synthetic"
     config.model.filters, config.model.kernels, config.model.strides = (4,), (3,), (2,)
     config.model.dense, config.model.dropout, config.model.norm_dense = (8,), (0.3,), (True,)

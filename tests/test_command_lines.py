@@ -42,13 +42,12 @@ def bnjax(*arguments):
 
 
 @pytest.fixture
-def inside(monkeypatch, capsys):
+def inside(capsys):
     """Runs a command in this process, which takes a fraction of the time."""
 
     def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["bnjax", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            errors.run(main.main)
+            errors.run(lambda: main.main([*map(str, arguments)]))
         return subprocess.CompletedProcess(arguments, left.value.code or 0, *capsys.readouterr())
 
     return call
@@ -63,7 +62,7 @@ def run(tmp_path_factory):
     return workdir, done
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "compare", "report"])
+@pytest.mark.parametrize("command", [*main.COMMANDS])
 def test_help_exits_with_0(inside, command):
     done = inside(command, "--help")
     assert done.returncode == 0

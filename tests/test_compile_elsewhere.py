@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "compile_elsewhere.py"
 ONE = [("v5e", 1), ("v6e", 1), ("T4", 1), ("A100", 1)]
@@ -30,27 +31,46 @@ STATE_BYTES = 4 * (3 * PARAMETERS + 2 * sum(NORMALISED))
 pytestmark = pytest.mark.slow
 
 
-@functools.cache
-def compiled(chip, devices):
-    """Returns what the script finds, by program and dtype; no simulated devices there."""
-    needs = "libtpu" if chip in TPUS else "jax_cuda12_plugin"
-    if importlib.util.find_spec(needs) is None:
-        pytest.skip(f"{needs} is not installed; {SCRIPT.name} says how to")
-    mine = {name for name in os.environ if name == "XLA_FLAGS" or name.startswith("JAX_")}
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory, worker_id):
+    """Returns what the script finds, by program and dtype, for so many of a chip.
+
+    Each is compiled once, whichever process of the tests asks first: that takes a minute or more.
+    """
+    mine = tmp_path_factory.getbasetemp()
+    shared = mine if worker_id == "master" else mine.parent
+
+    @functools.cache
+    def found(chip, devices):
+        needs = "libtpu" if chip in TPUS else "jax_cuda12_plugin"
+        if importlib.util.find_spec(needs) is None:
+            pytest.skip(f"{needs} is not installed; {SCRIPT.name} says how to")
+        kept = shared / f"{chip}-{devices}.jsonl"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                kept.write_text(compile_for(chip, devices))
+        lines = map(json.loads, kept.read_text().splitlines())
+        return {(one["program"], one["dtype"]): one for one in lines}
+
+    return found
+
+
+def compile_for(chip, devices):
+    """Returns what the script prints; no simulated devices there."""
+    own = {name for name in os.environ if name == "XLA_FLAGS" or name.startswith("JAX_")}
     done = subprocess.run(
         [sys.executable, SCRIPT, "--json", "--chip", chip, "--devices", str(devices)],
-        env={name: value for name, value in os.environ.items() if name not in mine},
+        env={name: value for name, value in os.environ.items() if name not in own},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    found = map(json.loads, done.stdout.splitlines())
-    return {(one["program"], one["dtype"]): one for one in found}
+    return done.stdout
 
 
 @pytest.mark.parametrize(("chip", "devices"), ONE + SEVERAL)
-def test_states_are_donated_and_memory_suffices(chip, devices):
+def test_states_are_donated_and_memory_suffices(compiled, chip, devices):
     programs = compiled(chip, devices)
     names = {"train", "eval", "loop"} if devices == 1 else {"train", "eval"}
     assert set(programs) == {(name, dtype) for name in names for dtype in DTYPES}
@@ -63,7 +83,7 @@ def test_states_are_donated_and_memory_suffices(chip, devices):
 
 
 @pytest.mark.parametrize(("chip", "devices"), ONE)
-def test_on_one_device_the_state_and_the_images_stay_where_they_are(chip, devices):
+def test_on_one_device_the_state_and_the_images_stay_where_they_are(compiled, chip, devices):
     for (name, dtype), found in compiled(chip, devices).items():
         assert not found["all_reduces"]
         for array in found["copied"]:
@@ -74,7 +94,7 @@ def test_on_one_device_the_state_and_the_images_stay_where_they_are(chip, device
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("chip", "devices"), SEVERAL)
-def test_between_devices_travel_gradients_and_moments(chip, devices, dtype):
+def test_between_devices_travel_gradients_and_moments(compiled, chip, devices, dtype):
     programs = compiled(chip, devices)
     moments = Counter()
     for i, channels in enumerate(NORMALISED):
@@ -94,7 +114,7 @@ def test_between_devices_travel_gradients_and_moments(chip, devices, dtype):
 
 
 @pytest.mark.parametrize(("chip", "devices"), ONE + SEVERAL)
-def test_products_are_of_the_dtype_and_by_the_library(chip, devices):
+def test_products_are_of_the_dtype_and_by_the_library(compiled, chip, devices):
     # Three convolutions and three dense layers; each has two gradients.
     for (name, dtype), found in compiled(chip, devices).items():
         count = 6 if name == "eval" else 18

@@ -3,7 +3,7 @@ import pytest
 from bnjax import errors
 
 
-def ending(monkeypatch, capsys, error):
+def ending(capsys, error):
     def main():
         raise error
 
@@ -31,8 +31,8 @@ def ending(monkeypatch, capsys, error):
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_what_a_user_can_mend_is_one_paragraph(monkeypatch, capsys, error, code, said):
-    found, text = ending(monkeypatch, capsys, error)
+def test_what_a_user_can_mend_is_one_paragraph(capsys, error, code, said):
+    found, text = ending(capsys, error)
     assert found == code
     assert said in text
     assert "Traceback" not in text

@@ -6,15 +6,23 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from foreign import ResNet
 
 from bnjax.main import COMMANDS
+from bnjax.stats.illnesses import ILLNESSES
+from bnjax.train_step import init_variables
 
 ROOT = Path(__file__).parents[1]
-README, CONTRIBUTING, CHANGELOG = (
-    (ROOT / f"{name}.md").read_text() for name in ("README", "CONTRIBUTING", "CHANGELOG")
+README, CONTRIBUTING, CHANGELOG, EVALUATION = (
+    (ROOT / f"{name}.md").read_text()
+    for name in ("README", "CONTRIBUTING", "CHANGELOG", "docs/evaluation")
 )
-TEXTS = pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+TEXTS = pytest.mark.parametrize(
+    "text", [README, CONTRIBUTING, EVALUATION], ids=["README", "CONTRIBUTING", "evaluation"]
+)
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
@@ -31,19 +39,44 @@ def commands(text):
     return {command for names in found for command in names.split("|")}
 
 
+def run_block(words, text=README, **names):
+    """Runs the one block of Python in a text that has these words in it; returns its names."""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (block,) = (block for block in blocks if words in block)
+    names = {"__name__": "readme", **names}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
 def test_someone_elses_loop_runs_and_learns(capsys):
-    (block,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-        if "class Net" in block
-    )
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    run_block("class Net")
     *steps, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in steps] == [str(step) for step in range(1, 9)]
     assert "accuracy" in last
 
 
+def test_a_loop_with_pmap_runs():
+    assert run_block("jax.pmap(")["metrics"].means()["accuracy"] >= 0
+
+
+def test_the_clinic_looks_at_a_network(capsys):
+    model, image = ResNet((1,), 2), np.random.default_rng(0).random((8, 8, 8, 3), np.float32)
+    params, batch_stats = init_variables(model, jax.random.key(0), image)
+    network = {"model": model, "params": params, "batch_stats": batch_stats}
+    batches = [{"image": image, "label": np.arange(8)}] * 4
+    run_block("audit(model", EVALUATION, **network, batches=batches)
+    after = run_block("audit(model", **network, batches=batches)
+    assert "never-updated" in capsys.readouterr().out
+    assert (after["batch_stats"]["norm_init"]["mean"] != 0).any()
+
+
+def test_the_page_names_what_the_audit_finds():
+    named = set(re.findall(r"`([a-z]+-[a-z]+)`", EVALUATION)) | {"stale"}
+    assert named == set(ILLNESSES)
+
+
 def test_every_command_is_one():
+    assert commands(EVALUATION) <= set(COMMANDS)
     assert commands(README) == set(COMMANDS)
     assert commands(CONTRIBUTING) <= set(COMMANDS)
     for path in CONFIGS:

@@ -16,7 +16,7 @@ from bnjax.compare import claims, seeds
 from bnjax.compare.runs import COMPARISON
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
-from bnjax.train import build, checkpoint, parsing, rundir
+from bnjax.train import build, parsing, retention, rundir
 from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Trainer
 from bnjax.train.records import write_json
@@ -217,7 +217,7 @@ def run(
                 # One that broke down may be tried again from any of its checkpoints.
                 if (run_folder / "summary.json").exists():
                     with rundir.locked(run_folder):
-                        checkpoint.keep_best_and_last(run_folder / "checkpoints")
+                        retention.keep_best_and_last(run_folder / "checkpoints")
     return failures
 
 

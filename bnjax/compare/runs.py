@@ -72,6 +72,11 @@ class Run:
         """The test images at each evaluation."""
         return self._curve("test")
 
+    @functools.cached_property
+    def gaps(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl about training images under stored and own statistics."""
+        return [line for line in self.metrics if line["split"] == "gap"]
+
     def _curve(self, split: str) -> Curve:
         lines = [line for line in self.metrics if line["split"] == split]
         return Curve(

@@ -16,7 +16,7 @@ def of_comparison(comparison: dict[str, Any], finished: Sequence[Run]) -> str:
         head = f"{name} on {variant['dataset']}: {len(mine)} of {total} runs finished"
         target = variant["config"]["train"]["target_loss"]
         lines += ["", head, *(f"  {line}" for line in _of_variant(mine, target))]
-    verdicts = _verdicts(comparison, finished)
+    verdicts = of_verdicts(comparison, finished)
     return "\n".join([*lines, "", *(verdicts or _differences(comparison, finished))])
 
 
@@ -32,7 +32,8 @@ def _of_variant(mine: Sequence[Run], target: float) -> list[str]:
     ]
 
 
-def _verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[str]:
+def of_verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[str]:
+    """Returns the verdict of each statement as lines of text, and last the methods."""
     lines: list[str] = []
     methods: set[str] = set()
     for verdict in claims.verdicts(comparison, finished):

@@ -1,12 +1,13 @@
 """The order in which images are seen, and batches of one constant shape."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
-from bnjax.arrays import Batch
+from bnjax.arrays import Array, Batch
 from bnjax.data.datasets import Split
 
 # Which examples make a batch: their indices, or the slice that they are where nothing is shuffled.
@@ -65,6 +66,37 @@ def take(split: Split, rows: Rows) -> Batch:
     return {"image": split.image[rows], "label": split.label[rows]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Which examples of every batch one process loads.
+
+    Attributes:
+        multiple: batches are filled up to a multiple of it; the number of devices.
+        index: of the process.
+        count: of the processes, among which each batch is divided up equally.
+    """
+
+    multiple: int = 1
+    index: int = 0
+    count: int = 1
+
+    def of(self, batch: Batch) -> Batch:
+        """Returns this process's part; where the batch has been filled up `mask` is False.
+
+        >>> Part(multiple=4, index=1, count=2).of({"label": np.array([7, 8, 9])})
+        {'label': array([9, 0]), 'mask': array([ True, False])}
+        """
+        real = len(next(iter(batch.values())))
+        size = -(-real // self.multiple) * self.multiple
+        if size > real:
+            batch = {name: _pad(rows, size) for name, rows in batch.items()}
+            batch = {**batch, "mask": batch.get("mask", np.arange(size) < real)}
+        each = size // self.count
+        return {
+            name: rows[self.index * each : (self.index + 1) * each] for name, rows in batch.items()
+        }
+
+
 def indices(rows: Rows) -> np.ndarray:
     """Returns the rows as indices."""
     return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
@@ -97,5 +129,5 @@ def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Itera
         yield batch
 
 
-def _pad(rows: np.ndarray, size: int) -> np.ndarray:
+def _pad(rows: Array, size: int) -> np.ndarray:
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])

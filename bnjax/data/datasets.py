@@ -94,7 +94,11 @@ def load(
 def _named(name: str, data_dir: str, label: str) -> Dataset:
     if name == DIGITS:
         return _digits()
-    return _cifar(name, data_dir, label) if name in cifar.VERSIONS else _tfds(name, data_dir, label)
+    version = cifar.VERSIONS.get(name)
+    train, test, classes = (_cifar if version else tfds.read)(name, data_dir)
+    official = cifar.is_official(version, train[0], test[0]) if version else None
+    label = (label or name) + (" (not the official pixels)" if official is False else "")
+    return Dataset(name, label, official, Split(*train), Split(*test), classes)
 
 
 def _first(dataset: Dataset, images: int) -> Dataset:
@@ -122,17 +126,13 @@ def _check_folder(data_dir: str) -> None:
         ) from error
 
 
-def _cifar(name: str, data_dir: str, label: str) -> Dataset:
+def _cifar(name: str, data_dir: str) -> tuple[cifar.Split, cifar.Split, tuple[str, ...]]:
     version = cifar.VERSIONS[name]
     folders = [*([Path(data_dir).expanduser()] if data_dir else []), cache_dir()]
     source = next(filter(None, (cifar.find(version, folder) for folder in folders)), None)
     if source is None and tfds.find(name, data_dir):
-        train, test, classes = tfds.read(name, data_dir)
-    else:
-        train, test, classes = cifar.read(version, source or _download(name, version.archive))
-    official = cifar.is_official(version, train[0], test[0])
-    label = (label or name) + ("" if official else " (not the official pixels)")
-    return Dataset(name, label, official, Split(*train), Split(*test), classes)
+        return tfds.read(name, data_dir)
+    return cifar.read(version, source or _download(name, version.archive))
 
 
 def _download(name: str, archive: download.Remote) -> Path:
@@ -144,11 +144,6 @@ def _download(name: str, archive: download.Remote) -> Path:
             "there is a network, "
             "put it into a folder, and add --config.data.dir=FOLDER."
         ) from error
-
-
-def _tfds(name: str, data_dir: str, label: str) -> Dataset:
-    train, test, classes = tfds.read(name, data_dir)
-    return Dataset(name, label or name, None, Split(*train), Split(*test), classes)
 
 
 def _digits() -> Dataset:

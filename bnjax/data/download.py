@@ -42,10 +42,15 @@ class Remote:
         return self.url.rpartition("/")[2]
 
 
-def download(file: Remote, cache: Path) -> Path:
+def download(file: Remote, cache: Path, stall_seconds: float = STALL_SECONDS) -> Path:
     """Returns the file in the cache folder after downloading it.
 
     It appears there whole and verified, or not at all.
+
+    Args:
+        file: which, and how to know it.
+        cache: the folder.
+        stall_seconds: for how long nothing may come before it is given up.
 
     Raises:
         DataError: when the server cannot be reached, stops sending or sends other bytes, or the
@@ -56,7 +61,7 @@ def download(file: Remote, cache: Path) -> Path:
         _remove_abandoned(cache)
         draft = Path(tempfile.mkdtemp(prefix="download-", dir=cache))
         try:
-            return _fetch(file, draft).replace(
+            return _fetch(file, draft, stall_seconds).replace(
                 cache / file.name
             )  # one step, so that two processes may do it at once
         finally:
@@ -68,7 +73,7 @@ def download(file: Remote, cache: Path) -> Path:
         ) from error
 
 
-def _fetch(file: Remote, folder: Path) -> Path:
+def _fetch(file: Remote, folder: Path, stall_seconds: float) -> Path:
     command = [
         sys.executable,
         "-m",
@@ -77,7 +82,7 @@ def _fetch(file: Remote, folder: Path) -> Path:
         str(file.size),
         file.sha256,
         str(folder),
-        str(STALL_SECONDS),
+        str(stall_seconds),
     ]
     paths = os.pathsep.join(filter(None, sys.path))  # it finds the packages that this process found
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}

@@ -1,14 +1,14 @@
 """How batches for training reach the device."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from bnjax.arrays import Batch
-from bnjax.data.batches import indices, take, train_rows
+from bnjax.data.batches import Part, indices, take, train_rows
 from bnjax.data.datasets import Split
 
 # What the host ships for one step: a tree of arrays, of the same shapes for every step.
@@ -33,18 +33,26 @@ class Feed:
     max_steps: int = 1
 
 
-def host_feed(split: Split, batch_size: int, *, shuffle: bool) -> Feed:
-    """Returns a feed that ships whole batches, one step at a time."""
+WHOLE = Part()  # of a batch, on one device
+
+
+def host_feed(split: Split, batch_size: int, *, shuffle: bool, part: Part = WHOLE) -> Feed:
+    """Returns a feed that ships the batches' images, one step at a time."""
 
     def items(seed: int, start: int) -> Iterator[Batch]:
         order = seed if shuffle else None
         rows = train_rows(len(split.label), batch_size, seed=order, start=start)
-        return (take(split, of_step) for of_step in rows)
+        if part == WHOLE:
+            return (take(split, of_step) for of_step in rows)
+        parts = (part.of({"rows": indices(of_step)}) for of_step in rows)
+        return ({**take(split, np.asarray(one["rows"])), **_mask(one)} for one in parts)
 
     return Feed(items, lambda resident, item: item)
 
 
-def resident_feed(split: Split, batch_size: int, *, shuffle: bool, max_steps: int) -> Feed:
+def resident_feed(
+    split: Split, batch_size: int, *, shuffle: bool, max_steps: int, part: Part = WHOLE
+) -> Feed:
     """Returns a feed that ships indices: the images lie on the device, as uint8.
 
     An image is one row there: as [h, w, c] a TPU would pad the 3 channels, and copy all images
@@ -52,14 +60,15 @@ def resident_feed(split: Split, batch_size: int, *, shuffle: bool, max_steps: in
     """
     shape = split.image.shape[1:]
 
-    def items(seed: int, start: int) -> Iterator[np.ndarray]:
+    def items(seed: int, start: int) -> Iterator[Item]:
         order = seed if shuffle else None
         rows = train_rows(len(split.label), batch_size, seed=order, start=start)
-        return (indices(of_step).astype(np.int32) for of_step in rows)
+        return (part.of({"rows": indices(of_step).astype(np.int32)}) for of_step in rows)
 
-    def batch(resident: Any, rows: Any) -> Batch:
-        image, label = resident
-        return {"image": image[rows].reshape(*rows.shape, *shape), "label": label[rows]}
+    def batch(resident: Any, item: Any) -> Batch:
+        (image, label), rows = resident, item["rows"]
+        images = image[rows].reshape(*rows.shape, *shape)
+        return {"image": images, "label": label[rows], **_mask(item)}
 
     return Feed(items, batch, (split.image.reshape(len(split.image), -1), split.label), max_steps)
 
@@ -79,6 +88,10 @@ def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
         return (joined[0],)
     missing = feed.max_steps - len(items)
     return _stack([*joined, *[joined[-1]] * missing]), np.int32(len(items))
+
+
+def _mask(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {"mask": item["mask"]} if "mask" in item else {}
 
 
 def _stack(items: Sequence[Item]) -> Item:

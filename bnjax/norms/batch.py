@@ -11,7 +11,7 @@ from jax import lax
 
 from bnjax.arrays import Array
 from bnjax.norms.average import Momentum, blend, is_counted, kept_fraction
-from bnjax.norms.moments import AxisName, Moments, full_mask, moments, total_over
+from bnjax.norms.moments import AxisName, Moments, full_mask, merge_over, moments, total_over
 
 
 class BatchNorm(nn.Module):
@@ -35,6 +35,9 @@ class BatchNorm(nn.Module):
             statistics are taken; None under plain `jax.jit`, where they are global whatever the
             sharding.
         axis_index_groups: divides the axis into groups with statistics of their own.
+        average_axis_name: a further mapped axis (or axes) over which the running averages are
+            taken, merged by counts, and not what normalises: devices, or groups of them, may each
+            normalise by their own values, and the averages are the same everywhere.
         use_fast_variance, force_float32_reductions: taken so that calls written for Flax work, and
             without effect: the accurate way is as fast, and nothing below float32 is ever right.
         variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1
@@ -71,6 +74,7 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     axis_name: AxisName | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
+    average_axis_name: AxisName | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     variance: str = "biased"
@@ -164,6 +168,8 @@ class BatchNorm(nn.Module):
         else:
             center, inverse = running.mean, lax.rsqrt(running.var + self.epsilon)
         if update and not self.is_initializing():
+            if self.average_axis_name is not None:
+                batch = merge_over(batch, total_over(self.average_axis_name))
             self._update(mean, var, count, batch, masked=mask is not None)
 
         scale = self._affine("scale", self.scale_init, shape) if self.use_scale else None

@@ -104,6 +104,20 @@ def merge(mine: Moments, its: Moments) -> Moments:
     return Moments(mine.mean + apart * share, var, count)
 
 
+def merge_over(mine: Moments, total: Total) -> Moments:
+    """Returns the moments of the values of all devices together, from those of each.
+
+    Args:
+        mine: of one device, or of devices that hold the same.
+        total: sums over devices that hold others.
+    """
+    count = jnp.broadcast_to(jnp.asarray(mine.count, mine.mean.dtype), mine.mean.shape)
+    all_values = total(count)
+    share = count / jnp.maximum(all_values, 1)
+    mean = total(mine.mean * share)
+    return Moments(mean, total((mine.var + lax.square(mine.mean - mean)) * share), all_values)
+
+
 def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     """Returns the mask as bool of full rank.
 

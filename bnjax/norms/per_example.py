@@ -90,8 +90,7 @@ class InstanceNorm(PerExampleNorm):
         Raises:
             ValueError: if there is one position only (not at initialisation).
         """
-        if not self.is_initializing():
-            _check_positions(f"InstanceNorm {'/'.join(self.path)}", x)
+        _check_positions(self, x)
         norm = nn.InstanceNorm(
             epsilon=self.epsilon,
             use_scale=self.use_scale,
@@ -141,8 +140,7 @@ class FilterResponseNorm(PerExampleNorm):
         Raises:
             ValueError: if there is one position only (not at initialisation).
         """
-        if not self.is_initializing():
-            _check_positions(f"FilterResponseNorm {'/'.join(self.path)}", x)
+        _check_positions(self, x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         positions = tuple(range(1, x.ndim - 1))
         nu2 = lax.square(x).mean(positions, keepdims=True, where=_real_positions(mask, x))
@@ -192,12 +190,15 @@ def _per_channel(values: Array, rank: int) -> Array:
     return values.reshape((1,) * (rank - 1) + (-1,))
 
 
-def _check_positions(label: str, x: Array) -> None:
-    """Raises ValueError if each channel of an example has one value only: nothing to divide by."""
-    if x[0, ..., 0].size < 2:
+def _check_positions(norm: PerExampleNorm, x: Array) -> None:
+    """Raises ValueError if each channel of an example has one value only: nothing to divide by.
+
+    At initialisation that does no harm.
+    """
+    if x[0, ..., 0].size < 2 and not norm.is_initializing():
         raise ValueError(
-            f"{label} normalises each channel of each example by itself, and an input of shape "
-            f"{x.shape} has one value there: the output would not depend on how large it is. Use "
-            "it on images only (leave it out of the dense layers), or use layer, group or rms "
-            "normalization."
+            f"{type(norm).__name__} {'/'.join(norm.path)} normalises each channel of each example "
+            f"by itself, and an input of shape {x.shape} has one value there: the output would not "
+            "depend on how large it is. Use it on images only (leave it out of the dense layers), "
+            "or use layer, group or rms normalization."
         )

@@ -29,6 +29,8 @@ Seen = Mapping[tuple[str, ...], Moments]
 # The leaves beside `mean` and `var` in which a pass adds up what the norms see. They have the
 # shape of `mean`, so that every lifted transformation carries them as it carries that.
 _SEEN = ("seen_mean", "seen_var", "seen_count")
+# What a norm is marked with that was made to use its running statistics whatever it was told.
+FROZEN = "statistics_are_frozen"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +82,21 @@ def norm_layers(
     found: dict[tuple[str, ...], NormLayer] = {}
 
     def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
-        layer = _layer(norm, x, *args, **kwargs)
-        found.setdefault(layer.path, layer)
-        return call(x, *args, **kwargs)
+        is_there = norm.has_variable("batch_stats", "mean")  # one that was folded has no leaves
+        y = call(x, *args, **kwargs)
+        if is_there:
+            layer = _layer(norm, x, *args, **kwargs)
+            if getattr(norm, FROZEN, False):
+                layer = dataclasses.replace(layer, by_batch=False)
+            found.setdefault(layer.path, layer)
+        return y
 
     def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
         keys = jax.random.key(0) if train else None
+        # A model whose flag has no effect writes in evaluation, too.
+        options: Any = {"train": train, "dropout": keys, "mutable": ("batch_stats",)}
         with nn.intercept_methods(_only_norms(watch)):
-            return forward(params, batch_stats, batch, model=model, train=train, dropout=keys)
+            return forward(params, batch_stats, batch, model=model, **options)
 
     jax.eval_shape(run, params, batch_stats, dict(batch))
     return tuple(found.values())

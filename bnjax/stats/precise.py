@@ -28,6 +28,7 @@ def precise(
     batch_stats: BatchStats | None = None,
     *,
     by: By = "batch",
+    keep: float = 0.0,
     jit: Callable[..., Any] = jax.jit,
 ) -> BatchStats:
     """Returns the mean and variance of all examples at every norm, instead of running averages.
@@ -46,6 +47,8 @@ def precise(
         by: what normalises the layers before the one whose statistics are taken. "batch": each
             batch's own, as in training; one pass (section 3.2 of the paper). "population": the
             precise statistics, as in evaluation; as many passes as norms stand behind one another.
+        keep: the fraction of `batch_stats` that stays in every mean and variance, as `mixed` says;
+            under "population" the layers before are normalised by what it leaves, too.
         jit: compiles a function.
 
     Raises:
@@ -73,13 +76,14 @@ def precise(
             _, seen = passes[mode](params, batch_stats, seen, batch)
         return put(batch_stats, seen, layers)
 
-    found = once(batch_stats, "batch")
+    old = batch_stats
+    found = mixed(old, once(old, "batch"), keep)
     if by == "batch":
         return found
     # After k passes the first k layers are exact, whatever they began with. A layer that is called
     # twice depends on itself: there it is an equation that the passes come ever nearer to.
     for _ in range(MAX_PASSES):
-        before, found = found, once(found, "running")
+        before, found = found, mixed(old, once(found, "running"), keep)
         if _change(before, found) < TOLERANCE:
             break
     return found
@@ -108,6 +112,30 @@ def put(batch_stats: BatchStats, seen: Seen, layers: Iterable[NormLayer]) -> Bat
             var = var * (count / jnp.maximum(count - 1, 1))
         for name, leaf in (("mean", mean), ("var", var)):
             leaves[*layer.path, name] = leaf.astype(leaves[*layer.path, name].dtype)
+    return unflatten_dict(leaves)
+
+
+def mixed(old: BatchStats, new: BatchStats, keep: float) -> BatchStats:
+    """Returns keep * old + (1 - keep) * new of every mean and variance; other leaves are of `new`.
+
+    Variances are averaged as they are, without the distance between the means: so the paper has it
+    (Schneider et al., 2020, section 3).
+
+    Raises:
+        ValueError: if `keep` is not from 0 to 1.
+
+    >>> old, new = ({"norm": {"mean": jnp.array([m]), "var": jnp.ones(1)}} for m in (0.0, 4.0))
+    >>> print(mixed(old, new, 0.75)["norm"]["mean"])
+    [1.]
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep = {keep} is not possible: it is a fraction, from 0 to 1")
+    before, leaves = flatten_dict(old), flatten_dict(new)
+    for path in nothing_seen(new):
+        for name in ("mean", "var"):
+            leaf = leaves[*path, name]
+            both = keep * before[*path, name] + (1 - keep) * leaf
+            leaves[*path, name] = both.astype(leaf.dtype) if keep else leaf
     return unflatten_dict(leaves)
 
 

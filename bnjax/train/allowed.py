@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 MAX_SIZE = 1 << 20  # of a layer: beyond it is a slip of the finger
+MAX_PICTURES = 100  # that are still looked at
 
 
 class Check(NamedTuple):

@@ -1,8 +1,10 @@
 """What a config describes, checked and built: the last place that knows the keys' names."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
@@ -14,9 +16,10 @@ from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.products import bfloat16_dot_general
 from bnjax.stats.weights import weight_average
-from bnjax.train import parsing
+from bnjax.train import checks, parsing
 from bnjax.train.allowed import MAX_SIZE
 from bnjax.train.config import check_values, norm_options
+from bnjax.train.parallel import Parallel, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Experiment:
     """What a config means for a data set: everything that the loop needs, durations in steps."""
 
     model: ConvNet
+    training_model: ConvNet  # the same, its batch norms bound to the axes of `parallel`
+    parallel: Parallel
     tx: optax.GradientTransformation
     steps: int
     stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
@@ -55,15 +60,21 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         ConfigError: naming the key, the value and what is allowed.
     """
     check_values(config)
-    _check_batch(config, dataset)
+    checks.batch(config, dataset)
     low_precision = "bfloat16" in (config.model.dtype, config.model.dense_product)
     images, batch_size, saves = len(dataset.train.label), config.train.batch_size, config.checkpoint
     steps = duration(config.train, "", "train", batch_size, images)
     save_every = None
     if saves.every_steps or saves.every_epochs:
         save_every = duration(saves, "every_", "checkpoint", batch_size, images)
+    parallel = spread_over(config)
+    network = functools.partial(
+        model, config.model, len(dataset.classes), dataset.train.image.shape[1:]
+    )
     return Experiment(
-        model=model(config.model, len(dataset.classes), dataset.train.image.shape[1:]),
+        model=network(),
+        training_model=network(**parallel.norm_axes),
+        parallel=parallel,
         tx=optimizer(config.optimizer),
         steps=steps,
         stop_at_loss=config.train.stop_at_loss or None,
@@ -121,16 +132,24 @@ def check(config: ConfigDict) -> None:
     model(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, 3))
 
 
-def model(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -> ConvNet:
+def model(
+    config: ConfigDict, classes: int, image_shape: tuple[int, int, int], **norm_axes: str
+) -> ConvNet:
     """Returns the network that `config.model` describes for images [h, w, c].
+
+    Args:
+        config: the section `model`.
+        classes: the number of logits.
+        image_shape: of one image.
+        norm_axes: the mapped axes of the batch norms, for training in parts.
 
     Raises:
         ConfigError: for an impossible value, or if the images shrink to nothing.
     """
     check_values(config, "model")
-    _check_lengths(config)
-    _check_norm(config)
-    _check_sides(config, image_shape)
+    checks.lengths(config)
+    checks.norm(config)
+    checks.sides(config, image_shape)
     if config.dense_product != "float32" and config.dtype != "float32":
         raise ConfigError(
             "model.dense_product",
@@ -146,7 +165,7 @@ def model(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -
         dense=config.dense,
         dropout=tuple(float(rate) for rate in config.dropout),
         classes=classes,
-        norm=norms.build(config.norm, **norm_options(config)),
+        norm=norms.build(config.norm, **norm_options(config), **norm_axes),
         activation=ACTIVATIONS[config.activation],
         norm_activation=norms.ThresholdedLinear if config.norm == "frn" else None,
         conv=norms.StandardizedConv if config.weight_standardization else nn.Conv,
@@ -155,6 +174,34 @@ def model(config: ConfigDict, classes: int, image_shape: tuple[int, int, int]) -
         dtype=jnp.dtype(config.dtype),
         dense_product=bfloat16_dot_general if config.dense_product == "bfloat16" else None,
     )
+
+
+def spread_over(config: ConfigDict) -> Parallel:
+    """Returns how a step is spread over the devices that are here.
+
+    Raises:
+        ConfigError: if there are not so many, or they make no whole groups.
+    """
+    chosen = jax.config.values["jax_default_device"]  # as under `jax.default_device`
+    devices = [chosen] if chosen else jax.devices()
+    processes = jax.process_count()
+    count = config.devices or len(devices)
+    if count > len(devices) or count % processes:
+        of_each = f", of each of {processes} processes as many" if processes > 1 else ""
+        raise ConfigError("devices", count, f"up to {len(devices)}, which there are{of_each}")
+    taken = [
+        device
+        for process in range(processes)
+        for device in [one for one in devices if one.process_index == process or chosen][
+            : count // processes
+        ]
+    ]
+    over = config.model.statistics_over
+    try:
+        return spread(taken, int(over) if over.isdecimal() else over)
+    except ValueError as error:
+        allowed = f"global, per_device, or a number that divides that of the devices, {count}"
+        raise ConfigError("model.statistics_over", over, allowed) from error
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -209,70 +256,6 @@ def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, ima
             f"{section}.{prefix}epochs", epochs, "so many that they make fewer than 2**31 steps"
         )
     return steps
-
-
-def _check_batch(config: ConfigDict, dataset: Dataset) -> None:
-    """Checks how batches go with images and norm, and that there is one interval of saving."""
-    smallest = 2 if config.model.norm in norms.BATCH_NORMS else 1
-    images = len(dataset.train.label)
-    if not smallest <= config.train.batch_size <= images:
-        allowed = f"{smallest} up to the {images} training images of {dataset.label}"
-        raise ConfigError("train.batch_size", config.train.batch_size, allowed)
-    for key in ("histograms", "gap_images"):
-        if 0 < config.eval[key] < smallest:
-            allowed = f"a whole number, {smallest} or above, or 0 for none"
-            raise ConfigError(f"eval.{key}", config.eval[key], allowed)
-    given = {key: value for key, value in config.checkpoint.items() if value}
-    if len(given) > 1:
-        key, value = next(iter(given.items()))
-        allowed = f"0 with the others as they are: at most one of {', '.join(given)} is above 0"
-        raise ConfigError(f"checkpoint.{key}", value, allowed)
-
-
-def _check_lengths(config: ConfigDict) -> None:
-    for of, keys in (("filters", ("kernels", "strides")), ("dense", ("dropout", "norm_dense"))):
-        for key in keys:
-            if len(config[key]) != len(config[of]):
-                allowed = f"as many entries as config.model.{of}, which has {len(config[of])}"
-                raise ConfigError(f"model.{key}", config[key], allowed)
-
-
-def _check_sides(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
-    """Checks that the convolutions leave a pixel of the images."""
-    for side in image_shape[:2]:
-        for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
-            pooled = config.pooling != "none"
-            after = (side - kernel + 1) // stride if pooled else (side - kernel) // stride + 1
-            if side < kernel or after < 1:
-                raise ConfigError(
-                    "model.kernels and .strides",
-                    (tuple(config.kernels), tuple(config.strides)),
-                    "layers that leave at least one pixel; image sides of "
-                    f"{image_shape[0]}x{image_shape[1]} are {side} at layer {i}",
-                )
-            side = after
-
-
-def _check_norm(config: ConfigDict) -> None:
-    """Checks that the norm can work where it stands."""
-    norm = f"model.norm = {config.norm!r}"
-    normed = zip(config.dense, config.norm_dense, strict=True)
-    widths = (*config.filters, *(width for width, is_normed in normed if is_normed))
-    if config.norm in norms.POSITION_NORMS and any(config.norm_dense):
-        allowed = f"False for every layer with {norm}, which normalises images and not vectors"
-        raise ConfigError("model.norm_dense", config.norm_dense, allowed)
-    if config.norm == "frn" and config.placement != "before":
-        allowed = f"'before' with {norm}, which brings the activation after it"
-        raise ConfigError("model.placement", config.placement, allowed)
-    if config.norm in ("instance", "group") and config.placement == "input":
-        allowed = (
-            f"'before' or 'after' with {norm}, whose statistics the input of a layer may be too "
-            "small for"
-        )
-        raise ConfigError("model.placement", config.placement, allowed)
-    if config.norm == "group" and any(width % config.groups for width in widths):
-        allowed = f"a number that divides the channels of every normalised layer: {widths}"
-        raise ConfigError("model.groups", config.groups, allowed)
 
 
 def _is_precise(config: ConfigDict) -> bool:

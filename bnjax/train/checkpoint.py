@@ -1,6 +1,5 @@
 """Checkpoints with Orbax: everything that a run needs to go on, verified before it is believed."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -11,9 +10,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from bnjax.arrays import BatchStats, Params
+from bnjax.arrays import BatchStats, Params, fingerprint
 from bnjax.quiet import drop_logs
 from bnjax.train.integrity import (
     ITEMS,
@@ -26,6 +24,7 @@ from bnjax.train.integrity import (
     leaves_of_metadata,
     read_records,
 )
+from bnjax.train.retention import NewestTwoAndBest, best
 from bnjax.train_step import TrainState
 
 # Orbax numbers its operations per process, so that two threads may not begin one at the same time.
@@ -39,8 +38,9 @@ class Checkpoints:
 
     Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and
     "training" (opt_state, step, rng; also params and batch_stats where evaluation has others), and
-    a record: the test accuracy, whatever `about` says, and a checksum of every file. Saving happens
-    in the background; leaving the context waits until everything is on disk.
+    a record: the test accuracy, whatever `about` says with a fingerprint of the weights, and a
+    checksum of every file. Saving happens in the background; leaving the context waits until
+    everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -51,13 +51,13 @@ class Checkpoints:
         # It reports its own settings as warnings, and as errors what is raised here as well.
         drop_logs("orbax", below=logging.CRITICAL)
         self.folder = folder
-        if not read_only:
+        if not read_only and jax.process_index() == 0:
             for draft in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(draft, ignore_errors=True)
         self._records = read_records(folder)
         self._saving: dict[str, Any] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else _NewestTwoAndBest(self._records),
+            preservation_policy=None if read_only else NewestTwoAndBest(self._records),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record),
             read_only=read_only,
         )
@@ -74,6 +74,12 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+    def reload(self) -> None:
+        """Takes note of what another process has changed in the folder."""
+        self._records.clear()
+        self._records.update(read_records(self.folder))
+        self._manager.reload()
 
     def steps(self) -> list[int]:
         """Returns the steps that there are checkpoints of, in ascending order.
@@ -96,13 +102,17 @@ class Checkpoints:
                 "first evaluation."
             )
         if which in ("best", "last"):
-            return steps[-1] if which == "last" else _best(self._records, steps) or steps[-1]
+            return steps[-1] if which == "last" else best(self._records, steps) or steps[-1]
         if which.isdecimal() and int(which) in steps:
             return int(which)
         raise CheckpointError(
             f"there is no checkpoint {which!r} in {self.folder}. Allowed: best, last, "
             f"{', '.join(map(str, steps))}."
         )
+
+    def about(self, step: int) -> dict[str, Any]:
+        """Returns what was worth knowing when a step was saved; empty if that is not known."""
+        return self._records[step].get("about", {})
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
         """Returns the newest intact step, None if there is none, and what is wrong with later ones.
@@ -189,6 +199,7 @@ class Checkpoints:
         if step in self.steps():
             return
         variables, training = items(state, batch_stats, evaluated)
+        about = about | {"weights": fingerprint(variables["params"])}
         args = ocp.args.Composite(
             variables=ocp.args.StandardSave(variables), training=ocp.args.StandardSave(training)
         )
@@ -256,6 +267,8 @@ class Checkpoints:
             raise self._unsaved(error) from error
 
     def _write_record(self) -> None:
+        if jax.process_index() > 0:
+            return
         folder = next(
             self.folder.glob(f"{self._saving['step']}.*")
         )  # its draft name, with a suffix of Orbax's
@@ -269,30 +282,3 @@ class Checkpoints:
             "intact: "
             "make room or mend the folder, and the same command goes on from the last of them."
         )
-
-
-@dataclasses.dataclass
-class _NewestTwoAndBest(preservation_policy.PreservationPolicy):
-    records: dict[int, dict[str, Any]]
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        return [step in (*steps[-2:], _best(self.records, steps)) for step in steps]
-
-
-def _best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
-    """Returns the step with the highest accuracy, the earliest if several have it.
-
-    None if none was evaluated.
-    """
-    accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
-    known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
-    return max(known, key=lambda step: (known[step], -step)) if known else None
-
-
-def keep_best_and_last(folder: Path) -> None:
-    """Removes the other checkpoints of a run that has ended; its folder has to be locked."""
-    records = read_records(folder)
-    steps = sorted(records)
-    for step in {*steps[:-1]} - {_best(records, steps)}:
-        shutil.rmtree(folder / str(step))

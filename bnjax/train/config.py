@@ -1,7 +1,7 @@
 """The table of config keys: name, default, what is allowed, what it is for.
 
 A config file takes `default_config()`, the tutorial's network and training, changes what it is
-about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.build`.
+about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.checks`.
 """
 
 import math
@@ -16,6 +16,7 @@ from bnjax.train.allowed import (
     DURATION,
     FLAG,
     FRACTION,
+    MAX_PICTURES,
     MAX_SIZE,
     POSITIVE,
     SAVES,
@@ -28,8 +29,6 @@ from bnjax.train.allowed import (
     one_of,
     whole,
 )
-
-MAX_PICTURES = 100  # that are still looked at
 
 
 class Key(NamedTuple):
@@ -53,6 +52,7 @@ class Key(NamedTuple):
 KEYS = (
     Key("name", "", TEXT, "of the run; the file's name if empty"),
     Key("seed", 0, SEED, "of the initial weights, the order of the images and dropout"),
+    Key("devices", 0, whole(0), "how many train together, 0: all; batches stay as large"),
     # The data.
     Key(
         "data.name",
@@ -131,6 +131,16 @@ KEYS = (
         one_of("biased", "unbiased"),
         "what the average stores: the variance divided by n, or by n - 1",
         "variance",
+    ),
+    Key(
+        "model.statistics_over",
+        "global",
+        Check(
+            "global, per_device, or a number of devices",
+            lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
+        ),
+        "batch norms normalise over the batch of all devices, of each, or of so many together; "
+        "running averages are always those of all",
     ),
     Key("model.virtual_batch", 50, whole(2), "ghost: images of a virtual batch", "virtual_batch"),
     Key("model.renorm_steps", 40_000, whole(2), "renorm: when its limits are open", "renorm_steps"),

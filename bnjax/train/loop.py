@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset
-from bnjax.data.feed import Feed, Item, ship
+from bnjax.data.feed import Feed, Item
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
-from bnjax.train import build
+from bnjax.train import build, hosts, rundir
 from bnjax.train.build import Experiment
 from bnjax.train.diagnostics import Observer
+from bnjax.train.hosts import Agreement
 from bnjax.train.interrupt import StopRequest
 from bnjax.train.progress import Progress
-from bnjax.train.recorder import Recorder
+from bnjax.train.recorder import Follower, Recorder
 from bnjax.train.steps import Steps, default_feed, unstack
 
 # What the device is given at once: long beside the host's own work, short beside a user's Ctrl-C.
@@ -103,7 +104,7 @@ class Trainer:
             with contextlib.ExitStack() as stack:
                 runs = {seed: self._open(seed, folder, stack) for seed, folder in folders.items()}
                 for start in sorted({run.start for run in runs.values() if not run.ended}):
-                    if stop.signal:
+                    if stop.signal and jax.process_count() == 1:
                         raise Stopped(None, stop.signal)
                     group = [run for run in runs.values() if run.start == start and not run.ended]
                     steps = self._compiled(len(group))
@@ -117,13 +118,37 @@ class Trainer:
                 "the folder, and the same command goes on from the last checkpoint."
             ) from error
 
-    def _open(self, seed: int, folder: Path, stack: contextlib.ExitStack) -> Recorder:
+    def _open(self, seed: int, folder: Path, stack: contextlib.ExitStack) -> Recorder | Follower:
         config = self._config.copy_and_resolve_references()
         config.seed = seed
-        run = Recorder(config, folder, self._experiment, self._dataset, stack)
+        self._take(config, folder, stack)
+        run: Recorder | Follower
+        if hosts.is_first():
+            run = Recorder(config, folder, self._experiment, self._dataset, stack)
+        else:
+            run = Follower(config, folder, self._experiment, stack)
+        run.start, run.skipped, ended = hosts.from_first(run.start, run.skipped, run.ended)
+        run.ended = bool(ended)
         for note in run.notes:
             print(f"\nWARNING: {note}\n", flush=True)
         return run
+
+    def _take(self, config: ConfigDict, folder: Path, stack: contextlib.ExitStack) -> None:
+        """Takes the folder, for all processes, until `stack` closes.
+
+        Raises:
+            UserError: if it belongs to another config or process.
+        """
+        refused: UserError | None = None
+        if hosts.is_first():
+            try:
+                stack.enter_context(rundir.locked(folder))
+                rundir.take(folder, config, rundir.DataFacts.of(self._dataset))
+            except UserError as error:
+                refused = error
+        (failed,) = hosts.from_first(refused is not None)
+        if failed:
+            raise refused or UserError("the first process cannot begin, and says why.")
 
     def _compiled(self, seeds: int) -> Steps:
         if seeds not in self._steps:
@@ -132,7 +157,7 @@ class Trainer:
 
 
 def _train(
-    runs: list[Recorder],
+    runs: Sequence[Recorder | Follower],
     steps: Steps,
     experiment: Experiment,
     observer: Observer,
@@ -147,7 +172,7 @@ def _train(
     state, batch_stats = steps.join(states)
     del states  # their buffers are donated to the first step
     streak = steps.streak([run.skipped for run in runs])
-    clock, saved_at = _Clock(), time.monotonic()
+    clock, saved_at, agree = _Clock(), time.monotonic(), Agreement(experiment.parallel)
     # Fetched when the next steps have been dispatched: the device never waits.
     pending: tuple[int, list[tuple[Item, ...]], Metrics] | None = None
 
@@ -160,18 +185,21 @@ def _train(
                 runs[i].record(number, of_runs[i], seconds / len(going_on))
                 if runs[i].is_lost():
                     batch = feed.batch(feed.resident, its_items[i])
-                    runs[i].fail(number, *steps.split((state, batch_stats))[i], batch)
+                    own = steps.local(steps.split((state, batch_stats))[i])
+                    runs[i].fail(number, *own, batch)
             total = jax.tree.map(lambda *leaves: np.sum(leaves), *of_runs).means()
             rate = len(runs) * experiment.batch_size / seconds
             progress.advance(total["loss"], total["accuracy"], rate)
 
     while not all(run.ended for run in runs):
         count = min(_steps_to_next(step, experiment), feed.max_steps)
-        # Runs that may end before their last step wait for the loss of each.
-        count = min(count, clock.steps_in(DISPATCH_SECONDS)) if target is None else 1
+        if target is not None:  # runs that may end before their last step wait for each loss
+            count = 1
+        elif jax.process_count() == 1:  # clocks of several would disagree
+            count = min(count, clock.steps_in(DISPATCH_SECONDS))
         shipped = [next(items) for _ in range(count)]
         state, batch_stats, streak, metrics = steps.train(
-            state, batch_stats, streak, steps.resident, *jax.device_put(ship(feed, shipped))
+            state, batch_stats, streak, steps.resident, *steps.ship(shipped)
         )
         if step == runs[0].start:  # while the device is busy
             for run in runs:
@@ -180,13 +208,15 @@ def _train(
             record(*pending)
         pending = (step + 1, shipped, metrics)
         step += count
-        evaluates, saves = _is_due(step, saved_at, experiment)
+        # Read once: whoever is told of it below has to be saved above.
+        received, timed = agree(stop.signal or 0, _is_overdue(saved_at, experiment))
+        evaluates = step % experiment.eval_every == 0
+        saves = timed or (experiment.save_every and step % experiment.save_every == 0)
         ending = {i for i, run in enumerate(runs) if step == experiment.steps and not run.ended}
         if target is not None:
             losses = [one.means()["loss"] for one in unstack(metrics, 1, len(runs))[0]]
             ending |= {i for i, run in enumerate(runs) if losses[i] <= target and not run.ended}
-        stopping = stop.signal  # read once: whoever is told of it below has to be saved above
-        if not (evaluates or saves or ending or stopping):
+        if not (evaluates or saves or ending or received):
             continue
         record(*pending)
         pending = None
@@ -198,28 +228,37 @@ def _train(
                 continue
             accuracy = None
             if tested and (evaluates or i in ending):
-                means = run.test(step, tested[i], own, shown, observer)
+                means = run.test(step, tested[i], steps.local(own), steps.local(shown), observer)
                 accuracy = means["accuracy"]
                 which = f"seed {run.seed}, " if len(runs) > 1 else ""
                 progress.say(
                     f"{which}step {step}: test loss {means['loss']:.4f}, "
                     f"test accuracy {accuracy:.4f}"
                 )
-            if accuracy is not None or saves or stopping:
+            if accuracy is not None or saves or received:
                 run.save(own, shown, accuracy)
             run.ended = i in ending
         saved_at = time.monotonic() if evaluates or saves else saved_at
         clock.restart()
-        if stopping and not all(run.ended for run in runs):
-            raise Stopped(step, stopping)
+        if received and not all(run.ended for run in runs):
+            raise Stopped(step, signal.Signals(received))
 
 
-def _banner(runs: list[Recorder], params: Any, experiment: Experiment) -> str:
+def _banner(runs: Sequence[Recorder | Follower], params: Any, experiment: Experiment) -> str:
     together = f", {len(runs)} seeds in one program" if len(runs) > 1 else ""
     return (
         f"{runs[0].name}{together}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} "
         f"parameters, {runs[0].data}, steps {runs[0].start + 1} to {experiment.steps} of "
-        f"{experiment.batch_size} images, on {jax.devices()[0].device_kind}"
+        f"{experiment.batch_size} images, on {_devices(experiment)}"
+    )
+
+
+def _devices(experiment: Experiment) -> str:
+    devices = experiment.parallel.mesh.devices.flat
+    return (
+        f"{len(devices)} x {devices[0].device_kind}"
+        if len(devices) > 1
+        else (devices[0].device_kind)
     )
 
 
@@ -229,12 +268,10 @@ def _steps_to_next(step: int, experiment: Experiment) -> int:
     return min(experiment.steps - step, *(every - step % every for every in intervals))
 
 
-def _is_due(step: int, saved_at: float, experiment: Experiment) -> tuple[bool, bool]:
-    """Returns whether the network is evaluated, and whether it is saved besides, after a step."""
-    saves = experiment.save_every is not None and step % experiment.save_every == 0
-    if experiment.save_every_minutes is not None:
-        saves = time.monotonic() - saved_at > 60 * experiment.save_every_minutes
-    return step % experiment.eval_every == 0, saves
+def _is_overdue(saved_at: float, experiment: Experiment) -> bool:
+    """Returns whether the last checkpoint is as old as the config allows."""
+    minutes = experiment.save_every_minutes
+    return minutes is not None and time.monotonic() - saved_at > 60 * minutes
 
 
 class _Clock:

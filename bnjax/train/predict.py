@@ -20,22 +20,23 @@ from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
 MAX_BATCH = 256  # pictures at once
 
 
-def of_split(workdir: Path, checkpoint: str, split: str, data_dir: str | None) -> dict[str, Any]:
+def of_split(trained: Trained, split: str, data_dir: str | None = None) -> dict[str, Any]:
     """Returns predictions, loss and accuracy for the split "train" or "test" of a run's data.
 
+    Each image goes through the network once.
+
     Args:
-        workdir: the run's folder.
-        checkpoint: "best", "last" or a step.
+        trained: the network.
         split: which.
         data_dir: where the data lie, if not where they lay in training.
 
     Raises:
-        UserError: if the folder has no run or no such checkpoint, or the data are not found.
+        UserError: if the data are not found.
     """
-    network = _Network(workdir, checkpoint)
-    dataset, classes = network.trained.dataset(data_dir), network.trained.data.classes
+    network = _Network(trained)
+    dataset, classes = trained.dataset(data_dir), trained.data.classes
     chosen = dataset.train if split == "train" else dataset.test
-    size = min(network.trained.config.eval.batch_size, len(chosen.label))
+    size = min(trained.config.eval.batch_size, len(chosen.label))
     predicted, metrics = network.predict(chosen.image, chosen.label, size)
     rows = network.rows([f"{split}[{i}]" for i in range(len(chosen.label))], predicted)
     for row, truth in zip(rows, chosen.label, strict=True):
@@ -50,14 +51,10 @@ def of_split(workdir: Path, checkpoint: str, split: str, data_dir: str | None) -
     return network.about | {"predictions": rows, **sums, "errors": []}
 
 
-def of_images(workdir: Path, checkpoint: str, paths: list[Path]) -> dict[str, Any]:
-    """Returns predictions for image files, and under "errors" what cannot be read.
-
-    Raises:
-        UserError: if the folder has no run or no such checkpoint.
-    """
-    network = _Network(workdir, checkpoint)
-    pictures, failures = _read(paths, network.trained.data.image_shape)
+def of_images(trained: Trained, paths: list[Path]) -> dict[str, Any]:
+    """Returns predictions for image files, and under "errors" what cannot be read."""
+    network = _Network(trained)
+    pictures, failures = _read(paths, trained.data.image_shape)
     rows: list[dict[str, Any]] = []
     if pictures:
         images = np.stack([picture.image for picture in pictures])
@@ -72,16 +69,17 @@ def of_images(workdir: Path, checkpoint: str, paths: list[Path]) -> dict[str, An
 class _Network:
     """A trained network, compiled to classify."""
 
-    def __init__(self, workdir: Path, checkpoint: str):
-        self.trained = Trained(workdir, checkpoint)
+    def __init__(self, trained: Trained):
+        self._variables = (trained.params, trained.batch_stats)
+        self._classes = trained.data.classes
         self._classify = jax.jit(
-            functools.partial(_classify, model=self.trained.model),
+            functools.partial(_classify, model=trained.model),
             compiler_options=compiler_options(),
         )
         self.about = {
-            "workdir": str(workdir),
-            "step": self.trained.step,
-            "dataset": self.trained.data.label,
+            "workdir": str(trained.workdir),
+            "step": trained.step,
+            "dataset": trained.data.label,
         }
 
     def predict(
@@ -89,8 +87,7 @@ class _Network:
     ) -> tuple[dict[str, np.ndarray], Metrics]:
         """Returns `class` int32 [n], `score` float32 [n, classes] and the metrics."""
         batches = eval_batches(image, label, batch_size)
-        variables = (self.trained.params, self.trained.batch_stats)
-        found = [jax.device_get(self._classify(*variables, batch)) for batch in batches]
+        found = [jax.device_get(self._classify(*self._variables, batch)) for batch in batches]
         predicted = {
             name: np.concatenate([one[name] for one, _ in found])[: len(image)]
             for name in ("class", "score")
@@ -99,13 +96,12 @@ class _Network:
 
     def rows(self, names: list[str], predicted: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Returns an object for each image."""
-        classes = self.trained.data.classes
         return [
             {
                 "image": name,
-                "class": classes[index],
+                "class": self._classes[index],
                 "score": float(score[index]),
-                "scores": dict(zip(classes, map(float, score), strict=True)),
+                "scores": dict(zip(self._classes, map(float, score), strict=True)),
             }
             for name, index, score in zip(
                 names, predicted["class"], predicted["score"], strict=True

@@ -52,14 +52,11 @@ class Recorder:
         dataset: Dataset,
         stack: contextlib.ExitStack,
     ):
-        """Takes the folder and opens what is in it, until `stack` closes.
+        """Opens what is in the folder, which has been taken, until `stack` closes.
 
         Raises:
-            UserError: if the folder belongs to another config or process, all its checkpoints are
-                damaged, or its files lack steps.
+            UserError: if all its checkpoints are damaged, or its files lack steps.
         """
-        stack.enter_context(rundir.locked(workdir))
-        rundir.take(workdir, config, rundir.DataFacts.of(dataset))
         self.name, self.seed = config.name, config.seed
         self.data = f"{len(dataset.train.label):,} images of {dataset.label}"
         self._config, self._workdir = config, workdir
@@ -142,6 +139,66 @@ class Recorder:
         )
         write_json(self._workdir / "summary.json", summary)
         return summary
+
+
+class Follower:
+    """Takes part in a run that another process records; everything is as for `Recorder`."""
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        experiment: Experiment,
+        stack: contextlib.ExitStack,
+    ):
+        """Opens the checkpoints; where the run stands has to be said by the first process."""
+        self.name, self.seed, self.data = config.name, config.seed, ""
+        self._experiment = experiment
+        self._checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints"))
+        self.start, self.skipped, self.ended = 0, 0, False
+        self.failure: NonFiniteError | None = None
+
+    def begin(self, steps: Steps) -> State:
+        """Returns the state and the statistics to go on with."""
+        like = steps.like()
+        if self.start == 0:
+            init_key, _ = jax.random.split(jax.random.key(self.seed))
+            return steps.init(init_key)
+        self._checkpoints.reload()
+        return self._checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
+
+    def introduce(self, observer: Observer) -> None:
+        """Shows nothing."""
+
+    def record(self, step: int, metrics: Metrics, seconds: float) -> None:
+        """Counts the steps in a row that were not finite."""
+        self.skipped = self.skipped + 1 if metrics.skipped else 0
+
+    def is_lost(self) -> bool:
+        """Returns whether more steps in a row were not finite than the config puts up with."""
+        return self.skipped > self._experiment.most_skipped
+
+    def fail(self, step: int, state: TrainState, batch_stats: BatchStats, batch: Batch) -> None:
+        """Ends the run at a step that was not finite."""
+        self.ended, self.failure = True, _nonfinite(step, self.skipped, None, [])
+
+    def test(
+        self, step: int, metrics: Metrics, state: State, evaluated: Variables, observer: Observer
+    ) -> dict[str, float]:
+        """Returns the loss and the accuracy."""
+        return metrics.means()
+
+    def save(self, state: State, evaluated: Variables, accuracy: float | None) -> None:
+        """Saves this process's part of a checkpoint."""
+        apart = evaluated if self._experiment.is_apart else None
+        self._checkpoints.save(*state, accuracy, {}, evaluated=apart)
+
+    def finish(self) -> dict[str, Any]:
+        """Returns no summary: the first process writes it."""
+        self._checkpoints.wait()
+        return {}
 
 
 def _so_far(workdir: Path, step: int) -> tuple[float, int]:

@@ -1,7 +1,8 @@
 """The folder of one run: whose it is, and what is in it.
 
 `config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`, `summary.json`,
-`checkpoints/`, `tensorboard/`.
+`checkpoints/`, `tensorboard/`. A folded network has a folder of its own, with `config.json`,
+`checkpoints/` and `folded.json`.
 """
 
 import contextlib
@@ -20,13 +21,14 @@ from bnjax.train import parsing
 from bnjax.train.records import write_json
 
 LOCK = ".lock"
+FOLDED = "folded.json"
 OURS = (
     LOCK,
     "config.json.tmp",
     "comparison.json.tmp",
 )  # what a process may have left that died or met a full disk at its start
-# Not part of what a run is: the same data may lie elsewhere tomorrow.
-PLACES = ("config.data.dir",)
+# Not part of what a run is: the same data may lie elsewhere tomorrow, and other devices be free.
+PLACES = ("config.data.dir", "config.devices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,11 @@ def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
             f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with "
             "--workdir."
         ) from error
+    if (workdir / FOLDED).exists():
+        raise UserError(
+            f"{workdir} holds a folded network, which is not trained any further. Choose another "
+            "folder with --workdir."
+        )
     config_there, data_there = read(workdir)
     if lines := differences(
         {"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)}, mine
@@ -161,6 +168,22 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
             f"{error})."
         ) from error
     return config, facts
+
+
+def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+    """Returns the paths of the norms that were folded and of the layers that have them now.
+
+    Raises:
+        UserError: if the folder's folded.json is damaged.
+    """
+    file = workdir / FOLDED
+    if not file.exists():
+        return ()
+    try:
+        pairs = json.loads(file.read_text())["pairs"]
+        return tuple((tuple(norm.split(".")), tuple(layer.split("."))) for norm, layer in pairs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}).") from error
 
 
 def norm_conventions(config: ConfigDict) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from bnjax.arrays import Batch, BatchStats, Params
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset, Split
-from bnjax.data.feed import Feed, host_feed, resident_feed
+from bnjax.data.feed import Feed, Item, host_feed, resident_feed, ship
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.stats.layers import norm_layers, nothing_seen, observe
@@ -38,11 +38,12 @@ def default_feed(experiment: Experiment, split: Split) -> Feed:
     (jax-ml/jax#12868). An accelerator would wait for the host between steps: it gets many, and
     the images once for all.
     """
-    batch_size, shuffle = experiment.batch_size, experiment.shuffle
+    batch_size, part = experiment.batch_size, experiment.parallel.part
+    shuffle = experiment.shuffle
     room = RESIDENT_SHARE * (memory() or float("inf"))
     if jax.default_backend() == "cpu" or split.image.nbytes > room:
-        return host_feed(split, batch_size, shuffle=shuffle)
-    return resident_feed(split, batch_size, shuffle=shuffle, max_steps=MAX_STEPS)
+        return host_feed(split, batch_size, shuffle=shuffle, part=part)
+    return resident_feed(split, batch_size, shuffle=shuffle, max_steps=MAX_STEPS, part=part)
 
 
 class Steps:
@@ -53,7 +54,7 @@ class Steps:
 
     Attributes:
         feed: where the batches come from.
-        resident: what of the feed lies on the device.
+        resident: what of the feed lies on each device.
         train: (state, batch_stats, streak, resident, *shipment) -> (state, batch_stats, streak,
             metrics), the states donated; the shipment is from `bnjax.data.feed.ship`, the metrics
             are for `unstack`. `streak` (of each seed) counts how many steps in a row were dropped
@@ -65,24 +66,43 @@ class Steps:
         """Compiles nothing yet."""
         model, product = experiment.model, experiment.product
         self._experiment, self._dataset, self._seeds = experiment, dataset, seeds
+        self._parallel = parallel = experiment.parallel
         self.feed = feed
-        self.resident = jax.device_put(feed.resident)
+        self.resident = parallel.put(feed.resident, None)
+        self._examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in a shipment
+        shipped = (self._examples,) if feed.max_steps == 1 else (self._examples, None)
         self._init = jax.jit(
             functools.partial(init_state, model, experiment.tx), compiler_options=init_options()
         )
-        self.train = jax.jit(
-            training_program(experiment, feed, seeds),
+        self.train = parallel.compile(
+            functools.partial(training_program, experiment, feed, seeds),
+            (None, None, None, None, *shipped),
             donate_argnums=(0, 1),
             compiler_options=compiler_options(experiment.batch_size, product),
         )
-        test = functools.partial(eval_step, model=model)
-        self._test = jax.jit(
-            jax.vmap(test, in_axes=(0, 0, None)) if seeds > 1 else test,
-            compiler_options=compiler_options(experiment.eval_batch_size, product),
+        # Filled up, so that each device takes as many.
+        devices = parallel.mesh.size
+        self._test_size = -(-experiment.eval_batch_size // devices) * devices
+
+        def test(axis_name: Any) -> Any:
+            step = functools.partial(eval_step, model=model, axis_name=axis_name)
+            return jax.vmap(step, in_axes=(0, 0, None)) if seeds > 1 else step
+
+        self._test = parallel.compile(
+            test, (None, None, 0), compiler_options=compiler_options(self._test_size, product)
         )
-        watch = functools.partial(observe, model=model, mode="batch")
-        self._observe = jax.jit(
-            jax.vmap(watch, in_axes=(0, 0, 0, None)) if seeds > 1 else watch,
+
+        def watch(axis_name: Any) -> Any:
+            step = functools.partial(observe, model=model, mode="batch", axis_name=axis_name)
+
+            def seen(*arguments: Any) -> Any:
+                return step(*arguments)[1]
+
+            return jax.vmap(seen, in_axes=(0, 0, 0, None)) if seeds > 1 else seen
+
+        self._observe = parallel.compile(
+            watch,
+            (None, None, None, 0),
             compiler_options=compiler_options(experiment.batch_size, product),
         )
 
@@ -110,10 +130,18 @@ class Steps:
         return self._init(key, self._dataset.train.image[:1])
 
     def join(self, states: list[State]) -> State:
-        """Returns the states of each seed as one."""
-        if self._seeds == 1:
-            return states[0]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        """Returns the states of each seed as one, on all devices."""
+        if self._seeds > 1:
+            return self._parallel.put(
+                jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), None
+            )
+        return self._parallel.put(states[0], None)
+
+    def ship(self, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
+        """Returns the items of several steps and, in them, seeds, as `train` takes them."""
+        joined, *count = ship(self.feed, items)
+        put = self._parallel.put
+        return put(joined, self._examples), *(put(number, None) for number in count)
 
     def streak(self, skipped: list[int]) -> np.ndarray:
         """Returns the first `streak`, from the steps in a row that each seed has dropped so far."""
@@ -125,6 +153,10 @@ class Steps:
             return [both]
         return [jax.tree.map(operator.itemgetter(i), both) for i in range(self._seeds)]
 
+    def local(self, both: Both) -> Both:
+        """Returns the state of one seed, or its variables, on one device of this process."""
+        return self._parallel.local(both)
+
     def evaluated(self, state: TrainState, batch_stats: BatchStats) -> Variables:
         """Returns the weights and statistics that are evaluated and predicted with.
 
@@ -134,50 +166,56 @@ class Steps:
         params = state.params
         if experiment.averages:
             params = averaged_params(state.opt_state, params)
-        if not experiment.precise_images:
+        seen = nothing_seen(batch_stats)
+        if not experiment.precise_images or not seen:
             return params, batch_stats
-        batches = precise_batches(
-            self._dataset.train, experiment.precise_images, experiment.batch_size
-        )
-        seen, batch = nothing_seen(batch_stats), None
-        for batch in batches if seen else ():
-            _, seen = self._observe(params, batch_stats, seen, batch)
-        if batch is None:  # no norm has statistics
-            return params, batch_stats
+        batches = [*precise_batches(self._dataset.train, experiment)]
+        for batch in batches:
+            part = self._parallel.put(self._parallel.part.of(batch), 0)
+            seen = self._observe(params, batch_stats, seen, part)
         one = (params, batch_stats)
         if self._seeds > 1:
             one = jax.tree.map(lambda leaf: leaf[0], one)
-        layers = norm_layers(experiment.model, *one, batch=batch, train=False)
+        layers = norm_layers(experiment.model, *one, batch=batches[0], train=False)
         return params, put(batch_stats, seen, layers)
 
     def test(self, params: Params, batch_stats: BatchStats) -> list[Metrics]:
         """Returns the metrics of each seed over all test images."""
         test = self._dataset.test
-        batches = eval_batches(test.image, test.label, self._experiment.eval_batch_size)
-        metrics = [self._test(params, batch_stats, batch) for batch in batches]
+        batches = map(self._parallel.part.of, eval_batches(test.image, test.label, self._test_size))
+        metrics = [self._test(params, batch_stats, self._parallel.put(one, 0)) for one in batches]
         total = functools.reduce(Metrics.merge, jax.device_get(metrics))
         (of_seeds,) = unstack(total, 1, self._seeds)
         return of_seeds
 
 
-def precise_batches(split: Split, images: int, batch_size: int) -> Iterator[Batch]:
-    """Yields images at equal distances, in batches of one size that is at most `batch_size`.
+def precise_batches(split: Split, experiment: Experiment) -> Iterator[Batch]:
+    """Yields training images at equal distances, in batches of one size, at most that of training.
 
     They are as alike as can be: a small last one would be normalised by few images.
     """
+    images = experiment.precise_images
     chosen = spread(split, images)
-    size = -(-images // -(-images // batch_size))
+    size = -(-images // -(-images // experiment.batch_size))
     return eval_batches(chosen.image, chosen.label, size)
 
 
-def training_program(experiment: Experiment, feed: Feed, seeds: int) -> Any:
-    """Returns `Steps.train`, to be compiled."""
-    model, tx, most_skipped = experiment.model, experiment.tx, experiment.most_skipped
+def training_program(
+    experiment: Experiment, feed: Feed, seeds: int, axis_name: tuple[str, ...] | None = None
+) -> Any:
+    """Returns `Steps.train`, to be compiled; with `axis_name`, for the part of one device."""
+    model, tx, most_skipped = experiment.training_model, experiment.tx, experiment.most_skipped
 
     def one(state: Any, batch_stats: Any, streak: Any, resident: Any, item: Any) -> Any:
         batch = feed.batch(resident, item)
         new, new_stats, metrics = train_step(
-            state, batch_stats, batch, model=model, tx=tx, skip_nonfinite=True
+            state,
+            batch_stats,
+            batch,
+            model=model,
+            tx=tx,
+            axis_name=axis_name,
+            skip_nonfinite=True,
         )
         over = streak > most_skipped
         old = (dataclasses.replace(state, step=new.step), batch_stats)

@@ -10,6 +10,7 @@ import numpy as np
 from bnjax.arrays import BatchStats, Params
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
+from bnjax.stats.folded import Folded
 from bnjax.train import build, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train_step import init_variables
@@ -23,6 +24,8 @@ class Trained:
         config: of the run.
         data: the facts of its data.
         step: of the checkpoint.
+        weights: the fingerprint of the weights that its statistics belong to; None if it was saved
+            before there were any.
         model: the network.
         params: its weights.
         batch_stats: its running statistics.
@@ -39,8 +42,11 @@ class Trained:
         self.model: nn.Module = build.model(
             self.config.model, len(self.data.classes), self.data.image_shape
         )
+        if pairs := rundir.folded_pairs(workdir):
+            self.model = Folded(self.model, pairs)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             self.step = checkpoints.step(checkpoint)
+            self.weights: str | None = checkpoints.about(self.step).get("weights")
             like = jax.eval_shape(
                 functools.partial(init_variables, self.model, jax.random.key(0)),
                 np.zeros((1, *self.data.image_shape), np.uint8),

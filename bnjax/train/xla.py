@@ -5,6 +5,7 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -42,6 +43,8 @@ MADV_HUGEPAGE = 14
 LEAST_MEMORY = (
     8 << 30
 )  # bytes that have to be available: kept memory may be half as much again as what a step needs
+# What Linux says of the machine.
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 def prepare() -> None:
@@ -50,27 +53,32 @@ def prepare() -> None:
     keep_compiled(cache_dir() / "compiled")
 
 
-def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
+def compiler_options(
+    batch_size: int = 1, product: str = "float32", cpuinfo: Path = CPUINFO
+) -> Options:
     """Returns the options for `jax.jit(f, compiler_options=...)` that are fast by default.
-
-    An option that this jaxlib does not know is left out, as is one that the user set in XLA_FLAGS.
 
     Args:
         batch_size: examples that a program handles at once.
         product: the dtype of what its dense layers multiply.
+        cpuinfo: names what the processor can do.
     """
-    if not _has_avx512():
-        return _usable(CPU_OPTIONS)
+    if not (cpuinfo.exists() and " avx512f " in cpuinfo.read_text()):
+        return usable(CPU_OPTIONS)
     large = batch_size >= LARGE_BATCH and product == "float32"
-    return _usable(CPU_OPTIONS | (AVX512_LARGE_BATCH_OPTIONS if large else AVX512_OPTIONS))
+    return usable(CPU_OPTIONS | (AVX512_LARGE_BATCH_OPTIONS if large else AVX512_OPTIONS))
 
 
 def init_options() -> Options:
     """Returns the options, likewise, for what is large and runs once, as initial values do."""
-    return _usable(CPU_INIT_OPTIONS)
+    return usable(CPU_INIT_OPTIONS)
 
 
-def _usable(cpu_options: Options) -> Options:
+def usable(cpu_options: Options) -> Options:
+    """Returns those of the options for a CPU that may be given to XLA; none on other backends.
+
+    One that this jaxlib does not know is left out, as is one that the user set in XLA_FLAGS.
+    """
     candidates = cpu_options if jax.default_backend() == "cpu" else {}
     flags = os.environ.get("XLA_FLAGS", "")
     return {
@@ -85,25 +93,29 @@ def memory() -> int | None:
 
     None where nobody says.
     """
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None and jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(libc: Any = None, meminfo: Path = MEMINFO) -> bool:
     """Makes glibc keep what XLA frees for the next step, in huge pages; returns whether it does.
 
     XLA frees and takes gigabytes in each step on a CPU, and page faults are a fifth of its time.
     Call this before the first computation. Nothing is done where less than 8 GB are available,
     where another malloc or other settings of this one were chosen (LD_PRELOAD, GLIBC_TUNABLES),
     with BNJAX_MALLOC=0, and where there is no glibc.
+
+    Args:
+        libc: the C library; that of this process if None.
+        meminfo: says how many bytes are available.
     """
     chosen = "malloc" in os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
-    available = _available_memory()
+    available = available_memory(meminfo)
     if chosen or os.environ.get("BNJAX_MALLOC") == "0" or available < LEAST_MEMORY:
         return False
-    libc = ctypes.CDLL(None)
+    libc = libc or ctypes.CDLL(None)
     if not (hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt")):
         return False
     kept = all(libc.mallopt(name, value) == 1 for name, value in KEEP_FREED_MEMORY.values())
@@ -121,12 +133,11 @@ def keep_freed_memory() -> bool:
     return kept
 
 
-def _available_memory() -> int:
+def available_memory(meminfo: Path = MEMINFO) -> int:
     """Returns the bytes that processes may still take, 0 where the kernel does not say."""
-    info = Path("/proc/meminfo")
     found = (
-        re.search(r"^MemAvailable: +(\d+) kB$", info.read_text(), re.MULTILINE)
-        if info.exists()
+        re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+        if meminfo.exists()
         else None
     )
     return int(found[1]) << 10 if found else 0
@@ -155,8 +166,3 @@ def _is_known(name: str, value: str | bool | int) -> bool:
     except Exception:  # of several types that are not public
         return False
     return True
-
-
-def _has_avx512() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and " avx512f " in cpu.read_text()

@@ -1,9 +1,11 @@
 """Variants over seeds in one folder: nothing is repeated or mixed up, a run is what it is alone."""
 
 import json
+import re
 import shutil
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -121,9 +123,8 @@ class Pretend:
 CLASSES = ["top", "middle", "bottom"]
 
 
-def call(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["bnjax", "compare", *map(str, words)])
-    return main.main()
+def call(*words):
+    return main.main(["compare", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +264,37 @@ def test_a_run_that_breaks_down_on_one_device_is_said_while_the_others_go_on(tmp
     assert [str(result) for result in said[0].values()] == ["step 3"]
 
 
+class SlowlyCounted(dict):
+    """Takes a while to say how many it has, in which other threads come by."""
+
+    busy = threading.Lock()
+
+    def __len__(self):
+        assert self.busy.acquire(blocking=False), "two threads count at once"
+        threading.Event().wait(0.003)
+        self.busy.release()
+        return super().__len__()
+
+
+def test_several_threads_may_tell_the_progress(capsys):
+    ready = threading.Barrier(8)
+
+    def train(first):
+        runs = SlowlyCounted({first: {}, first + 1: UserError("no space")})
+        ready.wait(9)
+        progress.begin("bn", runs)
+        progress.end("bn", runs)
+
+    with grid.GridProgress(16) as progress, ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(train, first) for first in range(0, 16, 2)]:
+            done.result()
+    said = capsys.readouterr().out
+    begun = re.findall(r"\[(\d+)/16\] bn, seeds", said)
+    assert [*map(int, begun)] == [2, 4, 6, 8, 10, 12, 14, 16]
+    failed = re.findall(r"bn, seed (\d+) failed: no space", said)
+    assert sorted(map(int, failed)) == [1, 3, 5, 7, 9, 11, 13, 15]
+
+
 def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(tmp_path):
     said, begun = [], []
     running = threading.Barrier(8)
@@ -392,12 +424,12 @@ def test_equal_seeds_have_equal_initial_values_and_order(files):
     assert (kernels[0] == kernels[1]).all()
 
 
-def test_a_run_that_breaks_down_does_not_end_the_others(files, monkeypatch, capsys):
+def test_a_run_that_breaks_down_does_not_end_the_others(files, capsys):
     """As a command: what every kind of run says, and the exit code."""
     broken = FILES["bn"].replace("return", "config.optimizer.learning_rate = 1e38\n    return")
     (files / "bn.py").write_text(broken)
     words = ["--configs", f"{files / 'bn.py'},{files / 'no_bn.py'}", "--workdir", files / "runs"]
-    assert call(monkeypatch, *words, "--seeds", 1) == 1
+    assert call(*words, "--seeds", 1) == 1
     out, err = capsys.readouterr()
     assert "bn, seed 0 failed: step" in out
     assert "error: bn, seed 0: step" in err
@@ -444,7 +476,7 @@ def test_ctrl_c_is_no_error(files, monkeypatch, capsys, stopped):
         raise stopped
 
     monkeypatch.setattr(grid, "run", interrupted)
-    assert call(monkeypatch, "--configs", files / "bn.py", "--workdir", files / "runs") == 130
+    assert call("--configs", files / "bn.py", "--workdir", files / "runs") == 130
     said = capsys.readouterr().out
     assert "everything is saved. To go on:\n    bnjax compare --configs" in said
 

@@ -18,7 +18,7 @@ from scipy import stats
 from strategies import JSON
 
 from bnjax.compare import report
-from bnjax.compare.report import charts, inside, tables
+from bnjax.compare.report import averages, charts, inside, tables
 from bnjax.compare.report.study import read_study
 from bnjax.compare.runs import finished_runs, read_run, time, with_histograms
 from bnjax.errors import UserError
@@ -173,6 +173,30 @@ def test_the_gap_is_the_test_loss_above_the_training_loss(folders):
     gaps = {(row["variant"], row["x"]): row["mean"] for row in rows_of(panel)}
     assert gaps["bn", 4] == pytest.approx(0.35 - np.mean([2.0, 1.0, 0.5, 0.25]))
     assert gaps["no_bn", 2] == pytest.approx(2.1 - 2.5)
+
+
+def test_what_the_averages_cost_is_stored_minus_batch(tmp_path):
+    write_run(tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    own = {"batch_loss": 1.0, "batch_accuracy": 0.75, "count": 4}
+    drift = {
+        "drift_mean": {"first": 0.5, "last": None},
+        "drift_variance": {"first": 1.0, "last": 2.0},
+    }
+    gap = {"step": 2, "split": "gap", "loss": 1.5, "accuracy": 0.5, **own, **drift}
+    at = next(i for i, line in enumerate(lines) if json.loads(line)["split"] == "test")
+    lines.insert(at + 1, json.dumps(gap))
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    study = read_study([tmp_path / "run"])
+    cost, drifts = averages.figures(study)
+    means = [panel.to_dict() for panel in cost.panels]
+    values = [next(iter(one["datasets"].values()))[0]["mean"] for one in means]
+    assert values == [0.5, 0.25]
+    shown = [next(iter(panel.to_dict()["datasets"].values())) for panel in drifts.panels]
+    assert [[(row["norm"], row["y"]) for row in rows] for rows in shown] == [
+        [("first", 0.5)],
+        [("first", 1), ("last", 2)],
+    ]
 
 
 def test_time_and_rate(folders):

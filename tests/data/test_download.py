@@ -108,13 +108,10 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("behaviour", FAILURES)
-def test_a_failed_download_gives_up_and_leaves_nothing(
-    behaviour, server, cache, monkeypatch, capfd
-):
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
+def test_a_failed_download_gives_up_and_leaves_nothing(behaviour, server, cache, capfd):
     began = time.monotonic()
     with pytest.raises(DataError, match=FAILURES[behaviour]) as error:
-        download.download(remote(server, behaviour), cache)
+        download.download(remote(server, behaviour), cache, 0.5)
     assert time.monotonic() - began < 30
     assert remote(server, behaviour).url in str(error.value)
     assert list(cache.iterdir()) == []
@@ -126,10 +123,9 @@ def test_names_that_are_never_resolved_give_up(cache, tmp_path, monkeypatch):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(hang)
     monkeypatch.syspath_prepend(tmp_path / "path")
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(DataError, match="is there a network"):
-        download.download(remote("http://example.invalid", "whole"), cache)
+        download.download(remote("http://example.invalid", "whole"), cache, 0.5)
     assert time.monotonic() - began < 30
 
 

@@ -295,9 +295,7 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
 @pytest.mark.slow
 @settings(max_examples=100)
 @given(data=st.data())
-def test_any_damage_is_said_or_does_no_harm_when_predicting(
-    finished, tmp_path, monkeypatch, capsys, data
-):
+def test_any_damage_is_said_or_does_no_harm_when_predicting(finished, tmp_path, capsys, data):
     """The command line itself: damaged runs, and images of damaged or random bytes."""
     folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
     shutil.copytree(finished, folder)
@@ -330,8 +328,8 @@ def test_any_damage_is_said_or_does_no_harm_when_predicting(
         if kind not in ("bytes", "none") and data.draw(st.booleans()):
             damage(file, data.draw(DAMAGE))
         images.append(str(file))
-    monkeypatch.setattr(sys, "argv", ["bnjax", "predict", "--workdir", str(folder), *images])
+    words = ["predict", "--workdir", str(folder), *images]
     with pytest.raises(SystemExit) as ended:
-        errors.run(main.main)
+        errors.run(lambda: main.main(words))
     assert ended.value.code in (0, 1, 2)
     assert ended.value.code == 0 or "error: " in capsys.readouterr().err

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from bnjax.arrays import fingerprint
 from bnjax.train.checkpoint import CheckpointError, Checkpoints
 from bnjax.train_step import TrainState
 
@@ -195,13 +196,13 @@ def test_a_draft_that_a_killed_process_left_is_removed(three, tmp_path):
 
 def test_what_is_said_about_it_is_kept_beside_it(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(*make(), 0.5, {"versions": {"jax": "1"}})
+        state, batch_stats = make()
+        checkpoints.save(state, batch_stats, 0.5, {"versions": {"jax": "1"}})
     record = json.loads((tmp_path / "3" / "bnjax.json").read_text())
-    assert (record["step"], record["accuracy"], record["about"]) == (
-        3,
-        0.5,
-        {"versions": {"jax": "1"}},
-    )
+    about = {"versions": {"jax": "1"}, "weights": fingerprint(state.params)}
+    assert (record["step"], record["accuracy"], record["about"]) == (3, 0.5, about)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.about(3) == about
 
 
 def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoints_stay(tmp_path):
@@ -211,6 +212,7 @@ import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 import jax.numpy as jnp
+from bnjax.arrays import fingerprint
 from bnjax.train.checkpoint import CheckpointError, Checkpoints
 from test_checkpoint import make
 folder = Path({str(tmp_path)!r})

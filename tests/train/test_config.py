@@ -247,14 +247,13 @@ def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, 
     words = ["--config.model.filters=2,2,2", "--config.model.dense=4,4", "--config.train.steps=2"]
     few = ["--config.eval.histograms=0", "--config.eval.pictures=0"]
     config, folder = Path(__file__).parents[2] / "configs" / "bn.py", tmp_path / "run"
-    command = ["bnjax", "train", "--config", str(config), "--workdir", str(folder), *words, *few]
-    monkeypatch.setattr("sys.argv", command)
-    assert main.main() == 0
+    command = ["train", "--config", str(config), "--workdir", str(folder), *words, *few]
+    assert main.main(command) == 0
     assert "embedded set 'digits' instead, in batches of 143." in capsys.readouterr().err
     saved = json.loads((folder / "config.json").read_text())["config"]
     assert (saved["name"], saved["train"]["batch_size"]) == ("bn-digits", 143)
     assert json.loads((folder / "summary.json").read_text())["batch_size"] == 143
-    assert main.main() == 0
+    assert main.main(command) == 0
     assert f"{folder} is finished" in capsys.readouterr().out
 
 

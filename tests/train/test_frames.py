@@ -1,6 +1,5 @@
 """From the command to the model: how many functions a reader has to go through."""
 
-import sys
 import traceback
 
 import flax.linen as nn
@@ -28,9 +27,8 @@ def test_at_most_six_functions_lie_between_the_command_and_the_model(tmp_path, m
     monkeypatch.setattr(build, "ConvNet", lambda **options: Raising())
     config = "configs/digits.py"
     words = ["train", "--config", config, "--workdir", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["bnjax", *words])
     with pytest.raises(Reached) as reached:
-        main.main()
+        main.main(words)
     frames = [frame.name for frame in traceback.extract_tb(reached.value.__traceback__)]
     files = [frame.filename for frame in traceback.extract_tb(reached.value.__traceback__)]
     ours = [name for name, file in zip(frames, files, strict=True) if "/bnjax/" in file]

@@ -1,12 +1,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from platform import libc_ver
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
-from marks import SUMS_ONE_BY_ONE
+from marks import SUMS_ONE_BY_ONE, YNNPACK
 
 from bnjax.norms.moments import moments
 from bnjax.train import xla
@@ -29,9 +31,9 @@ def test_the_options_compile_and_change_no_result():
     np.testing.assert_allclose(fast, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
-    monkeypatch.setattr(xla, "CPU_OPTIONS", {"xla_cpu_no_such_option": "1", **xla.CPU_OPTIONS})
-    assert "xla_cpu_no_such_option" not in xla.compiler_options()
+def test_an_option_that_xla_does_not_know_is_left_out():
+    known = {"xla_cpu_prefer_vector_width": "512"}
+    assert xla.usable({"xla_cpu_no_such_option": "1", **known}) == known
 
 
 def test_what_the_user_set_is_left_alone(monkeypatch):
@@ -40,12 +42,29 @@ def test_what_the_user_set_is_left_alone(monkeypatch):
     assert xla.compiler_options() == dict(others)
 
 
+@pytest.fixture
+def processor(tmp_path):
+    """Makes what Linux says of a processor with AVX-512, or of one without."""
+
+    def make(wide):
+        flags = f"fpu sse4_2 avx2 {'avx512f ' * wide}bmi2"
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\n")
+        return tmp_path / "cpuinfo"
+
+    return make
+
+
 @pytest.mark.parametrize("wide", [True, False])
-def test_wide_vectors_only_where_the_processor_has_them(monkeypatch, wide):
-    monkeypatch.setattr(xla, "_has_avx512", lambda: wide)
-    assert ("xla_cpu_prefer_vector_width" in xla.compiler_options()) == wide
+def test_wide_vectors_only_where_the_processor_has_them(processor, wide):
+    options = xla.compiler_options(cpuinfo=processor(wide))
+    assert ("xla_cpu_prefer_vector_width" in options) == wide
+    own = Path("/proc/cpuinfo")
+    if own.exists():
+        wide = "avx512f" in own.read_text().split()
+        assert ("xla_cpu_prefer_vector_width" in xla.compiler_options()) == wide
 
 
+@YNNPACK
 @pytest.mark.parametrize(
     ("wide", "batch_size", "product", "yields"),
     [
@@ -56,10 +75,9 @@ def test_wide_vectors_only_where_the_processor_has_them(monkeypatch, wide):
     ],
 )
 def test_the_library_of_products_follows_from_the_batch(
-    monkeypatch, wide, batch_size, product, yields
+    processor, wide, batch_size, product, yields
 ):
-    monkeypatch.setattr(xla, "_has_avx512", lambda: wide)
-    chosen = xla.compiler_options(batch_size, product)[xla.FUSIONS]
+    chosen = xla.compiler_options(batch_size, product, processor(wide))[xla.FUSIONS]
     assert ("INDIVIDUAL_DOT" in chosen) == yields
     assert "REDUCE" in chosen
 
@@ -98,7 +116,7 @@ def page_faults(**env):
 
 
 @pytest.mark.skipif(
-    libc_ver()[0] != "glibc" or xla._available_memory() < xla.LEAST_MEMORY,
+    libc_ver()[0] != "glibc" or xla.available_memory() < xla.LEAST_MEMORY,
     reason="needs glibc and 8 GB",
 )
 def test_freed_memory_is_kept():
@@ -110,6 +128,22 @@ def test_freed_memory_is_kept():
     assert many > 8 * few
 
 
+@pytest.fixture
+def keep(tmp_path):
+    """Keeps memory where so many bytes are available; returns whether, and what libc was told."""
+
+    def call(available):
+        (tmp_path / "meminfo").write_text(
+            f"MemTotal:       99999999 kB\nMemAvailable:   {available >> 10} kB\n"
+        )
+        libc = Mock()
+        libc.mallopt.return_value, libc.malloc.return_value = 1, None
+        kept = xla.keep_freed_memory(libc, tmp_path / "meminfo")
+        return kept, [(name, *args) for name, args, _ in libc.mock_calls]
+
+    return call
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -118,18 +152,21 @@ def test_freed_memory_is_kept():
         {"BNJAX_MALLOC": "0"},
     ],
 )
-def test_another_malloc_is_left_alone(monkeypatch, chosen):
-    monkeypatch.setattr(xla.ctypes, "CDLL", lambda name: pytest.fail("libc was touched"))
-    monkeypatch.setattr(xla, "_available_memory", lambda: 1 << 40)
+def test_another_malloc_is_left_alone(keep, monkeypatch, chosen):
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
-    assert not xla.keep_freed_memory()
+    assert keep(1 << 40) == (False, [])
 
 
-def test_memory_is_kept_only_where_there_is_enough(monkeypatch):
-    monkeypatch.setattr(xla.ctypes, "CDLL", lambda name: pytest.fail("libc was touched"))
-    monkeypatch.setattr(xla, "_available_memory", lambda: xla.LEAST_MEMORY - 1)
-    assert not xla.keep_freed_memory()
+def test_memory_is_kept_only_where_there_is_enough(keep, monkeypatch):
+    for name in ("LD_PRELOAD", "GLIBC_TUNABLES", "BNJAX_MALLOC"):
+        monkeypatch.delenv(name, raising=False)
+    assert keep(xla.LEAST_MEMORY - 1024) == (False, [])
+    kept, told = keep(xla.LEAST_MEMORY)
+    assert kept
+    # As in malloc.h: no trimming, no mappings, one arena; then half of what is available.
+    settings = [("mallopt", -1, -1), ("mallopt", -4, 0), ("mallopt", -8, 1)]
+    assert told == [*settings, ("malloc", xla.LEAST_MEMORY // 2)]
 
 
 @SUMS_ONE_BY_ONE

@@ -53,12 +53,12 @@ def curves(study: Study) -> Figure:
 
     panels = []
     for quantity in ("loss", "accuracy"):
-        train, test = (_bands(study, at_steps(split, quantity)) for split in ("train", "test"))
+        train, test = (bands(study, at_steps(split, quantity)) for split in ("train", "test"))
         if train + test:
-            scale = _scale(train + test, log=quantity == "loss")
+            scale = axis_scale(train + test, log=quantity == "loss")
             title = f"{quantity}, training batches"
-            panels.append(_lines(study, train, title, scale, points=False))
-            panels.append(_lines(study, test, f"{quantity}, test images", scale, points=True))
+            panels.append(lines(study, train, title, scale, points=False))
+            panels.append(lines(study, test, f"{quantity}, test images", scale, points=True))
     caption = (
         "Line: mean over the seeds. Band: from the lowest to the highest seed. The training loss "
         "is that of each batch before its step; the test images are evaluated with the running "
@@ -112,14 +112,14 @@ def gap(study: Study) -> Figure:
         before = [train.loss[near].mean() if near.any() else np.nan for near in windows]
         return test.step, test.loss - np.array(before)
 
-    rows = _bands(study, differences)
+    rows = bands(study, differences)
     caption = (
         "Test loss minus the mean training loss of the last 10 batches before the evaluation. "
         "Above 0 and rising: overfitting."
     )
     title, panels = "test loss above training loss", []
     if rows:
-        panels.append(_lines(study, rows, title, _scale(rows), points=True))
+        panels.append(lines(study, rows, title, axis_scale(rows), points=True))
     return Figure("gap", "The gap between training and test", caption, panels)
 
 
@@ -131,23 +131,28 @@ def against_time(study: Study) -> Figure:
         return np.array([run.seconds[step] for step in curve.step[known].tolist()]), values[known]
 
     panels = []
-    losses = _bands(study, lambda run: at_seconds(run, run.train, run.train.loss), every_run=True)
-    accuracies = _bands(
+    losses = bands(study, lambda run: at_seconds(run, run.train, run.train.loss), every_run=True)
+    accuracies = bands(
         study, lambda run: at_seconds(run, run.test, run.test.accuracy), every_run=True
     )
     axis = alt.Axis(title="seconds of training")
     if losses:
-        scale = _scale(losses, log=True)
+        scale = axis_scale(losses, log=True)
         title = "loss, training batches"
-        panels.append(_lines(study, losses, title, scale, points=False, axis=axis))
+        panels.append(lines(study, losses, title, scale, points=False, axis=axis))
     if accuracies:
-        scale, title = _scale(accuracies), "accuracy, test images"
-        panels.append(_lines(study, accuracies, title, scale, points=True, axis=axis))
+        scale, title = axis_scale(accuracies), "accuracy, test images"
+        panels.append(lines(study, accuracies, title, scale, points=True, axis=axis))
     caption = (
         "The first seed of each variant. Compilation in the first step counts; evaluations and "
         "checkpoints do not."
     )
     return Figure("time", "Against time", caption, panels)
+
+
+def file_name(variant: str, title: str) -> str:
+    """Returns the name of a picture's file."""
+    return re.sub(r"[^\w.-]+", "_", f"{title}_{variant}")
 
 
 def chart_of(rows: list[Row]) -> alt.Chart:
@@ -166,7 +171,7 @@ def _choices(study: Study, values: list[Any]) -> alt.Scale:
     return alt.Scale(domain=names, range=[values[i % len(values)] for i in range(len(names))])
 
 
-def _bands(study: Study, points: Callable[[Run], Points], *, every_run: bool = False) -> list[Row]:
+def bands(study: Study, points: Callable[[Run], Points], *, every_run: bool = False) -> list[Row]:
     """Returns mean, lowest and highest value over a variant's seeds at each x.
 
     Args:
@@ -194,7 +199,8 @@ def _bands(study: Study, points: Callable[[Run], Points], *, every_run: bool = F
     return rows
 
 
-def _scale(rows: list[Row], *, log: bool = False) -> alt.Scale:
+def axis_scale(rows: list[Row], *, log: bool = False) -> alt.Scale:
+    """Returns the scale of an axis that holds the bands; logarithmic where they span a lot."""
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
     if log and low > 0 and high > 5 * low:
         return alt.Scale(type="log", domain=[0.95 * low, 1.05 * high], nice=False)
@@ -213,7 +219,7 @@ def _axis(scale: alt.Scale) -> alt.Axis:
     return alt.Axis(title=None, values=[mark for mark in marks if low <= mark <= high], format="~g")
 
 
-def _lines(
+def lines(
     study: Study,
     rows: list[Row],
     title: str,

@@ -1,12 +1,11 @@
 """What went on inside the networks, as charts: statistics, activations and gradients."""
 
-import re
 from collections.abc import Iterator
 
 import altair as alt
 import numpy as np
 
-from bnjax.compare.report.charts import COLOURS, STEP, Figure, Panel, chart_of
+from bnjax.compare.report.charts import COLOURS, STEP, Figure, Panel, chart_of, file_name
 from bnjax.compare.report.study import Study
 from bnjax.compare.runs import Run
 
@@ -33,7 +32,7 @@ def figures(study: Study) -> Iterator[Figure]:
                 "from 5 to 95 %."
             )
             heading = f"{title.capitalize()}: {of}"
-            yield Figure(_file(variant, title), heading, caption, panels, details=True)
+            yield Figure(file_name(variant, title), heading, caption, panels, details=True)
         for kind, sentence in (
             ("activation", "Outputs of each layer"),
             ("gradient", "Gradients of the mean loss in each layer's kernel"),
@@ -50,7 +49,7 @@ def figures(study: Study) -> Iterator[Figure]:
                 "(1 % of a column at most) is counted at its ends."
             )
             heading = f"{kind.capitalize()}s: {of}"
-            yield Figure(_file(variant, kind), heading, caption, panels, details=True)
+            yield Figure(file_name(variant, kind), heading, caption, panels, details=True)
 
 
 def _names(run: Run, kind: str) -> list[str]:
@@ -61,10 +60,6 @@ def _few(names: list[str]) -> list[str]:
     """Returns at most `MAX_LAYERS` of the names, at equal distances."""
     count = min(len(names), MAX_LAYERS)
     return [names[i * len(names) // count] for i in range(count)]
-
-
-def _file(variant: str, title: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", f"{title}_{variant}")
 
 
 def _fan(run: Run, name: str, title: str) -> Panel:

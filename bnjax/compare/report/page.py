@@ -13,7 +13,7 @@ import tqdm
 import vl_convert
 from PIL import Image
 
-from bnjax.compare.report import MARK, charts, inside, tables
+from bnjax.compare.report import MARK, averages, charts, inside, tables
 from bnjax.compare.report.charts import Figure
 from bnjax.compare.report.study import Study
 
@@ -48,6 +48,7 @@ def write_page(study: Study, out: Path) -> Path:
         charts.curves(study),
         charts.steps_to_loss(study),
         charts.gap(study),
+        *averages.figures(study),
         charts.against_time(study),
         *inside.figures(study),
     )

@@ -1,0 +1,75 @@
+"""How the keys of a config go together: what the table, which looks at each alone, cannot say.
+
+Each check raises `ConfigError`, naming the key, the value and what is allowed.
+"""
+
+from ml_collections import ConfigDict
+
+from bnjax import norms
+from bnjax.data.datasets import Dataset
+from bnjax.errors import ConfigError
+
+
+def batch(config: ConfigDict, dataset: Dataset) -> None:
+    """Checks how batches go with images and norm, and that there is one interval of saving."""
+    smallest = 2 if config.model.norm in norms.BATCH_NORMS else 1
+    images = len(dataset.train.label)
+    if not smallest <= config.train.batch_size <= images:
+        allowed = f"{smallest} up to the {images} training images of {dataset.label}"
+        raise ConfigError("train.batch_size", config.train.batch_size, allowed)
+    for key in ("histograms", "gap_images"):
+        if 0 < config.eval[key] < smallest:
+            allowed = f"a whole number, {smallest} or above, or 0 for none"
+            raise ConfigError(f"eval.{key}", config.eval[key], allowed)
+    given = {key: value for key, value in config.checkpoint.items() if value}
+    if len(given) > 1:
+        key, value = next(iter(given.items()))
+        allowed = f"0 with the others as they are: at most one of {', '.join(given)} is above 0"
+        raise ConfigError(f"checkpoint.{key}", value, allowed)
+
+
+def lengths(config: ConfigDict) -> None:
+    """Checks that there are as many entries of each kind as layers."""
+    for of, keys in (("filters", ("kernels", "strides")), ("dense", ("dropout", "norm_dense"))):
+        for key in keys:
+            if len(config[key]) != len(config[of]):
+                allowed = f"as many entries as config.model.{of}, which has {len(config[of])}"
+                raise ConfigError(f"model.{key}", config[key], allowed)
+
+
+def sides(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    """Checks that the convolutions leave a pixel of the images."""
+    for side in image_shape[:2]:
+        for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
+            pooled = config.pooling != "none"
+            after = (side - kernel + 1) // stride if pooled else (side - kernel) // stride + 1
+            if side < kernel or after < 1:
+                raise ConfigError(
+                    "model.kernels and .strides",
+                    (tuple(config.kernels), tuple(config.strides)),
+                    "layers that leave at least one pixel; image sides of "
+                    f"{image_shape[0]}x{image_shape[1]} are {side} at layer {i}",
+                )
+            side = after
+
+
+def norm(config: ConfigDict) -> None:
+    """Checks that the norm can work where it stands."""
+    norm = f"model.norm = {config.norm!r}"
+    normed = zip(config.dense, config.norm_dense, strict=True)
+    widths = (*config.filters, *(width for width, is_normed in normed if is_normed))
+    if config.norm in norms.POSITION_NORMS and any(config.norm_dense):
+        allowed = f"False for every layer with {norm}, which normalises images and not vectors"
+        raise ConfigError("model.norm_dense", config.norm_dense, allowed)
+    if config.norm == "frn" and config.placement != "before":
+        allowed = f"'before' with {norm}, which brings the activation after it"
+        raise ConfigError("model.placement", config.placement, allowed)
+    if config.norm in ("instance", "group") and config.placement == "input":
+        allowed = (
+            f"'before' or 'after' with {norm}, whose statistics the input of a layer may be too "
+            "small for"
+        )
+        raise ConfigError("model.placement", config.placement, allowed)
+    if config.norm == "group" and any(width % config.groups for width in widths):
+        allowed = f"a number that divides the channels of every normalised layer: {widths}"
+        raise ConfigError("model.groups", config.groups, allowed)

@@ -1,0 +1,159 @@
+"""One step over many devices, and what its batch norms normalise over, whatever wraps it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bnjax.data.batches import Part
+
+# The axes of the mesh: devices that normalise together, and groups of them that do not.
+MEMBERS, GROUPS = "members", "groups"
+Wrapper = Literal["jit", "shard_map", "pmap"]
+# What batch norms normalise over: the batch of all devices, that of each, or of so many together.
+Over = Literal["global", "per_device"] | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How a step is spread over devices, of which each takes an equal part of the batch.
+
+    Attributes:
+        mesh: the devices; one axis or, where groups normalise by themselves, both.
+        wrapper: "jit": `jax.jit` with shardings; "shard_map" or "pmap": a function of each device's
+            part, which sums over the axes by itself.
+    """
+
+    mesh: Mesh
+    wrapper: Wrapper
+
+    @property
+    def axis_name(self) -> tuple[str, ...] | None:
+        """The axes to sum over, as `train_step` takes them; None under "jit"."""
+        return None if self.wrapper == "jit" else self.mesh.axis_names
+
+    @property
+    def norm_axes(self) -> dict[str, str]:
+        """The options of the model's batch norms.
+
+        Members normalise together. The running averages are those of all groups, so that there is
+        one set of them, which is right.
+        """
+        names = {"axis_name": MEMBERS, "average_axis_name": GROUPS}
+        return {key: name for key, name in names.items() if name in (self.axis_name or ())}
+
+    @property
+    def part(self) -> Part:
+        """The rows of each batch that this process loads."""
+        return Part(self.mesh.size, jax.process_index(), jax.process_count())
+
+    def compile(
+        self,
+        make: Callable[[tuple[str, ...] | None], Callable[..., Any]],
+        in_axes: Sequence[int | None],
+        **options: Any,
+    ) -> Callable[..., Any]:
+        """Returns a step, compiled for these devices; what it returns is equal on all of them.
+
+        Args:
+            make: of the `axis_name`, or of None; returns the step.
+            in_axes: for each argument None, if it is equal on all devices, or the axis of the
+                examples, along which it is divided up.
+            options: of `jax.jit`; under "pmap", which knows few of them, they are left out.
+        """
+        if self.mesh.size == 1:
+            return jax.jit(make(None), **options)
+        specs, step = tuple(map(self._spec, in_axes)), make(self.axis_name)
+        if self.wrapper == "jit":
+            shardings = tuple(NamedSharding(self.mesh, spec) for spec in specs)
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            return jax.jit(step, in_shardings=shardings, out_shardings=whole, **options)
+        if self.wrapper == "shard_map":
+            out = PartitionSpec()
+            mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out)
+            return jax.jit(mapped, **options)
+        (name,) = self.axis_name or ()
+        devices = list(self.mesh.devices.flat)
+        replicas = jax.pmap(step, name, in_axes=(*in_axes,), out_axes=None, devices=devices)
+
+        def call(*arguments: Any) -> Any:
+            return replicas(*map(self._divide, arguments, in_axes))
+
+        return call
+
+    def put(self, tree: Any, axis: int | None) -> Any:
+        """Returns arrays on the devices, in parts along an axis, or whole on each if it is None.
+
+        Args:
+            tree: arrays of this process's part; of several processes each gives its own.
+            axis: of the examples.
+        """
+        if self.mesh.size == 1:
+            return jax.device_put(tree)  # the default device, and not bound to it
+        sharding = NamedSharding(self.mesh, self._spec(axis))
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(lambda leaf: _joined(leaf, sharding), tree)
+
+    def local(self, tree: Any) -> Any:
+        """Returns arrays that are equal on all devices as those of one device of this process."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+    def _spec(self, axis: int | None) -> PartitionSpec:
+        if axis is None:
+            return PartitionSpec()
+        return PartitionSpec(*[None] * axis, self.mesh.axis_names)
+
+    def _divide(self, tree: Any, axis: int | None) -> Any:
+        if axis is None:
+            return tree
+
+        def divide(leaf: Any) -> Any:
+            shape = leaf.shape
+            return leaf.reshape(*shape[:axis], self.mesh.size, -1, *shape[axis + 1 :])
+
+        return jax.tree.map(divide, tree)
+
+
+def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns the array of which each process gives its part."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _joined(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+
+def spread(
+    devices: Sequence[jax.Device], over: Over = "global", wrapper: Wrapper | None = None
+) -> Parallel:
+    """Returns how a step is spread over devices.
+
+    Args:
+        devices: at least one.
+        over: what batch norms normalise over.
+        wrapper: None: "jit" for "global", and "shard_map" for the others.
+
+    Raises:
+        ValueError: if the devices do not make whole groups, or the wrapper cannot keep to `over`:
+            under "jit" statistics are always those of the whole batch, and "pmap" has one axis.
+    """
+    size = {"global": len(devices), "per_device": 1}.get(over, over)  # type: ignore[arg-type]
+    if not isinstance(size, int) or size < 1 or len(devices) % size:
+        raise ValueError(
+            f"{len(devices)} devices do not make groups of {over} that normalise together"
+        )
+    wrapper = wrapper or ("jit" if size == len(devices) else "shard_map")
+    sizes = {GROUPS: len(devices) // size, MEMBERS: size}
+    axes = {name: count for name, count in sizes.items() if count > 1} or {MEMBERS: 1}
+    if (wrapper == "jit" and GROUPS in axes) or (wrapper == "pmap" and len(axes) > 1):
+        raise ValueError(
+            f"{wrapper} cannot normalise over {over!r} on {len(devices)} devices: under jit "
+            "statistics are those of the whole batch, and pmap has no groups. Use shard_map."
+        )
+    # Auto: what is not said about shardings is found by the compiler, as with one device.
+    return Parallel(Mesh(np.array(devices).reshape(*axes.values()), tuple(axes)), wrapper)

@@ -1,0 +1,104 @@
+"""The precise statistics of a run's network: what they are worth, and a folder that has them."""
+
+import functools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from bnjax.arrays import BatchStats
+from bnjax.data.batches import eval_batches, spread
+from bnjax.data.datasets import Dataset
+from bnjax.errors import UserError
+from bnjax.metrics import Metrics
+from bnjax.stats.layers import nothing_seen
+from bnjax.stats.precise import By, precise
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.fold_run import check_is_free
+from bnjax.train.trained import Trained
+from bnjax.train.xla import compiler_options
+from bnjax.train_step import TrainState, eval_step
+
+
+def of_run(
+    trained: Trained, data_dir: str | None, images: int, by: By
+) -> tuple[dict[str, Any], BatchStats]:
+    """Returns test results under stored and under precise statistics, and the latter.
+
+    Args:
+        trained: the network.
+        data_dir: where the data lie, if not where they lay in training.
+        images: of how many training images, at equal distances in the order of the data.
+        by: as for `bnjax.stats.precise.precise`.
+
+    Raises:
+        UserError: if the network has no running statistics, or the data are not found.
+    """
+    if not nothing_seen(trained.batch_stats):
+        raise UserError(f"the network in {trained.workdir} has no running statistics.")
+    dataset = trained.dataset(data_dir)
+    images = min(images, len(dataset.train.label))
+    chosen, batch_size = spread(dataset.train, images), trained.config.train.batch_size
+    size = -(-images // -(-images // batch_size))
+    batches = [*eval_batches(chosen.image, chosen.label, size)]
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(size))
+    shown = tqdm.tqdm(batches, "statistics", unit="batch", disable=not sys.stderr.isatty())
+    own = shown if by == "batch" else batches
+    found = precise(trained.model, trained.params, own, trained.batch_stats, by=by, jit=jit)
+    result = {
+        "workdir": str(trained.workdir),
+        "step": trained.step,
+        "dataset": dataset.label,
+        "images": images,
+        "by": by,
+        "test_images": len(dataset.test.label),
+        "stored": _test(trained, trained.batch_stats, dataset),
+        "precise": _test(trained, found, dataset),
+    }
+    return result, found
+
+
+def write(trained: Trained, batch_stats: BatchStats, out: Path, about: dict[str, Any]) -> None:
+    """Writes the network with these statistics as a folder that `bnjax predict --workdir` takes.
+
+    Raises:
+        UserError: if the folder is neither new nor empty.
+    """
+    check_is_free(out)
+    state = TrainState(jnp.asarray(trained.step, jnp.int32), trained.params, (), jax.random.key(0))
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        checkpoints.save(state, batch_stats, None, about)
+    # Last, since it makes the folder that of a network.
+    shutil.copyfile(trained.workdir / "config.json", out / "config.json")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the results as lines of text."""
+    lines = [
+        f"{result['workdir']}, checkpoint of step {result['step']}: {result['test_images']:,} test "
+        f"images of {result['dataset']}",
+        f"{'statistics':12}{'loss':>8}{'accuracy':>10}",
+    ]
+    lines += [
+        f"{name:12}{result[name]['loss']:8.4f}{result[name]['accuracy']:10.4f}"
+        for name in ("stored", "precise")
+    ]
+    how = "its batch" if result["by"] == "batch" else "the precise statistics"
+    lines.append(
+        f"precise: of {result['images']:,} training images, the layers before normalised by {how}"
+    )
+    return "\n".join(lines)
+
+
+def _test(trained: Trained, batch_stats: BatchStats, dataset: Dataset) -> dict[str, float]:
+    size = min(trained.config.eval.batch_size, len(dataset.test.label))
+    step = jax.jit(
+        functools.partial(eval_step, model=trained.model), compiler_options=compiler_options(size)
+    )
+    batches = eval_batches(dataset.test.image, dataset.test.label, size)
+    found = [step(trained.params, batch_stats, batch) for batch in batches]
+    return functools.reduce(Metrics.merge, jax.device_get(found)).means()

@@ -1,0 +1,288 @@
+"""Networks that are healthy, and for every finding of the audit one that has exactly that illness.
+
+Each is a function of a seed that trains it, in a second or so.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from foreign import NETWORKS, ResNet
+
+from bnjax import norms
+from bnjax.arrays import fingerprint
+from bnjax.models.convnet import ConvNet
+from bnjax.stats.audit import Run
+from bnjax.train_step import forward, init_state, train_step
+
+STEPS, BATCH = 60, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Patient:
+    """A network as an audit takes it."""
+
+    model: nn.Module
+    params: Any
+    batch_stats: Any
+    batches: Any
+    run: Run | None
+
+    def but(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def knowing(self, **changes):
+        return self.but(run=dataclasses.replace(self.run, **changes))
+
+
+class Plain(nn.Module):
+    """Two dense layers with a norm each; every option is an illness to some value of it."""
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    norm: Any = nn.BatchNorm
+    offset: float = 0.0
+    dropout: float = 0.0
+    width: int = 16
+    dtype: Any = None
+    always_batch: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        norm = functools.partial(
+            self.norm,
+            use_running_average=not (train or self.always_batch),
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+        )
+        x = nn.Dense(self.width, dtype=self.dtype)(x.reshape(len(x), -1))
+        x = nn.relu(norm(name="first")(x + jnp.asarray(self.offset, x.dtype)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.relu(norm(name="second")(nn.Dense(self.width, dtype=self.dtype)(x)))
+        return nn.Dense(10)(x)
+
+
+def images(seed, n=512, size=8):
+    """Noise with a bright row; which row is the label."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 4, n).astype(np.int32)
+    image = rng.integers(0, 120, (n, size, size, 3), np.uint8)
+    image[np.arange(n), label * 2] += 60
+    return image, label
+
+
+def batches(seed, count, size):
+    """The batches of a training: epochs of 512 images in random order."""
+    image, label = images(seed)
+    rng = np.random.default_rng(seed + 1)
+    order = np.concatenate([rng.permutation(512) for _ in range(-(-count * size // 512))])
+    for i in range(count):
+        rows = order[i * size : (i + 1) * size]
+        yield {"image": image[rows], "label": label[rows]}
+
+
+def sgd(rate=0.02, steps=STEPS):
+    return optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
+
+
+@functools.cache
+def trained(model, seed=0, steps=STEPS, size=BATCH, rate=0.02):
+    tx = sgd(rate, steps)
+    state, stats = init_state(model, tx, jax.random.key(seed), images(seed)[0][:2])
+    step = jax.jit(functools.partial(train_step, model=model, tx=tx))
+    for batch in batches(seed, steps, size):
+        state, stats, _ = step(state, stats, batch)
+    params, stats = jax.device_get((state.params, stats))
+    run = Run(steps, size, fingerprint(params), tx)
+    predict = predicting(model, params, stats, train=False)
+    return Patient(model, params, stats, parts(seed, size), run).knowing(predict=predict)
+
+
+def parts(seed, size):
+    """Batches of `size` of the images that `trained` saw, in another order."""
+    image, label = images(seed)
+    rows = np.random.default_rng(seed + 7).permutation(512)[: max(6 * size, 256) // size * size]
+    return [{"image": image[of], "label": label[of]} for of in rows.reshape(-1, size)]
+
+
+def predicting(model, params, stats, *, train):
+    evaluate = jax.jit(
+        functools.partial(forward, model=model, train=train, mutable=("batch_stats",))
+    )
+    return lambda images: evaluate(params, stats, {"image": images})[0]
+
+
+def changed(tree, name, function):
+    """The tree with a function applied to the leaves of that name."""
+    leaves = flatten_dict(tree)
+    return unflatten_dict(
+        {path: function(leaf) if path[-1] == name else leaf for path, leaf in leaves.items()}
+    )
+
+
+def convnet(**options):
+    options = {"norm": "batch", "momentum": 0.9, "epsilon": 1e-3} | options
+    fields = {
+        name: options.pop(name)
+        for name in ("placement", "dropout", "dtype", "activation")
+        if name in options
+    }
+    shape = {"filters": (4, 6), "kernels": (3, 3), "strides": (2, 1), "dense": (24,)}
+    norm = norms.build(options.pop("norm"), **options)
+    return ConvNet(**shape, norm_dense=(True,), **({"dropout": (0.0,)} | fields), norm=norm)
+
+
+NEAR = Plain(offset=1000.0)
+UNBIASED = convnet(momentum=0.99, debias=True, variance="unbiased")
+FAR = Plain(norm=norms.BatchNorm, offset=1000.0)
+
+HEALTHY = {
+    **{name: functools.partial(trained, model) for name, model in NETWORKS.items()},
+    "plain": functools.partial(trained, Plain()),
+    "plain, batches of 256": functools.partial(trained, Plain(), size=256),
+    "plain, batches of 24": functools.partial(trained, Plain(), size=24),
+    "plain, 300 steps": functools.partial(trained, Plain(), steps=300),
+    "plain, our norm, far from 0": functools.partial(trained, FAR, steps=300),
+    "wide": functools.partial(trained, Plain(width=256)),
+    "resnet-18, width 4": functools.partial(trained, ResNet(width=4)),
+    "convnet": functools.partial(trained, convnet()),
+    "convnet, dropout behind the norms": functools.partial(trained, convnet(dropout=(0.5,))),
+    "convnet, norm before": functools.partial(trained, convnet(placement="before")),
+    "convnet, norm after": functools.partial(
+        trained, convnet(placement="after", activation=nn.tanh)
+    ),
+    "convnet, ghost": functools.partial(trained, convnet(norm="ghost", virtual_batch=32)),
+    "convnet, renorm": functools.partial(trained, convnet(norm="renorm", renorm_steps=60)),
+    "convnet, debias, unbiased": functools.partial(trained, UNBIASED),
+    "convnet, bfloat16": functools.partial(trained, convnet(dtype=jnp.bfloat16)),
+}
+
+
+def plain(seed):
+    return trained(Plain(), seed)
+
+
+def untold(patient):
+    return patient.but(run=None)
+
+
+def ready(**options):
+    """An illness of the network, which training brings with it."""
+    return lambda seed: trained(Plain(**options), seed)
+
+
+def with_stats(change):
+    return lambda seed: plain(seed).but(batch_stats=change(plain(seed).batch_stats))
+
+
+def with_stat(name, function):
+    return with_stats(lambda stats: changed(stats, name, function))
+
+
+def first(value):
+    def set_first(leaf):
+        leaf = leaf.copy()
+        leaf[0] = value
+        return leaf
+
+    return set_first
+
+
+def noisy(stats):
+    return changed(stats, "mean", lambda leaf: leaf + 0.02)
+
+
+def dead(seed):
+    patient = plain(seed)
+    second = dict(patient.params["second"])
+    second["scale"] = second["scale"] * (np.arange(second["scale"].size) > 3)
+    params = {**patient.params, "second": second}
+    return patient.but(params=params).knowing(weights=None)
+
+
+def missing_leaf(stats):
+    return {"first": stats["first"], "second": {"mean": stats["second"]["mean"]}}
+
+
+def by_batch(seed):
+    patient = plain(seed)
+    predict = predicting(patient.model, patient.params, patient.batch_stats, train=True)
+    return patient.knowing(predict=predict)
+
+
+def averaged(seed):
+    """Weights of halfway between two trainings, with statistics of one of them."""
+    patient, other = plain(seed), trained(Plain(), seed, rate=0.3)
+    params = jax.tree.map(lambda one, two: (one + two) / 2, patient.params, other.params)
+    return patient.but(params=params)
+
+
+def optimized(make):
+    return lambda seed: plain(seed).knowing(tx=make())
+
+
+def stacked(stats):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), stats, noisy(stats))
+
+
+def initial(stats):
+    return changed(changed(stats, "mean", np.zeros_like), "var", np.ones_like)
+
+
+def in_bfloat16(stats):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stats)
+
+
+def lars():
+    kernels = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+    return optax.lars(0.1, weight_decay=1e-3, weight_decay_mask=kernels)
+
+
+def one_more(stats):
+    return stats | {"third": stats["first"]}
+
+
+# The id, and what has it.
+ILL = {
+    "no collection": ("missing-statistics", with_stats(lambda stats: {})),
+    "a leaf too many": ("unmatched-leaves", with_stats(one_more)),
+    "a leaf too few": ("unmatched-leaves", with_stats(missing_leaf)),
+    "a leaf of another shape": ("unmatched-leaves", with_stat("mean", lambda leaf: leaf[:3])),
+    "replicas in a list": ("replicas-differ", with_stats(lambda stats: [stats, noisy(stats)])),
+    "replicas along an axis": ("replicas-differ", with_stats(stacked)),
+    "never updated": ("never-updated", with_stats(initial)),
+    "momentum 0.99": ("not-converged", ready(momentum=0.99)),
+    "momentum 0.99, untold": ("not-converged", lambda seed: untold(ready(momentum=0.99)(seed))),
+    "far from 0, 60 steps": ("not-converged", lambda seed: trained(FAR, seed)),
+    "averaged weights": ("stale", averaged),
+    "averaged weights, untold": ("stale", lambda seed: untold(averaged(seed))),
+    "evaluated by the batch": ("batch-dependent", by_batch),
+    "flag without effect": ("batch-dependent", ready(always_batch=True)),
+    "NaN": ("invalid-statistics", with_stat("mean", first(np.nan))),
+    "negative variance": ("invalid-statistics", with_stat("var", first(-0.1))),
+    "vanished variance": ("invalid-statistics", with_stat("var", first(0.0))),
+    "scales of 0": ("dead-channels", dead),
+    "far from 0 in bfloat16": ("low-precision", ready(offset=64.0, dtype=jnp.bfloat16)),
+    "far from 0, one-pass variance": ("low-precision", lambda seed: trained(NEAR, seed, steps=300)),
+    "averages in bfloat16": ("low-precision", with_stats(in_bfloat16)),
+    "epsilon of 10": ("epsilon-large", ready(epsilon=10.0)),
+    "AdamW on all": ("weight-decay", optimized(lambda: optax.adamw(1e-3))),
+    "LARS on all": ("layerwise-rate", optimized(lars)),
+    "dropout before a norm": ("variance-shift", ready(dropout=0.5)),
+    "batches of 4": ("small-batch", lambda seed: trained(Plain(), seed, size=4)),
+}
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def shared_jit(function):
+    """`jax.jit` that compiles what an audit computes once for all patients of one model."""
+    key = (function.func, *sorted(function.keywords.items(), key=lambda item: item[0]))
+    return _COMPILED.setdefault(key, jax.jit(function))

@@ -1,0 +1,160 @@
+"""What evaluation uses beside training's own weights and averages, and what is said of these."""
+
+import functools
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+
+from bnjax.arrays import named_leaves
+from bnjax.data.batches import spread
+from bnjax.errors import ConfigError
+from bnjax.stats.precise import precise
+from bnjax.stats.weights import averaged_params
+from bnjax.train import build
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.loop import Stopped, train_and_evaluate
+from bnjax.train.records import read_metrics
+from bnjax.train.trained import Trained
+from bnjax.train_step import forward, init_state, softmax_cross_entropy
+
+DATA = synthetic.dataset()
+
+
+def config(**changes):
+    config = synthetic.config(steps=10)
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    return config
+
+
+def trained(workdir, config):
+    """What the checkpoint holds for evaluation, and what training goes on with."""
+    train_and_evaluate(config, workdir, DATA)
+    run, experiment = Trained(workdir, "last"), build.experiment(config, DATA)
+    init = functools.partial(init_state, experiment.model, experiment.tx)
+    like = jax.eval_shape(init, jax.random.key(0), DATA.train.image[:1])
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        return run, checkpoints.restore(run.step, like, apart=experiment.is_apart)
+
+
+def lines(workdir, split):
+    return [one for one in read_metrics(workdir / "metrics.jsonl") if one["split"] == split]
+
+
+def loss_of(model, params, batch_stats, split, **options):
+    logits, _ = forward(
+        params, batch_stats, {"image": split.image}, model=model, train=False, **options
+    )
+    return float(softmax_cross_entropy(logits, split.label).mean())
+
+
+def same(mine, its):
+    jax.tree.map(np.testing.assert_array_equal, mine, its)
+
+
+def close(mine, its):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), mine, its)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("usual") / "run", config(eval__gap_images=16))
+
+
+def test_the_gap_is_of_the_same_images_twice(usual):
+    run, _ = usual
+    (_, last) = lines(run.workdir, "gap")
+    images = spread(DATA.train, 16)
+    assert (last["step"], last["count"]) == (10, 16)
+    stored = loss_of(run.model, run.params, run.batch_stats, images)
+    assert last["loss"] == pytest.approx(stored, rel=1e-5)
+    # By the definition: training without dropped units, which normalises by the batch.
+    quiet = run.model.clone(dropout=(0.0,))
+    logits, _ = forward(
+        run.params, run.batch_stats, {"image": images.image}, model=quiet, train=True
+    )
+    by_batch = float(softmax_cross_entropy(logits, images.label).mean())
+    assert last["batch_loss"] == pytest.approx(by_batch, rel=1e-5)
+    assert last["batch_loss"] != last["loss"]
+
+
+def test_drift_of_the_first_norm_is_known_from_the_pixels(usual):
+    run, _ = usual
+    last = lines(run.workdir, "gap")[-1]
+    x = spread(DATA.train, 16).image / 255.0
+    stats, epsilon = named_leaves(run.batch_stats), run.config.model.epsilon
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2)) + epsilon
+    off = (np.asarray(stats["conv0_norm.mean"], np.float64) - mean) / np.sqrt(var)
+    assert last["drift_mean"]["conv0_norm"] == pytest.approx(np.sqrt((off**2).mean()), rel=1e-4)
+    ratio = np.log((np.asarray(stats["conv0_norm.var"], np.float64) + epsilon) / var)
+    assert last["drift_variance"]["conv0_norm"] == pytest.approx(ratio.mean(), rel=1e-4)
+    assert list(last["drift_mean"]) == ["conv0_norm", "dense0_norm", "logits_norm"]
+
+
+def test_looking_changes_no_training(usual, tmp_path):
+    run, ((state, stats), *_) = usual[0], [usual[1]]
+    _, (other, others) = trained(tmp_path / "blind", config())
+    same((state.params, stats), (other.params, others))
+    assert lines(tmp_path / "blind", "gap") == []
+    assert lines(tmp_path / "blind", "test") == lines(run.workdir, "test")
+
+
+@pytest.fixture(scope="module")
+def with_precise(tmp_path_factory):
+    chosen = config(eval__statistics="precise", eval__precise_images=20)
+    return trained(tmp_path_factory.mktemp("precise") / "run", chosen)
+
+
+def test_precise_statistics_are_evaluated_and_training_keeps_its_own(usual, with_precise):
+    run, (state, stats) = with_precise
+    _, (other, others) = usual
+    same((state.params, stats), (other.params, others))  # training is not touched
+    images = spread(DATA.train, 20).image
+    truth = precise(run.model, state.params, [{"image": images[:10]}, {"image": images[10:]}])
+    close(run.batch_stats, truth)
+    test = lines(run.workdir, "test")[-1]
+    assert test["loss"] == pytest.approx(loss_of(run.model, run.params, truth, DATA.test), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averaged_weights_are_evaluated_with_statistics_of_their_own(usual, tmp_path, kind):
+    chosen = config(optimizer__average=kind, eval__precise_images=20)
+    run, (state, _) = trained(tmp_path / "run", chosen)
+    # Another program: its roundings are others.
+    close(state.params, usual[1][0].params)
+    averaged = averaged_params(state.opt_state, state.params)
+    same(run.params, averaged)
+    images = spread(DATA.train, 20).image
+    truth = precise(run.model, averaged, [{"image": images[:10]}, {"image": images[10:]}])
+    close(run.batch_stats, truth)
+    assert any(
+        jnp.any(a != b)
+        for a, b in zip(*map(jax.tree.leaves, (run.params, state.params)), strict=True)
+    )
+
+
+def test_a_run_with_both_goes_on_bit_for_bit(tmp_path):
+    chosen = config(optimizer__average="ema", eval__precise_images=20)
+
+    def interrupting(step, item):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return item
+
+    feed = synthetic.feed(chosen, each=interrupting)
+    with pytest.raises(Stopped):
+        train_and_evaluate(chosen, tmp_path / "stopped", DATA, feed)
+    train_and_evaluate(chosen, tmp_path / "stopped", DATA)
+    train_and_evaluate(chosen, tmp_path / "whole", DATA)
+    files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("stopped", "whole")]
+    assert files[0] == files[1]
+
+
+def test_one_image_has_no_statistics():
+    with pytest.raises(ConfigError, match="gap_images"):
+        build.experiment(config(eval__gap_images=1), DATA)

@@ -1,0 +1,167 @@
+"""Training on many devices gives what one device gives, and norms see what the config says."""
+
+import dataclasses
+import functools
+import signal
+
+import jax
+import numpy as np
+import pytest
+import synthetic
+
+from bnjax.data.feed import host_feed, resident_feed
+from bnjax.errors import ConfigError
+from bnjax.train import build
+from bnjax.train.loop import Stopped, train_and_evaluate
+from bnjax.train.parallel import spread
+from bnjax.train.records import read_lines
+from bnjax.train.steps import Steps
+from bnjax.train_step import TrainState
+
+DATA = synthetic.dataset()
+BATCH = 24
+
+
+def config(norm="batch", virtual_batch=BATCH):
+    """SGD shows a gradient that is n times too large, where Adam would hide it."""
+    config = synthetic.config()
+    config.train.batch_size, config.model.dropout = BATCH, (0.0,)
+    config.model.norm, config.model.virtual_batch = norm, virtual_batch
+    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.01
+    config.optimizer.momentum = 0.9
+    return config
+
+
+def train(config, parallel, *, resident=False, seeds=1, batch=BATCH, steps=5):
+    """States and evaluations of each seed after so many steps, as NumPy arrays."""
+    experiment = build.experiment(config, DATA)
+    model = build.model(config.model, 3, (8, 8, 1), **parallel.norm_axes)
+    experiment = dataclasses.replace(experiment, parallel=parallel, training_model=model)
+    make = functools.partial(resident_feed, max_steps=steps) if resident else host_feed
+    feed = make(DATA.train, batch, shuffle=True, part=parallel.part)
+    compiled = Steps(experiment, DATA, feed, seeds)
+    states = compiled.join([compiled.init(jax.random.key(seed)) for seed in range(seeds)])
+    streak = compiled.streak([0] * seeds)
+    items = zip(*(feed.items(seed, 0) for seed in range(seeds)), strict=True)
+    for _ in range(steps // feed.max_steps):
+        shipped = compiled.ship([next(items) for _ in range(feed.max_steps)])
+        *states, streak, _ = compiled.train(*states, streak, compiled.resident, *shipped)
+    state, stats = states
+    found = compiled.split((state, stats)), compiled.test(state.params, stats)
+    return jax.device_get(jax.tree.map(_without_keys, found))
+
+
+def _without_keys(leaf):
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
+def close(actual, expected):
+    """Compares each number to 1e-4 of itself, or to 1e-5 of the largest of its kind.
+
+    What cancels in a gradient leaves the roundings of its terms.
+    """
+    ((states, metrics), (others, counted)) = actual, expected
+    kinds = [
+        (mine, its)
+        for pair in zip(states, others, strict=True)
+        for mine, its in zip(*pair, strict=True)
+    ]
+    for mine, its in [*kinds, (metrics, counted)]:
+        sized = its.params if isinstance(its, TrainState) else its
+        atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(sized))
+        jax.tree.map(
+            lambda a, b, atol=atol: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol),
+            mine,
+            its,
+        )
+
+
+@functools.cache
+def on_one_device(norm="batch", virtual_batch=BATCH, **options):
+    return train(config(norm, virtual_batch), spread(jax.devices()[:1]), **options)
+
+
+# 5 and 7 do not divide 24: the batch is filled up, with 7 so far that a device has padding only.
+WRAPPERS = ("jit", "shard_map", "pmap")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("devices", [8, 5])
+def test_global_statistics_are_those_of_one_device(wrapper, devices):
+    parallel = spread(jax.devices()[:devices], "global", wrapper)
+    close(train(config(), parallel), on_one_device())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_images_that_lie_on_the_devices(wrapper):
+    parallel = spread(jax.devices()[:3], "global", wrapper)
+    close(train(config(), parallel, resident=True), on_one_device())
+
+
+def test_several_seeds_in_one_program():
+    parallel = spread(jax.devices()[:4])
+    close(train(config(), parallel, seeds=2), on_one_device(seeds=2))
+
+
+# Ghost batch norm on one device: virtual batches of as many examples, averages of the whole batch.
+@pytest.mark.parametrize(
+    ("devices", "over", "wrapper"),
+    [(4, "per_device", "shard_map"), (4, "per_device", "pmap"), (8, 2, "shard_map"), (8, 4, None)],
+)
+def test_other_scopes_are_ghost_batches_of_one_device(devices, over, wrapper):
+    parallel = spread(jax.devices()[:devices], over, wrapper)
+    together = 1 if over == "per_device" else over
+    truth = on_one_device("ghost", BATCH // devices * together)
+    close(train(config(), parallel), truth)
+
+
+def test_a_wrapper_that_cannot_keep_to_the_scope_is_refused():
+    for over, wrapper in (("per_device", "jit"), (2, "jit"), (2, "pmap")):
+        with pytest.raises(ValueError, match="Use shard_map"):
+            spread(jax.devices(), over, wrapper)
+    with pytest.raises(ValueError, match="do not make groups of 3"):
+        spread(jax.devices(), 3)
+
+
+def test_the_commands_use_the_devices_that_the_config_names(tmp_path, capsys):
+    small = synthetic.config(steps=6)
+    small.devices, small.model.dropout = 4, (0.0,)
+    on_four = train_and_evaluate(small, tmp_path / "four", DATA)
+    assert "on 4 x cpu" in capsys.readouterr().out
+    small.devices = 1
+    on_one = train_and_evaluate(small, tmp_path / "one", DATA)
+    assert on_four["final_test"]["loss"] == pytest.approx(on_one["final_test"]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("first", "then"), [(8, 2), (1, 4)])
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path, first, then):
+    """With dropout: under jit the units that are dropped depend on no device."""
+
+    def interrupting(step, item):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return item
+
+    small, workdir = synthetic.config(steps=8), tmp_path / "moved"
+    small.devices = first
+    feed = synthetic.feed(small, each=interrupting)
+    with pytest.raises(Stopped):
+        train_and_evaluate(small, workdir, DATA, feed)
+    small.devices = then
+    moved = train_and_evaluate(small, workdir, DATA)
+    small.devices = 1
+    at_rest = train_and_evaluate(small, tmp_path / "at_rest", DATA)
+    assert moved["final_test"]["loss"] == pytest.approx(at_rest["final_test"]["loss"], rel=1e-3)
+    lines = [read_lines(path / "metrics.jsonl") for path in (workdir, tmp_path / "at_rest")]
+    for mine, its in zip(*lines, strict=True):
+        assert mine["step"] == its["step"]
+        assert mine["loss"] == pytest.approx(its["loss"], rel=1e-3)
+
+
+def test_impossible_numbers_of_devices_are_config_errors():
+    small = synthetic.config()
+    for devices, over, key in ((9, "global", "devices"), (8, "3", "model.statistics_over")):
+        small.devices, small.model.statistics_over = devices, over
+        with pytest.raises(ConfigError, match=key):
+            build.experiment(small, DATA)
