@@ -1,4 +1,4 @@
-"""The command `bnjax precise`, on runs of real digits whose averages are not ready."""
+"""The command `bnjax precise`, on a run of real digits whose averages are not ready."""
 
 import json
 
@@ -11,6 +11,7 @@ from bnjax.data.batches import spread
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
+from bnjax.train.precise_run import of_run
 from bnjax.train.records import read_metrics
 from bnjax.train.trained import Trained
 from bnjax.train_step import eval_step
@@ -19,18 +20,16 @@ STEPS, IMAGES, MOMENTUM = 20, 50, 0.99
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs with batch norm and with layer norm."""
-    folder = tmp_path_factory.mktemp("runs")
-    for norm, steps in (("batch", STEPS), ("layer", 1)):
-        config = default_config()
-        config.data.name = "digits"
-        config.model.filters, config.model.dense = (8, 8, 8), (16, 16)
-        config.model.norm, config.model.momentum = norm, MOMENTUM
-        config.train.steps, config.train.batch_size, config.train.shuffle = steps, 64, True
-        config.eval.every_steps, config.eval.every_epochs = steps, 0.0
-        config.eval.histograms = config.eval.pictures = config.eval.gap_images = 0
-        train_and_evaluate(config, folder / norm, build.dataset(config))
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "slow"
+    config = default_config()
+    config.data.name = "digits"
+    config.model.filters, config.model.dense = (8, 8, 8), (16, 16)
+    config.model.momentum = MOMENTUM
+    config.train.steps, config.train.batch_size, config.train.shuffle = STEPS, 64, True
+    config.eval.every_steps, config.eval.every_epochs = STEPS, 0.0
+    config.eval.histograms = config.eval.pictures = config.eval.gap_images = 0
+    train_and_evaluate(config, folder, build.dataset(config))
     return folder
 
 
@@ -48,18 +47,18 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_statistics_are_those_of_the_batch_and_the_run_stays(bnjax, runs, tmp_path):
-    before = contents(runs / "batch")
-    words = ("--workdir", runs / "batch", "--images", IMAGES, "--out", tmp_path / "new", "--json")
+def test_statistics_are_those_of_the_batch_and_the_run_stays(bnjax, workdir, tmp_path):
+    before = contents(workdir)
+    words = ("--workdir", workdir, "--images", IMAGES, "--out", tmp_path / "new", "--json")
     code, out, err = bnjax("precise", *words)
     assert code == 0, err
-    assert contents(runs / "batch") == before
-    result, tested = json.loads(out), read_metrics(runs / "batch" / "metrics.jsonl")[-1]
+    assert contents(workdir) == before
+    result, tested = json.loads(out), read_metrics(workdir / "metrics.jsonl")[-1]
     assert (result["step"], result["images"], result["by"]) == (STEPS, IMAGES, "batch")
     for key in ("loss", "accuracy"):
         assert result["stored"][key] == pytest.approx(tested[key], rel=1e-5)
     # Fewer images than a batch: what one step with them would put into the averages.
-    run, written = Trained(runs / "batch", "last"), Trained(tmp_path / "new", "last")
+    run, written = Trained(workdir, "last"), Trained(tmp_path / "new", "last")
     data = run.dataset(None)
     _, after = run.model.apply(
         {"params": run.params, "batch_stats": run.batch_stats},
@@ -86,8 +85,8 @@ def test_statistics_are_those_of_the_batch_and_the_run_stays(bnjax, runs, tmp_pa
     assert predicted["loss"] == pytest.approx(means["loss"], rel=1e-5)
 
 
-def test_the_table_says_what_was_done(bnjax, runs):
-    words = ("--workdir", runs / "batch", "--images", 150)
+def test_the_table_says_what_was_done(bnjax, workdir):
+    words = ("--workdir", workdir, "--images", 150)
     found = {}
     for by in ("batch", "population"):
         code, out, err = bnjax("precise", *words, "--by", by)
@@ -101,7 +100,7 @@ def test_the_table_says_what_was_done(bnjax, runs):
     assert "the precise statistics" in found["population"][-1]
 
 
-def test_what_cannot_be_done_is_refused(bnjax, runs, tmp_path):
+def test_what_cannot_be_done_is_refused(bnjax, workdir, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for words, said in (
@@ -109,10 +108,11 @@ def test_what_cannot_be_done_is_refused(bnjax, runs, tmp_path):
         (("--images", 1), "--images"),
         (("--checkpoint", 7), "no checkpoint '7'"),
     ):
-        code, _, err = bnjax("precise", "--workdir", runs / "batch", *words)
+        code, _, err = bnjax("precise", "--workdir", workdir, *words)
         assert code != 0
         assert said in err
-    code, _, err = bnjax("precise", "--workdir", runs / "layer")
-    assert code != 0
-    assert "no running statistics" in err
+    run = Trained(workdir, "last")
+    run.batch_stats = {}
+    with pytest.raises(errors.UserError, match="no running statistics"):
+        of_run(run, None, IMAGES, "batch")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
