@@ -26,8 +26,8 @@ from bnjax.train.parallel import Parallel, spread
 class Experiment:
     """What a config means for a data set: everything that the loop needs, durations in steps."""
 
-    model: ConvNet
-    training_model: ConvNet  # the same, its batch norms bound to the axes of `parallel`
+    model: nn.Module
+    training_model: nn.Module  # the same, its batch norms bound to the axes of `parallel`
     parallel: Parallel
     tx: optax.GradientTransformation
     steps: int
@@ -134,7 +134,7 @@ def check(config: ConfigDict) -> None:
 
 def model(
     config: ConfigDict, classes: int, image_shape: tuple[int, int, int], **norm_axes: str
-) -> ConvNet:
+) -> nn.Module:
     """Returns the network that `config.model` describes for images [h, w, c].
 
     Args:
