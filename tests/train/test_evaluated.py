@@ -16,8 +16,10 @@ from bnjax.stats.precise import precise
 from bnjax.stats.weights import averaged_params
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.loop import Stopped, train_and_evaluate
+from bnjax.train.interrupt import StopRequest
+from bnjax.train.loop import Stopped, Trainer, train_and_evaluate
 from bnjax.train.records import read_metrics
+from bnjax.train.steps import Steps, default_feed, precise_batches
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy
 
@@ -153,6 +155,79 @@ def test_a_run_with_both_goes_on_bit_for_bit(tmp_path):
     train_and_evaluate(chosen, tmp_path / "whole", DATA)
     files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("stopped", "whole")]
     assert files[0] == files[1]
+
+
+def test_swa_is_of_the_steps_that_the_keys_say(tmp_path):
+    chosen = config(
+        optimizer__average="swa", optimizer__average_start=4, optimizer__average_every=3
+    )
+    run, _ = trained(tmp_path / "run", chosen)
+    experiment, weights = build.experiment(config(), DATA), []
+    steps = Steps(experiment, DATA, default_feed(experiment, DATA.train))
+    state, stats = steps.init(jax.random.split(jax.random.key(0))[0])
+    streak, items = steps.streak([0]), steps.feed.items(0, 0)
+    for _ in range(10):
+        state, stats, streak, _ = steps.train(state, stats, streak, steps.resident, next(items))
+        weights.append(jax.device_get(state.params))
+    chosen_ones = [weights[step - 1] for step in (4, 7, 10)]
+    close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *chosen_ones))
+
+
+def test_several_seeds_in_one_program(tmp_path):
+    chosen = config(optimizer__average="swa", eval__precise_images=20)
+    folders = {seed: tmp_path / str(seed) for seed in (0, 1)}
+    with StopRequest() as stop:
+        Trainer(chosen, DATA).train(folders, stop)
+    tested = {seed: lines(folder, "test")[-1]["loss"] for seed, folder in folders.items()}
+    assert tested[0] != pytest.approx(tested[1], rel=1e-2)
+    images = spread(DATA.train, 20).image
+    for seed, folder in folders.items():
+        run = Trained(folder, "last")
+        truth = precise(run.model, run.params, [{"image": images[:10]}, {"image": images[10:]}])
+        close(run.batch_stats, truth)
+        found = loss_of(run.model, run.params, truth, DATA.test)
+        assert tested[seed] == pytest.approx(found, rel=1e-4)
+
+
+def test_a_network_without_running_statistics_can_be_averaged(tmp_path):
+    plain = config(optimizer__average="ema", model__norm="none", train__steps=2)
+    run, _ = trained(tmp_path / "run", plain)
+    found = loss_of(run.model, run.params, {}, DATA.test)
+    assert lines(run.workdir, "test")[-1]["loss"] == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"),
+    [(25, [9, 9, 7]), (20, [10, 10]), (7, [7]), (100, [10, 10, 10, 10, 8])],
+)
+def test_batches_for_the_statistics_are_as_alike_as_can_be(images, sizes):
+    chosen = config(eval__statistics="precise", eval__precise_images=images)
+    batches = precise_batches(DATA.train, build.experiment(chosen, DATA))
+    whole = [batch.get("mask", np.ones(len(batch["label"]))).sum() for batch in batches]
+    assert whole == sizes
+
+
+def test_that_averages_are_not_ready_is_no_trouble_where_they_are_not_used():
+    slow = {"model__momentum": 0.99}
+    assert "not be ready" in build.experiment(config(**slow), DATA).warnings[0]
+    assert build.experiment(config(**slow, eval__statistics="precise"), DATA).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eval.statistics", "exact"),
+        ("eval.precise_images", 1),
+        ("eval.gap_images", -1),
+        ("optimizer.average", "polyak"),
+        ("optimizer.average_decay", 1.0),
+        ("optimizer.average_start", 0),
+        ("optimizer.average_every", 0),
+    ],
+)
+def test_what_is_impossible_is_refused(key, value):
+    with pytest.raises(ConfigError, match=key):
+        build.experiment(config(**{key.replace(".", "__"): value}), DATA)
 
 
 def test_one_image_has_no_statistics():
