@@ -91,9 +91,9 @@ def memory(process: int) -> dict[str, int]:
 
 
 def children(process: int) -> list[int]:
-    """Returns the processes that it started."""
-    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(one) for one in found]
+    """Returns the processes that it started, in whichever of its threads."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(one) for task in tasks for one in task.read_text().split()]
 
 
 def feed(args: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +142,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             main, *others = of.values()
             entry = {"s": time.monotonic() - began, "main": main["own"]}
-            seen.append(entry | {"workers": sum(one["own"] for one in others)})
+            shared = sum(one["shared"] for one in of.values())
+            workers = sum(one["own"] for one in others)
+            seen.append(entry | {"workers": workers, "shared": shared})
     lines = [json.loads(line) for line in (args.workdir / "timing.jsonl").open()]
     seconds = np.diff([line["seconds"] for line in lines])
     tenths = [part[-1] for part in np.array_split(np.array(seen), 10) if len(part)]

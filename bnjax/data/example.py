@@ -5,6 +5,7 @@ protobuf compiler is needed: https://protobuf.dev/programming-guides/encoding an
 `example.proto` and `feature.proto`.
 """
 
+import itertools
 from collections.abc import Iterator
 
 # Kinds of fields, and what they have in front of them or are long.
@@ -40,14 +41,16 @@ def decode(message: bytes) -> dict[str, bytes | int]:
                 for kind, values in _fields(feature):
                     if kind not in (BYTES_LIST, INT64_LIST) or isinstance(values, int):
                         continue
-                    _, value = next(_fields(values), (1, b""))
-                    if kind == INT64_LIST and not isinstance(value, int):  # packed
-                        value, _ = _read_varint(value, 0)
-                    if isinstance(value, int):
-                        found[name] = value - (1 << 64) if value >> 63 else value
-                    else:
-                        found[name] = bytes(value)
+                    for _, value in itertools.islice(_fields(values), 1):
+                        found[name] = _number(value) if kind == INT64_LIST else bytes(value)
     return found
+
+
+def _number(value: memoryview | int) -> int:
+    """Returns the first of an Int64List's numbers, which may be packed; two's complement."""
+    if not isinstance(value, int):
+        value, _ = _read_varint(value, 0)
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -71,7 +74,7 @@ def _all(message: memoryview, number: int) -> Iterator[memoryview]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Yields number and content of each field; a whole number as such."""
+    """Yields number and content of each field that is a whole number or has a length."""
     at = 0
     while at < len(message):
         tag, at = _read_varint(message, at)
@@ -88,7 +91,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
             raise ValueError(f"it has a field of the unknown kind {kind}")
         if at + size > len(message):
             raise ValueError("it ends in the middle of a field")
-        yield number, message[at : at + size]
+        if kind == LENGTH:
+            yield number, message[at : at + size]
         at += size
 
 
