@@ -24,9 +24,10 @@ from bnjax.data.feed import every_batch, host_feed
 from bnjax.data.records import Crop, Reading
 from bnjax.data.stream import stream_feed
 from bnjax.errors import ConfigError, DataError, UserError, WorkerError
-from bnjax.train import build
+from bnjax.train import build, predict
 from bnjax.train.loop import train_and_evaluate
 from bnjax.train.records import read_lines
+from bnjax.train.trained import Trained
 
 MEMORY = synthetic.dataset()
 SIZES = ((40, 30), (24, 24), (19, 57), (100, 21), (33, 32))
@@ -390,9 +391,15 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
         train_and_evaluate(config, tmp_path / "stopped", broken)
     steps = [line["step"] for line in read_lines(tmp_path / "stopped" / "metrics.jsonl")]
     assert 5 <= max(steps) < 12
-    found = train_and_evaluate(config, tmp_path / "stopped", data)
+    # Who reads is no part of what a run is.
+    found = train_and_evaluate(config_of(folder, workers=1), tmp_path / "stopped", data)
     for key in ("steps", "final_test", "best_test", "steps_to_loss"):
         assert found[key] == expected[key]
+    predicted = predict.of_split(Trained(tmp_path / "stopped", "last"), "test", None)
+    assert predicted["accuracy"] == found["final_test"]["accuracy"]
+    assert [row["label"] for row in predicted["predictions"]] == [
+        MEMORY.classes[label] for label in MEMORY.test.label
+    ]
     memory, stopped = (tmp_path / name / "metrics.jsonl" for name in ("memory", "stopped"))
     assert stopped.read_text() == memory.read_text()
 
