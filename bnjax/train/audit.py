@@ -63,6 +63,7 @@ def audit_batches(split: Examples, batch_size: int, images: int | None) -> list[
     """Returns four batches or more of different images in random order, of training's size at most.
 
     >>> import numpy as np
+    >>> from bnjax.data.datasets import Split
     >>> split = Split(np.zeros((100, 2, 2, 1), np.uint8), np.arange(100, dtype=np.int32))
     >>> [len(batch["label"]) for batch in audit_batches(split, 50, None)]
     [25, 25, 25, 25]
