@@ -36,6 +36,12 @@ class NonFiniteError(UserError):
     exit_code = 1
 
 
+class WorkerError(UserError):
+    """Processes that read images ahead were lost, again and again."""
+
+    exit_code = 1
+
+
 class UnavailableError(DataError):
     """There is no copy of the data here and none can be fetched; other data may stand in."""
 

@@ -1,7 +1,6 @@
 """The order in which images are seen, and batches of one constant shape."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from bnjax.arrays import Array, Batch
 from bnjax.data.datasets import Split
+from bnjax.data.records import Examples
 
 # Which examples make a batch: their indices, or the slice that they are where nothing is shuffled.
 Rows = slice | np.ndarray
@@ -17,7 +17,7 @@ Rows = slice | np.ndarray
 def train_rows(
     examples: int, batch_size: int, *, seed: int | None, start: int = 0
 ) -> Iterator[Rows]:
-    """Yields the rows of batches for ever, from step `start` on.
+    """Returns the rows of batches for ever, from step `start` on.
 
     What a step sees depends on the seed and the step alone. The examples are one endless stream,
     epoch after epoch, cut into full batches: nothing is dropped, no batch is small, and each
@@ -37,33 +37,50 @@ def train_rows(
     >>> list(itertools.islice(train_rows(5, 2, seed=None), 3))
     [slice(0, 2, None), slice(2, 4, None), array([4, 0])]
     """
-    if not 0 < batch_size <= examples:
-        raise ValueError(
-            f"batch_size {batch_size} has to be between 1 and the number of training images, "
-            f"{examples}"
-        )
-
-    # Drawn on the host: a permutation on the device would wait for the step that runs there.
-    @functools.lru_cache(maxsize=2)
-    def order_of(epoch: int) -> np.ndarray:
-        if seed is None:
-            return np.arange(examples)
-        return np.random.default_rng([seed, epoch]).permutation(examples)
-
-    for position in itertools.count(start * batch_size, batch_size):
-        epoch, offset = divmod(position, examples)
-        end = offset + batch_size
-        if seed is None and end <= examples:
-            yield slice(offset, end)  # a view: nothing is copied
-        elif end <= examples:
-            yield order_of(epoch)[offset:end]
-        else:
-            yield np.concatenate([order_of(epoch)[offset:], order_of(epoch + 1)[: end - examples]])
+    rows = TrainRows(examples, batch_size, seed)
+    return map(rows.of, itertools.count(start))
 
 
-def take(split: Split, rows: Rows) -> Batch:
+class TrainRows:
+    """The rows of the batch of each step, in any order of the steps; see `train_rows`."""
+
+    def __init__(self, examples: int, batch_size: int, seed: int | None):
+        """Draws nothing yet."""
+        if not 0 < batch_size <= examples:
+            raise ValueError(
+                f"batch_size {batch_size} has to be between 1 and the number of training images, "
+                f"{examples}"
+            )
+        self._examples, self._batch_size, self._seed = examples, batch_size, seed
+        self._orders: dict[int, np.ndarray] = {}  # of the latest epochs
+
+    def of(self, step: int) -> Rows:
+        """Returns the rows of the batch after so many steps."""
+        epoch, offset = divmod(step * self._batch_size, self._examples)
+        end = offset + self._batch_size
+        if self._seed is None and end <= self._examples:
+            return slice(offset, end)  # a view: nothing is copied
+        if end <= self._examples:
+            return self._order_of(epoch)[offset:end]
+        after = self._order_of(epoch + 1)[: end - self._examples]
+        return np.concatenate([self._order_of(epoch)[offset:], after])
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(self._examples)
+        found = self._orders.get(epoch)
+        if found is None:
+            # On the host: a permutation on the device would wait for the step that runs there.
+            found = np.random.default_rng([self._seed, epoch]).permutation(self._examples)
+            near = {one: order for one, order in self._orders.items() if abs(one - epoch) < 2}
+            self._orders = near | {epoch: found}
+        return found
+
+
+def take(split: Examples, rows: Rows) -> Batch:
     """Returns the batch that the rows of a split make."""
-    return {"image": split.image[rows], "label": split.label[rows]}
+    chosen = split.select(rows)
+    return {"image": chosen.image, "label": chosen.label}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +119,9 @@ def indices(rows: Rows) -> np.ndarray:
     return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
-def spread(split: Split, count: int) -> Split:
+def spread(split: Examples, count: int) -> Split:
     """Returns so many examples at equal distances: a split may be sorted by class."""
-    chosen = np.arange(count) * len(split.label) // max(count, 1)
-    return Split(split.image[chosen], split.label[chosen])
+    return split.select(np.arange(count) * len(split) // max(count, 1))
 
 
 def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[Batch]:

@@ -4,13 +4,18 @@ import dataclasses
 import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnjax.data import cifar, download, tfds
-from bnjax.errors import ConfigError, DataError, UnavailableError
+from bnjax.errors import ConfigError, DataError, UnavailableError, UserError
+
+if TYPE_CHECKING:  # they need what is here
+    from bnjax.data.records import Reading, Records
 
 DIGITS = "digits"
+RECORDS = "records"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +34,27 @@ class Split:
             found = f"images {self.image.dtype} {self.image.shape} and labels {self.label.shape}"
             raise ValueError(f"{found} are not uint8 [n, h, w, c] and [n]")
 
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[h, w, c] of each image."""
+        height, width, channels = self.image.shape[1:]
+        return height, width, channels
+
+    def select(self, rows: slice | np.ndarray) -> "Split":
+        """Returns some examples; those of a slice are not copied."""
+        return Split(self.image[rows], self.label[rows])
+
+    def first(self, examples: int) -> "Split":
+        """Returns the first so many."""
+        return self.select(slice(examples))
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set in memory.
+    """A data set, in memory or, as records, on disk.
 
     Attributes:
         name: what was loaded: after a fallback another one than was asked for.
@@ -46,8 +68,8 @@ class Dataset:
     name: str
     label: str
     official: bool | None
-    train: Split
-    test: Split
+    train: "Split | Records"
+    test: "Split | Records"
     classes: tuple[str, ...]
     fallback_reason: str = ""
 
@@ -59,7 +81,13 @@ def cache_dir() -> Path:
 
 
 def load(
-    name: str, data_dir: str = "", *, fallback: str = "", label: str = "", train_images: int = 0
+    name: str,
+    data_dir: str = "",
+    *,
+    fallback: str = "",
+    label: str = "",
+    train_images: int = 0,
+    stream: "Reading | None" = None,
 ) -> Dataset:
     """Returns a data set by name.
 
@@ -68,12 +96,14 @@ def load(
 
     Args:
         name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow
-            Datasets.
+            Datasets; with `stream`, of the latter only, or "records", the ones in `data_dir`.
         data_dir: a folder that holds CIFAR's binary files or archive, or TFDS's copies.
         fallback: "digits" to use those where the set cannot be had; "" to raise.
         label: what to call the data in tables instead of its name.
         train_images: how many of the training images to keep, the first ones, and 0 for all; a
             fallback keeps all.
+        stream: leaves the images on disk, as records, to be read in this way; a fallback is in
+            memory.
 
     Raises:
         DataError: if the data cannot be had and there is no fallback, or are damaged (no fallback
@@ -83,7 +113,9 @@ def load(
     if name != DIGITS and data_dir:
         _check_folder(data_dir)
     try:
-        found = _named(name, data_dir, label)
+        found = (
+            _streamed(name, data_dir, label, stream) if stream else _named(name, data_dir, label)
+        )
     except UnavailableError as error:
         if fallback != DIGITS:
             raise
@@ -101,18 +133,31 @@ def _named(name: str, data_dir: str, label: str) -> Dataset:
     return Dataset(name, label, official, Split(*train), Split(*test), classes)
 
 
+def _streamed(name: str, data_dir: str, label: str, reading: "Reading") -> Dataset:
+    from bnjax.data import records
+
+    if importlib.util.find_spec("grain") is None:
+        raise UserError(
+            "config.data.pipeline = 'stream' needs Grain, which is not installed. Install it with: "
+            "pip install 'bnjax[stream]'."
+        )
+    if name == RECORDS and not data_dir:
+        raise ConfigError("data.dir", data_dir, "a folder with array_record files")
+    folder = Path(data_dir).expanduser() if name == RECORDS else tfds.folder(name, data_dir)
+    train, test, classes = records.open_folder(folder, reading)
+    return Dataset(name, label or name, None, train, test, classes)
+
+
 def _first(dataset: Dataset, images: int) -> Dataset:
     train = dataset.train
-    if not 0 < images <= len(train.label):
+    if not 0 < images <= len(train):
         raise ConfigError(
             "data.train_images",
             images,
-            f"1 up to the {len(train.label)} training images of {dataset.label}, or 0 for all",
+            f"1 up to the {len(train)} training images of {dataset.label}, or 0 for all",
         )
     label = f"{dataset.label}, the first {images:,} training images"
-    return dataclasses.replace(
-        dataset, label=label, train=Split(train.image[:images], train.label[:images])
-    )
+    return dataclasses.replace(dataset, label=label, train=train.first(images))
 
 
 def _check_folder(data_dir: str) -> None:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from bnjax.arrays import Batch
-from bnjax.data.batches import Part, indices, take, train_rows
+from bnjax.data.batches import Part, eval_batches, indices, take, train_rows
 from bnjax.data.datasets import Split
+from bnjax.data.records import Examples
 
 # What the host ships for one step: a tree of arrays, of the same shapes for every step.
 Item = Any
@@ -71,6 +72,15 @@ def resident_feed(
         return {"image": images, "label": label[rows], **_mask(item)}
 
     return Feed(items, batch, (split.image.reshape(len(split.image), -1), split.label), max_steps)
+
+
+def every_batch(split: Examples, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
+    """Returns this process's part of the batches that have every example; see `eval_batches`."""
+    if isinstance(split, Split):
+        return map(part.of, eval_batches(split.image, split.label, batch_size))
+    from bnjax.data import stream
+
+    return stream.every_batch(split, batch_size, part)
 
 
 def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:

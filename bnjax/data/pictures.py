@@ -42,6 +42,19 @@ def read_pictures(path: Path, shape: tuple[int, int, int]) -> list[Picture]:
         raise DataError(f"{path} cannot be read as an image: {reason.rstrip('.')}.") from error
 
 
+def eight_bits(image: Image.Image, channels: int) -> Image.Image:
+    """Returns an image upright, on white and in 8 bits, grey if `channels` is 1, else RGB."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
+        image = Image.fromarray(np.round(np.asarray(image, np.float32) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    mode = "L" if channels == 1 else "RGB"
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
+
+
 def _read_image(path: Path, channels: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of oddities that Pillow reads over
@@ -53,14 +66,7 @@ def _read_image(path: Path, channels: int) -> np.ndarray:
         except Image.UnidentifiedImageError as error:
             raise ValueError("it is neither a PNG nor a JPEG file") from error
         with image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
-                grey = np.round(np.asarray(upright, np.float32) / 257).astype(np.uint8)
-                upright = Image.fromarray(grey)
-            if upright.has_transparency_data:
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            return np.asarray(upright.convert("L" if channels == 1 else "RGB"))
+            return np.asarray(eight_bits(image, channels))
 
 
 def _read_npy(path: Path) -> list[np.ndarray]:

@@ -36,6 +36,28 @@ def find(name: str, data_dir: str) -> Path | None:
     return next((root for root in _roots(data_dir) if READABLE in _formats(root, name)), None)
 
 
+def folder(name: str, data_dir: str) -> Path:
+    """Returns the folder of a readable copy of the set, which has its files; TFDS is not imported.
+
+    Of several versions it is the newest.
+
+    Raises:
+        UnavailableError: if there is no copy that can be read without TensorFlow.
+        DataError: if there is no such set, or there are several configs of it.
+    """
+    root = find(name, data_dir)
+    if root is None:
+        raise _missing(name, data_dir)
+    copies = [file.parent for file in _infos(root, name) if READABLE in _formats_in(file)]
+    configs = sorted({str(copy.parent.relative_to(root)) for copy in copies})
+    if len(configs) > 1:
+        raise DataError(
+            f"{root} has several configs of the TFDS set {name!r}. Name one of them: "
+            f"{', '.join(configs)}."
+        )
+    return max(copies, key=lambda copy: [*map(int, re.findall(r"\d+", copy.name))])
+
+
 def read(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
     """Returns train and test, images uint8 [n, h, w, c] and labels int32 [n], and the classes.
 
@@ -130,13 +152,19 @@ def _roots(data_dir: str) -> list[Path]:
 
 def _formats(root: Path, name: str) -> set[str]:
     """Returns the file formats of the copies of a set below a folder."""
+    return {found for file in _infos(root, name) for found in _formats_in(file)}
+
+
+def _infos(root: Path, name: str) -> list[Path]:
     path, _, version = name.partition(":")
-    formats = set()
-    for file in (root / path).glob(f"**/{version or '[0-9]*'}/dataset_info.json"):
-        with contextlib.suppress(OSError, ValueError):
-            info = json.loads(file.read_bytes())
-            formats |= {info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])}
-    return formats
+    return [*(root / path).glob(f"**/{version or '[0-9]*'}/dataset_info.json")]
+
+
+def _formats_in(info_file: Path) -> set[str]:
+    with contextlib.suppress(OSError, ValueError):
+        info = json.loads(info_file.read_bytes())
+        return {info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])}
+    return set()
 
 
 def _missing(name: str, data_dir: str) -> DataError:

@@ -35,9 +35,6 @@ class BatchNorm(nn.Module):
             statistics are taken; None under plain `jax.jit`, where they are global whatever the
             sharding.
         axis_index_groups: divides the axis into groups with statistics of their own.
-        average_axis_name: a further mapped axis (or axes) over which the running averages are
-            taken, merged by counts, and not what normalises: devices, or groups of them, may each
-            normalise by their own values, and the averages are the same everywhere.
         use_fast_variance, force_float32_reductions: taken so that calls written for Flax work, and
             without effect: the accurate way is as fast, and nothing below float32 is ever right.
         variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1
@@ -50,6 +47,9 @@ class BatchNorm(nn.Module):
         update_average: False never updates; True updates whenever "batch_stats" is mutable, also
             while the averages normalise; None: updates if use_running_average is False.
         train_affine: False gives scale and bias no gradient.
+        average_axis_name: a further mapped axis (or axes) over which the running averages are
+            taken, merged by counts, and not what normalises: devices, or groups of them, may each
+            normalise by their own values, and the averages are the same everywhere.
 
     The count of updates is stored as `count` [] int32 beside `mean` and `var`, only if momentum or
     debias need it.
@@ -74,7 +74,6 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     axis_name: AxisName | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
-    average_axis_name: AxisName | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     variance: str = "biased"
@@ -82,6 +81,7 @@ class BatchNorm(nn.Module):
     statistics: str | None = None
     update_average: bool | None = None
     train_affine: bool = True
+    average_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(

@@ -1,10 +1,12 @@
-"""What a value of the config may be: in words, and as a function that says so."""
+"""What a key of the config is, and what its value may be: in words, and as a function."""
 
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 MAX_SIZE = 1 << 20  # of a layer: beyond it is a slip of the finger
+MAX_SIDE = 1 << 14  # of an image
+MAX_WORKERS = 1024
 MAX_PICTURES = 100  # that are still looked at
 
 
@@ -13,6 +15,24 @@ class Check(NamedTuple):
 
     words: str
     holds: Callable[[Any], bool]
+
+
+class Key(NamedTuple):
+    """One key of the config.
+
+    Attributes:
+        name: with its section and a dot before it, if it is in one.
+        default: its type is that of every value.
+        allowed: what is checked of a value by itself.
+        help: what the key is for.
+        norm: the field of the classes in `bnjax.norms` that it sets, if it sets one.
+    """
+
+    name: str
+    default: Any
+    allowed: Check
+    help: str
+    norm: str = ""
 
 
 def one_of(*values: str) -> Check:

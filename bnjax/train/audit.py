@@ -11,7 +11,7 @@ import tqdm
 
 from bnjax.arrays import Batch
 from bnjax.data.batches import take, train_rows
-from bnjax.data.datasets import Split
+from bnjax.data.records import Examples
 from bnjax.stats.audit import Findings, Run, audit
 from bnjax.train import build
 from bnjax.train.trained import Trained
@@ -59,18 +59,19 @@ def of_run(
     return about, audit(*variables, batches, run, jit=jit, watch=_watch)
 
 
-def audit_batches(split: Split, batch_size: int, images: int | None) -> list[Batch]:
+def audit_batches(split: Examples, batch_size: int, images: int | None) -> list[Batch]:
     """Returns four batches or more of different images in random order, of training's size at most.
 
     >>> import numpy as np
+    >>> from bnjax.data.datasets import Split
     >>> split = Split(np.zeros((100, 2, 2, 1), np.uint8), np.arange(100, dtype=np.int32))
     >>> [len(batch["label"]) for batch in audit_batches(split, 50, None)]
     [25, 25, 25, 25]
     """
     wanted = images or max(LEAST_BATCHES * batch_size, USUAL_IMAGES)
-    wanted = min(wanted, len(split.label))
+    wanted = min(wanted, len(split))
     size = max(2, min(batch_size, wanted // LEAST_BATCHES))
-    rows = train_rows(len(split.label), min(size, len(split.label)), seed=0)
+    rows = train_rows(len(split), min(size, len(split)), seed=0)
     return [take(split, next(rows)) for _ in range(max(1, wanted // size))]
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from bnjax import norms
 from bnjax.data import datasets
 from bnjax.data.datasets import Dataset
+from bnjax.data.records import Crop, Reading
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.products import bfloat16_dot_general
@@ -26,8 +27,8 @@ from bnjax.train.parallel import Parallel, spread
 class Experiment:
     """What a config means for a data set: everything that the loop needs, durations in steps."""
 
-    model: ConvNet
-    training_model: ConvNet  # the same, its batch norms bound to the axes of `parallel`
+    model: nn.Module
+    training_model: nn.Module  # the same, its batch norms bound to the axes of `parallel`
     parallel: Parallel
     tx: optax.GradientTransformation
     steps: int
@@ -62,14 +63,14 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     check_values(config)
     checks.batch(config, dataset)
     low_precision = "bfloat16" in (config.model.dtype, config.model.dense_product)
-    images, batch_size, saves = len(dataset.train.label), config.train.batch_size, config.checkpoint
+    images, batch_size, saves = len(dataset.train), config.train.batch_size, config.checkpoint
     steps = duration(config.train, "", "train", batch_size, images)
     save_every = None
     if saves.every_steps or saves.every_epochs:
         save_every = duration(saves, "every_", "checkpoint", batch_size, images)
     parallel = spread_over(config)
     network = functools.partial(
-        model, config.model, len(dataset.classes), dataset.train.image.shape[1:]
+        model, config.model, len(dataset.classes), dataset.train.image_shape
     )
     return Experiment(
         model=network(),
@@ -80,13 +81,13 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         stop_at_loss=config.train.stop_at_loss or None,
         eval_every=duration(config.eval, "every_", "eval", batch_size, images),
         batch_size=batch_size,
-        eval_batch_size=min(config.eval.batch_size, len(dataset.test.label)),
+        eval_batch_size=min(config.eval.batch_size, len(dataset.test)),
         product="bfloat16" if low_precision else "float32",
         averages=config.optimizer.average != "none",
         precise_images=min(config.eval.precise_images, images) if _is_precise(config) else 0,
         gap_images=min(config.eval.gap_images, images),
         histograms=min(config.eval.histograms, images),
-        pictures=min(config.eval.pictures, len(dataset.test.label)),
+        pictures=min(config.eval.pictures, len(dataset.test)),
         shuffle=config.train.shuffle,
         most_skipped=config.train.most_skipped if config.train.on_nonfinite == "skip" else 0,
         save_every=save_every,
@@ -97,13 +98,19 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
 
 def dataset(config: ConfigDict) -> Dataset:
     """Returns the data set that `config.data` describes; errors as `bnjax.data.datasets.load`."""
-    data = config.data
+    data, reading = config.data, None
+    checks.data(data)
+    if data.pipeline == "stream":
+        side = data.image_size
+        crop = Crop(side, data.shorter_side or side, data.random_crop) if side else None
+        reading = Reading(crop, data.workers)
     return datasets.load(
         data.name,
         data.dir,
         fallback=data.fallback,
         label=data.label,
         train_images=data.train_images,
+        stream=reading,
     )
 
 
@@ -118,7 +125,7 @@ def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> Conf
     config = config.copy_and_resolve_references()
     config.name = f"{config.name}-{dataset.name}"
     if "train.batch_size" not in dict(parsing.pairs(overrides)):
-        config.train.batch_size = len(dataset.train.label) // 10
+        config.train.batch_size = len(dataset.train) // 10
     return config
 
 
@@ -129,12 +136,13 @@ def check(config: ConfigDict) -> None:
         ConfigError: naming the key, the value and what is allowed.
     """
     check_values(config)
+    checks.data(config.data)
     model(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, 3))
 
 
 def model(
     config: ConfigDict, classes: int, image_shape: tuple[int, int, int], **norm_axes: str
-) -> ConvNet:
+) -> nn.Module:
     """Returns the network that `config.model` describes for images [h, w, c].
 
     Args:

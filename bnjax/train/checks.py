@@ -6,14 +6,14 @@ Each check raises `ConfigError`, naming the key, the value and what is allowed.
 from ml_collections import ConfigDict
 
 from bnjax import norms
-from bnjax.data.datasets import Dataset
+from bnjax.data.datasets import RECORDS, Dataset
 from bnjax.errors import ConfigError
 
 
 def batch(config: ConfigDict, dataset: Dataset) -> None:
     """Checks how batches go with images and norm, and that there is one interval of saving."""
     smallest = 2 if config.model.norm in norms.BATCH_NORMS else 1
-    images = len(dataset.train.label)
+    images = len(dataset.train)
     if not smallest <= config.train.batch_size <= images:
         allowed = f"{smallest} up to the {images} training images of {dataset.label}"
         raise ConfigError("train.batch_size", config.train.batch_size, allowed)
@@ -26,6 +26,26 @@ def batch(config: ConfigDict, dataset: Dataset) -> None:
         key, value = next(iter(given.items()))
         allowed = f"0 with the others as they are: at most one of {', '.join(given)} is above 0"
         raise ConfigError(f"checkpoint.{key}", value, allowed)
+
+
+def data(config: ConfigDict) -> None:
+    """Checks that what only streams have is asked of streams only, and how images are resized."""
+    stream = config.pipeline == "stream"
+    for key in ("image_size", "shorter_side", "random_crop", "workers"):
+        if config[key] and not stream:
+            allowed = f"{type(config[key])()} with data.pipeline = {config.pipeline!r}"
+            raise ConfigError(f"data.{key}", config[key], allowed)
+    if config.name == RECORDS and not stream:
+        raise ConfigError(
+            "data.pipeline", config.pipeline, f"'stream' with data.name = {RECORDS!r}"
+        )
+    if config.shorter_side and config.shorter_side < max(config.image_size, 1):
+        allowed = f"config.data.image_size, {config.image_size}, or above; or 0 for as much"
+        raise ConfigError("data.shorter_side", config.shorter_side, allowed)
+    for key in ("shorter_side", "random_crop"):
+        if config[key] and not config.image_size:
+            allowed = f"{type(config[key])()} with data.image_size = 0"
+            raise ConfigError(f"data.{key}", config[key], allowed)
 
 
 def lengths(config: ConfigDict) -> None:

@@ -6,7 +6,7 @@ about and returns it from `get_config`. Relations between keys are checked in `b
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,60 +25,18 @@ from bnjax.train.allowed import (
     STEP,
     TEXT,
     Check,
+    Key,
     each,
     one_of,
     whole,
 )
-
-
-class Key(NamedTuple):
-    """One key of the config.
-
-    Attributes:
-        name: with its section and a dot before it, if it is in one.
-        default: its type is that of every value.
-        allowed: what is checked of a value by itself.
-        help: what the key is for.
-        norm: the field of the classes in `bnjax.norms` that it sets, if it sets one.
-    """
-
-    name: str
-    default: Any
-    allowed: Check
-    help: str
-    norm: str = ""
-
+from bnjax.train.data_keys import DATA_KEYS
 
 KEYS = (
     Key("name", "", TEXT, "of the run; the file's name if empty"),
     Key("seed", 0, SEED, "of the initial weights, the order of the images and dropout"),
     Key("devices", 0, whole(0), "how many train together, 0: all; batches stay as large"),
-    # The data.
-    Key(
-        "data.name",
-        "cifar10",
-        Check("cifar10, cifar100, digits, or the name of a TFDS set", bool),
-        "cifar10, cifar100, digits, or a data set of TensorFlow Datasets",
-    ),
-    Key(
-        "data.dir",
-        "",
-        TEXT,
-        "a folder with cifar-10-batches-bin or cifar-10-binary.tar.gz, or a TFDS data_dir",
-    ),
-    Key(
-        "data.fallback",
-        "",
-        Check("'digits', or '' for none", lambda value: value in ("", "digits")),
-        "digits: use these real images where the named ones cannot be had; empty: fail",
-    ),
-    Key("data.label", "", TEXT, "what summaries and tables call the data; the name if empty"),
-    Key(
-        "data.train_images",
-        0,
-        Check("a whole number above 0, or 0 for all", lambda value: value >= 0),
-        "train on the first so many only; 0: on all",
-    ),
+    *DATA_KEYS,
     # The network.
     Key("model.filters", (30, 50, 60), SIZES, "of each convolution"),
     Key("model.kernels", (3, 3, 3), SIZES, "the sides of the convolutions' kernels"),

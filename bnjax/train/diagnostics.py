@@ -44,7 +44,7 @@ class Observer:
         self._test = spread(dataset.test, experiment.pictures)
         self._same = spread(dataset.train, experiment.gap_images)
         self._model = experiment.model
-        self._shape = (experiment.batch_size, *dataset.train.image.shape[1:])
+        self._shape = (experiment.batch_size, *dataset.train.image_shape)
         self._sample = jax.jit(
             functools.partial(sample, model=experiment.model), compiler_options=compiler_options()
         )

@@ -35,7 +35,7 @@ def probe(trained: Trained, data_dir: str | None) -> tuple[Images, str]:
     Without a folder of the data, noise: each image with a mean and a contrast of its own.
     """
     if data_dir is not None:
-        return trained.dataset(data_dir).test.image[:PROBE], "test images"
+        return trained.dataset(data_dir).test.select(slice(PROBE)).image, "test images"
     rng = np.random.default_rng(0)
     each = (PROBE, 1, 1, 1)
     noise = rng.uniform(-1, 1, (PROBE, *trained.data.image_shape)) * rng.uniform(0, 128, each)

@@ -13,6 +13,7 @@ import tqdm
 from bnjax.arrays import BatchStats
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset
+from bnjax.data.feed import every_batch
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.stats.layers import nothing_seen
@@ -41,7 +42,7 @@ def of_run(
     if not nothing_seen(trained.batch_stats):
         raise UserError(f"the network in {trained.workdir} has no running statistics.")
     dataset = trained.dataset(data_dir)
-    images = min(images, len(dataset.train.label))
+    images = min(images, len(dataset.train))
     chosen, batch_size = spread(dataset.train, images), trained.config.train.batch_size
     size = -(-images // -(-images // batch_size))
     batches = [*eval_batches(chosen.image, chosen.label, size)]
@@ -55,7 +56,7 @@ def of_run(
         "dataset": dataset.label,
         "images": images,
         "by": by,
-        "test_images": len(dataset.test.label),
+        "test_images": len(dataset.test),
         "stored": _test(trained, trained.batch_stats, dataset),
         "precise": _test(trained, found, dataset),
     }
@@ -95,10 +96,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _test(trained: Trained, batch_stats: BatchStats, dataset: Dataset) -> dict[str, float]:
-    size = min(trained.config.eval.batch_size, len(dataset.test.label))
+    size = min(trained.config.eval.batch_size, len(dataset.test))
     step = jax.jit(
         functools.partial(eval_step, model=trained.model), compiler_options=compiler_options(size)
     )
-    batches = eval_batches(dataset.test.image, dataset.test.label, size)
+    batches = every_batch(dataset.test, size)
     found = [step(trained.params, batch_stats, batch) for batch in batches]
     return functools.reduce(Metrics.merge, jax.device_get(found)).means()

@@ -1,7 +1,7 @@
 """What a trained network says of images, or of a whole split."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from bnjax.arrays import Batch, BatchStats, Params
 from bnjax.data.batches import eval_batches
+from bnjax.data.feed import every_batch
 from bnjax.data.pictures import Picture, read_pictures
 from bnjax.errors import DataError
 from bnjax.metrics import Metrics, from_losses
@@ -36,16 +37,17 @@ def of_split(trained: Trained, split: str, data_dir: str | None = None) -> dict[
     network = _Network(trained)
     dataset, classes = trained.dataset(data_dir), trained.data.classes
     chosen = dataset.train if split == "train" else dataset.test
-    size = min(trained.config.eval.batch_size, len(chosen.label))
-    predicted, metrics = network.predict(chosen.image, chosen.label, size)
-    rows = network.rows([f"{split}[{i}]" for i in range(len(chosen.label))], predicted)
-    for row, truth in zip(rows, chosen.label, strict=True):
+    size = min(trained.config.eval.batch_size, len(chosen))
+    predicted, metrics = network.predict(every_batch(chosen, size))
+    rows = network.rows([f"{split}[{i}]" for i in range(len(chosen))], predicted)
+    label = predicted["label"]
+    for row, truth in zip(rows, label, strict=True):
         row["label"] = classes[truth]
-    right = predicted["class"] == chosen.label
+    right = predicted["class"] == label
     per_class = {
-        name: float(right[chosen.label == i].mean())
+        name: float(right[label == i].mean())
         for i, name in enumerate(classes)
-        if (chosen.label == i).any()
+        if (label == i).any()
     }
     sums = {**metrics.means(), "count": int(metrics.count), "accuracy_per_class": per_class}
     return network.about | {"predictions": rows, **sums, "errors": []}
@@ -59,7 +61,7 @@ def of_images(trained: Trained, paths: list[Path]) -> dict[str, Any]:
     if pictures:
         images = np.stack([picture.image for picture in pictures])
         unknown = np.zeros(len(images), np.int32)
-        predicted, _ = network.predict(images, unknown, min(len(images), MAX_BATCH))
+        predicted, _ = network.predict(eval_batches(images, unknown, min(len(images), MAX_BATCH)))
         rows = network.rows([picture.name for picture in pictures], predicted)
     for row, picture in zip(rows, pictures, strict=True):
         row |= {"note": picture.note} if picture.note else {}
@@ -82,17 +84,19 @@ class _Network:
             "dataset": trained.data.label,
         }
 
-    def predict(
-        self, image: np.ndarray, label: np.ndarray, batch_size: int
-    ) -> tuple[dict[str, np.ndarray], Metrics]:
-        """Returns `class` int32 [n], `score` float32 [n, classes] and the metrics."""
-        batches = eval_batches(image, label, batch_size)
-        found = [jax.device_get(self._classify(*self._variables, batch)) for batch in batches]
-        predicted = {
-            name: np.concatenate([one[name] for one, _ in found])[: len(image)]
-            for name in ("class", "score")
+    def predict(self, batches: Iterable[Batch]) -> tuple[dict[str, np.ndarray], Metrics]:
+        """Returns `class` and `label` int32 [n], `score` float32 [n, classes] and the metrics."""
+        found = []
+        for batch in batches:
+            predicted, metrics = jax.device_get(self._classify(*self._variables, batch))
+            real = batch.get("mask", slice(None))
+            rows = {name: all_rows[real] for name, all_rows in predicted.items()}
+            found.append((rows | {"label": np.array(batch["label"][real])}, metrics))
+        joined = {
+            name: np.concatenate([one[name] for one, _ in found])
+            for name in ("class", "score", "label")
         }
-        return predicted, functools.reduce(Metrics.merge, [metrics for _, metrics in found])
+        return joined, functools.reduce(Metrics.merge, [metrics for _, metrics in found])
 
     def rows(self, names: list[str], predicted: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """Returns an object for each image."""

@@ -58,7 +58,7 @@ class Recorder:
             UserError: if all its checkpoints are damaged, or its files lack steps.
         """
         self.name, self.seed = config.name, config.seed
-        self.data = f"{len(dataset.train.label):,} images of {dataset.label}"
+        self.data = f"{len(dataset.train):,} images of {dataset.label}"
         self._config, self._workdir = config, workdir
         self._experiment, self._dataset = experiment, dataset
         self._about = {

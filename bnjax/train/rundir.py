@@ -27,8 +27,9 @@ OURS = (
     "config.json.tmp",
     "comparison.json.tmp",
 )  # what a process may have left that died or met a full disk at its start
-# Not part of what a run is: the same data may lie elsewhere tomorrow, and other devices be free.
-PLACES = ("config.data.dir", "config.devices")
+# Not part of what a run is: the same data may lie elsewhere tomorrow, other devices and cores be
+# free.
+PLACES = ("config.data.dir", "config.data.workers", "config.devices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,8 @@ class DataFacts:
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataFacts":
-        """Returns the facts of a data set in memory."""
-        return cls(dataset.name, dataset.label, dataset.train.image.shape[1:], dataset.classes)
+        """Returns the facts of a data set."""
+        return cls(dataset.name, dataset.label, dataset.train.image_shape, dataset.classes)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ import numpy as np
 
 from bnjax.arrays import Batch, BatchStats, Params
 from bnjax.data.batches import eval_batches, spread
-from bnjax.data.datasets import Dataset, Split
-from bnjax.data.feed import Feed, Item, host_feed, resident_feed, ship
+from bnjax.data.datasets import Dataset
+from bnjax.data.feed import Feed, Item, every_batch, host_feed, resident_feed, ship
+from bnjax.data.records import Examples, Records
+from bnjax.data.stream import stream_feed
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.stats.layers import norm_layers, nothing_seen, observe
@@ -31,15 +33,17 @@ Variables = tuple[Params, BatchStats]
 Both = TypeVar("Both", State, Variables)
 
 
-def default_feed(experiment: Experiment, split: Split) -> Feed:
+def default_feed(experiment: Experiment, split: Examples) -> Feed:
     """Returns the feed that is fast on the default backend.
 
     A CPU takes one step a dispatch: many in one program are ten times slower there
     (jax-ml/jax#12868). An accelerator would wait for the host between steps: it gets many, and
-    the images once for all.
+    the images once for all. Records are streamed.
     """
     batch_size, part = experiment.batch_size, experiment.parallel.part
     shuffle = experiment.shuffle
+    if isinstance(split, Records):
+        return stream_feed(split, batch_size, shuffle=shuffle, part=part)
     room = RESIDENT_SHARE * (memory() or float("inf"))
     if jax.default_backend() == "cpu" or split.image.nbytes > room:
         return host_feed(split, batch_size, shuffle=shuffle, part=part)
@@ -113,7 +117,7 @@ class Steps:
             UserError: if they do not fit into the device's memory for all seeds. XLA would say so
                 late, or wait for ever.
         """
-        found = jax.eval_shape(self._init, jax.random.key(0), self._dataset.train.image[:1])
+        found = jax.eval_shape(self._init, jax.random.key(0), self._no_images())
         leaves = jax.tree.leaves(found)
         needed = self._seeds * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         room = memory()
@@ -127,7 +131,10 @@ class Steps:
 
     def init(self, key: jax.Array) -> State:
         """Returns one untrained seed."""
-        return self._init(key, self._dataset.train.image[:1])
+        return self._init(key, self._no_images())
+
+    def _no_images(self) -> np.ndarray:
+        return np.zeros((1, *self._dataset.train.image_shape), np.uint8)  # only the shape matters
 
     def join(self, states: list[State]) -> State:
         """Returns the states of each seed as one, on all devices."""
@@ -181,15 +188,14 @@ class Steps:
 
     def test(self, params: Params, batch_stats: BatchStats) -> list[Metrics]:
         """Returns the metrics of each seed over all test images."""
-        test = self._dataset.test
-        batches = map(self._parallel.part.of, eval_batches(test.image, test.label, self._test_size))
+        batches = every_batch(self._dataset.test, self._test_size, self._parallel.part)
         metrics = [self._test(params, batch_stats, self._parallel.put(one, 0)) for one in batches]
         total = functools.reduce(Metrics.merge, jax.device_get(metrics))
         (of_seeds,) = unstack(total, 1, self._seeds)
         return of_seeds
 
 
-def precise_batches(split: Split, experiment: Experiment) -> Iterator[Batch]:
+def precise_batches(split: Examples, experiment: Experiment) -> Iterator[Batch]:
     """Yields training images at equal distances, in batches of one size, at most that of training.
 
     They are as alike as can be: a small last one would be normalised by few images.

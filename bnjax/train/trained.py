@@ -13,6 +13,7 @@ from bnjax.errors import UserError
 from bnjax.stats.folded import Folded
 from bnjax.train import build, rundir
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.config import default_config
 from bnjax.train_step import init_variables
 
 
@@ -69,8 +70,8 @@ class Trained:
         # After a fallback that is another set than was asked for, and the one that was asked for
         # may have turned up since.
         if self.data.name != config.data.name:
+            config.data = default_config().data
             config.data.name = self.data.name
-            config.data.dir, config.data.label, config.data.train_images = "", "", 0
         dataset = build.dataset(config)
         if dataset.label != self.data.label:
             raise UserError(

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_cifar import CLASSES, make_tiny
 
 from bnjax.data import datasets, tfds
+from bnjax.data.records import Crop, Reading
 from bnjax.errors import DataError, UnavailableError
 
 
@@ -44,6 +45,7 @@ def write(root, dataset, features, splits):
     _Builder(data_dir=root, file_format=tfds.READABLE).download_and_prepare()
 
 
+STREAM = Reading()
 TINY = make_tiny(1)
 GREY = np.random.default_rng(2).integers(0, 256, (9, 28, 28, 1), np.uint8)
 
@@ -85,12 +87,15 @@ def prepared(tmp_path_factory):
             "test": [{"image": png(GREY[0]), "label": -1}],
         },
     )
-    sizes = [{"image": png(np.zeros((side, 8, 3), np.uint8)), "label": 0} for side in (8, 9)]
+    sizes = {  # each has its own files: they are read but once
+        split: [{"image": png(np.zeros((side, 8, 3), np.uint8)), "label": 0} for side in (8, 9)]
+        for split in ("train", "test")
+    }
     write(
         root,
         "sizes",
         {"image": kinds.Image(shape=(None, None, 3)), "label": classes},
-        {"train": sizes, "test": sizes},
+        sizes,
     )
     assert "tensorflow" not in sys.modules
     return root
@@ -123,6 +128,44 @@ def test_any_set_by_name(prepared):
         for image, label in zip(split.image, split.label, strict=True):
             assert expected.pop(image.tobytes()) == label
     assert not expected
+
+
+def test_a_set_that_stays_on_disk(prepared):
+    for name in ("greys", "greys:3.0.2"):
+        memory, stream = (datasets.load(name, str(prepared), stream=one) for one in (None, STREAM))
+        assert (stream.name, stream.classes, stream.official) == (name, ("0", "1", "2"), None)
+        for split, records in ((memory.train, stream.train), (memory.test, stream.test)):
+            found = records.select(slice(None))
+            np.testing.assert_array_equal(found.image, split.image)
+            np.testing.assert_array_equal(found.label, split.label)
+    cifar = datasets.load("cifar10", str(prepared), stream=STREAM)
+    assert (len(cifar.train), len(cifar.test), cifar.classes) == (12, len(TINY.label) - 12, CLASSES)
+    found = cifar.train.select(slice(None))
+    expected = zip(TINY.image[:12], TINY.label[:12], strict=True)
+    assert sorted((image.tobytes(), label) for image, label in expected) == sorted(
+        (image.tobytes(), label) for image, label in zip(found.image, found.label, strict=True)
+    )
+
+
+def test_images_of_different_sizes_that_stay_on_disk(prepared):
+    sizes = datasets.load("sizes", str(prepared), stream=Reading(Crop(6, 7)))
+    assert sizes.train.select(slice(None)).image.shape == (2, 6, 6, 3)
+    with pytest.raises(DataError, match="holds no labelled images"):
+        datasets.load("no_label", str(prepared), stream=STREAM)
+    with pytest.raises(DataError, match="train and test"):
+        datasets.load("one_split", str(prepared), stream=STREAM)
+
+
+def test_of_several_versions_the_newest_and_of_several_configs_none(prepared, tmp_path):
+    for version in ("9.0.0", "10.0.0"):
+        shutil.copytree(prepared / "greys" / "3.0.2", tmp_path / "greys" / version)
+    assert tfds.folder("greys", str(tmp_path)) == tmp_path / "greys" / "10.0.0"
+    assert tfds.folder("greys:9.0.0", str(tmp_path)) == tmp_path / "greys" / "9.0.0"
+    for config in ("one", "two"):
+        shutil.copytree(prepared / "greys" / "3.0.2", tmp_path / "mnist" / config / "3.0.2")
+    with pytest.raises(DataError, match="Name one of them: mnist/one, mnist/two"):
+        tfds.folder("mnist", str(tmp_path))
+    assert tfds.folder("mnist/two", str(tmp_path)) == tmp_path / "mnist" / "two" / "3.0.2"
 
 
 def test_the_default_folder_of_tfds_comes_after_data_dir(prepared, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from bnjax.stats.optimizer import depends
 from bnjax.stats.structure import settle
 from bnjax.train_step import forward, init_variables
 
-QUICK = ("preact", "scan", "vmap", "shared", "plain", "convnet")
+QUICK = ("scan", "vmap", "shared", "plain")
 LONG = ("far from 0 in bfloat16", "far from 0, 60 steps")
 
 

@@ -86,19 +86,26 @@ def on_one_device(norm="batch", virtual_batch=BATCH, **options):
 WRAPPERS = ("jit", "shard_map", "pmap")
 
 
+# Each compiles two networks over several devices.
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("devices", [8, 5])
+@pytest.mark.parametrize("devices", [pytest.param(8, marks=SLOW), 5])
 def test_global_statistics_are_those_of_one_device(wrapper, devices):
     parallel = spread(jax.devices()[:devices], "global", wrapper)
     close(train(config(), parallel), on_one_device())
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper", [WRAPPERS[0], *(pytest.param(w, marks=SLOW) for w in WRAPPERS[1:])]
+)
 def test_images_that_lie_on_the_devices(wrapper):
     parallel = spread(jax.devices()[:3], "global", wrapper)
     close(train(config(), parallel, resident=True), on_one_device())
 
 
+@SLOW
 def test_several_seeds_in_one_program():
     parallel = spread(jax.devices()[:4])
     close(train(config(), parallel, seeds=2), on_one_device(seeds=2))
@@ -107,7 +114,12 @@ def test_several_seeds_in_one_program():
 # Ghost batch norm on one device: virtual batches of as many examples, averages of the whole batch.
 @pytest.mark.parametrize(
     ("devices", "over", "wrapper"),
-    [(4, "per_device", "shard_map"), (4, "per_device", "pmap"), (8, 2, "shard_map"), (8, 4, None)],
+    [
+        (4, "per_device", "shard_map"),
+        pytest.param(4, "per_device", "pmap", marks=SLOW),
+        pytest.param(8, 2, "shard_map", marks=SLOW),
+        (8, 4, None),
+    ],
 )
 def test_other_scopes_are_ghost_batches_of_one_device(devices, over, wrapper):
     parallel = spread(jax.devices()[:devices], over, wrapper)
@@ -134,7 +146,7 @@ def test_the_commands_use_the_devices_that_the_config_names(tmp_path, capsys):
     assert on_four["final_test"]["loss"] == pytest.approx(on_one["final_test"]["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("first", "then"), [(8, 2), (1, 4)])
+@pytest.mark.parametrize(("first", "then"), [(8, 2), pytest.param(1, 4, marks=SLOW)])
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path, first, then):
     """With dropout: under jit the units that are dropped depend on no device."""
 

@@ -1,0 +1,188 @@
+"""Trains from records that are larger than memory, and says what that takes.
+
+    python scripts/bench_stream.py make FOLDER --gigabytes 20
+    python scripts/bench_stream.py feed FOLDER --workers 2 --batches 20
+    python scripts/bench_stream.py train FOLDER --workers 2 --steps 100 --workdir RUN
+
+`make` writes images of different sizes in ten classes, each with a colour and a pattern of its own:
+PNG files without compression (`--kind png`: many bytes, little work) or JPEG files (`--kind jpeg`:
+the work of photographs). `feed` measures images a second of the feed alone. `train` runs the
+command `bnjax train` with the tutorial's network and reads, each second, the memory that it and its
+workers have for themselves; it prints images a second, the seconds of a step, and how much of them
+the network alone would need. Each prints one JSON object.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from bnjax.data import datasets, example
+from bnjax.data.records import LABELS, Crop, Reading
+from bnjax.data.stream import stream_feed
+
+CLASSES = 10
+SHARD_BYTES = 1 << 30
+DISTINCT = 20  # images of each class
+SIDES = (240, 680)
+TESTED = 500
+
+
+def picture(rng: np.random.Generator, label: int) -> Image.Image:
+    """Returns an image of a class: stripes in its colour and direction, under noise."""
+    height, width = rng.integers(*SIDES, 2)
+    y, x = np.mgrid[:height, :width] / min(height, width)
+    angle = np.pi * label / CLASSES
+    stripes = np.sin(20 * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 6))
+    colour = np.random.default_rng(label).uniform(60, 190, 3)
+    image = colour + 30 * stripes[..., None] + rng.normal(0, 25, (height, width, 3))
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def encode(image: Image.Image, kind: str) -> bytes:
+    """Returns the image as a file."""
+    file = io.BytesIO()
+    if kind == "png":
+        image.save(file, "png", compress_level=0)
+    else:
+        image.save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
+def make(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the records."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / LABELS).write_text("".join(f"class {i}\n" for i in range(CLASSES)))
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES), DISTINCT)
+    records = [example.encode(encode(picture(rng, i), args.kind), int(i)) for i in labels]
+    wanted, total, written = int(args.gigabytes * 1e9), 0, 0
+    shards = -(-wanted // SHARD_BYTES)
+    with tqdm.tqdm(total=wanted, unit="B", unit_scale=True, leave=False) as progress:
+        for split, parts in (("test", 1), ("train", shards)):
+            for part in range(parts):
+                name = f"{split}-{part:05d}-of-{parts:05d}.array_record"
+                writer = ArrayRecordWriter(str(args.folder / name), "group_size:1,uncompressed")
+                size = count = 0
+                while count < TESTED if split == "test" else size < wanted / shards:
+                    record = records[rng.integers(len(records))]
+                    writer.write(record)
+                    size, count = size + len(record), count + 1
+                    progress.update(len(record))
+                writer.close()
+                total, written = total + size, written + count
+    return {"bytes": total, "images": written, "mean_bytes": total / written}
+
+
+def memory(process: int) -> dict[str, int]:
+    """Returns bytes of a process's own memory, and of what it shares with others."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    return {"own": kib["RssAnon"] << 10, "shared": kib["RssShmem"] << 10}
+
+
+def children(process: int) -> list[int]:
+    """Returns the processes that it started, in whichever of its threads."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(one) for task in tasks for one in task.read_text().split()]
+
+
+def feed(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the feed alone, once its workers run."""
+    crop = Crop(args.image_size, args.shorter_side or args.image_size, at_random=True)
+    reading = Reading(crop, args.workers)
+    records: Any = datasets.load("records", str(args.folder), stream=reading).train
+    items = stream_feed(records, args.batch_size, shuffle=True).items(0, 0)
+    for _ in range(2 * max(1, args.workers)):  # what was read ahead
+        next(items)
+    began = time.perf_counter()
+    for _ in tqdm.tqdm(range(args.batches), unit="batch", leave=False):
+        next(items)
+    seconds = time.perf_counter() - began
+    items.close()  # type: ignore[attr-defined]
+    rate = args.batches * args.batch_size / seconds
+    return {"workers": args.workers, "images_per_s": rate, "batch_s": seconds / args.batches}
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, and watches the memory."""
+    flags = {
+        "data.name": "records",
+        "data.dir": args.folder,
+        "data.pipeline": "stream",
+        "data.image_size": args.image_size,
+        "data.shorter_side": args.shorter_side,
+        "data.random_crop": True,
+        "data.workers": args.workers,
+        "train.steps": args.steps,
+        "train.batch_size": args.batch_size,
+        "train.shuffle": True,
+        "eval.every_steps": args.steps,
+        "eval.every_epochs": 0.0,
+    }
+    words = [f"--config.{key}={value}" for key, value in flags.items()]
+    config = Path(__file__).parents[1] / "configs" / "bn.py"
+    command = ["train", "--config", str(config), "--workdir", str(args.workdir), *words]
+    began, seen = time.monotonic(), []
+    with subprocess.Popen([sys.executable, "-m", "bnjax.main", *command]) as process:
+        while process.poll() is None:
+            time.sleep(1)
+            try:
+                of = {one: memory(one) for one in (process.pid, *children(process.pid))}
+            except (OSError, KeyError):  # one has just ended
+                continue
+            main, *others = of.values()
+            entry = {"s": time.monotonic() - began, "main": main["own"]}
+            shared = sum(one["shared"] for one in of.values())
+            workers = sum(one["own"] for one in others)
+            seen.append(entry | {"workers": workers, "shared": shared})
+    lines = [json.loads(line) for line in (args.workdir / "timing.jsonl").open()]
+    seconds = np.diff([line["seconds"] for line in lines])
+    tenths = [part[-1] for part in np.array_split(np.array(seen), 10) if len(part)]
+    summary = json.loads((args.workdir / "summary.json").read_text())
+    return {
+        "workers": args.workers,
+        "step_s": float(np.median(seconds)),
+        "images_per_s": args.batch_size / float(np.median(seconds)),
+        "memory": [{key: round(value) for key, value in one.items()} for one in tenths],
+        "final_test": summary["final_test"],
+        "exit": process.returncode,
+    }
+
+
+def main() -> None:
+    """Does what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in (("make", make), ("feed", feed), ("train", train)):
+        sub = commands.add_parser(name, help=(function.__doc__ or "").lower().rstrip("."))
+        sub.set_defaults(function=function)
+        sub.add_argument("folder", type=Path)
+        if name == "make":
+            sub.add_argument("--gigabytes", type=float, default=20.0)
+            sub.add_argument("--kind", choices=("png", "jpeg"), default="png")
+            continue
+        sub.add_argument("--workers", type=int, default=0)
+        sub.add_argument("--batch-size", type=int, default=256)
+        sub.add_argument("--image-size", type=int, default=32)
+        sub.add_argument("--shorter-side", type=int, default=40)
+        if name == "feed":
+            sub.add_argument("--batches", type=int, default=20)
+        else:
+            sub.add_argument("--steps", type=int, default=100)
+            sub.add_argument("--workdir", type=Path, required=True)
+    args = parser.parse_args()
+    print(json.dumps(args.function(args), indent=1))
+
+
+if __name__ == "__main__":
+    main()
