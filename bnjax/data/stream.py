@@ -134,7 +134,10 @@ def _read_ahead(source: _Batches, workers: int) -> Iterator[Batch]:
         batches = batches.mp_prefetch(processes, worker_init_fn=_begin_work)
     iterator = iter(batches)
     try:
-        yield from iterator
+        for batch in iterator:
+            # Out of the memory shared with a worker, which Grain's arrays unmap when they go: what
+            # the device still reads must not hang on that.
+            yield {name: np.array(rows) for name, rows in batch.items()} if workers else batch
     finally:
         iterator.close()
 
