@@ -74,7 +74,6 @@ class BatchNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     axis_name: AxisName | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
-    average_axis_name: AxisName | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     variance: str = "biased"
@@ -82,6 +81,7 @@ class BatchNorm(nn.Module):
     statistics: str | None = None
     update_average: bool | None = None
     train_affine: bool = True
+    average_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(
