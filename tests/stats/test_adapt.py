@@ -140,6 +140,7 @@ def mean_entropy(params, x):
     return -(p * np.log(p)).sum(1).mean()
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_entropy_goes_through_the_batch():
     params, stats = network()
     x = images(7)

@@ -188,6 +188,7 @@ def test_an_optimizer_that_wants_more_is_not_checked():
     assert [entry.id for entry in findings.not_checked] == ["weight-decay"]
 
 
+@pytest.mark.slow
 def test_padding_counts_for_nothing():
     patient = HEALTHY["convnet"](seed=0)
     rng = np.random.default_rng(0)

@@ -152,6 +152,7 @@ def test_a_skipped_step_leaves_the_average_alone():
     assert_close(average.average, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights))
 
 
+@pytest.mark.slow
 def test_under_vmap_over_seeds():
     tx = weight_average(optax.sgd(0.1), decay=0.5, start=2)
     keys = jax.random.split(jax.random.key(3), 2)

@@ -123,7 +123,7 @@ def test_precise_statistics_are_evaluated_and_training_keeps_its_own(usual, with
     assert test["loss"] == pytest.approx(loss_of(run.model, run.params, truth, DATA.test), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.parametrize("kind", [pytest.param("ema", marks=pytest.mark.slow), "swa"])
 def test_averaged_weights_are_evaluated_with_statistics_of_their_own(usual, tmp_path, kind):
     chosen = config(optimizer__average=kind, eval__precise_images=20)
     run, (state, _) = trained(tmp_path / "run", chosen)
@@ -173,6 +173,7 @@ def test_swa_is_of_the_steps_that_the_keys_say(tmp_path):
     close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *chosen_ones))
 
 
+@pytest.mark.slow
 def test_several_seeds_in_one_program(tmp_path):
     chosen = config(optimizer__average="swa", eval__precise_images=20)
     folders = {seed: tmp_path / str(seed) for seed in (0, 1)}

@@ -146,7 +146,9 @@ def test_the_commands_use_the_devices_that_the_config_names(tmp_path, capsys):
     assert on_four["final_test"]["loss"] == pytest.approx(on_one["final_test"]["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("first", "then"), [(8, 2), pytest.param(1, 4, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("first", "then"), [pytest.param(8, 2, marks=SLOW), pytest.param(1, 4, marks=SLOW)]
+)
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path, first, then):
     """With dropout: under jit the units that are dropped depend on no device."""
 
