@@ -142,8 +142,8 @@ def spread(
         ValueError: if the devices do not make whole groups, or the wrapper cannot keep to `over`:
             under "jit" statistics are always those of the whole batch, and "pmap" has one axis.
     """
-    size = {"global": len(devices), "per_device": 1}.get(over, over)  # type: ignore[arg-type]
-    if not isinstance(size, int) or size < 1 or len(devices) % size:
+    size = len(devices) if over == "global" else 1 if over == "per_device" else over
+    if size < 1 or len(devices) % size:
         raise ValueError(
             f"{len(devices)} devices do not make groups of {over} that normalise together"
         )
