@@ -7,7 +7,6 @@ import shutil
 import jax
 import pytest
 
-from bnjax import errors, main
 from bnjax.stats import audit
 from bnjax.train import build
 from bnjax.train.audit import of_run
@@ -33,16 +32,6 @@ def runs(tmp_path_factory):
         config.eval.histograms = config.eval.pictures = 0
         train_and_evaluate(config, folder / str(momentum), build.dataset(config))
     return folder
-
-
-@pytest.fixture
-def bnjax(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            errors.run(lambda: main.main([*map(str, arguments)]))
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 def test_a_healthy_run_exits_with_0(bnjax, runs):

@@ -34,18 +34,6 @@ def plain(tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def bnjax(capsys):
-    """Runs a command; returns exit code, standard output and standard error."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            errors.run(lambda: main.main([*map(str, arguments)]))
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
 def test_predictions_of_the_folded_network_are_those_of_the_run(plain, bnjax, tmp_path):
     code, out, err = bnjax("fold", "--workdir", plain, "--out", tmp_path / "folded")
     assert code == 0, err

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax import errors, main
+from bnjax import errors
 from bnjax.data.batches import spread
 from bnjax.train import build
 from bnjax.train.config import default_config
@@ -31,16 +31,6 @@ def workdir(tmp_path_factory):
     config.eval.histograms = config.eval.pictures = config.eval.gap_images = 0
     train_and_evaluate(config, folder, build.dataset(config))
     return folder
-
-
-@pytest.fixture
-def bnjax(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            errors.run(lambda: main.main([*map(str, arguments)]))
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 def contents(folder):
