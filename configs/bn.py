@@ -2,8 +2,8 @@
 
     python -m bnjax.main --config configs/bn.py
 
-Time: 24 minutes on two 2.45 GHz AVX2 cores that had other work besides, with huge pages (see the
-    README), 353 images/s.
+Time: 24 minutes on two 2.45 GHz AVX2 cores that had other work besides, with huge pages (see
+    docs/performance.md), 353 images/s.
 Expected: training loss first at or below 0.2 at step 76; test accuracy 0.601 at step 60, 0.566 at
     step 100, where the test loss is 1.72. One run, seed 0, on CIFAR-10 (JPEG): images recompressed
     as JPEG, quality 75. Seeds 0 to 2 took 76, 68 and 64 steps to get there (claims/five_times.py).

@@ -1,4 +1,4 @@
-"""The Colab notebook and the README's Colab cell, from an empty folder to their last line."""
+"""Colab's notebook and the documentation's cell, from an empty folder to their last line."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "scripts" / "colab.ipynb"
-(CELL,) = re.findall(r"```python\n(REPO = .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+(CELL,) = re.findall(r"```python\n(REPO = .*?)```", (ROOT / "docs/start.md").read_text(), re.DOTALL)
 
 # What takes pip's place: it says what it was asked for, and where told so, it "upgrades" jax.
 PIP = """
@@ -228,7 +228,7 @@ def test_an_image_is_predicted(executed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["notebook", "README"])
+@pytest.mark.parametrize("which", ["notebook", "page"])
 def test_an_installation_that_replaces_jax_is_told(which, machine, tmp_path):
     if which == "notebook":
         notebook = the_notebook(machine.repository)
@@ -242,7 +242,7 @@ def test_an_installation_that_replaces_jax_is_told(which, machine, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_cell_of_the_readme_installs_and_trains(machine, tmp_path):
+def test_the_cell_of_the_page_installs_and_trains(machine, tmp_path):
     source = filled_in(CELL, machine.repository)
     assert source.count("configs/bn.py") == 1
     source = source.replace("configs/bn.py", "configs/digits.py --config.train.epochs=1")

@@ -23,8 +23,8 @@ ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh}
 class ConvNet(nn.Module):
     """Convolutions and dense layers, with a norm where `placement` and `norm_dense` say so.
 
-    The defaults are the network of the tutorial that the README cites: 27.9 million parameters on
-    32x32x3 images. Returns logits, float [n, classes], for images of any size that leaves the last
+    The defaults are the tutorial's network (docs/results.md): 27.9 million parameters on 32x32x3
+    images. Returns logits, float [n, classes], for images of any size that leaves the last
     convolution at least one pixel.
 
     Attributes:

@@ -2,7 +2,7 @@
 
     bnjax compare --claim configs/claims/five_times.py --workdir runs/five_times
 
-Source: the tutorial that the README cites: a training loss of about 0.2 after about 350 steps
+Source: the tutorial of docs/results.md: a training loss of about 0.2 after about 350 steps
     without BN and about 70 with, one run each.
 Time: 4.1 hours for six runs on two 2.4 GHz AVX2 cores that had other work besides. The full size
     only: up to 600 steps of 5,000 images, and each run ends when it gets there.

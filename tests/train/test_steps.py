@@ -55,7 +55,7 @@ def take(steps, items, counts):
 
 @pytest.fixture(scope="module")
 def by_hand(experiment):
-    """The plain loop of the README, over the same batches."""
+    """The plain loop of the front page, over the same batches."""
     state, batch_stats = Steps(experiment, DATA, feed("host")).init(jax.random.key(0))
     step = functools.partial(train_step, model=experiment.model, tx=experiment.tx)
     metrics = []

@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING, CHANGELOG and the configs' docstrings show is there and runs."""
+"""What the documentation and the configs' docstrings show is there and runs."""
 
 import ast
 import pkgutil
@@ -16,13 +16,20 @@ from bnjax.stats.illnesses import ILLNESSES
 from bnjax.train_step import init_variables
 
 ROOT = Path(__file__).parents[1]
-README, CONTRIBUTING, CHANGELOG, EVALUATION = (
-    (ROOT / f"{name}.md").read_text()
-    for name in ("README", "CONTRIBUTING", "CHANGELOG", "docs/evaluation")
+FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES = {path.relative_to(ROOT): path.read_text() for path in FILES}
+README, CONTRIBUTING, CHANGELOG, EVALUATION, NORMS, DEVICES = (
+    PAGES[Path(name)]
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/evaluation.md",
+        "docs/norms.md",
+        "docs/devices.md",
+    )
 )
-TEXTS = pytest.mark.parametrize(
-    "text", [README, CONTRIBUTING, EVALUATION], ids=["README", "CONTRIBUTING", "evaluation"]
-)
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=str)
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
@@ -44,7 +51,7 @@ def run_block(words, text=README, **names):
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (block,) = (block for block in blocks if words in block)
     names = {"__name__": "readme", **names}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "documentation", "exec"), names)
     return names
 
 
@@ -56,7 +63,7 @@ def test_someone_elses_loop_runs_and_learns(capsys):
 
 
 def test_a_loop_with_pmap_runs():
-    assert run_block("jax.pmap(")["metrics"].means()["accuracy"] >= 0
+    assert run_block("jax.pmap(", DEVICES)["metrics"].means()["accuracy"] >= 0
 
 
 def test_the_clinic_looks_at_a_network(capsys):
@@ -76,15 +83,14 @@ def test_the_page_names_what_the_audit_finds():
 
 
 def test_every_command_is_one():
-    assert commands(EVALUATION) <= set(COMMANDS)
-    assert commands(README) == set(COMMANDS)
-    assert commands(CONTRIBUTING) <= set(COMMANDS)
+    assert set.union(*map(commands, PAGES.values())) == set(COMMANDS)
     for path in CONFIGS:
         assert commands(ast.get_docstring(ast.parse(path.read_text())) or "") <= set(COMMANDS), path
 
 
 def test_every_module_and_name_can_be_imported():
-    lines = code(README) + code(CONTRIBUTING)
+    now = [text for text in PAGES.values() if text is not CHANGELOG]
+    lines = [line for text in now for line in code(text)]
     named = {name for line in lines for name in re.findall(r"\bbnjax(?:\.[A-Za-z]\w*)+", line)}
     assert "bnjax.train.xla.compiler_options" in named
     for name in named:
@@ -99,25 +105,29 @@ def test_what_was_moved_is_where_the_changelog_says():
         pkgutil.resolve_name(name)
 
 
-@TEXTS
-def test_every_link_leads_somewhere(text):
-    slugs = {re.sub(r"\W+", "-", title.lower()) for title in re.findall(r"^#+ (.+)$", text, re.M)}
-    links = re.findall(r"\]\(([^)\s]+)\)", text)
-    assert links
-    for link in links:
+@EVERY_PAGE
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         path, _, anchor = link.partition("#")
-        assert path.startswith("https://") or (ROOT / path).exists(), link
-        assert path or anchor in slugs, link
+        if path.startswith("https://"):
+            continue
+        to = (ROOT / page.parent / path).resolve() if path else ROOT / page
+        assert to.exists(), link
+        assert not anchor or anchor in slugs(to.read_text()), link
 
 
-@TEXTS
-def test_every_file_that_it_names_exists(text):
-    for name in re.findall(r"\b(?:bnjax|configs|scripts|tests)/[\w/.-]+\.\w+", text):
+def slugs(text):
+    return {re.sub(r"\W+", "-", title.lower()) for title in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@EVERY_PAGE
+def test_every_file_that_it_names_exists(page):
+    for name in re.findall(r"\b(?:bnjax|configs|docs|scripts|tests)/[\w/.-]+\.\w+", PAGES[page]):
         assert (ROOT / name).exists(), name
 
 
 def test_every_test_that_is_named_exists():
-    named = set(re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)", README + CONTRIBUTING))
+    named = set(re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)", "".join(PAGES.values())))
     assert ("norms/test_against_flax.py", "test_drop_in") in named
     for file, name in named:
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
@@ -129,11 +139,16 @@ def test_the_map_names_every_module():
     assert [name for name in modules if not re.search(rf"`{name}(\.py)?`", CONTRIBUTING)] == []
 
 
-def test_every_config_is_in_the_readme():
-    assert [path for path in CONFIGS if f"]({path.relative_to(ROOT)})" not in README] == []
+def test_every_config_has_a_row():
+    pages = "".join(PAGES.values())
+    assert [path for path in CONFIGS if f"](../{path.relative_to(ROOT)})" not in pages] == []
+
+
+def test_the_front_page_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def test_the_table_of_norms_is_the_scripts():
     rows = runpy.run_path(str(ROOT / "scripts" / "compare_flax.py"))["FEATURES"].strip().split("\n")
     for feature, test in zip(rows[::2], rows[1::2], strict=True):
-        assert f"| {feature} | `norms/{test.strip()}` |" in README
+        assert f"| {feature} | `norms/{test.strip()}` |" in NORMS

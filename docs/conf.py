@@ -1,0 +1,38 @@
+"""How Sphinx makes the documentation: `sphinx-build -W docs docs/_build`, with the extra `docs`."""
+
+import re
+from pathlib import Path
+
+project = "bnjax"
+html_theme = "furo"
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+suppress_warnings = ["misc.highlighting_failure"]  # a cell of Colab is not quite Python
+
+FROM_ABOVE = {"index": "README", "contributing": "CONTRIBUTING", "changelog": "CHANGELOG"}
+
+
+def from_above(app, page, source):
+    """Puts a file of the folder above in front of a page, and leads links to such files here."""
+    text = source[0]
+    if page in FROM_ABOVE:
+        above = Path(app.srcdir).parent.joinpath(f"{FROM_ABOVE[page]}.md").read_text()
+        links = re.sub(r"\]\((?!https:|#)", "](../", above).replace("](../docs/", "](")
+        text = f"{links}\n{text}"
+    for name, above in FROM_ABOVE.items():
+        text = text.replace(f"](../{above}.md", f"]({name}.md")
+    source[0] = text
+
+
+def setup(app):
+    """Registers the above."""
+    app.connect("source-read", from_above)
