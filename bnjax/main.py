@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         f"--config.data.dir=FOLDER. {keys}",
     )
     sub.add_argument(
-        "--config", required=True, metavar="FILE", help="a config file, for instance configs/bn.py"
+        "--config", required=True, metavar="FILE", help="a config file or name, for instance bn"
     )
     sub.add_argument(
         "--workdir",
@@ -211,11 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         "--configs",
         type=_files,
         metavar="FILE,FILE…",
-        help="config files, for instance configs/bn.py,configs/no_bn.py",
+        help="config files or names, for instance bn,no_bn",
     )
-    what.add_argument(
-        "--claim", metavar="FILE", help="a claim file, for instance configs/claims/momentum.py"
-    )
+    what.add_argument("--claim", metavar="FILE", help="a claim file or name, for instance momentum")
     sub.add_argument(
         "--full", action="store_true", help="take the claim at its full size, not its small one"
     )

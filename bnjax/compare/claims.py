@@ -12,6 +12,7 @@ from bnjax.compare import intervals, runs
 from bnjax.compare.intervals import Estimate
 from bnjax.compare.runs import COMPARISON, POINTS, TIMES, VALUES, Run
 from bnjax.errors import UserError
+from bnjax.train.shipped import find
 
 DIRECTIONS = ("greater", "less", "equal")
 
@@ -140,12 +141,7 @@ def load(path: str) -> dict[str, Any]:
     Raises:
         UserError: if the file cannot be run or something in it is missing or impossible.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(
-            f"there is no claim file {path}. The examples are in the folder configs/claims of the "
-            "repository."
-        )
+    file = find(path, "claim")
     try:
         claim = runpy.run_path(str(file))["get_claim"]()
         _check(claim)

@@ -3,13 +3,13 @@
 import ast
 import difflib
 import runpy
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError, UserError
 from bnjax.train.config import default_config
+from bnjax.train.shipped import find
 
 
 def load(path: str, overrides: list[str]) -> ConfigDict:
@@ -18,12 +18,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     Raises:
         UserError: if the file cannot be run, or an override names no key or has the wrong type.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(
-            f"there is no config file {path}. The examples are in the folder configs of the "
-            "repository."
-        )
+    file = find(path, "config")
     try:
         config = runpy.run_path(str(file))["get_config"]()
     except KeyError as error:
