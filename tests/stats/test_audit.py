@@ -76,6 +76,21 @@ def test_nothing_known_is_nothing_found_and_said():
     assert "second batch" in missing["stale by fit"]
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_the_rest_of_a_set_says_nothing_of_how_batches_differ(first):
+    """A last batch of one image, of a set that is cut up: its mean is the image."""
+    patient = plain(0)
+    whole = examined(patient)
+    rest = {name: leaf[:1] for name, leaf in patient.batches[0].items()}
+    batches = [rest, *patient.batches] if first else [*patient.batches, rest]
+    findings = examined(patient.but(batches=batches))
+    assert findings.ids == (), str(findings)
+    assert findings.layers == whole.layers
+    assert findings.examples == whole.examples + 1  # it is predicted, all the same
+    two = examined(patient.but(batches=[patient.batches[0], rest]))
+    assert "a second batch" in {one.id: one.missing for one in two.not_checked}["small-batch"]
+
+
 def test_what_is_measured_is_what_numpy_measures():
     patient = plain(0)
     findings = examined(patient)
