@@ -78,7 +78,7 @@ def audit(
         watch: (batches, what for) -> the same, for a progress bar.
 
     Raises:
-        ValueError: if there is no batch, fewer than two examples in the first one, or a mask that
+        ValueError: if there is no batch, fewer than two examples in each one, or a mask that
             the model does not take.
     """
     kept, run = sorted(batches, key=real_examples, reverse=True), run or Run()
@@ -117,7 +117,7 @@ def audit(
                 case = dataclasses.replace(case, explained=explained)
     if network.labels is None:
         not_checked.append(NotChecked("loss and accuracy", "labels in the batches"))
-    rows = tuple(_row(one, run, len(kept)) for one in measured.layers)
+    rows = tuple(_row(one, run) for one in measured.layers)
     evaluation = _evaluation(network, measured)
     return Findings(tuple(outcomes), tuple(not_checked), rows, evaluation, network.examples)
 
@@ -134,7 +134,7 @@ def _evaluation(network: Network, measured: Measured) -> dict[str, dict[str, flo
     }
 
 
-def _row(one: Evidence, run: Run, batches: int) -> Row:
+def _row(one: Evidence, run: Run) -> Row:
     drift, log_ratio = one.drift, one.log_ratio
     return Row(
         name=one.layer.name,
