@@ -51,7 +51,7 @@ def test_there_and_back_is_the_same_network(run, port, tmp_path, framework, name
     assert after.config.model.epsilon == before.config.model.epsilon
     assert after.config.model.momentum == before.config.model.momentum
     assert after.step == (before.step if framework == "torch" else 0)
-    assert after.config.model.variance == ("unbiased" if framework == "torch" else "biased")
+    assert after.config.model.variance == "biased"  # as the numbers are, which were not converted
     again = port("--workdir", run, "--from", framework, file, "--out", new)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr
@@ -104,6 +104,33 @@ def by_hand(leaf, x):
         x = norm(x, name) @ leaf[f"{name}.weight"].T + leaf[f"{name}.bias"]
         x = np.maximum(x, 0) if name == "dense0" else x
     return x
+
+
+def test_what_variances_are_is_as_the_file_says(run, port, tmp_path):
+    """Those that torch averaged are unbiased; those that were taken there and back are not."""
+    file, foreign = tmp_path / "net.safetensors", tmp_path / "foreign.safetensors"
+    port("--workdir", run, "--to", "torch", file)
+    arrays, notes = weights_file.read(file)
+    assert notes["variance"] == "biased"
+    weights_file.write(foreign, arrays, {"format": "pt"})  # as torch's users save
+    before = Trained(run, "last").batch_stats["conv0_norm"]["var"]
+    for name, source, options, variance, factor in (
+        ("own", file, (), "biased", 1),
+        ("foreign", foreign, (), "unbiased", 1),
+        ("own, converted", file, ("--examples", 10), "biased", 1),
+        ("foreign, converted", foreign, ("--examples", 10), "biased", 639 / 640),
+    ):
+        out = ("--out", tmp_path / name)
+        done = port("--workdir", run, "--from", "torch", source, *out, *options)
+        assert done.returncode == 0, done.stderr
+        after = Trained(tmp_path / name, "last")
+        assert after.config.model.variance == variance, name
+        found = after.batch_stats["conv0_norm"]["var"]
+        np.testing.assert_allclose(found, before * factor, rtol=1e-6, err_msg=name)
+    weights_file.write(file, arrays, notes | {"variance": "odd"})
+    done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "odd")
+    assert done.returncode == 2
+    assert "its note 'variance' is damaged" in done.stderr
 
 
 def test_other_names_and_conventions(run, port, tmp_path):
