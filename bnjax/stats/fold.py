@@ -117,11 +117,16 @@ def fold(model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch
 def difference(logits: Logits, others: Logits) -> float:
     """Returns the largest difference between two sets of logits, in units of the largest logit.
 
+    0 where both are 0, as of a network whose last layer was not trained.
+
     >>> difference(np.array([[4.0, -8.0]]), np.array([[4.0, -6.0]]))
     0.25
+    >>> difference(np.zeros((1, 2)), np.zeros((1, 2)))
+    0.0
     """
     one, other = np.asarray(logits, np.float64), np.asarray(others, np.float64)
-    return float(np.max(np.abs(one - other)) / np.max(np.abs(one)))
+    apart, size = (float(np.max(np.abs(of))) for of in (one - other, one))
+    return apart / size if size else apart and np.inf
 
 
 class Link(NamedTuple):
