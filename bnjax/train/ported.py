@@ -132,7 +132,7 @@ def import_run(
     said = [f"{out}: {file}, {len(arrays)} arrays, all accounted for"]
     if probe is not None:
         batch, _ = weights_file.read(probe)
-        if not {"image", "logits"} <= set(batch):
+        if not {"image", "logits"} <= set(batch) or not batch["image"].size:
             raise UserError(f"{probe} is no probe batch: it has to have `image` and `logits`.")
         images = batch["image"]
         if framework == "torch" and images.ndim == 4:

@@ -163,6 +163,7 @@ def test_other_names_and_conventions(run, port, tmp_path):
         (["--epsilon", 1e-1], "the logits of the probe batch differ by up to"),
         (["--table", "TABLE"], "There, and not needed here:\n    conv0.bias"),
         (["--probe", "FILE"], "is no probe batch"),
+        (["--probe", "EMPTY"], "is no probe batch"),
         (["--examples", 0], "'0' is not a whole number, 1 or above"),
     ],
 )
@@ -170,7 +171,9 @@ def test_what_is_refused_leaves_no_run(run, port, tmp_path, options, said):
     file, probe, new = (tmp_path / name for name in ("net.safetensors", "p.safetensors", "new"))
     port("--workdir", run, "--to", "torch", file, "--probe", probe)
     (tmp_path / "table.json").write_text('{"names": {"conv{i}": "c{i}", "{layer}": "{layer}"}}')
-    places = {"TABLE": tmp_path / "table.json", "FILE": file}
+    empty = tmp_path / "empty.npz"
+    np.savez(empty, image=np.zeros((0, 1, 8, 8), np.float32), logits=np.zeros((0, 3)))
+    places = {"TABLE": tmp_path / "table.json", "FILE": file, "EMPTY": empty}
     options = [places.get(option, option) for option in options]
     files = ("--out", new, "--probe", probe)
     done = port("--workdir", run, "--from", "torch", file, *files, *options)
