@@ -17,8 +17,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "audit",
         "Check the running statistics of a trained network. Says what is wrong with its batch "
-        "norms, why it matters and how to mend it; exits with 0 if nothing is, and with 1 if "
-        "something is.",
+        "norms, why it matters and how to mend it; exits with 0 if nothing is, with 1 if something "
+        "is, and with 2 if that cannot be said: without a run, or without a batch norm in it.",
     )
     add_run_arguments(sub)
     sub.add_argument(
@@ -34,7 +34,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what is wrong with a network's running statistics; returns 1 if anything is."""
+    """Prints what is wrong with a network's running statistics; returns the exit code."""
     import json
 
     from bnjax.train.audit import of_run
@@ -56,4 +56,4 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:  # an exit code of 1 would say that something is wrong with the network
         where = error.filename or "a file"
         raise UserError(f"{where} cannot be read: {error.strerror or error}.") from error
-    return 1 if findings.found else 0
+    return 0 if findings.healthy else 1 if findings.found else 2

@@ -13,7 +13,15 @@ from bnjax.arrays import Batch, Params
 from bnjax.stats import checks
 from bnjax.stats.case import Case, Outcome, Run, count_of, noise_of, rms
 from bnjax.stats.drift import unfinished_or_stale
-from bnjax.stats.evidence import Evidence, Measured, Network, Watch, distance, measure
+from bnjax.stats.evidence import (
+    Evidence,
+    Measured,
+    Network,
+    Watch,
+    distance,
+    measure,
+    real_examples,
+)
 from bnjax.stats.findings import Finding, Findings, NotChecked, Row
 from bnjax.stats.illnesses import ILLNESSES
 from bnjax.stats.mates import batch_dependent
@@ -62,17 +70,18 @@ def audit(
         batch_stats: its running statistics; likewise, or a list of one tree for each replica.
         batches: training images in random order, the better as large as training's: `image`
             [n, h, w, c], optionally `label` int [n], and `mask` bool [n] if the model takes it. Two
-            at least, for what needs to know how much batches differ; four or more are better. All
-            are kept.
+            at least, for what needs to know how much batches differ; four or more are better. From
+            one that is less than half as large as the largest, as the rest of a set may be, that is
+            not learnt. All are kept.
         run: what is known of the training. What cannot be checked without it is in `not_checked`.
         jit: compiles a function.
         watch: (batches, what for) -> the same, for a progress bar.
 
     Raises:
-        ValueError: if there is no batch, fewer than two examples in the first one, or a mask that
+        ValueError: if there is no batch, fewer than two examples in each one, or a mask that
             the model does not take.
     """
-    kept, run = list(batches), run or Run()
+    kept, run = sorted(batches, key=real_examples, reverse=True), run or Run()
     if not kept or len(kept[0]["image"]) < 2:
         raise ValueError("there is nothing to audit with: give a batch of at least two examples")
     if "mask" in kept[0] and "mask" not in inspect.signature(type(model).__call__).parameters:
@@ -108,7 +117,7 @@ def audit(
                 case = dataclasses.replace(case, explained=explained)
     if network.labels is None:
         not_checked.append(NotChecked("loss and accuracy", "labels in the batches"))
-    rows = tuple(_row(one, run, len(kept)) for one in measured.layers)
+    rows = tuple(_row(one, run) for one in measured.layers)
     evaluation = _evaluation(network, measured)
     return Findings(tuple(outcomes), tuple(not_checked), rows, evaluation, network.examples)
 
@@ -125,7 +134,7 @@ def _evaluation(network: Network, measured: Measured) -> dict[str, dict[str, flo
     }
 
 
-def _row(one: Evidence, run: Run, batches: int) -> Row:
+def _row(one: Evidence, run: Run) -> Row:
     drift, log_ratio = one.drift, one.log_ratio
     return Row(
         name=one.layer.name,

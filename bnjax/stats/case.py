@@ -57,8 +57,8 @@ class Case:
 
     @property
     def batches(self) -> int:
-        """How many were looked at."""
-        return len(self.network.batches)
+        """How many tell how much batches differ."""
+        return self.network.whole
 
 
 def momentum_of(evidence: Evidence) -> Any:

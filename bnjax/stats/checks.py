@@ -19,7 +19,7 @@ def never_updated(case: Case) -> Outcome:
 
 
 def invalid_statistics(case: Case) -> Outcome:
-    """Finds what no average of means and variances can be."""
+    """Finds what no average of means and variances can be, and norms that are given no numbers."""
     names, words = [], []
     for one in case.layers:
         finite = np.isfinite(one.mean) & np.isfinite(one.var)
@@ -27,6 +27,7 @@ def invalid_statistics(case: Case) -> Outcome:
         zero = finite & (one.var == 0) & (one.train.var.mean(0) > 0)
         counts = {"not finite": finite.size - finite.sum(), "negative": negative.sum()}
         counts["0 where the data vary"] = zero.sum()
+        counts["given what is not finite"] = (~_given(one)).sum()
         if said := [f"{count} {word}" for word, count in counts.items() if count]:
             names.append(one.layer.name)
             words.append(f"{', '.join(said)} of {one.mean.size}")
@@ -38,13 +39,18 @@ def dead_channels(case: Case) -> Outcome:
     """Finds layers many of whose channels return constants."""
     names, words = [], []
     for one in case.layers:
-        dead = ~one.live
+        dead = ~one.live & _given(one).all()  # what is not finite is another illness
         if dead.mean() > limit("channels"):
             names.append(one.layer.name)
             by_scale = int((dead & (np.abs(one.scale) <= limit("dead"))).sum())
             words.append(f"{dead.sum()} of {dead.size} channels, {by_scale} by their scale")
     if names:
         yield Finding("dead-channels", tuple(names), "; ".join(words[:6]))
+
+
+def _given(one: Evidence) -> np.ndarray:
+    """Returns which channels are given numbers, bool [c]."""
+    return np.isfinite(one.batch.mean + one.batch.var).all(0)
 
 
 def epsilon_large(case: Case) -> Outcome:

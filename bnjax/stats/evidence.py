@@ -25,7 +25,7 @@ Watch = Callable[[Sequence[Batch], str], Iterable[Batch]]
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What one norm was given in each of k batches; the c channels are one axis, float64.
+    """What one norm was given in each of k whole batches; the c channels are one axis, float64.
 
     Attributes:
         mean, var: [k, c].
@@ -96,7 +96,8 @@ class Network:
 
     Attributes:
         model, params, batch_stats: the network.
-        batches: as `observe` takes them; each is there for as long as the audit is.
+        batches: as `observe` takes them, the largest first; each is there for as long as the audit
+            is.
         jit: compiles a function.
         watch: shows how far a pass is.
     """
@@ -120,7 +121,16 @@ class Network:
     @property
     def examples(self) -> int:
         """How many real ones there are."""
-        return sum(map(_count, self.batches))
+        return sum(map(real_examples, self.batches))
+
+    @functools.cached_property
+    def whole(self) -> int:
+        """How many of the batches, from the first on, tell how much batches differ.
+
+        Those of at least half as many examples as the first: what a rest of a few has for mean and
+        variance is chance, and would count as much as a whole batch's.
+        """
+        return sum(2 * real_examples(one) >= real_examples(self.batches[0]) for one in self.batches)
 
     def logits(self, batch_stats: BatchStats, name: str) -> np.ndarray:
         """Returns the logits of all real examples under some statistics, [n, classes]."""
@@ -188,7 +198,7 @@ def measure(network: Network) -> Measured:
     _, again = run["train"](params, stats, start, inputs(batches[0]), dropout=other_key)
     again = jax.device_get(again)
 
-    examples = _count(batches[0])
+    examples = real_examples(batches[0])
     scales, stored = flatten_dict(dict(params)), flatten_dict(dict(stats))
     layers, means = [], {}
     for layer in network.layers:
@@ -197,7 +207,9 @@ def measure(network: Network) -> Measured:
         scale = np.broadcast_to(np.asarray(scales.get((*path, "scale"), 1.0)), leaf.shape)
         full = math.prod(layer.shape[axis] for axis in layer.axes)
         real = full * examples / len(batches[0]["image"])
-        train, by_batch = (_given([one[path] for one in seen[mode]], layer) for mode in seen)
+        train, by_batch = (
+            _given([one[path] for one in seen[mode]][: network.whole], layer) for mode in seen
+        )
         layers.append(
             Evidence(
                 layer=layer,
@@ -237,6 +249,11 @@ def distance(logits: np.ndarray, others: np.ndarray) -> float:
     return float(np.nan_to_num(0.5 * np.abs(one - other).sum(-1), nan=1.0).mean())
 
 
+def real_examples(batch: Batch) -> int:
+    """Returns how many examples of a batch are no padding."""
+    return int(np.sum(batch["mask"])) if "mask" in batch else len(batch["image"])
+
+
 def inputs(batch: Batch) -> Batch:
     """Returns what a network is given of a batch."""
     return {name: batch[name] for name in ("image", "mask") if name in batch}
@@ -269,10 +286,6 @@ def _merge(seen: Mapping[Any, Moments], more: Mapping[Any, Moments]) -> dict[Any
 
 def _flat(leaf: Any) -> np.ndarray:
     return np.asarray(leaf, np.float64).ravel()
-
-
-def _count(batch: Batch) -> int:
-    return int(np.sum(batch["mask"])) if "mask" in batch else len(batch["image"])
 
 
 def _real(rows: Sequence[Any], batches: Sequence[Batch]) -> np.ndarray:

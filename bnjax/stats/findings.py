@@ -71,7 +71,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """The result of an audit; healthy if `found` is empty.
+    """The result of an audit.
 
     Attributes:
         found: the findings.
@@ -87,6 +87,11 @@ class Findings:
     layers: tuple[Row, ...] = ()
     evaluation: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     examples: int = 0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there was a norm to look at, and nothing was found."""
+        return bool(self.layers) and not self.found
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -111,7 +116,7 @@ class Findings:
         rows = [dataclasses.asdict(row) | {"found": self.ids_of(row.name)} for row in self.layers]
         return _plain(
             {
-                "healthy": not self.found,
+                "healthy": self.healthy,
                 "examples": self.examples,
                 "findings": found,
                 "not_checked": [dataclasses.asdict(entry) for entry in self.not_checked],
@@ -133,7 +138,8 @@ class Findings:
             parts.append("\n".join(["not checked:", *map(_wrap, lines)]))
         count = len(self.found)
         verdict = f"{count} finding{'s' * (count != 1)}: {', '.join(self.ids)}"
-        parts.append(verdict if self.found else "healthy: nothing was found")
+        nothing = "healthy: nothing was found" if self.healthy else "there was nothing to audit"
+        parts.append(verdict if self.found else nothing)
         return "\n\n".join(part for part in parts if part)
 
 

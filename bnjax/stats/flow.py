@@ -64,11 +64,13 @@ class Flow:
         modules: their fields by their paths, in the order of their first calls.
         ways: from each of them; or why there is none, as a text that goes on after "its output".
         sources: the module whose output each of them is given; or as a text what it is given.
+        computed: those whose parameters are made from the stored ones, as under `nn.WeightNorm`.
     """
 
     modules: Mapping[Path, Any]
     ways: Mapping[Path, Way | str]
     sources: Mapping[Path, Path | str]
+    computed: frozenset[Path] = frozenset()
 
 
 def flow(
@@ -97,6 +99,8 @@ def flow(
         number, x = len(calls), args[0] if args else kwargs[named]
         own = Call(module.path, module.clone(parent=None, name=None))
         calls.append(own)
+        for leaf in jax.tree.leaves(module.variables.get("params", {})):
+            checkpoint_name(leaf, f"{_MARK}:parameter:{number}")  # only to see what it is made of
         x = checkpoint_name(x, f"{_MARK}:given:{number}")
         args, kwargs = ((x, *args[1:]), kwargs) if args else (args, kwargs | {named: x})
         y = call(*args, **kwargs)
@@ -110,10 +114,12 @@ def flow(
     program = jax.make_jaxpr(run)(params, batch_stats, {"image": batch["image"]}).jaxpr
     ways: dict[Path, list[Way | str]] = {}
     sources: dict[Path, list[Path | str]] = {}
+    computed: dict[Path, list[None]] = {}
+    of: dict[str, dict[Path, list[Any]]]
+    of = {"returned": ways, "given": sources, "parameter": computed}
     for part in _parts(program):
         for role, number, way in _Part(part, calls).findings():
-            found: dict[Path, list[Any]] = ways if role == "returned" else sources
-            found.setdefault(calls[number].path, []).append(way)
+            of[role].setdefault(calls[number].path, []).append(way)
     return Flow(
         {one.path: one.module for one in calls},
         {
@@ -121,6 +127,7 @@ def flow(
             for path, found in ways.items()
         },
         {path: _agreed(found, "something else in each call") for path, found in sources.items()},
+        frozenset(computed),
     )
 
 
@@ -143,10 +150,12 @@ class _Part:
         for operation in self._jaxpr.eqns:
             if (mark := _mark(operation)) is None:
                 continue
-            role, number = mark
+            role, number, (value,) = *mark, operation.invars
             if role == "given":
-                yield role, number, self._source(operation.invars[0])
-            elif self._is_used(operation.outvars[0]):
+                yield role, number, self._source(value)
+            elif role == "parameter" and value in self._maker:
+                yield role, number, None
+            elif role == "returned" and self._is_used(operation.outvars[0]):
                 yield role, number, self._way(operation.outvars[0], self._calls[number].returned)
 
     def _is_used(self, value: Any) -> bool:

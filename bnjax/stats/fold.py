@@ -82,7 +82,7 @@ def fold(model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch
     for path, norm in watched.modules.items():
         if not isinstance(norm, (*NORMS, *PER_EXAMPLE)):
             continue
-        if reason := _hindrance(norm, about.get(path)):
+        if reason := _hindrance(norm, about.get(path), path in watched.computed):
             norms.append(NormFold(path, reason=reason))
             continue
         own = [leaves.get((*path, name)) for name in ("scale", "bias")]
@@ -117,11 +117,16 @@ def fold(model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch
 def difference(logits: Logits, others: Logits) -> float:
     """Returns the largest difference between two sets of logits, in units of the largest logit.
 
+    0 where both are 0, as of a network whose last layer was not trained.
+
     >>> difference(np.array([[4.0, -8.0]]), np.array([[4.0, -6.0]]))
     0.25
+    >>> difference(np.zeros((1, 2)), np.zeros((1, 2)))
+    0.0
     """
     one, other = np.asarray(logits, np.float64), np.asarray(others, np.float64)
-    return float(np.max(np.abs(one - other)) / np.max(np.abs(one)))
+    apart, size = (float(np.max(np.abs(of))) for of in (one - other, one))
+    return apart / size if size else apart and np.inf
 
 
 class Link(NamedTuple):
@@ -138,12 +143,14 @@ def _is_of_interest(module: Any) -> bool:
     return isinstance(module, (*LAYERS, *PER_EXAMPLE))
 
 
-def _hindrance(norm: Any, about: NormLayer | None) -> str:
+def _hindrance(norm: Any, about: NormLayer | None, computed: bool) -> str:
     """Returns why a norm can be folded into no layer whatever."""
     if about is None:
         return "its mean and variance are those of each example, and no constants"
     if about.by_batch:
         return "it normalises by the batch in evaluation too"
+    if computed:
+        return "what it uses is computed from its parameters"
     if type(norm).__call__ not in [kind.__call__ for kind in NORMS]:
         return f"it is a {type(norm).__name__}, which may do something else in evaluation"
     last = len(about.shape) - 1
@@ -182,6 +189,8 @@ _NEIGHBOURS: tuple[tuple[Place, Callable[[Path, Flow], "Link | str"]], ...] = (
 
 def _link(path: Path, watched: Flow, way: Way) -> Link | str:
     module = watched.modules[path]
+    if path in watched.computed:
+        return f"what {'.'.join(path)} uses is computed from its parameters"
     if type(module) not in LAYERS or getattr(module, "mask", None) is not None:
         return f"beside it is {'.'.join(path)}, a {type(module).__name__}"
     return Link(path, module, way)

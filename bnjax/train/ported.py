@@ -24,6 +24,7 @@ from bnjax.train.trained import Trained
 from bnjax.train_step import TrainState, forward
 
 NOTE = "norms"  # under which a file says the fields of its norms, as the framework has them
+VARIANCE = "variance"  # under which it says what its variances are, "biased" or "unbiased"
 PROBE_IMAGES = 8
 
 
@@ -59,6 +60,7 @@ def export_run(
     if layers:
         module = layers[0].module
         notes[NOTE] = json.dumps(norm_fields(framework, module.epsilon, module.momentum))
+        notes[VARIANCE] = layers[0].variance if examples is None else STORED[framework]
     weights_file.write(file, arrays, notes)
     said = [f"{file}: {len(arrays)} arrays of {trained.workdir}, step {trained.step}"]
     if layers and examples is None and layers[0].variance != STORED[framework]:
@@ -118,15 +120,19 @@ def import_run(
     if own["momentum"] is None:
         raise UserError(f"{file} has momentum = None, and a run's is a number: give --momentum.")
     config.model.epsilon, config.model.momentum = own["epsilon"], own["momentum"]
+    # A file that bnjax wrote may have them as the run before had, whatever the framework stores.
+    stored = notes.get(VARIANCE, own["variance"])
+    if stored not in ("biased", "unbiased"):
+        raise UserError(f"{file}: its note {VARIANCE!r} is damaged: {stored!r}")
     if examples is None:
-        config.model.variance = own["variance"]
+        config.model.variance = stored
     model = build.model(config.model, len(trained.data.classes), shape)
     like = (trained.params, trained.batch_stats)
     params, stats = port_from(framework, arrays, like, _table(model, shape, table))
     said = [f"{out}: {file}, {len(arrays)} arrays, all accounted for"]
     if probe is not None:
         batch, _ = weights_file.read(probe)
-        if not {"image", "logits"} <= set(batch):
+        if not {"image", "logits"} <= set(batch) or not batch["image"].size:
             raise UserError(f"{probe} is no probe batch: it has to have `image` and `logits`.")
         images = batch["image"]
         if framework == "torch" and images.ndim == 4:
@@ -140,7 +146,7 @@ def import_run(
         said.append(f"the logits of {len(images)} images differ by {difference:.1e} at most")
     if examples is not None:
         layers = _layers(model, params, stats, shape)
-        stats = convert_variance(stats, layers, examples, stored=STORED[framework])
+        stats = convert_variance(stats, layers, examples, stored=stored)
     steps = [int(value) for key, value in arrays.items() if key.endswith("num_batches_tracked")]
     state = TrainState(
         jnp.int32(max(steps, default=0)),

@@ -76,6 +76,33 @@ def test_nothing_known_is_nothing_found_and_said():
     assert "second batch" in missing["stale by fit"]
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_the_rest_of_a_set_says_nothing_of_how_batches_differ(first):
+    """A last batch of one image, of a set that is cut up: its mean is the image."""
+    patient = plain(0)
+    whole = examined(patient)
+    rest = {name: leaf[:1] for name, leaf in patient.batches[0].items()}
+    batches = [rest, *patient.batches] if first else [*patient.batches, rest]
+    findings = examined(patient.but(batches=batches))
+    assert findings.ids == (), str(findings)
+    assert findings.layers == whole.layers
+    assert findings.examples == whole.examples + 1  # it is predicted, all the same
+    two = examined(patient.but(batches=[patient.batches[0], rest]))
+    assert "a second batch" in {one.id: one.missing for one in two.not_checked}["small-batch"]
+
+
+def test_weights_that_are_not_numbers_are_not_called_dead_channels():
+    patient = plain(0)
+    params = jax.tree.map(np.array, patient.params)
+    params["Dense_0"]["kernel"][0, 0] = np.nan
+    findings = examined(patient.but(params=params).knowing(weights=fingerprint(params)))
+    assert "invalid-statistics" in findings.ids
+    assert "dead-channels" not in findings.ids
+    (one,) = (one for one in findings.found if one.id == "invalid-statistics")
+    assert one.layers == ("first", "second")
+    assert "1 given what is not finite" in one.measured
+
+
 def test_what_is_measured_is_what_numpy_measures():
     patient = plain(0)
     findings = examined(patient)

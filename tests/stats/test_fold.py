@@ -390,3 +390,28 @@ _CALLS = []
 def _counted(*args, **kwargs):
     _CALLS.append(args)
     return lax.dot_general(*args, **kwargs)
+
+
+class Wrapped(nn.Module):
+    """A convolution whose kernel is made of the stored one when it is used."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        double = functools.partial(jax.tree.map, lambda leaf: 2 * leaf)
+        kind = nn.map_variables(nn.Conv, "params", double, init=self.is_initializing())
+        conv = (kind if self.kind == "doubled" else nn.Conv)(4, (3, 3), name="conv")
+        x = nn.WeightNorm(conv)(x) if self.kind == "weight norm" else conv(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("kind", ["stored", "weight norm", "doubled"])
+def test_a_kernel_that_is_computed_from_the_stored_one_takes_no_norm(kind):
+    """What is folded into the stored one would be normalised, or doubled, once more."""
+    _, found = folding_of(Wrapped(kind))
+    if kind == "stored":
+        assert found == {"BatchNorm_0": ("after", "conv")}
+    else:
+        assert "what conv uses is computed from its parameters" in found["BatchNorm_0"]

@@ -27,5 +27,9 @@ def test_it_trains_and_what_cannot_be_checked_is_said():
     state, stats = init_state(model, tx, jax.random.key(0), image)
     _, new, _ = train_step(state, stats, batch, model=model, tx=tx)
     assert (np.asarray(new["norm"]["mean"]) != 0).all()
-    (entry,) = audit(model, state.params, new, [batch] * 4).not_checked
+    findings = audit(model, state.params, new, [batch] * 4)
+    (entry,) = findings.not_checked
+    assert not findings.healthy
+    assert not findings.as_json()["healthy"]
+    assert str(findings).endswith("there was nothing to audit")
     assert "a batch norm of Flax's or bnjax's in the model" in entry.missing

@@ -22,16 +22,19 @@ def runs(tmp_path_factory):
     """Two runs, of 0.5 and of 0.99 as momentum."""
     folder = tmp_path_factory.mktemp("runs")
     for momentum in (0.5, 0.99):
-        config = default_config()
-        config.data.name = "digits"
-        config.model.filters, config.model.dense = (8, 8, 8), (16, 16)
-        config.model.momentum = momentum
-        config.model.placement = "before"
-        config.train.steps, config.train.batch_size, config.train.shuffle = STEPS, 64, True
-        config.eval.every_steps, config.eval.every_epochs = STEPS // 2, 0.0
-        config.eval.histograms = config.eval.pictures = 0
-        train_and_evaluate(config, folder / str(momentum), build.dataset(config))
+        train(folder / str(momentum), STEPS, momentum=momentum, placement="before")
     return folder
+
+
+def train(workdir, steps, **model):
+    config = default_config()
+    config.data.name = "digits"
+    config.model.filters, config.model.dense = (8, 8, 8), (16, 16)
+    config.model.update(model)
+    config.train.steps, config.train.batch_size, config.train.shuffle = steps, 64, True
+    config.eval.every_steps, config.eval.every_epochs = steps // 2, 0.0
+    config.eval.histograms = config.eval.pictures = 0
+    train_and_evaluate(config, workdir, build.dataset(config))
 
 
 def test_a_healthy_run_exits_with_0(bnjax, runs):
@@ -94,6 +97,14 @@ def test_unusable_input_exits_with_2(bnjax, runs, monkeypatch, arguments, words)
     code, _, error = bnjax("audit", *arguments)
     assert code == 2
     assert words in error
+
+
+def test_a_run_without_batch_norm_is_not_called_healthy(bnjax, tmp_path):
+    train(tmp_path, 2, norm="none")
+    code, out, _ = bnjax("audit", "--workdir", tmp_path)
+    assert code == 2, out
+    assert "all else: a batch norm of Flax's or bnjax's in the model" in out
+    assert "healthy" not in out
 
 
 def test_the_function_is_where_one_looks_for_it(runs):

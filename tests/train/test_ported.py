@@ -51,7 +51,7 @@ def test_there_and_back_is_the_same_network(run, port, tmp_path, framework, name
     assert after.config.model.epsilon == before.config.model.epsilon
     assert after.config.model.momentum == before.config.model.momentum
     assert after.step == (before.step if framework == "torch" else 0)
-    assert after.config.model.variance == ("unbiased" if framework == "torch" else "biased")
+    assert after.config.model.variance == "biased"  # as the numbers are, which were not converted
     again = port("--workdir", run, "--from", framework, file, "--out", new)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr
@@ -106,6 +106,33 @@ def by_hand(leaf, x):
     return x
 
 
+def test_what_variances_are_is_as_the_file_says(run, port, tmp_path):
+    """Those that torch averaged are unbiased; those that were taken there and back are not."""
+    file, foreign = tmp_path / "net.safetensors", tmp_path / "foreign.safetensors"
+    port("--workdir", run, "--to", "torch", file)
+    arrays, notes = weights_file.read(file)
+    assert notes["variance"] == "biased"
+    weights_file.write(foreign, arrays, {"format": "pt"})  # as torch's users save
+    before = Trained(run, "last").batch_stats["conv0_norm"]["var"]
+    for name, source, options, variance, factor in (
+        ("own", file, (), "biased", 1),
+        ("foreign", foreign, (), "unbiased", 1),
+        ("own, converted", file, ("--examples", 10), "biased", 1),
+        ("foreign, converted", foreign, ("--examples", 10), "biased", 639 / 640),
+    ):
+        out = ("--out", tmp_path / name)
+        done = port("--workdir", run, "--from", "torch", source, *out, *options)
+        assert done.returncode == 0, done.stderr
+        after = Trained(tmp_path / name, "last")
+        assert after.config.model.variance == variance, name
+        found = after.batch_stats["conv0_norm"]["var"]
+        np.testing.assert_allclose(found, before * factor, rtol=1e-6, err_msg=name)
+    weights_file.write(file, arrays, notes | {"variance": "odd"})
+    done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "odd")
+    assert done.returncode == 2
+    assert "its note 'variance' is damaged" in done.stderr
+
+
 def test_other_names_and_conventions(run, port, tmp_path):
     table, file, new = tmp_path / "table.json", tmp_path / "net.safetensors", tmp_path / "new"
     table.write_text('{"names": {"conv{i}": "features.{i}", "{layer}": "{layer}"}}')
@@ -136,6 +163,7 @@ def test_other_names_and_conventions(run, port, tmp_path):
         (["--epsilon", 1e-1], "the logits of the probe batch differ by up to"),
         (["--table", "TABLE"], "There, and not needed here:\n    conv0.bias"),
         (["--probe", "FILE"], "is no probe batch"),
+        (["--probe", "EMPTY"], "is no probe batch"),
         (["--examples", 0], "'0' is not a whole number, 1 or above"),
     ],
 )
@@ -143,7 +171,9 @@ def test_what_is_refused_leaves_no_run(run, port, tmp_path, options, said):
     file, probe, new = (tmp_path / name for name in ("net.safetensors", "p.safetensors", "new"))
     port("--workdir", run, "--to", "torch", file, "--probe", probe)
     (tmp_path / "table.json").write_text('{"names": {"conv{i}": "c{i}", "{layer}": "{layer}"}}')
-    places = {"TABLE": tmp_path / "table.json", "FILE": file}
+    empty = tmp_path / "empty.npz"
+    np.savez(empty, image=np.zeros((0, 1, 8, 8), np.float32), logits=np.zeros((0, 3)))
+    places = {"TABLE": tmp_path / "table.json", "FILE": file, "EMPTY": empty}
     options = [places.get(option, option) for option in options]
     files = ("--out", new, "--probe", probe)
     done = port("--workdir", run, "--from", "torch", file, *files, *options)
