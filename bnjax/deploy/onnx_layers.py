@@ -2,10 +2,11 @@
 
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jax import export
 
 from bnjax.deploy.onnx_graph import Graph, Value
 
@@ -22,6 +23,16 @@ def check(fits: bool, otherwise: str) -> None:
     """Raises UnknownError if something does not fit."""
     if not fits:
         raise UnknownError(otherwise)
+
+
+def is_symbolic(size: Any) -> bool:
+    """Returns whether a size depends on how many images there are."""
+    return export.is_symbolic_dim(size)
+
+
+def integers(values: Iterable[Any]) -> np.ndarray:
+    """Returns numbers as ONNX wants axes and sizes, int64 [n]."""
+    return np.array([*map(int, values)], np.int64)
 
 
 def convolution(graph: Graph, operation: Any, x: Value, kernel: Value) -> Sequence[Value]:

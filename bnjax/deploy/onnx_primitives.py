@@ -1,23 +1,24 @@
 """What each primitive of JAX is in ONNX."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jax import export
 from onnx import helper
 
 from bnjax.deploy.onnx_graph import Graph, Value
-from bnjax.deploy.onnx_layers import Writer, check, convolution, dot_general, pooling, transposed
-
-
-def _is_symbolic(size: Any) -> bool:
-    return export.is_symbolic_dim(size)
-
-
-def _integers(values: Sequence[int]) -> np.ndarray:
-    return np.array([*map(int, values)], np.int64)
+from bnjax.deploy.onnx_layers import (
+    Writer,
+    check,
+    convolution,
+    dot_general,
+    integers,
+    is_symbolic,
+    pooling,
+    transposed,
+)
+from bnjax.deploy.onnx_parts import concatenate, cut, gather, pad, split
 
 
 def _same(graph: Graph, operation: Any, *inputs: Value) -> Sequence[Value]:
@@ -90,6 +91,7 @@ def _convert(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
     old, new = operation.invars[0].aval.dtype, operation.params["new_dtype"]
     if old == new:
         return [x]
+    check(new != jnp.bfloat16, "to bfloat16")
     return [graph.add("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(new)))]
 
 
@@ -99,15 +101,15 @@ def _transpose(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
 
 def _reduction(op: str) -> Writer:
     def write(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
-        return [graph.add(op, x, _integers(operation.params["axes"]), keepdims=0)]
+        return [graph.add(op, x, integers(operation.params["axes"]), keepdims=0)]
 
     return write
 
 
 def _reshaped(graph: Graph, x: Value, shape: Sequence[Any]) -> str:
     """Adds a reshape, one size of which may depend on the batch."""
-    check(sum(map(_is_symbolic, shape)) <= 1, f"to {tuple(shape)}, two sizes of the batch")
-    return graph.add("Reshape", x, _integers([-1 if _is_symbolic(one) else one for one in shape]))
+    check(sum(map(is_symbolic, shape)) <= 1, f"to {tuple(shape)}, two sizes of the batch")
+    return graph.add("Reshape", x, integers([-1 if is_symbolic(one) else one for one in shape]))
 
 
 def _reshape(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
@@ -116,7 +118,7 @@ def _reshape(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
 
 
 def _squeeze(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
-    return [graph.add("Squeeze", x, _integers(operation.params["dimensions"]))]
+    return [graph.add("Squeeze", x, integers(operation.params["dimensions"]))]
 
 
 def _broadcast(graph: Graph, operation: Any, x: Value, *_: Value) -> Sequence[Value]:
@@ -131,13 +133,13 @@ def _broadcast(graph: Graph, operation: Any, x: Value, *_: Value) -> Sequence[Va
         return [x]
     # Expand leaves an axis as it is where it is asked for 1.
     wanted = [1 if mine == its else its for mine, its in zip(middle, shape, strict=True)]
-    if not any(map(_is_symbolic, wanted)):
-        return [graph.add("Expand", x, _integers(wanted))]
+    if not any(map(is_symbolic, wanted)):
+        return [graph.add("Expand", x, integers(wanted))]
     parts: list[Value] = []
     for size in wanted:
-        if _is_symbolic(size):
+        if is_symbolic(size):
             check(str(size) == "batch", f"to {size}")
-        parts.append(graph.batch() if _is_symbolic(size) else _integers([size]))
+        parts.append(graph.batch() if is_symbolic(size) else integers([size]))
     return [graph.add("Expand", x, graph.add("Concat", *parts, axis=0))]
 
 
@@ -148,40 +150,8 @@ def _dim_as_value(graph: Graph, operation: Any) -> Sequence[Value]:
     return [graph.add("Cast", graph.add("Squeeze", graph.batch()), to=to)]
 
 
-def _concatenate(graph: Graph, operation: Any, *inputs: Value) -> Sequence[Value]:
-    return [graph.add("Concat", *inputs, axis=operation.params["dimension"])]
-
-
-def _slice(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
-    params, shape = operation.params, operation.invars[0].aval.shape
-    starts, ends = params["start_indices"], params["limit_indices"]
-    steps = params["strides"] or [1] * len(shape)
-    whole = [*zip([0] * len(shape), shape, [1] * len(shape), strict=True)]
-    cuts = [*zip(starts, ends, steps, strict=True)]
-    cut = [axis for axis, one in enumerate(cuts) if one != whole[axis]]
-    chosen = [[sizes[axis] for axis in cut] for sizes in (starts, ends, steps)]
-    check(not any(map(_is_symbolic, itertools.chain(*chosen))), "along the batch")
-    starts, ends, steps = map(_integers, chosen)
-    return [graph.add("Slice", x, starts, ends, _integers(cut), steps)] if cut else [x]
-
-
-def _pad(graph: Graph, operation: Any, x: Value, filling: Value) -> Sequence[Value]:
-    config = operation.params["padding_config"]
-    check(
-        all(low >= 0 and high >= 0 and inner == 0 for low, high, inner in config),
-        "between the values or by less than nothing",
-    )
-    sides = _integers([side[0] for side in config] + [side[1] for side in config])
-    return [graph.add("Pad", x, sides, filling)]
-
-
-def _split(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
-    sizes, axis = operation.params["sizes"], operation.params["axis"]
-    return graph.add_many("Split", len(sizes), x, _integers(sizes), axis=axis)
-
-
 PRIMITIVES: dict[str, Writer] = {
-    **dict.fromkeys(("copy", "copy_p", "name", "optimization_barrier"), _same),
+    **dict.fromkeys(("copy", "copy_p", "name", "optimization_barrier", "stop_gradient"), _same),
     **{
         name: _plain(op)
         for name, op in {
@@ -210,6 +180,10 @@ PRIMITIVES: dict[str, Writer] = {
             "lt": "Less",
             "ge": "GreaterOrEqual",
             "le": "LessOrEqual",
+            "and": "And",
+            "or": "Or",
+            "xor": "Xor",
+            "not": "Not",
         }.items()
     },
     "ne": _chain("Equal", "Not"),
@@ -236,8 +210,9 @@ PRIMITIVES: dict[str, Writer] = {
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,
     "dim_as_value": _dim_as_value,
-    "concatenate": _concatenate,
-    "slice": _slice,
-    "pad": _pad,
-    "split": _split,
+    "concatenate": concatenate,
+    "slice": cut,
+    "pad": pad,
+    "split": split,
+    "gather": gather,
 }
