@@ -54,6 +54,7 @@ KERNEL = np.random.default_rng(1).normal(size=(3, 2, 2, 4)).astype(np.float32)
 LAST = ("NHWC", "HWIO", "NHWC")
 FUNCTIONS = {
     "powers": lambda x: x**2 + x**3 + (x + 1) ** -2 + (x + 1) ** 0.3 + jnp.cbrt(1.0),
+    "other powers": lambda x: lax.integer_pow(x, 0) + lax.integer_pow(x, 1) + lax.integer_pow(x, 5),
     "exponentials": lambda x: jnp.exp(x) + jnp.log(x + 2) + jnp.expm1(x) - jnp.log1p(x),
     "gelus": lambda x: nn.gelu(x - 0.5) + nn.gelu(x - 0.5, approximate=False) + lax.erf(x),
     "activations": lambda x: nn.softplus(x) + nn.leaky_relu(x - 0.5) + nn.relu6(9 * x),
@@ -146,7 +147,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        y = nn.Conv(3, (3, 3), use_bias=False)(x)
+        y = nn.Conv(5, (3, 3), use_bias=False)(x)
         added = self.param("added", nn.initializers.normal(), self.bias)
         z = nn.relu(y + jnp.expand_dims(added, range(y.ndim - added.ndim)))
         return (z * y if self.twice else z).reshape(x.shape[0], -1)
@@ -155,11 +156,11 @@ class Conv(nn.Module):
 @pytest.mark.parametrize(
     ("model", "is_bias"),
     [
-        (Conv((3,)), True),
-        (Conv((1, 1, 1, 3)), True),
+        (Conv((5,)), True),
+        (Conv((1, 1, 1, 5)), True),
         (Conv((1,)), False),  # of all channels
-        (Conv((5, 3)), False),  # of each column
-        (Conv((3,), twice=True), False),  # the sum without it is wanted as well
+        (Conv((5, 1)), False),  # of each column
+        (Conv((5,), twice=True), False),  # the sum without it is wanted as well
     ],
 )
 def test_what_is_added_to_each_channel_becomes_a_bias(model, is_bias):
