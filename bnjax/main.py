@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bnjax import clinic, errors
-from bnjax.clinic.arguments import add_run_arguments
+from bnjax.deploy import command as export
+from bnjax.deploy import predict
 
 MAX_SEEDS = 100_000  # each is a run
 
@@ -71,26 +72,6 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def predict(args: argparse.Namespace) -> int:
-    """Prints predictions; returns 1 if an image could not be read."""
-    import json
-
-    from bnjax.train import predict
-    from bnjax.train.trained import Trained
-    from bnjax.train.xla import prepare
-
-    prepare()
-    trained = Trained(args.workdir, args.checkpoint)
-    if args.split:
-        result = predict.of_split(trained, args.split, args.data_dir)
-    else:
-        result = predict.of_images(trained, args.images)
-    print(json.dumps(result) if args.json else predict.table(result))
-    for failure in result["errors"]:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if result["errors"] else 0
-
-
 def compare(args: argparse.Namespace) -> int:
     """Trains the runs that are missing and prints what they say; returns 1 if a run broke down."""
     from bnjax.compare import grid, report, runs, seeds, text
@@ -131,10 +112,11 @@ def report(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
-    "predict": predict,
+    "predict": predict.run,
     "compare": compare,
     "report": report,
     **clinic.COMMANDS,
+    "export": export.run,
 }
 
 
@@ -180,23 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--processes", type=int, metavar="N", help="how many, with --coordinator")
     sub.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0 on")
 
-    sub = command("predict", "Classify images, or a whole split, with a trained network.")
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "images",
-        nargs="*",
-        type=Path,
-        default=[],
-        metavar="IMAGE",
-        help="PNG, JPEG or .npy ([h, w, c] or [n, h, w, c]; uint8, or float from 0 to 1)",
-    )
-    what.add_argument(
-        "--split",
-        choices=("train", "test"),
-        help="classify this split; ends with loss, accuracy and accuracy per class",
-    )
-    add_run_arguments(sub)
-    sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    predict.add(command)
 
     sub = command(
         "compare",
@@ -251,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder to write into (default: that of the first run)",
     )
     clinic.add_commands(command)
+    export.add(command)
     return parser
 
 

@@ -17,6 +17,7 @@ ORDER = [
     {"train"},
     {"compare"},
     {"clinic"},
+    {"deploy"},
     {"main"},
 ]
 

@@ -2,12 +2,18 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, data: bool = True) -> None:
-    """Adds the options that say which trained network, and where its data lie."""
-    parser.add_argument(
-        "--workdir", type=Path, required=True, metavar="DIR", help="the folder of the run"
+def add_run_arguments(
+    parser: argparse.ArgumentParser, *, data: bool = True, among: Any = None
+) -> None:
+    """Adds the options that say which trained network, and where its data lie.
+
+    The run's folder is one of the group `among`, if there are other ways to give a network.
+    """
+    (among or parser).add_argument(
+        "--workdir", type=Path, required=among is None, metavar="DIR", help="the folder of the run"
     )
     parser.add_argument(
         "--checkpoint",

@@ -59,8 +59,8 @@ def check(trained: Trained, folding: Folding, data_dir: str | None) -> dict[str,
     pairs = [(one.norm, one.layer) for one in folding.norms if one.layer is not None]
     found = []
     for model in (exact, trained.model)[: 1 + low]:
-        one = _logits(model, trained.params, trained.batch_stats, images)
-        other = _logits(Folded(model, pairs), folding.params, folding.batch_stats, images)
+        one = logits(model, trained.params, trained.batch_stats, images)
+        other = logits(Folded(model, pairs), folding.params, folding.batch_stats, images)
         found.append(difference(one, other))
     if not found[0] <= TOLERANCE:
         raise UserError(
@@ -159,7 +159,8 @@ def numbers(params: Params, batch_stats: BatchStats) -> int:
     return sum(leaf.size for leaf in named_leaves([params, batch_stats]).values())
 
 
-def _logits(model: Any, params: Params, batch_stats: BatchStats, images: Images) -> jax.Array:
+def logits(model: Any, params: Params, batch_stats: BatchStats, images: Images) -> jax.Array:
+    """Returns the logits of a network in evaluation, all images at once."""
     run = jax.jit(
         functools.partial(forward, model=model, train=False), compiler_options=compiler_options()
     )

@@ -1,7 +1,7 @@
 """What a trained network says of images, or of a whole split."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ def of_split(trained: Trained, split: str, data_dir: str | None = None) -> dict[
     chosen = dataset.train if split == "train" else dataset.test
     size = min(trained.config.eval.batch_size, len(chosen))
     predicted, metrics = network.predict(every_batch(chosen, size))
-    rows = network.rows([f"{split}[{i}]" for i in range(len(chosen))], predicted)
+    found = _rows([f"{split}[{i}]" for i in range(len(chosen))], classes, predicted)
     label = predicted["label"]
-    for row, truth in zip(rows, label, strict=True):
+    for row, truth in zip(found, label, strict=True):
         row["label"] = classes[truth]
     right = predicted["class"] == label
     per_class = {
@@ -50,22 +50,20 @@ def of_split(trained: Trained, split: str, data_dir: str | None = None) -> dict[
         if (label == i).any()
     }
     sums = {**metrics.means(), "count": int(metrics.count), "accuracy_per_class": per_class}
-    return network.about | {"predictions": rows, **sums, "errors": []}
+    return network.about | {"predictions": found, **sums, "errors": []}
 
 
 def of_images(trained: Trained, paths: list[Path]) -> dict[str, Any]:
     """Returns predictions for image files, and under "errors" what cannot be read."""
     network = _Network(trained)
-    pictures, failures = _read(paths, trained.data.image_shape)
-    rows: list[dict[str, Any]] = []
+    pictures, failures = read(paths, trained.data.image_shape)
+    found: list[dict[str, Any]] = []
     if pictures:
         images = np.stack([picture.image for picture in pictures])
         unknown = np.zeros(len(images), np.int32)
         predicted, _ = network.predict(eval_batches(images, unknown, min(len(images), MAX_BATCH)))
-        rows = network.rows([picture.name for picture in pictures], predicted)
-    for row, picture in zip(rows, pictures, strict=True):
-        row |= {"note": picture.note} if picture.note else {}
-    return network.about | {"predictions": rows, "errors": failures}
+        found = rows(pictures, trained.data.classes, predicted)
+    return network.about | {"predictions": found, "errors": failures}
 
 
 class _Network:
@@ -73,7 +71,6 @@ class _Network:
 
     def __init__(self, trained: Trained):
         self._variables = (trained.params, trained.batch_stats)
-        self._classes = trained.data.classes
         self._classify = jax.jit(
             functools.partial(_classify, model=trained.model),
             compiler_options=compiler_options(),
@@ -98,20 +95,6 @@ class _Network:
         }
         return joined, functools.reduce(Metrics.merge, [metrics for _, metrics in found])
 
-    def rows(self, names: list[str], predicted: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Returns an object for each image."""
-        return [
-            {
-                "image": name,
-                "class": self._classes[index],
-                "score": float(score[index]),
-                "scores": dict(zip(self._classes, map(float, score), strict=True)),
-            }
-            for name, index, score in zip(
-                names, predicted["class"], predicted["score"], strict=True
-            )
-        ]
-
 
 def _classify(
     params: Params, batch_stats: BatchStats, batch: Batch, *, model: Any
@@ -123,7 +106,7 @@ def _classify(
     return classes_and_scores(logits), metrics
 
 
-def _read(paths: list[Path], shape: tuple[int, int, int]) -> tuple[list[Picture], list[str]]:
+def read(paths: list[Path], shape: tuple[int, int, int]) -> tuple[list[Picture], list[str]]:
     """Returns the pictures that can be read, and what is wrong with the others."""
     pictures: list[Picture] = []
     failures: list[str] = []
@@ -135,24 +118,48 @@ def _read(paths: list[Path], shape: tuple[int, int, int]) -> tuple[list[Picture]
     return pictures, failures
 
 
+def rows(
+    pictures: Sequence[Picture], classes: Sequence[str], predicted: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Returns an object for each picture; `predicted` has `class` [n], `score` [n, classes]."""
+    found = _rows([picture.name for picture in pictures], classes, predicted)
+    for row, picture in zip(found, pictures, strict=True):
+        row |= {"note": picture.note} if picture.note else {}
+    return found
+
+
+def _rows(
+    names: Sequence[str], classes: Sequence[str], predicted: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "image": name,
+            "class": classes[index],
+            "score": float(score[index]),
+            "scores": dict(zip(classes, map(float, score), strict=True)),
+        }
+        for name, index, score in zip(names, predicted["class"], predicted["score"], strict=True)
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
     """Returns a result as lines of text."""
     return "\n".join(_lines(result))
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
-    rows = result["predictions"]
-    if rows:
+    shown = result["predictions"]
+    if shown:
         columns = [
             column
             for column in ("image", "label", "class", "score", "note")
-            if any(column in row for row in rows)
+            if any(column in row for row in shown)
         ]
         cells = [
             columns,
             *(
                 [f"{row[c]:.4f}" if c == "score" else str(row.get(c, "")) for c in columns]
-                for row in rows
+                for row in shown
             ),
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

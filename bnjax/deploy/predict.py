@@ -1,0 +1,76 @@
+"""`bnjax predict`: what a run's network, or an exported one, says of images."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bnjax.clinic.arguments import add_run_arguments
+from bnjax.errors import UserError
+
+
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the parser of the command."""
+    sub = command("predict", "Classify images, or a whole split, with a trained network.")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        default=[],
+        metavar="IMAGE",
+        help="PNG, JPEG or .npy ([h, w, c] or [n, h, w, c]; uint8, or float from 0 to 1)",
+    )
+    what.add_argument(
+        "--split",
+        choices=("train", "test"),
+        help="classify this split; ends with loss, accuracy and accuracy per class",
+    )
+    network = sub.add_mutually_exclusive_group(required=True)
+    add_run_arguments(sub, among=network)
+    network.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="the folder of an exported network, which is given pixels of 8 bits: what has to be "
+        "resized to fit is rounded",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints predictions; returns 1 if an image could not be read."""
+    import json
+
+    from bnjax.train.predict import table
+    from bnjax.train.xla import prepare
+
+    prepare()
+    result = _of_model(args) if args.model else _of_run(args)
+    print(json.dumps(result) if args.json else table(result))
+    for failure in result["errors"]:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if result["errors"] else 0
+
+
+def _of_run(args: argparse.Namespace) -> dict[str, Any]:
+    from bnjax.train import predict
+    from bnjax.train.trained import Trained
+
+    trained = Trained(args.workdir, args.checkpoint)
+    if args.split:
+        return predict.of_split(trained, args.split, args.data_dir)
+    return predict.of_images(trained, args.images)
+
+
+def _of_model(args: argparse.Namespace) -> dict[str, Any]:
+    if args.split or args.data_dir or args.checkpoint != "last":
+        raise UserError(
+            "--split, --data-dir and --checkpoint are of a run: give its folder with --workdir. An "
+            "exported network knows no data, and has one set of weights."
+        )
+    from bnjax.deploy.exported import Exported
+    from bnjax.deploy.pictures import of_images
+
+    return of_images(Exported(args.model), args.images)
