@@ -14,6 +14,7 @@ import pytest
 
 from bnjax import norms
 from bnjax.models.resnet import RESNETS, TORCHVISION, ResNet
+from bnjax.stats.audit import audit
 from bnjax.stats.fold import difference, fold
 from bnjax.stats.layers import norm_layers
 from bnjax.stats.layouts import Table
@@ -261,3 +262,22 @@ def test_the_weights_are_those_of_torchvision(name):
     for key, value in theirs.items():
         if "num_batches" not in key:  # this norm has no count
             np.testing.assert_array_equal(back[key], value)
+
+
+def test_the_audit_knows_its_norms():
+    rng = np.random.default_rng(3)
+    batches = [
+        {"image": rng.random((16, 8, 8, 3), np.float32), "label": np.arange(16, dtype=np.int32) % 4}
+        for _ in range(4)
+    ]
+    model, tx = ResNet(**SMALL | {"norm": norms.build("batch", momentum=0.5)}), optax.sgd(0.01)
+    state, untouched = init_state(model, tx, jax.random.key(0), IMAGES)
+    step, stats = jax.jit(functools.partial(train_step, model=model, tx=tx)), untouched
+    for i in range(24):
+        state, stats, _ = step(state, stats, batches[i % 4])
+    healthy, ill = (audit(model, state.params, one, batches) for one in (stats, untouched))
+    assert not healthy.found
+    assert len(healthy.layers) == len(
+        norm_layers(model, state.params, stats, batches[0], train=True)
+    )
+    assert ["never-updated"] == [one.id for one in ill.found]
