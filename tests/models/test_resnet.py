@@ -280,4 +280,4 @@ def test_the_audit_knows_its_norms():
     assert len(healthy.layers) == len(
         norm_layers(model, state.params, stats, batches[0], train=True)
     )
-    assert ["never-updated"] == [one.id for one in ill.found]
+    assert [one.id for one in ill.found] == ["never-updated"]
