@@ -81,7 +81,7 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
         many = training_program(build.experiment(config, data), feed, 1)
         resident = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), feed.resident)
         streak, taken = array((), np.int32), array((), np.int32)
-        rows = array((STEPS, size), np.int32)
+        rows = {"rows": array((STEPS, size), np.int32)}
         loop = jax.jit(many, donate_argnums=(0, 1))
         lowered = loop.lower(state, stats, streak, resident, rows, taken)
     return lowered.compile(compiler_options=options_of(chip))
