@@ -263,11 +263,8 @@ def main() -> None:
             tqdm.tqdm.write(table("", [cells(found)]).splitlines()[-1])
             sys.stdout.flush()
     print("\nCompiled by " + "; ".join(sorted({one["versions"] for one in programs})) + ".\n")
-    print(
-        assumptions(args.use, {one["chip"] for one in programs}),
-        prediction(programs, args.use),
-        sep="\n\n",
-    )
+    print(assumptions(args.use, {one["chip"] for one in programs}))
+    print(prediction(programs, kept, args.use))
 
 
 if __name__ == "__main__":
