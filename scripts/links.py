@@ -157,14 +157,14 @@ def step(
         compiled: for how many chips it is; one over fewer of them stays as large as it is there.
         chips: a power of 2.
     """
-    gradients = norms = 0.0
+    gradients = norms = beside = 0.0
     for one in found if chips > 1 else ():
         size = min(one.devices, chips) if one.use == "moments" and one.devices < compiled else chips
         seconds = all_reduce_seconds(one.bytes, machine.levels(size), machine.start)
         if one.use == "moments":
             norms += seconds
         elif one.overlapped:
-            gradients += max(0.0, seconds - BACKWARD * compute)
+            beside += seconds
         else:
             gradients += seconds
-    return Step(compute, gradients, norms)
+    return Step(compute, gradients + max(0.0, beside - BACKWARD * compute), norms)
