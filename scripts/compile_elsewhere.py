@@ -10,28 +10,19 @@ images that lie there, which is what `bnjax.main` runs. Memory is that of one de
 
 import argparse
 import collections
-import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
-import math
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-# Before JAX is imported: it would look for the chips. By a lock file libtpu lets in one process
-# of a machine, since that takes the chips; none is used here.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from chips import CHIPS, Gpu, Tpu, chip_of, options_of
 
+# isort: split
 import jax
 import numpy as np
-from jax.experimental import topologies
+from hlo import arrays, bytes_of, operations
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
@@ -44,111 +35,11 @@ from bnjax.train_step import eval_step, init_state, train_step
 
 IMAGE, EXAMPLES, STEPS = (32, 32, 3), 50_000, 100
 PROGRAMS, DTYPES = ("train", "eval", "loop"), ("float32", "bfloat16")
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-}
-# A line of a program: name, type, kind, operands, attributes.
-LINE = r"^ *(?:ROOT )?(%[\w.-]+) = (.+?) ([a-z][\w-]*)\(([^)]*)\)(.*)$"
-OPERATION = re.compile(LINE, re.MULTILINE)
 DONATED = re.compile(r"\{\d*\}: \((\d+), \{\}, \w+-alias\)")
 IN_ORDER = re.compile(r"dimensions={(0,1|0,1,2|0,1,2,3)}")  # of a transpose that moves nothing
 LIBRARY = re.compile(r'custom_call_target="__(cudnn|cublas)')
 CALLBACK = re.compile(r'custom_call_target="[^"]*callback')
 HOST = ("infeed", "outfeed", "send", "recv")
-# Without the chip nothing can be timed, and matrix products are left to cuBLAS.
-CUDA_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tpu:
-    """A TPU by the name that libtpu knows it by."""
-
-    name: str
-    memory: int  # bytes of one chip
-    counts: tuple[int, ...] = (1, 4)  # of chips in a machine
-    requires: str = "libtpu"
-
-    def devices(self, count: int) -> Any:
-        """Returns that many devices, to compile for."""
-        side = math.isqrt(count)
-        shape = f"{self.name}:{side}x{count // side}"
-        return topologies.get_topology_desc(platform="tpu", topology_name=shape).devices
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A GPU by the figures in NVIDIA's data sheets and tuning guides."""
-
-    name: str
-    memory: int  # bytes
-    capability: tuple[int, int]
-    cores: int  # streaming multiprocessors
-    lanes: int  # float32 units of each
-    threads: int  # that are resident in each
-    shared: int  # KiB of each
-    shared_block: int  # KiB that a block may ask for
-    cache: int  # MiB, level 2
-    bandwidth: float  # bytes a second
-    clock: float  # GHz
-    counts: tuple[int, ...] = (1, 8)
-    requires: str = "jax_cuda12_plugin"
-
-    def devices(self, count: int) -> Any:
-        """Returns that many devices, to compile for."""
-        target = f"""
-            platform_name: "CUDA" device_description_str: "{self.name}"
-            dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }}
-            gpu_device_info {{
-              cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} }}
-              core_count: {self.cores} fpus_per_core: {self.lanes} clock_rate_ghz: {self.clock}
-              threads_per_core_limit: {self.threads}
-              threads_per_block_limit: 1024 threads_per_warp: 32
-              block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
-              registers_per_core_limit: 65536 registers_per_block_limit: 65536
-              shared_memory_per_core: {self.shared << 10} shared_memory_per_block: {48 << 10}
-              shared_memory_per_block_optin: {self.shared_block << 10}
-              l2_cache_size: {self.cache << 20}
-              memory_bandwidth: {self.bandwidth:.0f} device_memory_size: {self.memory}
-            }}"""
-        with_cuda_for_gpu()
-        shape = {"target_config": target, "topology": f"1x1x{count}"}
-        return topologies.get_topology_desc(platform="cuda", topology_name="", **shape).devices
-
-
-CHIPS: dict[str, Tpu | Gpu] = {
-    "v5e": Tpu("v5e", 16 << 30),
-    "v6e": Tpu("v6e", 32 << 30),
-    "T4": Gpu("Tesla T4", 15 << 30, (7, 5), 40, 64, 1024, 64, 64, 4, 320e9, 1.59),
-    "A100": Gpu("A100-SXM4-40GB", 39 << 30, (8, 0), 108, 64, 2048, 164, 163, 40, 1555e9, 1.41),
-    "H100": Gpu("H100 80GB HBM3", 79 << 30, (9, 0), 132, 128, 2048, 228, 227, 50, 3350e9, 1.98),
-}
-
-
-@functools.cache
-def with_cuda_for_gpu() -> None:
-    """Lets JAX lower for CUDA where no GPU says what "gpu" means (jax-ml/jax#23971)."""
-    from jax._src import xla_bridge
-
-    original = xla_bridge.canonicalize_platform
-
-    def canonicalize(platform: str) -> str:
-        try:
-            return original(platform)
-        except RuntimeError:
-            if platform != "gpu":
-                raise
-            return "cuda"
-
-    xla_bridge.canonicalize_platform = canonicalize
 
 
 def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -> Compiled:
@@ -190,10 +81,10 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
         many = training_program(build.experiment(config, data), feed, 1)
         resident = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), feed.resident)
         streak, taken = array((), np.int32), array((), np.int32)
-        rows = array((STEPS, size), np.int32)
+        rows = {"rows": array((STEPS, size), np.int32)}
         loop = jax.jit(many, donate_argnums=(0, 1))
         lowered = loop.lower(state, stats, streak, resident, rows, taken)
-    return lowered.compile(compiler_options=CUDA_OPTIONS if isinstance(chip, Gpu) else None)
+    return lowered.compile(compiler_options=options_of(chip))
 
 
 def facts(compiled: Compiled) -> dict[str, Any]:
@@ -209,17 +100,16 @@ def facts(compiled: Compiled) -> dict[str, Any]:
     """
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    operations = [found.groups() for found in OPERATION.finditer(text)]
-    dtype_of = {name: (_arrays(of) or [("", ())])[0][0] for name, of, *_ in operations}
-    kinds = collections.Counter(kind for _, _, kind, *_ in operations)
+    lines = operations(text)
+    dtype_of = {name: (arrays(of) or [("", ())])[0][0] for name, of, *_ in lines}
+    kinds = collections.Counter(line.kind for line in lines)
     reduced, copied, products = [], set(), collections.Counter()
-    for _, of, kind, operands, rest in operations:
-        names = re.findall(r"%[\w.-]+", operands)
+    for _, of, kind, names, rest in lines:
         if kind in ("all-reduce", "all-reduce-start"):
             # One that is only started shows its operands, and then its results.
-            reduced.append(sum(map(_bytes, _arrays(of)[: len(names)])))
+            reduced.append(sum(map(bytes_of, arrays(of)[: len(names)])))
         if kind == "copy" or (kind == "transpose" and not IN_ORDER.search(rest)):
-            large = [array for array in _arrays(of) if _bytes(array) >= 10e6]
+            large = [array for array in arrays(of) if bytes_of(array) >= 10e6]
             copied |= {f"{dtype}{list(shape)}" for dtype, shape in large}
         if kind in ("convolution", "dot") or LIBRARY.search(rest):
             products[dtype_of[names[0]]] += 1
@@ -235,16 +125,6 @@ def facts(compiled: Compiled) -> dict[str, Any]:
         "not_in_library": kinds["convolution"],
         "copied": sorted(copied),
     }
-
-
-def _arrays(of: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Returns dtype and shape of each array in the type of an operation."""
-    found = re.findall(r"(\w+)\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", of))
-    return [(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in found]
-
-
-def _bytes(array: tuple[str, tuple[int, ...]]) -> int:
-    return math.prod(array[1]) * BYTES.get(array[0], 0)
 
 
 def row(found: dict[str, Any]) -> str:
@@ -274,9 +154,7 @@ def main() -> None:
         print("| chip | devices | program | dtype | temporary GB | in all GB | accessed GB", end="")
         print(" | all-reduces | products | copied |", "|---" * 10 + "|", sep="\n")
     for name in args.chip or CHIPS:
-        chip = CHIPS[name]
-        if importlib.util.find_spec(chip.requires) is None:
-            raise SystemExit(f"{name} needs {chip.requires}; {__file__} says how to install it")
+        chip = chip_of(name)
         counts = [args.devices] if args.devices else chip.counts
         programs = [(count, program) for count in counts for program in PROGRAMS]
         for (count, program), dtype in itertools.product(programs, DTYPES):

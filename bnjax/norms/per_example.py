@@ -17,11 +17,13 @@ class PerExampleNorm(nn.Module):
     Attributes:
         epsilon: added to the variance.
         use_scale, use_bias: whether a scale and a shift are learnt for each channel.
+        scale_init: what the scale starts as.
     """
 
     epsilon: float = 1e-6
     use_scale: bool = True
     use_bias: bool = True
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
 
 class LayerNorm(PerExampleNorm):
@@ -36,6 +38,7 @@ class LayerNorm(PerExampleNorm):
             epsilon=self.epsilon,
             use_scale=self.use_scale,
             use_bias=self.use_bias,
+            scale_init=self.scale_init,
             reduction_axes=tuple(range(1, x.ndim)),
             use_fast_variance=False,  # the fast one is wrong where the mean is large
         )
@@ -72,6 +75,7 @@ class GroupNorm(PerExampleNorm):
             epsilon=self.epsilon,
             use_scale=self.use_scale,
             use_bias=self.use_bias,
+            scale_init=self.scale_init,
             use_fast_variance=False,  # as in LayerNorm
         )
         nn.share_scope(self, norm)
@@ -95,6 +99,7 @@ class InstanceNorm(PerExampleNorm):
             epsilon=self.epsilon,
             use_scale=self.use_scale,
             use_bias=self.use_bias,
+            scale_init=self.scale_init,
             use_fast_variance=False,  # as in LayerNorm
         )
         nn.share_scope(self, norm)
@@ -115,7 +120,10 @@ class RMSNorm(PerExampleNorm):
     ) -> Array:
         """Returns the normalised input; the scale is of each channel."""
         norm = nn.RMSNorm(
-            epsilon=self.epsilon, use_scale=self.use_scale, reduction_axes=tuple(range(1, x.ndim))
+            epsilon=self.epsilon,
+            use_scale=self.use_scale,
+            scale_init=self.scale_init,
+            reduction_axes=tuple(range(1, x.ndim)),
         )
         nn.share_scope(self, norm)
         y = norm(x, mask=_real_positions(mask, x))
@@ -146,7 +154,7 @@ class FilterResponseNorm(PerExampleNorm):
         nu2 = lax.square(x).mean(positions, keepdims=True, where=_real_positions(mask, x))
         y = x * lax.rsqrt(nu2 + self.epsilon)
         if self.use_scale:
-            y = y * _per_channel(self.param("scale", nn.initializers.ones, x.shape[-1:]), x.ndim)
+            y = y * _per_channel(self.param("scale", self.scale_init, x.shape[-1:]), x.ndim)
         if self.use_bias:
             y = y + _per_channel(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x.ndim)
         return y

@@ -1,0 +1,191 @@
+"""Residual networks (He et al., 2016) for CIFAR and for ImageNet. The norm is injected."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from bnjax.arrays import Array, Images, Logits, Mask
+from bnjax.models.convnet import NormFactory
+
+Stem = Literal["cifar", "imagenet"]
+Shortcut = Literal["projection", "padding"]
+Order = Literal["post", "pre"]
+
+HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
+# What torchvision calls the layers, as `bnjax.stats.layouts.Table` takes it.
+TORCHVISION: Mapping[str, str] = {
+    "stem": "conv1",
+    "stem_norm": "bn1",
+    "stage{s}_block{b}.conv{i}_norm": "layer{s}.{b}.bn{i}",  # the first row that fits counts
+    "stage{s}_block{b}.conv{i}": "layer{s}.{b}.conv{i}",
+    "stage{s}_block{b}.shortcut_norm": "layer{s}.{b}.downsample.1",
+    "stage{s}_block{b}.shortcut": "layer{s}.{b}.downsample.0",
+    "logits": "fc",
+}
+
+
+class _Layers(nn.Module):
+    """What the network and its blocks have in common; attributes as for `ResNet`."""
+
+    norm: NormFactory | None = None
+    shortcut: Shortcut = "projection"
+    placement: Order = "post"
+    zero_last: bool = True
+    bottleneck: bool = False
+    activation: Callable[[Array], Array] = nn.relu
+    conv: Callable[..., nn.Module] = nn.Conv
+    dtype: Any = None
+
+    def _convolve(self, x: Array, width: int, side: int, stride: int, name: str) -> Array:
+        """Convolves with as many zeros on each side as torch has: half the kernel."""
+        padding = ((side // 2, side // 2),) * 2
+        sizes: dict[str, Any] = {"kernel_size": (side, side), "strides": (stride, stride)}
+        is_zero = self.zero_last and self.placement == "pre" and name == self._last
+        layer = self.conv(
+            features=width,
+            **sizes,
+            padding=padding,
+            use_bias=False,
+            kernel_init=nn.initializers.zeros if is_zero else HE,
+            dtype=self.dtype,
+            name=name,
+        )
+        return layer(x)
+
+    def _normalise(self, x: Array, train: bool, mask: Array | None, name: str) -> Array:
+        if self.norm is None:
+            return x
+        is_zero = self.zero_last and self.placement == "post" and name == f"{self._last}_norm"
+        takes = is_zero and "scale_init" in inspect.signature(self.norm).parameters
+        options = {"scale_init": nn.initializers.zeros} if takes else {}
+        return self.norm(name=name, **options)(x, use_running_average=not train, mask=mask)
+
+    @property
+    def _last(self) -> str:
+        """The last convolution of a block."""
+        return "conv3" if self.bottleneck else "conv2"
+
+
+class Block(_Layers):
+    """Two or three convolutions, whose result is added to what they are given.
+
+    Attributes:
+        width: of the first convolution; the last of a bottleneck has four times as many.
+        stride: of the first 3x3 convolution and the shortcut.
+    """
+
+    width: int = 64
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
+        """Returns the output [n, h / stride, w / stride, c]; mask [n, 1, 1, 1] or None."""
+        is_pre = self.placement == "pre"
+        normalise = functools.partial(self._normalise, train=train, mask=mask)
+        layers = [(self.width, 3, self.stride), (self.width, 3, 1)]
+        if self.bottleneck:  # the 3x3 one strides, as in torchvision, and not the first
+            layers = [(self.width, 1, 1), (self.width, 3, self.stride), (4 * self.width, 1, 1)]
+        short = x
+        changes = self.stride > 1 or x.shape[-1] != layers[-1][0]
+        for i, (width, side, stride) in enumerate(layers, 1):
+            if is_pre:
+                x = self.activation(normalise(x, name=f"conv{i}_norm"))
+                if i == 1 and changes and self.shortcut == "projection":
+                    short = x
+            x = self._convolve(x, width, side, stride, f"conv{i}")
+            if not is_pre:
+                x = normalise(x, name=f"conv{i}_norm")
+                x = x if i == len(layers) else self.activation(x)
+        if changes and self.shortcut == "projection":
+            short = self._convolve(short, x.shape[-1], 1, self.stride, "shortcut")
+            short = short if is_pre else normalise(short, name="shortcut_norm")
+        elif changes:
+            short = short[:, :: self.stride, :: self.stride]
+            short = jnp.pad(short, ((0, 0),) * 3 + ((0, x.shape[-1] - short.shape[-1]),))
+        x = x + short
+        return x if is_pre else self.activation(x)
+
+
+class ResNet(_Layers):
+    """A residual network of basic blocks, or of bottlenecks.
+
+    The defaults are ResNet-18 for CIFAR; `RESNETS` has others. Each stage but the first halves the
+    sides and doubles the width. Convolutions have no bias, and pad as torch does. Returns logits,
+    at least float32 [n, classes], of images of any size.
+
+    Attributes:
+        norm: makes a norm layer, as for `ConvNet`; where a block ends also called with
+            `scale_init`, if it takes that. None for no norm.
+        shortcut: of a block that changes the shape: "projection", a 1x1 convolution and its norm;
+            "padding", every second pixel and zeros for the new channels (the paper's option A,
+            which its networks for CIFAR have).
+        placement: "post": convolution, norm, activation, the last after the sum. "pre": norm,
+            activation, convolution (He et al., 2016, "Identity mappings").
+        zero_last: each block starts as its shortcut (Goyal et al., 2017): the scale of its last
+            norm starts at 0, under "pre" the kernel of its last convolution.
+        bottleneck: blocks of 1x1, 3x3 and 1x1 to four times the width, instead of 3x3 and 3x3.
+        activation: a function of an array.
+        conv: makes a convolution; called like `flax.linen.Conv`.
+        dtype: of convolutions and logits (that of the input if None); norms have their own.
+            Parameters are float32.
+        stages: the number of blocks of each.
+        width: of the first stage.
+        classes: the number of logits.
+        stem: "cifar": a 3x3 convolution; "imagenet": 7x7 with stride 2 and a maximum of 3x3.
+        mean, std: by which the pixels of each channel are standardised first; empty: as they come.
+    """
+
+    stages: Sequence[int] = (2, 2, 2, 2)
+    width: int = 64
+    classes: int = 10
+    stem: Stem = "cifar"
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+    @nn.compact
+    def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
+        if self.mean or self.std:
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = (x - _per_channel(self.mean, x)) / _per_channel(self.std, x)
+        full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
+        normalise = functools.partial(self._normalise, train=train, mask=full_mask)
+        is_pre = self.placement == "pre"
+        side, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        x = self._convolve(x, self.width, side, stride, "stem")
+        x = x if is_pre else self.activation(normalise(x, name="stem_norm"))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        names = {field.name for field in dataclasses.fields(_Layers)} - {"name", "parent"}
+        shared = {name: getattr(self, name) for name in names}
+        for stage, blocks in enumerate(self.stages):
+            for i in range(blocks):
+                block = Block(
+                    width=self.width << stage,
+                    stride=2 if stage > 0 and i == 0 else 1,
+                    name=f"stage{stage + 1}_block{i}",
+                    **shared,
+                )
+                x = block(x, train=train, mask=full_mask)
+        x = self.activation(normalise(x, name="last_norm")) if is_pre else x
+        x = nn.Dense(self.classes, dtype=self.dtype, name="logits")(x.mean((1, 2)))
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# By name; called with what else a network is to have.
+RESNETS: Mapping[str, Callable[..., ResNet]] = {
+    "resnet20": functools.partial(ResNet, stages=(3, 3, 3), width=16, shortcut="padding"),
+    "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2), width=64),
+    "resnet50": functools.partial(
+        ResNet, stages=(3, 4, 6, 3), width=64, bottleneck=True, stem="imagenet"
+    ),
+}
+
+
+def _per_channel(values: Sequence[float], x: Array) -> Array:
+    return jnp.asarray(values, x.dtype).reshape(1, 1, 1, -1)

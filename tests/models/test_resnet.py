@@ -1,0 +1,283 @@
+"""The residual networks against float64 by hand, torch's logits and the published sizes."""
+
+import functools
+import json
+import runpy
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnjax import norms
+from bnjax.models.resnet import RESNETS, TORCHVISION, ResNet
+from bnjax.stats.audit import audit
+from bnjax.stats.fold import difference, fold
+from bnjax.stats.layers import norm_layers
+from bnjax.stats.layouts import Table
+from bnjax.stats.port import port_from, port_to
+from bnjax.train_step import forward, init_state, init_variables, train_step
+
+ROOT = Path(__file__).parents[2]
+PORT = ROOT / "scripts" / "port_torchvision.py"
+NORM = functools.partial(norms.BatchNorm, momentum=0.9)
+SMALL = {"stages": (1, 2), "width": 3, "classes": 4, "norm": NORM}
+IMAGES = np.random.default_rng(1).uniform(size=(3, 9, 8, 3)).astype(np.float32)
+PLACEMENTS = pytest.mark.parametrize("placement", ["post", "pre"])
+VARIANTS = pytest.mark.parametrize(
+    "variant",
+    [{}, {"shortcut": "padding"}, {"bottleneck": True}, {"stem": "imagenet", "bottleneck": True}],
+    ids=["basic", "padding", "bottleneck", "imagenet"],
+)
+
+
+def shapes(model, images=IMAGES):
+    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0), images)
+
+
+def trained(model):
+    """Leaves as of a trained network: scales of both signs, no mean of 0, no variance of 1."""
+    rng = np.random.default_rng(2)
+
+    def leaf(path, like):
+        if path[-1].key == "kernel":
+            size = (2 * like.shape[-1] / like.size) ** 0.5
+            return rng.normal(0, size, like.shape).astype(like.dtype)
+        low = 0.3 if path[-1].key == "var" else -1.0
+        return rng.uniform(low, 1.5, like.shape).astype(like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes(model))
+
+
+def logits(model, params, stats, images=IMAGES):
+    run = jax.jit(functools.partial(forward, model=model, train=False))
+    return run(params, stats, {"image": images})[0]
+
+
+def windows(x, side, stride, fill):
+    """The patches [n, h, w, side, side, c] of images with as much of `fill` around as torch has."""
+    edge = (side // 2, side // 2)
+    x = np.pad(x, ((0, 0), edge, edge, (0, 0)), constant_values=fill)
+    patches = np.lib.stride_tricks.sliding_window_view(x, (side, side), (1, 2))
+    return patches[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
+
+
+def reference(model, params, stats, x):
+    """The evaluated network in float64, layer by layer."""
+    params, stats = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, stats))
+
+    def norm(x, where, name):
+        p, s = params, stats
+        for step in (*where, name):
+            p, s = p[step], s[step]
+        return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
+
+    def conv(x, kernel, stride=1):
+        return np.tensordot(windows(x, len(kernel), stride, 0), kernel, 3)
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    is_pre, is_large = model.placement == "pre", model.stem == "imagenet"
+    x = conv(x, params["stem"]["kernel"], 2 if is_large else 1)
+    x = x if is_pre else relu(norm(x, (), "stem_norm"))
+    x = windows(x, 3, 2, -np.inf).max((3, 4)) if is_large else x
+    for name in (f"stage{s + 1}_block{b}" for s, n in enumerate(model.stages) for b in range(n)):
+        own, short, stride = params[name], x, 2 if name == "stage2_block0" else 1
+        strides = {"conv2" if model.bottleneck else "conv1": stride}
+        for key in ("conv1", "conv2", "conv3")[: 3 if model.bottleneck else 2]:
+            x = relu(norm(x, [name], f"{key}_norm")) if is_pre else x
+            if is_pre and key == "conv1" and "shortcut" in own:
+                short = x
+            x = conv(x, own[key]["kernel"], strides.get(key, 1))
+            if not is_pre:
+                x = norm(x, [name], f"{key}_norm")
+                x = x if f"conv{int(key[-1]) + 1}" not in own else relu(x)
+        if "shortcut" in own:
+            short = conv(short, own["shortcut"]["kernel"], stride)
+            short = short if is_pre else norm(short, [name], "shortcut_norm")
+        elif short.shape != x.shape:
+            zeros = np.zeros((*x.shape[:3], x.shape[3] - short.shape[3]))
+            short = np.concatenate([short[:, ::stride, ::stride], zeros], 3)
+        x = short + x if is_pre else relu(short + x)
+    x = relu(norm(x, (), "last_norm")) if is_pre else x
+    return x.mean((1, 2)) @ params["logits"]["kernel"] + params["logits"]["bias"]
+
+
+@PLACEMENTS
+@VARIANTS
+def test_the_network_equals_float64_by_hand(variant, placement):
+    model = ResNet(
+        **SMALL | variant, placement=placement, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.9)
+    )
+    params, stats = trained(model)
+    pixels = (IMAGES.astype(np.float64) - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.9]
+    wanted = reference(model, params, stats, pixels)
+    # A logit is as inexact as the largest, since what is summed is.
+    largest = np.abs(wanted).max()
+    np.testing.assert_allclose(logits(model, params, stats), wanted, atol=3e-5 * largest)
+
+
+def affine(*channels):
+    return 2 * sum(channels)  # a scale and a shift for each channel
+
+
+def basic_blocks(widths, blocks, *, projected):
+    """Parameters of the stages, of the first convolution on."""
+    total, before = 9 * 3 * widths[0] + affine(widths[0]), widths[0]
+    for width in widths:
+        total += 9 * width * (before + (2 * blocks - 1) * width) + 2 * blocks * affine(width)
+        if projected and width != before:
+            total += before * width + affine(width)
+        before = width
+    return total
+
+
+def bottlenecks(widths, blocks):
+    total, before = 49 * 3 * widths[0] + affine(widths[0]), widths[0]
+    for width, times in zip(widths, blocks, strict=True):
+        total += before * 4 * width + affine(4 * width)  # the shortcut
+        for _ in range(times):
+            total += before * width + 9 * width**2 + 4 * width**2 + affine(width, width, 4 * width)
+            before = 4 * width
+    return total
+
+
+# He et al., 2016, table 6, option A; 11.17 M for CIFAR in kuangliu/pytorch-cifar; torchvision.
+PUBLISHED = {"resnet20": "0.27", "resnet18": "11.17", "resnet50": "25.6"}
+SIZES = {
+    "resnet20": basic_blocks((16, 32, 64), 3, projected=False) + 64 * 10 + 10,
+    "resnet18": basic_blocks((64, 128, 256, 512), 2, projected=True) + 512 * 10 + 10,
+    "resnet50": bottlenecks((64, 128, 256, 512), (3, 4, 6, 3)) + 2048 * 1000 + 1000,
+}
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_the_published_networks_have_their_parameters(name):
+    model = RESNETS[name](norm=NORM, classes=1000 if name == "resnet50" else 10)
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes(model)[0]))
+    assert count == SIZES[name]
+    assert f"{count / 1e6:.{len(PUBLISHED[name].partition('.')[2])}f}" == PUBLISHED[name]
+
+
+def test_the_imagenet_network_is_as_deep_and_narrow_as_in_the_paper():
+    model = RESNETS["resnet50"](norm=NORM, classes=1000)
+    batch = {"image": np.zeros((1, 224, 224, 3), np.float32)}
+    layers = norm_layers(model, *shapes(model, batch["image"]), batch, train=False)
+    assert len(layers) == 53  # with the logits 50 layers and four shortcuts
+    sides = [layer.shape[1] for layer in layers]
+    assert sides[0] == 112
+    assert sorted(set(sides[1:])) == [7, 14, 28, 56]
+    assert layers[-1].shape == (1, 7, 7, 2048)
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_each_block_starts_as_its_shortcut_and_is_not_dead(norm, placement):
+    model = ResNet(**SMALL | {"norm": norms.build(norm, groups=3)}, placement=placement)
+    params, stats = init_variables(model, jax.random.key(0), IMAGES)
+    blocks = [name for name in params if "block" in name]
+    others = params | {
+        name: params[name] | {"conv1": {"kernel": 1 + params[name]["conv1"]["kernel"]}}
+        for name in blocks
+    }
+    found = [logits(model, tree, stats) for tree in (params, others)]
+    np.testing.assert_array_equal(*found)
+
+    def squares(params):
+        return jnp.sum(logits(model, params, stats) ** 2)
+
+    grads = jax.grad(squares)(params)
+    for name in blocks:
+        last = grads[name]["conv2" if placement == "pre" else "conv2_norm"]
+        assert np.any(last["kernel" if placement == "pre" else "scale"])
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("norm", [None, norms.build("none"), nn.BatchNorm, norms.build("layer")])
+def test_any_norm_and_low_precision(norm, placement):
+    model = ResNet(**SMALL | {"norm": norm}, placement=placement, dtype=jnp.bfloat16)
+    params, stats = init_variables(model, jax.random.key(0), IMAGES)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, stats))} == {jnp.dtype("float32")}
+    assert logits(model, params, stats).dtype == jnp.float32
+    assert logits(model, params, stats).shape == (3, 4)
+
+
+@PLACEMENTS
+def test_padding_counts_for_nothing(placement):
+    model, tx = ResNet(**SMALL, placement=placement, zero_last=False), optax.sgd(0.1)
+    label = np.array([0, 3, 1], np.int32)
+    state, stats = init_state(model, tx, jax.random.key(0), IMAGES)
+    step = jax.jit(functools.partial(train_step, model=model, tx=tx))
+    padded = {"image": IMAGES.copy(), "label": label, "mask": np.array([True, True, False])}
+    padded["image"][2] = 1e3
+    wanted = step(state, stats, {"image": IMAGES[:2], "label": label[:2]})
+    found = step(state, stats, padded)
+    assert found[2].count == 2
+    for one, other in zip(
+        *map(jax.tree.leaves, ((wanted[0].params, wanted[1]), (found[0].params, found[1]))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@VARIANTS
+def test_every_norm_after_a_convolution_folds(variant):
+    model = ResNet(**SMALL | variant)
+    params, stats = trained(model)
+    done = fold(model, params, stats, {"image": IMAGES})
+    folded = {".".join(one.norm): ".".join(one.layer) for one in done.norms if one.layer}
+    layers = norm_layers(model, params, stats, {"image": IMAGES}, train=False)
+    assert folded == {layer.name: layer.name.removesuffix("_norm") for layer in layers}
+    assert not done.batch_stats
+    assert difference(logits(model, params, stats), logits(*done[:3])) < 1e-5
+
+
+def test_under_pre_those_between_convolutions_fold():
+    model = ResNet(**SMALL, placement="pre")
+    params, stats = trained(model)
+    done = fold(model, params, stats, {"image": IMAGES})
+    folded = {".".join(one.norm) for one in done.norms if one.layer}
+    assert folded == {f"{name}.conv2_norm" for name in params if "block" in name}
+    assert difference(logits(model, params, stats), logits(*done[:3])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_weights_are_those_of_torchvision(name):
+    script = runpy.run_path(str(PORT))
+    measured = json.loads((ROOT / "tests/stats/port.json").read_text())[f"{name} narrow"]
+    model = RESNETS[name](width=8, classes=10, stem="imagenet", norm=NORM)
+    uniform, shape = script["uniform"], measured["images"]
+    images = uniform("images", int(np.prod(shape))).reshape(shape).transpose(0, 2, 3, 1)
+    theirs = {key: script["formula"](key, tuple(of)) for key, of in measured["shapes"].items()}
+    table = Table(TORCHVISION)
+    params, stats = port_from("torch", theirs, shapes(model, images), table)
+    found, wanted = logits(model, params, stats, images), measured["from_torch"]["logits"]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    back = port_to("torch", params, stats, table)
+    assert back.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if "num_batches" not in key:  # this norm has no count
+            np.testing.assert_array_equal(back[key], value)
+
+
+def test_the_audit_knows_its_norms():
+    rng = np.random.default_rng(3)
+    batches = [
+        {"image": rng.random((16, 8, 8, 3), np.float32), "label": np.arange(16, dtype=np.int32) % 4}
+        for _ in range(4)
+    ]
+    model, tx = ResNet(**SMALL | {"norm": norms.build("batch", momentum=0.5)}), optax.sgd(0.01)
+    state, untouched = init_state(model, tx, jax.random.key(0), IMAGES)
+    step, stats = jax.jit(functools.partial(train_step, model=model, tx=tx)), untouched
+    for i in range(24):
+        state, stats, _ = step(state, stats, batches[i % 4])
+    healthy, ill = (audit(model, state.params, one, batches) for one in (stats, untouched))
+    assert not healthy.found
+    assert len(healthy.layers) == len(
+        norm_layers(model, state.params, stats, batches[0], train=True)
+    )
+    assert [one.id for one in ill.found] == ["never-updated"]
