@@ -1,6 +1,7 @@
 """Steps over micro-batches, against NumPy in float64 and against the whole batch."""
 
 import functools
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from wrappers import DEVICES, WRAPPERS, wrap
 
 from bnjax import norms
@@ -297,6 +299,19 @@ def test_an_activation_is_kept_for_one_micro_batch_only(unroll):
         memory = step.lower(*args).compile().memory_analysis()
         needed.append(memory.temp_size_in_bytes)
     assert needed[1] < needed[0] / 2
+
+
+@pytest.mark.slow
+def test_examples_stay_on_their_devices_under_jit():
+    args = *start(network(None), shape=SHAPE), batch_of(shape=SHAPE)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    whole, parts = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    options = {"micro_batches": MICRO, "model": network(None), "tx": SGD}
+    step = partial(accumulated_step, **options)
+    compiled = jax.jit(step, in_shardings=(whole, whole, parts), out_shardings=whole)
+    program = compiled.lower(*args).compile().as_text()
+    assert "all-reduce" in program
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
 
 
 def test_micro_batches_have_to_divide_the_batch():
