@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.arrays import Batch, BatchStats, Params
+from bnjax.compat import vmap
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Feed, Item, every_batch, host_feed, resident_feed, ship
@@ -237,7 +238,7 @@ def training_program(
         streak = jnp.where(over | (metrics.skipped > 0), streak + 1, 0)
         return new, new_stats, streak, metrics
 
-    step: Any = jax.vmap(one, in_axes=(0, 0, 0, None, 0)) if seeds > 1 else one
+    step: Any = vmap(one, in_axes=(0, 0, 0, None, 0)) if seeds > 1 else one
     if feed.max_steps == 1:
         return step
 
