@@ -163,6 +163,12 @@ def test_a_wrapper_that_cannot_keep_to_the_scope_is_refused():
         spread(jax.devices(), 3)
 
 
+def test_one_device_needs_no_axis_whatever_the_wrapper():
+    for wrapper in WRAPPERS:
+        alone = spread(jax.devices()[:1], "global", wrapper)
+        assert (alone.axis_name, alone.norm_axes) == (None, {})
+
+
 def test_the_commands_use_the_devices_that_the_config_names(tmp_path, capsys):
     small = synthetic.config(steps=6)
     small.devices, small.model.dropout = 4, (0.0,)
