@@ -1,10 +1,12 @@
 """What differs between versions of JAX, told by what is there, never by a number."""
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.experimental
+import jax.numpy as jnp
 
 _jax: Any = jax  # for mypy, which knows the names of one version only
 
@@ -33,3 +35,30 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
         return leaf
 
     return jax.tree.map(mark, tree)
+
+
+def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
+    """Returns `jax.vmap` of a function, or one call after another where that is not there.
+
+    JAX 0.7 has no vmap of a convolution's gradient in a program over several devices.
+
+    Args:
+        function: of as many arguments.
+        in_axes: 0 or None for each argument.
+    """
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return jax.vmap(function, (*in_axes,))(*arguments)
+        except NotImplementedError:
+            mapped = [leaf for leaf, axis in zip(arguments, in_axes, strict=True) if axis == 0]
+        found = [
+            function(*(
+                argument if axis is None else jax.tree.map(lambda leaf, i=i: leaf[i], argument)
+                for argument, axis in zip(arguments, in_axes, strict=True)
+            ))
+            for i in range(jax.tree.leaves(mapped)[0].shape[0])
+        ]  # fmt: skip
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    return call

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from bnjax.arrays import Labels, Leaf, Logits, Losses, Mask
@@ -41,6 +42,21 @@ class Metrics:
                 "was merged"
             )
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
+
+
+def softmax_cross_entropy(logits: Logits, label: Labels) -> Losses:
+    """Returns the softmax cross-entropy of each example, in nats and at least float32.
+
+    Args:
+        logits: float [n, classes].
+        label: int [n].
+
+    >>> import jax.numpy as jnp
+    >>> print(softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([1])))
+    [0.6931472]
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
 def from_losses(losses: Losses, logits: Logits, label: Labels, mask: Mask | None) -> Metrics:

@@ -6,6 +6,7 @@ to update them. Nothing here compiles, replicates or logs. Bind what is static w
 `jax.lax.scan` as you like.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,12 +28,15 @@ from bnjax.arrays import (
     Losses,
     Params,
     Tree,
+    is_finite,
 )
 from bnjax.compat import varying
-from bnjax.metrics import Metrics, from_losses
+from bnjax.metrics import Metrics, from_losses, softmax_cross_entropy
 
 LossFn = Callable[[Logits, Labels], Losses]
 AxisName = str | tuple[str, ...] | None
+# The statistics and metrics that come out of a step, from the shard's own examples.
+Written = tuple[BatchStats, Metrics]
 
 
 @struct.dataclass
@@ -50,21 +54,6 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     rng: Leaf
-
-
-def softmax_cross_entropy(logits: Logits, label: Labels) -> Losses:
-    """Returns the softmax cross-entropy of each example, in nats and at least float32.
-
-    Args:
-        logits: float [n, classes].
-        label: int [n].
-
-    >>> import jax.numpy as jnp
-    >>> print(softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([1])))
-    [0.6931472]
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
 def init_state(
@@ -139,41 +128,63 @@ def train_step(
             finite: params, opt_state and batch_stats alike stay as they were. `state.step` still
             counts the batch, and the metrics count it as skipped.
     """
-    dropout = dropout_key(state)
-    if axis_name is not None:  # each shard drops its own units
-        dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis_name))
+    dropout, count = dropout_key(state, axis_name), count_of(batch, axis_name)
+    loss = loss_of(batch_stats, batch, model, loss_fn, dropout, count)
+    found = jax.grad(loss, has_aux=True)(varying(state.params, axis_name))
+    return descend(state, batch_stats, found, tx, axis_name, skip_nonfinite)
 
-    def loss(params: Params) -> tuple[jax.Array, tuple[BatchStats, Metrics]]:
+
+def loss_of(
+    batch_stats: BatchStats,
+    batch: Batch,
+    model: nn.Module,
+    loss_fn: LossFn,
+    dropout: jax.Array,
+    count: Any,
+) -> Callable[[Params], tuple[jax.Array, Written]]:
+    """Returns the loss of training as a function of the weights, and what else the pass finds.
+
+    Args:
+        batch_stats, batch, model, loss_fn: as for `train_step`.
+        dropout: the key that says which units are dropped.
+        count: what the sum of the losses is divided by, int [].
+    """
+
+    def loss(params: Params) -> tuple[jax.Array, Written]:
         logits, written = forward(
             params, batch_stats, batch, model=model, train=True, dropout=dropout
         )
         losses = loss_fn(logits, batch["label"])
-        metrics = _sum_over(
-            from_losses(losses, logits, batch["label"], batch.get("mask")), axis_name
-        )
-        real = batch.get("mask", True)
-        total = jnp.where(real, losses, 0).sum() / jnp.maximum(metrics.count, 1)
+        metrics = from_losses(losses, logits, batch["label"], batch.get("mask"))
+        total = jnp.where(batch.get("mask", True), losses, 0).sum() / jnp.maximum(count, 1)
         return total, (written.get("batch_stats", {}), metrics)
 
-    grads, (new_stats, metrics) = jax.grad(loss, has_aux=True)(varying(state.params, axis_name))
-    grads = _sum_over(grads, axis_name)
+    return loss
+
+
+def descend(
+    state: TrainState,
+    batch_stats: BatchStats,
+    found: tuple[Params, Written],
+    tx: optax.GradientTransformation,
+    axis_name: AxisName,
+    skip_nonfinite: bool,
+) -> tuple[TrainState, BatchStats, Metrics]:
+    """Returns what `train_step` does, from the gradients that each shard found, and the rest."""
+    grads, (new_stats, metrics) = found
+    grads, metrics = _sum_over((grads, metrics), axis_name)
     updates, new_opt_state = tx.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     if skip_nonfinite:
         # Statistics that are not synced may be bad on one shard only; all shards have to drop the
         # step together.
-        bad = (
-            _sum_over((~_is_finite((grads, metrics.loss, new_stats))).astype(jnp.int32), axis_name)
-            > 0
-        )
-        new, old = (
-            (new_params, new_opt_state, new_stats),
-            (state.params, state.opt_state, batch_stats),
-        )
+        finite = is_finite((grads, metrics.loss, new_stats))
+        bad = _sum_over((~finite).astype(jnp.int32), axis_name) > 0
+        old = (state.params, state.opt_state, batch_stats)
         new_params, new_opt_state, new_stats = jax.tree.map(
-            lambda new, old: jnp.where(bad, old, new), new, old
+            lambda old, new: jnp.where(bad, old, new), old, (new_params, new_opt_state, new_stats)
         )
-        metrics = metrics.replace(skipped=bad.astype(jnp.int32))
+        metrics = dataclasses.replace(metrics, skipped=bad.astype(jnp.int32))
     return TrainState(state.step + 1, new_params, new_opt_state, state.rng), new_stats, metrics
 
 
@@ -255,9 +266,17 @@ def forward(
     return logits, dict(written)
 
 
-def dropout_key(state: TrainState) -> jax.Array:
-    """Returns the key of the dropped units of the step that comes next."""
-    return jax.random.fold_in(state.rng, state.step)
+def dropout_key(state: TrainState, axis_name: AxisName = None) -> jax.Array:
+    """Returns the key of the dropped units of the step that comes next; each shard has its own."""
+    key = jax.random.fold_in(state.rng, state.step)
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def count_of(batch: Batch, axis_name: AxisName = None) -> Any:
+    """Returns the number of real examples of a batch, over all shards, int []."""
+    mask = batch.get("mask")
+    count = batch["label"].shape[0] if mask is None else mask.sum(dtype=jnp.int32)
+    return _sum_over(count, axis_name)
 
 
 def _to_float(images: Images) -> Images:
@@ -279,12 +298,3 @@ def _model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any
 
 def _sum_over(tree: Any, axis_name: AxisName) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
-
-
-def _is_finite(tree: Any) -> jax.Array:
-    """Returns whether every number in the tree is finite, bool []."""
-    # The sum of x - x is 0 unless an x is infinite or NaN: a reduction that XLA fuses with whatever
-    # else reads x.
-    return jnp.isfinite(
-        sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
-    )

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bnjax.arrays import Array
+from bnjax.norms.moments import Moments
 
 Schedule = Callable[[Any], Any]
 # The fraction of the old average that is kept; the same as a function of the updates so far; or
@@ -60,3 +61,40 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
 def blend(old: Array, new: Array, kept: Any) -> Array:
     """Returns the updated average in the dtype of the old one, though at least float32."""
     return (kept * old + (1 - kept) * new).astype(jnp.promote_types(old.dtype, jnp.float32))
+
+
+def updated_average(
+    mean: Array,
+    var: Array,
+    count: Any,
+    batch: Moments,
+    momentum: Momentum,
+    debias: bool,
+    variance: str,
+    *,
+    masked: bool,
+) -> tuple[Array, Array, Any]:
+    """Returns the running mean, variance and count of updates once a batch has been added.
+
+    Args:
+        mean, var: the old averages, one value for each channel.
+        count: int, the updates so far; of several layers at once, one for each; None if uncounted.
+        batch: its moments, of which as many values as `mean` has.
+        momentum, debias, variance: as for `BatchNorm`.
+        masked: whether a channel may have fewer than 2 values, and then keeps what it has.
+    """
+    kept = kept_fraction(momentum, debias, count, batch.mean.dtype)
+    stored = batch.var
+    if variance == "unbiased":
+        stored = stored * (batch.count / jnp.maximum(batch.count - 1, 1))
+    if jnp.ndim(kept):  # one for each layer, whose channels come after
+        kept = kept.reshape(*kept.shape, *[1] * (mean.ndim - kept.ndim))
+    enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape).reshape(mean.shape)
+    averages = []
+    for old, new in ((mean, batch.mean), (var, stored)):
+        updated = blend(old, new.reshape(old.shape), kept)
+        averages.append(jnp.where(enough, updated, old) if masked else updated)
+    if count is not None:
+        channels = tuple(range(jnp.ndim(count), mean.ndim))
+        count = count + (enough.any(channels) if masked else 1)
+    return *averages, count

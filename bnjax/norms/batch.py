@@ -10,7 +10,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 
 from bnjax.arrays import Array
-from bnjax.norms.average import Momentum, blend, is_counted, kept_fraction
+from bnjax.norms.average import Momentum, is_counted, updated_average
 from bnjax.norms.moments import AxisName, Moments, full_mask, merge_over, moments, total_over
 
 
@@ -237,20 +237,12 @@ class BatchNorm(nn.Module):
         masked: bool,
     ) -> None:
         """Moves the running averages towards the batch, unless masking left fewer than 2 values."""
-        kept = kept_fraction(
-            self.momentum, self.debias, None if count is None else count.value, batch.mean.dtype
-        )
-        stored = batch.var
-        if self.variance == "unbiased":
-            stored = stored * (batch.count / jnp.maximum(batch.count - 1, 1))
-        enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape)
-        for leaf, new in ((mean, batch.mean), (var, stored)):
-            updated = blend(leaf.value, new.reshape(leaf.value.shape), kept)
-            if masked:
-                updated = jnp.where(enough.reshape(updated.shape), updated, leaf.value)
-            leaf.value = updated
+        counted = None if count is None else count.value
+        old = (mean.value, var.value, counted)
+        new = updated_average(*old, batch, self.momentum, self.debias, self.variance, masked=masked)
+        mean.value, var.value, counted = new
         if count is not None:
-            count.value = count.value + (enough.any() if masked else 1)
+            count.value = counted
 
     def _affine(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]

@@ -6,7 +6,7 @@ A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, wherever it sta
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,7 +16,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.arrays import Array, Batch, BatchStats, Logits, Params
 from bnjax.norms import BatchNorm
-from bnjax.norms.moments import AxisName, Moments, full_mask, merge, moments, total_over
+from bnjax.norms.moments import (
+    AxisName,
+    Moments,
+    Total,
+    full_mask,
+    merge,
+    moments,
+    total_over,
+)
 from bnjax.train_step import forward
 
 NORMS = (nn.BatchNorm, BatchNorm)
@@ -95,7 +103,7 @@ def norm_layers(
         keys = jax.random.key(0) if train else None
         # A model whose flag has no effect writes in evaluation, too.
         options: Any = {"train": train, "dropout": keys, "mutable": ("batch_stats",)}
-        with nn.intercept_methods(_only_norms(watch)):
+        with nn.intercept_methods(only_norms(watch)):
             return forward(params, batch_stats, batch, model=model, **options)
 
     jax.eval_shape(run, params, batch_stats, dict(batch))
@@ -142,49 +150,80 @@ def observe(
     """
     mask, train = batch.get("mask"), mode == "train"
 
-    def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
-        if not norm.has_variable("batch_stats", _SEEN[0]):
+    def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+        if (before := seen_by(norm)) is None:
             return call(x, *args, **kwargs)
-        layer = _layer(norm, x, *args, **kwargs)
-        given = moments(
-            jnp.asarray(x, jnp.float32), layer.axes, _mask_of(layer, kwargs, mask),
-            total_over(axis_name),
-        )  # fmt: skip
-        own: list[Any] = [
-            norm.get_variable("batch_stats", name) for name in ("mean", "var", *_SEEN)
-        ]
-        shape = own[0].shape
-        given = Moments(
-            *(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given)
-        )
+        given = moments_given(norm, x, kwargs.get("mask"), mask, total_over(axis_name))
         if mode == "batch":
-            norm.put_variable("batch_stats", "mean", given.mean.astype(own[0].dtype))
-            norm.put_variable("batch_stats", "var", given.var.astype(own[1].dtype))
+            for name in ("mean", "var"):
+                dtype = norm.get_variable("batch_stats", name).dtype
+                norm.put_variable("batch_stats", name, getattr(given, name).astype(dtype))
         y = call(x, *args, **kwargs)
-        for name, leaf in zip(_SEEN, merge(Moments(*own[2:]), given), strict=True):
-            norm.put_variable("batch_stats", name, leaf)
+        put_seen(norm, merge(before, given))
         return y
 
-    leaves = {
-        (*path, name): leaf
-        for path, moments_ in seen.items()
-        for name, leaf in zip(_SEEN, moments_, strict=True)
-    }
-    with nn.intercept_methods(_only_norms(watch)):
+    with nn.intercept_methods(only_norms(watch)):
         logits, written = forward(
             params,
-            unflatten_dict(flatten_dict(batch_stats) | leaves),
+            with_seen(batch_stats, seen),
             batch,
             model=model,
             train=train,
             dropout=dropout,
             mutable=("batch_stats",),
         )
-    leaves = flatten_dict(written["batch_stats"])
-    return logits, {path: Moments(*(leaves[*path, name] for name in _SEEN)) for path in seen}
+    return logits, seen_in(written["batch_stats"], seen)
 
 
-def _only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
+def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
+    """Returns the statistics with leaves beside them in which a pass adds up what norms see."""
+    leaves = {
+        (*path, name): leaf
+        for path, moments_ in seen.items()
+        for name, leaf in zip(_SEEN, moments_, strict=True)
+    }
+    return unflatten_dict(flatten_dict(batch_stats) | leaves)
+
+
+def seen_in(batch_stats: BatchStats, paths: Iterable[tuple[str, ...]]) -> Seen:
+    """Returns what the norms at these paths have seen, from such leaves."""
+    leaves = flatten_dict(batch_stats)
+    return {path: Moments(*(leaves[*path, name] for name in _SEEN)) for path in paths}
+
+
+def seen_by(norm: nn.Module) -> Moments | None:
+    """Returns what a bound norm has seen; None if it has no such leaves, as one that was folded."""
+    if not norm.has_variable("batch_stats", _SEEN[0]):
+        return None
+    return Moments(*(norm.get_variable("batch_stats", name) for name in _SEEN))
+
+
+def put_seen(norm: nn.Module, seen: Moments) -> None:
+    """Stores what a bound norm has seen; after its call, which may be one of what it extends."""
+    for name, leaf in zip(_SEEN, seen, strict=True):
+        norm.put_variable("batch_stats", name, leaf)
+
+
+def moments_given(
+    norm: Any, x: Array, mask: Any, of_batch: Any = None, total: Total = lambda part: part
+) -> Moments:
+    """Returns the moments of the input of a bound norm, in float32 and of the shape of its `mean`.
+
+    Args:
+        norm: inside of a call of it.
+        x: the input.
+        mask: the one that it is given, or None.
+        of_batch: the mask of the examples, which counts where it is given none.
+        total: sums over devices.
+    """
+    axes = _reduced(norm, x)
+    mask = _mask_of(norm, x.shape, axes, mask, of_batch)
+    given = moments(jnp.asarray(x, jnp.float32), axes, mask, total)
+    shape = norm.get_variable("batch_stats", "mean").shape
+    return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+
+
+def only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
     """Returns an interceptor that gives each call of a norm to `watch`, and leaves all others."""
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -199,8 +238,6 @@ def _only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def _layer(norm: Any, x: Array, use_running_average: bool | None = None, **_: Any) -> NormLayer:
-    axes = [norm.axis] if isinstance(norm.axis, int) else norm.axis
-    channels = {axis % x.ndim for axis in axes}
     by_running = nn.merge_param(
         "use_running_average", norm.use_running_average, use_running_average
     )
@@ -210,22 +247,29 @@ def _layer(norm: Any, x: Array, use_running_average: bool | None = None, **_: An
         module=norm.clone(parent=None, name=None),
         shape=x.shape,
         dtype=x.dtype,
-        axes=tuple(axis for axis in range(x.ndim) if axis not in channels),
+        axes=_reduced(norm, x),
         by_batch=not by_running if chosen is None else chosen == "batch",
     )
 
 
-def _mask_of(layer: NormLayer, given: Mapping[str, Any], of_batch: Any) -> Array | None:
+def _reduced(norm: Any, x: Array) -> tuple[int, ...]:
+    axes = [norm.axis] if isinstance(norm.axis, int) else norm.axis
+    channels = {axis % x.ndim for axis in axes}
+    return tuple(axis for axis in range(x.ndim) if axis not in channels)
+
+
+def _mask_of(
+    norm: nn.Module, shape: tuple[int, ...], axes: tuple[int, ...], mask: Any, of_batch: Any
+) -> Array | None:
     """Returns the mask of a call, of full rank: the norm's own, or that of the batch's examples."""
-    mask = given.get("mask")
     if mask is None and of_batch is None:
         return None
     if mask is None:
-        if 0 not in layer.axes or layer.shape[0] != of_batch.shape[0]:
+        if 0 not in axes or shape[0] != of_batch.shape[0]:
             raise ValueError(
-                f"the batch is padded, and what the norm {layer.name} is given, {layer.shape}, has "
-                f"not its {of_batch.shape[0]} examples along the first axis, so padding cannot be "
-                "left out. Give batches without padding, or a model whose __call__ takes `mask`."
+                f"the batch is padded, and what the norm {'.'.join(norm.path)} is given, {shape}, "
+                f"has not its {of_batch.shape[0]} examples along the first axis, so padding cannot "
+                "be left out. Give batches without padding, or a model whose __call__ takes `mask`."
             )
         mask = of_batch
-    return full_mask(mask, layer.shape, layer.axes)
+    return full_mask(mask, shape, axes)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from bnjax import norms
 from bnjax.data import datasets
+from bnjax.data.batches import Part
 from bnjax.data.datasets import Dataset
 from bnjax.data.records import Crop, Reading
 from bnjax.errors import ConfigError
@@ -35,6 +36,7 @@ class Experiment:
     stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
     eval_every: int
     batch_size: int
+    micro_batches: int  # that are gone through one after another
     eval_batch_size: int
     product: str  # the dtype of what the dense layers multiply
     averages: bool  # averaged weights are evaluated
@@ -47,6 +49,13 @@ class Experiment:
     save_every: int | None  # steps, beside the evaluations
     save_every_minutes: float | None
     warnings: tuple[str, ...]
+
+    @property
+    def part(self) -> Part:
+        """The rows of each batch that this process loads; every device can divide its own up."""
+        part, devices = self.parallel.part, self.parallel.mesh.size
+        multiple = devices * self.micro_batches if devices > 1 else 1  # one has all of the batch
+        return dataclasses.replace(part, multiple=multiple)
 
     @property
     def is_apart(self) -> bool:
@@ -81,6 +90,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         stop_at_loss=config.train.stop_at_loss or None,
         eval_every=duration(config.eval, "every_", "eval", batch_size, images),
         batch_size=batch_size,
+        micro_batches=config.train.micro_batches,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test)),
         product="bfloat16" if low_precision else "float32",
         averages=config.optimizer.average != "none",
@@ -125,7 +135,8 @@ def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> Conf
     config = config.copy_and_resolve_references()
     config.name = f"{config.name}-{dataset.name}"
     if "train.batch_size" not in dict(parsing.pairs(overrides)):
-        config.train.batch_size = len(dataset.train) // 10
+        parts = config.train.micro_batches
+        config.train.batch_size = len(dataset.train) // 10 // parts * parts
     return config
 
 

@@ -17,6 +17,10 @@ def batch(config: ConfigDict, dataset: Dataset) -> None:
     if not smallest <= config.train.batch_size <= images:
         allowed = f"{smallest} up to the {images} training images of {dataset.label}"
         raise ConfigError("train.batch_size", config.train.batch_size, allowed)
+    size, parts = config.train.batch_size, config.train.micro_batches
+    if size % parts or size // parts < smallest:
+        allowed = f"a number that divides train.batch_size, {size}, into {smallest} images or more"
+        raise ConfigError("train.micro_batches", parts, allowed)
     for key in ("histograms", "gap_images"):
         if 0 < config.eval[key] < smallest:
             allowed = f"a whole number, {smallest} or above, or 0 for none"

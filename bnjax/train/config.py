@@ -147,6 +147,13 @@ KEYS = (
     Key("train.steps", 100, DURATION, "how long to train"),
     Key("train.epochs", 0.0, DURATION, "how long to train"),
     Key("train.batch_size", 5000, whole(1), "images of a step"),
+    Key(
+        "train.micro_batches",
+        1,
+        whole(1),
+        "how many parts of a batch are gone through one after another, for want of memory; batch "
+        "norms normalise each by itself",
+    ),
     Key("train.shuffle", False, FLAG, "False: the order of the files, as in the tutorial"),
     Key(
         "train.target_loss",

@@ -32,8 +32,8 @@ class Parallel:
 
     @property
     def axis_name(self) -> tuple[str, ...] | None:
-        """The axes to sum over, as `train_step` takes them; None under "jit"."""
-        return None if self.wrapper == "jit" else self.mesh.axis_names
+        """The axes to sum over, as `train_step` takes them; None under "jit", and on one device."""
+        return None if self.wrapper == "jit" or self.mesh.size == 1 else self.mesh.axis_names
 
     @property
     def norm_axes(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.arrays import Batch, BatchStats, Params
+from bnjax.compat import vmap
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Feed, Item, every_batch, host_feed, resident_feed, ship
@@ -18,6 +19,7 @@ from bnjax.data.records import Examples, Records
 from bnjax.data.stream import stream_feed
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
+from bnjax.stats.accumulate import accumulated_step
 from bnjax.stats.layers import norm_layers, nothing_seen, observe
 from bnjax.stats.precise import put
 from bnjax.stats.weights import averaged_params
@@ -40,7 +42,7 @@ def default_feed(experiment: Experiment, split: Examples) -> Feed:
     (jax-ml/jax#12868). An accelerator would wait for the host between steps: it gets many, and
     the images once for all. Records are streamed.
     """
-    batch_size, part = experiment.batch_size, experiment.parallel.part
+    batch_size, part = experiment.batch_size, experiment.part
     shuffle = experiment.shuffle
     if isinstance(split, Records):
         return stream_feed(split, batch_size, shuffle=shuffle, part=part)
@@ -82,7 +84,9 @@ class Steps:
             functools.partial(training_program, experiment, feed, seeds),
             (None, None, None, None, *shipped),
             donate_argnums=(0, 1),
-            compiler_options=compiler_options(experiment.batch_size, product),
+            compiler_options=compiler_options(
+                experiment.batch_size // experiment.micro_batches, product
+            ),
         )
         # Filled up, so that each device takes as many.
         devices = parallel.mesh.size
@@ -211,10 +215,13 @@ def training_program(
 ) -> Any:
     """Returns `Steps.train`, to be compiled; with `axis_name`, for the part of one device."""
     model, tx, most_skipped = experiment.training_model, experiment.tx, experiment.most_skipped
+    take_step: Any = train_step
+    if (parts := experiment.micro_batches) > 1:
+        take_step = functools.partial(accumulated_step, micro_batches=parts)
 
     def one(state: Any, batch_stats: Any, streak: Any, resident: Any, item: Any) -> Any:
         batch = feed.batch(resident, item)
-        new, new_stats, metrics = train_step(
+        new, new_stats, metrics = take_step(
             state,
             batch_stats,
             batch,
@@ -231,7 +238,7 @@ def training_program(
         streak = jnp.where(over | (metrics.skipped > 0), streak + 1, 0)
         return new, new_stats, streak, metrics
 
-    step: Any = jax.vmap(one, in_axes=(0, 0, 0, None, 0)) if seeds > 1 else one
+    step: Any = vmap(one, in_axes=(0, 0, 0, None, 0)) if seeds > 1 else one
     if feed.max_steps == 1:
         return step
 

@@ -52,6 +52,9 @@ def make(overrides=(), n=100, **more):
         ("model.epsilon", "0"),
         ("train.batch_size", "101"),
         ("train.batch_size", "1"),
+        ("train.micro_batches", "0"),
+        ("train.micro_batches", "3"),
+        ("train.micro_batches", "10"),
         ("train.target_loss", "0"),
         ("train.stop_at_loss", "-1"),
         ("train.steps", "7"),
@@ -226,6 +229,8 @@ def test_what_stands_in_for_the_data_names_the_run_and_sets_its_batch():
     assert build.experiment(used, digits).batch_size == 143
     assert (config.name, config.train.batch_size) == ("bn", 5000)
     assert build.stand_in(config, dataset(), []) == config
+    config.train.micro_batches = 4
+    assert build.experiment(build.stand_in(config, digits, []), digits).batch_size == 140
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,11 @@ DATA = synthetic.dataset()
 BATCH = 24
 
 
-def config(norm="batch", virtual_batch=BATCH):
+def config(norm="batch", virtual_batch=BATCH, micro_batches=1):
     """SGD shows a gradient that is n times too large, where Adam would hide it."""
     config = synthetic.config()
     config.train.batch_size, config.model.dropout = BATCH, (0.0,)
+    config.train.micro_batches = micro_batches
     config.model.norm, config.model.virtual_batch = norm, virtual_batch
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.01
     config.optimizer.momentum = 0.9
@@ -38,7 +39,7 @@ def train(config, parallel, *, resident=False, seeds=1, batch=BATCH, steps=5):
     model = build.model(config.model, 3, (8, 8, 1), **parallel.norm_axes)
     experiment = dataclasses.replace(experiment, parallel=parallel, training_model=model)
     make = functools.partial(resident_feed, max_steps=steps) if resident else host_feed
-    feed = make(DATA.train, batch, shuffle=True, part=parallel.part)
+    feed = make(DATA.train, batch, shuffle=True, part=experiment.part)
     compiled = Steps(experiment, DATA, feed, seeds)
     states = compiled.join([compiled.init(jax.random.key(seed)) for seed in range(seeds)])
     streak = compiled.streak([0] * seeds)
@@ -78,8 +79,9 @@ def close(actual, expected):
 
 
 @functools.cache
-def on_one_device(norm="batch", virtual_batch=BATCH, **options):
-    return train(config(norm, virtual_batch), spread(jax.devices()[:1]), **options)
+def on_one_device(norm="batch", virtual_batch=BATCH, micro_batches=1, **options):
+    small = config(norm, virtual_batch, micro_batches)
+    return train(small, spread(jax.devices()[:1]), **options)
 
 
 # 5 and 7 do not divide 24: the batch is filled up, with 7 so far that a device has padding only.
@@ -111,6 +113,31 @@ def test_several_seeds_in_one_program():
     close(train(config(), parallel, seeds=2), on_one_device(seeds=2))
 
 
+@pytest.mark.parametrize(
+    ("devices", "wrapper", "resident"),
+    [
+        (5, "jit", True),
+        pytest.param(5, "shard_map", False, marks=SLOW),
+        pytest.param(7, "pmap", False, marks=SLOW),
+    ],
+)
+def test_micro_batches_are_those_of_one_device(devices, wrapper, resident):
+    """Of 24 images, filled up so that each device has parts of equal size."""
+    parallel = spread(jax.devices()[:devices], "global", wrapper)
+    small = config(micro_batches=3)
+    close(train(small, parallel, resident=resident), on_one_device(micro_batches=3))
+
+
+def test_micro_batches_are_normalised_by_themselves():
+    """So the parameters differ from those of the whole batch, as those of a ghost norm do."""
+    (((state, stats),), _), (((usual, averages),), _) = (
+        on_one_device(micro_batches=parts) for parts in (3, 1)
+    )
+    name = "conv0_norm"  # its input is the same in the first step, and alike afterwards
+    assert not np.allclose(state.params["conv0"]["kernel"], usual.params["conv0"]["kernel"], 1e-3)
+    np.testing.assert_allclose(stats[name]["var"], averages[name]["var"], rtol=0.2)
+
+
 # Ghost batch norm on one device: virtual batches of as many examples, averages of the whole batch.
 @pytest.mark.parametrize(
     ("devices", "over", "wrapper"),
@@ -134,6 +161,12 @@ def test_a_wrapper_that_cannot_keep_to_the_scope_is_refused():
             spread(jax.devices(), over, wrapper)
     with pytest.raises(ValueError, match="do not make groups of 3"):
         spread(jax.devices(), 3)
+
+
+def test_one_device_needs_no_axis_whatever_the_wrapper():
+    for wrapper in WRAPPERS:
+        alone = spread(jax.devices()[:1], "global", wrapper)
+        assert (alone.axis_name, alone.norm_axes) == (None, {})
 
 
 def test_the_commands_use_the_devices_that_the_config_names(tmp_path, capsys):
