@@ -16,7 +16,10 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
-suppress_warnings = ["misc.highlighting_failure"]  # a cell of Colab is not quite Python
+suppress_warnings = [
+    "misc.highlighting_failure",  # a cell of Colab is not quite Python
+    "ref.python",  # several classes have a field named mean
+]
 
 FROM_ABOVE = {"index": "README", "contributing": "CONTRIBUTING", "changelog": "CHANGELOG"}
 
