@@ -1,0 +1,142 @@
+"""Augmentation as pure functions `(rng, batch) -> batch` that run on the device.
+
+A batch is as `train_step` takes it. Images may be uint8, or float on whatever scale; only their
+pixels change, and labels and masks go through. Every function draws for each image by itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnjax.arrays import Array, Batch, Images
+
+Augmentation = Callable[[jax.Array, Batch], Batch]
+
+
+def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
+    """Returns the augmentation that applies these in order, each with a key of its own."""
+
+    def apply(rng: jax.Array, batch: Batch) -> Batch:
+        for i, augmentation in enumerate(augmentations):
+            batch = augmentation(jax.random.fold_in(rng, i), batch)
+        return batch
+
+    return apply
+
+
+def flip(rng: jax.Array, batch: Batch) -> Batch:
+    """Mirrors each image with probability one half."""
+    return _mirrored(batch, jax.random.bernoulli(rng, shape=(len(batch["image"]),)))
+
+
+def alternating_flip(seed: int) -> Augmentation:
+    """Mirrors a random half of the images in epoch 0, and from then on each every other epoch.
+
+    In any two epochs that follow each other the network so sees each image both ways, which
+    independent flips do for half of them (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024).
+
+    Args:
+        seed: says which half; the key of the step is not used.
+
+    The batch needs `index` int [n], of each image in the training set, and `epoch` int [n].
+    """
+
+    def apply(rng: jax.Array, batch: Batch) -> Batch:
+        del rng
+        first = jax.vmap(
+            lambda index: jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), index))
+        )(jnp.asarray(batch["index"]))
+        return _mirrored(batch, first ^ (jnp.asarray(batch["epoch"]) % 2 == 1))
+
+    return apply
+
+
+def translate(pixels: int) -> Augmentation:
+    """Shifts by up to so many pixels along each side; what comes in at the edge is reflected."""
+    return _shifted(pixels, mode="reflect")
+
+
+def crop(pixels: int) -> Augmentation:
+    """Cuts images of the old size out of ones with so many black pixels around them."""
+    return _shifted(pixels, mode="constant")
+
+
+def cutout(side: int, fill: float = 0.0) -> Augmentation:
+    """Blanks a square in each image, which is cut off where it lies over the edge.
+
+    T. DeVries and G. Taylor, Improved Regularization of CNNs with Cutout, 2017.
+
+    Args:
+        side: of the square, in pixels; its centre is drawn among all pixels.
+        fill: the value that it gets, on the scale of the images.
+    """
+
+    def apply(rng: jax.Array, batch: Batch) -> Batch:
+        image = jnp.asarray(batch["image"])
+        n, height, width, _ = image.shape
+        by_row, by_column = jax.random.split(rng)
+
+        def inside(key: jax.Array, size: int) -> Array:
+            start = jax.random.randint(key, (n, 1), 0, size) - side // 2
+            at = jnp.arange(size)[None]
+            return (at >= start) & (at < start + side)
+
+        hole = inside(by_row, height)[:, :, None, None] & inside(by_column, width)[:, None, :, None]
+        return {**batch, "image": jnp.where(hole, jnp.asarray(fill, image.dtype), image)}
+
+    return apply
+
+
+def brightness(amount: float) -> Augmentation:
+    """Adds a number drawn from -amount to amount to each image; uint8 becomes floats up to 1."""
+
+    def apply(rng: jax.Array, batch: Batch) -> Batch:
+        image = _float(batch["image"])
+        return {**batch, "image": image + _per_image(rng, image, -amount, amount)}
+
+    return apply
+
+
+def contrast(amount: float) -> Augmentation:
+    """Stretches each image about its mean by a factor drawn from 1 - amount to 1 + amount."""
+
+    def apply(rng: jax.Array, batch: Batch) -> Batch:
+        image = _float(batch["image"])
+        mean = image.mean((1, 2, 3), keepdims=True)
+        stretched = mean + (image - mean) * _per_image(rng, image, 1 - amount, 1 + amount)
+        return {**batch, "image": stretched}
+
+    return apply
+
+
+def _mirrored(batch: Batch, which: Array) -> Batch:
+    image = jnp.asarray(batch["image"])
+    return {**batch, "image": jnp.where(which[:, None, None, None], image[:, :, ::-1], image)}
+
+
+def _shifted(pixels: int, mode: str) -> Augmentation:
+    def apply(rng: jax.Array, batch: Batch) -> Batch:
+        image = jnp.asarray(batch["image"])
+        n, *shape = image.shape
+        around = [(0, 0), (pixels, pixels), (pixels, pixels), (0, 0)]
+        wide = jnp.pad(image, around, mode=mode)
+        start = jax.random.randint(rng, (n, 2), 0, 2 * pixels + 1)
+
+        def cut(one: Array, at: Array) -> Array:
+            return jax.lax.dynamic_slice(one, (at[0], at[1], 0), shape)
+
+        return {**batch, "image": jax.vmap(cut)(wide, start)}
+
+    return apply
+
+
+def _per_image(rng: jax.Array, image: Array, low: float, high: float) -> Array:
+    return jax.random.uniform(rng, (len(image), 1, 1, 1), image.dtype, low, high)
+
+
+def _float(image: Images) -> Any:
+    """Returns the images as floats, since what is brighter than white fits into no uint8."""
+    image = jnp.asarray(image)
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
