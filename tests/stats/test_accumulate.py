@@ -180,8 +180,8 @@ def test_every_norm_is_updated_by_what_it_was_given_in_all_micro_batches():
     by_itself = partial(train_step, state, stats, model=Lifted(momentum=0.0), tx=SGD)
     each = [jax.tree.map(np.float64, by_itself(part(batch, i))[1]) for i in range(MICRO)]
     _, found, _ = step_of(Lifted())(state, stats, batch)
-    paths = lambda tree: (tree["norm"], tree["blocks"]["norm"])  # noqa: E731
-    for old, new, *parts in zip(*map(paths, (stats, found, *each)), strict=True):
+    both = [(tree["norm"], tree["blocks"]["norm"]) for tree in (stats, found, *each)]
+    for old, new, *parts in zip(*both, strict=True):
         mean = np.mean([one["mean"] for one in parts], 0)
         var = np.mean([one["var"] + (one["mean"] - mean) ** 2 for one in parts], 0)
         for name, pooled in (("mean", mean), ("var", var)):
