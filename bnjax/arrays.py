@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Integer, Shaped
 Array = jax.Array | np.ndarray
 Images = Shaped[Array, "n h w c"]  # uint8, or float
 Labels = Integer[Array, " n"]
+Shares = Float[Array, "n classes"]  # of each class in a mixed label; the sum is 1
 Mask = Bool[Array, " n"]  # False marks padding
 Logits = Float[Array, "n classes"]
 Losses = Float[Array, " n"]
@@ -26,7 +27,7 @@ Params = Tree
 # The running statistics: the collection "batch_stats" of a linen module; empty for a network
 # without any.
 BatchStats = Tree
-# `image` (Images), `label` (Labels) and optionally `mask` (Mask).
+# `image` (Images), `label` (Labels, or Shares) and optionally `mask` (Mask).
 Batch = Mapping[str, Array]
 
 

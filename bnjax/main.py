@@ -36,14 +36,15 @@ def train(args: argparse.Namespace) -> int:
     config = parsing.load(args.config, args.overrides)
     if args.hosts or args.coordinator:
         _join_hosts(args)
+    from bnjax.train.xla import prepare
+
+    prepare()  # before anything asks which backend there is
     build.check(config)
 
     from bnjax.train import rundir, summary
     from bnjax.train.interrupt import StopRequest
     from bnjax.train.loop import Stopped, Trainer
-    from bnjax.train.xla import prepare
 
-    prepare()
     dataset = build.dataset(config)
     if dataset.fallback_reason:
         config = build.stand_in(config, dataset, args.overrides)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bnjax.arrays import Labels, Leaf, Logits, Losses, Mask
+from bnjax.arrays import Labels, Leaf, Logits, Losses, Mask, Shares
 
 
 @struct.dataclass
@@ -44,24 +44,41 @@ class Metrics:
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 
 
-def softmax_cross_entropy(logits: Logits, label: Labels) -> Losses:
+def softmax_cross_entropy(
+    logits: Logits, label: Labels | Shares, *, smoothing: float = 0.0
+) -> Losses:
     """Returns the softmax cross-entropy of each example, in nats and at least float32.
 
     Args:
         logits: float [n, classes].
-        label: int [n].
+        label: int [n], or the share of each class, float [n, classes], whose sum is 1.
+        smoothing: the part of each label that is spread evenly over all classes (Szegedy et al.,
+            2016, section 7).
 
     >>> import jax.numpy as jnp
     >>> print(softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([1])))
     [0.6931472]
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    if jnp.ndim(label) == 2:
+        losses = optax.softmax_cross_entropy(logits, label)
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    if not smoothing:
+        return losses
+    even = jax.nn.logsumexp(logits, -1) - logits.mean(-1)  # the loss of the even distribution
+    return (1 - smoothing) * losses + smoothing * even
 
 
-def from_losses(losses: Losses, logits: Logits, label: Labels, mask: Mask | None) -> Metrics:
-    """Returns the metrics of one batch; where `mask` is False the row is padding."""
-    real = jnp.ones(label.shape, bool) if mask is None else jnp.asarray(mask)
+def from_losses(
+    losses: Losses, logits: Logits, label: Labels | Shares, mask: Mask | None
+) -> Metrics:
+    """Returns the metrics of one batch; where `mask` is False the row is padding.
+
+    An example whose label is shares of classes is right where the largest of both agree.
+    """
+    real = jnp.ones(label.shape[:1], bool) if mask is None else jnp.asarray(mask)
+    label = label.argmax(-1) if label.ndim == 2 else label
     return Metrics(
         loss=jnp.where(real, losses, 0).sum(dtype=jnp.float32),
         correct=(real & (logits.argmax(-1) == label)).sum(dtype=jnp.int32),

@@ -28,8 +28,9 @@ from jax.stages import Compiled
 
 from bnjax.data.datasets import Dataset, Split
 from bnjax.data.feed import resident_feed
-from bnjax.train import build
+from bnjax.train import build, network
 from bnjax.train.config import default_config
+from bnjax.train.optimizer import optimizer
 from bnjax.train.steps import training_program
 from bnjax.train_step import eval_step, init_state, train_step
 
@@ -54,7 +55,7 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
     """
     config = default_config()
     config.model.dtype = dtype
-    model, tx = build.model(config.model, 10, IMAGE), build.optimizer(config.optimizer)
+    model, tx = network.model(config.model, 10, IMAGE), optimizer(config, 1)
     mesh = Mesh(np.array(chip.devices(count)), ("data",), axis_types=(AxisType.Auto,))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:

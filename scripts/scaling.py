@@ -35,8 +35,8 @@ from scaling_cpu import measure
 
 from bnjax import norms
 from bnjax.models.resnet import RESNETS
-from bnjax.train import build
 from bnjax.train.config import default_config
+from bnjax.train.network import model as build_model
 from bnjax.train.parallel import Over, Parallel, spread
 from bnjax.train_step import init_state, train_step
 
@@ -61,7 +61,7 @@ def network(name: str, dtype: str, parallel: Parallel | None = None) -> Any:
     if name == "convnet":
         config = default_config()
         config.model.dtype = dtype
-        return build.model(config.model, 10, IMAGE[name], **axes)
+        return build_model(config.model, 10, IMAGE[name], **axes)
     own = jnp.dtype(dtype)
     norm = norms.build("batch", momentum=0.9, dtype=own, **axes)
     return RESNETS[name](classes=1000, norm=norm, dtype=own)

@@ -359,3 +359,27 @@ def test_replicas_drop_a_step_together():
     np.testing.assert_array_equal(new_stats["seen"], [0, 0])
     for row in after.params["dense"]["kernel"]:
         np.testing.assert_array_equal(row, state.params["dense"]["kernel"])
+
+
+def test_smoothing_and_shares_against_the_definition_in_float64():
+    rng = np.random.default_rng(0)
+    logits, label = rng.normal(size=(6, 4)).astype(np.float32), np.arange(6) % 4
+    shares = rng.dirichlet(np.ones(4), 6).astype(np.float32)
+    exact = logits.astype(np.float64)
+    logs = exact - np.log(np.exp(exact).sum(1, keepdims=True))
+    for given, target in ((label, np.eye(4)[label]), (shares, shares)):
+        for smoothing in (0.0, 0.2):
+            smooth = (1 - smoothing) * target + smoothing / 4
+            found = softmax_cross_entropy(logits, given, smoothing=smoothing)
+            np.testing.assert_allclose(found, -(smooth * logs).sum(1), rtol=1e-5)
+
+
+def test_a_batch_of_whole_shares_is_the_batch_of_their_classes():
+    batch = make_batch(mask=[True] * 6 + [False] * 2)
+    mixed = {**batch, "label": np.eye(3, dtype=np.float32)[batch["label"]]}
+    state, stats = start(Tiny())
+    step = functools.partial(train_step, state, stats, model=Tiny(), tx=optax.sgd(RATE))
+    for found, wanted in zip(*map(jax.tree.leaves, (step(mixed), step(batch))), strict=True):
+        if jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
+            continue
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)

@@ -1,14 +1,14 @@
 """How batches for training reach the device."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from bnjax.arrays import Batch
-from bnjax.data.batches import Part, eval_batches, indices, take, train_rows
+from bnjax.data.batches import Part, Rows, eval_batches, indices, take, train_rows
 from bnjax.data.datasets import Split
 from bnjax.data.records import Examples
 
@@ -23,7 +23,9 @@ class Feed:
     Attributes:
         items: (seed, start) -> the items of the steps after `start`, for ever; what a step sees
             depends on the seed and the step alone, so that resuming is `items(seed, start)`.
-        batch: (resident, item) -> the batch of a step; pure, and compiled into the step.
+        batch: (resident, item) -> the batch of a step; pure, and compiled into the step. Beside
+            what `train_step` takes it may have, for augmentation, `index` int [n] of each example
+            in the training set, and the `epoch` int [n] that it is in.
         resident: a tree of arrays that lie on the device for all steps.
         max_steps: how many items may be shipped at once.
     """
@@ -41,12 +43,9 @@ def host_feed(split: Split, batch_size: int, *, shuffle: bool, part: Part = WHOL
     """Returns a feed that ships the batches' images, one step at a time."""
 
     def items(seed: int, start: int) -> Iterator[Batch]:
-        order = seed if shuffle else None
-        rows = train_rows(len(split.label), batch_size, seed=order, start=start)
-        if part == WHOLE:
-            return (take(split, of_step) for of_step in rows)
-        parts = (part.of({"rows": indices(of_step)}) for of_step in rows)
-        return ({**take(split, np.asarray(one["rows"])), **_mask(one)} for one in parts)
+        for rows, about in _steps(split, batch_size, seed if shuffle else None, start, part):
+            chosen = rows if part == WHOLE else np.asarray(about["index"])
+            yield {**take(split, chosen), **about}
 
     return Feed(items, lambda resident, item: item)
 
@@ -62,14 +61,13 @@ def resident_feed(
     shape = split.image.shape[1:]
 
     def items(seed: int, start: int) -> Iterator[Item]:
-        order = seed if shuffle else None
-        rows = train_rows(len(split.label), batch_size, seed=order, start=start)
-        return (part.of({"rows": indices(of_step).astype(np.int32)}) for of_step in rows)
+        steps = _steps(split, batch_size, seed if shuffle else None, start, part)
+        return (about for _, about in steps)
 
     def batch(resident: Any, item: Any) -> Batch:
-        (image, label), rows = resident, item["rows"]
+        (image, label), rows = resident, item["index"]
         images = image[rows].reshape(*rows.shape, *shape)
-        return {"image": images, "label": label[rows], **_mask(item)}
+        return {"image": images, "label": label[rows], **item}
 
     return Feed(items, batch, (split.image.reshape(len(split.image), -1), split.label), max_steps)
 
@@ -100,8 +98,19 @@ def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
     return _stack([*joined, *[joined[-1]] * missing]), np.int32(len(items))
 
 
-def _mask(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {"mask": item["mask"]} if "mask" in item else {}
+def _steps(
+    split: Split, batch_size: int, seed: int | None, start: int, part: Part
+) -> Iterator[tuple[Rows, Batch]]:
+    """Returns the rows of each step, and `index`, `epoch` and perhaps `mask` of the part's."""
+    examples = len(split.label)
+
+    def about(rows: Rows, step: int) -> Batch:
+        epoch = np.arange(step * batch_size, (step + 1) * batch_size) // examples
+        numbers = {"index": indices(rows), "epoch": epoch}
+        return part.of({name: one.astype(np.int32) for name, one in numbers.items()})
+
+    rows = train_rows(examples, batch_size, seed=seed, start=start)
+    return ((of_step, about(of_step, step)) for step, of_step in enumerate(rows, start))
 
 
 def _stack(items: Sequence[Item]) -> Item:

@@ -87,7 +87,8 @@ class _Batches:
 
     Attributes:
         records: what is read.
-        rows: (number of a batch) -> its "rows", "position" if crops are random, and "mask".
+        rows: (number of a batch) -> its "rows", "position" in the endless stream if it
+            is for training, and "mask".
         start: the number of the first element.
         length: of the source.
         seed: of random crops; None: all are in the middle.
@@ -113,7 +114,11 @@ class _Batches:
                 # 1: the orders of the epochs are drawn from two numbers.
                 rng = np.random.default_rng([self.seed, int(chosen["position"][i]), 1])
             image[i], label[i] = self.records.read(int(rows[i]), rng)
-        return {"image": image, "label": label, **_mask(chosen)}
+        about = {}
+        if "position" in chosen:
+            epoch = np.asarray(chosen["position"]) // len(self.records)
+            about = {"index": rows.astype(np.int32), "epoch": epoch.astype(np.int32)}
+        return {"image": image, "label": label, **about, **_mask(chosen)}
 
 
 def _mask(batch: Batch) -> Batch:

@@ -25,7 +25,7 @@ from bnjax.errors import UserError
 from bnjax.stats.fold import Folding, NormFold, difference, fold
 from bnjax.stats.folded import Folded
 from bnjax.stats.layers import norm_layers
-from bnjax.train import build, fold_run
+from bnjax.train import fold_run, network
 from bnjax.train.records import write_json
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained
@@ -177,7 +177,7 @@ def _in_float32(trained: Trained, model: nn.Module) -> nn.Module:
     """Returns a run's network, folded or not, with arithmetic that every ONNX runtime has."""
     config = trained.config.model.copy_and_resolve_references()
     config.dtype = config.dense_product = "float32"
-    exact = build.model(config, len(trained.data.classes), trained.data.image_shape)
+    exact = network.model(config, len(trained.data.classes), trained.data.image_shape)
     return Folded(exact, model.pairs) if isinstance(model, Folded) else exact
 
 

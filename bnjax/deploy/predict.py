@@ -36,6 +36,13 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="the folder of an exported network, which is given pixels of 8 bits: what has to be "
         "resized to fit is rounded",
     )
+    sub.add_argument(
+        "--views",
+        type=int,
+        metavar="N",
+        help="of each image, whose logits are averaged: 2, with the mirror; 6, with shifts by a "
+        "pixel besides; as the run was evaluated if not given",
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
 
 
@@ -55,20 +62,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_run(args: argparse.Namespace) -> dict[str, Any]:
+    from bnjax.models.views import VIEWS
     from bnjax.train import predict
     from bnjax.train.trained import Trained
 
+    if args.views not in (None, *VIEWS):
+        raise UserError(f"--views {args.views}: there are {', '.join(map(str, VIEWS))}.")
     trained = Trained(args.workdir, args.checkpoint)
     if args.split:
-        return predict.of_split(trained, args.split, args.data_dir)
-    return predict.of_images(trained, args.images)
+        return predict.of_split(trained, args.split, args.data_dir, args.views)
+    return predict.of_images(trained, args.images, args.views)
 
 
 def _of_model(args: argparse.Namespace) -> dict[str, Any]:
-    if args.split or args.data_dir or args.checkpoint != "last":
+    if args.split or args.data_dir or args.views or args.checkpoint != "last":
         raise UserError(
-            "--split, --data-dir and --checkpoint are of a run: give its folder with --workdir. An "
-            "exported network knows no data, and has one set of weights."
+            "--split, --data-dir, --views and --checkpoint are of a run: give its folder with "
+            "--workdir. An exported network knows no data, and has one set of weights."
         )
     from bnjax.deploy.exported import Exported
     from bnjax.deploy.pictures import of_images

@@ -17,7 +17,13 @@ NormFactory = Callable[..., nn.Module]
 ActivationFactory = Callable[..., Any]
 
 POOLS = {"max": nn.max_pool, "avg": nn.avg_pool}
-ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": nn.tanh}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "sigmoid": nn.sigmoid,
+    "tanh": nn.tanh,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "silu": nn.silu,
+}
 
 
 class ConvNet(nn.Module):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bnjax.arrays import Array, Images, Logits, Mask
 from bnjax.models.convnet import NormFactory
+from bnjax.models.pixels import standardised
 
 Stem = Literal["cifar", "imagenet"]
 Shortcut = Literal["projection", "padding"]
@@ -150,9 +151,7 @@ class ResNet(_Layers):
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
-        if self.mean or self.std:
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            x = (x - _per_channel(self.mean, x)) / _per_channel(self.std, x)
+        x = standardised(x, self.mean, self.std)
         full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
         normalise = functools.partial(self._normalise, train=train, mask=full_mask)
         is_pre = self.placement == "pre"
@@ -185,7 +184,3 @@ RESNETS: Mapping[str, Callable[..., ResNet]] = {
         ResNet, stages=(3, 4, 6, 3), width=64, bottleneck=True, stem="imagenet"
     ),
 }
-
-
-def _per_channel(values: Sequence[float], x: Array) -> Array:
-    return jnp.asarray(values, x.dtype).reshape(1, 1, 1, -1)

@@ -13,7 +13,7 @@ from bnjax.arrays import Batch
 from bnjax.data.batches import take, train_rows
 from bnjax.data.records import Examples
 from bnjax.stats.audit import Findings, Run, audit
-from bnjax.train import build
+from bnjax.train.optimizer import optimizer
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
 from bnjax.train_step import forward
@@ -51,7 +51,7 @@ def of_run(
         steps=trained.step,
         batch_size=batch_size,
         weights=trained.weights,
-        tx=build.optimizer(trained.config.optimizer),
+        tx=optimizer(trained.config, max(trained.step, 1)),
         predict=predict,
     )
     about = {"workdir": str(workdir), "step": trained.step, "dataset": trained.data.label}

@@ -5,23 +5,23 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from bnjax import norms
 from bnjax.data import datasets
+from bnjax.data.augment import Augmentation
 from bnjax.data.batches import Part
 from bnjax.data.datasets import Dataset
 from bnjax.data.records import Crop, Reading
 from bnjax.errors import ConfigError
-from bnjax.models.convnet import ACTIVATIONS, ConvNet
-from bnjax.models.products import bfloat16_dot_general
-from bnjax.stats.weights import weight_average
-from bnjax.train import checks, parsing
+from bnjax.models.views import seen
+from bnjax.train import checks, network, parsing
 from bnjax.train.allowed import MAX_SIZE
-from bnjax.train.config import check_values, norm_options
+from bnjax.train.config import check_values
+from bnjax.train.optimizer import optimizer
 from bnjax.train.parallel import Parallel, spread
+from bnjax.train_step import LossFn, softmax_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,11 @@ class Experiment:
 
     model: nn.Module
     training_model: nn.Module  # the same, its batch norms bound to the axes of `parallel`
+    tested_model: nn.Module  # the same, over several views of each image
     parallel: Parallel
+    init_images: int  # training images that the network is initialised with
+    augment: Augmentation | None  # of the batches of training
+    loss_fn: LossFn  # of training
     tx: optax.GradientTransformation
     steps: int
     stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
@@ -71,21 +75,25 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     """
     check_values(config)
     checks.batch(config, dataset)
-    low_precision = "bfloat16" in (config.model.dtype, config.model.dense_product)
+    low_precision = "bfloat16" in (network.dtype_of(config.model), config.model.dense_product)
     images, batch_size, saves = len(dataset.train), config.train.batch_size, config.checkpoint
     steps = duration(config.train, "", "train", batch_size, images)
     save_every = None
     if saves.every_steps or saves.every_epochs:
         save_every = duration(saves, "every_", "checkpoint", batch_size, images)
     parallel = spread_over(config)
-    network = functools.partial(
-        model, config.model, len(dataset.classes), dataset.train.image_shape
-    )
+    classes = len(dataset.classes)
+    model = functools.partial(network.model, config.model, classes, dataset.train.image_shape)
+    is_whitened = config.model.name == "speednet"
     return Experiment(
-        model=network(),
-        training_model=network(**parallel.norm_axes),
+        model=model(),
+        training_model=model(**parallel.norm_axes),
+        tested_model=seen(model(), config.eval.views, config.eval.views_share),
         parallel=parallel,
-        tx=optimizer(config.optimizer),
+        init_images=min(config.model.whiten_images, images) if is_whitened else 1,
+        augment=network.augmentation(config.augment, classes),
+        loss_fn=functools.partial(softmax_cross_entropy, smoothing=config.train.label_smoothing),
+        tx=optimizer(config, steps),
         steps=steps,
         stop_at_loss=config.train.stop_at_loss or None,
         eval_every=duration(config.eval, "every_", "eval", batch_size, images),
@@ -148,51 +156,7 @@ def check(config: ConfigDict) -> None:
     """
     check_values(config)
     checks.data(config.data)
-    model(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, 3))
-
-
-def model(
-    config: ConfigDict, classes: int, image_shape: tuple[int, int, int], **norm_axes: str
-) -> nn.Module:
-    """Returns the network that `config.model` describes for images [h, w, c].
-
-    Args:
-        config: the section `model`.
-        classes: the number of logits.
-        image_shape: of one image.
-        norm_axes: the mapped axes of the batch norms, for training in parts.
-
-    Raises:
-        ConfigError: for an impossible value, or if the images shrink to nothing.
-    """
-    check_values(config, "model")
-    checks.lengths(config)
-    checks.norm(config)
-    checks.sides(config, image_shape)
-    if config.dense_product != "float32" and config.dtype != "float32":
-        raise ConfigError(
-            "model.dense_product",
-            config.dense_product,
-            f"float32 with model.dtype = {config.dtype!r}, whose products have such operands "
-            "already",
-        )
-    return ConvNet(
-        filters=config.filters,
-        kernels=config.kernels,
-        strides=config.strides,
-        pooling=config.pooling,
-        dense=config.dense,
-        dropout=tuple(float(rate) for rate in config.dropout),
-        classes=classes,
-        norm=norms.build(config.norm, **norm_options(config), **norm_axes),
-        activation=ACTIVATIONS[config.activation],
-        norm_activation=norms.ThresholdedLinear if config.norm == "frn" else None,
-        conv=norms.StandardizedConv if config.weight_standardization else nn.Conv,
-        norm_dense=config.norm_dense,
-        placement=config.placement,
-        dtype=jnp.dtype(config.dtype),
-        dense_product=bfloat16_dot_general if config.dense_product == "bfloat16" else None,
-    )
+    network.model(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, 3))
 
 
 def spread_over(config: ConfigDict) -> Parallel:
@@ -221,28 +185,6 @@ def spread_over(config: ConfigDict) -> Parallel:
     except ValueError as error:
         allowed = f"global, per_device, or a number that divides that of the devices, {count}"
         raise ConfigError("model.statistics_over", over, allowed) from error
-
-
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns the optimizer that `config.optimizer` describes.
-
-    Raises:
-        ConfigError: for an impossible value.
-    """
-    check_values(config, "optimizer")
-    if config.name == "sgd":
-        tx = optax.sgd(config.learning_rate, momentum=config.momentum or None)
-    else:
-        tx = optax.adam(config.learning_rate, b1=config.b1, b2=config.b2, eps=config.eps)
-    if config.average == "none":
-        return tx
-    return weight_average(
-        tx,
-        kind=config.average,
-        decay=config.average_decay,
-        start=config.average_start,
-        every=config.average_every,
-    )
 
 
 def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, images: int) -> int:

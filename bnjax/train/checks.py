@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from bnjax import norms
 from bnjax.data.datasets import RECORDS, Dataset
 from bnjax.errors import ConfigError
+from bnjax.train.model_keys import MODEL_KEYS
 
 
 def batch(config: ConfigDict, dataset: Dataset) -> None:
@@ -50,6 +51,52 @@ def data(config: ConfigDict) -> None:
         if config[key] and not config.image_size:
             allowed = f"{type(config[key])()} with data.image_size = 0"
             raise ConfigError(f"data.{key}", config[key], allowed)
+
+
+# The keys of `model` that only some networks have; all others are for every one.
+OWN_KEYS = {
+    "convnet": (
+        "filters kernels strides pooling dense dropout norm_dense placement groups dense_product "
+        "weight_standardization"
+    ),
+    "speednet": "filters whiten_images mean std",
+    "resnet": "placement groups weight_standardization mean std",
+}
+
+
+def network(config: ConfigDict) -> None:
+    """Checks that only keys which the network has are changed, and that the norm can stand in it.
+
+    `config` is the section `model`.
+    """
+    kind = "resnet" if config.name.startswith("resnet") else config.name
+    own = OWN_KEYS[kind].split()
+    defaults = {key.name.removeprefix("model."): key.default for key in MODEL_KEYS}
+    for key in sorted({*" ".join(OWN_KEYS.values()).split()} - {*own}):
+        if config[key] != defaults[key]:
+            allowed = f"{defaults[key]!r}: model.name = {config.name!r} does not have this key"
+            raise ConfigError(f"model.{key}", config[key], allowed)
+    if kind != "convnet" and config.norm == "frn":
+        raise ConfigError("model.norm", config.norm, "another norm with this model.name")
+    if kind == "resnet" and config.placement == "after":
+        raise ConfigError("model.placement", config.placement, "input or before in a ResNet")
+
+
+def pixels(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    """Checks that mean and std have an entry for each channel, or both none."""
+    channels = image_shape[-1]
+    for key in ("mean", "std"):
+        if len(config[key]) != (channels if config.mean or config.std else 0):
+            allowed = f"{channels} numbers, one for each channel, in mean and in std; or none"
+            raise ConfigError(f"model.{key}", config[key], allowed)
+
+
+def halvings(image_shape: tuple[int, int, int], groups: int) -> None:
+    """Checks that a pixel is left where 1 is taken from the sides, and groups and a 3 divide."""
+    least = 3 * 2**groups + 1
+    if min(image_shape[:2]) < least:
+        allowed = f"fewer groups: so many take images with sides of {least} pixels and above"
+        raise ConfigError("model.filters", f"{groups} groups", allowed)
 
 
 def lengths(config: ConfigDict) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
+from bnjax.models.views import VIEWS
 from bnjax.train.allowed import (
-    DTYPE,
     DURATION,
     FLAG,
     FRACTION,
@@ -21,128 +21,24 @@ from bnjax.train.allowed import (
     POSITIVE,
     SAVES,
     SEED,
-    SIZES,
-    STEP,
     TEXT,
     Check,
     Key,
-    each,
     one_of,
     whole,
 )
-from bnjax.train.data_keys import DATA_KEYS
+from bnjax.train.data_keys import AUGMENT_KEYS, DATA_KEYS
+from bnjax.train.model_keys import MODEL_KEYS
+from bnjax.train.optimizer_keys import OPTIMIZER_KEYS
 
 KEYS = (
     Key("name", "", TEXT, "of the run; the file's name if empty"),
     Key("seed", 0, SEED, "of the initial weights, the order of the images and dropout"),
     Key("devices", 0, whole(0), "how many train together, 0: all; batches stay as large"),
     *DATA_KEYS,
-    # The network.
-    Key("model.filters", (30, 50, 60), SIZES, "of each convolution"),
-    Key("model.kernels", (3, 3, 3), SIZES, "the sides of the convolutions' kernels"),
-    Key("model.strides", (2, 1, 1), SIZES, "of the convolutions, or of the pooling after them"),
-    Key(
-        "model.pooling",
-        "none",
-        one_of("none", "max", "avg"),
-        "none: strided convolutions; max, avg: pool by the stride instead",
-    ),
-    Key("model.dense", (3500, 700), SIZES, "the widths of the hidden dense layers"),
-    Key(
-        "model.dropout",
-        (0.0, 0.0),
-        each(
-            "fractions from 0 up to but not including 1",
-            lambda rate: isinstance(rate, int | float) and 0 <= rate < 1,
-        ),
-        "the fraction that is dropped after each hidden dense layer",
-    ),
-    Key(
-        "model.norm",
-        "batch",
-        one_of("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none"),
-        "which normalisation",
-    ),
-    Key(
-        "model.norm_dense",
-        (True, True),
-        each("True or False for each hidden dense layer", FLAG.holds),
-        "whether the output of each hidden dense layer is normalised",
-    ),
-    Key(
-        "model.placement",
-        "input",
-        one_of("input", "before", "after"),
-        "of the norms: at the input of each layer, or before or after its activation",
-    ),
-    Key(
-        "model.momentum",
-        0.75,
-        Check(f"{FRACTION.words} (the fraction of the old average that is kept)", FRACTION.holds),
-        "of the running averages: the fraction of the old average that a step keeps",
-        "momentum",
-    ),
-    Key("model.debias", False, FLAG, "whether averages leave their starting values out", "debias"),
-    Key(
-        "model.variance",
-        "biased",
-        one_of("biased", "unbiased"),
-        "what the average stores: the variance divided by n, or by n - 1",
-        "variance",
-    ),
-    Key(
-        "model.statistics_over",
-        "global",
-        Check(
-            "global, per_device, or a number of devices",
-            lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
-        ),
-        "batch norms normalise over the batch of all devices, of each, or of so many together; "
-        "running averages are always those of all",
-    ),
-    Key("model.virtual_batch", 50, whole(2), "ghost: images of a virtual batch", "virtual_batch"),
-    Key("model.renorm_steps", 40_000, whole(2), "renorm: when its limits are open", "renorm_steps"),
-    Key("model.groups", 10, whole(1), "group: how many groups of channels", "groups"),
-    Key("model.epsilon", 1e-3, POSITIVE, "what is added to variances", "epsilon"),
-    Key(
-        "model.activation",
-        "relu",
-        one_of("relu", "sigmoid", "tanh"),
-        "of each hidden layer; norm frn brings its own",
-    ),
-    Key("model.scale", True, FLAG, "whether norms learn a scale for each channel", "use_scale"),
-    Key("model.shift", True, FLAG, "whether norms learn a shift for each channel", "use_bias"),
-    Key("model.weight_standardization", False, FLAG, "of the convolutions' kernels"),
-    Key(
-        "model.dtype",
-        "float32",
-        DTYPE,
-        "of the arithmetic; parameters, statistics and metrics are float32, while gradients of "
-        "kernels are of this dtype until they have been summed over devices",
-    ),
-    Key(
-        "model.dense_product",
-        "float32",
-        DTYPE,
-        "what the dense layers multiply; bfloat16 is for CPUs that are faster at it",
-    ),
-    # The optimizer.
-    Key("optimizer.name", "adam", one_of("adam", "sgd"), "which optimizer"),
-    Key("optimizer.learning_rate", 1e-3, POSITIVE, "constant over the run"),
-    Key("optimizer.b1", 0.9, FRACTION, "adam: the decay of the mean gradient"),
-    Key("optimizer.b2", 0.999, FRACTION, "adam: the decay of the mean squared gradient"),
-    Key("optimizer.eps", 1e-8, POSITIVE, "adam: what is added to the root of the latter"),
-    Key("optimizer.momentum", 0.0, FRACTION, "sgd: the fraction of the last update that is kept"),
-    Key(
-        "optimizer.average",
-        "none",
-        one_of("none", "ema", "swa"),
-        "the mean of which weights is evaluated and predicted with, always under precise "
-        "statistics of its own (eval.precise_images); training goes on without it",
-    ),
-    Key("optimizer.average_decay", 0.99, FRACTION, "ema: the fraction that a step keeps"),
-    Key("optimizer.average_start", 1, STEP, "the first step whose weights are averaged"),
-    Key("optimizer.average_every", 1, STEP, "from there on, how many steps lie between two"),
+    *AUGMENT_KEYS,
+    *MODEL_KEYS,
+    *OPTIMIZER_KEYS,
     # Training. A duration is given in steps or in epochs: exactly one of the two is not 0.
     Key("train.steps", 100, DURATION, "how long to train"),
     Key("train.epochs", 0.0, DURATION, "how long to train"),
@@ -155,6 +51,12 @@ KEYS = (
         "norms normalise each by itself",
     ),
     Key("train.shuffle", False, FLAG, "False: the order of the files, as in the tutorial"),
+    Key(
+        "train.label_smoothing",
+        0.0,
+        FRACTION,
+        "the part of each label that is spread over all classes; the training loss is with it",
+    ),
     Key(
         "train.target_loss",
         0.2,
@@ -192,6 +94,19 @@ KEYS = (
         whole(2),
         "precise: of how many training images, at equal distances in the order of the data, in "
         "batches of about train.batch_size that are normalised one by one",
+    ),
+    Key(
+        "eval.views",
+        1,
+        Check("1, 2 or 6", lambda value: value in VIEWS),
+        "the mean of how many views of each image is its logits: 2, with the mirror; 6, with both "
+        "shifted by a pixel twice besides",
+    ),
+    Key(
+        "eval.views_share",
+        1.0,
+        Check("above 0 up to 1", lambda value: 0 < value <= 1),
+        "of the images of a batch that are looked at again, the least certain; the others once",
     ),
     Key(
         "eval.gap_images",

@@ -1,6 +1,11 @@
-"""The keys of the config that say which data there are and how they are read."""
+"""The keys of the config that say which data there are, how they are read and augmented."""
+
+import math
 
 from bnjax.train.allowed import FLAG, MAX_SIDE, MAX_WORKERS, TEXT, Check, Key, one_of, whole
+
+PIXELS = whole(0, MAX_SIDE, f"a whole number of pixels up to {MAX_SIDE:,}, or 0")
+AMOUNT = Check("a number, 0 or above", lambda value: 0 <= value < math.inf)
 
 DATA_KEYS = (
     Key(
@@ -60,4 +65,20 @@ DATA_KEYS = (
         whole(0, MAX_WORKERS, f"a whole number up to {MAX_WORKERS:,}"),
         "stream: processes that read ahead; 0: threads instead; results do not depend on it",
     ),
+)
+
+# In the order in which it is done to the images of training, on the device.
+AUGMENT_KEYS = (
+    Key(
+        "augment.flip",
+        "none",
+        one_of("none", "random", "alternating"),
+        "mirror images: each time by chance, or a random half and then all every other epoch",
+    ),
+    Key("augment.translate", 0, PIXELS, "shift by up to so much; edges are reflected"),
+    Key("augment.crop", 0, PIXELS, "shift by up to so much; what comes in is black"),
+    Key("augment.brightness", 0.0, AMOUNT, "add up to so much, either way; white is 1"),
+    Key("augment.contrast", 0.0, AMOUNT, "stretch about the mean by up to so much, either way"),
+    Key("augment.cutout", 0, PIXELS, "blank a square with sides of so much"),
+    Key("augment.mixup", 0.0, AMOUNT, "mix two images, by shares from Beta(so much, so much)"),
 )

@@ -16,7 +16,7 @@ from bnjax.arrays import BatchStats, Images, Params, named_leaves
 from bnjax.errors import UserError
 from bnjax.stats.fold import Folding, difference
 from bnjax.stats.folded import Folded
-from bnjax.train import build, rundir
+from bnjax.train import network, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.records import write_json
 from bnjax.train.trained import Trained
@@ -55,7 +55,7 @@ def check(trained: Trained, folding: Folding, data_dir: str | None) -> dict[str,
     config = trained.config.model.copy_and_resolve_references()
     low = "bfloat16" in (config.dtype, config.dense_product)
     config.dtype = config.dense_product = "float32"
-    exact = build.model(config, len(trained.data.classes), trained.data.image_shape)
+    exact = network.model(config, len(trained.data.classes), trained.data.image_shape)
     pairs = [(one.norm, one.layer) for one in folding.norms if one.layer is not None]
     found = []
     for model in (exact, trained.model)[: 1 + low]:

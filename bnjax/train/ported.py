@@ -17,8 +17,9 @@ from bnjax.stats.layers import NormLayer, norm_layers
 from bnjax.stats.layouts import Framework, Table, read_table
 from bnjax.stats.port import check_logits, port_from, port_to
 from bnjax.stats.torch_convnet import convnet_table, torch_source
-from bnjax.train import build, rundir
+from bnjax.train import network, rundir
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.optimizer import optimizer
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained
 from bnjax.train_step import TrainState, forward
@@ -126,7 +127,7 @@ def import_run(
         raise UserError(f"{file}: its note {VARIANCE!r} is damaged: {stored!r}")
     if examples is None:
         config.model.variance = stored
-    model = build.model(config.model, len(trained.data.classes), shape)
+    model = network.model(config.model, len(trained.data.classes), shape)
     like = (trained.params, trained.batch_stats)
     params, stats = port_from(framework, arrays, like, _table(model, shape, table))
     said = [f"{out}: {file}, {len(arrays)} arrays, all accounted for"]
@@ -151,7 +152,7 @@ def import_run(
     state = TrainState(
         jnp.int32(max(steps, default=0)),
         params,
-        build.optimizer(config.optimizer).init(params),
+        optimizer(config, 1).init(params),
         jax.random.split(jax.random.key(config.seed))[1],
     )
     said.append(

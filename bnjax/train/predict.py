@@ -14,6 +14,7 @@ from bnjax.data.feed import every_batch
 from bnjax.data.pictures import Picture, read_pictures
 from bnjax.errors import DataError
 from bnjax.metrics import Metrics, from_losses
+from bnjax.models.views import seen
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
 from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
@@ -21,20 +22,23 @@ from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
 MAX_BATCH = 256  # pictures at once
 
 
-def of_split(trained: Trained, split: str, data_dir: str | None = None) -> dict[str, Any]:
+def of_split(
+    trained: Trained, split: str, data_dir: str | None = None, views: int | None = None
+) -> dict[str, Any]:
     """Returns predictions, loss and accuracy for the split "train" or "test" of a run's data.
 
-    Each image goes through the network once.
+    Each image goes through the network once, or is averaged over several views.
 
     Args:
         trained: the network.
         split: which.
         data_dir: where the data lie, if not where they lay in training.
+        views: as in `bnjax.models.views`; None for what the run was evaluated with.
 
     Raises:
         UserError: if the data are not found.
     """
-    network = _Network(trained)
+    network = _Network(trained, views)
     dataset, classes = trained.dataset(data_dir), trained.data.classes
     chosen = dataset.train if split == "train" else dataset.test
     size = min(trained.config.eval.batch_size, len(chosen))
@@ -53,9 +57,9 @@ def of_split(trained: Trained, split: str, data_dir: str | None = None) -> dict[
     return network.about | {"predictions": found, **sums, "errors": []}
 
 
-def of_images(trained: Trained, paths: list[Path]) -> dict[str, Any]:
+def of_images(trained: Trained, paths: list[Path], views: int | None = None) -> dict[str, Any]:
     """Returns predictions for image files, and under "errors" what cannot be read."""
-    network = _Network(trained)
+    network = _Network(trained, views)
     pictures, failures = read(paths, trained.data.image_shape)
     found: list[dict[str, Any]] = []
     if pictures:
@@ -69,16 +73,20 @@ def of_images(trained: Trained, paths: list[Path]) -> dict[str, Any]:
 class _Network:
     """A trained network, compiled to classify."""
 
-    def __init__(self, trained: Trained):
+    def __init__(self, trained: Trained, views: int | None):
         self._variables = (trained.params, trained.batch_stats)
+        evaluation = trained.config.eval
+        share = evaluation.views_share if views is None else 1.0
+        views = evaluation.views if views is None else views
         self._classify = jax.jit(
-            functools.partial(_classify, model=trained.model),
+            functools.partial(_classify, model=seen(trained.model, views, share)),
             compiler_options=compiler_options(),
         )
         self.about = {
             "workdir": str(trained.workdir),
             "step": trained.step,
             "dataset": trained.data.label,
+            "views": views,
         }
 
     def predict(self, batches: Iterable[Batch]) -> tuple[dict[str, np.ndarray], Metrics]:
@@ -170,6 +178,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     if "accuracy" in result:
         images = f"{result['count']:,} images"
         yield f"\n{result['dataset']}, {images}, checkpoint of step {result['step']}"
+        if result["views"] > 1:
+            yield f"  logits: the mean over {result['views']} views of each image"
         yield from (
             f"  accuracy of {name}: {accuracy:.4f}"
             for name, accuracy in result["accuracy_per_class"].items()

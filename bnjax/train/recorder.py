@@ -25,7 +25,7 @@ from bnjax.train.records import (
     read_metrics,
     write_json,
 )
-from bnjax.train.steps import State, Steps, Variables
+from bnjax.train.steps import State, Steps, Variables, training_batch
 from bnjax.train.summary import summarise, versions
 from bnjax.train_step import TrainState
 
@@ -110,7 +110,14 @@ class Recorder:
         """
         self._writer.flush()
         before = dataclasses.replace(state, step=jnp.int32(step - 1))
-        found = first_nonfinite(before, batch_stats, batch, model=self._experiment.model)
+        experiment = self._experiment
+        found = first_nonfinite(
+            before,
+            batch_stats,
+            training_batch(experiment, before, batch),
+            model=experiment.model,
+            loss_fn=experiment.loss_fn,
+        )
         self.ended = True
         self.failure = _nonfinite(step, self.skipped, found, self._checkpoints.steps())
 

@@ -25,9 +25,17 @@ from bnjax.stats.precise import put
 from bnjax.stats.weights import averaged_params
 from bnjax.train.build import Experiment
 from bnjax.train.xla import compiler_options, init_options, memory
-from bnjax.train_step import TrainState, eval_step, init_state, train_step
+from bnjax.train_step import (
+    AxisName,
+    TrainState,
+    dropout_key,
+    eval_step,
+    init_state,
+    train_step,
+)
 
 MAX_STEPS = 100  # a dispatch
+AUGMENTATION = 1  # folded into the key of a step, which itself is for dropout
 RESIDENT_SHARE = 0.25  # of a device's memory, that the training images may fill
 
 State = tuple[TrainState, BatchStats]
@@ -93,7 +101,7 @@ class Steps:
         self._test_size = -(-experiment.eval_batch_size // devices) * devices
 
         def test(axis_name: Any) -> Any:
-            step = functools.partial(eval_step, model=model, axis_name=axis_name)
+            step = functools.partial(eval_step, model=experiment.tested_model, axis_name=axis_name)
             return jax.vmap(step, in_axes=(0, 0, None)) if seeds > 1 else step
 
         self._test = parallel.compile(
@@ -121,7 +129,7 @@ class Steps:
             UserError: if they do not fit into the device's memory for all seeds. XLA would say so
                 late, or wait for ever.
         """
-        found = jax.eval_shape(self._init, jax.random.key(0), self._no_images())
+        found = jax.eval_shape(self._init, jax.random.key(0), self._first_images())
         leaves = jax.tree.leaves(found)
         needed = self._seeds * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         room = memory()
@@ -135,10 +143,11 @@ class Steps:
 
     def init(self, key: jax.Array) -> State:
         """Returns one untrained seed."""
-        return self._init(key, self._no_images())
+        return self._init(key, self._first_images())
 
-    def _no_images(self) -> np.ndarray:
-        return np.zeros((1, *self._dataset.train.image_shape), np.uint8)  # only the shape matters
+    def _first_images(self) -> np.ndarray:
+        """Returns what a network is initialised with; of most only the shape matters."""
+        return self._dataset.train.select(np.arange(self._experiment.init_images)).image
 
     def join(self, states: list[State]) -> State:
         """Returns the states of each seed as one, on all devices."""
@@ -220,13 +229,14 @@ def training_program(
         take_step = functools.partial(accumulated_step, micro_batches=parts)
 
     def one(state: Any, batch_stats: Any, streak: Any, resident: Any, item: Any) -> Any:
-        batch = feed.batch(resident, item)
+        batch = training_batch(experiment, state, feed.batch(resident, item), axis_name)
         new, new_stats, metrics = take_step(
             state,
             batch_stats,
             batch,
             model=model,
             tx=tx,
+            loss_fn=experiment.loss_fn,
             axis_name=axis_name,
             skip_nonfinite=True,
         )
@@ -262,6 +272,23 @@ def training_program(
         return jax.lax.fori_loop(0, n, body, (state, batch_stats, streak, every))
 
     return several
+
+
+def training_batch(
+    experiment: Experiment, state: TrainState, batch: Batch, axis_name: AxisName = None
+) -> Batch:
+    """Returns the batch of a step as `train_step` is to have it: augmented, and its own keys only.
+
+    Args:
+        experiment: says how.
+        state: before the step.
+        batch: from the feed.
+        axis_name: as for `train_step`.
+    """
+    if experiment.augment is not None:
+        key = jax.random.fold_in(dropout_key(state, axis_name), AUGMENTATION)
+        batch = experiment.augment(key, {**batch, "run": state.rng})
+    return {name: batch[name] for name in ("image", "label", "mask") if name in batch}
 
 
 def unstack(metrics: Metrics, steps: int, seeds: int) -> list[list[Metrics]]:

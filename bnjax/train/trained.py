@@ -11,7 +11,7 @@ from bnjax.arrays import BatchStats, Params
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
 from bnjax.stats.folded import Folded
-from bnjax.train import build, rundir
+from bnjax.train import build, network, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
 from bnjax.train_step import init_variables
@@ -40,7 +40,7 @@ class Trained:
         """
         self.workdir = workdir
         self.config, self.data = rundir.read(workdir)
-        self.model: nn.Module = build.model(
+        self.model: nn.Module = network.model(
             self.config.model, len(self.data.classes), self.data.image_shape
         )
         if pairs := rundir.folded_pairs(workdir):

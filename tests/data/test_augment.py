@@ -47,12 +47,12 @@ def test_a_flip_is_the_image_or_its_mirror_with_probability_one_half():
 
 
 def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs():
-    flip = augment.alternating_flip(seed=3)
     order = np.random.default_rng(1).permutation(N)
 
-    def epoch(number, rows):
-        batch = {"image": IMAGE[rows], "index": rows, "epoch": np.full(N, number)}
-        found = np.asarray(applied(flip, batch, seed=number)["image"])
+    def epoch(number, rows, run=3):
+        about = {"index": rows, "epoch": np.full(N, number), "run": jax.random.key(run)}
+        batch = {"image": IMAGE[rows], **about}
+        found = np.asarray(applied(augment.alternating_flip, batch, seed=number)["image"])
         mirrored = (found == IMAGE[rows][:, :, ::-1]).all((1, 2, 3))
         assert (mirrored | (found == IMAGE[rows]).all((1, 2, 3))).all()
         return mirrored[np.argsort(rows)]
@@ -61,6 +61,7 @@ def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs():
     np.testing.assert_array_equal(first, ~second)
     np.testing.assert_array_equal(first, third)
     assert abs(first.mean() - 0.5) < 4 * 0.5 / N**0.5
+    assert 0.3 < (first == epoch(0, np.arange(N), run=4)).mean() < 0.7
 
 
 @pytest.mark.parametrize(("name", "mode"), [("translate", "reflect"), ("crop", "constant")])
@@ -126,3 +127,21 @@ def test_a_chain_applies_in_order_with_other_keys():
     assert 0 < mirrored.mean() < 1  # with one key for both nothing would be mirrored
     bright = augment.chain([augment.cutout(H * 3, fill=0.0), augment.brightness(0.1)])
     assert jnp.ptp(applied(bright)["image"], axis=(1, 2, 3)).max() < 1e-6
+
+
+def test_mixup_mixes_images_and_labels_by_one_share_and_leaves_padding_out():
+    image = np.eye(N, dtype=np.float32).reshape(N, N, 1, 1)  # says which images went into it
+    label, mask = np.arange(N) % 7, np.arange(N) < 390
+    batch = {"image": image, "label": label, "mask": mask}
+    found = jax.tree.map(np.asarray, applied(augment.mixup(0.4, 7), batch))
+    shares = found["image"].reshape(N, N)
+    np.testing.assert_allclose(shares.sum(1), 1, atol=1e-6)
+    assert ((shares > 0).sum(1) <= 2).all()
+    np.testing.assert_allclose(found["label"], shares @ np.eye(7)[label], atol=1e-6)
+    own = np.diag(shares)
+    assert (own[~mask] == 1).all()
+    assert (shares[:390, 390:] == 0).all()
+    # Of Beta(0.4, 0.4) the mean is 1/2 and the variance 1 / (4 * 1.8); about 1 in 40 met padding.
+    drawn = own[own < 1]
+    assert abs(drawn.mean() - 0.5) < 4 * (1 / 7.2 / len(drawn)) ** 0.5
+    assert abs(drawn.var() - 1 / 7.2) < 0.02

@@ -19,7 +19,7 @@ from strategies import JSON
 
 from bnjax import errors, main
 from bnjax.errors import UserError
-from bnjax.train import build, parsing, rundir
+from bnjax.train import build, network, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
@@ -125,7 +125,7 @@ def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
     (tmp_path / "config.json").write_text(json.dumps(content))
     try:
         config, facts = rundir.read(tmp_path)
-        build.model(config.model, len(facts.classes), facts.image_shape)
+        network.model(config.model, len(facts.classes), facts.image_shape)
     except UserError as error:
         assert str(error)
 

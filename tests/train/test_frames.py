@@ -6,7 +6,7 @@ import flax.linen as nn
 import pytest
 
 from bnjax import main
-from bnjax.train import build
+from bnjax.train import network
 
 
 class Reached(Exception):
@@ -24,7 +24,7 @@ class Raising(nn.Module):
 
 
 def test_at_most_six_functions_lie_between_the_command_and_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "ConvNet", lambda **options: Raising())
+    monkeypatch.setattr(network, "ConvNet", lambda **options: Raising())
     config = "configs/digits.py"
     words = ["train", "--config", config, "--workdir", str(tmp_path / "run")]
     with pytest.raises(Reached) as reached:

@@ -1,3 +1,6 @@
+import itertools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,6 +9,7 @@ from ml_collections import ConfigDict
 from bnjax.errors import ConfigError
 from bnjax.train import build
 from bnjax.train.config import default_config
+from bnjax.train.optimizer import optimizer
 
 
 @pytest.mark.parametrize(
@@ -25,8 +29,8 @@ def test_a_duration_is_given_once(steps, epochs):
 
 def test_adam_makes_its_published_first_and_second_step():
     """Kingma & Ba 2015, algorithm 1, by hand in float64."""
-    config = default_config().optimizer
-    tx = build.optimizer(config)
+    config = default_config()
+    tx = optimizer(config, 1)
     grads = [0.5, -0.2]
     params = jnp.array([1.0])
     state = tx.init(params)
@@ -40,9 +44,9 @@ def test_adam_makes_its_published_first_and_second_step():
 
 
 def test_sgd_with_momentum():
-    config = default_config().optimizer
-    config.name, config.learning_rate, config.momentum = "sgd", 0.1, 0.5
-    tx = build.optimizer(config)
+    config = default_config()
+    config.optimizer.update(name="sgd", learning_rate=0.1, momentum=0.5)
+    tx = optimizer(config, 1)
     params = jnp.array([1.0])
     state = tx.init(params)
     for _ in range(2):
@@ -63,7 +67,178 @@ def test_sgd_with_momentum():
     ],
 )
 def test_impossible_values_are_named(key, value):
-    config = default_config().optimizer
-    config[key] = value
+    config = default_config()
+    config.optimizer[key] = value
     with pytest.raises(ConfigError, match=f"optimizer.{key}"):
-        build.optimizer(config)
+        optimizer(config, 1)
+
+
+def made(steps=10, **options):
+    config = default_config()
+    config.train.batch_size = 8
+    for name, value in options.items():
+        section, _, key = name.rpartition("__")
+        config[section or "optimizer"][key or name] = value
+    return optimizer(config, steps)
+
+
+def walk(tx, params, grads):
+    """The parameters before each update and after the last."""
+    state, every = tx.init(params), [params]
+    for grad in grads:
+        updates, state = jax.jit(tx.update)(grad, state, every[-1])
+        every.append(jax.tree.map(jnp.add, every[-1], updates))
+    return every
+
+
+def rates(name, warmup=0.0, steps=10):
+    tx = made(steps, name="sgd", learning_rate=2.0, schedule=name, warmup=warmup)
+    return -np.diff([float(one) for one in walk(tx, jnp.zeros(()), [jnp.ones(())] * steps)])
+
+
+def test_schedules_have_the_values_of_their_formulas():
+    t = np.arange(10)
+    np.testing.assert_allclose(rates("constant"), 2.0, rtol=1e-5)
+    np.testing.assert_allclose(rates("linear"), 2 * (1 - t / 10), rtol=1e-5)
+    np.testing.assert_allclose(rates("cosine"), 1 + np.cos(np.pi * t / 10), rtol=1e-5)
+    up = np.linspace(0, 2, 5)[:4]
+    np.testing.assert_allclose(rates("constant", 0.4), [*up, *[2.0] * 6], atol=1e-5)
+    np.testing.assert_allclose(rates("linear", 0.4), [*up, *2 * (1 - t[:6] / 6)], atol=1e-5)
+    cosine = 1 + np.cos(np.pi * t[:6] / 6)
+    np.testing.assert_allclose(rates("cosine", 0.4), [*up, *cosine], atol=1e-5)
+
+
+def test_one_cycle_rises_from_a_25th_and_falls_to_almost_nothing_along_cosines():
+    """Smith & Topin, 2018, with the divisors of torch's OneCycleLR."""
+    t, found = np.arange(10), rates("one_cycle", 0.4)
+
+    def along(start, end, part):
+        return end + (start - end) * (1 + np.cos(np.pi * part)) / 2
+
+    wanted = [*along(2 / 25, 2, t[:4] / 4), *along(2, 2 / 25 / 1e4, (t[4:] - 4) / 6)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+
+
+PARAMS = {
+    "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
+    "norm": {"scale": jnp.ones(4), "bias": jnp.ones(4)},
+    "logits": {"kernel": jnp.ones((4, 3))},
+}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("decay", ["kernels", "all"])
+def test_decay_is_of_kernels_unless_all_is_asked_for(name, decay):
+    tx = made(name=name, learning_rate=0.5, weight_decay=0.1, decay=decay)
+    _, after = walk(tx, PARAMS, [jax.tree.map(jnp.zeros_like, PARAMS)])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+        wanted = 0.95 if decay == "all" or path[-1].key == "kernel" else 1.0
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-6)
+
+
+def test_rates_for_the_sum_of_the_losses_are_those_for_the_mean_times_the_batch():
+    grads = [jnp.array([0.5]), jnp.array([-2.0])]
+    of_sum = walk(
+        made(name="sgd", learning_rate=0.25, momentum=0.5, loss="sum"), jnp.ones(1), grads
+    )
+    of_mean = walk(made(name="sgd", learning_rate=2.0, momentum=0.5), jnp.ones(1), grads)
+    np.testing.assert_allclose(of_sum, of_mean, rtol=1e-6)
+
+
+def test_nesterov_momentum():
+    tx = made(name="sgd", learning_rate=0.1, momentum=0.5, nesterov=True)
+    found = walk(tx, jnp.ones(()), [jnp.ones(())] * 2)
+    np.testing.assert_allclose(found, [1, 1 - 0.15, 1 - 0.15 - 0.1 * (1 + 0.5 * 1.5)], rtol=1e-6)
+
+
+RNG = np.random.default_rng(0)
+SPEED = {
+    "whiten": {"kernel": jnp.ones((2, 2, 3, 24)), "bias": jnp.ones(24)},
+    "group0_conv0": {"kernel": jnp.asarray(RNG.normal(size=(3, 3, 4, 8)), jnp.float32)},
+    "group0_conv0_norm": {"bias": jnp.ones(8)},
+    "logits": {"kernel": jnp.ones((8, 3))},
+}
+
+
+def gradients(count):
+    return [
+        jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape), jnp.float32), SPEED)
+        for _ in range(count)
+    ]
+
+
+def test_the_step_of_muon_is_nearly_orthogonal():
+    """Three Newton-Schulz steps bring the singular values of any gradient near 1."""
+    tx = made(name="muon", learning_rate=1.0, momentum=0.6, muon__rescale_every=(100, 0))
+    for grad in gradients(3):
+        before, after = walk(tx, SPEED, [grad])
+        kernel = np.asarray(before["group0_conv0"]["kernel"], np.float64).reshape(-1, 8)
+        kernel *= np.sqrt(8) / np.linalg.norm(kernel)
+        step = after["group0_conv0"]["kernel"].reshape(-1, 8) - kernel
+        values = np.linalg.svd(step, compute_uv=False)
+        assert 0.5 < values.min() < values.max() < 1.3
+
+
+def test_muon_is_its_definition_in_float64():
+    """Momentum with Nesterov's look ahead, the polynomial, and the sphere, over three steps."""
+    tx = made(3, name="muon", learning_rate=0.2, momentum=0.6, schedule="linear")
+    grads = gradients(3)
+    found = walk(tx, SPEED, grads)[-1]["group0_conv0"]["kernel"]
+    p = np.asarray(SPEED["group0_conv0"]["kernel"], np.float64).reshape(-1, 8)
+    mean = np.zeros_like(p)
+    for t, grad in enumerate(grads):
+        g = np.asarray(grad["group0_conv0"]["kernel"], np.float64).reshape(-1, 8)
+        mean = 0.6 * mean + 0.4 * g
+        ahead = 0.6 * mean / (1 - 0.6 ** (t + 2)) + 0.4 * g / (1 - 0.6 ** (t + 1))
+        x = (ahead / np.linalg.norm(ahead)).T
+        for _ in range(3):
+            square = x @ x.T
+            x = 3.4576 * x + (-4.7391 * square + 2.0843 * square @ square) @ x
+        p = p * np.sqrt(8) / np.linalg.norm(p) - 0.2 * (1 - t / 3) * x.T
+    np.testing.assert_allclose(found.reshape(-1, 8), p, atol=1e-5)
+
+
+def test_kernels_are_rescaled_as_often_as_asked():
+    tx = made(12, name="muon", learning_rate=0.1, muon__rescale_every=(2, 3))
+    every = walk(tx, SPEED, gradients(12))
+    kernels = [one["group0_conv0"]["kernel"] for one in every]
+    # A step of orthogonal columns has the norm sqrt(8) * 0.1 or so: more than that is a rescaling.
+    steps = [float(jnp.linalg.norm(new - old)) for old, new in itertools.pairwise(kernels)]
+    due = [t for t in range(12) if t % (2 + int(3 * t / 12)) == 0]
+    assert due == [0, 2, 6, 8]
+    quiet = [step for t, step in enumerate(steps) if t not in due]
+    assert max(quiet) < 0.1 * np.sqrt(8) * 1.3
+    scaled = walk(
+        made(12, name="muon", learning_rate=1e-9, muon__rescale_every=(2, 3)), SPEED, gradients(1)
+    )
+    np.testing.assert_allclose(
+        jnp.linalg.norm(scaled[1]["group0_conv0"]["kernel"]), np.sqrt(8), rtol=1e-5
+    )
+
+
+def test_what_muon_leaves_to_sgd_has_rates_and_decay_of_its_own():
+    options = {"bias_rate": 0.1, "head_rate": 0.2, "momentum": 0.0, "whiten_steps": 2}
+    tx = made(
+        4,
+        name="muon",
+        schedule="linear",
+        weight_decay=0.01,
+        **{f"muon__{key}": value for key, value in options.items()},
+    )
+    every = walk(tx, SPEED, [jax.tree.map(jnp.ones_like, SPEED)] * 4)
+
+    def sgd(rate, steps):
+        value, values = 1.0, [1.0]
+        for t in range(4):
+            falling = rate * max(0, 1 - t / steps)
+            value -= falling * (1 + 0.01 / rate * value)
+            values.append(value)
+        return values
+
+    def values(layer, leaf):
+        return [float(one[layer][leaf].mean()) for one in every]
+
+    np.testing.assert_allclose(values("logits", "kernel"), sgd(0.2, 4), rtol=1e-5)
+    np.testing.assert_allclose(values("group0_conv0_norm", "bias"), sgd(0.1, 4), rtol=1e-5)
+    np.testing.assert_allclose(values("whiten", "bias"), sgd(0.1, 2), rtol=1e-5)
+    assert values("whiten", "kernel") == [1.0] * 5

@@ -11,7 +11,7 @@ import synthetic
 
 from bnjax.data.feed import host_feed, resident_feed
 from bnjax.errors import ConfigError
-from bnjax.train import build
+from bnjax.train import build, network
 from bnjax.train.loop import Stopped, train_and_evaluate
 from bnjax.train.parallel import spread
 from bnjax.train.records import read_lines
@@ -36,7 +36,7 @@ def config(norm="batch", virtual_batch=BATCH, micro_batches=1):
 def train(config, parallel, *, resident=False, seeds=1, batch=BATCH, steps=5):
     """States and evaluations of each seed after so many steps, as NumPy arrays."""
     experiment = build.experiment(config, DATA)
-    model = build.model(config.model, 3, (8, 8, 1), **parallel.norm_axes)
+    model = network.model(config.model, 3, (8, 8, 1), **parallel.norm_axes)
     experiment = dataclasses.replace(experiment, parallel=parallel, training_model=model)
     make = functools.partial(resident_feed, max_steps=steps) if resident else host_feed
     feed = make(DATA.train, batch, shuffle=True, part=experiment.part)

@@ -61,6 +61,22 @@ def test_the_images_of_a_split_go_through_the_network_once(split, images, batche
     assert found["accuracy"] == (logits.argmax(-1) == chosen.label).mean() == 1
 
 
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_logits_are_averaged_over_views_where_the_run_or_the_flag_says_so(by_flag):
+    data = synthetic.dataset(test=20)
+    trained = InMemory(Rows(lambda n: None), data)
+    trained.config.eval.views = 1 if by_flag else 6
+    found = of_split(trained, "test", views=6 if by_flag else None)
+    image = data.test.image.astype(np.float64) / 255
+    wide = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    views = [(image, 0.5), (wide[:, :-2, :-2], 0.25), (wide[:, 2:, 2:], 0.25)]  # mirrors are alike
+    logits = sum(weight * one[:, :5:2].mean((2, 3)) for one, weight in views)
+    score = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).max(-1)
+    np.testing.assert_allclose([row["score"] for row in found["predictions"]], score, rtol=1e-5)
+    assert found["views"] == 6
+    assert of_split(trained, "test", views=1)["loss"] != found["loss"]
+
+
 def test_a_run_on_data_that_stood_in_is_predicted_on_those(tmp_path):
     """The set that was asked for may be there by now; here it is damaged, so that reading fails."""
     config = synthetic.config(steps=1)

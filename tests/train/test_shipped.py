@@ -24,7 +24,7 @@ def test_a_config_and_a_claim_are_found_by_name_from_anywhere(tmp_path, monkeypa
 
 def test_what_is_nowhere_says_what_there_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no config file configs/bn\.py.*: bn, .*no_bn"):
+    with pytest.raises(UserError, match=r"no config file configs/bn\.py.*: airbench94, bn,"):
         find("configs/bn.py", "config")
     with pytest.raises(UserError, match=r"no claim file bn\..*five_times"):
         find("bn", "claim")

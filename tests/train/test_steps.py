@@ -109,9 +109,9 @@ def test_after_too_many_bad_steps_the_state_stays_what_the_first_of_them_met(
     label = DATA.train.label.copy()
     items = list(itertools.islice(usual.items(3, 0), STEPS))
     bad = range(2, 3 + max_skipped)  # the third step, and the one after it
-    label[np.concatenate([items[i]["rows"] for i in bad])] = 99  # no such class: the loss is NaN
+    label[np.concatenate([items[i]["index"] for i in bad])] = 99  # no such class: the loss is NaN
     spoilt = dataclasses.replace(usual, resident=(usual.resident[0], label))
-    good = [i for i in range(STEPS) if i in bad or not (label[items[i]["rows"]] == 99).any()]
+    good = [i for i in range(STEPS) if i in bad or not (label[items[i]["index"]] == 99).any()]
     assert good[:3] == [0, 1, 2], "the batches before have to be whole"
     steps = Steps(some, DATA, spoilt)
     leaves, metrics = take(steps, items, counts)

@@ -1,0 +1,155 @@
+"""The network of the fastest trainings on CIFAR-10: whitened patches, three groups, low momentum.
+
+K. Jordan, 94 % on CIFAR-10 in 3.29 seconds on a single GPU, 2024.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bnjax.arrays import Array, Images, Logits, Mask
+from bnjax.models.convnet import ACTIVATIONS, NormFactory
+from bnjax.models.pixels import standardised
+
+SIDE = 2  # of the whitened patches
+WHITENING_EPSILON = 5e-4
+
+# torch's default for convolutions and dense layers: uniform up to 1 / sqrt(fan in).
+UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class SpeedNet(nn.Module):
+    """Whitened 2x2 patches, then groups of two convolutions of which the first is pooled.
+
+    A group: 3x3 convolution, maximum of 2x2, norm, activation, 3x3 convolution, norm, activation.
+    Then the maximum of 3x3 and the logits, divided by the width. Convolutions after the first have
+    no bias, and begin with filters that pass a channel on (`dirac`). Returns logits, at least
+    float32 [n, classes], of images whose sides leave a pixel: 25 and above with three groups.
+
+    The filters of the first convolution are those of `whitening`, of the images that the network is
+    *initialised* with, and get no gradient: give `init_state` some thousand training images. Their
+    bias is trained.
+
+    Attributes:
+        norm: makes a norm layer, as for `bnjax.models.convnet.ConvNet`; None for no norm.
+        widths: of the groups.
+        activation: of the groups, a function of an array; after the whitening it is GELU.
+        classes: the number of logits.
+        mean, std: by which the pixels of each channel are standardised first; empty: as they come.
+        dtype: of convolutions and logits (that of the input if None); norms have their own.
+            Parameters are float32.
+    """
+
+    norm: NormFactory | None = None
+    widths: Sequence[int] = (64, 256, 256)
+    activation: Callable[[Array], Array] = ACTIVATIONS["gelu"]
+    classes: int = 10
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
+        full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
+
+        def activate(x: Array, name: str) -> Array:
+            if self.norm is not None:
+                norm = self.norm(name=f"{name}_norm")
+                x = norm(x, use_running_average=not train, mask=full_mask)
+            return self.activation(x)
+
+        x = standardised(x, self.mean, self.std)
+        x = ACTIVATIONS["gelu"](Whitening(dtype=self.dtype, name="whiten")(x))
+        for i, width in enumerate(self.widths):
+            convolve = functools.partial(
+                nn.Conv, width, (3, 3), use_bias=False, kernel_init=dirac, dtype=self.dtype
+            )
+            x = max_pool(convolve(name=f"group{i}_conv0")(x), 2)
+            x = activate(x, f"group{i}_conv0")
+            x = activate(convolve(name=f"group{i}_conv1")(x), f"group{i}_conv1")
+        x = max_pool(x, 3)
+        x = x.reshape(x.shape[0], -1)
+        head = nn.Dense(
+            self.classes, use_bias=False, kernel_init=unit, dtype=self.dtype, name="logits"
+        )
+        x = head(x) / self.widths[-1]
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Whitening(nn.Module):
+    """A 2x2 convolution with the filters of `whitening`, which are not trained, and a bias."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns [n, h - 1, w - 1, 8 c] of images [n, h, w, c]."""
+        kernel = self.param("kernel", lambda key: whitening(x))
+        bias = self.param("bias", nn.initializers.zeros, kernel.shape[-1:])
+        x, kernel, bias = nn.dtypes.promote_dtype(
+            x, jax.lax.stop_gradient(kernel), bias, dtype=self.dtype
+        )
+        patches = jax.lax.conv_general_dilated(
+            jnp.asarray(x), kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return patches + bias.reshape(1, 1, 1, -1)
+
+
+def whitening(images: Array) -> jax.Array:
+    """Returns filters [2, 2, c, 8 c] whose outputs over all patches have unit covariance.
+
+    They are the eigenvectors of the covariance of 2x2 patches, each divided by the root of its
+    eigenvalue, to which 5e-4 is added, and then their negatives.
+
+    Args:
+        images: float [n, h, w, c], standardised.
+    """
+    images = jnp.asarray(images, jnp.float32)
+    _, h, w, c = images.shape
+    views = [
+        images[:, i : h - SIDE + 1 + i, j : w - SIDE + 1 + j]
+        for i in range(SIDE)
+        for j in range(SIDE)
+    ]
+    patches = jnp.stack(views, -2).reshape(-1, SIDE * SIDE * c)
+    patches = patches - patches.mean(0, keepdims=True)
+    eigenvalues, eigenvectors = jnp.linalg.eigh(patches.T @ patches / len(patches))
+    filters = eigenvectors / jnp.sqrt(jnp.maximum(eigenvalues, 0) + WHITENING_EPSILON)[None]
+    return jnp.concatenate([filters, -filters], -1).reshape(SIDE, SIDE, c, -1)
+
+
+def dirac(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Returns a kernel [h, w, in, out] whose first filters each pass on a channel unchanged.
+
+    The other filters are drawn as torch draws them.
+    """
+    height, width, inputs, outputs = shape
+    passed = min(inputs, outputs)
+    kernel = UNIFORM(key, shape, dtype).at[..., :passed].set(0)
+    return kernel.at[height // 2, width // 2, :passed, :passed].set(jnp.eye(passed, dtype=dtype))
+
+
+def unit(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Returns a uniformly drawn kernel [in, out] with standard deviation 1."""
+    kernel = UNIFORM(key, shape, dtype)
+    return kernel / kernel.std(ddof=1)
+
+
+def max_pool(x: Array, side: int) -> Array:
+    """Returns the maximum of each square [n, h / side, w / side, c]; what is left over is cut off.
+
+    Its gradient takes less time than that of `flax.linen.max_pool` on a CPU. Pairs are compared:
+    the gradient of `jnp.max` looks for entries that equal the maximum, which XLA may compute once
+    more and round otherwise, and where none does any more that gradient is 0 / 0.
+    """
+    n, h, w, c = x.shape
+    rows, columns = h // side, w // side
+    x = x[:, : rows * side, : columns * side].reshape(n, rows, side, columns * side, c)
+    x = functools.reduce(jnp.maximum, [x[:, :, i] for i in range(side)])
+    x = x.reshape(n, rows, columns, side, c)
+    return functools.reduce(jnp.maximum, [x[:, :, :, i] for i in range(side)])

@@ -1,0 +1,39 @@
+"""94 % on CIFAR-10 in seconds, on an accelerator: the recipe of 2024, in float32 on a CPU.
+
+    python -m bnjax.main --config configs/airbench94.py
+
+Time: not measured.
+Expected: not measured.
+"""
+
+from bnjax.train.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        name="speednet",
+        filters=(64, 256, 256),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        whiten_images=5000,
+        activation="gelu",
+        momentum=0.6,
+        epsilon=1e-12,
+        scale=False,
+        dtype="auto",
+    )
+    config.augment.update(flip="alternating", translate=2)
+    config.optimizer.update(
+        name="muon",
+        learning_rate=0.24,
+        momentum=0.6,
+        schedule="linear",
+        loss="sum",
+        weight_decay=2e-6 * 2000,
+    )
+    config.muon.update(momentum=0.85, bias_rate=0.053, head_rate=0.67, whiten_steps=75)
+    config.train.update(epochs=8.0, steps=0, batch_size=2000, shuffle=True, label_smoothing=0.2)
+    config.eval.update(every_epochs=8.0, batch_size=2000, views=6)
+    config.eval.update(gap_images=0, histograms=0, pictures=0)
+    return config

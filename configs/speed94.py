@@ -1,0 +1,47 @@
+"""94 % on CIFAR-10 in seconds, on an accelerator: the recipe of 2025, in float32 on a CPU.
+
+    python -m bnjax.main --config configs/speed94.py
+
+Time: not measured.
+Expected: not measured.
+"""
+
+from bnjax.train.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        name="speednet",
+        filters=(64, 256, 256),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        whiten_images=960,
+        activation="silu",
+        momentum=0.5566,
+        epsilon=1e-12,
+        scale=False,
+        dtype="auto",
+    )
+    config.augment.update(flip="alternating", translate=2, brightness=0.1399, contrast=0.1308)
+    config.optimizer.update(
+        name="muon",
+        learning_rate=0.205,
+        momentum=0.655,
+        schedule="linear",
+        loss="sum",
+        weight_decay=1.0418e-6 * 1536,
+    )
+    config.muon.update(
+        momentum=0.825,
+        bias_rate=0.0573,
+        head_rate=0.5415,
+        whiten_steps=7,
+        rescale_every=(2, 15),
+    )
+    config.train.update(
+        steps=243, batch_size=1536, shuffle=True, label_smoothing=0.09, target_loss=0.5
+    )
+    config.eval.update(every_epochs=7.5, batch_size=2000, views=6, views_share=0.25)
+    config.eval.update(gap_images=0, histograms=0, pictures=0)
+    return config

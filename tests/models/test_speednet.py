@@ -1,0 +1,119 @@
+"""The network of the fast recipes against its definition, in NumPy's float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from bnjax.models.convnet import ACTIVATIONS
+from bnjax.models.speednet import SpeedNet, dirac, max_pool, unit, whitening
+from bnjax.norms import BatchNorm
+from bnjax.train_step import init_state, train_step
+
+MEAN, STD, WIDTHS = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), (9, 16)
+RNG = np.random.default_rng(0)
+# Neighbouring pixels alike, as in photographs.
+IMAGES = np.cumsum(RNG.normal(size=(64, 14, 15, 3)), 1).astype(np.float32) / 8
+LABEL = np.arange(64) % 10
+NORM = partial(BatchNorm, momentum=0.6, epsilon=1e-12, use_scale=False)
+MODEL = SpeedNet(norm=NORM, widths=WIDTHS, mean=MEAN, std=STD, activation=ACTIVATIONS["silu"])
+
+
+def patches(images, side):
+    """Every square of pixels as a row [n, h - side + 1, w - side + 1, side * side * c]."""
+    windows = np.lib.stride_tricks.sliding_window_view(images, (side, side), (1, 2))
+    return np.moveaxis(windows, 3, -1).reshape(*windows.shape[:3], -1)
+
+
+def test_the_outputs_of_the_whitening_filters_have_unit_covariance():
+    filters = np.asarray(whitening(IMAGES), np.float64)
+    assert filters.shape == (2, 2, 3, 24)
+    rows = patches(IMAGES.astype(np.float64), 2).reshape(-1, 12)
+    eigenvalues = np.linalg.eigvalsh(np.cov(rows.T, bias=True))
+    found = np.cov((rows @ filters.reshape(12, 24)[:, :12]).T, bias=True)
+    # What is added to the eigenvalues, 5e-4, leaves a little less than 1.
+    np.testing.assert_allclose(np.diag(found), eigenvalues / (eigenvalues + 5e-4), rtol=1e-3)
+    np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-3)
+    np.testing.assert_array_equal(filters[..., 12:], -filters[..., :12])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 7), (7, 4)])
+def test_the_first_filters_pass_a_channel_on_and_the_rest_are_as_torch_draws_them(inputs, outputs):
+    kernel = np.asarray(dirac(jax.random.key(0), (3, 3, inputs, outputs)))
+    passed = min(inputs, outputs)
+    x = RNG.normal(size=(2, 6, 5, inputs))
+    windows = patches(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3)
+    y = windows @ kernel.reshape(-1, outputs)
+    np.testing.assert_allclose(y[..., :passed], x[..., :passed], atol=1e-7)
+    large = np.asarray(dirac(jax.random.key(1), (3, 3, 4, 2000)))[..., 4:]
+    assert abs(large).max() <= 1 / 6
+    assert abs(large.std() - 1 / 6 / 3**0.5) < 0.002
+
+
+def test_the_head_starts_with_standard_deviation_1():
+    kernel = np.asarray(unit(jax.random.key(0), (256, 10)))
+    assert abs(kernel.std(ddof=1) - 1) < 1e-5
+
+
+def test_a_maximum_cuts_off_what_is_left_over():
+    x = RNG.normal(size=(2, 7, 9, 3))
+    found = max_pool(jnp.asarray(x), 3)
+    assert found.shape == (2, 2, 3, 3)
+    np.testing.assert_allclose(found[1, 1, 2], x[1, 3:6, 6:9].max((0, 1)), rtol=1e-6)
+
+
+def reference(params, stats, images):
+    """The logits in evaluation, from the definition."""
+
+    def pooled(x, side):
+        n, h, w, c = x.shape
+        x = x[:, : h // side * side, : w // side * side]
+        return x.reshape(n, h // side, side, w // side, side, c).max((2, 4))
+
+    def normed(x, name):
+        of, bias = stats[name], params[name]["bias"]
+        y = (x - of["mean"]) / np.sqrt(of["var"] + 1e-12) + bias
+        return y / (1 + np.exp(-y))
+
+    def convolved(x, name):
+        kernel = params[name]["kernel"]
+        wide = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return patches(wide, 3) @ kernel.reshape(-1, kernel.shape[-1])
+
+    x = (images - np.array(MEAN)) / np.array(STD)
+    whiten = params["whiten"]
+    x = patches(x, 2) @ whiten["kernel"].reshape(12, 24) + whiten["bias"]
+    x = x * (1 + erf(x / 2**0.5)) / 2
+    for i in range(len(WIDTHS)):
+        x = normed(pooled(convolved(x, f"group{i}_conv0"), 2), f"group{i}_conv0_norm")
+        x = normed(convolved(x, f"group{i}_conv1"), f"group{i}_conv1_norm")
+    x = pooled(x, 3).reshape(len(images), -1)
+    return x @ params["logits"]["kernel"] / WIDTHS[-1]
+
+
+def test_the_network_is_its_definition():
+    variables = MODEL.init(jax.random.key(0), IMAGES, train=False)
+    _, written = MODEL.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    params = jax.tree.map(lambda leaf: leaf + 0.1, variables["params"])  # biases are 0 at first
+    found = MODEL.apply({"params": params, **written}, IMAGES, train=False)
+    exact = jax.tree.map(np.float64, (params, written["batch_stats"]))
+    np.testing.assert_allclose(
+        found, reference(*exact, IMAGES.astype(np.float64)), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_the_whitening_is_of_the_images_of_init_and_is_not_trained():
+    import optax
+
+    tx = optax.sgd(0.1)
+    state, stats = init_state(MODEL, tx, jax.random.key(0), IMAGES)
+    standard = (IMAGES - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    kernel = state.params["whiten"]["kernel"]
+    np.testing.assert_allclose(abs(kernel), abs(whitening(standard)), rtol=1e-3, atol=1e-3)
+    batch = {"image": IMAGES, "label": LABEL}
+    after, _, _ = jax.jit(partial(train_step, model=MODEL, tx=tx))(state, stats, batch)
+    np.testing.assert_array_equal(after.params["whiten"]["kernel"], kernel)
+    assert (after.params["whiten"]["bias"][:9] != 0).all()  # those that the first group passes on

@@ -1,0 +1,105 @@
+"""Test-time augmentation against means taken by hand."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from bnjax.models.views import Views, averaged, seen
+from bnjax.train_step import eval_step, init_state, predict_step, train_step
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(12, 6, 5, 2)).astype(np.float32)
+LABEL = np.arange(12) % 3
+
+
+class Net(nn.Module):
+    """Has a norm, and takes left from right."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Conv(4, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+VARIABLES = Net().init(jax.random.key(0), IMAGES, train=False)
+
+
+def plain(images):
+    return np.asarray(Net().apply(VARIABLES, images, train=False))
+
+
+def by_hand(images, views):
+    wide = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    shown = {1: [(images, 1.0)], 2: [(images, 0.5), (images[:, :, ::-1], 0.5)]}
+    shown[6] = [(one, weight / 2) for one, weight in shown[2]]
+    for moved in (wide[:, :-2, :-2], wide[:, 2:, 2:]):
+        shown[6] += [(moved, 0.125), (moved[:, :, ::-1], 0.125)]
+    assert sum(weight for _, weight in shown[views]) == 1
+    return sum(weight * plain(one) for one, weight in shown[views])
+
+
+@pytest.mark.parametrize("views", [1, 2, 6])
+def test_logits_are_the_mean_over_the_views(views):
+    found = seen(Net(), views).apply(VARIABLES, IMAGES, train=False)
+    np.testing.assert_allclose(found, by_hand(IMAGES, views), atol=1e-5)
+
+
+def test_of_an_image_that_looks_the_same_in_every_view_the_answer_is_the_plain_one():
+    even = np.broadcast_to(RNG.normal(size=(12, 1, 1, 2)), IMAGES.shape).astype(np.float32)
+    found = Views(Net()).apply(VARIABLES, even, train=False)
+    np.testing.assert_allclose(found, plain(even), atol=1e-5)
+
+
+def test_only_the_least_certain_are_looked_at_again():
+    found = np.asarray(Views(Net(), 6, share=0.25).apply(VARIABLES, IMAGES, train=False))
+    certain = np.asarray(jax.nn.softmax(plain(IMAGES))).max(-1)
+    again = np.isin(np.arange(12), np.argsort(certain)[:3])
+    np.testing.assert_allclose(found[again], by_hand(IMAGES, 6)[again], atol=1e-5)
+    np.testing.assert_array_equal(found[~again], plain(IMAGES)[~again])
+
+
+class Masked(Net):
+    """The same, with a mask that it does not need."""
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        return Net.__call__(self, x, train=train)
+
+
+def test_padding_is_not_looked_at_again():
+    certain = np.asarray(jax.nn.softmax(plain(IMAGES))).max(-1)
+    mask = certain > np.sort(certain)[3]  # the least certain four are padding
+    found = np.asarray(Views(Masked(), 6, 0.25).apply(VARIABLES, IMAGES, train=False, mask=mask))
+    again = np.isin(np.arange(12), np.argsort(np.where(mask, certain, np.inf))[:3])
+    np.testing.assert_allclose(found[again], by_hand(IMAGES, 6)[again], atol=1e-5)
+    np.testing.assert_array_equal(found[~again], plain(IMAGES)[~again])
+
+
+def test_parameters_statistics_and_training_are_those_of_the_network():
+    import optax
+
+    tx, batch = optax.sgd(0.1), {"image": IMAGES, "label": LABEL}
+    results = []
+    for model in (Net(), Views(Net())):
+        state, stats = init_state(model, tx, jax.random.key(0), IMAGES)
+        results.append(jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch))
+    mine, its = ((state.params, stats, metrics) for state, stats, metrics in results)
+    jax.tree.map(np.testing.assert_array_equal, mine, its)
+
+
+def test_every_evaluation_takes_it():
+    batch, model = {"image": IMAGES, "label": LABEL}, Views(Net())
+    logits = by_hand(IMAGES, 6)
+    metrics = eval_step(VARIABLES["params"], VARIABLES["batch_stats"], batch, model=model)
+    assert int(metrics.correct) == (logits.argmax(-1) == LABEL).sum()
+    found = predict_step(VARIABLES["params"], VARIABLES["batch_stats"], IMAGES, model=model)
+    np.testing.assert_array_equal(found["class"], logits.argmax(-1))
+
+
+def test_another_number_of_views_is_refused():
+    with pytest.raises(ValueError, match="1, 2, 6"):
+        averaged(plain, IMAGES, 3)
