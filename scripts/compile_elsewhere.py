@@ -3,9 +3,12 @@
     pip install libtpu jax-cuda12-plugin jax-cuda12-pjrt    # these two in jaxlib's version
     python scripts/compile_elsewhere.py --chip T4 --chip v5e
 
-No CUDA is needed. The network is the tutorial's. Programs: `train_step` and `eval_step` as jax.jit
-compiles them, the batch divided among the devices; and on one device `loop`, up to 100 steps over
-images that lie there, which is what `bnjax.main` runs. Memory is that of one device.
+    python scripts/compile_elsewhere.py --chip v5e --devices 1 --config configs/speed94.py --seeds 8
+
+No CUDA is needed. The network is that of the config, the tutorial's if none is given. Programs:
+`train_step` and `eval_step` as jax.jit compiles them, the batch divided among the devices; and on
+one device `loop`, up to 100 steps over images that lie there, which is what `bnjax.main` runs, and
+`bnjax compare` with several seeds in one. Memory is that of one device.
 """
 
 import argparse
@@ -25,11 +28,11 @@ import numpy as np
 from hlo import arrays, bytes_of, operations
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
+from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset, Split
 from bnjax.data.feed import resident_feed
-from bnjax.train import build, network
-from bnjax.train.config import default_config
+from bnjax.train import build, network, parsing
 from bnjax.train.optimizer import optimizer
 from bnjax.train.steps import training_program
 from bnjax.train_step import eval_step, init_state, train_step
@@ -43,18 +46,19 @@ CALLBACK = re.compile(r'custom_call_target="[^"]*callback')
 HOST = ("infeed", "outfeed", "send", "recv")
 
 
-def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -> Compiled:
-    """Returns a program of the tutorial's network, for chips that need not be there.
+def compile_for(
+    config: ConfigDict, chip: Tpu | Gpu, count: int, name: str, seeds: int = 1
+) -> Compiled:
+    """Returns a program for chips that need not be there.
 
     Args:
+        config: of the training.
         chip: for which.
         count: of chips; the batch is divided among them.
         name: "train", "eval" or "loop".
-        dtype: "float32" or "bfloat16".
-        size: of a batch.
+        seeds: that the loop trains side by side.
     """
-    config = default_config()
-    config.model.dtype = dtype
+    size = config.train.batch_size
     model, tx = network.model(config.model, 10, IMAGE), optimizer(config, 1)
     mesh = Mesh(np.array(chip.devices(count)), ("data",), axis_types=(AxisType.Auto,))
 
@@ -77,14 +81,18 @@ def compile_for(chip: Tpu | Gpu, count: int, name: str, dtype: str, size: int) -
         images = np.zeros((EXAMPLES, *IMAGE), np.uint8)
         split = Split(images, np.zeros(EXAMPLES, np.int32))
         data = Dataset("cifar10", "cifar10", None, split, split, tuple("abcdefghij"))
-        config.train.batch_size = size
         feed = resident_feed(split, size, shuffle=False, max_steps=STEPS)
-        many = training_program(build.experiment(config, data), feed, 1)
+        many = training_program(build.experiment(config, data), feed, seeds)
         resident = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), feed.resident)
-        streak, taken = array((), np.int32), array((), np.int32)
-        rows = {"rows": array((STEPS, size), np.int32)}
+        side = (seeds,) if seeds > 1 else ()
+        state, stats = jax.tree.map(
+            lambda leaf: array((*side, *leaf.shape), leaf.dtype), (state, stats)
+        )
+        streak, taken = array(side, np.int32), array((), np.int32)
+        numbers = array((STEPS, *side, size), np.int32)
+        items = {"index": numbers, "epoch": numbers}
         loop = jax.jit(many, donate_argnums=(0, 1))
-        lowered = loop.lower(state, stats, streak, resident, rows, taken)
+        lowered = loop.lower(state, stats, streak, resident, items, taken)
     return lowered.compile(compiler_options=options_of(chip))
 
 
@@ -147,7 +155,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, action="append", help="repeat it for more (all)")
     parser.add_argument("--devices", type=int, help="so many chips (one, and several)")
-    parser.add_argument("--batch", type=int, default=5000)
+    parser.add_argument("--config", default="bn", help="file or name of the training (bn)")
+    parser.add_argument("--batch", type=int, help="images of a step (those of the config)")
+    parser.add_argument("--seeds", type=int, default=1, help="only the loop, over so many (1)")
     parser.add_argument("--json", action="store_true", help="all that is found, an object a line")
     parser.add_argument("--hlo", type=Path, metavar="DIR", help="also keep the programs there")
     args = parser.parse_args()
@@ -157,11 +167,15 @@ def main() -> None:
     for name in args.chip or CHIPS:
         chip = chip_of(name)
         counts = [args.devices] if args.devices else chip.counts
-        programs = [(count, program) for count in counts for program in PROGRAMS]
+        names = PROGRAMS if args.seeds == 1 else ("loop",)
+        programs = [(count, program) for count in counts for program in names]
         for (count, program), dtype in itertools.product(programs, DTYPES):
             if count > 1 and program == "loop":  # bnjax.main trains on one device
                 continue
-            compiled = compile_for(chip, count, program, dtype, args.batch)
+            config = parsing.load(args.config, [])
+            config.model.dtype = dtype
+            config.train.batch_size = args.batch or config.train.batch_size
+            compiled = compile_for(config, chip, count, program, args.seeds)
             case = {"chip": name, "devices": count, "program": program, "dtype": dtype}
             found = case | {"memory": chip.memory} | facts(compiled)
             print(json.dumps(found) if args.json else row(found), flush=True)

@@ -55,11 +55,11 @@ def compiled(tmp_path_factory, worker_id):
     return found
 
 
-def compile_for(chip, devices):
+def compile_for(chip, devices, *words):
     """Returns what the script prints; no simulated devices there."""
     own = {name for name in os.environ if name == "XLA_FLAGS" or name.startswith("JAX_")}
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--json", "--chip", chip, "--devices", str(devices)],
+        [sys.executable, SCRIPT, "--json", "--chip", chip, "--devices", str(devices), *words],
         env={name: value for name, value in os.environ.items() if name not in own},
         capture_output=True,
         text=True,
@@ -126,3 +126,20 @@ def test_products_are_of_the_dtype_and_by_the_library(compiled, chip, devices):
         multiplied = "bf16" if dtype == "bfloat16" and chip != "T4" else "f32"
         assert found["products"] == {multiplied: count}, (name, dtype)
         assert found["not_in_library"] == 0
+
+
+@pytest.mark.parametrize("chip", ["v5e", "A100"])
+def test_the_fast_recipe_over_several_seeds_is_one_program(chip):
+    """Augmentation, Muon and the batches of 4 trainings: nothing of it comes from the host."""
+    needs = "libtpu" if chip in TPUS else "jax_cuda12_plugin"
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed; {SCRIPT.name} says how to")
+    lines = compile_for(chip, 1, "--config", "configs/speed94.py", "--seeds", "4").splitlines()
+    for found in map(json.loads, lines):
+        assert found["program"] == "loop"
+        assert found["host_transfers"] == 0
+        assert found["loops"] >= 1
+        assert found["peak_bytes"] < found["memory"]
+    half = found["products"].get("bf16", 0)
+    # Six convolutions, forward and back, and the Newton-Schulz products, which are float32.
+    assert half >= 3 * 6

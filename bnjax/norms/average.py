@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from bnjax.arrays import Array
@@ -63,6 +64,15 @@ def blend(old: Array, new: Array, kept: Any) -> Array:
     return (kept * old + (1 - kept) * new).astype(jnp.promote_types(old.dtype, jnp.float32))
 
 
+def rounded(average: Array, dtype: Any) -> Array:
+    """Returns an average as it would be had it been stored in `dtype`, in the dtype that it has."""
+    if dtype is None or jnp.promote_types(average.dtype, dtype) == dtype:
+        return average
+    # XLA may leave out a cast there and back.
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(average, info.nexp, info.nmant)
+
+
 def updated_average(
     mean: Array,
     var: Array,
@@ -71,6 +81,7 @@ def updated_average(
     momentum: Momentum,
     debias: bool,
     variance: str,
+    dtype: Any = None,
     *,
     masked: bool,
 ) -> tuple[Array, Array, Any]:
@@ -81,6 +92,7 @@ def updated_average(
         count: int, the updates so far; of several layers at once, one for each; None if uncounted.
         batch: its moments, of which as many values as `mean` has.
         momentum, debias, variance: as for `BatchNorm`.
+        dtype: likewise, `average_dtype`.
         masked: whether a channel may have fewer than 2 values, and then keeps what it has.
     """
     kept = kept_fraction(momentum, debias, count, batch.mean.dtype)
@@ -92,7 +104,7 @@ def updated_average(
     enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape).reshape(mean.shape)
     averages = []
     for old, new in ((mean, batch.mean), (var, stored)):
-        updated = blend(old, new.reshape(old.shape), kept)
+        updated = rounded(blend(old, new.reshape(old.shape), kept), dtype)
         averages.append(jnp.where(enough, updated, old) if masked else updated)
     if count is not None:
         channels = tuple(range(jnp.ndim(count), mean.ndim))

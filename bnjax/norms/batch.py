@@ -40,6 +40,9 @@ class BatchNorm(nn.Module):
         variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1
             ("unbiased": PyTorch and TensorFlow's fused kernel). The batch is normalised by the
             biased one always.
+        average_dtype: what the averages are rounded to after each update, while they stay of the
+            dtype that they have; None: nothing. For studies of what goes wrong in bfloat16, where
+            a small step towards the batch is rounded away.
         debias: leaves the initial mean 0 and variance 1 out of the averages, so that they are right
             from the first update on.
         statistics: which ones normalise, "batch" or "running", whatever use_running_average says;
@@ -78,6 +81,7 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
     variance: str = "biased"
     debias: bool = False
+    average_dtype: Any = None
     statistics: str | None = None
     update_average: bool | None = None
     train_affine: bool = True
@@ -239,7 +243,15 @@ class BatchNorm(nn.Module):
         """Moves the running averages towards the batch, unless masking left fewer than 2 values."""
         counted = None if count is None else count.value
         old = (mean.value, var.value, counted)
-        new = updated_average(*old, batch, self.momentum, self.debias, self.variance, masked=masked)
+        new = updated_average(
+            *old,
+            batch,
+            self.momentum,
+            self.debias,
+            self.variance,
+            self.average_dtype,
+            masked=masked,
+        )
         mean.value, var.value, counted = new
         if count is not None:
             count.value = counted

@@ -41,6 +41,10 @@ from bnjax.train_step import (
 Norms = dict[tuple[str, ...], Any]
 
 
+# What `bnjax.norms.BatchNorm` may have otherwise than Flax's has it.
+CONVENTIONS = {"debias": False, "variance": "biased", "average_dtype": None}
+
+
 def accumulated_step(
     state: TrainState,
     batch_stats: BatchStats,
@@ -190,7 +194,7 @@ def _updated(batch_stats: BatchStats, found: _Found, norms: Norms) -> BatchStats
             given = merge_over(given, total_over(further))
         names = [(*path, name) for name in ("mean", "var", "count")]
         mean, var, count = (old.get(name) for name in names)
-        conventions = getattr(norm, "debias", False), getattr(norm, "variance", "biased")
+        conventions = [getattr(norm, name, default) for name, default in CONVENTIONS.items()]
         values = updated_average(mean, var, count, given, norm.momentum, *conventions, masked=True)
         leaves |= {name: leaf for name, leaf in zip(names, values, strict=True) if name in old}
     return unflatten_dict(leaves)

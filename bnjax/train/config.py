@@ -11,7 +11,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
-from bnjax.models.views import VIEWS
 from bnjax.train.allowed import (
     DURATION,
     FLAG,
@@ -98,7 +97,7 @@ KEYS = (
     Key(
         "eval.views",
         1,
-        Check("1, 2 or 6", lambda value: value in VIEWS),
+        Check("1, 2 or 6", lambda value: value in (1, 2, 6)),
         "the mean of how many views of each image is its logits: 2, with the mirror; 6, with both "
         "shifted by a pixel twice besides",
     ),

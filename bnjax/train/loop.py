@@ -1,7 +1,6 @@
 """Training with everything around it: `train_and_evaluate(config, workdir, dataset)`."""
 
 import contextlib
-import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
 from bnjax.train import build, hosts, rundir
 from bnjax.train.build import Experiment
+from bnjax.train.clock import Clock
 from bnjax.train.diagnostics import Observer
 from bnjax.train.hosts import Agreement
 from bnjax.train.interrupt import StopRequest
@@ -172,13 +172,15 @@ def _train(
     state, batch_stats = steps.join(states)
     del states  # their buffers are donated to the first step
     streak = steps.streak([run.skipped for run in runs])
-    clock, saved_at, agree = _Clock(), time.monotonic(), Agreement(experiment.parallel)
+    clock, saved_at, agree = Clock(), time.monotonic(), Agreement(experiment.parallel)
     # Fetched when the next steps have been dispatched: the device never waits.
     pending: tuple[int, list[tuple[Item, ...]], Metrics] | None = None
 
     def record(first: int, shipped: list[tuple[Item, ...]], metrics: Metrics) -> None:
         every = unstack(metrics, len(shipped), len(runs))  # waits until the steps are through
         seconds = clock.lap(len(shipped))
+        if first == runs[0].start + 1 and clock.compiling > 1:
+            progress.say(f"compiled in {clock.compiling:.0f} s, which the seconds leave out")
         for number, (of_runs, its_items) in enumerate(zip(every, shipped, strict=True), first):
             going_on = [i for i, run in enumerate(runs) if not run.ended]
             for i in going_on:
@@ -272,24 +274,3 @@ def _is_overdue(saved_at: float, experiment: Experiment) -> bool:
     """Returns whether the last checkpoint is as old as the config allows."""
     minutes = experiment.save_every_minutes
     return minutes is not None and time.monotonic() - saved_at > 60 * minutes
-
-
-class _Clock:
-    """Seconds spent training; what lies between the end of a step and `restart` does not count."""
-
-    def __init__(self) -> None:
-        self._seconds_per_step = math.inf
-        self.restart()
-
-    def restart(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self, steps: int) -> float:
-        """Ends the steps of one dispatch and returns the seconds that each took."""
-        now = time.perf_counter()
-        self._seconds_per_step, self._last = (now - self._last) / steps, now
-        return self._seconds_per_step
-
-    def steps_in(self, seconds: float) -> int:
-        """Returns how many steps take so long, at least 1; 1 before the first one is through."""
-        return max(1, int(seconds / self._seconds_per_step))

@@ -2,7 +2,6 @@
 
 import math
 
-from bnjax.models.convnet import ACTIVATIONS
 from bnjax.train.allowed import (
     DTYPE,
     FLAG,
@@ -97,6 +96,13 @@ MODEL_KEYS = (
         "variance",
     ),
     Key(
+        "model.average_dtype",
+        "float32",
+        DTYPE,
+        "what the running averages are rounded to after each step; bfloat16 is for studies",
+        "average_dtype",
+    ),
+    Key(
         "model.statistics_over",
         "global",
         Check(
@@ -113,7 +119,7 @@ MODEL_KEYS = (
     Key(
         "model.activation",
         "relu",
-        one_of(*ACTIVATIONS),
+        one_of("relu", "sigmoid", "tanh", "gelu", "silu"),
         "of each hidden layer; norm frn brings its own",
     ),
     Key("model.scale", True, FLAG, "whether norms learn a scale for each channel", "use_scale"),

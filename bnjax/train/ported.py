@@ -11,6 +11,8 @@ import numpy as np
 from bnjax.arrays import BatchStats, Params
 from bnjax.errors import UserError
 from bnjax.models.convnet import ConvNet
+from bnjax.models.resnet import TORCHVISION, ResNet
+from bnjax.models.speednet import SpeedNet
 from bnjax.stats import weights_file
 from bnjax.stats.conventions import STORED, convert_variance, norm_fields, our_fields
 from bnjax.stats.layers import NormLayer, norm_layers
@@ -49,7 +51,6 @@ def export_run(
         examples: of a training batch, to convert the stored variance; None: leave it.
     """
     shape, stats = trained.data.image_shape, trained.batch_stats
-    source = torch_source(_convnet(trained.model), shape)
     layers = _layers(trained.model, trained.params, stats, shape)
     if examples is not None:
         stats = convert_variance(stats, layers, examples, wanted=STORED[framework])
@@ -78,7 +79,11 @@ def export_run(
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         weights_file.write(probe, {"image": images, "logits": np.array(logits)}, {})
         said.append(f"{probe}: {PROBE_IMAGES} images and the logits of the network")
-    return "\n".join([*said, *(["", source] if framework == "torch" and table is None else [])])
+    if getattr(trained.model, "mean", ()):
+        said.append(f"before its first layer the network standardises pixels: {_pixels(trained)}")
+    if framework == "torch" and table is None and isinstance(trained.model, ConvNet):
+        said += ["", torch_source(trained.model, shape)]
+    return "\n".join(said)
 
 
 def import_run(
@@ -172,20 +177,26 @@ def import_run(
 
 def _table(model: Any, shape: tuple[int, int, int], file: Path | None) -> Table:
     """Returns the table that the user gives, with what the network knows of itself added."""
-    table = convnet_table(_convnet(model), shape)
+    if isinstance(model, ConvNet):
+        table = convnet_table(model, shape)
+    elif isinstance(model, ResNet):
+        table = Table(TORCHVISION)
+    elif isinstance(model, SpeedNet):
+        table = Table()
+    else:
+        raise UserError(
+            f"the run's network is {type(model).__name__}, which the command does not port: train "
+            "it unfolded. bnjax.stats.port has the functions for any linen model."
+        )
     if file is None:
         return table
     given = read_table(file)
     return Table(given.names, {**table.flattened, **given.flattened}, given.depthwise)
 
 
-def _convnet(model: Any) -> ConvNet:
-    if not isinstance(model, ConvNet):
-        raise UserError(
-            f"the run's network is {type(model).__name__}, and the command ports ConvNet only. "
-            "bnjax.stats.port has the functions for any linen model."
-        )
-    return model
+def _pixels(trained: Trained) -> str:
+    mean, std = (tuple(trained.config.model[key]) for key in ("mean", "std"))
+    return f"(x - {mean}) / {std} for each channel, white 1"
 
 
 def _layers(

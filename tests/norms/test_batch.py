@@ -549,3 +549,22 @@ def test_initialisation_needs_no_axis_and_no_second_example():
     BatchNorm(axis_name="nowhere").init(
         jax.random.key(0), np.ones((1, 3), np.float32), use_running_average=False
     )
+
+
+def test_averages_that_are_rounded_to_bfloat16_stand_still_where_a_step_is_too_small():
+    """As a framework has it that stores them so: NumPy, rounding after each update."""
+    norm, rng = BatchNorm(momentum=0.99, average_dtype=jnp.bfloat16), np.random.default_rng(0)
+    batches = [rng.normal(3, 1, (64, 4)).astype(np.float32) for _ in range(60)]
+    stats = stats_after(norm, batches)
+    exact = stats_after(BatchNorm(momentum=0.99), batches)
+    for name, of in (("mean", np.mean), ("var", np.var)):
+        average = np.full(4, float(name == "var"))
+        for batch in batches:
+            updated = 0.99 * average + 0.01 * of(batch.astype(np.float64), axis=0)
+            average = updated.astype(jnp.bfloat16).astype(np.float64)
+        assert stats[name].dtype == jnp.float32
+        # A number that lies between two of bfloat16 may be rounded the other way: one unit, 2**-8.
+        np.testing.assert_allclose(stats[name], average, rtol=3 * 2**-8)
+        np.testing.assert_array_equal(stats[name], stats[name].astype(jnp.bfloat16))
+    assert (abs(exact["mean"] - 3 * (1 - 0.99**60)) < 0.1).all()
+    assert (exact["mean"] != stats["mean"]).all()

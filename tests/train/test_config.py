@@ -11,6 +11,8 @@ from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError, DataError, UserError
 from bnjax.models.convnet import ACTIVATIONS, POOLS, Placement
 from bnjax.models.products import bfloat16_dot_general
+from bnjax.models.resnet import RESNETS
+from bnjax.models.views import VIEWS
 from bnjax.train import build, network, parsing
 from bnjax.train.config import KEYS, default_config
 
@@ -94,6 +96,9 @@ def test_the_names_in_the_table_are_those_that_there_are():
     words = {key.name: key.allowed.words.split(", ") for key in KEYS}
     assert words["model.norm"] == list(norms.NORMS)
     assert words["model.activation"] == list(ACTIVATIONS)
+    (views,) = (key.allowed for key in KEYS if key.name == "eval.views")
+    assert [*VIEWS] == [n for n in range(10) if views.holds(n)]
+    assert {*words["model.name"]} == {"convnet", "speednet", *RESNETS}
     assert words["model.pooling"] == ["none", *POOLS]
     assert words["model.placement"] == list(get_args(Placement))
     assert datasets.DIGITS in words["data.fallback"][0]

@@ -90,7 +90,7 @@ def speed(study: Study) -> Table:
         devices = {str(run.summary.get("device", "not known yet")) for run in siblings}
         rows.append([variant, _mean(seconds, 1), _mean(rates, 0), _list(sorted(devices))])
     caption = (
-        "Of training, the compilation in its first step included, evaluations and checkpoints not. "
+        "Of training, without compiling, evaluations and checkpoints. "
         "Images a second: the median step of each run, its first left out."
     )
     return Table("Time", ["variant", "seconds", "images a second", "device"], rows, caption)

@@ -1,0 +1,35 @@
+"""ResNet-18 for CIFAR-10 by the standard recipe: SGD, one cycle, crop, flip and cutout.
+
+    python -m bnjax.main --config configs/resnet18.py
+
+Time: not measured.
+Expected: not measured.
+"""
+
+from bnjax.train.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        name="resnet18",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        placement="before",
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype="auto",
+    )
+    config.augment.update(flip="random", crop=4, cutout=8)
+    config.optimizer.update(
+        name="sgd",
+        learning_rate=0.2,
+        momentum=0.9,
+        nesterov=True,
+        schedule="one_cycle",
+        warmup=0.3,
+        weight_decay=5e-4,
+    )
+    config.train.update(epochs=30.0, steps=0, batch_size=512, shuffle=True, label_smoothing=0.1)
+    config.eval.update(every_epochs=5.0)
+    return config

@@ -1,0 +1,134 @@
+"""A recipe beside a peer on the same data: accuracy, seconds and FLOP/s of both.
+
+    python scripts/bench_speed94.py --config configs/airbench94.py --data DIR
+    python scripts/bench_speed94.py --config airbench94 --data DIR --peer 'python peer.py'
+
+DIR has cifar-10-batches-bin. Each side trains in a process of its own, first bnjax and then the
+peer, a command that finds DIR in the variable DATA and the seed in SEED. The last line that it
+prints has to be an object with what is known of `accuracy`, `accuracy_views`, `seconds` (training
+without compiling and loading) and `images` (so many were trained on). FLOPs are those of bnjax's
+training step as XLA counts them; the product is a float32 one of 4096 x 4096 here and now.
+"""
+
+import argparse
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.train import build, parsing
+from bnjax.train.xla import compiler_options, prepare
+from bnjax.train_step import init_state, train_step
+
+SIDE = 4096
+
+
+def ours(args: argparse.Namespace, seed: int, workdir: Path) -> dict[str, Any]:
+    """Returns what `bnjax train` and `bnjax predict` say of one run."""
+    words = [f"--config.{word}" for word in (f"seed={seed}", f"data.dir={args.data}", *args.set)]
+    command = [sys.executable, "-m", "bnjax.main"]
+    run(command, "train", "--config", args.config, "--workdir", str(workdir), *words)
+    predict = ("predict", "--workdir", str(workdir), "--split", "test", "--json")
+    plain = json.loads(run(command, *predict, "--views", "1"))
+    summary = json.loads((workdir / "summary.json").read_text())
+    return {
+        "accuracy": plain["accuracy"],
+        "accuracy_views": summary["final_test"]["accuracy"],
+        "seconds": summary["seconds"],
+        "images": summary["steps"] * summary["batch_size"],
+    }
+
+
+def run(command: list[str], *words: str) -> str:
+    """Returns what a command prints.
+
+    Raises:
+        SystemExit: if it fails, with what it said.
+    """
+    done = subprocess.run([*command, *words], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join([*command, *words])} failed with {done.returncode}.")
+    return done.stdout
+
+
+def peer(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Returns what the peer's last line says."""
+    variables = {**os.environ, "DATA": args.data, "SEED": str(seed)}
+    done = subprocess.run(
+        shlex.split(args.peer), env=variables, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def flops_per_image(args: argparse.Namespace) -> float:
+    """Returns the floating-point operations of a training step, divided by its images."""
+    config = parsing.load(args.config, [f"--config.{word}" for word in args.set])
+    config.data.dir = args.data
+    made = build.experiment(config, build.dataset(config))
+    shape = (made.batch_size, 32, 32, 3)
+    batch = {
+        "image": jax.ShapeDtypeStruct(shape, np.uint8),
+        "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
+    }
+    untrained = functools.partial(init_state, made.model, made.tx)
+    states = jax.eval_shape(untrained, jax.random.key(0), batch["image"])
+    step = functools.partial(train_step, model=made.model, tx=made.tx)
+    cost = jax.jit(step).lower(*states, batch).cost_analysis() or {}
+    return float(cost["flops"]) / made.batch_size
+
+
+def product() -> float:
+    """Returns the FLOP/s of a large float32 product, the best of five."""
+    a = jnp.ones((SIDE, SIDE))
+    multiply = jax.jit(jnp.dot, compiler_options=compiler_options(SIDE))
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        jax.block_until_ready(multiply(a, a))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * SIDE**3 / min(seconds[1:])
+
+
+def main() -> None:
+    """Trains both sides with each seed and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="speed94", help="a file, or the name of one (speed94)")
+    parser.add_argument("--data", required=True, help="the folder with cifar-10-batches-bin")
+    parser.add_argument("--peer", help="a command that trains the same")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (1)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            rows.append(("bnjax", seed, ours(args, seed, Path(folder) / str(seed))))
+            if args.peer:
+                rows.append(("peer", seed, peer(args, seed)))
+    prepare()
+    each, best = flops_per_image(args), product()
+    print(f"{jax.devices()[0].device_kind}, product {best / 1e9:,.0f} GFLOP/s", end="")
+    print(f"; {each / 1e9:.2f} GFLOP an image of training")
+    print("| | seed | accuracy | over views | s | images/s | GFLOP/s | of the product |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, seed, found in rows:
+        rate = found["images"] / found["seconds"]
+        cells = (found.get("accuracy"), found.get("accuracy_views"))
+        shown = ("" if cell is None else f"{cell:.4f}" for cell in cells)
+        speed = f"{rate:,.0f} | {rate * each / 1e9:,.0f} | {rate * each / best:.2f}"
+        print(f"| {name} | {seed} | {' | '.join(shown)} | {found['seconds']:,.0f} | {speed} |")
+
+
+if __name__ == "__main__":
+    main()
