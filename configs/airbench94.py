@@ -30,6 +30,7 @@ def get_config():
         momentum=0.6,
         schedule="linear",
         loss="sum",
+        decay="all",
         weight_decay=2e-6 * 2000,
     )
     config.muon.update(momentum=0.85, bias_rate=0.053, head_rate=0.67, whiten_steps=75)

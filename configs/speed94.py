@@ -30,6 +30,7 @@ def get_config():
         momentum=0.655,
         schedule="linear",
         loss="sum",
+        decay="all",
         weight_decay=1.0418e-6 * 1536,
     )
     config.muon.update(

@@ -122,9 +122,10 @@ def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransforma
     """
     options, muon = config.optimizer, config.muon
     every, more = muon.rescale_every
+    all_decay = options.decay == "all"
 
-    def sgd(peak: float, steps: int) -> optax.GradientTransformation:
-        decay = options.weight_decay / peak  # per step, whatever the rate
+    def sgd(peak: float, steps: int, *, decays: bool) -> optax.GradientTransformation:
+        decay = options.weight_decay / peak if decays else 0.0  # per step, whatever the rate
         falling = schedule(options, peak, steps)
         return _sgd(falling, muon.momentum, True, decay, None)
 
@@ -146,10 +147,10 @@ def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransforma
                 optax.scale_by_learning_rate(rate),
                 rescale(every, more, steps),
             ),
-            "dense": sgd(muon.head_rate, steps),
-            "whitening": sgd(muon.bias_rate, muon.whiten_steps or steps),
+            "dense": sgd(muon.head_rate, steps, decays=True),
+            "whitening": sgd(muon.bias_rate, muon.whiten_steps or steps, decays=all_decay),
             "fixed": optax.set_to_zero(),
-            "other": sgd(muon.bias_rate, steps),
+            "other": sgd(muon.bias_rate, steps, decays=all_decay),
         },
         kinds,
     )

@@ -216,29 +216,32 @@ def test_kernels_are_rescaled_as_often_as_asked():
     )
 
 
-def test_what_muon_leaves_to_sgd_has_rates_and_decay_of_its_own():
+@pytest.mark.parametrize("decay", ["kernels", "all"])
+def test_what_muon_leaves_to_sgd_has_rates_and_decay_of_its_own(decay):
     options = {"bias_rate": 0.1, "head_rate": 0.2, "momentum": 0.0, "whiten_steps": 2}
     tx = made(
         4,
         name="muon",
         schedule="linear",
         weight_decay=0.01,
+        decay=decay,
         **{f"muon__{key}": value for key, value in options.items()},
     )
     every = walk(tx, SPEED, [jax.tree.map(jnp.ones_like, SPEED)] * 4)
 
-    def sgd(rate, steps):
+    def sgd(rate, steps, is_kernel=False):
         value, values = 1.0, [1.0]
+        shrinks = 0.01 / rate if is_kernel or decay == "all" else 0.0
         for t in range(4):
             falling = rate * max(0, 1 - t / steps)
-            value -= falling * (1 + 0.01 / rate * value)
+            value -= falling * (1 + shrinks * value)
             values.append(value)
         return values
 
     def values(layer, leaf):
         return [float(one[layer][leaf].mean()) for one in every]
 
-    np.testing.assert_allclose(values("logits", "kernel"), sgd(0.2, 4), rtol=1e-5)
+    np.testing.assert_allclose(values("logits", "kernel"), sgd(0.2, 4, is_kernel=True), rtol=1e-5)
     np.testing.assert_allclose(values("group0_conv0_norm", "bias"), sgd(0.1, 4), rtol=1e-5)
     np.testing.assert_allclose(values("whiten", "bias"), sgd(0.1, 2), rtol=1e-5)
     assert values("whiten", "kernel") == [1.0] * 5
