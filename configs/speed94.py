@@ -2,8 +2,11 @@
 
     python -m bnjax.main --config configs/speed94.py
 
-Time: not measured.
-Expected: not measured.
+Time: 15 minutes on two AVX-512 cores of an AMD EPYC, 415 images/s, compiling included. On an A100
+    the original takes 2 s; this config has not been on one.
+Expected: test accuracy 0.908 over six views of the least certain images, 0.897 over one view. One
+    run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG, quality 75, which costs four
+    points. The original has 0.940 on the official pixels.
 """
 
 from bnjax.train.config import default_config

@@ -118,7 +118,7 @@ def whitening(images: Array) -> jax.Array:
     ]
     patches = jnp.stack(views, -2).reshape(-1, SIDE * SIDE * c)
     patches = patches - patches.mean(0, keepdims=True)
-    eigenvalues, eigenvectors = jnp.linalg.eigh(patches.T @ patches / len(patches))
+    eigenvalues, eigenvectors = jnp.linalg.eigh(patches.T @ patches / patches.shape[0])
     filters = eigenvectors / jnp.sqrt(jnp.maximum(eigenvalues, 0) + WHITENING_EPSILON)[None]
     return jnp.concatenate([filters, -filters], -1).reshape(SIDE, SIDE, c, -1)
 

@@ -156,7 +156,8 @@ def check(config: ConfigDict) -> None:
     """
     check_values(config)
     checks.data(config.data)
-    network.model(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, 3))
+    channels = len(config.model.mean) or 3  # what the images have is not known yet
+    network.model(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, channels))
 
 
 def spread_over(config: ConfigDict) -> Parallel:
