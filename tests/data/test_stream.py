@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_digits
 import synthetic
 from PIL import Image
 from records_folder import picture, write_dataset, write_file, write_folder
@@ -405,25 +406,8 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
 
 
 def command(folder, workdir, workers):
-    flags = {
-        "data.name": "records",
-        "data.dir": folder,
-        "data.pipeline": "stream",
-        "data.workers": workers,
-        "train.batch_size": 100,
-        "train.steps": 20,
-        "train.epochs": 0.0,
-        "eval.every_steps": 20,
-        "eval.every_epochs": 0.0,
-        "checkpoint.every_steps": 5,
-        "model.filters": (4, 4, 4),
-        "model.dense": (8, 8),
-        "eval.histograms": 0,
-        "eval.pictures": 0,
-        "eval.gap_images": 0,
-    }
-    words = [f"--config.{key}={value}" for key, value in flags.items()]
-    config = Path(__file__).parents[2] / "configs" / "digits.py"
+    words = small_digits.steps(20, **small_digits.STREAMED, data__dir=folder, data__workers=workers)
+    config = small_digits.CONFIG
     start = [sys.executable, "-m", "bnjax.main", "--config", config, "--workdir", workdir]
     return subprocess.Popen([*start, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

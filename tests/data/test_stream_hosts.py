@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_digits
 from processes import losses, together
 from records_folder import write_dataset
 
@@ -21,23 +22,7 @@ pytestmark = [
 
 # Batches are cut from the same place of each epoch: rows 0 to 49 of a hundred are process 0's.
 IMAGES, BATCH, STEPS = 1400, 100, 200
-FLAGS = {
-    "data.name": "records",
-    "data.pipeline": "stream",
-    "train.shuffle": False,
-    "train.batch_size": BATCH,
-    "train.steps": STEPS,
-    "train.epochs": 0.0,
-    "eval.every_steps": 50,
-    "eval.every_epochs": 0.0,
-    "checkpoint.every_steps": 5,
-    "model.filters": (4, 4, 4),
-    "model.dense": (8, 8),
-    "eval.histograms": 0,
-    "eval.pictures": 0,
-    "eval.gap_images": 0,
-}
-WORDS = [f"--config.{key}={value}" for key, value in FLAGS.items()]
+WORDS = small_digits.steps(STEPS, 50, **small_digits.STREAMED, train__shuffle=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import outside
 import pytest
+import small_digits
 from PIL import Image
 
 from bnjax import main
@@ -22,25 +23,14 @@ from bnjax.errors import UserError
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward
 
-CONFIG = str(outside.ROOT / "configs" / "digits.py")
-SMALL = [
-    "--config.model.filters=2,2,2",
-    "--config.model.dense=4,4",
-    "--config.model.placement=before",
-    "--config.train.epochs=0",
-    "--config.eval.every_epochs=0",
-    "--config.train.steps=2",
-    "--config.eval.every_steps=2",
-    "--config.eval.histograms=0",
-    "--config.eval.pictures=0",
-]
+SMALL = [*small_digits.TINY, "--config.model.placement=before"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a small network that was trained for two steps."""
     workdir = tmp_path_factory.mktemp("runs") / "small"
-    assert main.main(["--config", CONFIG, "--workdir", str(workdir), *SMALL]) == 0
+    assert main.main(["--config", small_digits.CONFIG, "--workdir", str(workdir), *SMALL]) == 0
     return workdir
 
 

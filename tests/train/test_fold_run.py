@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from small_digits import CONFIG, TINY
 
 from bnjax import errors, main
 from bnjax.arrays import named_leaves
@@ -13,24 +13,12 @@ from bnjax.stats.fold import Folding, NormFold, fold
 from bnjax.train import fold_run
 from bnjax.train.trained import Trained
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "digits.py")
-SMALL = [
-    "--config.model.filters=2,2,2",
-    "--config.model.dense=4,4",
-    "--config.train.epochs=0",
-    "--config.eval.every_epochs=0",
-    "--config.train.steps=2",
-    "--config.eval.every_steps=2",
-    "--config.eval.histograms=0",
-    "--config.eval.pictures=0",
-]
-
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The folder of a small network that was trained for two steps."""
     workdir = tmp_path_factory.mktemp("runs") / "plain"
-    assert main.main(["--config", CONFIG, "--workdir", str(workdir), *SMALL]) == 0
+    assert main.main(["--config", CONFIG, "--workdir", str(workdir), *TINY]) == 0
     return workdir
 
 
@@ -70,7 +58,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(plain, bnjax):
 
 def test_a_folded_network_is_not_trained_any_further(plain, bnjax, tmp_path):
     bnjax("fold", "--workdir", plain, "--out", tmp_path / "folded")
-    code, _, err = bnjax("--config", CONFIG, "--workdir", tmp_path / "folded", *SMALL)
+    code, _, err = bnjax("--config", CONFIG, "--workdir", tmp_path / "folded", *TINY)
     assert code == 2
     assert "holds a folded network" in err
     (tmp_path / "folded" / "folded.json").write_text('{"pairs": [["conv0_norm"]]}')
