@@ -27,7 +27,7 @@ def _of_variant(mine: Sequence[Run], target: float) -> list[str]:
     times = runs.times(mine, "steps_to_loss", target)
     reached = f"{sum(times.reached)} of {len(mine)} runs got there in {max(times.values):g} steps"
     taken = [one.seconds[int(one.train.step[-1])] for one in mine if one.seconds]
-    seconds = f", in {intervals.mean(taken)} s of training" if taken else ""
+    seconds = f", in {intervals.mean(taken)} s of training a run" if taken else ""
     return [
         f"test accuracy {last} at the end, {best} at its best{seconds}",
         f"steps to training loss {target:g}: median {intervals.median(times)}; {reached}",
