@@ -42,7 +42,7 @@ Norms = dict[tuple[str, ...], Any]
 
 
 # What `bnjax.norms.BatchNorm` may have otherwise than Flax's has it.
-CONVENTIONS = {"debias": False, "variance": "biased", "average_dtype": None}
+CONVENTIONS: dict[str, Any] = {"debias": False, "variance": "biased", "average_dtype": None}
 
 
 def accumulated_step(

@@ -3,6 +3,8 @@
 Each check raises `ConfigError`, naming the key, the value and what is allowed.
 """
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from bnjax import norms
@@ -56,11 +58,11 @@ def data(config: ConfigDict) -> None:
 # The keys of `model` that only some networks have; all others are for every one.
 OWN_KEYS = {
     "convnet": (
-        "filters kernels strides pooling dense dropout norm_dense placement groups dense_product "
+        "filters kernels strides pooling dense dropout norm_dense placement dense_product "
         "weight_standardization"
     ),
     "speednet": "filters whiten_images mean std",
-    "resnet": "placement groups weight_standardization mean std",
+    "resnet": "placement weight_standardization mean std",
 }
 
 
@@ -80,6 +82,9 @@ def network(config: ConfigDict) -> None:
         raise ConfigError("model.norm", config.norm, "another norm with this model.name")
     if kind == "resnet" and config.placement == "after":
         raise ConfigError("model.placement", config.placement, "input or before in a ResNet")
+    if kind != "convnet":
+        first = 16 if config.name == "resnet20" else 64  # the others are multiples
+        _groups(config, config.filters if kind == "speednet" else (first,))
 
 
 def pixels(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
@@ -141,6 +146,10 @@ def norm(config: ConfigDict) -> None:
             "small for"
         )
         raise ConfigError("model.placement", config.placement, allowed)
+    _groups(config, widths)
+
+
+def _groups(config: ConfigDict, widths: Sequence[int]) -> None:
     if config.norm == "group" and any(width % config.groups for width in widths):
-        allowed = f"a number that divides the channels of every normalised layer: {widths}"
+        allowed = f"a number that divides the channels of every normalised layer: {tuple(widths)}"
         raise ConfigError("model.groups", config.groups, allowed)

@@ -27,6 +27,9 @@ SMALL = (
 )
 
 
+RESNET = ["model.name=resnet18", "model.filters=30,50,60", "model.whiten_images=5000"]
+
+
 def dataset():
     """Images [n, 16, 16, 3] whose class is where a bright band lies, alike from left and right."""
     rng = np.random.default_rng(0)
@@ -67,6 +70,7 @@ def test_a_small_copy_of_the_recipe_learns(tmp_path, name):
         (["model.dense=10"], "model.dense"),
         (["model.mean=0.5"], "model.mean"),
         (["model.norm=frn"], "model.norm"),
+        (["model.norm=group"], "model.groups"),
         (["model.filters=8,8,8,8"], "model.filters"),
         (["eval.views=3"], "eval.views"),
         (["eval.views_share=0"], "eval.views_share"),
@@ -74,6 +78,8 @@ def test_a_small_copy_of_the_recipe_learns(tmp_path, name):
         (["optimizer.schedule=step"], "optimizer.schedule"),
         (["augment.flip=always"], "augment.flip"),
         (["model.name=resnet18", "model.filters=8,12"], "model.filters"),
+        ([*RESNET, "model.placement=after"], "model.placement"),
+        ([*RESNET, "model.placement=before", "model.norm=group"], "model.groups"),
     ],
 )
 def test_what_cannot_be_is_a_config_error_that_names_its_key(words, key):
