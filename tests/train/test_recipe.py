@@ -49,7 +49,7 @@ def config(name="speed94", *more):
     return parsing.load(f"configs/{name}.py", words)
 
 
-@pytest.mark.parametrize("name", ["speed94", "airbench94"])
+@pytest.mark.parametrize("name", ["speed94", pytest.param("airbench94", marks=pytest.mark.slow)])
 def test_a_small_copy_of_the_recipe_learns(tmp_path, name):
     more = ("train.epochs=0",) if name == "airbench94" else ()
     summary = train_and_evaluate(config(name, *more), tmp_path, dataset())
