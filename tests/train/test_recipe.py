@@ -9,7 +9,9 @@ from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError
 from bnjax.train import build, parsing
 from bnjax.train.loop import train_and_evaluate
+from bnjax.train.predict import of_split
 from bnjax.train.records import read_metrics
+from bnjax.train.trained import Trained
 
 SMALL = (
     "model.filters=8,12",
@@ -50,7 +52,7 @@ def config(name="speed94", *more):
 
 
 @pytest.mark.parametrize("name", ["speed94", pytest.param("airbench94", marks=pytest.mark.slow)])
-def test_a_small_copy_of_the_recipe_learns(tmp_path, name):
+def test_a_small_copy_of_the_recipe_learns(tmp_path, name, monkeypatch):
     more = ("train.epochs=0",) if name == "airbench94" else ()
     summary = train_and_evaluate(config(name, *more), tmp_path, dataset())
     assert summary["final_test"]["accuracy"] > 0.9
@@ -61,6 +63,11 @@ def test_a_small_copy_of_the_recipe_learns(tmp_path, name):
     target = np.array([1 - smoothing * 2 / 3, smoothing / 3, smoothing / 3])
     assert min(losses) > -(target * np.log(target)).sum() - 1e-6
     assert losses[-1] < losses[0]
+    # What was evaluated over several views is predicted so, and one view is something else.
+    monkeypatch.setattr(Trained, "dataset", lambda self, data_dir: dataset())
+    views, one = (of_split(Trained(tmp_path, "last"), "test", views=n)["loss"] for n in (None, 1))
+    np.testing.assert_allclose(views, summary["final_test"]["loss"], rtol=1e-4)
+    assert abs(views - one) > 1e-4
 
 
 @pytest.mark.parametrize(
