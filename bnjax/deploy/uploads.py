@@ -158,8 +158,8 @@ def read_images(
     found = sum(pixels(file, name) for name, (_, file) in zip(names, files, strict=True))
     if found > limits.pixels:
         raise DataError(
-            f"The images have {found:,} pixels and may have {limits.pixels:,} together. The network "
-            f"takes {shape[1]}x{shape[0]}: fewer are enough."
+            f"The images have {found:,} pixels and may have {limits.pixels:,} together. Send "
+            f"smaller ones: the network takes {shape[1]}x{shape[0]}."
         )
     return [read_picture(file, name, shape) for name, (_, file) in zip(names, files, strict=True)]
 
