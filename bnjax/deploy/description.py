@@ -25,7 +25,7 @@ FOLDED = {"type": "object", "additionalProperties": TEXT}
 ERRORS = {
     "400": "The form or an image in it cannot be read.",
     "408": "The body did not come in time.",
-    "413": "The body is too large.",
+    "413": "The body is too large, or the images in it are.",
     "415": f"The body is not {TYPE}.",
     "503": "Too many requests wait.",
 }
@@ -101,7 +101,7 @@ def _predict(about: About, limits: Limits) -> dict[str, Any]:
                 "type": "array",
                 "minItems": 1,
                 "maxItems": limits.images,
-                "items": {"type": "string", "contentMediaType": "image/png"},
+                "items": {"type": "string", "contentMediaType": "application/octet-stream"},
                 "description": f"PNG or JPEG files, of {limits.pixels:,} pixels together; resized "
                 "to what the network takes.",
             },

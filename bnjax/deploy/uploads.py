@@ -12,7 +12,6 @@ from starlette.types import Message
 
 from bnjax.data.pictures import Picture, pixels, read_picture
 from bnjax.deploy.network import SIZES
-from bnjax.errors import DataError
 
 TYPE = "multipart/form-data"
 IMAGE = "image"  # the name of the fields that have files
@@ -152,14 +151,16 @@ def read_images(
     """Returns the images of open files with names, each resized to [h, w, c] = `shape`.
 
     Raises:
-        DataError: if one is no PNG or JPEG, is damaged, or they have too many pixels.
+        DataError: if one is no PNG or JPEG, or is damaged.
+        HTTPException: 413, if they have too many pixels.
     """
     names = [_short(name) or f"image {number}" for number, (name, _) in enumerate(files)]
     found = sum(pixels(file, name) for name, (_, file) in zip(names, files, strict=True))
     if found > limits.pixels:
-        raise DataError(
+        raise HTTPException(
+            413,
             f"The images have {found:,} pixels and may have {limits.pixels:,} together. Send "
-            f"smaller ones: the network takes {shape[1]}x{shape[0]}."
+            f"smaller ones: the network takes {shape[1]}x{shape[0]}.",
         )
     return [read_picture(file, name, shape) for name, (_, file) in zip(names, files, strict=True)]
 
