@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from bnjax.deploy.description import describe
 from bnjax.deploy.network import BATCH, NONE, STORED, Answer, Layer, Network
-from bnjax.deploy.uploads import Limits, counted, drain, read_form, read_images
+from bnjax.deploy.uploads import Body, Limits, read_form, read_images
 from bnjax.deploy.worker import Busy, Worker
 from bnjax.errors import DataError
 from bnjax.train.predict import rows
@@ -74,24 +74,26 @@ class _Api:
         return JSONResponse(self._description, headers=HEADERS)
 
     async def predict(self, request: Request) -> Response:
+        body = Body(request, self._limits)
         try:
             with self._worker.place():
-                return await self._predict(request)
+                return await self._predict(body)
         except Busy:
-            await drain(request, self._limits)
-            raise HTTPException(
+            error = HTTPException(
                 503,
                 f"{self._limits.waiting} requests wait already. Send this one again after "
                 f"{RETRY_AFTER} second.",
                 {"Retry-After": RETRY_AFTER},
-            ) from None
-        except HTTPException:
-            await drain(request, self._limits)
-            raise
+            )
+        except HTTPException as refusal:
+            error = refusal
+        if not await body.drop():  # what is still to come is not waited for
+            error.headers = {**(error.headers or {}), "Connection": "close"}
+        raise error
 
-    async def _predict(self, request: Request) -> Response:
+    async def _predict(self, body: Body) -> Response:
         choices = {"statistics": (STORED, BATCH, NONE), LAYERS: (NO, YES)}
-        request = counted(request, self._limits)
+        request = body.counted()
         try:
             form = await read_form(request, self._limits, choices)
             statistics = form.choices["statistics"]

@@ -1,6 +1,7 @@
 """What a form brings: images within limits, read as a stream, and choices."""
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -16,6 +17,7 @@ from bnjax.deploy.network import SIZES
 TYPE = "multipart/form-data"
 IMAGE = "image"  # the name of the fields that have files
 MAX_NAME = 100  # characters of a file's name that are repeated
+DROP_SECONDS = 2.0
 MAX_FIELD = 1024  # bytes of what is no file
 
 
@@ -50,7 +52,7 @@ async def read_form(request: Request, limits: Limits, choices: Mapping[str, Sequ
     """Returns the form of a request; whoever calls closes `request`.
 
     Args:
-        request: of the type multipart/form-data; made with `counted`.
+        request: of the type multipart/form-data; from `Body`.
         limits: that it has to be within.
         choices: the other fields that there may be, and their values, the default first.
 
@@ -100,49 +102,62 @@ async def read_form(request: Request, limits: Limits, choices: Mapping[str, Sequ
     return Form(files, {name: values[0] for name, values in choices.items()} | chosen)
 
 
-def counted(request: Request, limits: Limits) -> Request:
-    """Returns the same request, of whose body no more is read than may come.
+class Body:
+    """The body of a request, of which no more is read than may come."""
 
-    Raises:
-        HTTPException: 413 or 415, at once if its headers say it, or else when the body is read.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != TYPE:
-        raise HTTPException(
-            415, f"The body has to be {TYPE}, which curl -F {IMAGE}=@photo.png sends."
-        )
-    too_large = HTTPException(
-        413, f"The body has more than {limits.bytes:,} bytes. Send fewer or smaller images."
-    )
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limits.bytes:
-        raise too_large
-    received = 0
+    def __init__(self, request: Request, limits: Limits):
+        """Wraps a request whose body nobody has read."""
+        self._request, self._limits = request, limits
+        self._received, self._ended = 0, False
 
-    async def receive() -> Message:
-        nonlocal received
-        message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > limits.bytes:
-            raise too_large
+    def counted(self) -> Request:
+        """Returns the same request, whose body may be read.
+
+        Raises:
+            HTTPException: 413 or 415, at once if its headers say it, or else when it is read.
+        """
+        headers = self._request.headers
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != TYPE:
+            raise HTTPException(
+                415, f"The body has to be {TYPE}, which curl -F {IMAGE}=@photo.png sends."
+            )
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._limits.bytes:
+            raise self._too_large()
+        return Request(self._request.scope, self._receive)
+
+    async def drop(self) -> bool:
+        """Reads on for a while and keeps nothing, so that who sends gets to read the answer.
+
+        Returns whether the body has come to its end.
+        """
+        if "expect" in self._request.headers:  # waits to be asked for the body
+            return self._ended
+        most = self._received + self._limits.bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(self._limits.seconds, DROP_SECONDS)):
+                while not self._ended and self._received < most:
+                    await self._next()
+        return self._ended
+
+    async def _receive(self) -> Message:
+        message = await self._next()
+        if self._received > self._limits.bytes:
+            raise self._too_large()
         return message
 
-    return Request(request.scope, receive)
+    async def _next(self) -> Message:
+        message = await self._request.receive()
+        self._received += len(message.get("body", b""))
+        self._ended = not message.get("more_body", False)
+        return message
 
-
-async def drain(request: Request, limits: Limits) -> None:
-    """Reads on for a while and drops it, so that who sends gets to read why it is refused."""
-    if "expect" in request.headers:  # waits to be asked for the body
-        return
-    left, more = limits.bytes, True
-    try:
-        async with asyncio.timeout(min(limits.seconds, 2)):
-            while more and left > 0:
-                message = await request.receive()
-                left -= len(message.get("body", b""))
-                more = message.get("more_body", False)
-    except TimeoutError:
-        pass
+    def _too_large(self) -> HTTPException:
+        return HTTPException(
+            413,
+            f"The body has more than {self._limits.bytes:,} bytes. Send fewer or smaller images.",
+        )
 
 
 def read_images(
