@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import queue
 import re
 import socket
 import sys
@@ -228,33 +229,28 @@ def test_other_methods_are_405(stub, path, method):
 
 
 def test_requests_beyond_the_queue_are_sent_away():
-    started, go = threading.Semaphore(0), threading.Event()
+    go, answers, image = threading.Event(), queue.Queue(), png(noise(1)[0])
 
     class Slow(Stub):
         def predict(self, images, statistics):
-            started.release()
             assert go.wait(60)
             return super().predict(images, statistics)
 
-    image, answers = png(noise(1)[0]), []
     with server(Slow(), waiting=2) as url:
         clients = [
-            threading.Thread(target=lambda: answers.append(post(url, [image]))) for _ in range(3)
+            threading.Thread(target=lambda: answers.put(post(url, [image]))) for _ in range(5)
         ]
         for client in clients:
             client.start()
-        assert started.acquire(timeout=60)
-        while True:  # until all three have a place
-            found = post(url, [b"no image, and not read either"])
-            if found.status_code == 503:
-                break
-        assert found.headers["retry-after"] == "1"
-        assert "2 requests wait already" in refused(found, 503)
+        for _ in range(2):  # of five, one is computed, and two wait
+            away = answers.get(timeout=60)
+            assert away.headers["retry-after"] == "1"
+            assert "2 requests wait already" in refused(away, 503)
         assert requests.get(f"{url}/model", timeout=60).status_code == 200
         go.set()
         for client in clients:
             client.join()
-        assert [answer.status_code for answer in answers] == [200] * 3
+        assert [answers.get(timeout=60).status_code for _ in range(3)] == [200] * 3
         assert post(url, [image]).status_code == 200
 
 
