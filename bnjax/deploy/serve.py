@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from bnjax.deploy.uploads import Limits
     from bnjax.train.xla import prepare
 
+    # Which character of a form is wrong is nothing that whoever runs the server can act on.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     # Before the network is loaded: so who cannot have the port hears it at once.
     with listen(args.host, args.port) as listener:
         prepare()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import requests
 import schemathesis
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from schemathesis import GenerationMode
@@ -54,6 +54,8 @@ def answers(url, mode, examples):
     @settings(CHECKED, max_examples=examples)
     @given(requests_)
     def send(case):
+        # An empty list is sent as no field at all, which is right.
+        assume(mode == GenerationMode.POSITIVE or [] not in dict(case.body or {}).values())
         response = case.call(session=session)
         found[response.status_code] += 1
         case.validate_response(response)  # status, type, headers and schema are as described
@@ -90,7 +92,7 @@ def raw(url, examples):
     part = st.sampled_from([
         b"--x\r\n", b"--x--\r\n", b"\r\n", b"\r\n\r\n", b"\x00", b"--", b"x", b"=", b";", b"\xff",
         b"Content-Disposition: form-data", b'; name="image"', b'; filename="a.png"', b"; name=",
-        b"Content-Type: image/png\r\n", b": ", b'; name="statistics"', b"stored", b"filename*=utf-8",
+        b"Content-Type: image/png\r\n", b": ", b'; name="statistics"', b"stored", b"filename*=u",
         png(noise(1)[0]),
     ])  # fmt: skip
     kinds = st.sampled_from(["; boundary=x", ";boundary=", "", '; boundary="', "; boundary=\xe9"])
@@ -132,13 +134,13 @@ def test_bodies_that_are_hardly_forms_are_refused(url):
 @pytest.mark.slow
 def test_ten_thousand_requests_and_no_error_of_ours(url, capsys):
     found = {
-        "as described": answers(url, GenerationMode.POSITIVE, 4_000),
-        "not as described": answers(url, GenerationMode.NEGATIVE, 2_000),
-        "damaged images": damaged(url, 2_500),
-        "hardly forms": raw(url, 1_500),
+        "as described": answers(url, GenerationMode.POSITIVE, 2_600),
+        "not as described": answers(url, GenerationMode.NEGATIVE, 1_600),
+        "damaged images": damaged(url, 3_500),
+        "hardly forms": raw(url, 2_500),
     }
     with capsys.disabled():
         print("\n", {name: dict(counts) for name, counts in found.items()})
     total = sum(found.values(), collections.Counter())
-    assert total.total() >= 10_000 * 0.95  # a strategy may have fewer than it is asked for
+    assert total.total() >= 10_000
     assert max(total) < 500
