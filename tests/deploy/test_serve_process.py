@@ -81,8 +81,8 @@ def test_a_run_and_its_export_are_served(run, tmp_path, capsys):
 
 
 def test_two_hundred_clients_and_memory_stays(run, capsys):
-    """Each sends megabytes: were they all held, memory would grow by more than a gigabyte."""
-    clients, rounds, found = 200, 5, collections.Counter()
+    """Every fourth sends 6.7 MB at a time: were they held, memory would grow by 335 MB."""
+    clients, rounds, found = 200, 3, collections.Counter()
     heavy = png(noise(1, shape=(1_500, 1_500, 3))[0])
     assert len(heavy) > 6_000_000
     light = png(noise(1, shape=SHAPE)[0])
@@ -91,7 +91,7 @@ def test_two_hundred_clients_and_memory_stays(run, capsys):
         """Asks until it is answered, as it is told to."""
         with requests.Session() as session:
             for one in range(rounds):
-                content = heavy if (number + one) % 10 == 0 else light
+                content = heavy if (number + one) % 4 == 0 else light
                 while True:
                     files = {"image": ("a.png", content)}
                     answer = session.post(f"{url}/predict", files=files, timeout=120)
@@ -109,7 +109,7 @@ def test_two_hundred_clients_and_memory_stays(run, capsys):
 
     with served("--workdir", run) as (process, url):
         memory = psutil.Process(process.pid)
-        for number in range(20):  # every program, and all that is allocated once
+        for number in range(20):  # all that is allocated once
             post(url, [heavy if number % 2 else light])
         before, peak, over = memory.memory_info().rss, 0, threading.Event()
 
@@ -135,8 +135,9 @@ def test_two_hundred_clients_and_memory_stays(run, capsys):
     assert {*found} <= {200, 503}
     assert found[200] == 3 * clients * rounds
     assert found[503]
-    # 17 places of at most 8 MB, of which 1 MB is in memory and the rest in a file, and an image.
-    assert peak < before + 200e6
+    # 17 places, of each 1 MB in memory and what is more in a file, and one image of 6.75 MB, which
+    # is of floats while it is resized.
+    assert peak < before + 100e6
     assert after[-1] < after[0] + 20e6
 
 

@@ -55,7 +55,7 @@ def answers(url, mode, examples):
     @given(requests_)
     def send(case):
         # An empty list is sent as no field at all, which is right.
-        assume(mode == GenerationMode.POSITIVE or [] not in dict(case.body or {}).values())
+        assume(not isinstance(case.body, dict) or [] not in case.body.values())
         response = case.call(session=session)
         found[response.status_code] += 1
         case.validate_response(response)  # status, type, headers and schema are as described
