@@ -93,12 +93,10 @@ class RunNetwork:
             train=False,
         )
         self._paths = [layer.path for layer in layers]
-        stats = {STORED: trained.batch_stats, NONE: no_statistics(trained.batch_stats)}
+        params, stored = jax.device_put((trained.params, trained.batch_stats))
         # "batch" takes nothing from them but their shapes.
-        self._variables = jax.device_put(
-            {name: (trained.params, stats[name]) for name in (STORED, NONE)}
-        )
-        self._variables[BATCH] = self._variables[STORED]
+        stats = {STORED: stored, BATCH: stored, NONE: no_statistics(stored)}
+        self._variables = {name: (params, one) for name, one in stats.items()}
         self.stored = [_layer(path, _at(trained.batch_stats, path)) for path in self._paths]
         modes: tuple[Mode, ...] = ("running", "batch") if layers else ("running",)
         wanted = [(mode, size) for mode in modes for size in SIZES]

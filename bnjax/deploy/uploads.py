@@ -134,7 +134,7 @@ class Body:
         """
         if "expect" in self._request.headers:  # waits to be asked for the body
             return self._ended
-        most = self._received + self._limits.bytes
+        most = self._received + 2 * self._limits.bytes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(self._limits.seconds, DROP_SECONDS)):
                 while not self._ended and self._received < most:

@@ -9,6 +9,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from served import CLASSES, SHAPE, Stub, noise, png, post, scores, server, small
 from bnjax import main
 from bnjax.deploy import serve
 from bnjax.deploy.exported import Exported
-from bnjax.deploy.network import SIZES, ExportedNetwork
+from bnjax.deploy.network import ExportedNetwork, RunNetwork
 from bnjax.errors import UserError
 
 SMALL = {"bytes": 20_000, "pixels": 5_000, "images": 4}
@@ -92,6 +93,26 @@ def test_one_image_is_no_batch_for_a_norm_over_no_positions(url):
     assert one["note"].startswith("dense_norm got one value a channel")
     assert one["predictions"][0]["scores"] == other["predictions"][0]["scores"]
     assert "note" not in post(url, map(png, noise(2)), statistics="batch").json()
+
+
+def test_a_network_without_batch_norms_is_served():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            return nn.Dense(len(CLASSES), name="logits")(nn.LayerNorm()(x).mean((1, 2)))
+
+    network, image = trained(), noise(1)
+    network.model = Plain()
+    variables = network.model.init(jax.random.key(0), image / np.float32(255), train=False)
+    network.params, network.batch_stats = variables["params"], {}
+    logits = network.model.apply(variables, image / np.float32(255), train=False)
+    with server(RunNetwork(network)) as url:
+        (row,) = post(url, map(png, image), layers="yes").json()["predictions"]
+        assert "no batch norm" in refused(post(url, map(png, image), statistics="batch"), 400)
+        assert requests.get(f"{url}/statistics", timeout=60).json()["layers"] == []
+        assert requests.get(f"{url}/model", timeout=60).json()["statistics"] == ["stored"]
+    powers = np.exp(np.asarray(logits, np.float64))[0]
+    assert [*row["scores"].values()] == pytest.approx([*powers / powers.sum()], abs=1e-5)
 
 
 def test_what_the_network_is(url):
@@ -297,10 +318,6 @@ def test_an_exported_network_has_its_stored_statistics():
     )
     assert kept["layers"] == [{"name": "a.n", "mean": [1, 1], "var": [3, 3]}]
     assert kept["folded"] == {"b_norm": "b"}
-
-
-def test_every_number_of_images_has_a_program():
-    assert SIZES[-1] == 32
 
 
 def test_a_port_that_is_taken_is_said():
