@@ -9,7 +9,7 @@ from typing import Any
 
 from bnjax import clinic, errors
 from bnjax.deploy import command as export
-from bnjax.deploy import predict
+from bnjax.deploy import predict, serve
 
 MAX_SEEDS = 100_000  # each is a run
 
@@ -118,6 +118,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": report,
     **clinic.COMMANDS,
     "export": export.run,
+    "serve": serve.run,
 }
 
 
@@ -219,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     clinic.add_commands(command)
     export.add(command)
+    serve.add(command)
     return parser
 
 

@@ -1,8 +1,11 @@
 """Files of images, PNG, JPEG or .npy, as a network wants them."""
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,7 +30,7 @@ def read_pictures(path: Path, shape: tuple[int, int, int]) -> list[Picture]:
     Raises:
         DataError: naming the file, if it is missing, damaged, or not an image.
     """
-    try:
+    with _damage_named(str(path)):
         arrays = (
             _read_npy(path)
             if path.suffix.lower() == ".npy"
@@ -35,11 +38,37 @@ def read_pictures(path: Path, shape: tuple[int, int, int]) -> list[Picture]:
         )
         names = [str(path)] if len(arrays) == 1 else [f"{path}[{i}]" for i in range(len(arrays))]
         return [_fit(name, array, shape) for name, array in zip(names, arrays, strict=True)]
+
+
+def read_picture(file: BinaryIO, name: str, shape: tuple[int, int, int]) -> Picture:
+    """Returns the image of an open PNG or JPEG file, resized to [h, w, c] = `shape`.
+
+    Raises:
+        DataError: with that name, as `read_pictures` does.
+    """
+    with _damage_named(name):
+        return _fit(name, _read_image(file, channels=shape[2]), shape)
+
+
+def pixels(file: BinaryIO, name: str) -> int:
+    """Returns how many pixels such a file says that it has, of which none is decoded.
+
+    Raises:
+        DataError: likewise.
+    """
+    with _damage_named(name), _opened(file) as image:
+        return image.width * image.height
+
+
+@contextlib.contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # Pillow and NumPy raise a dozen types for damage
         reason = (
             getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         )
-        raise DataError(f"{path} cannot be read as an image: {reason.rstrip('.')}.") from error
+        raise DataError(f"{name} cannot be read as an image: {reason.rstrip('.')}.") from error
 
 
 def eight_bits(image: Image.Image, channels: int) -> Image.Image:
@@ -55,18 +84,24 @@ def eight_bits(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _read_image(path: Path, channels: int) -> np.ndarray:
+def _read_image(file: Path | BinaryIO, channels: int) -> np.ndarray:
+    with _opened(file) as image:
+        return np.asarray(eight_bits(image, channels))
+
+
+@contextlib.contextmanager
+def _opened(file: Path | BinaryIO) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of oddities that Pillow reads over
         warnings.simplefilter(
             "error", Image.DecompressionBombWarning
         )  # raised before anything is decoded
         try:
-            image = Image.open(path, formats=("PNG", "JPEG"))
+            image = Image.open(file, formats=("PNG", "JPEG"))
         except Image.UnidentifiedImageError as error:
             raise ValueError("it is neither a PNG nor a JPEG file") from error
         with image:
-            return np.asarray(eight_bits(image, channels))
+            yield image
 
 
 def _read_npy(path: Path) -> list[np.ndarray]:
