@@ -111,24 +111,24 @@ def raw(url, examples):
 
 
 def test_what_is_described_is_answered_as_described(url):
-    found = answers(url, GenerationMode.POSITIVE, 40)
+    found = answers(url, GenerationMode.POSITIVE, 25)
     assert {*found} == {200}
 
 
 def test_what_is_not_described_is_refused(url):
-    found = answers(url, GenerationMode.NEGATIVE, 40)
+    found = answers(url, GenerationMode.NEGATIVE, 25)
     assert found
     assert {*found} <= {400, 413, 415}
 
 
 def test_damaged_images_are_read_or_refused(url):
-    found = damaged(url, 40)
+    found = damaged(url, 25)
     assert found[200]
     assert found[400]
 
 
 def test_bodies_that_are_hardly_forms_are_refused(url):
-    assert raw(url, 60)[400]
+    assert raw(url, 30)[400]
 
 
 @pytest.mark.slow
