@@ -31,27 +31,38 @@ class Clock:
         self.restart()
         compiling = self._compiled - compiled
         self.compiling += compiling
-        self._seconds_per_step = max(self._last - last - compiling, 0.0) / steps
+        # Above 0, which what is divided by it wants.
+        self._seconds_per_step = max(self._last - last - compiling, 1e-6) / steps
         return self._seconds_per_step
 
     def steps_in(self, seconds: float) -> int:
         """Returns how many steps take so long, at least 1; 1 before the first one is through."""
-        return max(1, int(seconds / max(self._seconds_per_step, 1e-6)))
+        return max(1, int(seconds / self._seconds_per_step))
 
 
 def compile_seconds() -> float:
     """Returns the seconds that this thread has spent compiling since it first asked."""
-    return _by_thread()[threading.get_ident()]
+    return sum(end - start for start, end in _by_thread()[threading.get_ident()])
 
 
 @functools.cache
-def _by_thread() -> collections.defaultdict[int, float]:
-    """Returns the seconds of each thread, which JAX tells from now on."""
-    seconds: collections.defaultdict[int, float] = collections.defaultdict(float)
+def _by_thread() -> collections.defaultdict[int, list[tuple[float, float]]]:
+    """Returns when each thread was compiling, as intervals that do not overlap.
+
+    JAX tells of each part when it is over, and of what it was a part of after that: tracing within
+    tracing would be counted twice.
+    """
+    intervals: collections.defaultdict[int, list[tuple[float, float]]]
+    intervals = collections.defaultdict(list)
 
     def add(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            seconds[threading.get_ident()] += duration_secs
+        if not event.startswith("/jax/core/compile/"):
+            return
+        mine, end = intervals[threading.get_ident()], time.perf_counter()
+        start = end - duration_secs
+        while mine and mine[-1][0] >= start:
+            mine.pop()
+        mine.append((max(start, mine[-1][1]) if mine else start, end))
 
     jax.monitoring.register_event_duration_secs_listener(add)
-    return seconds
+    return intervals

@@ -49,3 +49,21 @@ def test_what_another_thread_compiles_is_not_of_this_one():
     thread.join()
     assert other[0] > 0.05
     assert compile_seconds() == before
+
+
+def test_tracing_within_tracing_is_counted_once():
+    @jax.jit
+    def inner(x):
+        time.sleep(0.1)  # runs while it is traced
+        return x + 1
+
+    @jax.jit
+    def outer(x):
+        return inner(inner(x) * 2)
+
+    clock = Clock()
+    begin = time.perf_counter()
+    jax.block_until_ready(outer(jnp.ones(3)))
+    whole = time.perf_counter() - begin
+    assert clock.lap(1) > 0
+    assert 0.1 < clock.compiling <= whole
