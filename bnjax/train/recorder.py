@@ -170,7 +170,7 @@ class Follower:
     def begin(self, steps: Steps) -> State:
         """Returns the state and the statistics to go on with."""
         like = steps.like()
-        if self.start == 0:
+        if self.start not in self._checkpoints.steps():  # weights from elsewhere may be of step 0
             init_key, _ = jax.random.split(jax.random.key(self.seed))
             return steps.init(init_key)
         self._checkpoints.reload()

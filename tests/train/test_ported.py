@@ -1,5 +1,6 @@
 """`bnjax port`: a run's weights in another framework's file, and a run that is made of one."""
 
+import contextlib
 import json
 import subprocess
 
@@ -10,7 +11,10 @@ import synthetic
 
 from bnjax import errors, main
 from bnjax.stats import weights_file
+from bnjax.train import build
 from bnjax.train.loop import train_and_evaluate
+from bnjax.train.recorder import Follower, Recorder
+from bnjax.train.steps import Steps, default_feed
 from bnjax.train.trained import Trained
 
 
@@ -55,6 +59,24 @@ def test_there_and_back_is_the_same_network(run, port, tmp_path, framework, name
     again = port("--workdir", run, "--from", framework, file, "--out", new)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr
+
+
+def test_training_goes_on_with_weights_of_step_0_in_every_process(run, port, tmp_path):
+    file, new = tmp_path / "net.npz", tmp_path / "new"
+    port("--workdir", run, "--to", "keras", file)
+    port("--workdir", run, "--from", "keras", file, "--out", new)
+    config, data = synthetic.config(6), synthetic.dataset()
+    experiment = build.experiment(config, data)
+    steps = Steps(experiment, data, default_feed(experiment, data.train))
+    given = Trained(run, "last")
+    with contextlib.ExitStack() as stack:
+        for process in (
+            Recorder(config, new, experiment, data, stack),
+            Follower(config, new, experiment, stack),
+        ):
+            state, batch_stats = process.begin(steps)
+            jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
+            jax.tree.map(np.testing.assert_array_equal, batch_stats, given.batch_stats)
 
 
 def test_what_torch_is_given(run, port, tmp_path):
