@@ -32,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from bnjax.stats.fold import fold
-    from bnjax.train import fold_run
+    from bnjax.train import fold_run, rundir
     from bnjax.train.trained import Trained
     from bnjax.train.xla import prepare
 
     prepare()
     if args.out:
-        fold_run.check_is_free(args.out)
+        rundir.check_is_free(args.out)
     trained = Trained(args.workdir, args.checkpoint)
     network = (trained.params, trained.batch_stats)
     like = {"image": np.zeros((1, *trained.data.image_shape), np.uint8)}
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     for size, before, after in fold_run.latencies(trained, folding) if args.latency else ():
         print(f"batch {size:5,}: {before * 1e3:9.3f} ms before, {after * 1e3:9.3f} ms after")
     if args.out:
-        fold_run.write(trained, folding, args.out, about)
+        made = (folding.params, folding.batch_stats)
+        trained.write(args.out, *made, about, folding.model.pairs)
         print(f"\npredict with:    bnjax predict --workdir {args.out} --split test")
     return 0

@@ -45,18 +45,18 @@ def run(args: argparse.Namespace) -> int:
     """Recomputes, evaluates and, if asked to, writes."""
     import json
 
-    from bnjax.train import fold_run, precise_run
+    from bnjax.train import precise_run, rundir
     from bnjax.train.trained import Trained
     from bnjax.train.xla import prepare
 
     prepare()
     if args.out:
-        fold_run.check_is_free(args.out)
+        rundir.check_is_free(args.out)
     trained = Trained(args.workdir, args.checkpoint)
     result, found = precise_run.of_run(trained, args.data_dir, args.images, args.by)
     print(json.dumps(result) if args.json else precise_run.table(result))
     if args.out:
-        precise_run.write(trained, found, args.out, result)
+        trained.write(args.out, trained.params, found, result, trained.folded)
         if not args.json:
             print(f"\npredict with:    bnjax predict --workdir {args.out} --split test")
     return 0

@@ -25,7 +25,7 @@ from bnjax.errors import UserError
 from bnjax.stats.fold import Folding, NormFold, difference, fold
 from bnjax.stats.folded import Folded
 from bnjax.stats.layers import norm_layers
-from bnjax.train import fold_run, network
+from bnjax.train import fold_run, network, rundir
 from bnjax.train.records import write_json
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained
@@ -62,7 +62,7 @@ def export_run(
         UserError: if the folder is neither new nor empty, the logits are others, a package is
             missing, or ONNX has no operator for the network.
     """
-    fold_run.check_is_free(out)
+    rundir.check_is_free(out)
     folding = _folding(trained, folded, data_dir)
     images, probe = fold_run.probe(trained, data_dir)
     variables = (folding.params, folding.batch_stats)

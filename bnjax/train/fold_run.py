@@ -1,11 +1,9 @@
-"""The folded network of a run: checked against the one that was trained, timed, and written."""
+"""The folded network of a run: checked against the one that was trained, and timed."""
 
 import functools
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +14,10 @@ from bnjax.arrays import BatchStats, Images, Params, named_leaves
 from bnjax.errors import UserError
 from bnjax.stats.fold import Folding, difference
 from bnjax.stats.folded import Folded
-from bnjax.train import network, rundir
-from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.records import write_json
+from bnjax.train import network
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
-from bnjax.train_step import TrainState, forward, predict_step
+from bnjax.train_step import forward, predict_step
 
 TOLERANCE = 1e-5  # in units of the largest logit
 PROBE = 256  # images
@@ -55,12 +51,14 @@ def check(trained: Trained, folding: Folding, data_dir: str | None) -> dict[str,
     config = trained.config.model.copy_and_resolve_references()
     low = "bfloat16" in (config.dtype, config.dense_product)
     config.dtype = config.dense_product = "float32"
-    exact = network.model(config, len(trained.data.classes), trained.data.image_shape)
-    pairs = [(one.norm, one.layer) for one in folding.norms if one.layer is not None]
+    configs = (config, trained.config.model)[: 1 + low]
     found = []
-    for model in (exact, trained.model)[: 1 + low]:
-        one = logits(model, trained.params, trained.batch_stats, images)
-        other = logits(Folded(model, pairs), folding.params, folding.batch_stats, images)
+    for of in configs:
+        plain = network.model(of, len(trained.data.classes), trained.data.image_shape)
+        before = Folded(plain, trained.folded) if trained.folded else plain
+        after = Folded(plain, folding.model.pairs)
+        one = logits(before, trained.params, trained.batch_stats, images)
+        other = logits(after, folding.params, folding.batch_stats, images)
         found.append(difference(one, other))
     if not found[0] <= TOLERANCE:
         raise UserError(
@@ -71,36 +69,6 @@ def check(trained: Trained, folding: Folding, data_dir: str | None) -> dict[str,
         )
     about = {"probe": f"{len(images)} {what}", "difference": found[0]}
     return about | ({"difference_in_bfloat16": found[1]} if low else {})
-
-
-def write(trained: Trained, folding: Folding, out: Path, about: dict[str, Any]) -> None:
-    """Writes the folded network as a folder that `bnjax predict --workdir` takes.
-
-    Args:
-        trained: the run.
-        folding: of its network.
-        out: the folder, new or empty.
-        about: anything worth knowing about it that is JSON.
-
-    Raises:
-        UserError: if the folder is neither.
-    """
-    check_is_free(out)
-    state = TrainState(jnp.asarray(trained.step, jnp.int32), folding.params, (), jax.random.key(0))
-    with Checkpoints(out / "checkpoints") as checkpoints:
-        checkpoints.save(state, folding.batch_stats, None, about)
-    pairs = [
-        (".".join(one.norm), ".".join(one.layer)) for one in folding.norms if one.layer is not None
-    ]
-    write_json(out / rundir.FOLDED, {"of": str(trained.workdir), "pairs": pairs, **about})
-    # Last, since it makes the folder that of a network.
-    shutil.copyfile(trained.workdir / "config.json", out / "config.json")
-
-
-def check_is_free(out: Path) -> None:
-    """Raises UserError if a folder has anything in it."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already. Give an empty or new folder with --out.")
 
 
 def latencies(trained: Trained, folding: Folding) -> Iterator[tuple[int, float, float]]:

@@ -1,13 +1,10 @@
-"""The precise statistics of a run's network: what they are worth, and a folder that has them."""
+"""The precise statistics of a run's network, and what they are worth."""
 
 import functools
-import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tqdm
 
 from bnjax.arrays import BatchStats
@@ -18,11 +15,9 @@ from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.stats.layers import nothing_seen
 from bnjax.stats.precise import By, precise
-from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.fold_run import check_is_free
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
-from bnjax.train_step import TrainState, eval_step
+from bnjax.train_step import eval_step
 
 
 def of_run(
@@ -61,20 +56,6 @@ def of_run(
         "precise": _test(trained, found, dataset),
     }
     return result, found
-
-
-def write(trained: Trained, batch_stats: BatchStats, out: Path, about: dict[str, Any]) -> None:
-    """Writes the network with these statistics as a folder that `bnjax predict --workdir` takes.
-
-    Raises:
-        UserError: if the folder is neither new nor empty.
-    """
-    check_is_free(out)
-    state = TrainState(jnp.asarray(trained.step, jnp.int32), trained.params, (), jax.random.key(0))
-    with Checkpoints(out / "checkpoints") as checkpoints:
-        checkpoints.save(state, batch_stats, None, about)
-    # Last, since it makes the folder that of a network.
-    shutil.copyfile(trained.workdir / "config.json", out / "config.json")
 
 
 def table(result: dict[str, Any]) -> str:

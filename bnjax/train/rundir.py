@@ -1,8 +1,9 @@
 """The folder of one run: whose it is, and what is in it.
 
-`config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`, `summary.json`,
-`checkpoints/`, `tensorboard/`. A folded network has a folder of its own, with `config.json`,
-`checkpoints/` and `folded.json`.
+`config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`,
+`histograms.jsonl`, `summary.json`, `checkpoints/`, `tensorboard/`. A network that was made of a
+run's has a folder of its own, with `config.json`, `checkpoints/` and, if it is folded,
+`folded.json`.
 """
 
 import contextlib
@@ -70,6 +71,12 @@ def locked(workdir: Path) -> Iterator[None]:
         ) from error
     with lock:
         yield
+
+
+def check_is_free(out: Path) -> None:
+    """Raises UserError if a folder has anything in it."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already. Give an empty or new folder with --out.")
 
 
 def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:

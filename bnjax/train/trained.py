@@ -1,10 +1,14 @@
 """A trained network, from the folder of its run."""
 
 import functools
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bnjax.arrays import BatchStats, Params
@@ -14,7 +18,8 @@ from bnjax.stats.folded import Folded
 from bnjax.train import build, network, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
-from bnjax.train_step import init_variables
+from bnjax.train.records import write_json
+from bnjax.train_step import TrainState, init_variables
 
 
 class Trained:
@@ -27,6 +32,7 @@ class Trained:
         step: of the checkpoint.
         weights: the fingerprint of the weights that its statistics belong to; None if it was saved
             before there were any.
+        folded: the paths of the norms that were folded and of the layers that have them.
         model: the network.
         params: its weights.
         batch_stats: its running statistics.
@@ -43,8 +49,9 @@ class Trained:
         self.model: nn.Module = network.model(
             self.config.model, len(self.data.classes), self.data.image_shape
         )
-        if pairs := rundir.folded_pairs(workdir):
-            self.model = Folded(self.model, pairs)
+        self.folded = rundir.folded_pairs(workdir)
+        if self.folded:
+            self.model = Folded(self.model, self.folded)
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             self.step = checkpoints.step(checkpoint)
             self.weights: str | None = checkpoints.about(self.step).get("weights")
@@ -79,3 +86,33 @@ class Trained:
                 f"{dataset.label}. Say where its data lie with --data-dir."
             )
         return dataset
+
+    def write(
+        self,
+        out: Path,
+        params: Params,
+        batch_stats: BatchStats,
+        about: dict[str, Any],
+        folded: Sequence[tuple[Sequence[str], Sequence[str]]],
+    ) -> None:
+        """Writes a network made of this one as a folder that `bnjax predict --workdir` takes.
+
+        Args:
+            out: the folder.
+            params: the weights of the new network.
+            batch_stats: its running statistics.
+            about: anything worth knowing about it that is JSON.
+            folded: as `self.folded`, of the new network.
+
+        Raises:
+            UserError: if the folder is neither new nor empty.
+        """
+        rundir.check_is_free(out)
+        state = TrainState(jnp.asarray(self.step, jnp.int32), params, (), jax.random.key(0))
+        with Checkpoints(out / "checkpoints") as checkpoints:
+            checkpoints.save(state, batch_stats, None, about)
+        if folded:
+            pairs = [[".".join(path) for path in pair] for pair in folded]
+            write_json(out / rundir.FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
+        # Last, since it makes the folder that of a network.
+        shutil.copyfile(self.workdir / "config.json", out / "config.json")

@@ -50,6 +50,35 @@ def test_predictions_of_the_folded_network_are_those_of_the_run(plain, bnjax, tm
     assert "nothing is written" in again[1]
 
 
+def test_precise_statistics_of_a_network_that_is_folded_in_part(bnjax, tmp_path):
+    run, folded, precise = (tmp_path / name for name in ("run", "folded", "precise"))
+    # A maximum lies between the first norm and the layer after it, and two steps of Adam with such
+    # a rate make the norm's gains negative.
+    pooled = ("--config.model.placement=after", "--config.model.pooling=max")
+    pooled += ("--config.optimizer.learning_rate=3.0",)
+    assert main.main(["--config", CONFIG, "--workdir", str(run), *TINY, *pooled]) == 0
+    code, out, err = bnjax("fold", "--workdir", run, "--out", folded)
+    assert code == 0, err
+    assert "stays" in out
+    words = ("--images", 50, "--out", precise, "--json")
+    code, out, err = bnjax("precise", "--workdir", folded, *words)
+    assert code == 0, err
+    code, predicted, err = bnjax("predict", "--workdir", precise, "--split", "test", "--json")
+    assert code == 0, err
+    assert json.loads(predicted)["loss"] == pytest.approx(json.loads(out)["precise"]["loss"])
+    # With gains above 0 the rest can be folded as well, and what was folded before stays so.
+    trained = Trained(folded, "last")
+    scale = trained.params["conv0_norm"]["scale"]
+    trained.params["conv0_norm"]["scale"] = np.abs(scale)
+    like = {"image": np.zeros((1, *trained.data.image_shape), np.uint8)}
+    whole = fold(trained.model, trained.params, trained.batch_stats, like)
+    assert fold_run.check(trained, whole, None)["difference"] < 1e-5
+    trained.write(tmp_path / "whole", whole.params, whole.batch_stats, {}, whole.model.pairs)
+    again = Trained(tmp_path / "whole", "last")
+    assert not again.batch_stats
+    assert len(again.folded) == len(trained.folded) + 1
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(plain, bnjax):
     code, _, err = bnjax("fold", "--workdir", plain, "--out", plain)
     assert code == 2
