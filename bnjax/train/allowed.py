@@ -53,16 +53,15 @@ def each(words: str, holds: Callable[[Any], bool]) -> Check:
 TEXT = Check("any text", lambda value: isinstance(value, str))
 FLAG = Check("True or False", lambda value: isinstance(value, bool))
 POSITIVE = Check("a number above 0", lambda value: 0 < value < math.inf)
+AMOUNT = Check("a number, 0 or above", lambda value: 0 <= value < math.inf)
 FRACTION = Check("0 up to but not including 1", lambda value: 0 <= value < 1)
 # Steps are counted in int32.
 DURATION = Check(
     "a number above 0 and below 2**31, or 0 to use the other unit",
     lambda value: 0 <= value < 1 << 31,
 )
-SAVES = Check(
-    "a number above 0 and below 2**31, or 0 for none",
-    lambda value: 0 <= value < 1 << 31,
-)
+SAVES = Check("a number above 0 and below 2**31, or 0 for none", DURATION.holds)
+IMAGES = whole(0, MAX_SIZE, f"a whole number up to {MAX_SIZE:,}, or 0 for none")
 STEP = whole(1, 2**31 - 1, "a whole number above 0 and below 2**31")
 SIZES = each(
     f"whole numbers above 0, up to {MAX_SIZE:,}",

@@ -1,4 +1,4 @@
-"""What a config describes, checked and built: the last place that knows the keys' names."""
+"""What a config describes, checked and built."""
 
 import dataclasses
 import functools

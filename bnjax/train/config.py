@@ -4,7 +4,6 @@ A config file takes `default_config()`, the tutorial's network and training, cha
 about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.checks`.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +11,12 @@ from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
 from bnjax.train.allowed import (
+    AMOUNT,
     DURATION,
     FLAG,
     FRACTION,
+    IMAGES,
     MAX_PICTURES,
-    MAX_SIZE,
     POSITIVE,
     SAVES,
     SEED,
@@ -65,7 +65,7 @@ KEYS = (
     Key(
         "train.stop_at_loss",
         0.0,
-        Check("a number above 0, or 0 to take every step", lambda value: 0 <= value < math.inf),
+        Check("a number above 0, or 0 to take every step", AMOUNT.holds),
         "end training when the loss of a step first is at or below it; 0: take every step",
     ),
     Key(
@@ -110,14 +110,14 @@ KEYS = (
     Key(
         "eval.gap_images",
         256,
-        whole(0, MAX_SIZE, f"a whole number up to {MAX_SIZE:,}, or 0 for none"),
+        IMAGES,
         "training images that are evaluated under the running averages and under statistics of "
         "their own at each evaluation: what the averages cost, and how far off each is",
     ),
     Key(
         "eval.histograms",
         256,
-        whole(0, MAX_SIZE, f"a whole number up to {MAX_SIZE:,}, or 0 for none"),
+        IMAGES,
         "training images whose activations and gradients are summed up at each evaluation",
     ),
     Key(

@@ -1,11 +1,8 @@
 """The keys of the config that say which data there are, how they are read and augmented."""
 
-import math
-
-from bnjax.train.allowed import FLAG, MAX_SIDE, MAX_WORKERS, TEXT, Check, Key, one_of, whole
+from bnjax.train.allowed import AMOUNT, FLAG, MAX_SIDE, MAX_WORKERS, TEXT, Check, Key, one_of, whole
 
 PIXELS = whole(0, MAX_SIDE, f"a whole number of pixels up to {MAX_SIDE:,}, or 0")
-AMOUNT = Check("a number, 0 or above", lambda value: 0 <= value < math.inf)
 
 DATA_KEYS = (
     Key(
@@ -44,13 +41,13 @@ DATA_KEYS = (
     Key(
         "data.image_size",
         0,
-        whole(0, MAX_SIDE, f"a whole number up to {MAX_SIDE:,}, or 0"),
+        PIXELS,
         "stream: the side of the square cut out of each image; 0: they have one size already",
     ),
     Key(
         "data.shorter_side",
         0,
-        whole(0, MAX_SIDE, f"a whole number up to {MAX_SIDE:,}, or 0"),
+        PIXELS,
         "stream: what the shorter side is resized to before that; 0: to image_size",
     ),
     Key(

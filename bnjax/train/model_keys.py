@@ -28,7 +28,7 @@ MODEL_KEYS = (
     Key(
         "model.std",
         (),
-        each("numbers above 0", lambda value: 0 < value < math.inf),
+        each("numbers above 0", POSITIVE.holds),
         "what they are then divided by; empty: nothing",
     ),
     Key(

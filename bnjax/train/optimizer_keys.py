@@ -1,8 +1,6 @@
 """The keys of the config that say how the weights are updated."""
 
-import math
-
-from bnjax.train.allowed import FLAG, FRACTION, POSITIVE, STEP, Check, Key, one_of, whole
+from bnjax.train.allowed import AMOUNT, FLAG, FRACTION, POSITIVE, STEP, Check, Key, one_of, whole
 
 OPTIMIZER_KEYS = (
     Key("optimizer.name", "adam", one_of("adam", "sgd", "muon"), "which optimizer"),
@@ -30,7 +28,7 @@ OPTIMIZER_KEYS = (
     Key(
         "optimizer.weight_decay",
         0.0,
-        Check("a number, 0 or above", lambda value: 0 <= value < math.inf),
+        AMOUNT,
         "sgd: times the weight is added to the gradient; adam: to the step, before the rate "
         "(AdamW); muon: to the steps of what it leaves to sgd, as if their highest rate were 1",
     ),
