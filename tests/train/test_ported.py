@@ -10,7 +10,6 @@ import synthetic
 
 from bnjax import errors, main
 from bnjax.stats import weights_file
-from bnjax.train.loop import train_and_evaluate
 from bnjax.train.trained import Trained
 
 
@@ -18,7 +17,7 @@ from bnjax.train.trained import Trained
 def run(tmp_path_factory):
     """A trained run: a convolution, a hidden layer, three norms before the layers."""
     workdir = tmp_path_factory.mktemp("runs") / "small"
-    train_and_evaluate(synthetic.config(6), workdir, synthetic.dataset())
+    synthetic.train(synthetic.config(6), workdir)
     return workdir
 
 
