@@ -1,13 +1,18 @@
 """A data set that a small network learns in a few steps, and a config for it."""
 
 import dataclasses
+import functools
 import itertools
+import json
 
 import numpy as np
 
 from bnjax.data.datasets import Dataset, Split
-from bnjax.train import build
+from bnjax.errors import NonFiniteError
+from bnjax.train import build, parsing
 from bnjax.train.config import default_config
+from bnjax.train.interrupt import StopRequest
+from bnjax.train.loop import Trainer
 from bnjax.train.steps import default_feed
 
 
@@ -29,15 +34,40 @@ def dataset(train=48, test=20):
     )
 
 
-def feed(config, *, each=lambda step, item: item, first=None):
-    """The default feed; `each` sees and returns every item, and after `first` there are no more."""
+def _same(step, item):
+    return item
+
+
+@functools.cache
+def _trainer(config):
+    """A trainer of the config, and what becomes of each item that it is fed: replaced at will."""
+    config = parsing.from_dict(json.loads(config))
     usual = default_feed(build.experiment(config, dataset()), dataset().train)
+    hook = {"each": _same, "first": None}
 
     def items(seed, start):
         numbered = enumerate(usual.items(seed, start), start + 1)
-        return (each(step, item) for step, item in itertools.islice(numbered, first))
+        return (
+            hook["each"](step, item) for step, item in itertools.islice(numbered, hook["first"])
+        )
 
-    return dataclasses.replace(usual, items=items)
+    return Trainer(config, dataset(), dataclasses.replace(usual, items=items)), hook
+
+
+def train(config, workdir, *, each=_same, first=None):
+    """`train_and_evaluate` on this data; runs of one config share what is compiled.
+
+    `each` sees and returns every item, and after `first` of them there are no more.
+    """
+    shared = config.copy_and_resolve_references()
+    shared.seed = 0
+    trainer, hook = _trainer(shared.to_json())
+    hook |= {"each": each, "first": first}
+    with StopRequest() as stop:
+        (result,) = trainer.train({config.seed: workdir}, stop).values()
+    if isinstance(result, NonFiniteError):
+        raise result
+    return result
 
 
 def config(steps=12):

@@ -15,7 +15,7 @@ from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Feed, Item
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
-from bnjax.train import build, hosts, rundir
+from bnjax.train import build, hosts, rundir, xla
 from bnjax.train.build import Experiment
 from bnjax.train.clock import Clock
 from bnjax.train.diagnostics import Observer
@@ -178,6 +178,7 @@ def _train(
 
     def record(first: int, shipped: list[tuple[Item, ...]], metrics: Metrics) -> None:
         every = unstack(metrics, len(shipped), len(runs))  # waits until the steps are through
+        xla.give_back_freed_memory()
         seconds = clock.lap(len(shipped))
         if first == runs[0].start + 1 and clock.compiling > 1:
             progress.say(f"compiled in {clock.compiling:.0f} s, which the seconds leave out")

@@ -40,9 +40,11 @@ CPU_INIT_OPTIONS: Options = {"xla_backend_optimization_level": 1}
 # mappings of their own, how many heaps.
 KEEP_FREED_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 MADV_HUGEPAGE = 14
-LEAST_MEMORY = (
-    8 << 30
-)  # bytes that have to be available: kept memory may be half as much again as what a step needs
+LEAST_MEMORY = 8 << 30  # bytes that have to be available
+# Of the machine's memory, what stays available. What is kept may become several times what a step
+# needs (18.7 GB instead of 4.9): once a small block lies behind a large freed one, glibc does not
+# fit another there that is as large and aligned.
+SPARE_MEMORY = 0.25
 # What Linux says of the machine.
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
@@ -133,13 +135,29 @@ def keep_freed_memory(libc: Any = None, meminfo: Path = MEMINFO) -> bool:
     return kept
 
 
+def give_back_freed_memory(libc: Any = None, meminfo: Path = MEMINFO) -> bool:
+    """Gives what is kept back to the kernel where little else is left; returns whether it did.
+
+    Call this between steps: it is quick where there is enough.
+
+    Args:
+        libc: the C library; that of this process if None.
+        meminfo: says how many bytes there are, and are available.
+    """
+    if available_memory(meminfo) >= SPARE_MEMORY * _meminfo("MemTotal", meminfo):
+        return False
+    libc = libc or ctypes.CDLL(None)
+    return hasattr(libc, "malloc_trim") and libc.malloc_trim(0) == 1
+
+
 def available_memory(meminfo: Path = MEMINFO) -> int:
     """Returns the bytes that processes may still take, 0 where the kernel does not say."""
-    found = (
-        re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-        if meminfo.exists()
-        else None
-    )
+    return _meminfo("MemAvailable", meminfo)
+
+
+def _meminfo(name: str, meminfo: Path) -> int:
+    lines = meminfo.read_text() if meminfo.exists() else ""
+    found = re.search(rf"^{name}: +(\d+) kB$", lines, re.MULTILINE)
     return int(found[1]) << 10 if found else 0
 
 

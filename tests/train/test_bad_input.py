@@ -22,7 +22,6 @@ from bnjax.errors import UserError
 from bnjax.train import build, network, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
-from bnjax.train.loop import train_and_evaluate
 from bnjax.train.records import Lines, read_metrics
 from bnjax.train_step import init_variables
 
@@ -162,7 +161,7 @@ def test_any_bytes_as_metrics_are_read_or_refused(tmp_path, lines):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train_and_evaluate(synthetic.config(steps=5), folder, SMALL)
+    synthetic.train(synthetic.config(steps=5), folder)
     return folder
 
 
@@ -227,9 +226,9 @@ def test_any_words_on_a_command_line(finished, tmp_path, module, data):
 def interrupted(tmp_path_factory):
     """A run that died in step 8 of 10, and the parameters of one that did not."""
     folder, config = tmp_path_factory.mktemp("runs"), synthetic.config(steps=10)
-    train_and_evaluate(config, folder / "whole", SMALL)
+    synthetic.train(config, folder / "whole")
     with pytest.raises(StopIteration):
-        train_and_evaluate(config, folder / "died", SMALL, synthetic.feed(config, first=7))
+        synthetic.train(config, folder / "died", first=7)
     return folder / "died", parameters(folder / "whole")
 
 
@@ -285,7 +284,7 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
     for name in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True)):
         damage(folder / name, data.draw(DAMAGE))
     try:
-        train_and_evaluate(synthetic.config(steps=10), folder, SMALL)
+        synthetic.train(synthetic.config(steps=10), folder)
     except UserError as error:
         assert str(error)
     else:

@@ -17,7 +17,6 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from bnjax.train import build, parsing
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.graph import nodes
-from bnjax.train.loop import train_and_evaluate
 from bnjax.train.records import read_lines
 from bnjax.train.tensorboard import CAPTION, TILE, Board, contact_sheet
 from bnjax.train_step import init_variables
@@ -32,7 +31,7 @@ def watched():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train_and_evaluate(watched(), folder, synthetic.dataset())
+    synthetic.train(watched(), folder)
     return folder
 
 
@@ -76,7 +75,7 @@ def test_the_running_statistics_are_those_of_the_checkpoint(finished):
 
 def test_looking_changes_no_training(finished, tmp_path):
     config = synthetic.config()
-    train_and_evaluate(config, tmp_path / "unseen", synthetic.dataset())
+    synthetic.train(config, tmp_path / "unseen")
     assert (tmp_path / "unseen" / "metrics.jsonl").read_bytes() == (
         finished / "metrics.jsonl"
     ).read_bytes()
@@ -85,12 +84,11 @@ def test_looking_changes_no_training(finished, tmp_path):
 
 
 def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path):
-    feed = synthetic.feed(watched(), first=7)
     with pytest.raises(StopIteration):
-        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset(), feed)
+        synthetic.train(watched(), tmp_path / "run", first=7)
     with (tmp_path / "run" / "histograms.jsonl").open("a") as file:
         file.write('{"step": 7, "activation": {}}\n{"step": 8, "sta')  # past the checkpoint; torn
-    train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset())
+    synthetic.train(watched(), tmp_path / "run")
     assert (tmp_path / "run" / "histograms.jsonl").read_bytes() == (
         finished / "histograms.jsonl"
     ).read_bytes()
@@ -147,9 +145,8 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
 
 
 def test_a_run_that_was_stopped_is_not_marked_as_finished(tmp_path):
-    feed = synthetic.feed(watched(), first=7)
     with pytest.raises(StopIteration):
-        train_and_evaluate(watched(), tmp_path / "run", synthetic.dataset(), feed)
+        synthetic.train(watched(), tmp_path / "run", first=7)
     assert "_hparams_/session_end_info" not in read_values(tmp_path / "run" / "tensorboard")
 
 

@@ -17,7 +17,7 @@ from bnjax.stats.weights import averaged_params
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.interrupt import StopRequest
-from bnjax.train.loop import Stopped, Trainer, train_and_evaluate
+from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.records import read_metrics
 from bnjax.train.steps import Steps, default_feed, precise_batches
 from bnjax.train.trained import Trained
@@ -36,7 +36,7 @@ def config(**changes):
 
 def trained(workdir, config):
     """What the checkpoint holds for evaluation, and what training goes on with."""
-    train_and_evaluate(config, workdir, DATA)
+    synthetic.train(config, workdir)
     run, experiment = Trained(workdir, "last"), build.experiment(config, DATA)
     init = functools.partial(init_state, experiment.model, experiment.tx)
     like = jax.eval_shape(init, jax.random.key(0), DATA.train.image[:1])
@@ -148,11 +148,10 @@ def test_a_run_with_both_goes_on_bit_for_bit(tmp_path):
             signal.raise_signal(signal.SIGINT)
         return item
 
-    feed = synthetic.feed(chosen, each=interrupting)
     with pytest.raises(Stopped):
-        train_and_evaluate(chosen, tmp_path / "stopped", DATA, feed)
-    train_and_evaluate(chosen, tmp_path / "stopped", DATA)
-    train_and_evaluate(chosen, tmp_path / "whole", DATA)
+        synthetic.train(chosen, tmp_path / "stopped", each=interrupting)
+    synthetic.train(chosen, tmp_path / "stopped")
+    synthetic.train(chosen, tmp_path / "whole")
     files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("stopped", "whole")]
     assert files[0] == files[1]
 

@@ -17,7 +17,7 @@ from bnjax.stats.gap import Drift, drift, gap
 from bnjax.stats.layers import norm_layers
 from bnjax.stats.precise import put
 from bnjax.train.interrupt import StopRequest
-from bnjax.train.loop import Trainer, train_and_evaluate
+from bnjax.train.loop import Trainer
 from bnjax.train.records import RunWriter, read_metrics
 from bnjax.train_step import eval_step, init_variables
 
@@ -35,7 +35,7 @@ def gaps(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train_and_evaluate(config(), folder, synthetic.dataset())
+    synthetic.train(config(), folder)
     return folder
 
 
@@ -113,12 +113,11 @@ def test_tensorboard_gets_the_same_numbers(finished):
 
 
 def test_a_run_that_died_and_goes_on_has_every_line_once(finished, tmp_path):
-    feed = synthetic.feed(config(), first=5)
     with pytest.raises(StopIteration):
-        train_and_evaluate(config(), tmp_path / "run", synthetic.dataset(), feed)
+        synthetic.train(config(), tmp_path / "run", first=5)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(gaps(finished)[1]) + "\n")  # past the checkpoint
-    train_and_evaluate(config(), tmp_path / "run", synthetic.dataset())
+    synthetic.train(config(), tmp_path / "run")
     metrics = [folder / "metrics.jsonl" for folder in (tmp_path / "run", finished)]
     assert metrics[0].read_bytes() == metrics[1].read_bytes()
 
@@ -136,7 +135,7 @@ def test_several_seeds_in_one_program(finished, tmp_path):
 def test_a_network_without_running_statistics_has_no_gap(tmp_path):
     plain = config()
     plain.model.norm, plain.train.steps = "layer", 1
-    train_and_evaluate(plain, tmp_path / "run", synthetic.dataset())
+    synthetic.train(plain, tmp_path / "run")
     assert gaps(tmp_path / "run") == []
 
 

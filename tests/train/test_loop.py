@@ -17,7 +17,8 @@ from bnjax.data.feed import resident_feed
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, records, tensorboard
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.loop import Stopped, train_and_evaluate
+from bnjax.train.interrupt import StopRequest
+from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.records import read_lines
 from bnjax.train_step import init_state
 
@@ -39,7 +40,7 @@ def restore(workdir, config):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+    return workdir, synthetic.train(synthetic.config(), workdir)
 
 
 def test_every_step_and_every_evaluation_is_written(finished):
@@ -102,12 +103,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, stop_in):
             signal.raise_signal(signal.SIGINT)
         return item
 
-    feed = synthetic.feed(synthetic.config(), each=interrupting)
     with pytest.raises(Stopped) as stopped:
-        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset(), feed)
+        synthetic.train(synthetic.config(), workdir, each=interrupting)
     assert stopped.value.step == stop_in
     assert not (workdir / "summary.json").exists()
-    train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+    synthetic.train(synthetic.config(), workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -119,13 +119,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, stop_in):
 def test_lines_written_after_the_last_checkpoint_come_again_once(finished, tmp_path):
     """As after a crash: the process dies in step 8, the newest checkpoint is of step 5."""
     workdir = tmp_path / "crashed"
-    feed = synthetic.feed(synthetic.config(), first=7)
     with pytest.raises(StopIteration):
-        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset(), feed)
+        synthetic.train(synthetic.config(), workdir, first=7)
     assert read_lines(workdir / "metrics.jsonl")[-1]["step"] > 5
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "los')  # torn
-    train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+    synthetic.train(synthetic.config(), workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
 
 
@@ -133,19 +132,19 @@ def test_a_folder_of_another_config_is_refused_with_the_difference(finished):
     config = synthetic.config()
     config.model.momentum = 0.9
     with pytest.raises(UserError, match=r"config\.model\.momentum: 0\.75 there, 0\.9 now"):
-        train_and_evaluate(config, finished[0], synthetic.dataset())
+        synthetic.train(config, finished[0])
 
 
 def test_another_place_of_the_data_is_no_difference(finished):
     config = synthetic.config()
     config.data.dir = "/elsewhere"
-    train_and_evaluate(config, finished[0], synthetic.dataset())
+    synthetic.train(config, finished[0])
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"thesis\.tex"):
-        train_and_evaluate(synthetic.config(), tmp_path, synthetic.dataset())
+        synthetic.train(synthetic.config(), tmp_path)
 
 
 def test_file_order_sees_the_images_in_their_order(tmp_path):
@@ -157,8 +156,7 @@ def test_file_order_sees_the_images_in_their_order(tmp_path):
 
     config = synthetic.config(steps=5)
     config.train.shuffle = False
-    feed = synthetic.feed(config, each=watching)
-    train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
+    synthetic.train(config, tmp_path / "run", each=watching)
     label = synthetic.dataset().train.label
     np.testing.assert_array_equal(np.concatenate(seen)[:50], np.concatenate([label, label])[:50])
 
@@ -169,33 +167,30 @@ def test_slow_averages_spoil_the_test_loss_and_are_warned_of(tmp_path, capsys):
     for momentum in (0.75, 0.99):
         config = synthetic.config()
         config.model.momentum = momentum
-        losses[momentum] = train_and_evaluate(
-            config, tmp_path / str(momentum), synthetic.dataset()
-        )["final_test"]["loss"]
+        losses[momentum] = synthetic.train(config, tmp_path / str(momentum))["final_test"]["loss"]
         assert ("starting value" in capsys.readouterr().out) == (
             momentum == 0.99 or 0.75**12 > 0.01
         )
     assert losses[0.99] > 1.5 * losses[0.75]
 
 
-def poisoned(config, *steps, first=None):
-    """A feed of floats with an infinite pixel in the batches of the given steps."""
+def poisoned(*steps):
+    """Makes items floats, with an infinite pixel in those of the given steps."""
 
     def batch(step, item):
         image = item["image"].astype(np.float32) / 255
         image[3, 2, 1, 0] = np.inf if step in steps else image[3, 2, 1, 0]
         return item | {"image": image}
 
-    return synthetic.feed(config, each=batch, first=first)
+    return batch
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
-    feed = poisoned(synthetic.config(), 7)
     with pytest.raises(
         NonFiniteError,
         match=r"step 7 gave .* is the image values\. The checkpoint of step 5 is kept",
     ):
-        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset(), feed)
+        synthetic.train(synthetic.config(), tmp_path / "run", each=poisoned(7))
     assert [
         line["step"]
         for line in read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -208,8 +203,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
 def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path):
     config = synthetic.config()
     config.train.on_nonfinite, config.train.most_skipped = "skip", 2
-    feed = poisoned(config, 3, 4, 8)
-    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
+    summary = synthetic.train(config, tmp_path / "run", each=poisoned(3, 4, 8))
     assert summary["skipped_steps"] == 3
     lines = {
         line["step"]: line
@@ -224,7 +218,7 @@ def test_steps_that_are_not_finite_are_skipped_where_that_is_wanted(tmp_path):
     )
     config.train.most_skipped = 1
     with pytest.raises(NonFiniteError, match="step 4 and 1 before it"):
-        train_and_evaluate(config, tmp_path / "other", synthetic.dataset(), feed)
+        synthetic.train(config, tmp_path / "other", each=poisoned(3, 4, 8))
 
 
 @pytest.mark.parametrize(
@@ -241,12 +235,11 @@ def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, ke
     config.checkpoint[key] = {"every_steps": 3, "every_epochs": 3 * 10 / 48, "every_minutes": 1e-9}[
         key
     ]
-    feed = synthetic.feed(config, first=8)
     with pytest.raises(StopIteration):
-        train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
+        synthetic.train(config, tmp_path / "run", first=8)
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.newest_intact()[0] == (8 if key == "every_minutes" else 6)
-    train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    synthetic.train(config, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
         finished[0] / "metrics.jsonl"
     ).read_bytes()
@@ -254,12 +247,11 @@ def test_checkpoints_between_evaluations_change_no_result(finished, tmp_path, ke
 
 def test_a_damaged_newest_checkpoint_is_said_and_the_result_is_the_same(finished, tmp_path, capsys):
     workdir = tmp_path / "run"
-    feed = synthetic.feed(synthetic.config(), first=11)
     with pytest.raises(StopIteration):
-        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset(), feed)
+        synthetic.train(synthetic.config(), workdir, first=11)
     file = workdir / "checkpoints" / "10" / "variables" / "manifest.ocdbt"
     file.write_bytes(file.read_bytes()[:20])
-    train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+    synthetic.train(synthetic.config(), workdir)
     assert "Going on from step 5 instead" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
 
@@ -274,7 +266,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="another process is training in"):
-            train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+            synthetic.train(synthetic.config(), tmp_path / "run")
         other.kill()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
@@ -287,7 +279,7 @@ def test_a_disk_that_fails_is_a_clear_error(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"No space left on device.*goes on from the last checkpoint"
     ):
-        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+        synthetic.train(synthetic.config(), tmp_path / "run")
 
 
 def test_a_disk_that_fills_up_under_tensorboard_is_a_clear_error(tmp_path, monkeypatch):
@@ -299,13 +291,13 @@ def test_a_disk_that_fills_up_under_tensorboard_is_a_clear_error(tmp_path, monke
 
     monkeypatch.setattr(tensorboard.EventsWriter, "write_event", full)
     with pytest.raises(UserError, match="No space left on device"):
-        train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+        synthetic.train(synthetic.config(), tmp_path / "run")
 
 
 def test_what_a_full_disk_left_at_the_start_is_no_obstacle(finished, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json.tmp").write_text("{")
-    train_and_evaluate(synthetic.config(), tmp_path / "run", synthetic.dataset())
+    synthetic.train(synthetic.config(), tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
         finished[0] / "metrics.jsonl"
     ).read_bytes()
@@ -322,28 +314,27 @@ def test_files_that_lack_steps_before_the_checkpoint_are_not_gone_on_with(finish
     with pytest.raises(
         UserError, match=rf"{name} ends before step 12, of which there is a checkpoint"
     ):
-        train_and_evaluate(synthetic.config(), workdir, synthetic.dataset())
+        synthetic.train(synthetic.config(), workdir)
 
 
 def test_steps_skipped_in_a_row_are_counted_across_an_interruption(tmp_path):
     """Steps 4 and 5 are skipped, 5 is saved, and the third one in a row is one too many."""
     config = synthetic.config()
     config.train.on_nonfinite, config.train.most_skipped = "skip", 2
-    feed = poisoned(config, 4, 5, first=5)
     with pytest.raises(StopIteration):
-        train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
+        synthetic.train(config, tmp_path / "run", each=poisoned(4, 5), first=5)
     with pytest.raises(NonFiniteError, match="step 6 and 2 before it"):
-        train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), poisoned(config, 6))
+        synthetic.train(config, tmp_path / "run", each=poisoned(6))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
-    train_and_evaluate(synthetic.config(), tmp_path / "again", synthetic.dataset())
+    synthetic.train(synthetic.config(), tmp_path / "again")
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (
         finished[0] / "metrics.jsonl"
     ).read_bytes()
     config = synthetic.config()
     config.seed = 1
-    train_and_evaluate(config, tmp_path / "other", synthetic.dataset())
+    synthetic.train(config, tmp_path / "other")
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() != (
         finished[0] / "metrics.jsonl"
     ).read_bytes()
@@ -351,21 +342,26 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tmp
 
 def test_a_run_of_many_steps_a_dispatch_is_the_same_run_however_it_was_stopped(finished, tmp_path):
     """As on an accelerator, which takes as many steps at once as fit into half a second."""
-    config, data = synthetic.config(), synthetic.dataset()
-    feed = resident_feed(data.train, config.train.batch_size, shuffle=True, max_steps=100)
-    train_and_evaluate(config, tmp_path / "whole", data, feed)
+    data, last = synthetic.dataset(), None
+    feed = resident_feed(data.train, 10, shuffle=True, max_steps=100)
+    trainer = Trainer(
+        synthetic.config(),
+        data,
+        dataclasses.replace(feed, items=lambda *at: itertools.islice(feed.items(*at), last)),
+    )
+    with StopRequest() as stop:
+        trainer.train({0: tmp_path / "whole"}, stop)
+        last = 8
+        with pytest.raises(StopIteration):
+            trainer.train({0: tmp_path / "cut"}, stop)
+        last = None
+        trainer.train({0: tmp_path / "cut"}, stop)
     assert len(read_lines(tmp_path / "whole" / "timing.jsonl")) == 12
     ours, its = (
         [line["loss"] for line in read_lines(workdir / "metrics.jsonl")]
         for workdir in (tmp_path / "whole", finished[0])
     )
     np.testing.assert_allclose(ours, its, rtol=1e-3)
-    cut = dataclasses.replace(
-        feed, items=lambda seed, start: itertools.islice(feed.items(seed, start), 8)
-    )
-    with pytest.raises(StopIteration):
-        train_and_evaluate(config, tmp_path / "cut", data, cut)
-    train_and_evaluate(config, tmp_path / "cut", data, feed)
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_bytes()
@@ -380,8 +376,7 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(tmp_p
         return item
 
     config = synthetic.config(steps=16)
-    feed = synthetic.feed(config, each=counting)
-    train_and_evaluate(config, tmp_path / "run", synthetic.dataset(), feed)
+    synthetic.train(config, tmp_path / "run", each=counting)
     assert compiled[0] > 0
     assert compiled[1] > compiled[0]  # the step
     assert compiled[4] == compiled[1]
@@ -414,7 +409,7 @@ def test_a_run_may_stop_at_a_loss(finished, tmp_path):
     first = next(
         step for step, loss in enumerate(losses, start=1) if loss <= config.train.stop_at_loss
     )
-    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    summary = synthetic.train(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["loss"] for line in lines if line["split"] == "train"] == losses[:first]
     assert lines[-1]["split"] == "test"
@@ -425,14 +420,14 @@ def test_a_run_may_stop_at_a_loss(finished, tmp_path):
     # is here.
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (tmp_path / "run" / "summary.json").unlink()
-    assert train_and_evaluate(config, tmp_path / "run", synthetic.dataset())["steps"] == first
+    assert synthetic.train(config, tmp_path / "run")["steps"] == first
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_loss_to_stop_at_changes_nothing_before_it(finished, tmp_path):
     config = synthetic.config()
     config.train.stop_at_loss = 1e-9
-    summary = train_and_evaluate(config, tmp_path / "run", synthetic.dataset())
+    summary = synthetic.train(config, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
         finished[0] / "metrics.jsonl"
     ).read_bytes()

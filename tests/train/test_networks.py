@@ -8,7 +8,6 @@ import synthetic
 from bnjax import errors, main
 from bnjax.stats import weights_file
 from bnjax.train.config import default_config
-from bnjax.train.loop import train_and_evaluate
 from bnjax.train.trained import Trained
 from bnjax.train_step import predict_step
 
@@ -32,7 +31,7 @@ def config(name):
 )
 def run(request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / request.param
-    train_and_evaluate(config(request.param), workdir, DATA)
+    synthetic.train(config(request.param), workdir)
     return workdir
 
 

@@ -12,7 +12,7 @@ import synthetic
 from bnjax.data.feed import host_feed, resident_feed
 from bnjax.errors import ConfigError
 from bnjax.train import build, network
-from bnjax.train.loop import Stopped, train_and_evaluate
+from bnjax.train.loop import Stopped
 from bnjax.train.parallel import spread
 from bnjax.train.records import read_lines
 from bnjax.train.steps import Steps
@@ -172,10 +172,10 @@ def test_one_device_needs_no_axis_whatever_the_wrapper():
 def test_the_commands_use_the_devices_that_the_config_names(tmp_path, capsys):
     small = synthetic.config(steps=6)
     small.devices, small.model.dropout = 4, (0.0,)
-    on_four = train_and_evaluate(small, tmp_path / "four", DATA)
+    on_four = synthetic.train(small, tmp_path / "four")
     assert "on 4 x cpu" in capsys.readouterr().out
     small.devices = 1
-    on_one = train_and_evaluate(small, tmp_path / "one", DATA)
+    on_one = synthetic.train(small, tmp_path / "one")
     assert on_four["final_test"]["loss"] == pytest.approx(on_one["final_test"]["loss"], rel=1e-3)
 
 
@@ -192,13 +192,12 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path, first, then):
 
     small, workdir = synthetic.config(steps=8), tmp_path / "moved"
     small.devices = first
-    feed = synthetic.feed(small, each=interrupting)
     with pytest.raises(Stopped):
-        train_and_evaluate(small, workdir, DATA, feed)
+        synthetic.train(small, workdir, each=interrupting)
     small.devices = then
-    moved = train_and_evaluate(small, workdir, DATA)
+    moved = synthetic.train(small, workdir)
     small.devices = 1
-    at_rest = train_and_evaluate(small, tmp_path / "at_rest", DATA)
+    at_rest = synthetic.train(small, tmp_path / "at_rest")
     assert moved["final_test"]["loss"] == pytest.approx(at_rest["final_test"]["loss"], rel=1e-3)
     lines = [read_lines(path / "metrics.jsonl") for path in (workdir, tmp_path / "at_rest")]
     for mine, its in zip(*lines, strict=True):

@@ -12,7 +12,6 @@ import synthetic
 from bnjax import errors, main
 from bnjax.stats import weights_file
 from bnjax.train import build
-from bnjax.train.loop import train_and_evaluate
 from bnjax.train.recorder import Follower, Recorder
 from bnjax.train.steps import Steps, default_feed
 from bnjax.train.trained import Trained
@@ -22,7 +21,7 @@ from bnjax.train.trained import Trained
 def run(tmp_path_factory):
     """A trained run: a convolution, a hidden layer, three norms before the layers."""
     workdir = tmp_path_factory.mktemp("runs") / "small"
-    train_and_evaluate(synthetic.config(6), workdir, synthetic.dataset())
+    synthetic.train(synthetic.config(6), workdir)
     return workdir
 
 

@@ -115,12 +115,10 @@ def page_faults(**env):
     return kept == "True", int(faults)
 
 
-@pytest.mark.skipif(
-    libc_ver()[0] != "glibc" or xla.available_memory() < xla.LEAST_MEMORY,
-    reason="needs glibc and 8 GB",
-)
 def test_freed_memory_is_kept():
     """A new page of 4 KB costs a fault: 8 times 64 MB are 131,072, or 256 in huge pages."""
+    if libc_ver()[0] != "glibc" or xla.available_memory() < xla.LEAST_MEMORY:
+        pytest.skip("needs glibc and 8 GB")
     kept, few = page_faults()
     released, many = page_faults(BNJAX_MALLOC="0")
     assert (kept, released) == (True, False)
@@ -142,6 +140,34 @@ def keep(tmp_path):
         return kept, [(name, *args) for name, args, _ in libc.mock_calls]
 
     return call
+
+
+GIVEN_BACK = """
+import sys
+from pathlib import Path
+from bnjax.train import xla
+print(xla.keep_freed_memory())
+import jax, jax.numpy as jnp
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+jax.block_until_ready([jnp.ones((4096, 4096)) for _ in range(4)])
+before = resident()
+for meminfo in map(Path, sys.argv[1:]):
+    print(xla.give_back_freed_memory(None, meminfo), before - resident())
+"""
+
+
+def test_what_is_kept_is_given_back_where_little_is_left(tmp_path):
+    if libc_ver()[0] != "glibc" or xla.available_memory() < xla.LEAST_MEMORY:
+        pytest.skip("needs glibc and 8 GB")
+    for name, available in (("enough", 26), ("little", 24)):
+        (tmp_path / name).write_text(f"MemTotal:  100 kB\nMemAvailable:  {available} kB\n")
+    words = [sys.executable, "-c", GIVEN_BACK, tmp_path / "enough", tmp_path / "little"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    kept, enough, _, little, freed = done.stdout.split()
+    assert (kept, enough, little) == ("True", "False", "True")
+    assert int(freed) > 4 * 4096 * 4096 * 4 * 0.9
+    assert not xla.give_back_freed_memory(Mock(), tmp_path / "nobody says")
 
 
 @pytest.mark.parametrize(
