@@ -3,15 +3,19 @@
 import contextlib
 import importlib.resources
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bnjax.deploy.description import describe
 from bnjax.deploy.network import BATCH, NONE, STORED, Answer, Layer, Network
@@ -31,8 +35,16 @@ LAYERS = "layers"
 YES, NO = "yes", "no"
 
 
-def application(network: Network, limits: Limits) -> Starlette:
-    """Returns the application that answers for one network."""
+def application(
+    network: Network, limits: Limits, hosts: Collection[str] | None = None
+) -> Starlette:
+    """Returns the application that answers for one network.
+
+    Args:
+        network: what is served.
+        limits: of what a request may bring.
+        hosts: the names by which it may be asked, in lower case; None for any.
+    """
     api = _Api(network, limits)
     routes = [
         Route("/", api.page),
@@ -42,9 +54,35 @@ def application(network: Network, limits: Limits) -> Starlette:
         Route("/openapi.json", api.description),
     ]
     handlers: Any = {HTTPException: _refused, ClientDisconnect: _gone, Exception: _failed}
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=api.lifespan)
+    app = Starlette(
+        routes=routes,
+        middleware=[] if hosts is None else [Middleware(_Named, hosts)],
+        exception_handlers=handlers,
+        lifespan=api.lifespan,
+    )
     app.router.redirect_slashes = False
     return app
+
+
+class _Named:
+    """Answers only who asks by a name of this server.
+
+    A site can have its own name point at the loopback address (DNS rebinding); its pages in a
+    browser of this machine could then read what is served here. The Host header tells.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]):
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and host_of(Headers(scope=scope)) not in self._hosts:
+            text = (
+                f"This server is for its own machine and answers at {' or '.join(self._hosts)} "
+                "only. Use that in the address, or start it with --host 0.0.0.0 to answer anyone."
+            )
+            app = JSONResponse({"error": text}, 421, HEADERS | {"Connection": "close"})
+        await app(scope, receive, send)
 
 
 class _Api:
@@ -150,6 +188,14 @@ def as_json(layers: Sequence[Layer]) -> list[dict[str, Any]]:
         finite({"name": layer.name, "mean": layer.mean.tolist(), "var": layer.var.tolist()})
         for layer in layers
     ]
+
+
+def host_of(headers: Headers) -> str | None:
+    """Returns which host a request asks for, without the port, or None where it does not say."""
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname
+    except ValueError:  # brackets that do not close
+        return None
 
 
 def finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from bnjax.deploy.uploads import IMAGE, TYPE, Limits
 NUMBER = {"type": ["number", "null"]}  # null: not finite
 TEXT = {"type": "string"}
 NAMES = {"type": "array", "items": TEXT}
+ERROR = {"$ref": "#/components/schemas/Error"}
 LAYERS = {
     "type": "array",
     "items": {
@@ -22,11 +23,13 @@ LAYERS = {
     },
 }
 FOLDED = {"type": "object", "additionalProperties": TEXT}
+MISDIRECTED = "The request asks for a host that this server is not."
 ERRORS = {
     "400": "The form or an image in it cannot be read.",
     "408": "The body did not come in time.",
     "413": "The body is too large, or the images in it are.",
     "415": f"The body is not {TYPE}.",
+    "421": MISDIRECTED,
     "503": "Too many requests wait.",
 }
 
@@ -58,7 +61,8 @@ def describe(about: About, limits: Limits) -> dict[str, Any]:
 
 
 def _get(summary: str, schema: Any, kind: str = "application/json") -> dict[str, Any]:
-    return {"summary": summary, "responses": {"200": _answer(summary, schema, kind)}}
+    responses = {"200": _answer(summary, schema, kind), "421": _answer(MISDIRECTED, ERROR)}
+    return {"summary": summary, "responses": responses}
 
 
 def _answer(summary: str, schema: Any, kind: str = "application/json") -> dict[str, Any]:
@@ -133,8 +137,7 @@ def _predict(about: About, limits: Limits) -> dict[str, Any]:
         layers=LAYERS,
     )
     answer["required"] = ["statistics", "predictions"]
-    error = {"$ref": "#/components/schemas/Error"}
-    responses = {status: _answer(text, error) for status, text in ERRORS.items()}
+    responses = {status: _answer(text, ERROR) for status, text in ERRORS.items()}
     responses["503"]["headers"] = {
         "Retry-After": {
             "description": "Seconds after which to try again",

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ipaddress
 import logging
 import socket
 from collections.abc import Callable
@@ -71,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     # Before the network is loaded: so who cannot have the port hears it at once.
     with listen(args.host, args.port) as listener:
         prepare()
-        app = application(_network(args), Limits())
         host, port = listener.getsockname()[:2]
+        app = application(_network(args), Limits(), names(host, args.host))
         print(
             f"{args.model or args.workdir} is served at "
             f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)",
@@ -111,6 +112,17 @@ def listen(host: str, port: int) -> socket.socket:
             f"bnjax serve cannot listen at {host}, port {port}: {reason}. Choose a port that is "
             "free with --port, 0 for any; --host has to be an address of this machine."
         ) from error
+
+
+def names(address: str, host: str) -> list[str] | None:
+    """Returns by which names a server may be asked that listens at an address, or None for any.
+
+    Who listens at the loopback address is for this machine alone. Elsewhere any machine can ask,
+    by names that are not known here.
+    """
+    if not ipaddress.ip_address(address).is_loopback:
+        return None
+    return [*dict.fromkeys([address, host.lower(), "localhost"])]
 
 
 def _network(args: argparse.Namespace) -> Any:

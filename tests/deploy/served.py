@@ -96,11 +96,11 @@ def small_network():
 
 
 @contextlib.contextmanager
-def server(network, **limits):
+def server(network, hosts=None, **limits):
     """Yields the address of a server, in a thread, for a network."""
     with listen("127.0.0.1", 0) as listener:
         config = uvicorn.Config(
-            application(network, Limits(**limits)),
+            application(network, Limits(**limits), hosts),
             loop="asyncio",
             http="h11",
             ws="none",

@@ -254,6 +254,40 @@ def test_other_methods_are_405(stub, path, method):
     assert response.headers["allow"] in ("POST", "GET, HEAD", "HEAD, GET")
 
 
+def test_only_who_asks_by_its_name_is_answered():
+    with server(Stub(), hosts=serve.names("127.0.0.1", "Here")) as address:
+        port = address.rsplit(":", 1)[1]
+
+        def asked(host, path="/model"):
+            return requests.get(f"{address}{path}", headers={"Host": host}, timeout=60)
+
+        for host in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", f"LocalHost:{port}", "here:1"):
+            assert asked(host).status_code == 200, host
+        rebound = ("evil.example", f"evil.example:{port}", "localhost.evil.example")
+        for host in (*rebound, "", "[::1", "[::1]", "127.0.0.2", "localhost@evil.example"):
+            for path in ("/", "/model", "/statistics", "/openapi.json"):
+                said = refused(asked(host, path), 421)
+                assert "127.0.0.1 or here or localhost" in said
+        files = [("image", ("a.png", png(noise(1)[0])))]
+        headers = {"Host": "evil.example"}
+        refused(requests.post(f"{address}/predict", files=files, headers=headers, timeout=60), 421)
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "names"),
+    [
+        ("127.0.0.1", "127.0.0.1", ["127.0.0.1", "localhost"]),
+        ("127.0.1.1", "MyPC", ["127.0.1.1", "mypc", "localhost"]),
+        ("::1", "localhost", ["::1", "localhost"]),
+        ("0.0.0.0", "0.0.0.0", None),
+        ("192.0.2.7", "192.0.2.7", None),
+        ("::", "::", None),
+    ],
+)
+def test_a_server_for_its_machine_alone_has_its_names(address, host, names):
+    assert serve.names(address, host) == names
+
+
 def test_requests_beyond_the_queue_are_sent_away():
     go, answers, image = threading.Event(), queue.Queue(), png(noise(1)[0])
 

@@ -71,6 +71,8 @@ def test_a_run_and_its_export_are_served(run, tmp_path, capsys):
             scores = [[*row["scores"].values()] for row in found]
             np.testing.assert_allclose(scores, truth, atol=1e-4)
             about = requests.get(f"{url}/model", timeout=60).json()
+            rebound = {"Host": "evil.example"}
+            assert requests.get(f"{url}/model", headers=rebound, timeout=60).status_code == 421
             assert len(about["statistics"]) == statistics
             paths = ("", "model", "statistics", "openapi.json", "nothing", "../..", "predict")
             said = "".join(requests.get(f"{url}/{path}", timeout=60).text for path in paths)
