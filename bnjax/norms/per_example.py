@@ -1,5 +1,8 @@
 """Norms that look at one example at a time: they keep no averages and need no axis name."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,19 @@ class PerExampleNorm(nn.Module):
     use_bias: bool = True
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
+    def _flax(self, norm: Callable[..., nn.Module], **fields: Any) -> nn.Module:
+        """Returns a norm of Flax with these attributes, whose parameters are this one's."""
+        made = norm(
+            epsilon=self.epsilon,
+            use_scale=self.use_scale,
+            use_bias=self.use_bias,
+            scale_init=self.scale_init,
+            use_fast_variance=False,  # the fast one is wrong where the mean is large
+            **fields,
+        )
+        nn.share_scope(self, made)
+        return made
+
 
 class LayerNorm(PerExampleNorm):
     """Normalises each example over positions and channels (Ba et al., 2016, equation 3)."""
@@ -34,15 +50,7 @@ class LayerNorm(PerExampleNorm):
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
         """Returns the normalised input; scale and shift are of each channel."""
-        norm = nn.LayerNorm(
-            epsilon=self.epsilon,
-            use_scale=self.use_scale,
-            use_bias=self.use_bias,
-            scale_init=self.scale_init,
-            reduction_axes=tuple(range(1, x.ndim)),
-            use_fast_variance=False,  # the fast one is wrong where the mean is large
-        )
-        nn.share_scope(self, norm)
+        norm = self._flax(nn.LayerNorm, reduction_axes=tuple(range(1, x.ndim)))
         return norm(x, mask=_real_positions(mask, x))
 
 
@@ -70,15 +78,7 @@ class GroupNorm(PerExampleNorm):
                 f"{x.shape[-1]} channels. Choose a number of groups that divides the channels of "
                 "every layer."
             )
-        norm = nn.GroupNorm(
-            num_groups=self.groups,
-            epsilon=self.epsilon,
-            use_scale=self.use_scale,
-            use_bias=self.use_bias,
-            scale_init=self.scale_init,
-            use_fast_variance=False,  # as in LayerNorm
-        )
-        nn.share_scope(self, norm)
+        norm = self._flax(nn.GroupNorm, num_groups=self.groups)
         return norm(x, mask=_real_positions(mask, x))
 
 
@@ -95,14 +95,7 @@ class InstanceNorm(PerExampleNorm):
             ValueError: if there is one position only (not at initialisation).
         """
         _check_positions(self, x)
-        norm = nn.InstanceNorm(
-            epsilon=self.epsilon,
-            use_scale=self.use_scale,
-            use_bias=self.use_bias,
-            scale_init=self.scale_init,
-            use_fast_variance=False,  # as in LayerNorm
-        )
-        nn.share_scope(self, norm)
+        norm = self._flax(nn.InstanceNorm)
         return norm(x, mask=_real_positions(mask, x))
 
 

@@ -8,6 +8,8 @@ from jax import lax
 
 from bnjax.arrays import Array
 
+EPSILON = 1e-5
+
 
 class StandardizedConv(nn.Conv):
     """A convolution whose kernel has mean 0 and variance 1 for each output (equation 7).
@@ -22,7 +24,7 @@ class StandardizedConv(nn.Conv):
         return standardize(value) if name == "kernel" else value
 
 
-def standardize(kernel: Array, epsilon: float = 1e-5) -> Array:
+def standardize(kernel: Array) -> Array:
     """Returns the kernel with mean 0 and variance 1 over all axes but the last.
 
     >>> print(standardize(jnp.array([[1.0], [3.0]])).round(3).ravel())
@@ -30,4 +32,4 @@ def standardize(kernel: Array, epsilon: float = 1e-5) -> Array:
     """
     axes = tuple(range(kernel.ndim - 1))
     centered = kernel - kernel.mean(axes, keepdims=True)
-    return centered * lax.rsqrt(jnp.mean(lax.square(centered), axes, keepdims=True) + epsilon)
+    return centered * lax.rsqrt(jnp.mean(lax.square(centered), axes, keepdims=True) + EPSILON)

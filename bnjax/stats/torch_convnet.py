@@ -13,22 +13,17 @@ _ACTIVATIONS = {"relu": "ReLU", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 _POOLS = {"max": "MaxPool2d", "avg": "AvgPool2d"}
 
 
-def convnet_table(
-    model: ConvNet, image_shape: tuple[int, int, int], names: dict[str, str] | None = None
-) -> Table:
-    """Returns the table of a network: which layers are given flattened images.
+def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
+    """Returns the table of a network: which layers are given flattened images [h, w, c].
 
-    Args:
-        model: the network.
-        image_shape: [h, w, c].
-        names: of the layers there; None: the same, as in `torch_source`.
+    The layers are called the same there, as in `torch_source`.
     """
     first = "dense0" if model.dense else "logits"
     layers = [first]
     if _norm(model) is not None and model.placement == "input":
         layers.append(f"{first}_norm")
     shape = _last_images(model, image_shape)
-    return Table(names, dict.fromkeys(layers, shape))
+    return Table(flattened=dict.fromkeys(layers, shape))
 
 
 def torch_source(model: ConvNet, image_shape: tuple[int, int, int]) -> str:
