@@ -41,9 +41,7 @@ class Stopped(Exception):
         self.step, self.signal = step, received
 
 
-def train_and_evaluate(
-    config: ConfigDict, workdir: Path, dataset: Dataset, feed: Feed | None = None
-) -> Summary:
+def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> Summary:
     """Trains and evaluates, fills the run's folder and returns its summary.
 
     Resumes where it was stopped.
@@ -52,7 +50,6 @@ def train_and_evaluate(
         config: as `bnjax.train.config.default_config` lays it out.
         workdir: the run's folder, created if need be.
         dataset: from `bnjax.data.datasets.load`.
-        feed: where the batches come from; by default the training images of `dataset`.
 
     Raises:
         UserError: if the config is impossible, the folder belongs to another run or process, or
@@ -61,7 +58,7 @@ def train_and_evaluate(
         Stopped: after Ctrl-C or SIGTERM, when the last complete step has been saved.
     """
     with StopRequest() as stop:
-        (result,) = Trainer(config, dataset, feed).train({config.seed: workdir}, stop).values()
+        (result,) = Trainer(config, dataset).train({config.seed: workdir}, stop).values()
     if isinstance(result, NonFiniteError):
         raise result
     return result
