@@ -2,8 +2,11 @@
 
     python -m bnjax.main --config configs/resnet18.py
 
-Time: not measured.
-Expected: not measured.
+Time: not measured; it is for an accelerator.
+Expected: not measured. ResNet-20 (`--config.model.name=resnet20 --config.train.epochs=8`) took 50
+    minutes on two AVX-512 cores of an AMD EPYC that had other work besides, and came to test
+    accuracy 0.731, loss 0.792. One run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG,
+    quality 75.
 """
 
 from bnjax.train.config import default_config

@@ -8,8 +8,8 @@
 PNG files without compression (`--kind png`: many bytes, little work) or JPEG files (`--kind jpeg`:
 the work of photographs). `feed` measures images a second of the feed alone. `train` runs the
 command `bnjax train` with the tutorial's network and reads, each second, the memory that it and its
-workers have for themselves; it prints images a second, the seconds of a step, and how much of them
-the network alone would need. Each prints one JSON object.
+workers have for themselves; it prints images a second, the seconds of a step, those of one whose
+images are in memory, and so the share of the feed. Each prints one JSON object.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,18 @@ from PIL import Image
 from bnjax.data import datasets, example
 from bnjax.data.records import LABELS, Crop, Reading
 from bnjax.data.stream import stream_feed
+from bnjax.train import parsing
+from bnjax.train.loop import train_and_evaluate
+from bnjax.train.xla import prepare
 
 CLASSES = 10
 SHARD_BYTES = 1 << 30
 DISTINCT = 20  # images of each class
 SIDES = (240, 680)
 TESTED = 500
+CONFIG = str(Path(__file__).parents[1] / "configs" / "bn.py")
+ALONE_IMAGES = 10_000
+ALONE_STEPS = 30
 
 
 def picture(rng: np.random.Generator, label: int) -> Image.Image:
@@ -113,6 +120,43 @@ def feed(args: argparse.Namespace) -> dict[str, Any]:
     return {"workers": args.workers, "images_per_s": rate, "batch_s": seconds / args.batches}
 
 
+def overrides(flags: dict[str, Any]) -> list[str]:
+    """Returns keys of a config and their values as words of the command line."""
+    return [f"--config.{key}={value}" for key, value in flags.items()]
+
+
+def training(args: argparse.Namespace, steps: int) -> list[str]:
+    """Returns the words for so many steps and a test at the end."""
+    flags = {
+        "train.steps": steps,
+        "train.batch_size": args.batch_size,
+        "train.shuffle": True,
+        "eval.every_steps": steps,
+        "eval.every_epochs": 0.0,
+    }
+    return overrides(flags)
+
+
+def step_seconds(workdir: Path) -> float:
+    """Returns the median time of a run's steps."""
+    lines = [json.loads(line) for line in (workdir / "timing.jsonl").open()]
+    return float(np.median(np.diff([line["seconds"] for line in lines])))
+
+
+def network_alone(args: argparse.Namespace) -> float:
+    """Returns the time of a step of the same training on as large images, all in memory."""
+    prepare()
+    rng = np.random.default_rng(0)
+    shape = (ALONE_IMAGES, args.image_size, args.image_size, 3)
+    images = rng.integers(0, 256, shape, np.uint8)
+    split = datasets.Split(images, rng.integers(0, CLASSES, ALONE_IMAGES))
+    names = tuple(f"class {i}" for i in range(CLASSES))
+    data = datasets.Dataset("noise", "noise", None, split, split.first(TESTED), names)
+    with tempfile.TemporaryDirectory() as folder:
+        train_and_evaluate(parsing.load(CONFIG, training(args, ALONE_STEPS)), Path(folder), data)
+        return step_seconds(Path(folder))
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, and watches the memory."""
     flags = {
@@ -123,15 +167,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "data.shorter_side": args.shorter_side,
         "data.random_crop": True,
         "data.workers": args.workers,
-        "train.steps": args.steps,
-        "train.batch_size": args.batch_size,
-        "train.shuffle": True,
-        "eval.every_steps": args.steps,
-        "eval.every_epochs": 0.0,
     }
-    words = [f"--config.{key}={value}" for key, value in flags.items()]
-    config = Path(__file__).parents[1] / "configs" / "bn.py"
-    command = ["train", "--config", str(config), "--workdir", str(args.workdir), *words]
+    words = [*overrides(flags), *training(args, args.steps)]
+    command = ["train", "--config", CONFIG, "--workdir", str(args.workdir), *words]
     began, seen = time.monotonic(), []
     with subprocess.Popen([sys.executable, "-m", "bnjax.main", *command]) as process:
         while process.poll() is None:
@@ -145,14 +183,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             shared = sum(one["shared"] for one in of.values())
             workers = sum(one["own"] for one in others)
             seen.append(entry | {"workers": workers, "shared": shared})
-    lines = [json.loads(line) for line in (args.workdir / "timing.jsonl").open()]
-    seconds = np.diff([line["seconds"] for line in lines])
+    step_s, alone_s = step_seconds(args.workdir), network_alone(args)
     tenths = [part[-1] for part in np.array_split(np.array(seen), 10) if len(part)]
     summary = json.loads((args.workdir / "summary.json").read_text())
     return {
         "workers": args.workers,
-        "step_s": float(np.median(seconds)),
-        "images_per_s": args.batch_size / float(np.median(seconds)),
+        "step_s": step_s,
+        "images_per_s": args.batch_size / step_s,
+        "network_alone_s": alone_s,
+        "share_of_feed": 1 - alone_s / step_s,
         "memory": [{key: round(value) for key, value in one.items()} for one in tenths],
         "final_test": summary["final_test"],
         "exit": process.returncode,
