@@ -143,6 +143,16 @@ def test_a_network_that_fits_into_no_memory_is_one_paragraph(inside, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_platform_without_a_device_is_one_paragraph(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENV, "JAX_PLATFORMS", "abacus")
+    done = bnjax("--config", CONFIG, "--workdir", tmp_path / "run", *FEW)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: JAX has no device of JAX_PLATFORMS=abacus")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     steps = [
         "--config.train.steps=160",

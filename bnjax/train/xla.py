@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from bnjax.data.datasets import cache_dir
+from bnjax.errors import UserError
 
 Options = dict[str, str | bool | int]
 
@@ -50,9 +51,22 @@ CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 def prepare() -> None:
-    """Sets up this process for a command that computes; call it before anything is computed."""
+    """Sets up this process for a command that computes; call it before anything is computed.
+
+    Raises:
+        UserError: if JAX was told to use a platform that it has no device of.
+    """
     keep_freed_memory()
     keep_compiled(cache_dir() / "compiled")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        why = f" ({error})" if str(error) else ""
+        raise UserError(
+            f"JAX has no device of JAX_PLATFORMS={jax.config.jax_platforms}{why}. Leave that "
+            "variable out to use what there is, or install JAX for the platform, as "
+            "pip install 'bnjax[cuda12]' does."
+        ) from error
 
 
 def compiler_options(
