@@ -109,9 +109,9 @@ class BatchNorm(nn.Module):
         is_variance = self.variance in ("biased", "unbiased")
         if not is_variance or self.statistics not in (None, "batch", "running"):
             raise ValueError(
-                f"variance = {self.variance!r} and statistics = {self.statistics!r} are not "
-                "possible together: variance is 'biased' or 'unbiased', and statistics is 'batch', "
-                "'running' or None."
+                f"{self._label()} has variance = {self.variance!r} and statistics = "
+                f"{self.statistics!r}: variance is 'biased' or 'unbiased', and statistics is "
+                "'batch', 'running' or None."
             )
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average

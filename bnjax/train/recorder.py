@@ -220,7 +220,9 @@ def _so_far(workdir: Path, step: int) -> tuple[float, int]:
         if not lines or lines[-1]["step"] != step:
             raise UserError(
                 f"{workdir / name} ends before step {step}, of which there is a checkpoint. "
-                "Restore the file from a copy, or train anew in another folder with --workdir."
+                "Restore the file from a copy, or train anew in another folder with --workdir. "
+                "What `bnjax port` made of weights that had been trained has no such file: it can "
+                "be evaluated, and not trained on."
             )
     seconds = timing[-1].get("seconds")
     skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])

@@ -61,11 +61,10 @@ def prepare() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        why = f" ({error})" if str(error) else ""
+        wanted, why = os.environ.get("JAX_PLATFORMS", ""), f" ({error})" if str(error) else ""
         raise UserError(
-            f"JAX has no device of JAX_PLATFORMS={jax.config.jax_platforms}{why}. Leave that "
-            "variable out to use what there is, or install JAX for the platform, as "
-            "pip install 'bnjax[cuda12]' does."
+            f"JAX has no device of JAX_PLATFORMS={wanted}{why}. Leave that variable out to use "
+            "what there is, or install JAX for the platform, as pip install 'bnjax[cuda12]' does."
         ) from error
 
 
