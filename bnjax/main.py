@@ -42,7 +42,8 @@ def train(args: argparse.Namespace) -> int:
     build.check(config)
 
     from bnjax.train import rundir, summary
-    from bnjax.train.loop import Stopped, train_and_evaluate
+    from bnjax.train.interrupt import StopRequest
+    from bnjax.train.loop import Stopped, Trainer
 
     dataset = build.dataset(config)
     if dataset.fallback_reason:
@@ -57,10 +58,13 @@ def train(args: argparse.Namespace) -> int:
         )
         return 0
     try:
-        result = train_and_evaluate(config, workdir, dataset)
+        with StopRequest() as stop:
+            (result,) = Trainer(config, dataset).train({config.seed: workdir}, stop).values()
     except Stopped as stopped:
         print(f"\n{stopped}; everything is saved. To go on:\n    {args.again}")
         return 128 + stopped.signal
+    if isinstance(result, errors.NonFiniteError):
+        raise result
     if not result:  # the first process has it
         return 0
     print(summary.as_text(result))
