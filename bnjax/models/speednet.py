@@ -69,10 +69,10 @@ class SpeedNet(nn.Module):
             convolve = functools.partial(
                 nn.Conv, width, (3, 3), use_bias=False, kernel_init=dirac, dtype=self.dtype
             )
-            x = max_pool(convolve(name=f"group{i}_conv0")(x), 2)
+            x = max_pool(convolve(name=f"group{i}_conv0")(x), 2, train=train)
             x = activate(x, f"group{i}_conv0")
             x = activate(convolve(name=f"group{i}_conv1")(x), f"group{i}_conv1")
-        x = max_pool(x, 3)
+        x = max_pool(x, 3, train=train)
         x = x.reshape(x.shape[0], -1)
         head = nn.Dense(
             self.classes, use_bias=False, kernel_init=unit, dtype=self.dtype, name="logits"
@@ -140,13 +140,16 @@ def unit(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.
     return kernel / kernel.std(ddof=1)
 
 
-def max_pool(x: Array, side: int) -> Array:
+def max_pool(x: Array, side: int, *, train: bool) -> Array:
     """Returns the maximum of each square [n, h / side, w / side, c]; what is left over is cut off.
 
-    Its gradient takes less time than that of `flax.linen.max_pool` on a CPU. Pairs are compared:
-    the gradient of `jnp.max` looks for entries that equal the maximum, which XLA may compute once
-    more and round otherwise, and where none does any more that gradient is 0 / 0.
+    In training pairs are compared, whose gradient takes less time than that of `nn.max_pool` on a
+    CPU. (The gradient of `jnp.max` looks for entries that equal the maximum, which XLA may compute
+    once more and round otherwise; where none does any more, it is 0 / 0.) In evaluation the values
+    are the same, by one operation, past which `bnjax.stats.fold` can see.
     """
+    if not train:
+        return nn.max_pool(x, (side, side), (side, side))
     n, h, w, c = x.shape
     rows, columns = h // side, w // side
     x = x[:, : rows * side, : columns * side].reshape(n, rows, side, columns * side, c)

@@ -53,7 +53,7 @@ NETWORKS = {
         None,
     ),
     "standardized": (net(norm=batch, conv=norms.StandardizedConv, placement="before"), 4),
-    "speednet": (SpeedNet(norm=batch, widths=(4,), mean=(0.5,) * 3, std=(0.2,) * 3), 1),
+    "speednet": (SpeedNet(norm=batch, widths=(4,), mean=(0.5,) * 3, std=(0.2,) * 3), 2),
     "residual": (ResNet((1, 1), 4), 6),
     "residual, padded as by torch": (ResNet((1, 1), 4, torchvision=True), None),
     "residual, norms first": (PreActResNet(1, 4), 1),

@@ -58,9 +58,10 @@ def test_the_head_starts_with_standard_deviation_1():
     assert abs(kernel.std(ddof=1) - 1) < 1e-5
 
 
-def test_a_maximum_cuts_off_what_is_left_over():
+@pytest.mark.parametrize("train", [True, False])
+def test_a_maximum_cuts_off_what_is_left_over(train):
     x = RNG.normal(size=(2, 7, 9, 3))
-    found = max_pool(jnp.asarray(x), 3)
+    found = max_pool(jnp.asarray(x), 3, train=train)
     assert found.shape == (2, 2, 3, 3)
     np.testing.assert_allclose(found[1, 1, 2], x[1, 3:6, 6:9].max((0, 1)), rtol=1e-6)
 
