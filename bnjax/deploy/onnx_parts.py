@@ -29,6 +29,13 @@ def cut(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
     return [graph.add("Slice", x, starts, ends, integers(axes), steps)] if axes else [x]
 
 
+def reverse(graph: Graph, operation: Any, x: Value) -> Sequence[Value]:
+    """Writes `rev`: a slice from the last value of an axis to before its first."""
+    axes = operation.params["dimensions"]
+    back, before = integers([-1] * len(axes)), integers([np.iinfo(np.int64).min] * len(axes))
+    return [graph.add("Slice", x, back, before, integers(axes), back)]
+
+
 def pad(graph: Graph, operation: Any, x: Value, filling: Value) -> Sequence[Value]:
     """Writes `pad`."""
     config = operation.params["padding_config"]

@@ -18,7 +18,7 @@ from bnjax.deploy.onnx_layers import (
     pooling,
     transposed,
 )
-from bnjax.deploy.onnx_parts import concatenate, cut, gather, pad, split
+from bnjax.deploy.onnx_parts import concatenate, cut, gather, pad, reverse, split
 
 
 def _same(graph: Graph, operation: Any, *inputs: Value) -> Sequence[Value]:
@@ -212,6 +212,7 @@ PRIMITIVES: dict[str, Writer] = {
     "dim_as_value": _dim_as_value,
     "concatenate": concatenate,
     "slice": cut,
+    "rev": reverse,
     "pad": pad,
     "split": split,
     "gather": gather,

@@ -72,6 +72,7 @@ FUNCTIONS = {
     "a channel": lambda x: x[..., 1] + x[:, 2:3, :, 0],
     "places": lambda x: jnp.moveaxis(x[:, np.array([[0, 5], [2, 2]]), :, np.array([1, 0])], 2, 0),
     "a slice": lambda x: lax.slice_in_dim(x, 1, 5, 2, axis=1) + lax.slice_in_dim(x, 4, 6, axis=1),
+    "mirror": lambda x: x[:, :, ::-1] - 2 * x[:, ::-1, :, ::-1],
     "split": lambda x: (lambda one, two: one - 2 * two)(*jnp.split(x, 2, axis=-1)),
     "orders": lambda x: x.transpose(0, 3, 1, 2).reshape(x.shape[0], 4, -1).swapaxes(1, 2),
     "padded": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 1), (0, 0)), constant_values=3),
