@@ -136,6 +136,8 @@ def import_run(
     like = (trained.params, trained.batch_stats)
     params, stats = port_from(framework, arrays, like, _table(model, shape, table))
     said = [f"{out}: {file}, {len(arrays)} arrays, all accounted for"]
+    if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        said.append(f"WARNING: numbers that are not finite in {', '.join(broken)}")
     if probe is not None:
         batch, _ = weights_file.read(probe)
         if not {"image", "logits"} <= set(batch) or not batch["image"].size:

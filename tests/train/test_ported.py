@@ -78,6 +78,20 @@ def test_training_goes_on_with_weights_of_step_0_in_every_process(run, port, tmp
             jax.tree.map(np.testing.assert_array_equal, batch_stats, given.batch_stats)
 
 
+def test_numbers_that_are_not_finite_are_named(run, port, tmp_path):
+    file = tmp_path / "net.safetensors"
+    port("--workdir", run, "--to", "torch", file)
+    arrays, notes = weights_file.read(file)
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    arrays["conv0.weight"][0] = np.nan
+    arrays["logits_norm.running_var"][1] = np.inf
+    weights_file.write(file, arrays, notes)
+    done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "WARNING" in line]
+    assert {*line.split(" in ")[1].split(", ")} == {"conv0.weight", "logits_norm.running_var"}
+
+
 def test_what_torch_is_given(run, port, tmp_path):
     file, probe = tmp_path / "net.safetensors", tmp_path / "probe.npz"
     done = port("--workdir", run, "--to", "torch", file, "--probe", probe)
