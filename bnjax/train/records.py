@@ -1,5 +1,6 @@
 """The files that a run leaves behind while it goes on, written and read."""
 
+import contextlib
 import json
 import math
 import os
@@ -129,11 +130,17 @@ class RunWriter:
 
         What an interrupted run wrote past step `start` is dropped, since it comes again.
         """
-        self._metrics = Lines(workdir / "metrics.jsonl", keep_up_to=start)
-        self._timing = Lines(workdir / "timing.jsonl", keep_up_to=start)
-        self._histograms = Lines(workdir / "histograms.jsonl", keep_up_to=start)
-        self._files = (self._metrics, self._timing, self._histograms)
-        self.board = Board(workdir / "tensorboard", start=start)
+        with contextlib.ExitStack() as stack:  # if one cannot be opened, the others are closed
+
+            def opened(name: str) -> Lines:
+                lines = Lines(workdir / f"{name}.jsonl", keep_up_to=start)
+                return stack.enter_context(contextlib.closing(lines))
+
+            self._metrics, self._timing = opened("metrics"), opened("timing")
+            self._histograms = opened("histograms")
+            self.board = Board(workdir / "tensorboard", start=start)
+            stack.callback(self.board.close)
+            self._open = stack.pop_all()
 
     def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
         """Records the loss and accuracy of the batch of one training step, steps counted from 1.
@@ -187,12 +194,11 @@ class RunWriter:
 
     def flush(self) -> None:
         """Hands everything written so far to the operating system."""
-        for file in (*self._files, self.board):
+        for file in (self._metrics, self._timing, self._histograms, self.board):
             file.flush()
 
     def __enter__(self) -> "RunWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (*self._files, self.board):
-            file.close()
+        self._open.close()

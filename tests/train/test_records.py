@@ -1,5 +1,9 @@
+import gc
+
+import pytest
 from events import read_values
 
+from bnjax.errors import UserError
 from bnjax.train.records import Lines, RunWriter, read_lines, write_json
 
 
@@ -31,3 +35,14 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     assert found["train/loss"] == (1, 2.0)
     assert found["test/accuracy"] == (1, 0.5)
     assert found["train/images_per_s"] == (1, 100.0)
+
+
+@pytest.mark.parametrize("name", ["timing.jsonl", "histograms.jsonl", "tensorboard"])
+def test_where_one_file_cannot_be_opened_none_stays_open(tmp_path, name):
+    if name == "tensorboard":
+        (tmp_path / name).write_text("no folder")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises((OSError, UserError)):
+        RunWriter(tmp_path, start=0)
+    gc.collect()  # pytest makes an error of a file that is open when nothing refers to it
