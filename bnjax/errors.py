@@ -1,8 +1,12 @@
 """Errors that a user can mend, and how the command lines report them."""
 
+import _thread
+import functools
 import os
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 # What JAX says where a process of a training has gone that others wait for.
 LOST_PROCESS = ("Gloo", "coordination service", "heartbeat", "NCCL", "CoordinationService")
@@ -51,6 +55,16 @@ def run(main: Callable[[], int]) -> None:
 
     130 after Ctrl-C.
     """
+    before = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_send_again, before)
+    try:
+        sys.exit(_code_of(main))
+    finally:
+        sys.unraisablehook = before
+
+
+def _code_of(main: Callable[[], int]) -> int:
+    """Returns the exit code of a command line, and says what went wrong."""
     try:
         code = main()
     except UserError as error:
@@ -68,7 +82,7 @@ def run(main: Callable[[], int]) -> None:
         code = 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        code = 130
+        _leave(130)  # XLA may be compiling in threads that do not survive the way out
     except Exception as error:
         # By its text: only XLA raises it, and nothing here should import JAX just for --help.
         if any(words in str(error) for words in LOST_PROCESS):
@@ -78,8 +92,7 @@ def run(main: Callable[[], int]) -> None:
                 "saved: start all processes again with the same command, and they go on from it.",
                 file=sys.stderr,
             )
-            sys.stderr.flush()
-            os._exit(1)  # the way out waits for the lost one
+            _leave(1)  # the way out waits for the lost one
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(
@@ -91,4 +104,22 @@ def run(main: Callable[[], int]) -> None:
             file=sys.stderr,
         )
         code = 1
-    sys.exit(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """Ends this process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _send_again(otherwise: Callable[[Any], None], raised: Any) -> None:
+    """Sends Ctrl-C once more where it came while nothing could be raised.
+
+    JAX has the garbage collector call it, for instance, while it is imported and compiles.
+    """
+    if issubclass(raised.exc_type, KeyboardInterrupt):
+        threading.Timer(0.02, _thread.interrupt_main).start()
+    else:
+        otherwise(raised)

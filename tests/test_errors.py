@@ -1,6 +1,29 @@
+import subprocess
+import sys
+
 import pytest
 
 from bnjax import errors
+
+CTRL_C = """
+import gc, signal, time
+from bnjax import errors
+
+def collector(phase, info):
+    gc.callbacks.remove(collector)
+    signal.raise_signal(signal.SIGINT)
+
+def main():
+    if {within}:
+        gc.callbacks.append(collector)
+        gc.collect()
+    else:
+        signal.raise_signal(signal.SIGINT)
+    time.sleep(20)
+    return 0
+
+errors.run(main)
+"""
 
 
 def ending(capsys, error):
@@ -28,7 +51,6 @@ def ending(capsys, error):
             "--config.train.batch_size",
         ),
         (MemoryError(), 1, "memory of this machine does not suffice"),
-        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_what_a_user_can_mend_is_one_paragraph(capsys, error, code, said):
@@ -36,6 +58,14 @@ def test_what_a_user_can_mend_is_one_paragraph(capsys, error, code, said):
     assert found == code
     assert said in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_ctrl_c_ends_a_command_also_where_nothing_can_be_raised(within):
+    command = [sys.executable, "-c", CTRL_C.format(within=within)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "\ninterrupted\n"
 
 
 def test_what_is_our_own_fault_keeps_its_traceback():
