@@ -19,7 +19,7 @@ MAX_SEEDS = 100_000  # each is a run
 def main(words: Sequence[str] | None = None) -> int:
     """Does what the words after `bnjax` say, by default this process's; returns the exit code."""
     words = sys.argv[1:] if words is None else list(words)
-    if words and words[0] not in (*COMMANDS, "-h", "--help"):
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
         words = ["train", *words]
     parser = _parser()
     args, overrides = parser.parse_known_args(words)
@@ -79,6 +79,8 @@ def compare(args: argparse.Namespace) -> int:
     from bnjax.train.loop import Stopped
     from bnjax.train.xla import prepare
 
+    if args.full and not args.claim:
+        raise errors.UserError("--full is of a claim: give one with --claim.")
     prepare()
     if args.claim:
         comparison = grid.compare_claim(args.claim, args.overrides, full=args.full)
@@ -107,7 +109,10 @@ def report(args: argparse.Namespace) -> int:
     """Writes one report about several folders."""
     from bnjax.compare import report
 
-    print(f"written: {report.write_all(args.folders, args.out or args.folders[0])}")
+    page, problems = report.write_all(args.folders, args.out or args.folders[0])
+    for problem in problems:
+        print(f"WARNING: {problem}", file=sys.stderr)
+    print(f"written: {page}")
     return 0
 
 
@@ -183,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--claim", metavar="FILE", help="a claim file or name, for instance momentum")
     sub.add_argument(
-        "--full", action="store_true", help="take the claim at its full size, not its small one"
+        "--full",
+        action="store_true",
+        help="with --claim: take it at its full size, not its small one",
     )
     sub.add_argument(
         "--seeds",

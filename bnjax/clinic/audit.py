@@ -37,11 +37,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints what is wrong with a network's running statistics; returns the exit code."""
     import json
 
+    from bnjax.compare.report import audit as page
     from bnjax.train.audit import of_run
     from bnjax.train.xla import prepare
 
     prepare()
     try:
+        if args.out:
+            page.check(args.out)
         about, findings = of_run(args.workdir, args.checkpoint, args.data_dir, args.images)
         if args.json:
             print(json.dumps(about | findings.as_json()))
@@ -49,8 +52,6 @@ def run(args: argparse.Namespace) -> int:
             step, data = about["step"], about["dataset"]
             print(f"{args.workdir}, checkpoint of step {step}, {data}\n\n{findings}")
         if args.out:
-            from bnjax.compare.report import audit as page
-
             path = page.write(findings, f"{args.workdir}, step {about['step']}", args.out)
             print(f"\nwritten: {path}", file=sys.stderr)
     except OSError as error:  # an exit code of 1 would say that something is wrong with the network

@@ -188,12 +188,12 @@ def read_run(folder: Path, variant: str = "") -> Run:
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"there is no run in {folder}: it has no config.json.")
+    content = read_object(file)
     try:
-        content = read_object(file)
         config = parsing.flat({"config": parsing.from_dict(content["config"]).to_dict()})
         data, dataset = str(content["data"]["name"]), str(content["data"]["label"])
     except (KeyError, ValueError, ArithmeticError, TypeError, AttributeError, UserError) as error:
-        found = f"{type(error).__name__}: {error}"
+        found = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(
             f"{file} is damaged, or from another version of bnjax ({found})."
         ) from error

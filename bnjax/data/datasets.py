@@ -177,15 +177,16 @@ def _cifar(name: str, data_dir: str) -> tuple[cifar.Split, cifar.Split, tuple[st
     source = next(filter(None, (cifar.find(version, folder) for folder in folders)), None)
     if source is None and tfds.find(name, data_dir):
         return tfds.read(name, data_dir)
-    return cifar.read(version, source or _download(name, version.archive))
+    return cifar.read(version, source or _download(name, version.archive, data_dir))
 
 
-def _download(name: str, archive: download.Remote) -> Path:
+def _download(name: str, archive: download.Remote, data_dir: str) -> Path:
     try:
         return download.download(archive, cache_dir())
     except DataError as error:
+        where = f"in {data_dir}, nor elsewhere on this machine" if data_dir else "on this machine"
         raise UnavailableError(
-            f"{name} is not on this machine, and {error}. To mend that, fetch {archive.url} where "
+            f"{name} is not {where}, and {error}. To mend that, fetch {archive.url} where "
             "there is a network, "
             "put it into a folder, and add --config.data.dir=FOLDER."
         ) from error

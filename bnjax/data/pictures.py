@@ -113,7 +113,9 @@ def _read_npy(path: Path) -> list[np.ndarray]:
             )  # mapped: a header cannot claim more than there is; never unpickled
         except ValueError as error:
             raise ValueError(f"it is not a whole .npy file of numbers ({error})") from error
-    if array.ndim not in (2, 3, 4) or array.size == 0:
+    if array.size == 0:
+        raise ValueError(f"its shape {array.shape} holds no pixel")
+    if array.ndim not in (2, 3, 4):
         raise ValueError(f"its shape {array.shape} is not [h, w], [h, w, c] or [n, h, w, c]")
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"its values are {array.dtype}, neither uint8 nor floats from 0 to 1")

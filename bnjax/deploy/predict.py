@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
     prepare()
     result = _of_model(args) if args.model else _of_run(args)
-    print(json.dumps(result) if args.json else table(result))
+    if text := json.dumps(result) if args.json else table(result):
+        print(text)
     for failure in result["errors"]:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if result["errors"] else 0

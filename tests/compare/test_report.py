@@ -424,7 +424,7 @@ def test_one_name_for_two_configs_is_told_apart_and_seeds_are_not(folders, tmp_p
 
 
 def test_the_page_needs_nothing_else_and_markdown_has_its_pictures(folders, tmp_path):
-    page = report.write_all(folders, tmp_path / "out")
+    page, _ = report.write_all(folders, tmp_path / "out")
     text = page.read_text()
     assert page == tmp_path / "out" / "report.html"
     body = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
@@ -482,10 +482,9 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):
     ):
         assert words in told
     (unfinished / "histograms.jsonl").unlink()  # fewer pictures
-    assert (
-        html.escape(study.problems[1])
-        in report.write_all([unfinished, empty], tmp_path / "out").read_text()
-    )
+    page, problems = report.write_all([unfinished, empty], tmp_path / "out")
+    assert problems == read_study([unfinished, empty]).problems
+    assert html.escape(study.problems[1]) in page.read_text()
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(folders, tmp_path, monkeypatch):

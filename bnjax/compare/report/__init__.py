@@ -13,13 +13,15 @@ def write(folder: Path) -> Path:
     Raises:
         UserError: if nothing there can be reported, or the extra `report` is not installed.
     """
-    return write_all([folder], folder)
+    page, _ = write_all([folder], folder)
+    return page
 
 
-def write_all(folders: list[Path], out: Path) -> Path:
-    """Writes `report.html`, one file that needs nothing else, and returns its path.
+def write_all(folders: list[Path], out: Path) -> tuple[Path, list[str]]:
+    """Writes `report.html`, one file that needs nothing else; returns its path, and its problems.
 
-    Beside it are `report.md` and its pictures in `report_files`.
+    Beside it are `report.md` and its pictures in `report_files`. Problems, of folders that could
+    not be read for instance, are in the report too.
 
     Args:
         folders: of runs and of comparisons.
@@ -40,7 +42,7 @@ def write_all(folders: list[Path], out: Path) -> Path:
             f"a report needs {error.name}, which is not installed. Install it with: "
             "pip install 'bnjax[report]'."
         ) from error
-    return write_page(study, out)
+    return write_page(study, out), study.problems
 
 
 def _check_ours(out: Path) -> None:

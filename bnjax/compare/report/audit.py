@@ -1,6 +1,7 @@
 """An audit as one HTML file: the statistics of each layer as a chart, and what was found."""
 
 import html
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,15 @@ TITLES = {
 }
 
 
-def write(findings: Findings, title: str, out: Path) -> Path:
-    """Writes `audit.html` into a folder, created if need be, and returns its path.
+def check(out: Path) -> None:
+    """Checks that a page can be written into a folder, which is created if need be.
 
     Raises:
-        UserError: if it cannot be written, or the extra `report` is not installed.
+        UserError: if not, or if the extra `report` is not installed.
     """
     try:
-        charts = [_panel(findings, quantity) for quantity in TITLES] if findings.layers else []
-        page = _page(findings, title, charts)
+        importlib.import_module("altair")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "audit.html").write_text(page, encoding="utf-8")
     except ModuleNotFoundError as error:
         raise UserError(
             f"a chart needs {error.name}, which is not installed. Install it with: "
@@ -34,6 +33,12 @@ def write(findings: Findings, title: str, out: Path) -> Path:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}. Choose another folder with --out."
         ) from error
+
+
+def write(findings: Findings, title: str, out: Path) -> Path:
+    """Writes `audit.html` into a folder that was checked, and returns its path."""
+    charts = [_panel(findings, quantity) for quantity in TITLES] if findings.layers else []
+    (out / "audit.html").write_text(_page(findings, title, charts), encoding="utf-8")
     return out / "audit.html"
 
 

@@ -71,7 +71,7 @@ def read_study(folders: list[Path]) -> Study:
     if not found:
         raise UserError(
             f"there is no run to report. {' '.join(problems)} "
-            "Train one with python -m bnjax.main --config configs/bn.py."
+            "Train one with bnjax train --config bn."
         )
     found = _once(_named(found), problems)
     order = list(dict.fromkeys(run.variant for run in found))
