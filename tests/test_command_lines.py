@@ -126,6 +126,19 @@ def test_mistakes_are_one_paragraph_and_exit_with_2(inside, tmp_path, arguments,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian", "--config", CONFIG], "invalid choice: 'trian' (choose from"),
+        (["compare", "--configs", f"{CONFIG},bn", "--full"], "--full is of a claim"),
+    ],
+)
+def test_mistaken_commands_say_what_there_is(inside, words, said):
+    done = inside(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_a_network_that_fits_into_no_memory_is_one_paragraph(inside, tmp_path):
     done = inside(
         "train",

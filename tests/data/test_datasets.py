@@ -94,6 +94,12 @@ def test_without_network_and_fallback_the_error_says_how_to_get_the_data():
 
 
 @pytest.mark.usefixtures("_no_network")
+def test_a_folder_without_the_set_is_named(tmp_path):
+    data = datasets.load("cifar10", str(tmp_path), fallback="digits")
+    assert f"cifar10 is not in {tmp_path}, nor elsewhere on this machine" in data.fallback_reason
+
+
+@pytest.mark.usefixtures("_no_network")
 def test_the_fallback_says_what_it_is_and_why():
     data = datasets.load("cifar10", fallback="digits", label="CIFAR-10 (mine)")
     assert (data.name, data.label, data.official) == ("digits", "digits", True)

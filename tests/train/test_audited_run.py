@@ -94,8 +94,9 @@ def test_a_checkpoint_says_which_weights_its_statistics_belong_to(runs, tmp_path
 )
 def test_unusable_input_exits_with_2(bnjax, runs, monkeypatch, arguments, words):
     monkeypatch.chdir(runs)
-    code, _, error = bnjax("audit", *arguments)
+    code, out, error = bnjax("audit", *arguments)
     assert code == 2
+    assert out == ""  # before anything is measured
     assert words in error
 
 
