@@ -1,8 +1,8 @@
 """Errors that a user can mend, and how the command lines report them."""
 
-import _thread
 import functools
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -120,6 +120,7 @@ def _send_again(otherwise: Callable[[Any], None], raised: Any) -> None:
     JAX has the garbage collector call it, for instance, while it is imported and compiles.
     """
     if issubclass(raised.exc_type, KeyboardInterrupt):
-        threading.Timer(0.02, _thread.interrupt_main).start()
+        main = threading.main_thread().ident
+        threading.Timer(0.02, signal.pthread_kill, (main, signal.SIGINT)).start()
     else:
         otherwise(raised)
