@@ -1,5 +1,6 @@
 """Errors that a user can mend, and how the command lines report them."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -109,8 +110,9 @@ def _code_of(main: Callable[[], int]) -> int:
 
 def _leave(code: int) -> None:
     """Ends this process at once."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a pipe's reader may be gone
+            stream.flush()
     os._exit(code)
 
 

@@ -22,7 +22,7 @@ def check(out: Path) -> None:
         UserError: if not, or if the extra `report` is not installed.
     """
     try:
-        importlib.import_module("altair")
+        importlib.import_module("bnjax.compare.report.page")
         out.mkdir(parents=True, exist_ok=True)
     except ModuleNotFoundError as error:
         raise UserError(
