@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bnjax import clinic, errors
-from bnjax.deploy import command as export
-from bnjax.deploy import predict, serve
+from bnjax import commands, errors
+from bnjax.commands import export, predict, serve
 
 MAX_SEEDS = 100_000  # each is a run
 
@@ -121,7 +120,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "predict": predict.run,
     "compare": compare,
     "report": report,
-    **clinic.COMMANDS,
+    **commands.COMMANDS,
     "export": export.run,
     "serve": serve.run,
 }
@@ -225,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the folder to write into (default: that of the first run)",
     )
-    clinic.add_commands(command)
+    commands.add_commands(command)
     export.add(command)
     serve.add(command)
     return parser

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bnjax.arrays import Labels, Leaf, Logits, Losses, Mask, Shares
+from bnjax.types import Labels, Leaf, Logits, Losses, Mask, Shares
 
 
 @struct.dataclass

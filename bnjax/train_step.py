@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bnjax.arrays import (
+from bnjax.compat import varying
+from bnjax.metrics import Metrics, from_losses, softmax_cross_entropy
+from bnjax.types import (
     Array,
     Batch,
     BatchStats,
@@ -30,8 +32,6 @@ from bnjax.arrays import (
     Tree,
     is_finite,
 )
-from bnjax.compat import varying
-from bnjax.metrics import Metrics, from_losses, softmax_cross_entropy
 
 LossFn = Callable[[Logits, Labels], Losses]
 AxisName = str | tuple[str, ...] | None

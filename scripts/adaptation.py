@@ -49,18 +49,18 @@ import optax
 import tqdm
 
 from bnjax import errors
-from bnjax.arrays import Batch, BatchStats
+from bnjax.clinic.adapt import adapt_statistics, tent
+from bnjax.clinic.precise import precise
 from bnjax.compare import claims, grid, intervals, runs, text
 from bnjax.data.batches import eval_batches
 from bnjax.data.corruptions import KINDS, corrupt
 from bnjax.data.datasets import Split
 from bnjax.metrics import Metrics
-from bnjax.stats.adapt import adapt_statistics, tent
-from bnjax.stats.precise import precise
 from bnjax.train.records import write_json
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options, prepare
 from bnjax.train_step import eval_step
+from bnjax.types import Batch, BatchStats
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "bn.py")
 OVERRIDES = {

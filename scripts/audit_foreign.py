@@ -33,15 +33,15 @@ import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from foreign import ResNet
 
-from bnjax.arrays import fingerprint
+from bnjax.clinic.audit import Run, audit
+from bnjax.clinic.precise import precise
 from bnjax.data import datasets
 from bnjax.data.batches import eval_batches, take, train_rows
 from bnjax.metrics import Metrics
-from bnjax.stats.audit import Run, audit
-from bnjax.stats.precise import precise
 from bnjax.train.audit import audit_batches
 from bnjax.train.xla import compiler_options, prepare
 from bnjax.train_step import eval_step, forward, init_state, train_step
+from bnjax.types import fingerprint
 
 STEPS, BATCH, RATE, AVERAGE = 100, 128, 0.05, 0.98
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tqdm
 from patients import HEALTHY, ILL, shared_jit
 
-from bnjax.stats.audit import audit
-from bnjax.stats.illnesses import ILLNESSES
+from bnjax.clinic.audit import audit
+from bnjax.clinic.illnesses import ILLNESSES
 
 
 def main():

@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bnjax.deploy.export import ONNX
-from bnjax.deploy.exported import Exported
+from bnjax.export.exported import Exported
+from bnjax.export.stablehlo import ONNX
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options, prepare

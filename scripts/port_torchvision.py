@@ -1,6 +1,6 @@
 """Writes what PyTorch and Keras compute, for the tests of porting; checks a file in PyTorch.
 
-    python scripts/port_torchvision.py tests/stats/port.json
+    python scripts/port_torchvision.py tests/clinic/port.json
     python scripts/port_torchvision.py --check NET.safetensors PROBE.safetensors
 
 The first runs a ResNet-18 (He et al., 2016) whose layers are called as torchvision's, once narrow

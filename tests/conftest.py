@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[1]
 SHAPED = [
     path
     for path in (ROOT / "bnjax").rglob("[!_]*.py")
-    if re.search(r"(import|from) (jaxtyping|bnjax\.arrays)", path.read_text())
+    if re.search(r"(import|from) (jaxtyping|bnjax\.types)", path.read_text())
 ]
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

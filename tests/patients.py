@@ -16,10 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet
 
 from bnjax import norms
-from bnjax.arrays import fingerprint
+from bnjax.clinic.audit import Run
 from bnjax.models.convnet import ConvNet
-from bnjax.stats.audit import Run
 from bnjax.train_step import forward, init_state, train_step
+from bnjax.types import fingerprint
 
 STEPS, BATCH = 60, 64
 

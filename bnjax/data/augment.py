@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bnjax.arrays import Array, Batch, Images
+from bnjax.types import Array, Batch, Images
 
 Augmentation = Callable[[jax.Array, Batch], Batch]
 

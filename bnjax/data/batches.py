@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bnjax.arrays import Array, Batch
 from bnjax.data.datasets import Split
 from bnjax.data.records import Examples
+from bnjax.types import Array, Batch
 
 # Which examples make a batch: their indices, or the slice that they are where nothing is shuffled.
 Rows = slice | np.ndarray

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnjax.arrays import Batch
 from bnjax.data.batches import Part, Rows, eval_batches, indices, take, train_rows
 from bnjax.data.datasets import Split
 from bnjax.data.records import Examples
+from bnjax.types import Batch
 
 # What the host ships for one step: a tree of arrays, of the same shapes for every step.
 Item = Any

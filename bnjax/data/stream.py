@@ -16,11 +16,11 @@ from typing import Any
 import absl.flags
 import numpy as np
 
-from bnjax.arrays import Batch
 from bnjax.data.batches import Part, TrainRows, eval_batches, indices
 from bnjax.data.feed import WHOLE, Feed
 from bnjax.data.records import Records
 from bnjax.errors import WorkerError
+from bnjax.types import Batch
 
 THREADS = 2  # that read ahead in this process; each holds a batch
 MOST_LOST = 3  # workers of a training: it goes on, but whatever kills them has to be looked at

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from bnjax.arrays import Array, Images, Logits, Mask
+from bnjax.types import Array, Images, Logits, Mask
 
 Placement = Literal["input", "before", "after"]
 Pooling = Literal["none", "max", "avg"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from bnjax.arrays import Array, Images
+from bnjax.types import Array, Images
 
 
 def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Array:

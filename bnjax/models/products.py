@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.arrays import Array
+from bnjax.types import Array
 
 ROWS_WITH_ROWS = (((1,), (1,)), ((), ()))
 COLUMNS_WITH_COLUMNS = (((0,), (0,)), ((), ()))

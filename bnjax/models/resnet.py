@@ -9,16 +9,16 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from bnjax.arrays import Array, Images, Logits, Mask
 from bnjax.models.convnet import NormFactory
 from bnjax.models.pixels import standardised
+from bnjax.types import Array, Images, Logits, Mask
 
 Stem = Literal["cifar", "imagenet"]
 Shortcut = Literal["projection", "padding"]
 Order = Literal["post", "pre"]
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
-# What torchvision calls the layers, as `bnjax.stats.layouts.Table` takes it.
+# What torchvision calls the layers, as `bnjax.clinic.layouts.Table` takes it.
 TORCHVISION: Mapping[str, str] = {
     "stem": "conv1",
     "stem_norm": "bn1",

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bnjax.arrays import Array, Images, Logits, Mask
 from bnjax.models.convnet import ACTIVATIONS, NormFactory
 from bnjax.models.pixels import standardised
+from bnjax.types import Array, Images, Logits, Mask
 
 SIDE = 2  # of the whitened patches
 WHITENING_EPSILON = 5e-4
@@ -146,7 +146,7 @@ def max_pool(x: Array, side: int, *, train: bool) -> Array:
     In training pairs are compared, whose gradient takes less time than that of `nn.max_pool` on a
     CPU. (The gradient of `jnp.max` looks for entries that equal the maximum, which XLA may compute
     once more and round otherwise; where none does any more, it is 0 / 0.) In evaluation the values
-    are the same, by one operation, past which `bnjax.stats.fold` can see.
+    are the same, by one operation, past which `bnjax.clinic.fold` can see.
     """
     if not train:
         return nn.max_pool(x, (side, side), (side, side))

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bnjax.arrays import Array, Images, Logits, Mask
+from bnjax.types import Array, Images, Logits, Mask
 
 VIEWS = (1, 2, 6)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from bnjax.norms.batch import BatchNorm
+from bnjax.norms.batch_norm import BatchNorm
 from bnjax.norms.ghost import GhostBatchNorm
 from bnjax.norms.per_example import (
     FilterResponseNorm,

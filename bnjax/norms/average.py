@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bnjax.arrays import Array
 from bnjax.norms.moments import Moments
+from bnjax.types import Array
 
 Schedule = Callable[[Any], Any]
 # The fraction of the old average that is kept; the same as a function of the updates so far; or

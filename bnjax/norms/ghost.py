@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.arrays import Array
-from bnjax.norms.batch import BatchNorm
+from bnjax.norms.batch_norm import BatchNorm
 from bnjax.norms.moments import Moments
+from bnjax.types import Array
 
 
 class GhostBatchNorm(BatchNorm):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax.arrays import Array
+from bnjax.types import Array
 
 AxisName = str | tuple[str, ...]
 # Adds up what the devices hold; the identity on one device.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.arrays import Array
 from bnjax.norms.moments import full_mask
+from bnjax.types import Array
 
 
 class PerExampleNorm(nn.Module):

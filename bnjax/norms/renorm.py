@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from bnjax.arrays import Array
-from bnjax.norms.batch import BatchNorm
+from bnjax.norms.batch_norm import BatchNorm
 from bnjax.norms.moments import Moments
+from bnjax.types import Array
 
 Limit = float | Callable[[Any], Any]
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax.arrays import Array
+from bnjax.types import Array
 
 EPSILON = 1e-5
 

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import tqdm
 
-from bnjax.arrays import Batch
+from bnjax.clinic.audit import Findings, Run, audit
 from bnjax.data.batches import take, train_rows
 from bnjax.data.records import Examples
-from bnjax.stats.audit import Findings, Run, audit
 from bnjax.train.optimizer import optimizer
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
 from bnjax.train_step import forward
+from bnjax.types import Batch
 
 LEAST_BATCHES = 4  # to see how much batches differ
 USUAL_IMAGES = 2048  # at least, where there are so many

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from bnjax.arrays import BatchStats, Params, fingerprint
 from bnjax.quiet import drop_logs
 from bnjax.train.integrity import (
     ITEMS,
@@ -26,6 +25,7 @@ from bnjax.train.integrity import (
 )
 from bnjax.train.retention import NewestTwoAndBest, best
 from bnjax.train_step import TrainState
+from bnjax.types import BatchStats, Params, fingerprint
 
 # Orbax numbers its operations per process, so that two threads may not begin one at the same time.
 _ONE_SAVE = threading.Lock()

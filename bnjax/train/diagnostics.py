@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bnjax.arrays import Batch, BatchStats, Logits, Params, named_leaves
+from bnjax.clinic.gap import Drift, drift, gap
+from bnjax.clinic.layers import norm_layers, nothing_seen
+from bnjax.clinic.precise import put
 from bnjax.data.batches import spread
 from bnjax.data.datasets import Dataset
-from bnjax.stats.gap import Drift, drift, gap
-from bnjax.stats.layers import norm_layers, nothing_seen
-from bnjax.stats.precise import put
 from bnjax.train.build import Experiment
 from bnjax.train.config import default_config
 from bnjax.train.graph import graph_def, nodes
@@ -32,6 +31,7 @@ from bnjax.train_step import (
     predict_step,
     softmax_cross_entropy,
 )
+from bnjax.types import Batch, BatchStats, Logits, Params, named_leaves
 
 
 class Observer:

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import BatchStats, Images, Params, named_leaves
+from bnjax.clinic.fold import Folding, difference
+from bnjax.clinic.folded import Folded
 from bnjax.errors import UserError
-from bnjax.stats.fold import Folding, difference
-from bnjax.stats.folded import Folded
 from bnjax.train import network
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
 from bnjax.train_step import forward, predict_step
+from bnjax.types import BatchStats, Images, Params, named_leaves
 
 TOLERANCE = 1e-5  # in units of the largest logit
 PROBE = 256  # images

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import Array, Batch, BatchStats, Params, named_leaves
 from bnjax.train_step import LossFn, TrainState, dropout_key, forward, softmax_cross_entropy
+from bnjax.types import Array, Batch, BatchStats, Params, named_leaves
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30

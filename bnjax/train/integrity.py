@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from bnjax.arrays import BatchStats, Params, named_leaves
 from bnjax.errors import UserError
 from bnjax.train_step import TrainState
+from bnjax.types import BatchStats, Params, named_leaves
 
 ITEMS = ("variables", "training")
 # Beside what Orbax writes, and in place before a checkpoint gets its final name: it is intact while

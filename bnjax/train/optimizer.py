@@ -8,9 +8,9 @@ import optax
 from ml_collections import ConfigDict
 from optax import contrib
 
-from bnjax.arrays import Leaf, Params
-from bnjax.stats.weights import weight_average
+from bnjax.clinic.weights import weight_average
 from bnjax.train.config import check_values
+from bnjax.types import Leaf, Params
 
 # Three of its steps, with these coefficients, bring singular values near 1 (K. Jordan, 2024).
 NEWTON_SCHULZ = {"ns_coeffs": (3.4576, -4.7391, 2.0843), "ns_steps": 3}

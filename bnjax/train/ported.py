@@ -8,23 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import BatchStats, Params
+from bnjax.clinic import weights_file
+from bnjax.clinic.conventions import STORED, convert_variance, norm_fields, our_fields
+from bnjax.clinic.layers import NormLayer, norm_layers
+from bnjax.clinic.layouts import Framework, Table, read_table
+from bnjax.clinic.port import check_logits, port_from, port_to
+from bnjax.clinic.torch_convnet import convnet_table, torch_source
 from bnjax.errors import UserError
 from bnjax.models.convnet import ConvNet
 from bnjax.models.resnet import TORCHVISION, ResNet
 from bnjax.models.speednet import SpeedNet
-from bnjax.stats import weights_file
-from bnjax.stats.conventions import STORED, convert_variance, norm_fields, our_fields
-from bnjax.stats.layers import NormLayer, norm_layers
-from bnjax.stats.layouts import Framework, Table, read_table
-from bnjax.stats.port import check_logits, port_from, port_to
-from bnjax.stats.torch_convnet import convnet_table, torch_source
 from bnjax.train import network, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.optimizer import optimizer
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained
 from bnjax.train_step import TrainState, forward
+from bnjax.types import BatchStats, Params
 
 NOTE = "norms"  # under which a file says the fields of its norms, as the framework has them
 VARIANCE = "variance"  # under which it says what its variances are, "biased" or "unbiased"
@@ -188,7 +188,7 @@ def _table(model: Any, shape: tuple[int, int, int], file: Path | None) -> Table:
     else:
         raise UserError(
             f"the run's network is {type(model).__name__}, which the command does not port: train "
-            "it unfolded. bnjax.stats.port has the functions for any linen model."
+            "it unfolded. bnjax.clinic.port has the functions for any linen model."
         )
     if file is None:
         return table

@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import tqdm
 
-from bnjax.arrays import BatchStats
+from bnjax.clinic.layers import nothing_seen
+from bnjax.clinic.precise import By, precise
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset
 from bnjax.data.feed import every_batch
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
-from bnjax.stats.layers import nothing_seen
-from bnjax.stats.precise import By, precise
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
 from bnjax.train_step import eval_step
+from bnjax.types import BatchStats
 
 
 def of_run(
@@ -29,7 +29,7 @@ def of_run(
         trained: the network.
         data_dir: where the data lie, if not where they lay in training.
         images: of how many training images, at equal distances in the order of the data.
-        by: as for `bnjax.stats.precise.precise`.
+        by: as for `bnjax.clinic.precise.precise`.
 
     Raises:
         UserError: if the network has no running statistics, or the data are not found.

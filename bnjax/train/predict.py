@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnjax.arrays import Batch, BatchStats, Params
 from bnjax.data.batches import eval_batches
 from bnjax.data.feed import every_batch
 from bnjax.data.pictures import Picture, read_pictures
@@ -18,6 +17,7 @@ from bnjax.models.views import seen
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
 from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
+from bnjax.types import Batch, BatchStats, Params
 
 MAX_BATCH = 256  # pictures at once
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from bnjax.arrays import Batch, BatchStats
 from bnjax.data.datasets import Dataset
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
@@ -28,6 +27,7 @@ from bnjax.train.records import (
 from bnjax.train.steps import State, Steps, Variables, training_batch
 from bnjax.train.summary import summarise, versions
 from bnjax.train_step import TrainState
+from bnjax.types import Batch, BatchStats
 
 
 class Recorder:

@@ -53,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Each has `step`, `split`, `loss` (None if not finite) and `accuracy`. The split is "train", the
     batch of a step; "test", an evaluation; or "gap": training images under the running statistics,
     with `batch_loss` and `batch_accuracy` of the same under their own, and for each norm in
-    `drift_mean` and `drift_variance` what `bnjax.stats.gap.Drift` says.
+    `drift_mean` and `drift_variance` what `bnjax.clinic.gap.Drift` says.
 
     Raises:
         UserError: naming the step of the first line that is something else.

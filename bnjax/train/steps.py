@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import Batch, BatchStats, Params
+from bnjax.clinic.accumulate import accumulated_step
+from bnjax.clinic.layers import norm_layers, nothing_seen, observe
+from bnjax.clinic.precise import put
+from bnjax.clinic.weights import averaged_params
 from bnjax.compat import vmap
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset
@@ -19,10 +22,6 @@ from bnjax.data.records import Examples, Records
 from bnjax.data.stream import stream_feed
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
-from bnjax.stats.accumulate import accumulated_step
-from bnjax.stats.layers import norm_layers, nothing_seen, observe
-from bnjax.stats.precise import put
-from bnjax.stats.weights import averaged_params
 from bnjax.train.build import Experiment
 from bnjax.train.xla import compiler_options, init_options, memory
 from bnjax.train_step import (
@@ -33,6 +32,7 @@ from bnjax.train_step import (
     init_state,
     train_step,
 )
+from bnjax.types import Batch, BatchStats, Params
 
 MAX_STEPS = 100  # a dispatch
 AUGMENTATION = 1  # folded into the key of a step, which itself is for dropout

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.arrays import BatchStats, Params
+from bnjax.clinic.folded import Folded
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
-from bnjax.stats.folded import Folded
 from bnjax.train import build, network, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
 from bnjax.train.records import write_json
 from bnjax.train_step import TrainState, init_variables
+from bnjax.types import BatchStats, Params
 
 
 class Trained:

@@ -13,12 +13,12 @@ import optax
 import pytest
 
 from bnjax import norms
+from bnjax.clinic.audit import audit
+from bnjax.clinic.fold import difference, fold
+from bnjax.clinic.layers import norm_layers
+from bnjax.clinic.layouts import Table
+from bnjax.clinic.port import port_from, port_to
 from bnjax.models.resnet import RESNETS, TORCHVISION, ResNet
-from bnjax.stats.audit import audit
-from bnjax.stats.fold import difference, fold
-from bnjax.stats.layers import norm_layers
-from bnjax.stats.layouts import Table
-from bnjax.stats.port import port_from, port_to
 from bnjax.train_step import forward, init_state, init_variables, train_step
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +248,7 @@ def test_under_pre_those_between_convolutions_fold():
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_the_weights_are_those_of_torchvision(name):
     script = runpy.run_path(str(PORT))
-    measured = json.loads((ROOT / "tests/stats/port.json").read_text())[f"{name} narrow"]
+    measured = json.loads((ROOT / "tests/clinic/port.json").read_text())[f"{name} narrow"]
     model = RESNETS[name](width=8, classes=10, stem="imagenet", norm=NORM)
     uniform, shape = script["uniform"], measured["images"]
     images = uniform("images", int(np.prod(shape))).reshape(shape).transpose(0, 2, 3, 1)

@@ -7,7 +7,7 @@ import shutil
 import jax
 import pytest
 
-from bnjax.stats import audit
+from bnjax.clinic import audit
 from bnjax.train import build
 from bnjax.train.audit import of_run
 from bnjax.train.config import default_config

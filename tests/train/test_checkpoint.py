@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.arrays import fingerprint
 from bnjax.train.checkpoint import CheckpointError, Checkpoints
 from bnjax.train_step import TrainState
+from bnjax.types import fingerprint
 
 
 def make(step=3, statistics=True):
@@ -212,7 +212,7 @@ import resource, signal, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from pathlib import Path
 import jax.numpy as jnp
-from bnjax.arrays import fingerprint
+from bnjax.types import fingerprint
 from bnjax.train.checkpoint import CheckpointError, Checkpoints
 from test_checkpoint import make
 folder = Path({str(tmp_path)!r})

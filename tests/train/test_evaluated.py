@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import synthetic
 
-from bnjax.arrays import named_leaves
+from bnjax.clinic.precise import precise
+from bnjax.clinic.weights import averaged_params
 from bnjax.data.batches import spread
 from bnjax.errors import ConfigError
-from bnjax.stats.precise import precise
-from bnjax.stats.weights import averaged_params
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.interrupt import StopRequest
@@ -22,6 +21,7 @@ from bnjax.train.records import read_metrics
 from bnjax.train.steps import Steps, default_feed, precise_batches
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy
+from bnjax.types import named_leaves
 
 DATA = synthetic.dataset()
 

@@ -8,10 +8,10 @@ import pytest
 from small_digits import CONFIG, TINY
 
 from bnjax import errors, main
-from bnjax.arrays import named_leaves
-from bnjax.stats.fold import Folding, NormFold, fold
+from bnjax.clinic.fold import Folding, NormFold, fold
 from bnjax.train import fold_run
 from bnjax.train.trained import Trained
+from bnjax.types import named_leaves
 
 
 @pytest.fixture(scope="module")

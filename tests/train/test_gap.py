@@ -11,11 +11,11 @@ import pytest
 import synthetic
 from events import read_values
 
+from bnjax.clinic.gap import Drift, drift, gap
+from bnjax.clinic.layers import norm_layers
+from bnjax.clinic.precise import put
 from bnjax.errors import UserError
 from bnjax.norms import BatchNorm
-from bnjax.stats.gap import Drift, drift, gap
-from bnjax.stats.layers import norm_layers
-from bnjax.stats.precise import put
 from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Trainer
 from bnjax.train.records import RunWriter, read_metrics

@@ -6,7 +6,7 @@ import pytest
 import synthetic
 
 from bnjax import errors, main
-from bnjax.stats import weights_file
+from bnjax.clinic import weights_file
 from bnjax.train.config import default_config
 from bnjax.train.trained import Trained
 from bnjax.train_step import predict_step

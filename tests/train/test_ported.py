@@ -10,7 +10,7 @@ import pytest
 import synthetic
 
 from bnjax import errors, main
-from bnjax.stats import weights_file
+from bnjax.clinic import weights_file
 from bnjax.train import build
 from bnjax.train.recorder import Follower, Recorder
 from bnjax.train.steps import Steps, default_feed

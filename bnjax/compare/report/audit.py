@@ -5,8 +5,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from bnjax.clinic.audit import Findings
 from bnjax.errors import UserError
-from bnjax.stats.audit import Findings
 
 ILL, HEALTHY = "#d55e00", "#2a78b5"
 TITLES = {

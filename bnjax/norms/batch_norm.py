@@ -1,0 +1,266 @@
+"""Batch normalization (Ioffe & Szegedy, 2015), the reference implementation."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import lax
+
+from bnjax.norms.average import Momentum, is_counted, updated_average
+from bnjax.norms.moments import AxisName, Moments, full_mask, merge_over, moments, total_over
+from bnjax.types import Array
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization: y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each channel.
+
+    Constructor, call and leaves are those of `flax.linen.BatchNorm`, so code and checkpoints are
+    interchangeable: `scale` and `bias` under "params", `mean` and `var` under "batch_stats".
+    Statistics are at least float32 in training and in evaluation.
+
+    Attributes:
+        use_running_average: False normalises by the batch and updates the averages, True normalises
+            by the averages; here or in the call.
+        axis: of the channels; the others are reduced.
+        momentum: the fraction of the old average that an update keeps; or a function of the number
+            of updates so far; or None for the plain mean of all batches.
+        epsilon: added to the variance.
+        dtype: of the result; if None that of the input and the parameters.
+        param_dtype: of scale and bias.
+        use_bias, use_scale, bias_init, scale_init: the learnt shift and scale.
+        axis_name: the mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` over which
+            statistics are taken; None under plain `jax.jit`, where they are global whatever the
+            sharding.
+        axis_index_groups: divides the axis into groups with statistics of their own.
+        use_fast_variance, force_float32_reductions: taken so that calls written for Flax work, and
+            without effect: the accurate way is as fast, and nothing below float32 is ever right.
+        variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1
+            ("unbiased": PyTorch and TensorFlow's fused kernel). The batch is normalised by the
+            biased one always.
+        average_dtype: what the averages are rounded to after each update, while they stay of the
+            dtype that they have; None: nothing. For studies of what goes wrong in bfloat16, where
+            a small step towards the batch is rounded away.
+        debias: leaves the initial mean 0 and variance 1 out of the averages, so that they are right
+            from the first update on.
+        statistics: which ones normalise, "batch" or "running", whatever use_running_average says;
+            None: what that says.
+        update_average: False never updates; True updates whenever "batch_stats" is mutable, also
+            while the averages normalise; None: updates if use_running_average is False.
+        train_affine: False gives scale and bias no gradient.
+        average_axis_name: a further mapped axis (or axes) over which the running averages are
+            taken, merged by counts, and not what normalises: devices, or groups of them, may each
+            normalise by their own values, and the averages are the same everywhere.
+
+    The count of updates is stored as `count` [] int32 beside `mean` and `var`, only if momentum or
+    debias need it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> norm, x = BatchNorm(momentum=0.5), jnp.array([[1.0], [3.0]])
+    >>> variables = norm.init(jax.random.key(0), x, use_running_average=True)
+    >>> y, updated = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    >>> print(y.round(3).ravel(), updated["batch_stats"]["mean"])
+    [-1.  1.] [1.]
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: Momentum = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    variance: str = "biased"
+    debias: bool = False
+    average_dtype: Any = None
+    statistics: str | None = None
+    update_average: bool | None = None
+    train_affine: bool = True
+    average_axis_name: AxisName | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns the normalised input, of the same shape.
+
+        Args:
+            x: float, at least 2 values per channel (over all devices of the axis) if the statistics
+                of the batch are needed.
+            use_running_average: see the class; has to be given in exactly one of the two places.
+            mask: bool [n], one for each example, or of x's rank and broadcastable; False is
+                padding, counts for nothing and gives `bias`. With fewer than 2 real values per
+                channel the averages stay as they are.
+
+        Raises:
+            ValueError: if the shape leaves fewer than 2 values per channel, an option is unknown,
+                or the mask does not fit.
+            NameError: if `axis_name` is not bound.
+        """
+        is_variance = self.variance in ("biased", "unbiased")
+        if not is_variance or self.statistics not in (None, "batch", "running"):
+            raise ValueError(
+                f"{self._label()} has variance = {self.variance!r} and statistics = "
+                f"{self.statistics!r}: variance is 'biased' or 'unbiased', and statistics is "
+                "'batch', 'running' or None."
+            )
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        by_batch = (
+            not use_running_average if self.statistics is None else self.statistics == "batch"
+        )
+        update = not use_running_average
+        if self.update_average is not None:
+            update = self.update_average and self.is_mutable_collection("batch_stats")
+
+        given = jnp.asarray(x)
+        axis_list = [self.axis] if isinstance(self.axis, int) else list(self.axis)
+        if jnp.iscomplexobj(given) or any(
+            not -given.ndim <= axis < given.ndim for axis in axis_list
+        ):
+            raise ValueError(
+                f"{self._label()} got an input of dtype {given.dtype} and shape {given.shape} for "
+                f"axis = {self.axis}: it takes real numbers, and the axis of the channels has to "
+                "be one of the input's."
+            )
+        wanted = jnp.promote_types(given.dtype, self.dtype or jnp.float32)
+        x = given.astype(jnp.promote_types(wanted, jnp.float32))
+        channels = [axis % x.ndim for axis in axis_list]
+        axes = tuple(axis for axis in range(x.ndim) if axis not in channels)
+        per_channel = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+        shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, x.dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, x.dtype)
+        counted = self._is_counted() and (by_batch or update or self.is_initializing())
+        if counted and not self.is_initializing() and not self.has_variable("batch_stats", "count"):
+            raise ValueError(
+                f"{self._label()} has momentum = {self.momentum} and debias = {self.debias}, which "
+                "need the number of updates so far, and batch_stats has no `count` beside `mean` "
+                "and `var`. Add one to these averages, an int32 []: 0 starts them anew."
+            )
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
+        running_mean, running_var = (
+            leaf.value.astype(x.dtype).reshape(per_channel) for leaf in (mean, var)
+        )
+        running = Moments(running_mean, running_var, None if count is None else count.value)
+
+        if mask is not None:
+            mask = full_mask(mask, x.shape, axes)
+            if counted and any(mask.shape[axis] > 1 for axis in channels):
+                raise ValueError(
+                    f"{self._label()} counts its updates once for all channels, and the mask of "
+                    f"shape {mask.shape} differs between them. Give the mask one entry along the "
+                    "channels, or use a constant momentum without debias."
+                )
+            # NaN in padding would come back through the gradient as 0 * NaN.
+            x = jnp.where(mask, x, 0)
+        if by_batch or update:
+            batch = self._batch_moments(x, axes, mask)
+        if by_batch:
+            center, inverse = self._center_and_inverse(x, axes, mask, batch, running)
+        else:
+            center, inverse = running.mean, lax.rsqrt(running.var + self.epsilon)
+        if update and not self.is_initializing():
+            if self.average_axis_name is not None:
+                batch = merge_over(batch, total_over(self.average_axis_name))
+            self._update(mean, var, count, batch, masked=mask is not None)
+
+        scale = self._affine("scale", self.scale_init, shape) if self.use_scale else None
+        bias = self._affine("bias", self.bias_init, shape) if self.use_bias else None
+        if scale is not None:
+            inverse = inverse * scale.reshape(per_channel)
+        deviation = x - center
+        if mask is not None:
+            # With one real value, or none, `inverse` is 1 / sqrt(epsilon): layer after layer would
+            # blow the padding up to infinity.
+            deviation = jnp.where(mask, deviation, 0)
+        y = deviation * inverse
+        if bias is not None:
+            y = y + bias.reshape(per_channel)
+        return y.astype(canonicalize_dtype(given, scale, bias, dtype=self.dtype))
+
+    def _is_counted(self) -> bool:
+        return is_counted(self.momentum, self.debias)
+
+    def _center_and_inverse(
+        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
+    ) -> tuple[Any, Any]:
+        """Returns what training subtracts and then multiplies with; the variants differ here."""
+        return batch.mean, lax.rsqrt(batch.var + self.epsilon)
+
+    def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
+        if self.is_initializing():  # may run on one example and without the axis
+            return moments(x, axes, mask)
+        devices = self._devices()
+        if math.prod(x.shape[axis] for axis in axes) * devices < 2:
+            raise ValueError(
+                f"{self._label()} got an input of shape {x.shape}, which has fewer than 2 values "
+                "per channel: the variance would be 0 and the output the same for every input. Use "
+                "a larger batch, leave out an incomplete last one, take the statistics over "
+                "several devices with axis_name, evaluate with use_running_average=True, or use a "
+                "norm that needs no batch, as layer or group normalization."
+            )
+        return moments(x, axes, mask, total_over(self.axis_name, self.axis_index_groups))
+
+    def _devices(self) -> int:
+        """Returns how many devices share their statistics; of several groups the smallest."""
+        if self.axis_name is None:
+            return 1
+        for name in (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name:
+            try:
+                lax.axis_size(name)
+            except NameError as error:
+                raise NameError(
+                    f"{self._label()} has axis_name = {name!r}, but there is no mapped axis "
+                    f"{name!r} here. Run it inside jax.pmap(..., axis_name={name!r}), "
+                    f"jax.vmap(..., axis_name={name!r}) or jax.shard_map over a mesh with that "
+                    "axis. Under plain jax.jit use axis_name=None: there the statistics are "
+                    "global, however the batch is sharded."
+                ) from error
+        if self.axis_index_groups:
+            return min(map(len, self.axis_index_groups))
+        return lax.axis_size(self.axis_name)
+
+    def _update(
+        self,
+        mean: nn.Variable,
+        var: nn.Variable,
+        count: nn.Variable | None,
+        batch: Moments,
+        masked: bool,
+    ) -> None:
+        """Moves the running averages towards the batch, unless masking left fewer than 2 values."""
+        counted = None if count is None else count.value
+        old = (mean.value, var.value, counted)
+        new = updated_average(
+            *old,
+            batch,
+            self.momentum,
+            self.debias,
+            self.variance,
+            self.average_dtype,
+            masked=masked,
+        )
+        mean.value, var.value, counted = new
+        if count is not None:
+            count.value = counted
+
+    def _affine(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
+    ) -> Array:
+        value = self.param(name, init, shape, self.param_dtype)
+        return value if self.train_affine else lax.stop_gradient(value)
+
+    def _label(self) -> str:
+        return f"{type(self).__name__} {'/'.join(self.path)}".rstrip()

@@ -1,0 +1,319 @@
+"""Steps over micro-batches, against NumPy in float64 and against the whole batch."""
+
+import functools
+import re
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from wrappers import DEVICES, WRAPPERS, wrap
+
+from bnjax import norms
+from bnjax.clinic.accumulate import accumulated_step
+from bnjax.clinic.freeze import freeze_statistics
+from bnjax.models.convnet import ConvNet
+from bnjax.train_step import init_state, train_step
+
+pytestmark = pytest.mark.lane
+
+MOMENTUM, EPSILON, RATE, MICRO = 0.75, 1e-3, 0.1, 3
+SGD, SLOW = (optax.sgd(rate, momentum=0.9) for rate in (RATE, RATE / 10))
+# 24 examples; micro-batch 0 has 8 real ones, 1 has 5, and 2 has 7: rows 0, 3, 6, … are its.
+MASKS = {"whole": None, "uneven": ~np.isin(np.arange(24), [1, 4, 7, 23])}
+
+
+class Tiny(nn.Module):
+    """A norm of the input, and one dense layer."""
+
+    norm: type[nn.Module] | partial = partial(nn.BatchNorm, momentum=MOMENTUM, epsilon=EPSILON)
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        x = x.reshape(x.shape[0], -1)
+        mask = None if mask is None else mask[:, None]
+        x = self.norm(name="norm")(x, use_running_average=not train, mask=mask)
+        return nn.Dense(3, name="dense")(x)
+
+
+def batch_of(step=0, mask=None, shape=(2, 2, 1), examples=24):
+    rng = np.random.default_rng(step)
+    drift = np.arange(examples).reshape(-1, *[1] * len(shape)) / 8  # micro-batches differ in mean
+    image = rng.normal(rng.integers(0, 4, examples).reshape(drift.shape), 1, (examples, *shape))
+    batch = {"image": (image + drift).astype(np.float32), "label": rng.integers(0, 3, examples)}
+    return batch if mask is None else batch | {"mask": mask}
+
+
+def part(batch, i):
+    return {name: leaf[i::MICRO] for name, leaf in batch.items()}
+
+
+def start(model, tx=SGD, shape=(2, 2, 1)):
+    images = np.zeros((2, *shape), np.float32)
+    return jax.device_get(init_state(model, tx, jax.random.PRNGKey(0), images))
+
+
+def step_of(model, tx=SGD, micro_batches=MICRO, **options):
+    options = {"micro_batches": micro_batches, "model": model, "tx": tx} | options
+    return jax.jit(partial(accumulated_step, **options))
+
+
+def by_hand(kernel, bias, batch):
+    """Loss and gradient of Tiny over the real examples of a micro-batch, summed, in float64."""
+    real = batch.get("mask", np.ones(len(batch["label"]), bool))
+    x, label = batch["image"][real].reshape(real.sum(), -1).astype(np.float64), batch["label"][real]
+    normal = (x - x.mean(0)) / np.sqrt(x.var(0) + EPSILON)
+    logits = normal @ kernel + bias
+    score = np.exp(logits - logits.max(1, keepdims=True))
+    score /= score.sum(1, keepdims=True)
+    slope = score - np.eye(3)[label]
+    losses = -np.log(score[np.arange(len(label)), label])
+    return losses.sum(), normal.T @ slope, slope.sum(0), (logits.argmax(1) == label).sum()
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_step_equals_float64_by_hand(mask, unroll):
+    state, stats = start(Tiny())
+    batch = batch_of(mask=MASKS[mask])
+    new, new_stats, metrics = step_of(Tiny(), unroll=unroll)(state, stats, batch)
+    dense = jax.tree.map(np.float64, state.params["dense"])
+    found = [by_hand(dense["kernel"], dense["bias"], part(batch, i)) for i in range(MICRO)]
+    loss, kernel, bias, correct = (sum(terms) for terms in zip(*found, strict=True))
+    real = batch.get("mask", np.ones(24, bool))
+    count, x = real.sum(), batch["image"][real].reshape(real.sum(), -1).astype(np.float64)
+    for name, slope in (("kernel", kernel), ("bias", bias)):
+        np.testing.assert_allclose(
+            new.params["dense"][name], dense[name] - RATE * slope / count, rtol=1e-5, atol=1e-6
+        )
+    pooled = {"mean": (0, x.mean(0)), "var": (1, x.var(0))}
+    for name, (old, of_batch) in pooled.items():
+        once = MOMENTUM * old + (1 - MOMENTUM) * of_batch
+        np.testing.assert_allclose(new_stats["norm"][name], once, rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+    assert (int(metrics.correct), int(metrics.count)) == (correct, count)
+    assert (int(new.step), int(metrics.skipped)) == (1, 0)
+
+
+def test_one_micro_batch_is_the_usual_step_to_the_bit():
+    model = network(None, dropout=(0.5,))
+    usual = jax.jit(partial(train_step, model=model, tx=SGD))
+    for mask in MASKS.values():
+        args = *start(model, shape=SHAPE), batch_of(mask=mask, shape=SHAPE)
+        pair = usual(*args), step_of(model, micro_batches=1)(*args)
+        jax.tree.map(np.testing.assert_array_equal, *jax.device_get(pair))
+
+
+NORMS = {
+    "Flax": partial(nn.BatchNorm, momentum=0.75),
+    "unbiased": partial(norms.BatchNorm, momentum=0.75, variance="unbiased"),
+    "mean of all": partial(norms.BatchNorm, momentum=None),
+    "debiased": partial(norms.BatchNorm, momentum=0.75, debias=True, variance="unbiased"),
+    "schedule": partial(norms.BatchNorm, momentum=lambda count: 0.5 + count / 10),
+    "ghost": partial(norms.GhostBatchNorm, momentum=0.75, virtual_batch=4),
+    "renorm": partial(norms.BatchRenorm, momentum=0.75, renorm_steps=4),
+    "running": partial(norms.BatchNorm, momentum=0.75, statistics="running", update_average=True),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_statistics_of_the_input_are_those_of_the_whole_batch(norm):
+    """Whatever the norm: its input does not depend on how the batch was divided up."""
+    model = Tiny(NORMS[norm])
+    usual, accumulated = jax.jit(partial(train_step, model=model, tx=SGD)), step_of(model)
+    carried, others = start(model), start(model)
+    for step in range(3):
+        batch = batch_of(step, MASKS["uneven"])
+        *carried, _ = accumulated(*carried, batch)
+        *others, _ = usual(*others, batch)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), carried[1], others[1])
+    assert np.abs(carried[1]["norm"]["mean"]).min() > 0.1
+
+
+@pytest.mark.parametrize("real", [0, 1, 2])
+def test_what_is_too_little_for_an_average(real):
+    """As with a whole batch: fewer than two real values leave it as it is."""
+    model = Tiny(NORMS["debiased"])
+    args = *start(model), batch_of(mask=np.arange(24) < real)
+    _, stats, metrics = step_of(model)(*args)
+    _, usual, _ = train_step(*args, model=model, tx=SGD)
+    assert int(metrics.count) == real
+    assert int(stats["norm"]["count"]) == (real == 2)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), stats, usual)
+
+
+class Block(nn.Module):
+    """What a lifted transformation repeats."""
+
+    norm: partial
+
+    @nn.compact
+    def __call__(self, x, _):
+        norm = self.norm(name="norm")(x)
+        return nn.relu(x + nn.Dense(x.shape[-1], name="dense")(norm)), None
+
+
+class Lifted(nn.Module):
+    """Norms under `nn.scan` and `nn.remat`, and an ordinary one."""
+
+    momentum: float = MOMENTUM
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        norm = partial(nn.BatchNorm, momentum=self.momentum, use_running_average=not train)
+        axes = {"params": 0, "batch_stats": 0}
+        blocks = nn.scan(
+            nn.remat(Block), axes, split_rngs={"params": True}, length=2, metadata_params={}
+        )
+        x, _ = blocks(norm, name="blocks")(x.reshape(x.shape[0], -1), None)
+        return nn.Dense(3, name="logits")(norm(name="norm")(x))
+
+
+def test_every_norm_is_updated_by_what_it_was_given_in_all_micro_batches():
+    """Of the norms within a network, each micro-batch by itself says what they are given."""
+    state, stats = start(Lifted())
+    batch = batch_of()
+    by_itself = partial(train_step, state, stats, model=Lifted(momentum=0.0), tx=SGD)
+    each = [jax.tree.map(np.float64, by_itself(part(batch, i))[1]) for i in range(MICRO)]
+    _, found, _ = step_of(Lifted())(state, stats, batch)
+    both = [(tree["norm"], tree["blocks"]["norm"]) for tree in (stats, found, *each)]
+    for old, new, *parts in zip(*both, strict=True):
+        mean = np.mean([one["mean"] for one in parts], 0)
+        var = np.mean([one["var"] + (one["mean"] - mean) ** 2 for one in parts], 0)
+        for name, pooled in (("mean", mean), ("var", var)):
+            once = MOMENTUM * old[name] + (1 - MOMENTUM) * pooled
+            np.testing.assert_allclose(new[name], once, rtol=1e-4, atol=1e-5)
+
+
+SHAPE = (7, 7, 1)
+
+
+@functools.cache
+def network(axis_name, **options):
+    norm = partial(norms.BatchNorm, momentum=0.75, axis_name=axis_name)
+    options = {"dropout": (0.0,), "norm": norm} | options
+    return ConvNet((4,), (3,), (2,), dense=(8,), classes=3, norm_dense=(True,), **options)
+
+
+@functools.cache
+def trained(wrapper, unroll):
+    """State and statistics after five steps, and the metrics of each."""
+
+    def make(axis_name):
+        options = {"tx": SLOW, "axis_name": axis_name, "unroll": unroll, "skip_nonfinite": True}
+        step = partial(accumulated_step, micro_batches=MICRO, model=network(axis_name), **options)
+
+        def carry(carried, batch):
+            *carried, metrics = step(*carried, batch)
+            return (tuple(carried), metrics), {}
+
+        return carry
+
+    compiled, carried, history = wrap(wrapper, make), start(network(None), SLOW, SHAPE), []
+    for step in range(5):
+        # The last shards hold padding only.
+        batch = batch_of(step, np.arange(24) < 17, SHAPE)
+        (carried, metrics), _ = compiled(carried, batch)
+        history.append(metrics)
+    (state, stats) = carried
+    return state.params, state.opt_state, stats, history
+
+
+@pytest.mark.parametrize("unroll", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_devices_make_the_same_micro_batches_as_one(wrapper, unroll):
+    for mine, its in zip(trained(wrapper, unroll), trained("one device", True), strict=True):
+        atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(its))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=atol), mine, its)
+
+
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
+def test_statistics_of_replicas_stay_apart(wrapper):
+    def make(axis_name):
+        step = partial(accumulated_step, micro_batches=MICRO, model=Tiny(), tx=SGD)
+
+        def carry(carried, batch):
+            _, stats, _ = step(*carried, batch, axis_name=axis_name)
+            return {}, jax.tree.map(lambda leaf: leaf[None], stats["norm"])
+
+        return carry
+
+    batch = batch_of()
+    _, found = wrap(wrapper, make)(start(Tiny()), batch)
+    x = batch["image"].reshape(DEVICES, MICRO, -1).astype(np.float64)
+    for name, old, own in (("mean", 0, x.mean(1)), ("var", 1, x.var(1))):
+        once = MOMENTUM * old + (1 - MOMENTUM) * own
+        np.testing.assert_allclose(found[name], once, rtol=1e-5, atol=1e-6)
+
+
+class Dropped(nn.Module):
+    """Stores which units it dropped, and how often it was called."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        kept = nn.Dropout(0.5, deterministic=not train)(jnp.ones((1, 64)))
+        self.variable("batch_stats", "kept", jnp.zeros, (1, 64)).value = kept
+        calls = self.variable("batch_stats", "calls", jnp.zeros, (), jnp.int32)
+        calls.value = calls.value + train
+        return nn.Dense(3)(x.reshape(x.shape[0], -1)) + kept.mean()
+
+
+def test_micro_batches_drop_units_of_their_own_and_count_as_one():
+    _, stats, _ = step_of(Dropped())(*start(Dropped()), batch_of())
+    thrice = stats["kept"] * MICRO / 2  # a unit that is kept is 2
+    assert set(np.unique(np.asarray(thrice).round(4))) == {0, 1, 2, 3}
+    assert int(stats["calls"]) == 1
+
+
+def test_one_bad_micro_batch_drops_the_step():
+    state, stats = start(Tiny())
+    for bad, unroll in ((13, True), (23, False)):
+        batch = batch_of()
+        batch["image"][bad] = np.inf
+        step = step_of(Tiny(), skip_nonfinite=True, unroll=unroll)
+        new, new_stats, metrics = step(state, stats, batch)
+        assert (int(new.step), int(metrics.skipped)) == (1, 1)
+        same = (state.params, state.opt_state, stats), (new.params, new.opt_state, new_stats)
+        jax.tree.map(np.testing.assert_array_equal, *same)
+
+
+def test_frozen_statistics_stay():
+    model = freeze_statistics(network(None), "dense0_norm")
+    args = *start(model, shape=SHAPE), batch_of(shape=SHAPE)
+    _, stats, _ = step_of(model)(*args)
+    for name, is_frozen in (("dense0_norm", True), ("logits_norm", False)):
+        pair = stats[name]["mean"], args[1][name]["mean"]
+        assert np.array_equal(*pair) == is_frozen, name
+
+
+@pytest.mark.parametrize("unroll", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_an_activation_is_kept_for_one_micro_batch_only(unroll):
+    args = *start(network(None), shape=SHAPE), batch_of(shape=SHAPE, examples=3072)
+    needed = []
+    for micro_batches in (1, 6):
+        step = step_of(network(None), micro_batches=micro_batches, unroll=unroll)
+        memory = step.lower(*args).compile().memory_analysis()
+        needed.append(memory.temp_size_in_bytes)
+    assert needed[1] < needed[0] / 2
+
+
+@pytest.mark.slow
+def test_examples_stay_on_their_devices_under_jit():
+    args = *start(network(None), shape=SHAPE), batch_of(shape=SHAPE)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    whole, parts = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    options = {"micro_batches": MICRO, "model": network(None), "tx": SGD}
+    step = partial(accumulated_step, **options)
+    compiled = jax.jit(step, in_shardings=(whole, whole, parts), out_shardings=whole)
+    program = compiled.lower(*args).compile().as_text()
+    assert "all-reduce" in program
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
+
+
+def test_micro_batches_have_to_divide_the_batch():
+    with pytest.raises(ValueError, match="7 micro-batches do not divide a batch of 24 examples"):
+        step_of(Tiny(), micro_batches=7)(*start(Tiny()), batch_of())

@@ -1,0 +1,235 @@
+"""Adaptation without labels, against the formulas in NumPy's float64."""
+
+import functools
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+from foreign import NETWORKS
+
+from bnjax.clinic.adapt import adapt_statistics, affine_only, entropy, tent, tent_step
+from bnjax.clinic.layers import nothing_seen
+from bnjax.clinic.precise import precise
+from bnjax.models.convnet import ConvNet
+from bnjax.train_step import init_variables, predict_step
+
+RNG = np.random.default_rng(0)
+EPSILON = 1e-5
+
+
+class Net(nn.Module):
+    """Norm, dense, norm, logits, on vectors."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.5)
+        x = norm(name="norm0")(x.reshape(len(x), -1))
+        x = norm(name="norm1")(nn.Dense(3, name="dense")(x))
+        return nn.Dense(4, name="logits")(nn.tanh(x))
+
+
+def network():
+    """A `Net` with weights and statistics that are all different, of 5 inputs."""
+    params, stats = init_variables(Net(), jax.random.key(0), np.zeros((2, 1, 1, 5), np.float32))
+    rng = np.random.default_rng(1)
+    params, stats = (
+        jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), tree)
+        for tree in (params, stats)
+    )
+    for layer in ("dense", "logits"):
+        kernel = params[layer]["kernel"]
+        params[layer]["kernel"] = rng.normal(0, 1, kernel.shape).astype(np.float32)
+    return params, stats
+
+
+def images(n, rng=RNG):
+    return rng.normal(1, 2, (n, 1, 1, 5)).astype(np.float32)
+
+
+def padded(x, size):
+    """A batch of so many rows, of which those after x are NaN."""
+    filled = np.full((size, *x.shape[1:]), np.nan, np.float32)
+    filled[: len(x)] = x
+    return {"image": filled, "mask": np.arange(size) < len(x)}
+
+
+def normalised(x, mean, var, affine):
+    return (x - mean) / np.sqrt(var + EPSILON) * affine["scale"] + affine["bias"]
+
+
+def dense(x, weights):
+    return x @ weights["kernel"] + weights["bias"]
+
+
+def double(tree):
+    return jax.tree.map(np.float64, tree)
+
+
+# Sums of 30 values of size 10 in float32.
+close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("keep", [0.0, 16 / (16 + 25), 1.0])
+@pytest.mark.parametrize("by", ["batch", "population"])
+def test_statistics_mixed_with_the_old_ones(by, keep):
+    params, stats = network()
+    x = images(25)
+    # One batch, where each layer is to be normalised by it.
+    cuts = [25] if by == "batch" else [8, 16, 25]
+    batches = [padded(part, 32) for part in np.split(x, cuts[:-1]) if len(part)]
+    same, found = adapt_statistics(Net(), params, stats, batches, keep=keep, by=by)
+    assert same is params
+    weights, old = double(params), double(stats)
+    given = np.float64(x.reshape(25, 5))
+    for name, after in (("norm0", "dense"), ("norm1", "logits")):
+        mean, var = given.mean(0), given.var(0)
+        new_mean = keep * old[name]["mean"] + (1 - keep) * mean
+        new_var = keep * old[name]["var"] + (1 - keep) * var
+        close(found[name]["mean"], new_mean)
+        close(found[name]["var"], new_var)
+        if by == "population":
+            mean, var = new_mean, new_var
+        given = dense(normalised(given, mean, var, weights[name]), weights[after])
+
+
+def test_the_order_of_the_batches_does_not_matter():
+    params, stats = network()
+    batches = [padded(images(n), 16) for n in (16, 3, 9)]
+    _, forwards = adapt_statistics(Net(), params, stats, iter(batches), keep=0.25)
+    _, backwards = adapt_statistics(Net(), params, stats, batches[::-1], keep=0.25)
+    jax.tree.map(close, forwards, backwards)
+
+
+def test_a_shift_of_the_inputs_is_undone():
+    """The first norm's output is that of the unshifted images, and so is everything after it."""
+    params, stats = network()
+    x = images(64)
+    adapt = partial(adapt_statistics, Net(), params, stats)
+    _, before = adapt([{"image": x}], keep=0.0)
+    _, after = adapt([{"image": 3 * x - 2}], keep=0.0)
+    scores = [
+        predict_step(params, found, image, model=Net())["score"]
+        for found, image in ((before, x), (after, 3 * x - 2), (before, 3 * x - 2))
+    ]
+    # The variances of the inputs are about 4 and 36, beside an epsilon of 1e-5.
+    np.testing.assert_allclose(scores[0], scores[1], atol=5e-5)
+    assert np.abs(scores[0] - scores[2]).max() > 0.05
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.1])
+def test_a_fraction_that_is_none(keep):
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        adapt_statistics(Net(), *network(), [{"image": images(4)}], keep=keep)
+
+
+def mean_entropy(params, x):
+    """Of a `Net` whose norms normalise by the batch, in float64."""
+    given = np.float64(x.reshape(len(x), -1))
+    for name, after in (("norm0", "dense"), ("norm1", "logits")):
+        if name == "norm1":
+            given = dense(given, params["dense"])
+        given = normalised(given, given.mean(0), given.var(0), params[name])
+        if name == "norm1":
+            given = dense(np.tanh(given), params[after])
+    p = np.exp(given) / np.exp(given).sum(1, keepdims=True)
+    return -(p * np.log(p)).sum(1).mean()
+
+
+@pytest.mark.slow
+def test_the_gradient_of_the_entropy_goes_through_the_batch():
+    params, stats = network()
+    x = images(7)
+    tx = affine_only(optax.sgd(1.0), params, stats, "*")
+    new, _, logits, before = tent_step(
+        params, tx.init(params), stats, padded(x, 9), model=Net(), tx=tx
+    )
+    assert logits.shape == (9, 4)
+    close(before, mean_entropy(double(params), x))
+    for norm in ("norm0", "norm1"):
+        for leaf in ("scale", "bias"):
+            for i in range(len(params[norm][leaf])):
+                ends = []
+                for step in (1e-5, -1e-5):
+                    moved = double(params)
+                    moved[norm][leaf][i] += step
+                    ends.append(mean_entropy(moved, x))
+                slope = (ends[0] - ends[1]) / 2e-5
+                close(params[norm][leaf][i] - new[norm][leaf][i], slope)
+
+
+def test_entropy_of_predictions():
+    logits = RNG.normal(0, 3, (5, 10))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    close(entropy(jnp.asarray(logits, jnp.bfloat16)), -(p * np.log(p)).sum(1), atol=0.1, rtol=0.05)
+    close(entropy(jnp.asarray(logits, jnp.float32)), -(p * np.log(p)).sum(1))
+    close(entropy(np.array([[1e4, 0, 0]], np.float32)), [0])
+
+
+@pytest.mark.parametrize("patterns", [("*",), ("norm1",)], ids=["all", "one"])
+def test_tent_is_its_steps_and_then_precise_statistics(patterns):
+    params, stats = network()
+    batches = [padded(2 * images(n) + 1, 32) for n in (32, 20, 8)]
+    decay = optax.adamw(0.05, weight_decay=0.1)
+    adapted, found = tent(Net(), params, stats, batches, tx=decay, epochs=3, patterns=patterns)
+    tx = affine_only(decay, params, stats, *patterns)
+    step = jax.jit(partial(tent_step, model=Net(), tx=tx))
+    mine, opt_state, entropies = params, tx.init(params), []
+    for _ in range(3):
+        for batch in batches:
+            mine, opt_state, _, before = step(mine, opt_state, stats, batch)
+            entropies.append(before)
+    jax.tree.map(close, adapted, mine)
+    jax.tree.map(close, found, precise(Net(), adapted, batches))
+    assert sum(entropies[-3:]) < 0.97 * sum(entropies[:3])
+    changed = {
+        path
+        for path, leaf in flatten_dict(adapted).items()
+        if not np.array_equal(leaf, flatten_dict(params)[path])
+    }
+    norms = ("norm0", "norm1") if patterns == ("*",) else ("norm1",)
+    assert changed == {(norm, leaf) for norm in norms for leaf in ("scale", "bias")}
+
+
+def test_batches_that_cannot_be_gone_through_again():
+    batches = iter([{"image": images(4)}])
+    with pytest.raises(ValueError, match="only once"):
+        tent(Net(), *network(), batches, tx=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="no batch"):
+        tent(Net(), *network(), [], tx=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="norm0, norm1"):
+        tent(Net(), *network(), [{"image": images(4)}], tx=optax.sgd(0.1), patterns=("dense",))
+
+
+@functools.cache
+def started(name):
+    model = NETWORKS[name] if name in NETWORKS else _convnet()
+    x = np.random.default_rng(2).random((12, 8, 8, 3), np.float32)
+    return model, *jax.jit(partial(init_variables, model))(jax.random.key(0), x), x
+
+
+def _convnet():
+    """Bnjax's own, which is given the mask, and has dropout, that adaptation leaves out."""
+    return ConvNet((4,), (3,), (1,), (8,), 10, nn.BatchNorm, norm_dense=(True,), dropout=(0.5,))
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "convnet"])
+def test_one_small_step_on_networks_of_others_lowers_the_entropy(name):
+    model, params, stats, x = started(name)
+    tx = affine_only(optax.sgd(0.01), params, stats, "*")
+    batch = {
+        "image": np.concatenate([x, np.full((4, 8, 8, 3), np.nan, np.float32)]),
+        "mask": np.arange(16) < 12,
+    }
+    step = jax.jit(partial(tent_step, model=model, tx=tx))
+    once, opt_state, _, first = step(params, tx.init(params), stats, batch)
+    _, _, _, second = step(once, opt_state, stats, batch)
+    assert 0 < second < first
+    norms = {*nothing_seen(stats)}
+    for path, leaf in flatten_dict(once).items():
+        if path[:-1] not in norms:
+            np.testing.assert_array_equal(leaf, flatten_dict(params)[path])

@@ -1,0 +1,417 @@
+"""Folded networks: the same logits, what was folded into what, and why the rest was not."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from foreign import NETWORKS
+from jax import lax
+
+from bnjax import norms
+from bnjax.clinic.fold import difference, fold
+from bnjax.clinic.layers import norm_layers
+from bnjax.models.convnet import ConvNet
+from bnjax.train_step import eval_step, forward, init_variables, predict_step
+
+IMAGES = np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
+BATCH = {"image": IMAGES}
+
+
+def trained(model, positive=False):
+    """Leaves as of a trained network: scales of both signs, no mean of 0, no variance of 1."""
+    rng = np.random.default_rng(1)
+
+    def leaf(path, like):
+        name = path[-1].key
+        if name == "kernel":
+            return rng.normal(0, like.size**-0.5, like.shape).astype(like.dtype)
+        low = {"var": 0.3, "scale": 0.3 if positive else -1.0}.get(name, -1.0)
+        return rng.uniform(low, 1.5, like.shape).astype(like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes(model))
+
+
+def shapes(model):
+    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0), IMAGES)
+
+
+def logits(model, params, stats):
+    run = jax.jit(functools.partial(forward, model=model, train=False))
+    return run(params, stats, BATCH)[0]
+
+
+def folding_of(model, positive=False, change=lambda stats: stats):
+    """What became of each norm of a model, by name; the logits are those that it had."""
+    params, stats = trained(model, positive)
+    stats = change(stats)
+    done = fold(model, params, stats, BATCH)
+    if done.model is not model:
+        assert difference(logits(model, params, stats), logits(*done[:3])) < 1e-5
+    # The leaves are those that the folded model itself would make.
+    like = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, str(leaf.dtype)))
+    assert like(shapes(done.model)) == like(done[1:3])
+    left = {layer.path for layer in norm_layers(*done[:3], BATCH, train=False)}
+    assert left.isdisjoint(one.norm for one in done.norms if one.layer is not None)
+    return done, {
+        ".".join(one.norm): one.reason if one.layer is None else (one.place, ".".join(one.layer))
+        for one in done.norms
+    }
+
+
+def convnet(**options):
+    norm = functools.partial(norms.BatchNorm, epsilon=1e-3)
+    small = {"filters": (4, 6), "kernels": (3, 2), "strides": (2, 1), "dense": (7, 5), "norm": norm}
+    return ConvNet(**small | {"dropout": (0.5, 0.0)} | options)
+
+
+LAYERS = ["conv0", "conv1", "dense0", "dense1", "logits"]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "norm_dense"),
+    [("none", (True, True)), ("max", (False, True)), ("avg", (True, False))],
+)
+@pytest.mark.parametrize("placement", ["input", "before", "after"])
+def test_the_convnet_wherever_its_norms_stand(placement, pooling, norm_dense):
+    model = convnet(placement=placement, pooling=pooling, norm_dense=norm_dense)
+    done, found = folding_of(model, positive=True)
+    following = dict(itertools.pairwise(LAYERS))
+    if placement == "input":
+        names = [*LAYERS[:3], *(np.array(LAYERS[3:])[[*norm_dense]])]
+        wanted = {f"{name}_norm": ("before", name) for name in names}
+    else:
+        names = [*LAYERS[:2], *(np.array(LAYERS[2:4])[[*norm_dense]])]
+        wanted = {
+            f"{name}_norm": ("after", name)
+            if placement == "before"
+            else ("before", following[name])
+            for name in names
+        }
+    assert found == wanted
+    assert not done.batch_stats
+
+
+def test_the_network_without_norms_takes_the_folded_parameters():
+    model = convnet()
+    done, _ = folding_of(model)
+    scores = [
+        jax.jit(functools.partial(predict_step, model=net))(*done[1:3], IMAGES)["score"]
+        for net in (model.clone(norm=None), done.model)
+    ]
+    np.testing.assert_array_equal(*scores)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_other_people(name):
+    done, found = folding_of(NETWORKS[name])
+    stay = {key: reason for key, reason in found.items() if isinstance(reason, str)}
+    if name != "preact":
+        assert found
+        assert not stay
+        assert not done.batch_stats
+        return
+    assert found["BatchNorm_1"] == ("after", "Conv_1")
+    assert found["BatchNorm_3"] == ("after", "Conv_3")
+    assert "Conv_0, which goes to several places (BatchNorm_0, add)" in stay["BatchNorm_0"]
+    assert all("its output goes through relu" in reason for reason in stay.values())
+    assert set(done.batch_stats) == set(stay) == {"BatchNorm_0", "BatchNorm_2", "last"}
+
+
+def test_metrics_and_padding_are_as_before():
+    model = convnet()
+    params, stats = trained(model)
+    done = fold(model, params, stats, BATCH)
+    batch = {
+        "image": np.concatenate([IMAGES, np.full_like(IMAGES, np.nan)]),
+        "label": np.arange(12) % 10,
+        "mask": np.arange(12) < 6,
+    }
+    before = jax.jit(functools.partial(eval_step, model=model))(params, stats, batch)
+    after = jax.jit(functools.partial(eval_step, model=done.model))(done.params, {}, batch)
+    assert int(after.count) == 6
+    np.testing.assert_allclose(after.loss, before.loss, rtol=1e-5)
+    assert float(after.correct) == float(before.correct)
+
+
+class Net(nn.Module):
+    """One norm and one layer, and what is between them.
+
+    `order` lists "norm", "layer" and functions.
+    """
+
+    order: tuple
+    norm: nn.Module = nn.BatchNorm(use_running_average=True)
+    layer: nn.Module = nn.Conv(4, (1, 1))
+
+    @nn.compact
+    def __call__(self, x, train):
+        for step in self.order:
+            if step == "norm":
+                x = self.norm(x)
+            elif step == "layer":
+                x = self.layer(x)
+            else:
+                x = step(x)
+        return x.reshape(len(x), -1)
+
+
+def channel_max(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 1, 2), (1, 1, 1, 1), "VALID")
+
+
+def flat(x):
+    return x.reshape(len(x), -1)
+
+
+MAX = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+AVG = functools.partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
+PADDED_AVG = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME")
+DENSE = nn.Dense(5)
+TRANSPOSED = nn.Conv(4, (1, 1), padding=0, input_dilation=2)
+GROUPED = nn.Conv(6, (2, 2), padding="VALID", feature_group_count=3)
+DILATED = nn.Conv(4, (3, 3), padding="VALID", kernel_dilation=2)
+AFTER, BEFORE = ("after", "layer"), ("before", "layer")
+
+
+@pytest.mark.parametrize(
+    ("net", "wanted"),
+    [
+        (Net(("layer", "norm")), AFTER),
+        (Net(("norm", "layer")), BEFORE),
+        (Net(("layer", "norm"), layer=nn.Conv(4, (3, 3), use_bias=False)), AFTER),
+        (Net(("layer", "norm"), layer=nn.Conv(6, (3, 3), feature_group_count=3)), AFTER),
+        (Net(("norm", "layer"), layer=GROUPED), BEFORE),
+        (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3), padding="CIRCULAR")), BEFORE),
+        (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3), padding=0)), BEFORE),
+        (Net(("norm", "layer"), layer=DILATED), BEFORE),
+        (Net(("norm", AVG, "layer")), BEFORE),
+        (Net(("norm", lambda x: x.mean((1, 2)), "layer"), layer=DENSE), BEFORE),
+        (Net(("norm", lambda x: 3 * x.sum(1), "layer"), layer=DENSE), BEFORE),
+        (Net(("layer", lambda x: x.mean((1, 2)), "norm"), layer=nn.Conv(4, (3, 3))), AFTER),
+        (Net(("layer", lambda x: x.sum(1) / 3, "norm")), AFTER),
+        (Net(("norm", flat, "layer"), layer=DENSE), BEFORE),
+        (Net(("norm", AVG, flat, "layer"), layer=nn.Dense(5, use_bias=False)), BEFORE),
+        (Net(("norm", lambda x: x.transpose(0, 2, 1, 3), flat, "layer"), layer=DENSE), BEFORE),
+        (Net((flat, "layer", "norm"), layer=DENSE), AFTER),
+        (Net(("layer", "norm"), nn.BatchNorm(True, axis=3)), AFTER),
+        (Net(("layer", "norm"), norms.GhostBatchNorm(True, virtual_batch=2)), AFTER),
+        (Net(("layer", "norm"), norms.BatchRenorm(True)), AFTER),
+        (Net(("layer", "norm"), norms.BatchNorm(True, use_scale=False, debias=True)), AFTER),
+        (Net(("norm", "layer"), norms.BatchNorm(True, use_bias=False)), BEFORE),
+        (Net(("layer", "norm"), norms.BatchNorm(True, statistics="running")), AFTER),
+        (Net(("layer", "norm"), layer=norms.StandardizedConv(4, (3, 3))), AFTER),
+        (Net(("norm", "layer"), layer=norms.StandardizedConv(4, (3, 3), padding="VALID")), BEFORE),
+    ],
+)  # fmt: skip
+def test_what_is_exact_is_folded(net, wanted):
+    done, found = folding_of(net)
+    assert found == {"norm": wanted}
+    assert not done.batch_stats
+
+
+class SpecialConv(nn.Conv):
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return jnp.abs(value) if name == "kernel" else value
+
+
+class SpecialNorm(nn.BatchNorm):
+    def __call__(self, x):
+        return nn.relu(super().__call__(x))
+
+
+MASK = np.ones((1, 1, 3, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (Net(("layer", nn.relu, "norm")), "given what comes from relu; its output leaves"),
+        (Net(("norm", nn.sigmoid, "layer")), "enters the network"),
+        (Net(("norm", nn.sigmoid, "layer")), "its output goes through logistic"),
+        (Net(("norm", lambda x: 1 / x, "layer")), "its output goes through div"),
+        (Net(("norm", lambda x: x - 1, "layer")), "its output goes through sub"),
+        (Net(("norm", lambda x: -2 * x, "layer")), "its output goes through mul"),
+        (Net(("norm", lambda x: x * x, "layer")), "goes to several places (mul, mul)"),
+        (Net(("layer", lambda x: x + nn.relu(x), "norm")), "comes from add"),
+        (Net(("norm", lambda x: x[..., ::-1], "layer")), "goes through rev"),
+        (Net(("norm", lambda x: x.transpose(0, 3, 1, 2), flat, "layer"), layer=DENSE), "transpose"),
+        (Net(("norm", lambda x: x.mean(3), "layer")), "goes through reduce_sum"),
+        (Net(("norm", lambda x: x.reshape(6, 8, 3, 8), "layer")), "goes through reshape"),
+        (Net(("norm", channel_max, "layer")), "through"),
+        (Net(("norm", PADDED_AVG, "layer")), "goes through reduce_window_sum"),
+        (Net(("layer", flat, "norm")), "statistics of its own for each position"),
+        (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3))), "pads with zeros (SAME)"),
+        (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3), padding=((1, 0), 0))), "pads with zeros"),
+        (Net(("norm", "layer"), layer=TRANSPOSED), "puts zeros between"),
+        (Net(("norm", "layer"), layer=nn.Conv(4, (1, 1), mask=MASK)), "beside it is layer, a Conv"),
+        (Net(("norm", MAX, "layer")), "a maximum is taken, and"),
+        (Net(("layer", lambda x: x.max((1, 2)), "norm")), "a maximum is taken, and"),
+        (Net(("layer", "norm"), layer=SpecialConv(4, (1, 1))), "beside it is layer, a SpecialConv"),
+        (Net(("layer", "norm"), layer=nn.ConvTranspose(4, (1, 1))), "what comes from"),
+        (Net(("layer", "norm"), SpecialNorm(True)), "it is a SpecialNorm"),
+        (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "not the last axis alone"),
+        (Net(("layer", "norm"), nn.BatchNorm(True, axis=(1, -1))), "not the last axis alone"),
+        (Net(("layer", "norm"), norms.BatchNorm(True, statistics="batch")), "by the batch"),
+        (Net(("layer", "norm"), nn.LayerNorm()), "of each example"),
+        (Net(("layer", "norm"), nn.GroupNorm(2)), "of each example"),
+        (Net(("layer", "norm"), norms.InstanceNorm()), "of each example"),
+        (Net(("layer", "norm"), norms.RMSNorm()), "of each example"),
+        (Net(("layer", "norm"), norms.FilterResponseNorm()), "of each example"),
+    ],
+)  # fmt: skip
+def test_what_is_not_exact_stays_with_the_reason(net, said):
+    done, found = folding_of(net)
+    assert list(found) == ["norm"]
+    assert said in found["norm"]
+    assert done.model is net
+
+
+def test_a_maximum_lets_positive_gains_through():
+    for order, wanted in ((("norm", MAX, "layer"), BEFORE), (("layer", MAX, "norm"), AFTER)):
+        _, found = folding_of(Net(order), positive=True)
+        assert found == {"norm": wanted}
+
+
+def test_zero_padding_lets_a_norm_without_shift_through():
+    net = Net(("norm", "layer"), nn.BatchNorm(True, use_bias=False), nn.Conv(4, (3, 3)))
+    zero = functools.partial(
+        jax.tree_util.tree_map_with_path,
+        lambda path, leaf: jnp.zeros_like(leaf) if path[-1].key == "mean" else leaf,
+    )
+    assert folding_of(net, change=zero)[1] == {"norm": BEFORE}
+
+
+@pytest.mark.parametrize(
+    ("var", "said"), [(-1.0, "not finite, or a variance is negative"), (np.nan, "not finite")]
+)
+def test_statistics_that_are_wrong_are_left_alone(var, said):
+    net, stats = Net(("layer", "norm")), {"norm": {"mean": np.zeros(4), "var": np.full(4, var)}}
+    params, _ = trained(net)
+    (found,) = fold(net, params, stats, BATCH).norms
+    assert said in found.reason
+
+
+def test_numbers_that_float32_cannot_hold_are_not_made():
+    net = Net(("layer", "norm"), nn.BatchNorm(True, epsilon=0))
+    params, _ = trained(net)
+    params["norm"]["scale"] = np.full(4, 1e30, np.float32)
+    stats = {"norm": {"mean": np.zeros(4), "var": np.full(4, 1e-38)}}
+    (found,) = fold(net, params, stats, BATCH).norms
+    assert "too large for float32" in found.reason
+
+
+class Several(nn.Module):
+    """Modules that are called more than once, or read by several."""
+
+    way: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = functools.partial(nn.BatchNorm, use_running_average=True)
+        conv = nn.Conv(3, (1, 1), name="layer")
+        if self.way == "series":
+            x = norm(name="second")(norm(name="first")(conv(x)))
+        elif self.way == "both":
+            x = norm(name="second")(conv(norm(name="first")(x)))
+        elif self.way == "two norms after one layer":
+            x = norm(name="second")(conv(norm(name="first")(conv(x))))
+        elif self.way == "one norm after two layers":
+            shared = norm(name="first")
+            x = shared(nn.Conv(3, (1, 1), name="other")(shared(conv(x))))
+        elif self.way == "a layer that is also called without the norm":
+            x = conv(nn.relu(norm(name="first")(conv(x))))
+        else:
+            y = conv(x)
+            x = norm(name="first")(y) + norm(name="second")(y)
+        return x.reshape(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    ("way", "folded"),
+    [
+        ("series", {"first": AFTER}),
+        ("both", {"first": BEFORE, "second": AFTER}),
+        ("two norms after one layer", {}),
+        ("one norm after two layers", {}),
+        ("a layer that is also called without the norm", {}),
+        ("a layer with two norms", {}),
+    ],
+)
+def test_modules_that_meet_several_times(way, folded):
+    _, found = folding_of(Several(way))
+    assert {name: what for name, what in found.items() if not isinstance(what, str)} == folded
+
+
+def test_folding_again_folds_what_stood_behind_a_folded_norm():
+    net = Several("series")
+    params, stats = trained(net)
+    once = fold(net, params, stats, BATCH)
+    twice = fold(*once[:3], BATCH)
+    assert [(one.norm, one.layer) for one in twice.norms] == [(("second",), ("layer",))]
+    assert not twice.batch_stats
+    assert difference(logits(net, params, stats), logits(*twice[:3])) < 1e-5
+
+
+def test_low_precision_keeps_its_dtypes():
+    """float32 leaves make a norm's output float32, also when its input is bfloat16."""
+    dtypes = []
+
+    def seen(x):
+        dtypes.append(x.dtype)
+        return x
+
+    net = Net(("layer", "norm", seen), layer=nn.Conv(4, (1, 1), dtype=jnp.bfloat16))
+    params, stats = trained(net)
+    done = fold(net, params, stats, BATCH)
+    assert done.norms[0].layer == ("layer",)
+    dtypes.clear()
+    for network in ((net, params, stats), done[:3]):
+        forward(*network[1:], BATCH, model=network[0], train=False)
+    assert dtypes == [jnp.float32, jnp.float32]
+
+
+def test_other_products_stay_what_they_are():
+    net = Net((flat, "layer", "norm"), layer=nn.Dense(5, use_bias=False, dot_general=_counted))
+    params, stats = trained(net)
+    done = fold(net, params, stats, BATCH)
+    _CALLS.clear()
+    forward(done.params, done.batch_stats, BATCH, model=done.model, train=False)
+    assert len(_CALLS) == 1
+
+
+_CALLS = []
+
+
+def _counted(*args, **kwargs):
+    _CALLS.append(args)
+    return lax.dot_general(*args, **kwargs)
+
+
+class Wrapped(nn.Module):
+    """A convolution whose kernel is made of the stored one when it is used."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        double = functools.partial(jax.tree.map, lambda leaf: 2 * leaf)
+        kind = nn.map_variables(nn.Conv, "params", double, init=self.is_initializing())
+        conv = (kind if self.kind == "doubled" else nn.Conv)(4, (3, 3), name="conv")
+        x = nn.WeightNorm(conv)(x) if self.kind == "weight norm" else conv(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("kind", ["stored", "weight norm", "doubled"])
+def test_a_kernel_that_is_computed_from_the_stored_one_takes_no_norm(kind):
+    """What is folded into the stored one would be normalised, or doubled, once more."""
+    _, found = folding_of(Wrapped(kind))
+    if kind == "stored":
+        assert found == {"BatchNorm_0": ("after", "conv")}
+    else:
+        assert "what conv uses is computed from its parameters" in found["BatchNorm_0"]

@@ -1,0 +1,233 @@
+"""Frozen statistics and frozen scales and biases: nothing else changes, and these do not at all."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+from foreign import NETWORKS
+
+from bnjax.clinic.freeze import affine_mask, freeze, freeze_statistics
+from bnjax.clinic.layers import norm_layers
+from bnjax.models.convnet import ConvNet
+from bnjax.norms import BatchNorm
+from bnjax.norms.ghost import GhostBatchNorm
+from bnjax.norms.renorm import BatchRenorm
+from bnjax.train_step import TrainState, eval_step, forward, init_state, init_variables, train_step
+
+RNG = np.random.default_rng(0)
+BATCH = {"image": RNG.random((6, 8, 8, 3), np.float32), "label": np.arange(6)}
+SGD = optax.sgd(0.1)
+# The first norm of each, and whether there are others.
+FIRST = {
+    "resnet": "norm_init",
+    "preact": "BatchNorm_0",
+    "scan": "layers.*",
+    "remat": "layer0.BatchNorm_?",
+    "vmap": "*",
+    "shared": "_Layer_0.BatchNorm_0",
+}
+
+
+@jax.jit
+def _same(a, b):
+    return jax.tree.map(lambda a, b: (a == b).all(), a, b)
+
+
+def same(a, b):
+    """Whether each leaf of two trees is equal to the last bit, by its path."""
+    return {path: bool(leaf) for path, leaf in flatten_dict(dict(_same(a, b))).items()}
+
+
+@functools.cache
+def variables_of(name):
+    init = partial(init_variables, NETWORKS[name])
+    return jax.jit(init)(jax.random.key(0), BATCH["image"])
+
+
+def stepped(model, state, stats, batch=BATCH, tx=SGD):
+    return jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_frozen_statistics_stay_and_the_others_move(name):
+    frozen = freeze_statistics(NETWORKS[name], FIRST[name])
+    params, stats = variables_of(name)
+    state = TrainState(jnp.int32(0), params, SGD.init(params), jax.random.key(1))
+    once, after, _ = stepped(frozen, state, stats)
+    kept = same(stats, after)
+    first = next(iter(norm_layers(NETWORKS[name], state.params, stats, BATCH, train=True))).path
+    assert {path for path, unchanged in kept.items() if unchanged} == {
+        (*first, "mean"),
+        (*first, "var"),
+    }
+    assert not any(same(state.params, once.params)[*first, leaf] for leaf in ("scale", "bias"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_trees_fields_and_evaluation_are_the_models_own(name):
+    model = NETWORKS[name]
+    frozen = freeze_statistics(model, "*")
+    variables = variables_of(name)
+    init = partial(init_variables, frozen)
+    shapes = jax.eval_shape(init, jax.random.key(0), BATCH["image"])
+    assert shapes == jax.eval_shape(lambda: variables)
+    assert isinstance(frozen, type(model))
+    assert all(getattr(frozen, f.name) == getattr(model, f.name) for f in dataclasses.fields(model))
+    results = [jax.jit(partial(eval_step, model=one))(*variables, BATCH) for one in (model, frozen)]
+    assert jax.tree.leaves(results[0]) == jax.tree.leaves(results[1])
+    for train in (False, True):
+        layers = norm_layers(frozen, *variables, BATCH, train=train)
+        assert not any(layer.by_batch for layer in layers)
+
+
+class Net(nn.Module):
+    """One norm, and logits of its output."""
+
+    norm: Callable[..., nn.Module]
+    in_call: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        given = not train if self.in_call else None
+        norm = self.norm(use_running_average=None if self.in_call else not train)
+        return nn.Dense(3, name="logits")(norm(x.reshape(len(x), -1), given))
+
+
+NORMS = {
+    "flax": nn.BatchNorm,
+    "bnjax": BatchNorm,
+    "always by the batch": partial(BatchNorm, statistics="batch", update_average=True),
+    "counted": partial(BatchNorm, debias=True),
+    "ghost": partial(GhostBatchNorm, virtual_batch=2),
+    "renorm": BatchRenorm,
+}
+
+
+@pytest.mark.parametrize("in_call", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_gradient_takes_frozen_statistics_as_constants(kind, in_call):
+    model = freeze_statistics(Net(NORMS[kind], in_call), "*")
+    x = RNG.normal(2, 3, (8, 1, 1, 4)).astype(np.float32)
+    weights = RNG.normal(0, 1, (8, 3)).astype(np.float32)
+    params, stats = init_variables(model, jax.random.key(0), x)
+    norm = next(iter(stats))
+    mean, var, scale, bias = (RNG.uniform(1, 2, 4).astype(np.float32) for _ in range(4))
+    stats[norm] = {**stats[norm], "mean": mean, "var": var}
+    params[norm] = {"scale": scale, "bias": bias}
+
+    def loss(params, x):
+        logits, written = forward(params, stats, {"image": x}, model=model, train=True)
+        return (logits * weights).sum(), written["batch_stats"]
+
+    grads, written = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    assert all(same(stats, written).values())
+    inverse = 1 / np.sqrt(np.float64(var) + 1e-5)
+    back = np.float64(weights) @ np.float64(params["logits"]["kernel"]).T
+    hat = (np.float64(x[:, 0, 0]) - mean) * inverse
+    # Sums of 8 products of size 10 in float32.
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+    close(grads[1][:, 0, 0], back * scale * inverse)
+    close(grads[0][norm]["scale"], (back * hat).sum(0))
+    close(grads[0][norm]["bias"], back.sum(0))
+    close(grads[0]["logits"]["kernel"], (hat * scale + bias).T @ np.float64(weights))
+
+
+def test_a_mask_and_what_is_captured_stay():
+    norm = partial(nn.BatchNorm, momentum=0.5)
+    model = ConvNet((4, 4), (3, 3), (2, 1), (8,), 10, norm, norm_dense=(True,), dropout=(0.0,))
+    frozen = freeze_statistics(model, "conv0_norm", "logits*")
+    state, stats = init_state(model, SGD, jax.random.key(0), BATCH["image"])
+    padded = {
+        "image": np.concatenate([BATCH["image"], np.full((2, 8, 8, 3), np.nan, np.float32)]),
+        "label": np.concatenate([BATCH["label"], [0, 0]]),
+        "mask": np.arange(8) < 6,
+    }
+    (plain, stats_plain, _), (masked, stats_masked, _) = (
+        stepped(frozen, state, stats, batch) for batch in (BATCH, padded)
+    )
+    # 8 images' activations of size 1, summed in another order.
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, (plain.params, stats_plain), (masked.params, stats_masked))
+    kept = same(stats, stats_masked)
+    assert {path[0] for path, unchanged in kept.items() if unchanged} == {
+        "conv0_norm",
+        "logits_norm",
+    }
+    captured = [
+        forward(state.params, stats, BATCH, model=one, train=True, capture=True)[1]["intermediates"]
+        for one in (model, frozen)
+    ]
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in captured]
+    assert shapes[0] == shapes[1]
+
+
+class Outer(nn.Module):
+    """A network on what another one gives."""
+
+    body: nn.Module
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = _norm(train)(self.body(x, train))
+        return _norm(train, name="layer0")(x)
+
+
+def _norm(train, **options):
+    return nn.BatchNorm(use_running_average=not train, **options)
+
+
+def test_a_frozen_model_within_another_is_matched_by_its_own_names():
+    model = Outer(freeze_statistics(NETWORKS["remat"], "layer0*"))
+    state, stats = init_state(model, SGD, jax.random.key(0), BATCH["image"])
+    kept = same(stats, stepped(model, state, stats)[1])
+    assert {path[:-1] for path, unchanged in kept.items() if unchanged} == {
+        ("body", "layer0", "BatchNorm_0")
+    }
+
+
+def test_what_matches_nothing_is_an_error_with_the_names():
+    model = NETWORKS["preact"]
+    params, stats = init_variables(model, jax.random.key(0), BATCH["image"])
+    run = partial(forward, params, stats, BATCH, train=True)
+    with pytest.raises(ValueError, match=r"'batch\*'.*: BatchNorm_0, .*, last\."):
+        run(model=freeze_statistics(model, "last", "batch*"))
+    with pytest.raises(ValueError, match=r"'Conv_0'.*: BatchNorm_0, .*, last\."):
+        affine_mask(params, stats, "Conv_0")
+    with pytest.raises(ValueError, match="there is no name"):
+        affine_mask(params, stats)
+
+
+@pytest.mark.parametrize("tx", [SGD, optax.adamw(0.1, weight_decay=0.1)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name, tx):
+    params, stats = variables_of(name)
+    frozen = freeze(tx, affine_mask(params, stats, FIRST[name]))
+
+    @partial(jax.jit, static_argnums=0)
+    def two_steps(tx, params):
+        state = tx.init(params)
+        for _ in range(2):
+            grads = jax.tree.map(lambda leaf: 2 + jnp.sin(leaf), params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    plain, ours = two_steps(tx, params), two_steps(frozen, params)
+    first = next(iter(norm_layers(NETWORKS[name], params, stats, BATCH, train=True))).path
+    kept = {path for path, unchanged in same(params, ours).items() if unchanged}
+    assert kept == {(*first, "scale"), (*first, "bias")}
+    assert {path for path, equal in same(plain, ours).items() if not equal} == kept
+
+
+def test_a_mask_where_a_norm_has_no_scale():
+    params = {"norm": {"bias": jnp.ones(2)}, "head": {"bias": jnp.ones(2)}}
+    stats = {name: {"mean": jnp.zeros(2), "var": jnp.ones(2)} for name in ("norm", "bare")}
+    assert affine_mask(params, stats, "*") == {"norm": {"bias": True}, "head": {"bias": False}}

@@ -1,0 +1,252 @@
+"""Precise statistics against a forward pass in NumPy and float64, and against Flax's own."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from foreign import NETWORKS
+from wrappers import MAPPED, run
+
+from bnjax.clinic.layers import nothing_seen, observe
+from bnjax.clinic.precise import precise
+from bnjax.norms import BatchNorm
+from bnjax.train_step import init_variables
+
+RNG = np.random.default_rng(0)
+IMAGES = (RNG.random((16, 5, 5, 2)) * [1, 3] + [0.5, -1]).astype(np.float32)
+UNEVEN = np.split(IMAGES, [5, 13])  # 5, 8 and 3 images
+EPSILON = 1e-3
+
+
+class Net(nn.Module):
+    """Three norms behind one another, each with a scale and a shift of its own."""
+
+    norm: type = nn.BatchNorm
+    variance: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        def norm(name):
+            options = {} if self.variance is None else {"variance": self.variance}
+            return self.norm(
+                use_running_average=not train,
+                epsilon=EPSILON,
+                scale_init=nn.initializers.uniform(3.0),
+                bias_init=nn.initializers.normal(1.0),
+                name=name,
+                **options,
+            )
+
+        x = nn.relu(norm("first")(nn.Conv(4, (3, 3), padding="VALID", name="conv")(x)))
+        x = nn.relu(nn.Dense(7, name="dense")(x.reshape(len(x), -1)))
+        x = nn.Dense(5, name="logits")(norm("second")(x))
+        return norm("third")(x)
+
+
+def variables_of(model):
+    return init_variables(model, jax.random.key(1), IMAGES[:1])
+
+
+def in_numpy(params, batches):
+    """Returns what each norm is given, as a list with an array [values, channels] for each batch.
+
+    Each batch is normalised by itself.
+    """
+    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    found = {"first": [], "second": [], "third": []}
+
+    def norm(x, name):
+        flat = x.reshape(-1, x.shape[-1])
+        found[name].append(flat)
+        x = (x - flat.mean(0)) / np.sqrt(flat.var(0) + EPSILON)
+        return x * weights[name]["scale"] + weights[name]["bias"]
+
+    for x in batches:
+        windows = np.lib.stride_tricks.sliding_window_view(np.float64(x), (3, 3), axis=(1, 2))
+        x = np.einsum("nhwcij,ijcf->nhwf", windows, weights["conv"]["kernel"])
+        x = np.maximum(norm(x + weights["conv"]["bias"], "first"), 0).reshape(len(x), -1)
+        x = np.maximum(x @ weights["dense"]["kernel"] + weights["dense"]["bias"], 0)
+        x = norm(x, "second") @ weights["logits"]["kernel"] + weights["logits"]["bias"]
+        norm(x, "third")
+    return found
+
+
+def truth(params, batches, by, *, unbiased=False):
+    """Returns {norm: (mean, var)}: of batches that meet nowhere, or of all images as one batch."""
+    found = in_numpy(params, [np.concatenate(batches)] if by == "population" else batches)
+    pooled = {name: np.concatenate(values) for name, values in found.items()}
+    return {name: (x.mean(0), x.var(0, ddof=int(unbiased))) for name, x in pooled.items()}
+
+
+def assert_are(stats, wanted):
+    """Means to 1e-5 standard deviations, variances to 1e-5 relative."""
+    assert set(stats) == set(wanted)
+    for name, (mean, var) in wanted.items():
+        # A unit that is dead has no variance; what is added to it sets the scale then.
+        scale = var + EPSILON
+        assert np.max(np.abs(stats[name]["mean"] - mean) / np.sqrt(scale)) < 1e-5, name
+        assert np.max(np.abs(stats[name]["var"] - var) / scale) < 1e-5, name
+
+
+def as_batches(images):
+    return [{"image": image} for image in images]
+
+
+def padded(images, size=8):
+    """The same batches, filled up to one size with what must not count."""
+    filled = []
+    for image in images:
+        rest = size - len(image)
+        filling = np.full((rest, *image.shape[1:]), np.nan, np.float32)
+        mask = np.arange(size) < len(image)
+        order = RNG.permutation(size)
+        filled.append({"image": np.concatenate([image, filling])[order], "mask": mask[order]})
+    return filled
+
+
+@pytest.mark.parametrize("form", [as_batches, padded])
+@pytest.mark.parametrize("by", ["batch", "population"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm, BatchNorm])
+def test_against_numpy(norm, by, form):
+    model = Net(norm)
+    params, stats = variables_of(model)
+    wanted = truth(params, UNEVEN, by)
+    assert_are(precise(model, params, form(UNEVEN), stats, by=by), wanted)
+    other = truth(params, UNEVEN, {"batch": "population", "population": "batch"}[by])
+    with pytest.raises(AssertionError):  # the two meanings are told apart here
+        assert_are({name: {"mean": m, "var": v} for name, (m, v) in other.items()}, wanted)
+
+
+@pytest.mark.parametrize("by", ["batch", "population"])
+def test_an_average_that_stores_the_unbiased_variance_gets_it(by):
+    model = Net(BatchNorm, "unbiased")
+    params, _ = variables_of(model)
+    wanted = truth(params, UNEVEN, "batch", unbiased=True)
+    if by == "population":  # evaluation normalises by what is stored, here as everywhere
+        found = precise(model, params, [{"image": IMAGES}], by=by)
+        first = truth(params, [IMAGES], "batch", unbiased=True)["first"]
+        assert_are({"first": found["first"]}, {"first": first})
+    else:
+        assert_are(precise(model, params, as_batches(UNEVEN), by=by), wanted)
+
+
+def test_means_far_from_zero_and_batches_that_can_be_gone_through_once():
+    model = Net()
+    params, _ = variables_of(model)
+    params = {**params, "conv": {**params["conv"], "bias": params["conv"]["bias"] + 300}}
+    (mean, var) = truth(params, UNEVEN, "batch")["first"]
+    found = precise(model, params, (batch for batch in as_batches(UNEVEN)))["first"]
+    # A float32 of 300 is known to 1.5e-5, whatever is done with it.
+    np.testing.assert_allclose(found["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(found["var"], var, rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrapper", MAPPED)
+def test_over_shards_that_hold_different_numbers_of_images(wrapper):
+    model = Net()
+    params, stats = variables_of(model)
+    batches = []
+    for images in UNEVEN:  # on eight devices; at least one has no image at all
+        places = np.sort(RNG.permutation(14)[: len(images)])
+        image = np.full((16, 5, 5, 2), np.nan, np.float32)
+        image[places] = images
+        batches.append({"image": image, "mask": np.isin(np.arange(16), places)})
+
+    def make(axis_name):
+        def both(replicated, sharded):
+            params, stats = replicated
+            seen = nothing_seen(stats)
+            for batch in sharded:
+                logits, seen = observe(
+                    params, stats, seen, batch, model=model, mode="batch", axis_name=axis_name
+                )
+            return seen, logits
+
+        return both
+
+    seen, _ = run(wrapper, make, (params, stats), batches)
+    found = {path[0]: {"mean": m.mean, "var": m.var} for path, m in seen.items()}
+    assert_are(found, truth(params, UNEVEN, "batch"))
+    assert {float(m.count.min()) for m in seen.values()} == {16.0, 16.0 * 9}
+
+
+FOREIGN = RNG.random((6, 8, 8, 3)).astype(np.float32)
+
+
+def moments_by_flax(model, params, stats, images):
+    """Returns the batch's statistics, from the averages after one step with momentum 0.9."""
+    _, written = model.apply(
+        {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+    )
+    return jax.tree.map(
+        lambda old, new: (np.float64(new) - 0.9 * np.float64(old)) / 0.1,
+        stats,
+        written["batch_stats"],
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "shared"])
+def test_foreign_networks_against_flax(name):
+    model = NETWORKS[name]
+    params, stats = init_variables(model, jax.random.key(0), FOREIGN[:1])
+    of_all = moments_by_flax(model, params, stats, FOREIGN)
+    halves = np.split(FOREIGN, [4])
+    of_each = [moments_by_flax(model, params, stats, half) for half in halves]
+    batches = padded(halves, 4)
+    by_batch = precise(model, params, batches, stats)
+    by_population = precise(model, params, batches, stats, by="population")
+    for path in nothing_seen(stats):
+        whole, first, second, one, two = (
+            functools.reduce(lambda tree, key: tree[key], path, tree)
+            for tree in (of_all, *of_each, by_batch, by_population)
+        )
+        mean = (4 * first["mean"] + 2 * second["mean"]) / 6
+        squares = [part["var"] + (part["mean"] - mean) ** 2 for part in (first, second)]
+        var = (4 * squares[0] + 2 * squares[1]) / 6
+        # Flax's own variance is E[x²] - E[x]², and ten times its rounding is seen in the average.
+        for found, wanted in ((one, {"mean": mean, "var": var}), (two, whole)):
+            size = np.sqrt(np.max(wanted["var"] + wanted["mean"] ** 2))
+            np.testing.assert_allclose(found["mean"], wanted["mean"], atol=3e-5 * size, rtol=1e-4)
+            np.testing.assert_allclose(found["var"], wanted["var"], atol=3e-5 * size**2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("by", ["batch", "population"])
+def test_a_norm_that_is_called_twice_has_the_moments_of_both(by):
+    model = NETWORKS["shared"]
+    params, stats = init_variables(model, jax.random.key(0), FOREIGN[:1])
+    weights = jax.tree.map(np.float64, params)
+    outer, inner = weights["Dense_0"], weights["_Layer_0"]["Dense_0"]
+    norm = weights["_Layer_0"]["BatchNorm_0"]
+
+    def dense(x, layer):
+        return x @ layer["kernel"] + layer["bias"]
+
+    def given(images, moments):
+        """What both calls are given; the first is normalised by `moments`, or by itself."""
+        first = dense(dense(np.float64(images).reshape(len(images), -1), outer), inner)
+        mean, var = moments or (first.mean(0), first.var(0))
+        y = (first - mean) / np.sqrt(var + 1e-5) * norm["scale"] + norm["bias"]
+        return np.concatenate([first, dense(np.maximum(y, 0), inner)])
+
+    halves = np.split(FOREIGN, [4])
+    wanted = np.concatenate([given(half, None) for half in halves])
+    if by == "population":
+        for _ in range(100):
+            wanted = given(FOREIGN, (wanted.mean(0), wanted.var(0)))
+    found = precise(model, params, padded(halves, 4), stats, by=by)["_Layer_0"]["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], wanted.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["var"], wanted.var(0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_done_is_refused():
+    model = Net()
+    params, stats = variables_of(model)
+    with pytest.raises(ValueError, match="no batch"):
+        precise(model, params, [], stats)
+    with pytest.raises(ValueError, match="several times"):
+        precise(model, params, iter(as_batches(UNEVEN)), stats, by="population")
+    nobody = [{"image": IMAGES, "mask": np.zeros(16, bool)}]
+    with pytest.raises(ValueError, match=r"first was given no value"):
+        precise(model, params, nobody, stats)

@@ -1,0 +1,134 @@
+"""Logits of exported networks are the network's, in processes without bnjax, or without JAX."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import outside
+import pytest
+import safetensors.numpy
+from foreign import PreActResNet, ResNet
+
+from bnjax import norms
+from bnjax.clinic.fold import difference, fold
+from bnjax.export.onnx import onnx_model
+from bnjax.export.stablehlo import named, program
+from bnjax.models.convnet import ConvNet
+from bnjax.models.speednet import SpeedNet
+from bnjax.models.views import seen
+from bnjax.train_step import forward, init_variables
+
+SHAPE, SIZES = (12, 12, 3), (1, 7, 32)
+net = functools.partial(ConvNet, filters=(4, 4), kernels=(3, 3), strides=(2, 1), dense=(6, 5))
+batch = norms.build("batch")
+# Of each what it is, and how many of its norms are folded; None: no folding is asked for.
+NETWORKS = {
+    "batch, not folded": (net(norm=batch), None),
+    "batch": (net(norm=batch), 5),
+    "before, max, gelu": (
+        net(norm=batch, placement="before", pooling="max", activation=nn.gelu),
+        4,
+    ),
+    "after, avg, sigmoid": (
+        net(norm=batch, placement="after", pooling="avg", activation=nn.sigmoid),
+        4,
+    ),
+    "ghost, silu": (net(norm=norms.build("ghost"), activation=nn.silu), None),
+    "renorm, tanh": (net(norm=norms.build("renorm"), placement="before", activation=nn.tanh), None),
+    "group": (net(norm=norms.build("group", groups=1), activation=nn.elu), None),
+    "layer": (net(norm=norms.build("layer"), placement="after"), None),
+    "rms": (net(norm=norms.build("rms"), placement="before"), None),
+    "instance": (
+        net(norm=norms.build("instance"), placement="before", norm_dense=(False, False)),
+        None,
+    ),
+    "frn": (
+        net(
+            norm=norms.build("frn"),
+            norm_activation=norms.ThresholdedLinear,
+            placement="before",
+            norm_dense=(False, False),
+        ),
+        None,
+    ),
+    "standardized": (net(norm=batch, conv=norms.StandardizedConv, placement="before"), 4),
+    "speednet": (SpeedNet(norm=batch, widths=(4,), mean=(0.5,) * 3, std=(0.2,) * 3), 2),
+    "speednet, six views": (seen(SpeedNet(norm=batch, widths=(4,)), 6), None),
+    "residual": (ResNet((1, 1), 4), 6),
+    "residual, padded as by torch": (ResNet((1, 1), 4, torchvision=True), None),
+    "residual, norms first": (PreActResNet(1, 4), 1),
+}
+
+
+def network(model):
+    """Returns weights and statistics that training might have left: none are 0 or 1."""
+    rng = np.random.default_rng(0)
+    params, batch_stats = init_variables(model, jax.random.key(0), np.zeros((1, *SHAPE), np.uint8))
+    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape), params)
+    batch_stats = jax.tree.map(lambda leaf: leaf + rng.uniform(0, 0.4, leaf.shape), batch_stats)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (params, batch_stats))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The folder of each network, images, and its logits."""
+    images = np.random.default_rng(1).integers(0, 256, (max(SIZES), *SHAPE), np.uint8)
+    found = {}
+    for name, (model, count) in NETWORKS.items():
+        variables = network(model)
+        # In evaluation those of an image depend on no other.
+        own = jax.jit(functools.partial(forward, model=model, train=False))(
+            *variables, {"image": images}
+        )[0]
+        folder, exported = tmp_path_factory.mktemp("model"), model
+        if count is not None:
+            folding = fold(model, *variables, {"image": images[:1]})
+            assert sum(one.layer is not None for one in folding.norms) == count, folding.norms
+            exported, *variables, _ = folding
+        (folder / "model.stablehlo").write_bytes(program(exported, *variables, SHAPE))
+        safetensors.numpy.save_file(named(*variables), folder / "weights.safetensors")
+        (folder / "model.onnx").write_bytes(
+            onnx_model(exported, *variables, SHAPE).SerializeToString()
+        )
+        (folder / "manifest.json").write_text(json.dumps({"classes": [*"abcdefghij"]}))
+        found[name] = folder, images, own
+    return found
+
+
+def outcomes(expected, script, banned, tmp_path):
+    """Returns logits by network and number of images."""
+    jobs = [
+        ((name, size), (folder, images[:size]))
+        for name, (folder, images, _) in expected.items()
+        for size in SIZES
+    ]
+    found = outside.run(script, banned, [job for _, job in jobs], tmp_path)
+    return {key: one for (key, _), one in zip(jobs, found, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def with_jax(expected, tmp_path_factory):
+    return outcomes(expected, outside.WITH_JAX, "bnjax,flax", tmp_path_factory.mktemp("outside"))
+
+
+@pytest.fixture(scope="module")
+def without_jax(expected, tmp_path_factory):
+    banned = "bnjax,flax,jax,jaxlib,onnx"
+    return outcomes(expected, outside.WITHOUT_JAX, banned, tmp_path_factory.mktemp("outside"))
+
+
+@pytest.mark.parametrize("kind", ["with_jax", "without_jax"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_are_the_networks(expected, request, kind, name):
+    found = request.getfixturevalue(kind)
+    _, _, own = expected[name]
+    for size in SIZES:
+        logits, printed = found[name, size]
+        assert logits.shape == (size, 10)
+        assert logits.dtype == np.float32
+        assert difference(logits, own[:size]) < 1e-4
+        # They differ from image to image by more than the bound.
+        assert size == 1 or np.ptp(logits, axis=0).max() > 1e-3 * np.abs(logits).max()
+        assert printed == f"{['abcdefghij'[index] for index in own[:size].argmax(-1)]}\n"
