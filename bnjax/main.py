@@ -130,11 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bnjax", description="Batch normalization in JAX.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
         help_text = text[0].lower() + text[1:].split(". ")[0].rstrip(".")
-        return commands.add_parser(
+        return subparsers.add_parser(
             name, help=help_text, description=text, epilog=epilog, allow_abbrev=False
         )
 
