@@ -32,23 +32,23 @@ mask of one value an example, [n] | error | yes
 NaN in padding | NaN gradient of scale | no effect
     test_against_flax.py::test_nan_in_padding
 fewer than 2 values per channel | silent, output 0 | error that says what to do
-    test_batch.py::test_errors_say_what_to_do
+    test_batch_norm.py::test_errors_say_what_to_do
 unbound axis name | NameError of JAX | names the axis and the wrapper
-    test_batch.py::test_errors_say_what_to_do
+    test_batch_norm.py::test_errors_say_what_to_do
 axis_index_groups | pmap, unchecked shard_map | also vmap and checked shard_map
     test_devices.py::test_groups_have_their_own_statistics
 stored variance | biased | biased or unbiased, by the true count
-    test_batch.py::test_conventions_of_other_frameworks
+    test_batch_norm.py::test_conventions_of_other_frameworks
 momentum | a number | a number, a schedule, None for the mean
-    test_batch.py::test_momentum_may_follow_the_steps
+    test_batch_norm.py::test_momentum_may_follow_the_steps
 averages without their initial values | no | debias=True
-    test_batch.py::test_debias_gives_powers_of_the_momentum_as_weights
+    test_batch_norm.py::test_debias_gives_powers_of_the_momentum_as_weights
 normalise by / update / train affine | one switch | three
-    test_batch.py::test_which_statistics_normalise_and_whether_they_are_updated
+    test_batch_norm.py::test_which_statistics_normalise_and_whether_they_are_updated
 forward mode, second derivatives | not tested here | yes
-    test_batch.py::test_forward_mode_and_second_derivatives
+    test_batch_norm.py::test_forward_mode_and_second_derivatives
 gradient = closed form, float64, 1e-10 | not tested here | yes
-    test_batch.py::test_gradients_are_the_closed_form
+    test_batch_norm.py::test_gradients_are_the_closed_form
 """
 
 

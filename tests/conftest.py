@@ -53,7 +53,7 @@ SHAPED = [
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in SHAPED
-    if path.stem != "weight_standardization"
+    if path.stem != "per_example"
 ]
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 

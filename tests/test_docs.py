@@ -97,14 +97,6 @@ def test_every_module_and_name_can_be_imported():
         pkgutil.resolve_name(name)
 
 
-def test_what_was_moved_is_where_the_changelog_says():
-    unreleased = CHANGELOG.split("\n## ")[1]
-    moved = re.findall(r"^ *\| `bnjax[\w.]+` \| `(bnjax[\w.]+)`", unreleased, re.MULTILINE)
-    assert moved
-    for name in moved:
-        pkgutil.resolve_name(name)
-
-
 @EVERY_PAGE
 def test_every_link_leads_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):

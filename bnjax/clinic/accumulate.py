@@ -22,8 +22,7 @@ from bnjax.clinic.layers import (
 )
 from bnjax.compat import varying
 from bnjax.metrics import Metrics
-from bnjax.norms.average import updated_average
-from bnjax.norms.moments import Moments, merge, merge_over, total_over
+from bnjax.norms.moments import Moments, merge, merge_over, total_over, updated_average
 from bnjax.train_step import (
     AxisName,
     LossFn,

@@ -19,8 +19,7 @@ from bnjax.clinic.fold_pair import Place, folded, gain_and_offset
 from bnjax.clinic.folded import LAYERS, Folded
 from bnjax.clinic.layers import NORMS, NormLayer, norm_layers
 from bnjax.norms import StandardizedConv
-from bnjax.norms.per_example import PerExampleNorm
-from bnjax.norms.weight_standardization import standardize
+from bnjax.norms.per_example import PerExampleNorm, standardize
 from bnjax.types import Batch, BatchStats, Logits, Params
 
 PER_EXAMPLE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, PerExampleNorm)

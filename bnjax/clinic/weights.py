@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnjax.norms.average import blend, kept_fraction
+from bnjax.norms.moments import blend, kept_fraction
 from bnjax.types import Leaf, Params
 
 Kind = Literal["ema", "swa"]

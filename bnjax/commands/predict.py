@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _of_run(args: argparse.Namespace) -> dict[str, Any]:
-    from bnjax.models.views import VIEWS
+    from bnjax.models.layers import VIEWS
     from bnjax.train import predict
     from bnjax.train.trained import Trained
 

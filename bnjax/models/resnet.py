@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from bnjax.models.convnet import NormFactory
-from bnjax.models.pixels import standardised
+from bnjax.models.layers import standardised
 from bnjax.types import Array, Images, Logits, Mask
 
 Stem = Literal["cifar", "imagenet"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.models.convnet import ACTIVATIONS, NormFactory
-from bnjax.models.pixels import standardised
+from bnjax.models.layers import standardised
 from bnjax.types import Array, Images, Logits, Mask
 
 SIDE = 2  # of the whitened patches

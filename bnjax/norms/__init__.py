@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 
 from bnjax.norms.batch_norm import BatchNorm
-from bnjax.norms.ghost import GhostBatchNorm
 from bnjax.norms.per_example import (
     FilterResponseNorm,
     GroupNorm,
@@ -16,10 +15,10 @@ from bnjax.norms.per_example import (
     InstanceNorm,
     LayerNorm,
     RMSNorm,
+    StandardizedConv,
     ThresholdedLinear,
 )
-from bnjax.norms.renorm import BatchRenorm
-from bnjax.norms.weight_standardization import StandardizedConv
+from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
 
 __all__ = [
     "BATCH_NORMS",

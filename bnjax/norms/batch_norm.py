@@ -9,8 +9,17 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 
-from bnjax.norms.average import Momentum, is_counted, updated_average
-from bnjax.norms.moments import AxisName, Moments, full_mask, merge_over, moments, total_over
+from bnjax.norms.moments import (
+    AxisName,
+    Moments,
+    Momentum,
+    full_mask,
+    is_counted,
+    merge_over,
+    moments,
+    total_over,
+    updated_average,
+)
 from bnjax.types import Array
 
 
@@ -24,7 +33,7 @@ class BatchNorm(nn.Module):
     Attributes:
         use_running_average: False normalises by the batch and updates the averages, True normalises
             by the averages; here or in the call.
-        axis: of the channels; the others are reduced.
+        axis: the axes of the channels; the others are reduced.
         momentum: the fraction of the old average that an update keeps; or a function of the number
             of updates so far; or None for the plain mean of all batches.
         epsilon: added to the variance.
@@ -40,21 +49,21 @@ class BatchNorm(nn.Module):
         variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1
             ("unbiased": PyTorch and TensorFlow's fused kernel). The batch is normalised by the
             biased one always.
-        average_dtype: what the averages are rounded to after each update, while they stay of the
-            dtype that they have; None: nothing. For studies of what goes wrong in bfloat16, where
-            a small step towards the batch is rounded away.
+        average_dtype: the precision that the averages are rounded to after each update; their
+            dtype stays. None: no rounding. For studies of averages in bfloat16, where rounding
+            loses small updates.
         debias: leaves the initial mean 0 and variance 1 out of the averages, so that they are right
             from the first update on.
-        statistics: which ones normalise, "batch" or "running", whatever use_running_average says;
-            None: what that says.
+        statistics: "batch" or "running" statistics normalise, whatever use_running_average says;
+            None: use_running_average decides.
         update_average: False never updates; True updates whenever "batch_stats" is mutable, also
             while the averages normalise; None: updates if use_running_average is False.
         train_affine: False gives scale and bias no gradient.
         average_axis_name: a further mapped axis (or axes) over which the running averages are
-            taken, merged by counts, and not what normalises: devices, or groups of them, may each
-            normalise by their own values, and the averages are the same everywhere.
+            merged by counts. Each device, or group of devices, normalises by its own values, and
+            the averages are the same everywhere.
 
-    The count of updates is stored as `count` [] int32 beside `mean` and `var`, only if momentum or
+    The number of updates is stored as `count` [] int32 beside `mean` and `var`, only if momentum or
     debias need it.
 
     >>> import jax, jax.numpy as jnp
@@ -96,7 +105,7 @@ class BatchNorm(nn.Module):
         Args:
             x: float, at least 2 values per channel (over all devices of the axis) if the statistics
                 of the batch are needed.
-            use_running_average: see the class; has to be given in exactly one of the two places.
+            use_running_average: see the class; given either here or in the constructor.
             mask: bool [n], one for each example, or of x's rank and broadcastable; False is
                 padding, counts for nothing and gives `bias`. With fewer than 2 real values per
                 channel the averages stay as they are.
@@ -106,13 +115,12 @@ class BatchNorm(nn.Module):
                 or the mask does not fit.
             NameError: if `axis_name` is not bound.
         """
-        is_variance = self.variance in ("biased", "unbiased")
-        if not is_variance or self.statistics not in (None, "batch", "running"):
-            raise ValueError(
-                f"{self._label()} has variance = {self.variance!r} and statistics = "
-                f"{self.statistics!r}: variance is 'biased' or 'unbiased', and statistics is "
-                "'batch', 'running' or None."
-            )
+        for name, allowed in (
+            ("variance", ("biased", "unbiased")),
+            ("statistics", (None, "batch", "running")),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{self._label()} has {name} = {value!r}; allowed: {allowed}")
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -146,8 +154,8 @@ class BatchNorm(nn.Module):
         if counted and not self.is_initializing() and not self.has_variable("batch_stats", "count"):
             raise ValueError(
                 f"{self._label()} has momentum = {self.momentum} and debias = {self.debias}, which "
-                "need the number of updates so far, and batch_stats has no `count` beside `mean` "
-                "and `var`. Add one to these averages, an int32 []: 0 starts them anew."
+                "need the number of updates, but batch_stats has no `count` beside `mean` and "
+                "`var`. Add an int32 [] `count`; 0 restarts the averages."
             )
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
         running_mean, running_var = (
@@ -174,7 +182,20 @@ class BatchNorm(nn.Module):
         if update and not self.is_initializing():
             if self.average_axis_name is not None:
                 batch = merge_over(batch, total_over(self.average_axis_name))
-            self._update(mean, var, count, batch, masked=mask is not None)
+            new_mean, new_var, updates = updated_average(
+                mean.value,
+                var.value,
+                running.count,
+                batch,
+                self.momentum,
+                self.debias,
+                self.variance,
+                self.average_dtype,
+                masked=mask is not None,
+            )
+            mean.value, var.value = jnp.asarray(new_mean), jnp.asarray(new_var)
+            if count is not None:
+                count.value = updates
 
         scale = self._affine("scale", self.scale_init, shape) if self.use_scale else None
         bias = self._affine("bias", self.bias_init, shape) if self.use_bias else None
@@ -196,7 +217,7 @@ class BatchNorm(nn.Module):
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
     ) -> tuple[Any, Any]:
-        """Returns what training subtracts and then multiplies with; the variants differ here."""
+        """Returns the center and the inverse deviation of training; variants override this."""
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
     def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
@@ -214,7 +235,7 @@ class BatchNorm(nn.Module):
         return moments(x, axes, mask, total_over(self.axis_name, self.axis_index_groups))
 
     def _devices(self) -> int:
-        """Returns how many devices share their statistics; of several groups the smallest."""
+        """Returns how many devices share statistics: the size of the smallest group."""
         if self.axis_name is None:
             return 1
         for name in (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name:
@@ -231,30 +252,6 @@ class BatchNorm(nn.Module):
         if self.axis_index_groups:
             return min(map(len, self.axis_index_groups))
         return lax.axis_size(self.axis_name)
-
-    def _update(
-        self,
-        mean: nn.Variable,
-        var: nn.Variable,
-        count: nn.Variable | None,
-        batch: Moments,
-        masked: bool,
-    ) -> None:
-        """Moves the running averages towards the batch, unless masking left fewer than 2 values."""
-        counted = None if count is None else count.value
-        old = (mean.value, var.value, counted)
-        new = updated_average(
-            *old,
-            batch,
-            self.momentum,
-            self.debias,
-            self.variance,
-            self.average_dtype,
-            masked=masked,
-        )
-        mean.value, var.value, counted = new
-        if count is not None:
-            count.value = counted
 
     def _affine(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Norms that look at one example at a time: they keep no averages and need no axis name."""
+"""Norms of one example at a time, without averages, and weight standardization beside them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ from bnjax.types import Array
 
 
 class PerExampleNorm(nn.Module):
-    """The constructor of the norms with statistics of one example [n, ..., c], never of the batch.
+    """Base of the norms with statistics of each example [n, ..., c] alone.
 
-    They are called as `BatchNorm` is; `use_running_average` changes nothing.
+    They are called like `BatchNorm`; `use_running_average` has no effect.
 
     Attributes:
         epsilon: added to the variance.
@@ -29,7 +29,7 @@ class PerExampleNorm(nn.Module):
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     def _flax(self, norm: Callable[..., nn.Module], **fields: Any) -> nn.Module:
-        """Returns a norm of Flax with these attributes, whose parameters are this one's."""
+        """Returns a Flax norm with these attributes, which shares this module's parameters."""
         made = norm(
             epsilon=self.epsilon,
             use_scale=self.use_scale,
@@ -203,3 +203,27 @@ def _check_positions(norm: PerExampleNorm, x: Array) -> None:
             "depend on how large it is. Use it on images only (leave it out of the dense layers), "
             "or use layer, group or rms normalization."
         )
+
+
+class StandardizedConv(nn.Conv):
+    """A convolution with weight standardization (Qiao et al., 2019, equation 7).
+
+    Its kernel has mean 0 and variance 1 for each output channel. The kernel [h, w, in, out] before
+    that is stored and trained, under the same names as in `flax.linen.Conv`.
+    """
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Returns a parameter, standardised if it is the kernel."""
+        value = super().param(name, *args, **kwargs)
+        return standardize(value) if name == "kernel" else value
+
+
+def standardize(kernel: Array) -> Array:
+    """Returns the kernel with mean 0 and variance 1 over all axes but the last.
+
+    >>> print(standardize(jnp.array([[1.0], [3.0]])).round(3).ravel())
+    [-1.  1.]
+    """
+    axes = tuple(range(kernel.ndim - 1))
+    centered = kernel - kernel.mean(axes, keepdims=True)
+    return centered * lax.rsqrt(jnp.mean(lax.square(centered), axes, keepdims=True) + 1e-5)

@@ -15,7 +15,7 @@ from bnjax.data.batches import Part
 from bnjax.data.datasets import Dataset
 from bnjax.data.records import Crop, Reading
 from bnjax.errors import ConfigError
-from bnjax.models.views import seen
+from bnjax.models.layers import with_views
 from bnjax.train import checks, network, parsing
 from bnjax.train.allowed import MAX_SIZE
 from bnjax.train.config import check_values
@@ -88,7 +88,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     return Experiment(
         model=model(),
         training_model=model(**parallel.norm_axes),
-        tested_model=seen(model(), config.eval.views, config.eval.views_share),
+        tested_model=with_views(model(), config.eval.views, config.eval.views_share),
         parallel=parallel,
         init_images=min(config.model.whiten_images, images) if is_whitened else 1,
         augment=network.augmentation(config.augment, classes),

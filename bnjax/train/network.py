@@ -13,7 +13,7 @@ from bnjax import norms
 from bnjax.data import augment
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
-from bnjax.models.products import bfloat16_dot_general
+from bnjax.models.layers import bfloat16_dot_general
 from bnjax.models.resnet import RESNETS
 from bnjax.models.speednet import SpeedNet
 from bnjax.train import checks

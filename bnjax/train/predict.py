@@ -13,7 +13,7 @@ from bnjax.data.feed import every_batch
 from bnjax.data.pictures import Picture, read_pictures
 from bnjax.errors import DataError
 from bnjax.metrics import Metrics, from_losses
-from bnjax.models.views import seen
+from bnjax.models.layers import with_views
 from bnjax.train.trained import Trained
 from bnjax.train.xla import compiler_options
 from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
@@ -33,7 +33,7 @@ def of_split(
         trained: the network.
         split: which.
         data_dir: where the data lie, if not where they lay in training.
-        views: as in `bnjax.models.views`; None for what the run was evaluated with.
+        views: as in `bnjax.models.layers`; None for what the run was evaluated with.
 
     Raises:
         UserError: if the data are not found.
@@ -79,7 +79,7 @@ class _Network:
         share = evaluation.views_share if views is None else 1.0
         views = evaluation.views if views is None else views
         self._classify = jax.jit(
-            functools.partial(_classify, model=seen(trained.model, views, share)),
+            functools.partial(_classify, model=with_views(trained.model, views, share)),
             compiler_options=compiler_options(),
         )
         self.about = {

@@ -18,8 +18,7 @@ from bnjax.clinic.freeze import affine_mask, freeze, freeze_statistics
 from bnjax.clinic.layers import norm_layers
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
-from bnjax.norms.ghost import GhostBatchNorm
-from bnjax.norms.renorm import BatchRenorm
+from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
 from bnjax.train_step import TrainState, eval_step, forward, init_state, init_variables, train_step
 
 RNG = np.random.default_rng(0)

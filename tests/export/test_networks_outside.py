@@ -16,8 +16,8 @@ from bnjax.clinic.fold import difference, fold
 from bnjax.export.onnx import onnx_model
 from bnjax.export.stablehlo import named, program
 from bnjax.models.convnet import ConvNet
+from bnjax.models.layers import with_views
 from bnjax.models.speednet import SpeedNet
-from bnjax.models.views import seen
 from bnjax.train_step import forward, init_variables
 
 SHAPE, SIZES = (12, 12, 3), (1, 7, 32)
@@ -55,7 +55,7 @@ NETWORKS = {
     ),
     "standardized": (net(norm=batch, conv=norms.StandardizedConv, placement="before"), 4),
     "speednet": (SpeedNet(norm=batch, widths=(4,), mean=(0.5,) * 3, std=(0.2,) * 3), 2),
-    "speednet, six views": (seen(SpeedNet(norm=batch, widths=(4,)), 6), None),
+    "speednet, six views": (with_views(SpeedNet(norm=batch, widths=(4,)), 6), None),
     "residual": (ResNet((1, 1), 4), 6),
     "residual, padded as by torch": (ResNet((1, 1), 4, torchvision=True), None),
     "residual, norms first": (PreActResNet(1, 4), 1),

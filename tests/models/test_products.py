@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bnjax.models.products import bfloat16_dot_general, bfloat16_product
+from bnjax.models.layers import bfloat16_dot_general, bfloat16_product
 
 RNG = np.random.default_rng(0)
 X, WEIGHT, DY = (

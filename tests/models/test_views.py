@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax.models.views import Views, averaged, seen
+from bnjax.models.layers import Views, averaged, with_views
 from bnjax.train_step import eval_step, init_state, predict_step, train_step
 
 RNG = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def by_hand(images, views):
 
 @pytest.mark.parametrize("views", [1, 2, 6])
 def test_logits_are_the_mean_over_the_views(views):
-    found = seen(Net(), views).apply(VARIABLES, IMAGES, train=False)
+    found = with_views(Net(), views).apply(VARIABLES, IMAGES, train=False)
     np.testing.assert_allclose(found, by_hand(IMAGES, views), atol=1e-5)
 
 

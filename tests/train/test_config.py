@@ -10,9 +10,8 @@ from bnjax.data import datasets, download
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError, DataError, UserError
 from bnjax.models.convnet import ACTIVATIONS, POOLS, Placement
-from bnjax.models.products import bfloat16_dot_general
+from bnjax.models.layers import VIEWS, bfloat16_dot_general
 from bnjax.models.resnet import RESNETS
-from bnjax.models.views import VIEWS
 from bnjax.train import build, network, parsing
 from bnjax.train.config import KEYS, default_config
 

@@ -1,0 +1,152 @@
+"""Parts that networks share: standardised pixels, bfloat16 products, views of an image."""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax.types import Array, Images, Logits, Mask
+
+
+def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """Returns (x - mean) / std for each channel, at least float32; x if both are empty.
+
+    Args:
+        x: float [n, h, w, c].
+        mean, std: c numbers each, on the scale of x.
+    """
+    if not mean and not std:
+        return x
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    center, width = (jnp.asarray(one, x.dtype).reshape(1, 1, 1, -1) for one in (mean, std))
+    return (x - center) / width
+
+
+@jax.custom_vjp
+def bfloat16_product(x: Array, weight: Array) -> Array:
+    """Returns x @ weight, float32 [n, m], from operands rounded to bfloat16; the sums are float32.
+
+    The gradient of `x` is computed the same way; that of `weight` from float32 operands, because
+    bfloat16 saves no time there on CPUs: both operands are contracted over their first axis.
+
+    Args:
+        x: float32 [n, k].
+        weight: float32 [k, m].
+
+    >>> weight = jnp.array([[1.0 + 2**-10], [4.0]])  # 1 + 2**-10 is 1 in bfloat16
+    >>> bfloat16_product(jnp.array([[1.0, 2.0]]), weight)
+    Array([[9.]], dtype=float32)
+    """
+    return lax.dot(
+        x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    )
+
+
+def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return bfloat16_product(x, weight), (x, weight)
+
+
+def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    small = (dy.astype(jnp.bfloat16), weight.astype(jnp.bfloat16))
+    dx = lax.dot_general(*small, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return dx, lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+
+
+bfloat16_product.defvjp(_forward, _backward)
+
+
+def bfloat16_dot_general(
+    x: Array, weight: Array, dimension_numbers: Any, precision: Any = None
+) -> Array:
+    """Returns `bfloat16_product` of x [n, k], called like `jax.lax.dot_general`.
+
+    For the field `dot_general` of `flax.linen.Dense`.
+
+    Raises:
+        ValueError: if the input is not [n, k].
+    """
+    if x.ndim != 2 or dimension_numbers != (((1,), (0,)), ((), ())):
+        raise ValueError(
+            f"bfloat16_dot_general takes inputs [n, k] and weights [k, m], and got {x.shape} and "
+            f"{weight.shape}"
+        )
+    return bfloat16_product(x, weight)
+
+
+VIEWS = (1, 2, 6)
+
+
+class Views(nn.Module):
+    """A network whose logits in evaluation are the mean over several views of each image.
+
+    Training, parameters and statistics are those of the wrapped network.
+
+    Attributes:
+        network: any linen module with `__call__(x, train=...)`.
+        views: 1: the image; 2: also its mirror image; 6: also both shifted by one pixel up and
+            left, and down and right. The four shifted views together weigh as much as the two
+            others (K. Jordan, 2024). Edges are padded by reflection.
+        share: the fraction of a batch that gets more than one view: the images with the smallest
+            largest score. Below 1 the logits of an image depend on the rest of the batch.
+    """
+
+    network: nn.Module
+    views: int = 6
+    share: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
+        # In this module's own scope, so that the leaves keep their names.
+        network = self.network.copy(parent=self.scope, name=None)
+        takes_mask = "mask" in inspect.signature(type(self.network).__call__).parameters
+
+        def logits(x: Array, mask: Array | None) -> Any:
+            return network(x, train=train, **{"mask": mask} if takes_mask else {})
+
+        if train or self.views == 1:
+            return logits(x, mask)
+        if self.share == 1:
+            return averaged(functools.partial(logits, mask=mask), x, self.views)
+        once = logits(x, mask)
+        certain = jax.nn.softmax(once).max(-1)
+        if mask is not None:
+            certain = jnp.where(mask, certain, jnp.inf)
+        again = jnp.argsort(certain)[: max(1, round(self.share * len(x)))]
+        of_these = functools.partial(logits, mask=None if mask is None else mask[again])
+        return once.at[again].set(averaged(of_these, jnp.asarray(x)[again], self.views))
+
+
+def with_views(network: nn.Module, views: int, share: float = 1.0) -> nn.Module:
+    """Returns the network wrapped in `Views`; for one view the network itself."""
+    return network if views == 1 else Views(network, views, share)
+
+
+def averaged(logits: Any, x: Images, views: int) -> Array:
+    """Returns the mean logits [n, classes] over views of images [n, h, w, c].
+
+    Args:
+        logits: a function of images.
+        x: the images.
+        views: how many; see `Views`.
+
+    Raises:
+        ValueError: for another number than 1, 2 or 6.
+    """
+    if views not in VIEWS:
+        raise ValueError(f"views = {views}: there are {', '.join(map(str, VIEWS))}")
+    if views == 1:
+        return logits(x)
+    straight = (logits(x) + logits(x[:, :, ::-1])) / 2
+    if views == 2:
+        return straight
+    height, width = x.shape[1:3]
+    wide = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    shifted = (averaged(logits, wide[:, i : i + height, i : i + width], 2) for i in (0, 2))
+    return (straight + sum(shifted) / 2) / 2
