@@ -1,4 +1,4 @@
-"""What differs between versions of JAX, told by what is there, never by a number."""
+"""Differences between versions of JAX, found by looking at its names and not at its number."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimenta
 
 
 def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
-    """Marks values as different on each shard, so that `jax.grad` sums over no axis by itself.
+    """Marks values as different on each shard, so that `jax.grad` does not sum over the axis.
 
-    With its vma check, `jax.shard_map` differentiates a replicated value into the sum over the
-    shards; an explicit sum would then come second, and the gradients out n times too large. An
-    axis of `jax.pmap` or `jax.vmap` needs no mark and takes none.
+    With its vma check, `jax.shard_map` sums the gradient of a replicated value over the shards; an
+    explicit sum after that would make it n times too large. An axis of `jax.pmap` or `jax.vmap`
+    needs no mark and takes none.
     """
     if axis_name is None:
         return tree
@@ -27,7 +27,7 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
 
     def mark(leaf: jax.Array) -> jax.Array:
         for name in manual:
-            with contextlib.suppress(ValueError):  # it is varying already
+            with contextlib.suppress(ValueError):  # varying already
                 if hasattr(jax.lax, "pcast"):
                     leaf = _jax.lax.pcast(leaf, name, to="varying")
                 else:
@@ -38,12 +38,12 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
 
 
 def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
-    """Returns `jax.vmap` of a function, or one call after another where that is not there.
+    """Returns `jax.vmap` of a function, or a loop of calls where JAX lacks a batching rule.
 
-    JAX 0.7 has no vmap of a convolution's gradient in a program over several devices.
+    JAX 0.7 cannot vmap the gradient of a convolution in a program over several devices.
 
     Args:
-        function: of as many arguments.
+        function: the function.
         in_axes: 0 or None for each argument.
     """
 

@@ -1,4 +1,4 @@
-"""Sums and counts over examples, exact however the examples were divided up."""
+"""Metrics as sums and counts over examples, which merge exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,13 @@ from bnjax.types import Labels, Leaf, Logits, Losses, Mask, Shares
 
 @struct.dataclass
 class Metrics:
-    """Sums over examples; padding counts for nothing. Add two of them with `merge`.
+    """Sums over the real examples of one or more batches.
 
     Attributes:
         loss: sum of the losses, float32 [].
         correct: number of examples whose largest logit is at the label, int32 [].
         count: number of real examples, int32 [].
-        skipped: number of training steps that were dropped because something in them was not
-            finite, int32 [].
+        skipped: number of training steps that were dropped as not finite, int32 [].
     """
 
     loss: Leaf
@@ -38,8 +37,7 @@ class Metrics:
         count = int(self.count)
         if count == 0:
             raise ValueError(
-                "no example was counted, so there is no mean: every row was masked, or no batch "
-                "was merged"
+                "there is no mean of no examples: every row was masked, or no batch was merged"
             )
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 
@@ -51,9 +49,9 @@ def softmax_cross_entropy(
 
     Args:
         logits: float [n, classes].
-        label: int [n], or the share of each class, float [n, classes], whose sum is 1.
-        smoothing: the part of each label that is spread evenly over all classes (Szegedy et al.,
-            2016, section 7).
+        label: int [n], or the share of each class, float [n, classes], with sum 1.
+        smoothing: the fraction of each label that is spread evenly over all classes (Szegedy et
+            al., 2016, section 7).
 
     >>> import jax.numpy as jnp
     >>> print(softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([1])))
@@ -73,9 +71,9 @@ def softmax_cross_entropy(
 def from_losses(
     losses: Losses, logits: Logits, label: Labels | Shares, mask: Mask | None
 ) -> Metrics:
-    """Returns the metrics of one batch; where `mask` is False the row is padding.
+    """Returns the metrics of one batch; rows where `mask` is False are padding.
 
-    An example whose label is shares of classes is right where the largest of both agree.
+    A label of shares counts as its largest class.
     """
     real = jnp.ones(label.shape[:1], bool) if mask is None else jnp.asarray(mask)
     label = label.argmax(-1) if label.ndim == 2 else label

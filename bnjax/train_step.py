@@ -1,9 +1,8 @@
 """The steps of training, evaluation and prediction: pure functions over explicit state.
 
-The running statistics are a value: `train_step` takes them and returns them, so nobody can forget
-to update them. Nothing here compiles, replicates or logs. Bind what is static with
-`functools.partial` and wrap the result in `jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or
-`jax.lax.scan` as you like.
+The running statistics are a value: `train_step` takes them and returns them. Nothing here compiles,
+replicates or logs. Bind the static arguments with `functools.partial` and wrap the result in
+`jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or `jax.lax.scan`.
 """
 
 import dataclasses
@@ -35,19 +34,19 @@ from bnjax.types import (
 
 LossFn = Callable[[Logits, Labels], Losses]
 AxisName = str | tuple[str, ...] | None
-# The statistics and metrics that come out of a step, from the shard's own examples.
+# The new statistics and the metrics of a step, from the shard's own examples.
 Written = tuple[BatchStats, Metrics]
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes except the running statistics; arrays only.
+    """The state of training except the running statistics; arrays only.
 
     Attributes:
-        step: number of batches seen, int32 [].
+        step: the number of batches seen, int32 [].
         params: the weights.
         opt_state: the state of the Optax transformation.
-        rng: a key that never changes; the randomness of a step is `fold_in(rng, step)`.
+        rng: a key that never changes; a step draws from `fold_in(rng, step)`.
     """
 
     step: Leaf
@@ -59,7 +58,7 @@ class TrainState:
 def init_state(
     model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Images
 ) -> tuple[TrainState, BatchStats]:
-    """Returns the state of an untrained network and its running statistics, perhaps empty.
+    """Returns the state of an untrained network and its running statistics, which may be empty.
 
     Args:
         model: any linen module with `__call__(x, train=...)`.
@@ -87,10 +86,9 @@ def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params
     params, batch_stats = variables.pop("params", {}), variables.pop("batch_stats", {})
     if variables:
         raise ValueError(
-            f"the model {type(model).__name__} keeps the collections {sorted(variables)}; "
-            "train_step carries only 'params' and "
-            "'batch_stats', so these would be lost silently. Store running values under "
-            "'batch_stats', or do not create them."
+            f"the model {type(model).__name__} creates the collections {sorted(variables)}, and "
+            "train_step carries 'params' and 'batch_stats' only: the others would be lost. Store "
+            "running values under 'batch_stats'."
         )
     return params, batch_stats
 
@@ -106,27 +104,27 @@ def train_step(
     axis_name: AxisName = None,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Returns the state, the running statistics and the metrics after one step of gradient descent.
+    """Takes one step of gradient descent; returns the new state, statistics and metrics.
 
     The loss is the mean over the real examples of the batch; with `axis_name`, over those of all
-    shards together, and the gradients are summed over that axis exactly once. The running
-    statistics stay what the model made of them: per replica, unless its norm layers reduce over the
-    same axis. Metrics are of the network before the update.
+    shards, and the gradients are summed over that axis exactly once. The running statistics are
+    those that the model wrote: per replica, unless its norms reduce over the same axis. The metrics
+    belong to the network before the update.
 
     Args:
-        state: from `init_state` or the step before.
-        batch_stats: likewise.
+        state: from `init_state` or the previous step.
+        batch_stats: the running statistics, from the same.
         batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], optionally `mask`
             bool [n].
-        model: any linen module with `__call__(x, train=...)`; gets `mask` if its `__call__` names
-            it.
+        model: any linen module with `__call__(x, train=...)`; `mask` is passed on if its
+            `__call__` has that argument.
         tx: the optimizer that `init_state` was given.
         loss_fn: (logits, label) -> losses [n].
         axis_name: the mapped axis or axes under `jax.pmap`, `jax.shard_map` or `jax.vmap`; None
             under plain `jax.jit`.
-        skip_nonfinite: drop the whole update where the loss, a gradient or a new statistic is not
-            finite: params, opt_state and batch_stats alike stay as they were. `state.step` still
-            counts the batch, and the metrics count it as skipped.
+        skip_nonfinite: drop the update if the loss, a gradient or a new statistic is not finite:
+            params, opt_state and batch_stats stay as they were. `state.step` still counts the
+            batch, and the metrics count it as skipped.
     """
     dropout, count = dropout_key(state, axis_name), count_of(batch, axis_name)
     loss = loss_of(batch_stats, batch, model, loss_fn, dropout, count)
@@ -142,12 +140,12 @@ def loss_of(
     dropout: jax.Array,
     count: Any,
 ) -> Callable[[Params], tuple[jax.Array, Written]]:
-    """Returns the loss of training as a function of the weights, and what else the pass finds.
+    """Returns the function from weights to the loss of training, new statistics and metrics.
 
     Args:
         batch_stats, batch, model, loss_fn: as for `train_step`.
-        dropout: the key that says which units are dropped.
-        count: what the sum of the losses is divided by, int [].
+        dropout: the key of the dropped units.
+        count: the divisor of the summed losses, int [].
     """
 
     def loss(params: Params) -> tuple[jax.Array, Written]:
@@ -170,14 +168,14 @@ def descend(
     axis_name: AxisName,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Returns what `train_step` does, from the gradients that each shard found, and the rest."""
+    """Applies the gradients that each shard found; arguments and results as for `train_step`."""
     grads, (new_stats, metrics) = found
     grads, metrics = _sum_over((grads, metrics), axis_name)
     updates, new_opt_state = tx.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     if skip_nonfinite:
-        # Statistics that are not synced may be bad on one shard only; all shards have to drop the
-        # step together.
+        # Statistics that are not synced may be bad on one shard only, and all shards have to drop
+        # the step together.
         finite = is_finite((grads, metrics.loss, new_stats))
         bad = _sum_over((~finite).astype(jnp.int32), axis_name) > 0
         old = (state.params, state.opt_state, batch_stats)
@@ -199,10 +197,8 @@ def eval_step(
 ) -> Metrics:
     """Returns the metrics of one batch under the running statistics.
 
-    What an image yields depends on no other image.
-
-    Arguments as for `train_step`; raw, averaged, recomputed or folded weights and statistics are
-    all evaluated by this.
+    The result for an image does not depend on the other images. Arguments as for `train_step`;
+    weights and statistics may be raw, averaged, recomputed or folded.
     """
     logits, _ = forward(params, batch_stats, batch, model=model, train=False)
     metrics = from_losses(
@@ -236,20 +232,17 @@ def forward(
     capture: bool | Callable[[nn.Module, str], bool] = False,
     mutable: Sequence[str] | None = None,
 ) -> tuple[Logits, dict[str, Tree]]:
-    """Returns the logits of a batch, and the collections that the pass wrote.
+    """Runs the model on a batch; returns the logits and the collections that were written.
 
-    Every pass through a model in bnjax is this one.
+    Every pass of bnjax through a model is a call of this function.
 
     Args:
-        params: the weights.
-        batch_stats: the running statistics.
-        batch: `image` [n, h, w, c] and optionally `mask` bool [n], as for `train_step`.
-        model: any linen module, as for `train_step`.
-        train: normalise by the batch, drop units, and write `batch_stats`.
-        dropout: the key that says which units are dropped; None in evaluation.
+        params, batch_stats, batch, model: as for `train_step`; the batch needs no `label`.
+        train: True normalises by the batch, drops units, and writes `batch_stats`.
+        dropout: the key of the dropped units; None in evaluation.
         capture: also write `intermediates`, the outputs of modules, as `capture_intermediates` of
             `flax.linen.Module.apply`.
-        mutable: the collections that may be written; None: `batch_stats` in training, and none in
+        mutable: the collections that may be written; None: `batch_stats` in training, none in
             evaluation.
     """
     images, options = _model_inputs(model, batch)
@@ -267,13 +260,13 @@ def forward(
 
 
 def dropout_key(state: TrainState, axis_name: AxisName = None) -> jax.Array:
-    """Returns the key of the dropped units of the step that comes next; each shard has its own."""
+    """Returns the key of the dropped units of the next step; each shard has its own."""
     key = jax.random.fold_in(state.rng, state.step)
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def count_of(batch: Batch, axis_name: AxisName = None) -> Any:
-    """Returns the number of real examples of a batch, over all shards, int []."""
+    """Returns the number of real examples of a batch over all shards, int []."""
     mask = batch.get("mask")
     count = batch["label"].shape[0] if mask is None else mask.sum(dtype=jnp.int32)
     return _sum_over(count, axis_name)
@@ -285,11 +278,11 @@ def _to_float(images: Images) -> Images:
 
 
 def _model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
-    """Returns the images as floats, padding blanked, and the model's further arguments."""
+    """Returns the images as floats, zeros in place of padding, and `mask` if the model takes it."""
     images, mask = _to_float(batch["image"]), batch.get("mask")
     if mask is None:
         return images, {}
-    # Whatever padding holds, NaN included, would come back through the gradient as 0 * NaN.
+    # NaN in padding would come back through the gradient as 0 * NaN.
     images = jnp.where(mask.reshape(-1, *[1] * (images.ndim - 1)), images, 0)
     return images, {"mask": mask} if "mask" in inspect.signature(
         type(model).__call__

@@ -17,22 +17,20 @@ Mask = Bool[Array, " n"]  # False marks padding
 Logits = Float[Array, "n classes"]
 Losses = Float[Array, " n"]
 
-# A field of a structure of arrays: the array, or what stands in its place in such a tree, as its
-# shape or its sharding.
+# A leaf of a tree: an array, or in trees of the same structure its shape or its sharding.
 Leaf = Any
-# A tree of arrays under string keys, as `flax.linen` keeps one collection of variables.
+# A tree of arrays under string keys: one collection of variables of `flax.linen`.
 Tree = Mapping[str, Any]
 # The trainable weights: the collection "params" of a linen module.
 Params = Tree
-# The running statistics: the collection "batch_stats" of a linen module; empty for a network
-# without any.
+# The running statistics: the collection "batch_stats" of a linen module; may be empty.
 BatchStats = Tree
 # `image` (Images), `label` (Labels, or Shares) and optionally `mask` (Mask).
 Batch = Mapping[str, Array]
 
 
 def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Returns the leaves of a tree by their names, with dots, in the tree's order.
+    """Returns the leaves of a tree by their dotted names, in the order of the tree.
 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "steps": (3, 4)})
     {'dense.kernel': 1, 'dense.bias': 2, 'steps.0': 3, 'steps.1': 4}
@@ -70,8 +68,7 @@ def fingerprint(tree: Any) -> str:
 
 def is_finite(tree: Any) -> jax.Array:
     """Returns whether every number in the tree is finite, bool []."""
-    # The sum of x - x is 0 unless an x is infinite or NaN: a reduction that XLA fuses with whatever
-    # else reads x.
+    # The sum of x - x is 0 unless an x is infinite or NaN; XLA fuses it with other reads of x.
     return jnp.isfinite(
         sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
     )
