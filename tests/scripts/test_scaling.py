@@ -14,7 +14,7 @@ from bnjax.models.convnet import ConvNet
 from bnjax.train.parallel import spread
 from bnjax.train_step import init_state, train_step
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from hlo import Reduction, reductions
 from links import BACKWARD, MACHINES, Level, all_reduce_seconds, compute_seconds, ring, step
 

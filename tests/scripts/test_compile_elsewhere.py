@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "compile_elsewhere.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compile_elsewhere.py"
 ONE = [("v5e", 1), ("v6e", 1), ("T4", 1), ("A100", 1)]
 SEVERAL = [("v5e", 4), ("H100", 8)]
 TPUS = ("v5e", "v6e")
