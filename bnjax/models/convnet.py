@@ -1,4 +1,4 @@
-"""The tutorial's network. The norm is injected, so that one network serves all of them."""
+"""The tutorial's network; norm, activation and convolution are injected."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ from bnjax.types import Array, Images, Logits, Mask
 
 Placement = Literal["input", "before", "after"]
 Pooling = Literal["none", "max", "avg"]
-# Called with `name`, it returns a module that is called like `flax.linen.BatchNorm`.
+# Takes `name` and returns a module that is called like `flax.linen.BatchNorm`.
 NormFactory = Callable[..., nn.Module]
-# Called with `name`, it returns a function of an array, for instance a module.
+# Takes `name` and returns a function of an array, for instance a module.
 ActivationFactory = Callable[..., Any]
 
 POOLS = {"max": nn.max_pool, "avg": nn.avg_pool}
@@ -27,11 +27,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class ConvNet(nn.Module):
-    """Convolutions and dense layers, with a norm where `placement` and `norm_dense` say so.
+    """Convolutions and dense layers; `placement` and `norm_dense` place the norms.
 
     The defaults are the tutorial's network (docs/results.md): 27.9 million parameters on 32x32x3
-    images. Returns logits, float [n, classes], for images of any size that leaves the last
-    convolution at least one pixel.
+    images. Images may have any size that leaves the last convolution at least one pixel.
 
     Attributes:
         filters, kernels, strides: one entry for each convolution (square kernels, no padding).
@@ -39,19 +38,20 @@ class ConvNet(nn.Module):
         classes: the number of logits.
         norm: makes a norm layer, for instance
             `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
-        placement: "input" normalises what goes into each layer, the first convolution and the
-            logits included; "before" and "after" stand around the activation of each hidden layer.
-        activation: of each hidden layer, a function of an array.
-        norm_activation: makes the activation of a layer that is normalised just before it, for a
-            norm that has its own; None: `activation`.
+        placement: "input" normalises the input of each layer, including the first convolution and
+            the logits; "before" and "after" normalise before or after the activation of each hidden
+            layer.
+        activation: the activation of the hidden layers, a function of an array.
+        norm_activation: makes the activation that directly follows a norm, for norms with an
+            activation of their own; None: `activation`.
         conv: makes a convolution; called like `flax.linen.Conv`.
         norm_dense: for each hidden dense layer, whether its output is normalised. Normalisation
             precedes dropout.
         dropout: the fraction of each hidden dense layer's units that is dropped in training.
         pooling: "none" strides the convolutions; "max" and "avg" pool by the stride instead.
-        dtype: the dtype of the arithmetic (that of the input if None); parameters are float32.
-        dense_product: what multiplies in the dense layers; called like `jax.lax.dot_general`, which
-            it is if None.
+        dtype: the dtype of the arithmetic (None: of the input); parameters are float32.
+        dense_product: the product of the dense layers, called like `jax.lax.dot_general`, the
+            default.
     """
 
     filters: Sequence[int] = (30, 50, 60)
@@ -77,7 +77,7 @@ class ConvNet(nn.Module):
         def normalise(x: Array, where: Placement, name: str) -> Array:
             if self.norm is None or where != self.placement:
                 return x
-            # Of the rank that Flax's own norms want.
+            # Flax's norms want the rank of x.
             full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
             return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
 
@@ -115,7 +115,7 @@ class ConvNet(nn.Module):
                 x = POOLS[self.pooling](x, (stride, stride), (stride, stride))
 
         x = x.reshape(x.shape[0], -1)
-        normalised, rate = True, 0.0  # of what goes into the next dense layer
+        normalised, rate = True, 0.0  # of the input of the next dense layer
         for i, (width, norm_after, rate_after) in enumerate(
             zip(self.dense, self.norm_dense, self.dropout, strict=True)
         ):

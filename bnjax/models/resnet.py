@@ -18,11 +18,11 @@ Shortcut = Literal["projection", "padding"]
 Order = Literal["post", "pre"]
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
-# What torchvision calls the layers, as `bnjax.clinic.layouts.Table` takes it.
+# torchvision's names of the layers; the first row that fits counts.
 TORCHVISION: Mapping[str, str] = {
     "stem": "conv1",
     "stem_norm": "bn1",
-    "stage{s}_block{b}.conv{i}_norm": "layer{s}.{b}.bn{i}",  # the first row that fits counts
+    "stage{s}_block{b}.conv{i}_norm": "layer{s}.{b}.bn{i}",
     "stage{s}_block{b}.conv{i}": "layer{s}.{b}.conv{i}",
     "stage{s}_block{b}.shortcut_norm": "layer{s}.{b}.downsample.1",
     "stage{s}_block{b}.shortcut": "layer{s}.{b}.downsample.0",
@@ -31,7 +31,7 @@ TORCHVISION: Mapping[str, str] = {
 
 
 class _Layers(nn.Module):
-    """What the network and its blocks have in common; attributes as for `ResNet`."""
+    """The fields that the network and its blocks share; see `ResNet`."""
 
     norm: NormFactory | None = None
     shortcut: Shortcut = "projection"
@@ -43,7 +43,7 @@ class _Layers(nn.Module):
     dtype: Any = None
 
     def _convolve(self, x: Array, width: int, side: int, stride: int, name: str) -> Array:
-        """Convolves with as many zeros on each side as torch has: half the kernel."""
+        """Convolves, padded with half the kernel's side of zeros on each side, as in torch."""
         padding = ((side // 2, side // 2),) * 2
         sizes: dict[str, Any] = {"kernel_size": (side, side), "strides": (stride, stride)}
         is_zero = self.zero_last and self.placement == "pre" and name == self._last
@@ -68,16 +68,16 @@ class _Layers(nn.Module):
 
     @property
     def _last(self) -> str:
-        """The last convolution of a block."""
+        """The name of the last convolution of a block."""
         return "conv3" if self.bottleneck else "conv2"
 
 
 class Block(_Layers):
-    """Two or three convolutions, whose result is added to what they are given.
+    """Two or three convolutions, added to the block's input.
 
     Attributes:
-        width: of the first convolution; the last of a bottleneck has four times as many.
-        stride: of the first 3x3 convolution and the shortcut.
+        width: the channels of the first convolution; a bottleneck ends with four times as many.
+        stride: of the first 3x3 convolution and of the shortcut.
     """
 
     width: int = 64
@@ -113,32 +113,30 @@ class Block(_Layers):
 
 
 class ResNet(_Layers):
-    """A residual network of basic blocks, or of bottlenecks.
+    """A residual network of basic or bottleneck blocks, for images of any size.
 
-    The defaults are ResNet-18 for CIFAR; `RESNETS` has others. Each stage but the first halves the
-    sides and doubles the width. Convolutions have no bias, and pad as torch does. Returns logits,
-    at least float32 [n, classes], of images of any size.
+    The defaults are ResNet-18 for CIFAR; `RESNETS` has others. Each stage after the first halves
+    the sides and doubles the width. Convolutions have no bias, and pad as torch does.
 
     Attributes:
-        norm: makes a norm layer, as for `ConvNet`; where a block ends also called with
+        norm: makes a norm layer, as for `ConvNet`; for the last norm of a block it is also given
             `scale_init`, if it takes that. None for no norm.
         shortcut: of a block that changes the shape: "projection", a 1x1 convolution and its norm;
-            "padding", every second pixel and zeros for the new channels (the paper's option A,
-            which its networks for CIFAR have).
-        placement: "post": convolution, norm, activation, the last after the sum. "pre": norm,
+            "padding", every second pixel and zeros for the new channels (the paper's option A, used
+            by its networks for CIFAR).
+        placement: "post": convolution, norm, activation, the last one after the sum. "pre": norm,
             activation, convolution (He et al., 2016, "Identity mappings").
         zero_last: each block starts as its shortcut (Goyal et al., 2017): the scale of its last
-            norm starts at 0, under "pre" the kernel of its last convolution.
+            norm starts at 0; under "pre" the kernel of its last convolution.
         bottleneck: blocks of 1x1, 3x3 and 1x1 to four times the width, instead of 3x3 and 3x3.
         activation: a function of an array.
         conv: makes a convolution; called like `flax.linen.Conv`.
-        dtype: of convolutions and logits (that of the input if None); norms have their own.
-            Parameters are float32.
-        stages: the number of blocks of each.
-        width: of the first stage.
+        dtype: of convolutions and logits (None: of the input). Parameters are float32.
+        stages: the number of blocks of each stage.
+        width: the channels of the first stage.
         classes: the number of logits.
         stem: "cifar": a 3x3 convolution; "imagenet": 7x7 with stride 2 and a maximum of 3x3.
-        mean, std: by which the pixels of each channel are standardised first; empty: as they come.
+        mean, std: standardise the pixels of each channel first; empty: no standardisation.
     """
 
     stages: Sequence[int] = (2, 2, 2, 2)
@@ -176,7 +174,7 @@ class ResNet(_Layers):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-# By name; called with what else a network is to have.
+# The networks by name; each takes the other fields of `ResNet`.
 RESNETS: Mapping[str, Callable[..., ResNet]] = {
     "resnet20": functools.partial(ResNet, stages=(3, 3, 3), width=16, shortcut="padding"),
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2), width=64),

@@ -1,7 +1,4 @@
-"""The network of the fastest trainings on CIFAR-10: whitened patches, three groups, low momentum.
-
-K. Jordan, 94 % on CIFAR-10 in 3.29 seconds on a single GPU, 2024.
-"""
+"""The network of "94 % on CIFAR-10 in 3.29 seconds on a single GPU" (K. Jordan, 2024)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,25 +20,23 @@ UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class SpeedNet(nn.Module):
-    """Whitened 2x2 patches, then groups of two convolutions of which the first is pooled.
+    """Whitened 2x2 patches, then groups of two convolutions.
 
-    A group: 3x3 convolution, maximum of 2x2, norm, activation, 3x3 convolution, norm, activation.
-    Then the maximum of 3x3 and the logits, divided by the width. Convolutions after the first have
-    no bias, and begin with filters that pass a channel on (`dirac`). Returns logits, at least
-    float32 [n, classes], of images whose sides leave a pixel: 25 and above with three groups.
+    A group: 3x3 convolution, 2x2 max-pool, norm, activation, 3x3 convolution, norm, activation.
+    Then a 3x3 max-pool and the logits, divided by the width. The convolutions of the groups have no
+    bias and start as `dirac`. With three groups the sides of images are at least 25.
 
-    The filters of the first convolution are those of `whitening`, of the images that the network is
+    The filters of the first convolution are the `whitening` of the images that the network is
     *initialised* with, and get no gradient: give `init_state` some thousand training images. Their
     bias is trained.
 
     Attributes:
         norm: makes a norm layer, as for `bnjax.models.convnet.ConvNet`; None for no norm.
-        widths: of the groups.
+        widths: the channels of each group.
         activation: of the groups, a function of an array; after the whitening it is GELU.
         classes: the number of logits.
-        mean, std: by which the pixels of each channel are standardised first; empty: as they come.
-        dtype: of convolutions and logits (that of the input if None); norms have their own.
-            Parameters are float32.
+        mean, std: standardise the pixels of each channel first; empty: no standardisation.
+        dtype: of convolutions and logits (None: of the input). Parameters are float32.
     """
 
     norm: NormFactory | None = None
@@ -82,7 +77,7 @@ class SpeedNet(nn.Module):
 
 
 class Whitening(nn.Module):
-    """A 2x2 convolution with the filters of `whitening`, which are not trained, and a bias."""
+    """A 2x2 convolution whose filters, from `whitening`, are not trained; its bias is."""
 
     dtype: Any = None
 
@@ -103,8 +98,8 @@ class Whitening(nn.Module):
 def whitening(images: Array) -> jax.Array:
     """Returns filters [2, 2, c, 8 c] whose outputs over all patches have unit covariance.
 
-    They are the eigenvectors of the covariance of 2x2 patches, each divided by the root of its
-    eigenvalue, to which 5e-4 is added, and then their negatives.
+    The eigenvectors of the covariance of 2x2 patches, each divided by the root of its eigenvalue
+    plus 5e-4, followed by their negatives.
 
     Args:
         images: float [n, h, w, c], standardised.
@@ -124,9 +119,9 @@ def whitening(images: Array) -> jax.Array:
 
 
 def dirac(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Returns a kernel [h, w, in, out] whose first filters each pass on a channel unchanged.
+    """Returns a kernel [h, w, in, out] whose first filters each copy one input channel.
 
-    The other filters are drawn as torch draws them.
+    The other filters are drawn from torch's default distribution.
     """
     height, width, inputs, outputs = shape
     passed = min(inputs, outputs)
@@ -141,12 +136,12 @@ def unit(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.
 
 
 def max_pool(x: Array, side: int, *, train: bool) -> Array:
-    """Returns the maximum of each square [n, h / side, w / side, c]; what is left over is cut off.
+    """Returns the maximum of each square [n, h // side, w // side, c]; incomplete squares are cut.
 
-    In training pairs are compared, whose gradient takes less time than that of `nn.max_pool` on a
-    CPU. (The gradient of `jnp.max` looks for entries that equal the maximum, which XLA may compute
-    once more and round otherwise; where none does any more, it is 0 / 0.) In evaluation the values
-    are the same, by one operation, past which `bnjax.clinic.fold` can see.
+    In training pairs are compared: on a CPU the gradient is faster than that of `nn.max_pool`. (The
+    gradient of `jnp.max` divides by the number of entries that equal the maximum, which is 0 where
+    XLA computes the operand twice and rounds differently.) In evaluation one `max_pool` gives the
+    same values, and norms can be folded through it.
     """
     if not train:
         return nn.max_pool(x, (side, side), (side, side))
