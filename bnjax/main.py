@@ -35,14 +35,14 @@ def train(args: argparse.Namespace) -> int:
     config = parsing.load(args.config, args.overrides)
     if args.hosts or args.coordinator:
         _join_hosts(args)
-    from bnjax.train.xla import prepare
+    from bnjax.train.cpu import prepare
 
     prepare()  # before anything asks which backend there is
     build.check(config)
 
     from bnjax.train import rundir, summary
-    from bnjax.train.interrupt import StopRequest
     from bnjax.train.loop import Stopped, Trainer
+    from bnjax.train.run import StopRequest
 
     dataset = build.dataset(config)
     if dataset.fallback_reason:
@@ -75,8 +75,8 @@ def train(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """Trains the runs that are missing and prints what they say; returns 1 if a run broke down."""
     from bnjax.compare import grid, report, runs, seeds, text
+    from bnjax.train.cpu import prepare
     from bnjax.train.loop import Stopped
-    from bnjax.train.xla import prepare
 
     if args.full and not args.claim:
         raise errors.UserError("--full is of a claim: give one with --claim.")
@@ -247,10 +247,10 @@ def _join_hosts(args: argparse.Namespace) -> None:
     """Meets the other processes; only the first one speaks, errors excepted."""
     import os
 
-    from bnjax.train import hosts
+    from bnjax.train import devices
 
-    hosts.join(args.coordinator, args.processes, args.process)
-    if not hosts.is_first():
+    devices.join_processes(args.coordinator, args.processes, args.process)
+    if not devices.is_first():
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
 

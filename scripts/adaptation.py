@@ -56,9 +56,9 @@ from bnjax.data.batches import eval_batches
 from bnjax.data.corruptions import KINDS, corrupt
 from bnjax.data.datasets import Split
 from bnjax.metrics import Metrics
+from bnjax.train.cpu import compiler_options, prepare
 from bnjax.train.records import write_json
 from bnjax.train.trained import Trained
-from bnjax.train.xla import compiler_options, prepare
 from bnjax.train_step import eval_step
 from bnjax.types import Batch, BatchStats
 

@@ -39,7 +39,7 @@ from bnjax.data import datasets
 from bnjax.data.batches import eval_batches, take, train_rows
 from bnjax.metrics import Metrics
 from bnjax.train.audit import audit_batches
-from bnjax.train.xla import compiler_options, prepare
+from bnjax.train.cpu import compiler_options, prepare
 from bnjax.train_step import eval_step, forward, init_state, train_step
 from bnjax.types import fingerprint
 

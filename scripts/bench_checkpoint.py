@@ -19,7 +19,7 @@ import optax
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.xla import compiler_options
+from bnjax.train.cpu import compiler_options
 from bnjax.train_step import init_state, train_step
 
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from bnjax.export.exported import Exported
 from bnjax.export.stablehlo import ONNX
+from bnjax.train.cpu import compiler_options, prepare
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained
-from bnjax.train.xla import compiler_options, prepare
 from bnjax.train_step import forward
 
 BATCHES = (1, 32, 1024)

@@ -22,7 +22,7 @@ import optax
 from bnjax.data import datasets
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
-from bnjax.train.xla import compiler_options
+from bnjax.train.cpu import compiler_options
 from bnjax.train_step import init_state, train_step
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.train import build, parsing
-from bnjax.train.xla import compiler_options, prepare
+from bnjax.train.cpu import compiler_options, prepare
 from bnjax.train_step import init_state, train_step
 
 SIDE = 4096

@@ -31,8 +31,8 @@ from bnjax.data import datasets, example
 from bnjax.data.records import LABELS, Crop, Reading
 from bnjax.data.stream import stream_feed
 from bnjax.train import parsing
+from bnjax.train.cpu import prepare
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.xla import prepare
 
 CLASSES = 10
 SHARD_BYTES = 1 << 30

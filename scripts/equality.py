@@ -30,7 +30,7 @@ from bnjax.data import datasets
 from bnjax.data.feed import host_feed
 from bnjax.train import build, network
 from bnjax.train.config import default_config
-from bnjax.train.parallel import Parallel, spread
+from bnjax.train.devices import Parallel, spread
 from bnjax.train.steps import Steps
 
 STEPS = 5

@@ -68,13 +68,12 @@ def train(processes: int, process: int, port: int, total: int) -> float:
 
     from bnjax import norms
     from bnjax.models.convnet import ConvNet
-    from bnjax.train import hosts
-    from bnjax.train.parallel import spread
-    from bnjax.train.xla import compiler_options
+    from bnjax.train.cpu import compiler_options
+    from bnjax.train.devices import join_processes, spread
     from bnjax.train_step import init_state, train_step
 
     if processes > 1:
-        hosts.join(f"127.0.0.1:{port}", processes, process)
+        join_processes(f"127.0.0.1:{port}", processes, process)
     parallel = spread(jax.devices())
     norm = norms.build("batch", momentum=0.9, **parallel.norm_axes)
     model, tx = ConvNet(dense=(350, 70), norm=norm), optax.sgd(0.1)

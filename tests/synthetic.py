@@ -11,8 +11,8 @@ from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import NonFiniteError
 from bnjax.train import build, parsing
 from bnjax.train.config import default_config
-from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Trainer
+from bnjax.train.run import StopRequest
 from bnjax.train.steps import default_feed
 
 

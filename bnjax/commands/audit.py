@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from bnjax.compare.report import audit as page
     from bnjax.train.audit import of_run
-    from bnjax.train.xla import prepare
+    from bnjax.train.cpu import prepare
 
     prepare()
     try:

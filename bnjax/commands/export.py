@@ -34,8 +34,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exports a network."""
     from bnjax.export import stablehlo as export
+    from bnjax.train.cpu import prepare
     from bnjax.train.trained import Trained
-    from bnjax.train.xla import prepare
 
     prepare()
     trained = Trained(args.workdir, args.checkpoint)

@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
     from bnjax.clinic.fold import fold
     from bnjax.train import fold_run, rundir
+    from bnjax.train.cpu import prepare
     from bnjax.train.trained import Trained
-    from bnjax.train.xla import prepare
 
     prepare()
     if args.out:

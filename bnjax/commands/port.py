@@ -69,8 +69,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Takes weights to another framework or from it."""
     from bnjax.train import ported
+    from bnjax.train.cpu import prepare
     from bnjax.train.trained import Trained
-    from bnjax.train.xla import prepare
 
     if args.source and args.out is None:
         raise UserError("--from makes a new run: say in which folder with --out.")

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from bnjax.train import precise_run, rundir
+    from bnjax.train.cpu import prepare
     from bnjax.train.trained import Trained
-    from bnjax.train.xla import prepare
 
     prepare()
     if args.out:

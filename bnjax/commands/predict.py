@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints predictions; returns 1 if an image could not be read."""
     import json
 
+    from bnjax.train.cpu import prepare
     from bnjax.train.predict import table
-    from bnjax.train.xla import prepare
 
     prepare()
     result = _of_model(args) if args.model else _of_run(args)

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     from bnjax.export.app import application
     from bnjax.export.uploads import Limits
-    from bnjax.train.xla import prepare
+    from bnjax.train.cpu import prepare
 
     # Which character of a form is wrong is nothing that whoever runs the server can act on.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)

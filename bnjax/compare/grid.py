@@ -17,9 +17,9 @@ from bnjax.compare.runs import COMPARISON
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
 from bnjax.train import build, parsing, retention, rundir
-from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Trainer
 from bnjax.train.records import write_json
+from bnjax.train.run import StopRequest
 
 
 def compare_configs(files: Sequence[str], words: list[str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 from bnjax.errors import UserError
-from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Stopped, Summary, Trainer
+from bnjax.train.run import StopRequest
 
 Results = Mapping[int, Summary | UserError]
 

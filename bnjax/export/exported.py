@@ -12,8 +12,8 @@ from jax import export
 from bnjax.errors import UserError
 from bnjax.export.manifest import FILE, Manifest
 from bnjax.export.stablehlo import PROGRAM, WEIGHTS
+from bnjax.train.cpu import compiler_options
 from bnjax.train.summary import versions
-from bnjax.train.xla import compiler_options
 from bnjax.types import Images
 
 

@@ -13,8 +13,8 @@ import tqdm
 
 from bnjax.clinic.layers import Mode, norm_layers, nothing_seen, observe
 from bnjax.export.exported import Exported
+from bnjax.train.cpu import compiler_options
 from bnjax.train.trained import Trained
-from bnjax.train.xla import compiler_options
 from bnjax.train_step import classes_and_scores
 from bnjax.types import Array, Batch, BatchStats, Params
 

@@ -12,9 +12,9 @@ import tqdm
 from bnjax.clinic.audit import Findings, Run, audit
 from bnjax.data.batches import take, train_rows
 from bnjax.data.records import Examples
+from bnjax.train.cpu import compiler_options
 from bnjax.train.optimizer import optimizer
 from bnjax.train.trained import Trained
-from bnjax.train.xla import compiler_options
 from bnjax.train_step import forward
 from bnjax.types import Batch
 

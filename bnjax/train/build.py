@@ -19,8 +19,8 @@ from bnjax.models.layers import with_views
 from bnjax.train import checks, network, parsing
 from bnjax.train.allowed import MAX_SIZE
 from bnjax.train.config import check_values
+from bnjax.train.devices import Parallel, spread
 from bnjax.train.optimizer import optimizer
-from bnjax.train.parallel import Parallel, spread
 from bnjax.train_step import LossFn, softmax_cross_entropy
 
 

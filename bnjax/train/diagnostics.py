@@ -16,13 +16,13 @@ from bnjax.data.batches import spread
 from bnjax.data.datasets import Dataset
 from bnjax.train.build import Experiment
 from bnjax.train.config import default_config
+from bnjax.train.cpu import compiler_options, init_options
 from bnjax.train.graph import graph_def, nodes
 from bnjax.train.histograms import sample, summarise
 from bnjax.train.parsing import flat
 from bnjax.train.records import RunWriter
 from bnjax.train.steps import Variables
 from bnjax.train.tensorboard import contact_sheet
-from bnjax.train.xla import compiler_options, init_options
 from bnjax.train_step import (
     LossFn,
     TrainState,

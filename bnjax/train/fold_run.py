@@ -14,8 +14,8 @@ from bnjax.clinic.fold import Folding, difference
 from bnjax.clinic.folded import Folded
 from bnjax.errors import UserError
 from bnjax.train import network
+from bnjax.train.cpu import compiler_options
 from bnjax.train.trained import Trained
-from bnjax.train.xla import compiler_options
 from bnjax.train_step import forward, predict_step
 from bnjax.types import BatchStats, Images, Params, named_leaves
 

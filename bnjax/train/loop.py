@@ -15,14 +15,12 @@ from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Feed, Item
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
-from bnjax.train import build, hosts, rundir, xla
+from bnjax.train import build, cpu, devices, rundir
 from bnjax.train.build import Experiment
 from bnjax.train.clock import Clock
+from bnjax.train.devices import Agreement
 from bnjax.train.diagnostics import Observer
-from bnjax.train.hosts import Agreement
-from bnjax.train.interrupt import StopRequest
-from bnjax.train.progress import Progress
-from bnjax.train.recorder import Follower, Recorder
+from bnjax.train.run import Follower, Progress, Recorder, StopRequest
 from bnjax.train.steps import Steps, default_feed, unstack
 
 # What the device is given at once: long beside the host's own work, short beside a user's Ctrl-C.
@@ -120,11 +118,11 @@ class Trainer:
         config.seed = seed
         self._take(config, folder, stack)
         run: Recorder | Follower
-        if hosts.is_first():
+        if devices.is_first():
             run = Recorder(config, folder, self._experiment, self._dataset, stack)
         else:
             run = Follower(config, folder, self._experiment, stack)
-        run.start, run.skipped, ended = hosts.from_first(run.start, run.skipped, run.ended)
+        run.start, run.skipped, ended = devices.from_first(run.start, run.skipped, run.ended)
         run.ended = bool(ended)
         for note in run.notes:
             print(f"\nWARNING: {note}\n", flush=True)
@@ -137,13 +135,13 @@ class Trainer:
             UserError: if it belongs to another config or process.
         """
         refused: UserError | None = None
-        if hosts.is_first():
+        if devices.is_first():
             try:
                 stack.enter_context(rundir.locked(folder))
                 rundir.take(folder, config, rundir.DataFacts.of(self._dataset))
             except UserError as error:
                 refused = error
-        (failed,) = hosts.from_first(refused is not None)
+        (failed,) = devices.from_first(refused is not None)
         if failed:
             raise refused or UserError("the first process cannot begin, and says why.")
 
@@ -175,7 +173,7 @@ def _train(
 
     def record(first: int, shipped: list[tuple[Item, ...]], metrics: Metrics) -> None:
         every = unstack(metrics, len(shipped), len(runs))  # waits until the steps are through
-        xla.give_back_freed_memory()
+        cpu.give_back_freed_memory()
         seconds = clock.lap(len(shipped))
         if first == runs[0].start + 1 and clock.compiling > 1:
             progress.say(f"compiled in {clock.compiling:.0f} s, which the seconds leave out")

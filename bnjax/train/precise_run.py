@@ -14,8 +14,8 @@ from bnjax.data.datasets import Dataset
 from bnjax.data.feed import every_batch
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
+from bnjax.train.cpu import compiler_options
 from bnjax.train.trained import Trained
-from bnjax.train.xla import compiler_options
 from bnjax.train_step import eval_step
 from bnjax.types import BatchStats
 

@@ -14,8 +14,8 @@ from bnjax.data.pictures import Picture, read_pictures
 from bnjax.errors import DataError
 from bnjax.metrics import Metrics, from_losses
 from bnjax.models.layers import with_views
+from bnjax.train.cpu import compiler_options
 from bnjax.train.trained import Trained
-from bnjax.train.xla import compiler_options
 from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
 from bnjax.types import Batch, BatchStats, Params
 

@@ -23,7 +23,7 @@ from bnjax.data.stream import stream_feed
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
-from bnjax.train.xla import compiler_options, init_options, memory
+from bnjax.train.cpu import compiler_options, init_options, memory
 from bnjax.train_step import (
     AxisName,
     TrainState,

@@ -20,9 +20,9 @@ from bnjax.compare.runs import finished_runs, time
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Stopped, Trainer, train_and_evaluate
 from bnjax.train.records import read_lines
+from bnjax.train.run import StopRequest
 from bnjax.train_step import init_state
 
 CONFIG = """

@@ -11,7 +11,7 @@ import pytest
 
 from bnjax import norms
 from bnjax.models.convnet import ConvNet
-from bnjax.train.parallel import spread
+from bnjax.train.devices import spread
 from bnjax.train_step import init_state, train_step
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))

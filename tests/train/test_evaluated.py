@@ -15,9 +15,9 @@ from bnjax.data.batches import spread
 from bnjax.errors import ConfigError
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.records import read_metrics
+from bnjax.train.run import StopRequest
 from bnjax.train.steps import Steps, default_feed, precise_batches
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy

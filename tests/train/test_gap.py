@@ -16,9 +16,9 @@ from bnjax.clinic.layers import norm_layers
 from bnjax.clinic.precise import put
 from bnjax.errors import UserError
 from bnjax.norms import BatchNorm
-from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Trainer
 from bnjax.train.records import RunWriter, read_metrics
+from bnjax.train.run import StopRequest
 from bnjax.train_step import eval_step, init_variables
 
 

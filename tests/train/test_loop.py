@@ -17,9 +17,9 @@ from bnjax.data.feed import resident_feed
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, records, tensorboard
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.interrupt import StopRequest
 from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.records import read_lines
+from bnjax.train.run import StopRequest
 from bnjax.train_step import init_state
 
 SLOW = pytest.mark.slow

@@ -12,7 +12,7 @@ import synthetic
 from bnjax import errors, main
 from bnjax.clinic import weights_file
 from bnjax.train import build
-from bnjax.train.recorder import Follower, Recorder
+from bnjax.train.run import Follower, Recorder
 from bnjax.train.steps import Steps, default_feed
 from bnjax.train.trained import Trained
 

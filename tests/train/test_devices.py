@@ -12,8 +12,8 @@ import synthetic
 from bnjax.data.feed import host_feed, resident_feed
 from bnjax.errors import ConfigError
 from bnjax.train import build, network
+from bnjax.train.devices import spread
 from bnjax.train.loop import Stopped
-from bnjax.train.parallel import spread
 from bnjax.train.records import read_lines
 from bnjax.train.steps import Steps
 from bnjax.train_step import TrainState

@@ -3,11 +3,16 @@
 import contextlib
 import dataclasses
 import itertools
+import signal
+import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tqdm
 from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset
@@ -245,3 +250,70 @@ def _nonfinite(step: int, in_a_row: int, found: str | None, saved: list[int]) ->
         "--config.train.on_nonfinite=skip drops such steps instead. Each is another config, and "
         "needs a --workdir of its own."
     )
+
+
+class Progress:
+    """A bar with the time to go on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, done: int):
+        """Starts at `done` of `total` steps."""
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def advance(self, loss: float, accuracy: float, images_per_s: float) -> None:
+        """Counts one training step."""
+        words = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {images_per_s:,.0f} images/s"
+        self._bar.set_postfix_str(words, refresh=False)
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.tqdm.write(text)  # above other bars, too
+        sys.stdout.flush()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM only sets `signal`.
+
+    A second one ends the program at once.
+
+    An exception in the middle of a step would find its inputs donated and its outputs not there
+    yet. In another thread than the main one, where Python allows no handlers, nothing changes.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        """Has received nothing yet."""
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
