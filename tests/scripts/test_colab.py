@@ -18,7 +18,7 @@ from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "scripts" / "colab.ipynb"
 (CELL,) = re.findall(r"```python\n(REPO = .*?)```", (ROOT / "docs/start.md").read_text(), re.DOTALL)
 
@@ -27,7 +27,7 @@ PIP = """
 import os, pathlib, sys
 pathlib.Path(os.environ["ASKED"]).write_text(" ".join(sys.argv[1:]))
 if "BREAK" in os.environ:
-    jax = pathlib.Path(__file__).parents[1] / "jax"
+    jax = pathlib.Path(__file__).parents[2] / "jax"
     jax.mkdir()
     (jax / "__init__.py").write_text("__version__ = '99'\\ndef devices(): return ['cpu']")
 """
