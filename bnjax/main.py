@@ -247,10 +247,12 @@ def _join_hosts(args: argparse.Namespace) -> None:
     """Meets the other processes; only the first one speaks, errors excepted."""
     import os
 
-    from bnjax.train import devices
+    import jax
 
-    devices.join_processes(args.coordinator, args.processes, args.process)
-    if not devices.is_first():
+    from bnjax.train.devices import join_processes
+
+    join_processes(args.coordinator, args.processes, args.process)
+    if jax.process_index() > 0:
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
 

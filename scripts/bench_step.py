@@ -59,14 +59,14 @@ def bnjax_trainer(
     if args.together:
         feed = resident_feed(data.train, args.batch, shuffle=False, max_steps=args.together)
     steps, items = Steps(experiment, data, feed), feed.items(0, 0)
-    held = [(*steps.init(jax.random.key(0)), steps.streak([0]))]
+    held = [steps.join([steps.init(0)], [0])]
     batch = feed.batch(feed.resident, next(feed.items(0, 0)))
     step = functools.partial(train_step, model=experiment.model, tx=experiment.tx)
     operations = jax.jit(step).lower(*held[0][:2], batch).cost_analysis()["flops"]
 
     def advance() -> Any:
-        shipment = steps.ship([(next(items),) for _ in range(feed.max_steps)])
-        *held[0], metrics = steps.train(*held[0], steps.resident, *shipment)
+        dispatch = [(next(items),) for _ in range(feed.max_steps)]
+        *held[0], metrics = steps.train(*held[0], dispatch)
         return held[0], unstack(metrics, 1, 1)[0][0].loss / args.batch
 
     args.per_call = feed.max_steps
@@ -169,7 +169,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     config.eval.batch_size = args.batch
     experiment = build.experiment(config, data)
     steps = Steps(experiment, data, default_feed(experiment, data.train))
-    state = steps.init(jax.random.key(0))
+    state = steps.init(0)
     seconds = timed(lambda: steps.test(state[0].params, state[1])[0].loss, WARM_UP + args.steps)
     median = float(np.median(seconds[WARM_UP:]))
     return {"step_s": median, "images_per_s": len(data.test.label) / median}

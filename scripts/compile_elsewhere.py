@@ -88,11 +88,11 @@ def compile_for(
         state, stats = jax.tree.map(
             lambda leaf: array((*side, *leaf.shape), leaf.dtype), (state, stats)
         )
-        streak, taken = array(side, np.int32), array((), np.int32)
+        bad_steps, taken = array(side, np.int32), array((), np.int32)
         numbers = array((STEPS, *side, size), np.int32)
         items = {"index": numbers, "epoch": numbers}
         loop = jax.jit(many, donate_argnums=(0, 1))
-        lowered = loop.lower(state, stats, streak, resident, items, taken)
+        lowered = loop.lower(state, stats, bad_steps, resident, items, taken)
     return lowered.compile(compiler_options=options_of(chip))
 
 

@@ -16,7 +16,6 @@ from bnjax.errors import UserError
 
 # The axes of the mesh: devices that normalise together, and groups of them that do not.
 MEMBERS, GROUPS = "members", "groups"
-Wrapper = Literal["jit", "shard_map", "pmap"]
 # A process of which nothing is heard for so long is lost, and the others end.
 HEARTBEAT_SECONDS = 30
 # What batch norms normalise over: the batch of all devices, that of each, or of so many together.
@@ -27,26 +26,26 @@ Over = Literal["global", "per_device"] | int
 class Parallel:
     """How a step is spread over devices, of which each takes an equal part of the batch.
 
+    Without groups the batch norms see the whole batch: the step is compiled by `jax.jit` with
+    shardings. With groups it is a function of each device's part under `jax.shard_map`.
+
     Attributes:
-        mesh: the devices; one axis or, where groups normalise by themselves, both.
-        wrapper: "jit": `jax.jit` with shardings; "shard_map" or "pmap": a function of each device's
-            part, which sums over the axes by itself.
+        mesh: the devices; its axes are `MEMBERS`, `GROUPS`, or both.
     """
 
     mesh: Mesh
-    wrapper: Wrapper
 
     @property
     def axis_name(self) -> tuple[str, ...] | None:
-        """The axes to sum over, as `train_step` takes them; None under "jit", and on one device."""
-        return None if self.wrapper == "jit" or self.mesh.size == 1 else self.mesh.axis_names
+        """The axes to sum over, as `train_step` takes them; None without groups."""
+        return self.mesh.axis_names if GROUPS in self.mesh.axis_names else None
 
     @property
     def norm_axes(self) -> dict[str, str]:
         """The options of the model's batch norms.
 
-        Members normalise together. The running averages are those of all groups, so that there is
-        one set of them, which is right.
+        Members share batch statistics; the running averages are those of all groups, so that there
+        is one set of them.
         """
         names = {"axis_name": MEMBERS, "average_axis_name": GROUPS}
         return {key: name for key, name in names.items() if name in (self.axis_name or ())}
@@ -61,34 +60,24 @@ class Parallel:
         make: Callable[[tuple[str, ...] | None], Callable[..., Any]],
         in_axes: Sequence[int | None],
         **options: Any,
-    ) -> Callable[..., Any]:
-        """Returns a step, compiled for these devices; what it returns is equal on all of them.
+    ) -> Any:
+        """Returns a jitted step for these devices; its results are equal on all of them.
 
         Args:
-            make: of the `axis_name`, or of None; returns the step.
+            make: (axis_name) -> the step.
             in_axes: for each argument None, if it is equal on all devices, or the axis of the
-                examples, along which it is divided up.
-            options: of `jax.jit`; under "pmap", which knows few of them, they are left out.
+                examples, along which it is divided.
+            options: of `jax.jit`.
         """
+        step, specs = make(self.axis_name), tuple(map(self._spec, in_axes))
         if self.mesh.size == 1:
-            return jax.jit(make(None), **options)
-        specs, step = tuple(map(self._spec, in_axes)), make(self.axis_name)
-        if self.wrapper == "jit":
+            return jax.jit(step, **options)
+        if self.axis_name is None:
             shardings = tuple(NamedSharding(self.mesh, spec) for spec in specs)
             whole = NamedSharding(self.mesh, PartitionSpec())
             return jax.jit(step, in_shardings=shardings, out_shardings=whole, **options)
-        if self.wrapper == "shard_map":
-            out = PartitionSpec()
-            mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=out)
-            return jax.jit(mapped, **options)
-        (name,) = self.axis_name or ()
-        devices = list(self.mesh.devices.flat)
-        replicas = jax.pmap(step, name, in_axes=(*in_axes,), out_axes=None, devices=devices)
-
-        def call(*arguments: Any) -> Any:
-            return replicas(*map(self._divide, arguments, in_axes))
-
-        return call
+        mapped = jax.shard_map(step, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())
+        return jax.jit(mapped, **options)
 
     def put(self, tree: Any, axis: int | None) -> Any:
         """Returns arrays on the devices, in parts along an axis, or whole on each if it is None.
@@ -115,16 +104,6 @@ class Parallel:
             return PartitionSpec()
         return PartitionSpec(*[None] * axis, self.mesh.axis_names)
 
-    def _divide(self, tree: Any, axis: int | None) -> Any:
-        if axis is None:
-            return tree
-
-        def divide(leaf: Any) -> Any:
-            shape = leaf.shape
-            return leaf.reshape(*shape[:axis], self.mesh.size, -1, *shape[axis + 1 :])
-
-        return jax.tree.map(divide, tree)
-
 
 def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Returns the array of which each process gives its part."""
@@ -134,35 +113,25 @@ def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
 
-def spread(
-    devices: Sequence[jax.Device], over: Over = "global", wrapper: Wrapper | None = None
-) -> Parallel:
+def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
     """Returns how a step is spread over devices.
 
     Args:
         devices: at least one.
-        over: what batch norms normalise over.
-        wrapper: None: "jit" for "global", and "shard_map" for the others.
+        over: which devices share batch statistics.
 
     Raises:
-        ValueError: if the devices do not make whole groups, or the wrapper cannot keep to `over`:
-            under "jit" statistics are always those of the whole batch, and "pmap" has one axis.
+        ValueError: if the devices do not make whole groups.
     """
     size = len(devices) if over == "global" else 1 if over == "per_device" else over
     if size < 1 or len(devices) % size:
         raise ValueError(
             f"{len(devices)} devices do not make groups of {over} that normalise together"
         )
-    wrapper = wrapper or ("jit" if size == len(devices) else "shard_map")
     sizes = {GROUPS: len(devices) // size, MEMBERS: size}
     axes = {name: count for name, count in sizes.items() if count > 1} or {MEMBERS: 1}
-    if (wrapper == "jit" and GROUPS in axes) or (wrapper == "pmap" and len(axes) > 1):
-        raise ValueError(
-            f"{wrapper} cannot normalise over {over!r} on {len(devices)} devices: under jit "
-            "statistics are those of the whole batch, and pmap has no groups. Use shard_map."
-        )
-    # Auto: what is not said about shardings is found by the compiler, as with one device.
-    return Parallel(Mesh(np.array(devices).reshape(*axes.values()), tuple(axes)), wrapper)
+    # Auto: the compiler finds the shardings that are not given, as it does with one device.
+    return Parallel(Mesh(np.array(devices).reshape(*axes.values()), tuple(axes)))
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -189,11 +158,6 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
             "--processes=N and --process=0 to N-1, or with --hosts alone under Slurm, Open MPI or "
             "on a TPU pod."
         ) from error
-
-
-def is_first() -> bool:
-    """Returns whether this is the process that writes."""
-    return jax.process_index() == 0
 
 
 def from_first(*numbers: int) -> tuple[int, ...]:

@@ -1,11 +1,14 @@
-"""What one run leaves in its folder while it is trained, and where it stands."""
+"""What a run, or several seeds of it, leave in their folders while they train."""
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import signal
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,11 +19,13 @@ import tqdm
 from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset
+from bnjax.data.feed import Item
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
-from bnjax.train import rundir
+from bnjax.train import cpu, rundir
 from bnjax.train.build import Experiment
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.devices import from_first
 from bnjax.train.diagnostics import Observer, first_nonfinite
 from bnjax.train.records import (
     RunWriter,
@@ -29,209 +34,317 @@ from bnjax.train.records import (
     read_metrics,
     write_json,
 )
-from bnjax.train.steps import State, Steps, Variables, training_batch
+from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 from bnjax.train.summary import summarise, versions
-from bnjax.train_step import TrainState
-from bnjax.types import Batch, BatchStats
+from bnjax.types import Batch
+
+# Long beside the host's own work, short beside a user's Ctrl-C.
+DISPATCH_SECONDS = 0.5
 
 
-class Recorder:
-    """Records a run in its folder: training steps, evaluations, checkpoints, and the summary.
+class Run:
+    """The seeds of one config that train together; their arrays share a leading axis.
 
     Attributes:
-        name, seed: of the config.
+        seeds: all at the same step, `start`.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence["Seed"],
+        steps: Steps,
+        experiment: Experiment,
+        observer: Observer,
+        bar: Any,
+    ):
+        """Starts at the step of the seeds; `bar` is tqdm's."""
+        self.seeds, self.start = seeds, seeds[0].start
+        self._steps, self._experiment = steps, experiment
+        self._observer, self._bar = observer, bar
+        self._step_seconds = float("inf")
+
+    @property
+    def ended(self) -> bool:
+        """Whether no seed takes another step."""
+        return all(seed.ended for seed in self.seeds)
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether a seed has just taken its last step."""
+        return any(seed.is_finishing and not seed.ended for seed in self.seeds)
+
+    def begin(self) -> tuple[Any, Any, Any]:
+        """Returns state, statistics and bad steps in a row, new or from checkpoints."""
+        states = [seed.restore(self._steps) for seed in self.seeds]
+        _say(self._banner(states[0][0].params))
+        for seed in self.seeds:
+            seed.introduce(self._observer)
+        begun = self._steps.join(states, [seed.bad_steps for seed in self.seeds])
+        self._compiled = self._steps.compile_seconds
+        self._trimmed_at = self._saved_at = self._since = time.perf_counter()
+        return begun
+
+    def dispatch_size(self, step: int) -> int:
+        """Returns how many of the next steps may go into one program."""
+        experiment = self._experiment
+        if experiment.stop_at_loss:  # each loss decides whether there is a next step
+            return 1
+        intervals = [experiment.eval_every, experiment.save_every or experiment.steps]
+        to_next = min(experiment.steps - step, *(every - step % every for every in intervals))
+        in_time = max(1, int(DISPATCH_SECONDS / self._step_seconds))
+        if jax.process_count() > 1:  # their clocks would disagree
+            in_time = to_next
+        return min(to_next, in_time, self._steps.feed.max_steps)
+
+    def log(
+        self, both: State, first: int, dispatch: list[tuple[Item, ...]], metrics: Metrics
+    ) -> None:
+        """Writes the metrics of the steps from `first` on; waits until they are there.
+
+        A seed with too many bad steps in a row fails: `both` is its state before them, because the
+        device has dropped every step since.
+        """
+        each = unstack(metrics, len(dispatch), len(self.seeds))
+        now, compiling = time.perf_counter(), self._steps.compile_seconds - self._compiled
+        seconds = self._step_seconds = max(now - self._since - compiling, 1e-6) / len(dispatch)
+        self._since, self._compiled = now, self._compiled + compiling
+        if compiling > 1:
+            _say(f"compiled in {compiling:.0f} s, which the seconds leave out")
+        if now - self._trimmed_at > 1:
+            cpu.give_back_freed_memory()
+            self._trimmed_at = now
+        for step, (of_seeds, items) in enumerate(zip(each, dispatch, strict=True), first):
+            going_on = [i for i, seed in enumerate(self.seeds) if not seed.ended]
+            if not going_on:
+                return
+            for i in going_on:
+                self.seeds[i].log(step, of_seeds[i], seconds / len(going_on))
+                if self.seeds[i].bad_steps > self._experiment.most_skipped:
+                    batch = self._steps.feed.batch(self._steps.feed.resident, items[i])
+                    self.seeds[i].fail(step, self._steps.local(both, i), batch)
+                    self._since = time.perf_counter()
+            total = functools.reduce(Metrics.merge, (of_seeds[i] for i in going_on)).means()
+            rate = len(self.seeds) * self._experiment.batch_size / seconds
+            self._bar.set_postfix_str(
+                f"loss {total['loss']:.3f}, accuracy {total['accuracy']:.3f}, {rate:,.0f} images/s",
+                refresh=False,
+            )
+            self._bar.update()
+
+    def is_overdue(self) -> bool:
+        """Returns whether the last checkpoint is as old as the config allows."""
+        minutes = self._experiment.save_every_minutes
+        return minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
+
+    def test(self, step: int, both: State, evaluated: Variables, *, everyone: bool) -> None:
+        """Evaluates and observes every seed, or only those that have taken their last step."""
+        metrics = self._steps.test(*evaluated)
+        for i, seed in self._going_on(everyone):
+            own, shown = self._steps.local(both, i), self._steps.local(evaluated, i)
+            seed.test(step, metrics[i], own, shown, self._observer)
+            which = f"seed {seed.number}, " if len(self.seeds) > 1 else ""
+            means = metrics[i].means()
+            _say(
+                f"{which}step {step}: test loss {means['loss']:.4f}, "
+                f"test accuracy {means['accuracy']:.4f}"
+            )
+
+    def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
+        """Saves every seed, or only those that have taken their last step, which end."""
+        for i, seed in self._going_on(everyone):
+            seed.save(self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i))
+        self._since = time.perf_counter()
+        if everyone:
+            self._saved_at = self._since
+
+    def _going_on(self, everyone: bool) -> list[tuple[int, "Seed"]]:
+        return [
+            (i, seed)
+            for i, seed in enumerate(self.seeds)
+            if not seed.ended and (everyone or seed.is_finishing)
+        ]
+
+    def _banner(self, params: Any) -> str:
+        experiment, together = self._experiment, ""
+        if len(self.seeds) > 1:
+            together = f", {len(self.seeds)} seeds in one program"
+        devices = experiment.parallel.mesh.devices.flat
+        count = f"{len(devices)} x " if len(devices) > 1 else ""
+        return (
+            f"{self.seeds[0].name}{together}: "
+            f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, "
+            f"{self.seeds[0].data}, steps {self.start + 1} to {experiment.steps} of "
+            f"{experiment.batch_size} images, on {count}{devices[0].device_kind}"
+        )
+
+
+class Seed:
+    """The folder of one seed: metrics, evaluations, checkpoints and the summary.
+
+    Of several processes the first writes; the others only save their parts of checkpoints.
+
+    Attributes:
+        number: the seed.
+        name: of the config.
         data: the training images, in words.
         start: the last step of the newest intact checkpoint; 0 if there is none.
-        notes: what was wrong with later ones.
-        skipped: how many steps in a row before the next one were dropped as not finite.
-        ended: whether it takes no more steps: all are taken, the loss to stop at was reached, or
-            it broke down.
+        bad_steps: how many of the latest steps in a row were dropped because they were not finite.
+        is_finishing: whether the latest step was the last one.
+        ended: whether it takes no more steps.
         failure: why it broke down, or None.
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        workdir: Path,
+        folder: Path,
         experiment: Experiment,
         dataset: Dataset,
         stack: contextlib.ExitStack,
     ):
-        """Opens what is in the folder, which has been taken, until `stack` closes.
+        """Locks and opens the folder until `stack` closes, in all processes.
 
         Raises:
-            UserError: if all its checkpoints are damaged, or its files lack steps.
+            UserError: if it belongs to another config or process, all its checkpoints are damaged,
+                or its files lack steps.
         """
-        self.name, self.seed = config.name, config.seed
+        self.name, self.number = config.name, config.seed
         self.data = f"{len(dataset.train):,} images of {dataset.label}"
-        self._config, self._workdir = config, workdir
+        self._config, self._folder = config, folder
         self._experiment, self._dataset = experiment, dataset
-        self._about = {
-            "config": config.to_dict(),
-            "versions": versions(),
-            "norm": rundir.norm_conventions(config),
-        }
-        self._checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints"))
-        newest, self.notes = self._checkpoints.newest_intact()
-        self.start, self._is_new = newest or 0, newest is None
-        self._writer = stack.enter_context(RunWriter(workdir, start=self.start))
-        self._seconds, self.skipped = _so_far(workdir, self.start) if self.start else (0.0, 0)
-        self.ended = self.start == experiment.steps or self._has_reached_its_loss()
+        self._seconds = 0.0
+        self._accuracy: float | None = None  # of the latest step, if it was evaluated
         self.failure: NonFiniteError | None = None
+        self._take(stack)
+        self._checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
+        self._writer: RunWriter | None = None
+        newest, bad_steps, ended = None, 0, False
+        if jax.process_index() == 0:
+            newest, damaged = self._checkpoints.newest_intact()
+            for note in damaged:
+                print(f"\nWARNING: {note}\n", flush=True)
+            start, target = newest or 0, experiment.stop_at_loss
+            self._writer = stack.enter_context(RunWriter(folder, start=start))
+            if start:
+                self._seconds, bad_steps = _so_far(folder, start)
+            ended = start == experiment.steps or (
+                target is not None
+                and first_at_or_below(read_metrics(folder / "metrics.jsonl"), target) is not None
+            )
+        self._newest, self.bad_steps, flag = from_first(
+            -1 if newest is None else newest, bad_steps, ended
+        )
+        self.start, self.ended, self.is_finishing = max(self._newest, 0), bool(flag), False
 
-    def _has_reached_its_loss(self) -> bool:
-        target, lines = self._experiment.stop_at_loss, self._workdir / "metrics.jsonl"
-        return target is not None and first_at_or_below(read_metrics(lines), target) is not None
+    def _take(self, stack: contextlib.ExitStack) -> None:
+        refused: UserError | None = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(rundir.locked(self._folder))
+                rundir.take(self._folder, self._config, rundir.DataFacts.of(self._dataset))
+            except UserError as error:
+                refused = error
+        (failed,) = from_first(refused is not None)
+        if failed:
+            raise refused or UserError("the first process cannot begin, and says why.")
 
-    def begin(self, steps: Steps) -> State:
-        """Returns the state and the statistics to go on with."""
+    def restore(self, steps: Steps) -> State:
+        """Returns the state and the statistics of the newest checkpoint, or new ones."""
         like = steps.like()
-        if self._is_new:
-            init_key, _ = jax.random.split(jax.random.key(self.seed))
-            return steps.init(init_key)
+        if self._newest < 0:
+            return steps.init(self.number)
+        self._checkpoints.reload()  # the first process may have moved damaged ones
         return self._checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
     def introduce(self, observer: Observer) -> None:
         """Shows what is trained, once in a run."""
-        if self._is_new:
+        if self._writer and self._newest < 0:
             observer.introduce(self._writer, self._config)
 
-    def record(self, step: int, metrics: Metrics, seconds: float) -> None:
-        """Records a training step, and the seconds that it took."""
-        skipped = bool(metrics.skipped)
-        self.skipped = self.skipped + 1 if skipped else 0
+    def log(self, step: int, metrics: Metrics, seconds: float) -> None:
+        """Writes a training step, and the seconds that it took."""
+        means, target = metrics.means(), self._experiment.stop_at_loss
+        self.bad_steps = int(metrics.skipped)
+        self.is_finishing = step == self._experiment.steps or (
+            target is not None and means["loss"] <= target
+        )
         self._seconds += seconds
-        self._writer.train(step, metrics.means(), skipped=skipped)
-        self._writer.timing(step, self._seconds, self._experiment.batch_size / seconds)
+        if self._writer:
+            self._writer.train(step, means, skipped=self.bad_steps > 0)
+            self._writer.timing(step, self._seconds, self._experiment.batch_size / seconds)
 
-    def is_lost(self) -> bool:
-        """Returns whether more steps in a row were not finite than the config puts up with."""
-        return self.skipped > self._experiment.most_skipped
-
-    def fail(self, step: int, state: TrainState, batch_stats: BatchStats, batch: Batch) -> None:
-        """Ends the run at a step that was not finite.
-
-        Everything but `state.step` is as before it.
-        """
-        self._writer.flush()
-        before = dataclasses.replace(state, step=jnp.int32(step - 1))
-        experiment = self._experiment
+    def fail(self, step: int, before: State, batch: Batch) -> None:
+        """Ends the run at a bad step; `before` is the state before it but for `state.step`."""
+        if self._writer:
+            self._writer.flush()
+        experiment, (state, batch_stats) = self._experiment, before
+        state = dataclasses.replace(state, step=jnp.int32(step - 1))
         found = first_nonfinite(
-            before,
+            state,
             batch_stats,
-            training_batch(experiment, before, batch),
+            training_batch(experiment, state, batch),
             model=experiment.model,
             loss_fn=experiment.loss_fn,
         )
         self.ended = True
-        self.failure = _nonfinite(step, self.skipped, found, self._checkpoints.steps())
+        self.failure = _nonfinite(step, self.bad_steps, found, self._checkpoints.steps())
 
     def test(
-        self, step: int, metrics: Metrics, state: State, evaluated: Variables, observer: Observer
-    ) -> dict[str, float]:
-        """Records an evaluation, observes the network, and returns the loss and the accuracy."""
+        self, step: int, metrics: Metrics, own: State, evaluated: Variables, observer: Observer
+    ) -> None:
+        """Writes an evaluation and observes the network."""
         means = metrics.means()
-        self._writer.test(step, means, count=int(metrics.count))
-        observer.observe(self._writer, step, *state, evaluated)
-        return means
+        self._accuracy = means["accuracy"]
+        if self._writer:
+            self._writer.test(step, means, count=int(metrics.count))
+            observer.observe(self._writer, step, *own, evaluated)
 
-    def save(self, state: State, evaluated: Variables, accuracy: float | None) -> None:
-        """Saves a checkpoint; `accuracy` of an evaluation at this step, or None."""
-        self._writer.flush()  # first, so that a checkpoint never knows more than the files
+    def save(self, own: State, evaluated: Variables) -> None:
+        """Saves a checkpoint, with the accuracy if this step was evaluated."""
+        if self._writer:
+            self._writer.flush()  # first, so that a checkpoint never knows more than the files
+        about = {
+            "config": self._config.to_dict(),
+            "versions": versions(),
+            "norm": rundir.norm_conventions(self._config),
+        }
         apart = evaluated if self._experiment.is_apart else None
-        self._checkpoints.save(*state, accuracy, self._about, evaluated=apart)
+        self._checkpoints.save(*own, self._accuracy, about, evaluated=apart)
+        self._accuracy, self.ended = None, self.is_finishing
 
     def finish(self) -> dict[str, Any]:
         """Writes and returns the summary, once everything else is on disk."""
+        if self._writer is None:
+            self._checkpoints.wait()
+            return {}
         self._writer.board.finished()
         self._writer.flush()
         self._checkpoints.wait()
         summary = summarise(
-            self._config, self._workdir, self._dataset, self._experiment, self._seconds
+            self._config, self._folder, self._dataset, self._experiment, self._seconds
         )
-        write_json(self._workdir / "summary.json", summary)
+        write_json(self._folder / "summary.json", summary)
         return summary
 
 
-class Follower:
-    """Takes part in a run that another process records; everything is as for `Recorder`."""
-
-    notes: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: Path,
-        experiment: Experiment,
-        stack: contextlib.ExitStack,
-    ):
-        """Opens the checkpoints; where the run stands has to be said by the first process."""
-        self.name, self.seed, self.data = config.name, config.seed, ""
-        self._experiment = experiment
-        self._checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints"))
-        self.start, self.skipped, self.ended = 0, 0, False
-        self.failure: NonFiniteError | None = None
-
-    def begin(self, steps: Steps) -> State:
-        """Returns the state and the statistics to go on with."""
-        like = steps.like()
-        if self.start not in self._checkpoints.steps():  # weights from elsewhere may be of step 0
-            init_key, _ = jax.random.split(jax.random.key(self.seed))
-            return steps.init(init_key)
-        self._checkpoints.reload()
-        return self._checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
-
-    def introduce(self, observer: Observer) -> None:
-        """Shows nothing."""
-
-    def record(self, step: int, metrics: Metrics, seconds: float) -> None:
-        """Counts the steps in a row that were not finite."""
-        self.skipped = self.skipped + 1 if metrics.skipped else 0
-
-    def is_lost(self) -> bool:
-        """Returns whether more steps in a row were not finite than the config puts up with."""
-        return self.skipped > self._experiment.most_skipped
-
-    def fail(self, step: int, state: TrainState, batch_stats: BatchStats, batch: Batch) -> None:
-        """Ends the run at a step that was not finite."""
-        self.ended, self.failure = True, _nonfinite(step, self.skipped, None, [])
-
-    def test(
-        self, step: int, metrics: Metrics, state: State, evaluated: Variables, observer: Observer
-    ) -> dict[str, float]:
-        """Returns the loss and the accuracy."""
-        return metrics.means()
-
-    def save(self, state: State, evaluated: Variables, accuracy: float | None) -> None:
-        """Saves this process's part of a checkpoint."""
-        apart = evaluated if self._experiment.is_apart else None
-        self._checkpoints.save(*state, accuracy, {}, evaluated=apart)
-
-    def finish(self) -> dict[str, Any]:
-        """Returns no summary: the first process writes it."""
-        self._checkpoints.wait()
-        return {}
-
-
 def _so_far(workdir: Path, step: int) -> tuple[float, int]:
-    """Returns the seconds of training up to a step, and the steps in a row skipped before it.
+    """Returns the seconds of training up to a step, and the bad steps in a row before the next.
 
     Raises:
-        UserError: if metrics.jsonl or timing.jsonl does not reach so far.
+        UserError: if metrics.jsonl or timing.jsonl ends before the step.
     """
-    train = [line for line in read_metrics(workdir / "metrics.jsonl") if line["split"] == "train"]
+    train = [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "train"]
     timing = read_lines(workdir / "timing.jsonl")
     for name, lines in (("metrics.jsonl", train), ("timing.jsonl", timing)):
         if not lines or lines[-1]["step"] != step:
             raise UserError(
                 f"{workdir / name} ends before step {step}, of which there is a checkpoint. "
                 "Restore the file from a copy, or train anew in another folder with --workdir. "
-                "What `bnjax port` made of weights that had been trained has no such file: it can "
-                "be evaluated, and not trained on."
+                "A folder that `bnjax port` made of trained weights has no such file: it can be "
+                "evaluated, but not trained on."
             )
-    seconds = timing[-1].get("seconds")
     skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])
-    return seconds if isinstance(seconds, float) else 0.0, len([*skipped])
+    return float(timing[-1]["seconds"]), len([*skipped])
 
 
 def _nonfinite(step: int, in_a_row: int, found: str | None, saved: list[int]) -> NonFiniteError:
@@ -252,44 +365,16 @@ def _nonfinite(step: int, in_a_row: int, found: str | None, saved: list[int]) ->
     )
 
 
-class Progress:
-    """A bar with the time to go on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int, done: int):
-        """Starts at `done` of `total` steps."""
-        self._bar = tqdm.tqdm(
-            total=total,
-            initial=done,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-
-    def advance(self, loss: float, accuracy: float, images_per_s: float) -> None:
-        """Counts one training step."""
-        words = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {images_per_s:,.0f} images/s"
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.update()
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        tqdm.tqdm.write(text)  # above other bars, too
-        sys.stdout.flush()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+def _say(text: str) -> None:
+    tqdm.tqdm.write(text)  # above the bars
+    sys.stdout.flush()
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`.
+    """While entered, the first SIGINT or SIGTERM only sets `signal`; a second ends the program.
 
-    A second one ends the program at once.
-
-    An exception in the middle of a step would find its inputs donated and its outputs not there
-    yet. In another thread than the main one, where Python allows no handlers, nothing changes.
+    An exception in the middle of a step would leave its donated inputs without its outputs. In a
+    thread other than the main one, where Python allows no handlers, nothing changes.
 
     Attributes:
         signal: the signal that came, or None.
@@ -298,22 +383,18 @@ class StopRequest:
     def __init__(self) -> None:
         """Has received nothing yet."""
         self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self.__exit__()

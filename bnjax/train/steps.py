@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -63,17 +64,11 @@ def default_feed(experiment: Experiment, split: Examples) -> Feed:
 class Steps:
     """The compiled functions of an experiment, for one seed or several side by side.
 
-    With several seeds, state and statistics are those of all of them; `join` and `split` go from
-    and to those of each.
+    With several seeds all arrays of state and statistics have a leading axis.
 
     Attributes:
         feed: where the batches come from.
-        resident: what of the feed lies on each device.
-        train: (state, batch_stats, streak, resident, *shipment) -> (state, batch_stats, streak,
-            metrics), the states donated; the shipment is from `bnjax.data.feed.ship`, the metrics
-            are for `unstack`. `streak` (of each seed) counts how many steps in a row were dropped
-            because they were not finite. Once it is above the experiment's limit every further
-            step is dropped, so that the state stays what the first of them met.
+        compile_seconds: what compiling `train` took so far.
     """
 
     def __init__(self, experiment: Experiment, dataset: Dataset, feed: Feed, seeds: int = 1):
@@ -81,14 +76,14 @@ class Steps:
         model, product = experiment.model, experiment.product
         self._experiment, self._dataset, self._seeds = experiment, dataset, seeds
         self._parallel = parallel = experiment.parallel
-        self.feed = feed
-        self.resident = parallel.put(feed.resident, None)
+        self.feed, self.compile_seconds = feed, 0.0
+        self._resident = parallel.put(feed.resident, None)
         self._examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in a shipment
         shipped = (self._examples,) if feed.max_steps == 1 else (self._examples, None)
         self._init = jax.jit(
             functools.partial(init_state, model, experiment.tx), compiler_options=init_options()
         )
-        self.train = parallel.compile(
+        self._train = parallel.compile(
             functools.partial(training_program, experiment, feed, seeds),
             (None, None, None, None, *shipped),
             donate_argnums=(0, 1),
@@ -96,6 +91,7 @@ class Steps:
                 experiment.batch_size // experiment.micro_batches, product
             ),
         )
+        self._program: Any = None
         # Filled up, so that each device takes as many.
         devices = parallel.mesh.size
         self._test_size = -(-experiment.eval_batch_size // devices) * devices
@@ -127,7 +123,7 @@ class Steps:
 
         Raises:
             UserError: if they do not fit into the device's memory for all seeds. XLA would say so
-                late, or wait for ever.
+                late, or hang.
         """
         found = jax.eval_shape(self._init, jax.random.key(0), self._first_images())
         leaves = jax.tree.leaves(found)
@@ -141,46 +137,61 @@ class Steps:
             )
         return found
 
-    def init(self, key: jax.Array) -> State:
-        """Returns one untrained seed."""
+    def init(self, seed: int) -> State:
+        """Returns one untrained seed; the only place where a seed becomes keys."""
+        key, _ = jax.random.split(jax.random.key(seed))
         return self._init(key, self._first_images())
 
     def _first_images(self) -> np.ndarray:
         """Returns what a network is initialised with; of most only the shape matters."""
         return self._dataset.train.select(np.arange(self._experiment.init_images)).image
 
-    def join(self, states: list[State]) -> State:
-        """Returns the states of each seed as one, on all devices."""
-        if self._seeds > 1:
-            return self._parallel.put(
-                jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), None
-            )
-        return self._parallel.put(states[0], None)
-
-    def ship(self, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
-        """Returns the items of several steps and, in them, seeds, as `train` takes them."""
-        joined, *count = ship(self.feed, items)
-        put = self._parallel.put
-        return put(joined, self._examples), *(put(number, None) for number in count)
-
-    def streak(self, skipped: list[int]) -> np.ndarray:
-        """Returns the first `streak`, from the steps in a row that each seed has dropped so far."""
-        return np.array(skipped if self._seeds > 1 else skipped[0], np.int32)
-
-    def split(self, both: Both) -> list[Both]:
-        """Returns the state of each seed, or its variables."""
+    def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
+        """Returns state, statistics and bad steps in a row of all seeds, on all devices."""
         if self._seeds == 1:
-            return [both]
-        return [jax.tree.map(operator.itemgetter(i), both) for i in range(self._seeds)]
+            return *self._parallel.put(states[0], None), self._bad(bad_steps[0])
+        joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return *self._parallel.put(joined, None), self._bad(bad_steps)
 
-    def local(self, both: Both) -> Both:
-        """Returns the state of one seed, or its variables, on one device of this process."""
-        return self._parallel.local(both)
+    def _bad(self, bad_steps: Any) -> Any:
+        return self._parallel.put(np.array(bad_steps, np.int32), None)
+
+    def train(
+        self, state: Any, batch_stats: Any, bad_steps: Any, dispatch: Sequence[Sequence[Item]]
+    ) -> tuple[Any, Any, Any, Metrics]:
+        """Takes several steps, whose metrics are for `unstack`; the first call compiles.
+
+        State and statistics are donated.
+
+        Args:
+            state, batch_stats: of all seeds.
+            bad_steps: how many of the latest steps in a row were not finite, int [seeds]. Once it
+                is above the experiment's limit every step is dropped, so that state and statistics
+                stay as they were before the first of these steps, but for `state.step`.
+            dispatch: the items of each step and, in it, each seed.
+        """
+        joined, *count = ship(self.feed, dispatch)
+        put = self._parallel.put
+        shipment = put(joined, self._examples), *(put(number, None) for number in count)
+        arguments = (state, batch_stats, bad_steps, self._resident, *shipment)
+        if self._program is None:
+            began = time.perf_counter()
+            self._program = self._train.lower(*arguments).compile()
+            self.compile_seconds += time.perf_counter() - began
+        return self._program(*arguments)
+
+    def of_seed(self, tree: Both, i: int) -> Both:
+        """Returns the state or the variables of one seed."""
+        return tree if self._seeds == 1 else jax.tree.map(operator.itemgetter(i), tree)
+
+    def local(self, tree: Both, i: int) -> Both:
+        """Returns the state or the variables of one seed on one device of this process."""
+        return self._parallel.local(self.of_seed(tree, i))
 
     def evaluated(self, state: TrainState, batch_stats: BatchStats) -> Variables:
-        """Returns the weights and statistics that are evaluated and predicted with.
+        """Returns the weights and statistics to evaluate and predict with.
 
-        By default those that training has; otherwise averaged weights, or precise statistics.
+        By default those of training; otherwise averaged weights, or precise statistics.
         """
         experiment = self._experiment
         params = state.params
@@ -193,9 +204,7 @@ class Steps:
         for batch in batches:
             part = self._parallel.put(self._parallel.part.of(batch), 0)
             seen = self._observe(params, batch_stats, seen, part)
-        one = (params, batch_stats)
-        if self._seeds > 1:
-            one = jax.tree.map(lambda leaf: leaf[0], one)
+        one = self.of_seed((params, batch_stats), 0)
         layers = norm_layers(experiment.model, *one, batch=batches[0], train=False)
         return params, put(batch_stats, seen, layers)
 
@@ -222,31 +231,33 @@ def precise_batches(split: Examples, experiment: Experiment) -> Iterator[Batch]:
 def training_program(
     experiment: Experiment, feed: Feed, seeds: int, axis_name: tuple[str, ...] | None = None
 ) -> Any:
-    """Returns `Steps.train`, to be compiled; with `axis_name`, for the part of one device."""
-    model, tx, most_skipped = experiment.training_model, experiment.tx, experiment.most_skipped
+    """Returns the program of `Steps.train`; with `axis_name`, for the part of one device.
+
+    The `skipped` of its metrics counts the bad steps in a row.
+    """
     take_step: Any = train_step
     if (parts := experiment.micro_batches) > 1:
         take_step = functools.partial(accumulated_step, micro_batches=parts)
 
-    def one(state: Any, batch_stats: Any, streak: Any, resident: Any, item: Any) -> Any:
-        batch = training_batch(experiment, state, feed.batch(resident, item), axis_name)
-        new, new_stats, metrics = take_step(
+    def one(state: Any, batch_stats: Any, bad_steps: Any, resident: Any, item: Any) -> Any:
+        def loss_fn(logits: Any, label: Any) -> Any:
+            # After too many bad steps all others are bad, too: the host looks at the first one
+            # while these are on their way.
+            losses = experiment.loss_fn(logits, label)
+            return jnp.where(bad_steps > experiment.most_skipped, jnp.nan, losses)
+
+        state, batch_stats, metrics = take_step(
             state,
             batch_stats,
-            batch,
-            model=model,
-            tx=tx,
-            loss_fn=experiment.loss_fn,
+            training_batch(experiment, state, feed.batch(resident, item), axis_name),
+            model=experiment.training_model,
+            tx=experiment.tx,
+            loss_fn=loss_fn,
             axis_name=axis_name,
             skip_nonfinite=True,
         )
-        over = streak > most_skipped
-        old = (dataclasses.replace(state, step=new.step), batch_stats)
-        new, new_stats = jax.tree.map(
-            lambda old, new: new if new is old else jnp.where(over, old, new), old, (new, new_stats)
-        )
-        streak = jnp.where(over | (metrics.skipped > 0), streak + 1, 0)
-        return new, new_stats, streak, metrics
+        bad_steps = (bad_steps + 1) * metrics.skipped
+        return state, batch_stats, bad_steps, dataclasses.replace(metrics, skipped=bad_steps)
 
     step: Any = vmap(one, in_axes=(0, 0, 0, None, 0)) if seeds > 1 else one
     if feed.max_steps == 1:
@@ -255,7 +266,7 @@ def training_program(
     # The number of steps is an argument of the program, so that it is compiled once, and a step's
     # bits do not depend on how many others it was dispatched with.
     def several(
-        state: Any, batch_stats: Any, streak: Any, resident: Any, items: Any, n: Any
+        state: Any, batch_stats: Any, bad_steps: Any, resident: Any, items: Any, n: Any
     ) -> Any:
         def item(i: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[i], items)
@@ -265,11 +276,11 @@ def training_program(
             *states, metrics = step(*states, resident, item(i))
             return *states, jax.tree.map(lambda all, one: all.at[i].set(one), every, metrics)
 
-        one_step = jax.eval_shape(step, state, batch_stats, streak, resident, item(0))[-1]
+        one_step = jax.eval_shape(step, state, batch_stats, bad_steps, resident, item(0))[-1]
         every = jax.tree.map(
             lambda leaf: jnp.zeros((feed.max_steps, *leaf.shape), leaf.dtype), one_step
         )
-        return jax.lax.fori_loop(0, n, body, (state, batch_stats, streak, every))
+        return jax.lax.fori_loop(0, n, body, (state, batch_stats, bad_steps, every))
 
     return several
 

@@ -51,7 +51,7 @@ def test_feeds_say_which_image_each_example_is_and_of_which_epoch(kind):
 
 def test_each_key_of_the_config_changes_the_batch_of_a_step_and_the_next_step_differs():
     plain = experiment()
-    state, _ = Steps(plain, DATA, feed("host", plain.part)).init(jax.random.key(0))
+    state, _ = Steps(plain, DATA, feed("host", plain.part)).init(0)
     later = dataclasses.replace(state, step=state.step + 1)
     batch = {
         "image": DATA.train.image[:10],
@@ -74,7 +74,7 @@ def test_each_key_of_the_config_changes_the_batch_of_a_step_and_the_next_step_di
 def test_the_program_trains_on_the_augmented_batch(kind, devices):
     made = experiment(devices, **EVERY)
     steps = Steps(made, DATA, feed(kind, made.part))
-    first, stats = steps.init(jax.random.key(0))
+    first, stats = steps.init(0)
     wanted, its_stats = first, stats
     step = jax.jit(train_step, static_argnames=("model", "tx", "loss_fn"))
     items = [*itertools.islice(host_feed(DATA.train, 12, shuffle=True).items(0, 0), 3)]
@@ -83,15 +83,12 @@ def test_the_program_trains_on_the_augmented_batch(kind, devices):
         wanted, its_stats, _ = step(
             wanted, its_stats, batch, model=made.model, tx=made.tx, loss_fn=made.loss_fn
         )
-    state, stats = steps.join([(first, stats)])
-    shipments = [[(item,)] for item in itertools.islice(steps.feed.items(0, 0), 3)]
+    state, stats, bad_steps = steps.join([(first, stats)], [0])
+    dispatches = [[(item,)] for item in itertools.islice(steps.feed.items(0, 0), 3)]
     if kind == "resident":
-        shipments = [[*itertools.chain(*shipments)]]
-    streak = steps.streak([0])
-    for shipment in shipments:
-        state, stats, streak, _ = steps.train(
-            state, stats, streak, steps.resident, *steps.ship(shipment)
-        )
+        dispatches = [[*itertools.chain(*dispatches)]]
+    for dispatch in dispatches:
+        state, stats, bad_steps, _ = steps.train(state, stats, bad_steps, dispatch)
     mine, its = (
         jax.tree.leaves((of.params, its)) for of, its in ((state, stats), (wanted, its_stats))
     )

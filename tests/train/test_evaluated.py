@@ -163,10 +163,9 @@ def test_swa_is_of_the_steps_that_the_keys_say(tmp_path):
     run, _ = trained(tmp_path / "run", chosen)
     experiment, weights = build.experiment(config(), DATA), []
     steps = Steps(experiment, DATA, default_feed(experiment, DATA.train))
-    state, stats = steps.init(jax.random.split(jax.random.key(0))[0])
-    streak, items = steps.streak([0]), steps.feed.items(0, 0)
+    (state, stats, bad_steps), items = steps.join([steps.init(0)], [0]), steps.feed.items(0, 0)
     for _ in range(10):
-        state, stats, streak, _ = steps.train(state, stats, streak, steps.resident, next(items))
+        state, stats, bad_steps, _ = steps.train(state, stats, bad_steps, [(next(items),)])
         weights.append(jax.device_get(state.params))
     chosen_ones = [weights[step - 1] for step in (4, 7, 10)]
     close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *chosen_ones))

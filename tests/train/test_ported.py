@@ -12,7 +12,7 @@ import synthetic
 from bnjax import errors, main
 from bnjax.clinic import weights_file
 from bnjax.train import build
-from bnjax.train.run import Follower, Recorder
+from bnjax.train.run import Seed
 from bnjax.train.steps import Steps, default_feed
 from bnjax.train.trained import Trained
 
@@ -60,7 +60,7 @@ def test_there_and_back_is_the_same_network(run, port, tmp_path, framework, name
     assert "holds a run already" in again.stderr
 
 
-def test_training_goes_on_with_weights_of_step_0_in_every_process(run, port, tmp_path):
+def test_training_goes_on_with_weights_of_step_0(run, port, tmp_path):
     file, new = tmp_path / "net.npz", tmp_path / "new"
     port("--workdir", run, "--to", "keras", file)
     port("--workdir", run, "--from", "keras", file, "--out", new)
@@ -69,13 +69,9 @@ def test_training_goes_on_with_weights_of_step_0_in_every_process(run, port, tmp
     steps = Steps(experiment, data, default_feed(experiment, data.train))
     given = Trained(run, "last")
     with contextlib.ExitStack() as stack:
-        for process in (
-            Recorder(config, new, experiment, data, stack),
-            Follower(config, new, experiment, stack),
-        ):
-            state, batch_stats = process.begin(steps)
-            jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
-            jax.tree.map(np.testing.assert_array_equal, batch_stats, given.batch_stats)
+        state, batch_stats = Seed(config, new, experiment, data, stack).restore(steps)
+    jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
+    jax.tree.map(np.testing.assert_array_equal, batch_stats, given.batch_stats)
 
 
 def test_numbers_that_are_not_finite_are_named(run, port, tmp_path):
