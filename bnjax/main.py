@@ -37,7 +37,7 @@ def train(args: argparse.Namespace) -> int:
         _join_hosts(args)
     from bnjax.train.cpu import prepare
 
-    prepare()  # before anything asks which backend there is
+    prepare(training=True)  # before anything asks which backend there is
     build.check(config)
 
     from bnjax.train import rundir, summary
@@ -80,7 +80,7 @@ def compare(args: argparse.Namespace) -> int:
 
     if args.full and not args.claim:
         raise errors.UserError("--full is of a claim: give one with --claim.")
-    prepare()
+    prepare(training=True)
     if args.claim:
         comparison = grid.compare_claim(args.claim, args.overrides, full=args.full)
     else:

@@ -257,7 +257,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/adaptation"), metavar="DIR")
     args, overrides = parser.parse_known_args()
-    prepare()
+    prepare(training=True)
     words = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
     comparison = grid.compare_configs([CONFIG], [*words, *overrides])
     comparison |= {"seeds": [*range(SEEDS)], "command": "python scripts/adaptation.py"}

@@ -116,7 +116,7 @@ def main() -> None:
             rows.append(("bnjax", seed, ours(args, seed, Path(folder) / str(seed))))
             if args.peer:
                 rows.append(("peer", seed, peer(args, seed)))
-    prepare()
+    prepare(training=True)
     each, best = flops_per_image(args), product()
     print(f"{jax.devices()[0].device_kind}, product {best / 1e9:,.0f} GFLOP/s", end="")
     print(f"; {each / 1e9:.2f} GFLOP an image of training")

@@ -145,7 +145,7 @@ def step_seconds(workdir: Path) -> float:
 
 def network_alone(args: argparse.Namespace) -> float:
     """Returns the time of a step of the same training on as large images, all in memory."""
-    prepare()
+    prepare(training=True)
     rng = np.random.default_rng(0)
     shape = (ALONE_IMAGES, args.image_size, args.image_size, 3)
     images = rng.integers(0, 256, shape, np.uint8)

@@ -1,11 +1,12 @@
-"""What XLA has to be told to be fast on the backend at hand, and its cache."""
+"""What makes XLA fast on a CPU: compiler options and memory; and the cache of its programs."""
 
 import ctypes
 import functools
+import importlib.metadata
+import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -46,17 +47,22 @@ LEAST_MEMORY = 8 << 30  # bytes that have to be available
 # needs (18.7 GB instead of 4.9): once a small block lies behind a large freed one, glibc does not
 # fit another there that is as large and aligned.
 SPARE_MEMORY = 0.25
-# What Linux says of the machine.
+# What Linux says of the machine, and the device files of NVIDIA, AMD, Google and WSL.
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
 
 
-def prepare() -> None:
+def prepare(*, training: bool = False) -> None:
     """Sets up this process for a command that computes; call it before anything is computed.
+
+    Args:
+        training: whether the command trains: then `keep_freed_memory` where JAX will use a CPU.
 
     Raises:
         UserError: if JAX was told to use a platform that it has no device of.
     """
-    keep_freed_memory()
+    if training and will_use_cpu():
+        keep_freed_memory()
     keep_compiled(cache_dir() / "compiled")
     try:
         jax.devices()
@@ -68,17 +74,27 @@ def prepare() -> None:
         ) from error
 
 
-def compiler_options(
-    batch_size: int = 1, product: str = "float32", cpuinfo: Path = CPUINFO
-) -> Options:
+def will_use_cpu() -> bool:
+    """Returns whether JAX will choose a CPU.
+
+    JAX is not asked: once its threads have started, `keep_freed_memory` is too late, and a step
+    takes 35 % longer.
+    """
+    if platforms := jax.config.values["jax_platforms"]:
+        return platforms.split(",")[0] == "cpu"
+    packages = any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    plugins = packages or importlib.metadata.entry_points(group="jax_plugins")
+    return not (plugins and any(any(Path("/dev").glob(name)) for name in ACCELERATORS))
+
+
+def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
     """Returns the options for `jax.jit(f, compiler_options=...)` that are fast by default.
 
     Args:
         batch_size: examples that a program handles at once.
         product: the dtype of what its dense layers multiply.
-        cpuinfo: names what the processor can do.
     """
-    if not (cpuinfo.exists() and " avx512f " in cpuinfo.read_text()):
+    if not (CPUINFO.exists() and " avx512f " in CPUINFO.read_text()):
         return usable(CPU_OPTIONS)
     large = batch_size >= LARGE_BATCH and product == "float32"
     return usable(CPU_OPTIONS | (AVX512_LARGE_BATCH_OPTIONS if large else AVX512_OPTIONS))
@@ -114,33 +130,27 @@ def memory() -> int | None:
     return limit
 
 
-def keep_freed_memory(libc: Any = None, meminfo: Path = MEMINFO) -> bool:
+def keep_freed_memory() -> bool:
     """Makes glibc keep what XLA frees for the next step, in huge pages; returns whether it does.
 
     XLA frees and takes gigabytes in each step on a CPU, and page faults are a fifth of its time.
-    Call this before the first computation. Nothing is done where less than 8 GB are available,
-    where another malloc or other settings of this one were chosen (LD_PRELOAD, GLIBC_TUNABLES),
-    with BNJAX_MALLOC=0, and where there is no glibc.
-
-    Args:
-        libc: the C library; that of this process if None.
-        meminfo: says how many bytes are available.
+    Call this before anything else of JAX. Nothing is done where less than 8 GB are available, where
+    another malloc or other settings of this one were chosen (LD_PRELOAD, GLIBC_TUNABLES), with
+    BNJAX_MALLOC=0, and where there is no glibc.
     """
     chosen = "malloc" in os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
-    available = available_memory(meminfo)
+    available = _meminfo("MemAvailable")
     if chosen or os.environ.get("BNJAX_MALLOC") == "0" or available < LEAST_MEMORY:
         return False
-    libc = libc or ctypes.CDLL(None)
-    if not (hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt")):
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
         return False
     kept = all(libc.mallopt(name, value) == 1 for name, value in KEEP_FREED_MEMORY.values())
     # The heap grows by this at once, marked, and none of it is touched; what is freed stays a part
     # of the heap.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.madvise.argtypes, libc.free.argtypes = (
-        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
-        [ctypes.c_void_p],
-    )
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.free.argtypes = [ctypes.c_void_p]
     block, page = libc.malloc(available // 2), os.sysconf("SC_PAGE_SIZE")
     if block:
         libc.madvise(-(-block // page) * page, available // 2 - page, MADV_HUGEPAGE)
@@ -148,46 +158,36 @@ def keep_freed_memory(libc: Any = None, meminfo: Path = MEMINFO) -> bool:
     return kept
 
 
-def give_back_freed_memory(libc: Any = None, meminfo: Path = MEMINFO) -> bool:
+def give_back_freed_memory() -> bool:
     """Gives what is kept back to the kernel where little else is left; returns whether it did.
 
-    Call this between steps: it is quick where there is enough.
-
-    Args:
-        libc: the C library; that of this process if None.
-        meminfo: says how many bytes there are, and are available.
+    For between steps, about once a second; does nothing on other backends than a CPU.
     """
-    if available_memory(meminfo) >= SPARE_MEMORY * _meminfo("MemTotal", meminfo):
+    if jax.default_backend() != "cpu":
         return False
-    libc = libc or ctypes.CDLL(None)
+    if _meminfo("MemAvailable") >= SPARE_MEMORY * _meminfo("MemTotal"):
+        return False
+    libc = ctypes.CDLL(None)
     return hasattr(libc, "malloc_trim") and libc.malloc_trim(0) == 1
 
 
-def available_memory(meminfo: Path = MEMINFO) -> int:
-    """Returns the bytes that processes may still take, 0 where the kernel does not say."""
-    return _meminfo("MemAvailable", meminfo)
-
-
-def _meminfo(name: str, meminfo: Path) -> int:
-    lines = meminfo.read_text() if meminfo.exists() else ""
+def _meminfo(name: str) -> int:
+    """Returns bytes, 0 where the kernel does not say."""
+    lines = MEMINFO.read_text() if MEMINFO.exists() else ""
     found = re.search(rf"^{name}: +(\d+) kB$", lines, re.MULTILINE)
     return int(found[1]) << 10 if found else 0
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keeps compiled programs in a folder, so that the next process need not compile them.
+    """Caches compiled programs in a folder for later processes, the latest used 2 GB of them.
 
-    At most 2 GB, the latest used.
-
-    Nothing is changed where the user has chosen a folder, by JAX_COMPILATION_CACHE_DIR or by
-    jax.config.
+    A folder that the user chose, by JAX_COMPILATION_CACHE_DIR or jax.config, is kept.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", 2 << 30)
-        jax.config.update(
-            "jax_persistent_cache_min_compile_time_secs", 0.1
-        )  # JAX's own 1 s leaves out most of a small network
+        # JAX's own 1 s leaves out most of a small network.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @functools.cache
