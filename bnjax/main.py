@@ -41,8 +41,7 @@ def train(args: argparse.Namespace) -> int:
     build.check(config)
 
     from bnjax.train import rundir, summary
-    from bnjax.train.loop import Stopped, Trainer
-    from bnjax.train.run import StopRequest
+    from bnjax.train.loop import Stopped, train_and_evaluate
 
     dataset = build.dataset(config)
     if dataset.fallback_reason:
@@ -57,13 +56,10 @@ def train(args: argparse.Namespace) -> int:
         )
         return 0
     try:
-        with StopRequest() as stop:
-            (result,) = Trainer(config, dataset).train({config.seed: workdir}, stop).values()
+        result = train_and_evaluate(config, workdir, dataset)
     except Stopped as stopped:
         print(f"\n{stopped}; everything is saved. To go on:\n    {args.again}")
         return 128 + stopped.signal
-    if isinstance(result, errors.NonFiniteError):
-        raise result
     if not result:  # the first process has it
         return 0
     print(summary.as_text(result))

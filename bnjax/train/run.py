@@ -91,10 +91,9 @@ class Run:
             return 1
         intervals = [experiment.eval_every, experiment.save_every or experiment.steps]
         to_next = min(experiment.steps - step, *(every - step % every for every in intervals))
-        in_time = max(1, int(DISPATCH_SECONDS / self._step_seconds))
-        if jax.process_count() > 1:  # their clocks would disagree
-            in_time = to_next
-        return min(to_next, in_time, self._steps.feed.max_steps)
+        if jax.process_count() == 1:  # clocks of several would disagree
+            to_next = min(to_next, max(1, int(DISPATCH_SECONDS / self._step_seconds)))
+        return min(to_next, self._steps.feed.max_steps)
 
     def log(
         self, both: State, first: int, dispatch: list[tuple[Item, ...]], metrics: Metrics
@@ -165,16 +164,15 @@ class Run:
         ]
 
     def _banner(self, params: Any) -> str:
-        experiment, together = self._experiment, ""
-        if len(self.seeds) > 1:
-            together = f", {len(self.seeds)} seeds in one program"
+        experiment, many = self._experiment, len(self.seeds) > 1
+        config, data = self.seeds[0].config, self.seeds[0].dataset
         devices = experiment.parallel.mesh.devices.flat
-        count = f"{len(devices)} x " if len(devices) > 1 else ""
         return (
-            f"{self.seeds[0].name}{together}: "
+            f"{config.name}{f', {len(self.seeds)} seeds in one program' * many}: "
             f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, "
-            f"{self.seeds[0].data}, steps {self.start + 1} to {experiment.steps} of "
-            f"{experiment.batch_size} images, on {count}{devices[0].device_kind}"
+            f"{len(data.train):,} images of {data.label}, "
+            f"steps {self.start + 1} to {experiment.steps} of {experiment.batch_size} images, on "
+            f"{f'{len(devices)} x ' * (len(devices) > 1)}{devices[0].device_kind}"
         )
 
 
@@ -185,8 +183,7 @@ class Seed:
 
     Attributes:
         number: the seed.
-        name: of the config.
-        data: the training images, in words.
+        config, dataset: of the run; the config has this seed.
         start: the last step of the newest intact checkpoint; 0 if there is none.
         bad_steps: how many of the latest steps in a row were dropped because they were not finite.
         is_finishing: whether the latest step was the last one.
@@ -208,10 +205,8 @@ class Seed:
             UserError: if it belongs to another config or process, all its checkpoints are damaged,
                 or its files lack steps.
         """
-        self.name, self.number = config.name, config.seed
-        self.data = f"{len(dataset.train):,} images of {dataset.label}"
-        self._config, self._folder = config, folder
-        self._experiment, self._dataset = experiment, dataset
+        self.config, self.number = config, config.seed
+        self.dataset, self._folder, self._experiment = dataset, folder, experiment
         self._seconds = 0.0
         self._accuracy: float | None = None  # of the latest step, if it was evaluated
         self.failure: NonFiniteError | None = None
@@ -241,7 +236,7 @@ class Seed:
         if jax.process_index() == 0:
             try:
                 stack.enter_context(rundir.locked(self._folder))
-                rundir.take(self._folder, self._config, rundir.DataFacts.of(self._dataset))
+                rundir.take(self._folder, self.config, rundir.DataFacts.of(self.dataset))
             except UserError as error:
                 refused = error
         (failed,) = from_first(refused is not None)
@@ -259,7 +254,7 @@ class Seed:
     def introduce(self, observer: Observer) -> None:
         """Shows what is trained, once in a run."""
         if self._writer and self._newest < 0:
-            observer.introduce(self._writer, self._config)
+            observer.introduce(self._writer, self.config)
 
     def log(self, step: int, metrics: Metrics, seconds: float) -> None:
         """Writes a training step, and the seconds that it took."""
@@ -304,9 +299,9 @@ class Seed:
         if self._writer:
             self._writer.flush()  # first, so that a checkpoint never knows more than the files
         about = {
-            "config": self._config.to_dict(),
+            "config": self.config.to_dict(),
             "versions": versions(),
-            "norm": rundir.norm_conventions(self._config),
+            "norm": rundir.norm_conventions(self.config),
         }
         apart = evaluated if self._experiment.is_apart else None
         self._checkpoints.save(*own, self._accuracy, about, evaluated=apart)
@@ -321,7 +316,7 @@ class Seed:
         self._writer.flush()
         self._checkpoints.wait()
         summary = summarise(
-            self._config, self._folder, self._dataset, self._experiment, self._seconds
+            self.config, self._folder, self.dataset, self._experiment, self._seconds
         )
         write_json(self._folder / "summary.json", summary)
         return summary

@@ -78,14 +78,14 @@ class Steps:
         self._parallel = parallel = experiment.parallel
         self.feed, self.compile_seconds = feed, 0.0
         self._resident = parallel.put(feed.resident, None)
-        self._examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in a shipment
-        shipped = (self._examples,) if feed.max_steps == 1 else (self._examples, None)
+        examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in a shipment
+        self._shipped = (examples,) if feed.max_steps == 1 else (examples, None)
         self._init = jax.jit(
             functools.partial(init_state, model, experiment.tx), compiler_options=init_options()
         )
         self._train = parallel.compile(
             functools.partial(training_program, experiment, feed, seeds),
-            (None, None, None, None, *shipped),
+            (None, None, None, None, *self._shipped),
             donate_argnums=(0, 1),
             compiler_options=compiler_options(
                 experiment.batch_size // experiment.micro_batches, product
@@ -98,20 +98,15 @@ class Steps:
 
         def test(axis_name: Any) -> Any:
             step = functools.partial(eval_step, model=experiment.tested_model, axis_name=axis_name)
-            return jax.vmap(step, in_axes=(0, 0, None)) if seeds > 1 else step
+            return over_seeds(step, (0, 0, None), seeds)
+
+        def watch(axis_name: Any) -> Any:
+            step = functools.partial(observe, model=model, mode="batch", axis_name=axis_name)
+            return over_seeds(lambda *arguments: step(*arguments)[1], (0, 0, 0, None), seeds)
 
         self._test = parallel.compile(
             test, (None, None, 0), compiler_options=compiler_options(self._test_size, product)
         )
-
-        def watch(axis_name: Any) -> Any:
-            step = functools.partial(observe, model=model, mode="batch", axis_name=axis_name)
-
-            def seen(*arguments: Any) -> Any:
-                return step(*arguments)[1]
-
-            return jax.vmap(seen, in_axes=(0, 0, 0, None)) if seeds > 1 else seen
-
         self._observe = parallel.compile(
             watch,
             (None, None, None, 0),
@@ -148,13 +143,10 @@ class Steps:
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
         """Returns state, statistics and bad steps in a row of all seeds, on all devices."""
-        if self._seeds == 1:
-            return *self._parallel.put(states[0], None), self._bad(bad_steps[0])
-        joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        return *self._parallel.put(joined, None), self._bad(bad_steps)
-
-    def _bad(self, bad_steps: Any) -> Any:
-        return self._parallel.put(np.array(bad_steps, np.int32), None)
+        joined, bad = states[0], np.array(bad_steps, np.int32)
+        if self._seeds > 1:
+            joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return self._parallel.put((*joined, bad if self._seeds > 1 else bad[0]), None)
 
     def train(
         self, state: Any, batch_stats: Any, bad_steps: Any, dispatch: Sequence[Sequence[Item]]
@@ -170,9 +162,7 @@ class Steps:
                 stay as they were before the first of these steps, but for `state.step`.
             dispatch: the items of each step and, in it, each seed.
         """
-        joined, *count = ship(self.feed, dispatch)
-        put = self._parallel.put
-        shipment = put(joined, self._examples), *(put(number, None) for number in count)
+        shipment = map(self._parallel.put, ship(self.feed, dispatch), self._shipped)
         arguments = (state, batch_stats, bad_steps, self._resident, *shipment)
         if self._program is None:
             began = time.perf_counter()
@@ -259,7 +249,7 @@ def training_program(
         bad_steps = (bad_steps + 1) * metrics.skipped
         return state, batch_stats, bad_steps, dataclasses.replace(metrics, skipped=bad_steps)
 
-    step: Any = vmap(one, in_axes=(0, 0, 0, None, 0)) if seeds > 1 else one
+    step = over_seeds(one, (0, 0, 0, None, 0), seeds)
     if feed.max_steps == 1:
         return step
 
@@ -283,6 +273,11 @@ def training_program(
         return jax.lax.fori_loop(0, n, body, (state, batch_stats, bad_steps, every))
 
     return several
+
+
+def over_seeds(step: Any, in_axes: tuple[int | None, ...], seeds: int) -> Any:
+    """Returns a step of one seed as the step of several."""
+    return vmap(step, in_axes) if seeds > 1 else step
 
 
 def training_batch(
