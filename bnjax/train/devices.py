@@ -1,4 +1,4 @@
-"""One step over many devices, and what its batch norms normalise over, whatever wraps it."""
+"""One step over several devices and processes, and which of them share batch statistics."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bnjax.data.batches import Part
 from bnjax.errors import UserError
 
-# The axes of the mesh: devices that normalise together, and groups of them that do not.
+# The axes of the mesh: devices that share batch statistics, and groups of such devices.
 MEMBERS, GROUPS = "members", "groups"
-# A process of which nothing is heard for so long is lost, and the others end.
+# A process that is silent for so long counts as lost, and the others end.
 HEARTBEAT_SECONDS = 30
-# What batch norms normalise over: the batch of all devices, that of each, or of so many together.
+# The devices that share batch statistics: all, none, or so many each.
 Over = Literal["global", "per_device"] | int
 
 
@@ -135,7 +135,7 @@ def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
 def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Connects this process with the others; call it before anything is computed.
 
-    What is None is found in the environment: on TPU pods, under Slurm and Open MPI.
+    Arguments that are None come from the environment of TPU pods, Slurm or Open MPI.
 
     Args:
         coordinator: host and port of process 0.
@@ -143,7 +143,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
         process: which of them this is.
 
     Raises:
-        UserError: if that does not say who belongs together, or they do not meet.
+        UserError: if the processes do not meet.
     """
     try:
         jax.distributed.initialize(
@@ -159,7 +159,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
 
 
 def from_first(*numbers: int) -> tuple[int, ...]:
-    """Returns the numbers that the first process gives, once all have come here."""
+    """Returns the numbers of the first process in all processes, once all have called this."""
     if jax.process_count() == 1:
         return numbers
     sent = multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32))
@@ -167,26 +167,26 @@ def from_first(*numbers: int) -> tuple[int, ...]:
 
 
 class Agreement:
-    """What one process wishes after a step, all do after the same one.
+    """Lets all processes stop or save after the same step.
 
-    Asking costs no waiting: among several processes the answer is about what was wished a dispatch
-    earlier, which the devices have summed up meanwhile.
+    Nothing waits: with several processes the answer is about the numbers that were given one
+    dispatch earlier, which the devices have compared meanwhile.
     """
 
     def __init__(self, parallel: Parallel):
-        """Nothing has been wished yet."""
+        """Compiles nothing yet."""
         self._mesh, self._asked = parallel.mesh, None
         whole = NamedSharding(self._mesh, PartitionSpec())
         self._max = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=whole)
 
-    def __call__(self, *wishes: int) -> tuple[int, ...]:
-        """Returns the largest of what the processes gave, for each of the numbers."""
+    def __call__(self, *numbers: int) -> tuple[int, ...]:
+        """Returns for each number the largest that a process gave."""
         if jax.process_count() == 1:
-            return wishes
+            return numbers
         by_device = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
-        rows = np.tile(np.array(wishes, np.int32), (len(self._mesh.local_devices), 1))
+        rows = np.tile(np.array(numbers, np.int32), (len(self._mesh.local_devices), 1))
         before: Any = self._asked
         self._asked = self._max(jax.make_array_from_process_local_data(by_device, rows))
         if before is None:
-            return (0,) * len(wishes)
-        return tuple(int(wish) for wish in np.asarray(before.addressable_data(0)))
+            return (0,) * len(numbers)
+        return tuple(int(number) for number in np.asarray(before.addressable_data(0)))

@@ -1,21 +1,19 @@
 """Training with everything around it: `train_and_evaluate(config, workdir, dataset)`."""
 
 import contextlib
+import functools
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import tqdm
 from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Feed
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build
-from bnjax.train.build import Experiment
 from bnjax.train.devices import Agreement
 from bnjax.train.diagnostics import Observer
 from bnjax.train.run import Run, Seed, StopRequest
@@ -69,9 +67,9 @@ class Trainer:
         """
         self._config, self._dataset = config, dataset
         self._experiment = build.experiment(config, dataset)
-        self._feed = feed or default_feed(self._experiment, dataset.train)
         self._observer = Observer(self._experiment, dataset)
-        self._steps: dict[int, Steps] = {}
+        feed = feed or default_feed(self._experiment, dataset.train)
+        self._steps = functools.cache(functools.partial(Steps, self._experiment, dataset, feed))
 
     def train(
         self, folders: Mapping[int, Path], stop: StopRequest
@@ -90,8 +88,7 @@ class Trainer:
             UserError: if a folder belongs to another run or process, or the disk fails.
             Stopped: after Ctrl-C or SIGTERM, when the last complete step has been saved.
         """
-        experiment = self._experiment
-        for warning in experiment.warnings:
+        for warning in self._experiment.warnings:
             print(f"\nWARNING: {warning}\n", flush=True)
         try:
             with contextlib.ExitStack() as stack:
@@ -100,19 +97,9 @@ class Trainer:
                     if stop.signal and jax.process_count() == 1:
                         raise Stopped(None, stop.signal)
                     group = [seed for seed in seeds if seed.start == start and not seed.ended]
-                    if len(group) not in self._steps:
-                        self._steps[len(group)] = Steps(
-                            experiment, self._dataset, self._feed, len(group)
-                        )
-                    with tqdm.tqdm(
-                        total=experiment.steps,
-                        initial=start,
-                        unit="step",
-                        disable=not sys.stderr.isatty(),
-                        dynamic_ncols=True,
-                    ) as bar:
-                        run = Run(group, self._steps[len(group)], experiment, self._observer, bar)
-                        _train(run, self._steps[len(group)], experiment, stop)
+                    steps = self._steps(len(group))
+                    with contextlib.closing(Run(group, steps, self._observer)) as run:
+                        _train(run, steps, stop)
                 return {seed.number: seed.failure or seed.finish() for seed in seeds}
         except OSError as error:
             raise UserError(
@@ -127,29 +114,30 @@ class Trainer:
         return Seed(config, folder, self._experiment, self._dataset, stack)
 
 
-def _train(run: Run, steps: Steps, experiment: Experiment, stop: StopRequest) -> None:
+def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
     """Trains seeds that stand at the same step until each has ended."""
-    step, agree = run.start, Agreement(experiment.parallel)
-    items = zip(*(steps.feed.items(seed.number, step) for seed in run.seeds), strict=True)
+    step, feed, experiment = run.start, steps.feed, steps.experiment
+    items = zip(*(feed.items(seed.number, step) for seed in run.seeds), strict=True)
     state, batch_stats, bad_steps = run.begin()
-    pending: Any = None  # steps whose metrics are still on the device
+    pending: Any = None  # the latest steps; their metrics are on the device
+    agree = Agreement(experiment.parallel)
     while not run.ended:
-        # One step on a CPU, several on an accelerator; none passes an evaluation or a save.
+        # One step on a CPU, several on an accelerator; none is past an evaluation or a save. On the
+        # device each takes `feed.batch(resident, item)`, augments it, and calls `train_step`.
         dispatch = [next(items) for _ in range(run.dispatch_size(step))]
         state, batch_stats, bad_steps, metrics = steps.train(
             state, batch_stats, bad_steps, dispatch
         )
         if pending:
-            run.log((state, batch_stats), *pending)  # the device is busy meanwhile
+            run.log((state, batch_stats), *pending)  # while the device computes
         pending = step + 1, dispatch, metrics
         step += len(dispatch)
 
         # Read once: a signal that comes later is for the next step.
         received, overdue = agree(stop.signal or 0, run.is_overdue())
         evaluates = step % experiment.eval_every == 0 or step == experiment.steps
-        saves = bool(
-            overdue or received or (experiment.save_every and step % experiment.save_every == 0)
-        )
+        every = experiment.save_every
+        saves = bool(overdue or received or (every and step % every == 0))
         if evaluates or saves or experiment.stop_at_loss:
             run.log((state, batch_stats), *pending)
             pending = None

@@ -49,19 +49,19 @@ class Run:
         seeds: all at the same step, `start`.
     """
 
-    def __init__(
-        self,
-        seeds: Sequence["Seed"],
-        steps: Steps,
-        experiment: Experiment,
-        observer: Observer,
-        bar: Any,
-    ):
-        """Starts at the step of the seeds; `bar` is tqdm's."""
+    def __init__(self, seeds: Sequence["Seed"], steps: Steps, observer: Observer):
+        """Shows the progress on a terminal until it is closed."""
         self.seeds, self.start = seeds, seeds[0].start
-        self._steps, self._experiment = steps, experiment
-        self._observer, self._bar = observer, bar
+        self._steps, self._experiment, self._observer = steps, steps.experiment, observer
         self._step_seconds = float("inf")
+        self._bar = tqdm.tqdm(
+            total=steps.experiment.steps,
+            initial=self.start,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self.close = self._bar.close
 
     @property
     def ended(self) -> bool:

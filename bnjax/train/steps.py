@@ -67,6 +67,7 @@ class Steps:
     With several seeds all arrays of state and statistics have a leading axis.
 
     Attributes:
+        experiment: what is computed.
         feed: where the batches come from.
         compile_seconds: what compiling `train` took so far.
     """
@@ -74,7 +75,7 @@ class Steps:
     def __init__(self, experiment: Experiment, dataset: Dataset, feed: Feed, seeds: int = 1):
         """Compiles nothing yet."""
         model, product = experiment.model, experiment.product
-        self._experiment, self._dataset, self._seeds = experiment, dataset, seeds
+        self.experiment, self._dataset, self._seeds = experiment, dataset, seeds
         self._parallel = parallel = experiment.parallel
         self.feed, self.compile_seconds = feed, 0.0
         self._resident = parallel.put(feed.resident, None)
@@ -139,7 +140,7 @@ class Steps:
 
     def _first_images(self) -> np.ndarray:
         """Returns what a network is initialised with; of most only the shape matters."""
-        return self._dataset.train.select(np.arange(self._experiment.init_images)).image
+        return self._dataset.train.select(np.arange(self.experiment.init_images)).image
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
         """Returns state, statistics and bad steps in a row of all seeds, on all devices."""
@@ -183,7 +184,7 @@ class Steps:
 
         By default those of training; otherwise averaged weights, or precise statistics.
         """
-        experiment = self._experiment
+        experiment = self.experiment
         params = state.params
         if experiment.averages:
             params = averaged_params(state.opt_state, params)
