@@ -36,7 +36,6 @@ from bnjax.train.records import (
 )
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 from bnjax.train.summary import summarise, versions
-from bnjax.types import Batch
 
 # Long beside the host's own work, short beside a user's Ctrl-C.
 DISPATCH_SECONDS = 0.5
@@ -78,7 +77,8 @@ class Run:
         states = [seed.restore(self._steps) for seed in self.seeds]
         _say(self._banner(states[0][0].params))
         for seed in self.seeds:
-            seed.introduce(self._observer)
+            if seed.writer and seed.is_new:
+                self._observer.introduce(seed.writer, seed.config)
         begun = self._steps.join(states, [seed.bad_steps for seed in self.seeds])
         self._compiled = self._steps.compile_seconds
         self._trimmed_at = self._saved_at = self._since = time.perf_counter()
@@ -100,9 +100,10 @@ class Run:
     ) -> None:
         """Writes the metrics of the steps from `first` on; waits until they are there.
 
-        A seed with too many bad steps in a row fails: `both` is its state before them, because the
-        device has dropped every step since.
+        A seed with too many bad steps in a row fails. Its state in `both` is the one before the
+        first of them, because the device has dropped every step since.
         """
+        experiment = self._experiment
         each = unstack(metrics, len(dispatch), len(self.seeds))
         now, compiling = time.perf_counter(), self._steps.compile_seconds - self._compiled
         seconds = self._step_seconds = max(now - self._since - compiling, 1e-6) / len(dispatch)
@@ -113,22 +114,53 @@ class Run:
             cpu.give_back_freed_memory()
             self._trimmed_at = now
         for step, (of_seeds, items) in enumerate(zip(each, dispatch, strict=True), first):
-            going_on = [i for i, seed in enumerate(self.seeds) if not seed.ended]
-            if not going_on:
-                return
-            for i in going_on:
-                self.seeds[i].log(step, of_seeds[i], seconds / len(going_on))
-                if self.seeds[i].bad_steps > self._experiment.most_skipped:
-                    batch = self._steps.feed.batch(self._steps.feed.resident, items[i])
-                    self.seeds[i].fail(step, self._steps.local(both, i), batch)
-                    self._since = time.perf_counter()
-            total = functools.reduce(Metrics.merge, (of_seeds[i] for i in going_on)).means()
-            rate = len(self.seeds) * self._experiment.batch_size / seconds
-            self._bar.set_postfix_str(
-                f"loss {total['loss']:.3f}, accuracy {total['accuracy']:.3f}, {rate:,.0f} images/s",
-                refresh=False,
-            )
-            self._bar.update()
+            going_on = self._going_on()
+            rate = experiment.batch_size * len(going_on) / seconds
+            for i, seed in going_on:
+                means, target = of_seeds[i].means(), experiment.stop_at_loss
+                seed.bad_steps = int(of_seeds[i].skipped)
+                seed.is_finishing = step == experiment.steps or (
+                    target is not None and means["loss"] <= target
+                )
+                seed.seconds += seconds / len(going_on)
+                if seed.writer:
+                    seed.writer.train(step, means, skipped=seed.bad_steps > 0)
+                    seed.writer.timing(step, seed.seconds, rate)
+                if seed.bad_steps > experiment.most_skipped:
+                    self._fail(seed, step, self._steps.local(both, i), items[i])
+            if going_on:
+                total = functools.reduce(Metrics.merge, (of_seeds[i] for i, _ in going_on)).means()
+                self._bar.set_postfix_str(
+                    f"loss {total['loss']:.3f}, accuracy {total['accuracy']:.3f}, "
+                    f"{rate:,.0f} images/s",
+                    refresh=False,
+                )
+                self._bar.update()
+
+    def _fail(self, seed: "Seed", step: int, before: State, item: Item) -> None:
+        """Ends a seed at a bad step; `before` is the state before it but for `state.step`."""
+        if seed.writer:
+            seed.writer.flush()
+        experiment, feed, (state, batch_stats) = self._experiment, self._steps.feed, before
+        state = dataclasses.replace(state, step=jnp.int32(step - 1))
+        batch = training_batch(experiment, state, feed.batch(feed.resident, item))
+        found = first_nonfinite(
+            state, batch_stats, batch, model=experiment.model, loss_fn=experiment.loss_fn
+        )
+        where = "Computed again, layer by layer, everything is finite."
+        if found:
+            where = f"The first thing that is not finite there is {found}."
+        saved = seed.checkpoints.steps()
+        kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
+        rows = f" and {seed.bad_steps - 1} before it" if seed.bad_steps > 1 else ""
+        seed.failure = NonFiniteError(
+            f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {where} "
+            f"{kept}. What usually helps: a lower learning rate "
+            "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, float32 instead "
+            "of bfloat16, and a look at the images; --config.train.on_nonfinite=skip drops such "
+            "steps instead. Each is another config, and needs a --workdir of its own."
+        )
+        seed.ended, self._since = True, time.perf_counter()
 
     def is_overdue(self) -> bool:
         """Returns whether the last checkpoint is as old as the config allows."""
@@ -139,10 +171,13 @@ class Run:
         """Evaluates and observes every seed, or only those that have taken their last step."""
         metrics = self._steps.test(*evaluated)
         for i, seed in self._going_on(everyone):
-            own, shown = self._steps.local(both, i), self._steps.local(evaluated, i)
-            seed.test(step, metrics[i], own, shown, self._observer)
-            which = f"seed {seed.number}, " if len(self.seeds) > 1 else ""
             means = metrics[i].means()
+            seed.accuracy = means["accuracy"]
+            if seed.writer:
+                seed.writer.test(step, means, count=int(metrics[i].count))
+                own, shown = self._steps.local(both, i), self._steps.local(evaluated, i)
+                self._observer.observe(seed.writer, step, *own, shown)
+            which = f"seed {seed.number}, " if len(self.seeds) > 1 else ""
             _say(
                 f"{which}step {step}: test loss {means['loss']:.4f}, "
                 f"test accuracy {means['accuracy']:.4f}"
@@ -151,12 +186,22 @@ class Run:
     def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
         """Saves every seed, or only those that have taken their last step, which end."""
         for i, seed in self._going_on(everyone):
-            seed.save(self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i))
+            if seed.writer:
+                seed.writer.flush()  # first, so that a checkpoint never knows more than the files
+            about = {
+                "config": seed.config.to_dict(),
+                "versions": versions(),
+                "norm": rundir.norm_conventions(seed.config),
+            }
+            own, shown = self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i)
+            apart = shown if self._experiment.is_apart else None
+            seed.checkpoints.save(*own, seed.accuracy, about, evaluated=apart)
+            seed.accuracy, seed.ended = None, seed.is_finishing
         self._since = time.perf_counter()
         if everyone:
             self._saved_at = self._since
 
-    def _going_on(self, everyone: bool) -> list[tuple[int, "Seed"]]:
+    def _going_on(self, everyone: bool = True) -> list[tuple[int, "Seed"]]:
         return [
             (i, seed)
             for i, seed in enumerate(self.seeds)
@@ -177,18 +222,21 @@ class Run:
 
 
 class Seed:
-    """The folder of one seed: metrics, evaluations, checkpoints and the summary.
-
-    Of several processes the first writes; the others only save their parts of checkpoints.
+    """One seed, its open folder, and where it stands.
 
     Attributes:
         number: the seed.
         config, dataset: of the run; the config has this seed.
         start: the last step of the newest intact checkpoint; 0 if there is none.
+        is_new: whether there is no checkpoint.
         bad_steps: how many of the latest steps in a row were dropped because they were not finite.
+        seconds: of training so far.
+        accuracy: of the latest step, if it was evaluated.
         is_finishing: whether the latest step was the last one.
         ended: whether it takes no more steps.
         failure: why it broke down, or None.
+        checkpoints: each process saves its part.
+        writer: of all other files; None but in the first process.
     """
 
     def __init__(
@@ -205,31 +253,31 @@ class Seed:
             UserError: if it belongs to another config or process, all its checkpoints are damaged,
                 or its files lack steps.
         """
-        self.config, self.number = config, config.seed
-        self.dataset, self._folder, self._experiment = dataset, folder, experiment
-        self._seconds = 0.0
-        self._accuracy: float | None = None  # of the latest step, if it was evaluated
+        self.config, self.number, self.dataset = config, config.seed, dataset
+        self._folder, self._experiment = folder, experiment
+        self.seconds, self.is_finishing = 0.0, False
+        self.accuracy: float | None = None
         self.failure: NonFiniteError | None = None
+        self.writer: RunWriter | None = None
         self._take(stack)
-        self._checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        self._writer: RunWriter | None = None
+        self.checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
         newest, bad_steps, ended = None, 0, False
         if jax.process_index() == 0:
-            newest, damaged = self._checkpoints.newest_intact()
+            newest, damaged = self.checkpoints.newest_intact()
             for note in damaged:
                 print(f"\nWARNING: {note}\n", flush=True)
             start, target = newest or 0, experiment.stop_at_loss
-            self._writer = stack.enter_context(RunWriter(folder, start=start))
+            self.writer = stack.enter_context(RunWriter(folder, start=start))
             if start:
-                self._seconds, bad_steps = _so_far(folder, start)
+                self.seconds, bad_steps = _so_far(folder, start)
             ended = start == experiment.steps or (
                 target is not None
                 and first_at_or_below(read_metrics(folder / "metrics.jsonl"), target) is not None
             )
-        self._newest, self.bad_steps, flag = from_first(
-            -1 if newest is None else newest, bad_steps, ended
+        self.start, self.bad_steps, *flags = from_first(
+            newest or 0, bad_steps, newest is None, ended
         )
-        self.start, self.ended, self.is_finishing = max(self._newest, 0), bool(flag), False
+        self.is_new, self.ended = map(bool, flags)
 
     def _take(self, stack: contextlib.ExitStack) -> None:
         refused: UserError | None = None
@@ -246,78 +294,19 @@ class Seed:
     def restore(self, steps: Steps) -> State:
         """Returns the state and the statistics of the newest checkpoint, or new ones."""
         like = steps.like()
-        if self._newest < 0:
+        if self.is_new:
             return steps.init(self.number)
-        self._checkpoints.reload()  # the first process may have moved damaged ones
-        return self._checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
-
-    def introduce(self, observer: Observer) -> None:
-        """Shows what is trained, once in a run."""
-        if self._writer and self._newest < 0:
-            observer.introduce(self._writer, self.config)
-
-    def log(self, step: int, metrics: Metrics, seconds: float) -> None:
-        """Writes a training step, and the seconds that it took."""
-        means, target = metrics.means(), self._experiment.stop_at_loss
-        self.bad_steps = int(metrics.skipped)
-        self.is_finishing = step == self._experiment.steps or (
-            target is not None and means["loss"] <= target
-        )
-        self._seconds += seconds
-        if self._writer:
-            self._writer.train(step, means, skipped=self.bad_steps > 0)
-            self._writer.timing(step, self._seconds, self._experiment.batch_size / seconds)
-
-    def fail(self, step: int, before: State, batch: Batch) -> None:
-        """Ends the run at a bad step; `before` is the state before it but for `state.step`."""
-        if self._writer:
-            self._writer.flush()
-        experiment, (state, batch_stats) = self._experiment, before
-        state = dataclasses.replace(state, step=jnp.int32(step - 1))
-        found = first_nonfinite(
-            state,
-            batch_stats,
-            training_batch(experiment, state, batch),
-            model=experiment.model,
-            loss_fn=experiment.loss_fn,
-        )
-        self.ended = True
-        self.failure = _nonfinite(step, self.bad_steps, found, self._checkpoints.steps())
-
-    def test(
-        self, step: int, metrics: Metrics, own: State, evaluated: Variables, observer: Observer
-    ) -> None:
-        """Writes an evaluation and observes the network."""
-        means = metrics.means()
-        self._accuracy = means["accuracy"]
-        if self._writer:
-            self._writer.test(step, means, count=int(metrics.count))
-            observer.observe(self._writer, step, *own, evaluated)
-
-    def save(self, own: State, evaluated: Variables) -> None:
-        """Saves a checkpoint, with the accuracy if this step was evaluated."""
-        if self._writer:
-            self._writer.flush()  # first, so that a checkpoint never knows more than the files
-        about = {
-            "config": self.config.to_dict(),
-            "versions": versions(),
-            "norm": rundir.norm_conventions(self.config),
-        }
-        apart = evaluated if self._experiment.is_apart else None
-        self._checkpoints.save(*own, self._accuracy, about, evaluated=apart)
-        self._accuracy, self.ended = None, self.is_finishing
+        self.checkpoints.reload()  # the first process may have moved damaged ones
+        return self.checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
     def finish(self) -> dict[str, Any]:
         """Writes and returns the summary, once everything else is on disk."""
-        if self._writer is None:
-            self._checkpoints.wait()
+        self.checkpoints.wait()
+        if self.writer is None:
             return {}
-        self._writer.board.finished()
-        self._writer.flush()
-        self._checkpoints.wait()
-        summary = summarise(
-            self.config, self._folder, self.dataset, self._experiment, self._seconds
-        )
+        self.writer.board.finished()
+        self.writer.flush()
+        summary = summarise(self.config, self._folder, self.dataset, self._experiment, self.seconds)
         write_json(self._folder / "summary.json", summary)
         return summary
 
@@ -340,24 +329,6 @@ def _so_far(workdir: Path, step: int) -> tuple[float, int]:
             )
     skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])
     return float(timing[-1]["seconds"]), len([*skipped])
-
-
-def _nonfinite(step: int, in_a_row: int, found: str | None, saved: list[int]) -> NonFiniteError:
-    where = (
-        f"The first thing that is not finite there is {found}."
-        if found
-        else "Computed again, layer by layer, everything is finite."
-    )
-    rows = f" and {in_a_row - 1} before it" if in_a_row > 1 else ""
-    kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
-    return NonFiniteError(
-        f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {where} "
-        f"{kept}. What usually helps: a lower learning rate "
-        "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, float32 instead of "
-        "bfloat16, and a look at the images; "
-        "--config.train.on_nonfinite=skip drops such steps instead. Each is another config, and "
-        "needs a --workdir of its own."
-    )
 
 
 def _say(text: str) -> None:
