@@ -1,4 +1,4 @@
-"""What an experiment computes, compiled once for all the runs that share it."""
+"""The compiled functions of an experiment, which all its runs share."""
 
 import dataclasses
 import functools
@@ -36,8 +36,8 @@ from bnjax.train_step import (
 from bnjax.types import Batch, BatchStats, Params
 
 MAX_STEPS = 100  # a dispatch
-AUGMENTATION = 1  # folded into the key of a step, which itself is for dropout
-RESIDENT_SHARE = 0.25  # of a device's memory, that the training images may fill
+AUGMENTATION = 1  # folded into the key of a step, which by itself is for dropout
+RESIDENT_SHARE = 0.25  # of a device's memory, for the training images
 
 State = tuple[TrainState, BatchStats]
 Variables = tuple[Params, BatchStats]
@@ -48,8 +48,8 @@ def default_feed(experiment: Experiment, split: Examples) -> Feed:
     """Returns the feed that is fast on the default backend.
 
     A CPU takes one step a dispatch: many in one program are ten times slower there
-    (jax-ml/jax#12868). An accelerator would wait for the host between steps: it gets many, and
-    the images once for all. Records are streamed.
+    (jax-ml/jax#12868). An accelerator would wait for the host between steps: it takes many a
+    dispatch, of images that lie on it. Records are streamed.
     """
     batch_size, part = experiment.batch_size, experiment.part
     shuffle = experiment.shuffle
@@ -139,7 +139,7 @@ class Steps:
         return self._init(key, self._first_images())
 
     def _first_images(self) -> np.ndarray:
-        """Returns what a network is initialised with; of most only the shape matters."""
+        """Returns the images that initialise the network; for most only their shape matters."""
         return self._dataset.train.select(np.arange(self.experiment.init_images)).image
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
@@ -209,9 +209,9 @@ class Steps:
 
 
 def precise_batches(split: Examples, experiment: Experiment) -> Iterator[Batch]:
-    """Yields training images at equal distances, in batches of one size, at most that of training.
+    """Yields evenly spaced training images, in batches of about one size, at most training's.
 
-    They are as alike as can be: a small last one would be normalised by few images.
+    A small last batch would be normalised by few images.
     """
     images = experiment.precise_images
     chosen = spread(split, images)
@@ -232,8 +232,8 @@ def training_program(
 
     def one(state: Any, batch_stats: Any, bad_steps: Any, resident: Any, item: Any) -> Any:
         def loss_fn(logits: Any, label: Any) -> Any:
-            # After too many bad steps all others are bad, too: the host looks at the first one
-            # while these are on their way.
+            # After too many bad steps all later ones are made bad, and so change nothing: the
+            # host learns of it when others have been dispatched, and needs the state before.
             losses = experiment.loss_fn(logits, label)
             return jnp.where(bad_steps > experiment.most_skipped, jnp.nan, losses)
 
@@ -284,10 +284,10 @@ def over_seeds(step: Any, in_axes: tuple[int | None, ...], seeds: int) -> Any:
 def training_batch(
     experiment: Experiment, state: TrainState, batch: Batch, axis_name: AxisName = None
 ) -> Batch:
-    """Returns the batch of a step as `train_step` is to have it: augmented, and its own keys only.
+    """Returns a batch of the feed, augmented, with the keys that `train_step` takes.
 
     Args:
-        experiment: says how.
+        experiment: has the augmentation.
         state: before the step.
         batch: from the feed.
         axis_name: as for `train_step`.
