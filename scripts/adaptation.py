@@ -49,16 +49,15 @@ import optax
 import tqdm
 
 from bnjax import errors
-from bnjax.clinic.adapt import adapt_statistics, tent
-from bnjax.clinic.precise import precise
+from bnjax.clinic.adaptation import adapt_statistics, tent
+from bnjax.clinic.statistics import precise
 from bnjax.compare import claims, grid, intervals, runs, text
 from bnjax.data.batches import eval_batches
 from bnjax.data.corruptions import KINDS, corrupt
 from bnjax.data.datasets import Split
 from bnjax.metrics import Metrics
 from bnjax.train.cpu import compiler_options, prepare
-from bnjax.train.records import write_json
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import Trained, write_json
 from bnjax.train_step import eval_step
 from bnjax.types import Batch, BatchStats
 

@@ -31,14 +31,14 @@ import optax
 import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from bnjax.train.audit import audit_batches
 from foreign import ResNet
 
-from bnjax.clinic.audit import Run, audit
-from bnjax.clinic.precise import precise
+from bnjax.clinic.checks import Run, audit
+from bnjax.clinic.statistics import precise
 from bnjax.data import datasets
 from bnjax.data.batches import eval_batches, take, train_rows
 from bnjax.metrics import Metrics
-from bnjax.train.audit import audit_batches
 from bnjax.train.cpu import compiler_options, prepare
 from bnjax.train_step import eval_step, forward, init_state, train_step
 from bnjax.types import fingerprint

@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tqdm
 from patients import HEALTHY, ILL, shared_jit
 
-from bnjax.clinic.audit import audit
-from bnjax.clinic.illnesses import ILLNESSES
+from bnjax.clinic.checks import ILLNESSES, audit
 
 
 def main():

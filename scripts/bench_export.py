@@ -18,11 +18,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bnjax.export.exported import Exported
-from bnjax.export.stablehlo import ONNX
+from bnjax.export.stablehlo import ONNX, Exported
 from bnjax.train.cpu import compiler_options, prepare
-from bnjax.train.summary import versions
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import Trained, versions
 from bnjax.train_step import forward
 
 BATCHES = (1, 32, 1024)

@@ -27,7 +27,7 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from bnjax.data import datasets, example
+from bnjax.data import datasets, records
 from bnjax.data.records import LABELS, Crop, Reading
 from bnjax.data.stream import stream_feed
 from bnjax.train import parsing
@@ -71,7 +71,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     (args.folder / LABELS).write_text("".join(f"class {i}\n" for i in range(CLASSES)))
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(CLASSES), DISTINCT)
-    records = [example.encode(encode(picture(rng, i), args.kind), int(i)) for i in labels]
+    records = [records.encode(encode(picture(rng, i), args.kind), int(i)) for i in labels]
     wanted, total, written = int(args.gigabytes * 1e9), 0, 0
     shards = -(-wanted // SHARD_BYTES)
     with tqdm.tqdm(total=wanted, unit="B", unit_scale=True, leave=False) as progress:

@@ -32,8 +32,8 @@ from ml_collections import ConfigDict
 
 from bnjax.data.datasets import Dataset, Split
 from bnjax.data.feed import resident_feed
-from bnjax.train import build, network, parsing
-from bnjax.train.optimizer import optimizer
+from bnjax.train import build, parsing
+from bnjax.train.build import optimizer
 from bnjax.train.steps import training_program
 from bnjax.train_step import eval_step, init_state, train_step
 
@@ -59,7 +59,7 @@ def compile_for(
         seeds: that the loop trains side by side.
     """
     size = config.train.batch_size
-    model, tx = network.model(config.model, 10, IMAGE), optimizer(config, 1)
+    model, tx = build.network(config.model, 10, IMAGE), optimizer(config, 1)
     mesh = Mesh(np.array(chip.devices(count)), ("data",), axis_types=(AxisType.Auto,))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:

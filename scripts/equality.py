@@ -28,7 +28,7 @@ import numpy as np
 
 from bnjax.data import datasets
 from bnjax.data.feed import host_feed
-from bnjax.train import build, network
+from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.devices import Parallel, spread
 from bnjax.train.steps import Steps
@@ -56,7 +56,7 @@ def train(config, parallel: Parallel):
     dataset = datasets.load("digits")
     experiment = build.experiment(config, dataset)
     shape = dataset.train.image_shape
-    model = network.model(config.model, len(dataset.classes), shape, **parallel.norm_axes)
+    model = build.network(config.model, len(dataset.classes), shape, **parallel.norm_axes)
     experiment = dataclasses.replace(experiment, parallel=parallel, training_model=model)
     feed = host_feed(dataset.train, experiment.batch_size, shuffle=True, part=experiment.part)
     steps = Steps(experiment, dataset, feed)

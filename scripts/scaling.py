@@ -35,9 +35,9 @@ from scaling_cpu import measure
 
 from bnjax import norms
 from bnjax.models.resnet import RESNETS
+from bnjax.train.build import network as build_model
 from bnjax.train.config import default_config
 from bnjax.train.devices import Over, Parallel, spread
-from bnjax.train.network import model as build_model
 from bnjax.train_step import init_state, train_step
 
 BATCHES = {"convnet": 512, "resnet50": 64}  # images a chip

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from bnjax.train.integrity import RECORD
-from bnjax.train.records import read_lines
+from bnjax.train.checkpoint import RECORD
+from bnjax.train.rundir import read_lines
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from foreign import ResNet
 
-from bnjax.clinic.illnesses import ILLNESSES
+from bnjax.clinic.checks import ILLNESSES
 from bnjax.main import COMMANDS
 from bnjax.train_step import init_variables
 
@@ -109,7 +109,10 @@ def test_every_link_leads_somewhere(page):
 
 
 def slugs(text):
-    return {re.sub(r"\W+", "-", title.lower()) for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    return {
+        re.sub(r"\W+", "-", title.lower()).strip("-")
+        for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
 
 
 @EVERY_PAGE

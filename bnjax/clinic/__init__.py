@@ -1,5 +1,11 @@
-"""The BN clinic: running statistics looked at, recomputed, adapted, folded and ported."""
+"""The clinic: running statistics are audited, recomputed, adapted, folded and ported."""
 
-from bnjax.clinic.audit import Findings as Findings
-from bnjax.clinic.audit import Run as Run
-from bnjax.clinic.audit import audit as audit
+from bnjax.clinic.accumulation import accumulated_step as accumulated_step
+from bnjax.clinic.checks import audit as audit
+from bnjax.clinic.linen import Network as Network
+from bnjax.clinic.linen import linen as linen
+from bnjax.clinic.measure import Run as Run
+from bnjax.clinic.report import Findings as Findings
+from bnjax.clinic.statistics import gap as gap
+from bnjax.clinic.statistics import merge_replicas as merge_replicas
+from bnjax.clinic.statistics import precise as precise

@@ -1,23 +1,15 @@
-"""The commands of the BN clinic, one a file: `bnjax audit | precise | fold | port`.
+"""The commands: each module has a function `run`, from whose signature tyro makes its options."""
 
-Each is a thin layer over a function in `bnjax.clinic`, for the networks in run folders. Whatever a
-command needs is imported when it runs, so that --help is quick.
-"""
+from pathlib import Path
+from typing import Annotated
 
-import argparse
-from collections.abc import Callable
+from tyro.conf import arg
 
-from bnjax.commands import audit, fold, port, precise
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "audit": audit.run,
-    "precise": precise.run,
-    "fold": fold.run,
-    "port": port.run,
-}
-
-
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds the parsers of the commands; `command(name, text)` makes one."""
-    for each in (audit, precise, fold, port):
-        each.add(command)
+# Options of several commands.
+Workdir = Annotated[Path, arg(metavar="DIR", help="the folder of the run")]
+Checkpoint = Annotated[str, arg(metavar="best|last|STEP", help="which of its checkpoints")]
+DataDir = Annotated[
+    str | None, arg(metavar="DIR", help="where the data lie, if not where they lay in training")
+]
+Out = Annotated[Path | None, arg(metavar="DIR", help="the folder to write the new network into")]
+Json = Annotated[bool, arg(help="print one JSON object, not a table")]

@@ -1,60 +1,109 @@
 """`bnjax audit`: what is wrong with the running statistics of a trained network."""
 
-import argparse
 import functools
+import json as json_
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from bnjax.commands.arguments import add_run_arguments, count
+from tyro.conf import arg
+
+from bnjax.commands import Checkpoint, DataDir, Json, Workdir
 from bnjax.errors import UserError
 
-LEAST_IMAGES = 8  # four batches of two
+if TYPE_CHECKING:
+    from bnjax.data.records import Examples
+    from bnjax.types import Batch
+
+LEAST_BATCHES = 4  # to see how much batches differ
+LEAST_IMAGES = 2048
 
 
-def add(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds the parser of the command."""
-    sub = command(
-        "audit",
-        "Check the running statistics of a trained network. Says what is wrong with its batch "
-        "norms, why it matters and how to mend it; exits with 0 if nothing is, with 1 if something "
-        "is, and with 2 if that cannot be said: without a run, or without a batch norm in it.",
-    )
-    add_run_arguments(sub)
-    sub.add_argument(
-        "--images",
-        type=functools.partial(count, least=LEAST_IMAGES),
-        metavar="N",
-        help="how many training images to look at (default: 4 batches, and 2,048 at least)",
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object, not tables")
-    sub.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write audit.html there, with charts"
-    )
+def run(
+    workdir: Workdir,
+    checkpoint: Checkpoint = "last",
+    data_dir: DataDir = None,
+    images: Annotated[
+        int | None,
+        arg(metavar="N", help="how many training images; four batches, and 2,048 at least"),
+    ] = None,
+    json: Json = False,
+    out: Annotated[
+        Path | None,
+        arg(metavar="DIR", help="also write audit.html, with a chart, into this folder"),
+    ] = None,
+) -> int:
+    """Find what is wrong with the running statistics of a trained network, and why.
 
+    Exits with 0 if nothing was found, 1 if something was, and 2 if there was nothing to audit.
+    """
+    if images is not None and images < 8:
+        raise UserError(f"--images {images} is too few: give 8 or above.")
+    import jax
 
-def run(args: argparse.Namespace) -> int:
-    """Prints what is wrong with a network's running statistics; returns the exit code."""
-    import json
-
-    from bnjax.compare.report import audit as page
-    from bnjax.train.audit import of_run
-    from bnjax.train.cpu import prepare
+    from bnjax.clinic import Run, audit, report
+    from bnjax.train.build import optimizer
+    from bnjax.train.cpu import compiler_options, prepare
+    from bnjax.train.rundir import Trained
+    from bnjax.train_step import forward
 
     prepare()
     try:
-        if args.out:
-            page.check(args.out)
-        about, findings = of_run(args.workdir, args.checkpoint, args.data_dir, args.images)
-        if args.json:
-            print(json.dumps(about | findings.as_json()))
+        if out:
+            report.check(out)
+        trained = Trained(workdir, checkpoint)
+        batch_size = trained.config.train.batch_size
+        batches = audit_batches(trained.dataset(data_dir).train, batch_size, images)
+        options = compiler_options(len(batches[0]["image"]))
+        jit = functools.partial(jax.jit, compiler_options=options)
+        evaluate = jit(functools.partial(forward, model=trained.model, train=False))
+
+        def predict(images: Any) -> Any:
+            return evaluate(trained.params, trained.batch_stats, {"image": images})[0]
+
+        known = Run(
+            steps=trained.step,
+            batch_size=batch_size,
+            weights=trained.weights,
+            tx=optimizer(trained.config, max(trained.step, 1)),
+            predict=predict,
+        )
+        findings = audit(trained.network, batches, known, jit=jit, progress=_progress)
+        if json:
+            about = {"workdir": str(workdir), "step": trained.step, "dataset": trained.data.label}
+            print(json_.dumps(about | findings.as_json()))
         else:
-            step, data = about["step"], about["dataset"]
-            print(f"{args.workdir}, checkpoint of step {step}, {data}\n\n{findings}")
-        if args.out:
-            path = page.write(findings, f"{args.workdir}, step {about['step']}", args.out)
+            print(f"{workdir}, checkpoint of step {trained.step}, {trained.data.label}")
+            print(f"\n{findings}")
+        if out:
+            path = report.write(findings, f"{workdir}, step {trained.step}", out)
             print(f"\nwritten: {path}", file=sys.stderr)
     except OSError as error:  # an exit code of 1 would say that something is wrong with the network
         where = error.filename or "a file"
         raise UserError(f"{where} cannot be read: {error.strerror or error}.") from error
     return 0 if findings.healthy else 1 if findings.found else 2
+
+
+def audit_batches(split: "Examples", batch_size: int, images: int | None) -> "list[Batch]":
+    """Returns four or more batches of different images in random order, at most of training's size.
+
+    >>> import numpy as np
+    >>> from bnjax.data.datasets import Split
+    >>> split = Split(np.zeros((100, 2, 2, 1), np.uint8), np.arange(100, dtype=np.int32))
+    >>> [len(batch["label"]) for batch in audit_batches(split, 50, None)]
+    [25, 25, 25, 25]
+    """
+    from bnjax.data.batches import take, train_rows
+
+    wanted = min(images or max(LEAST_BATCHES * batch_size, LEAST_IMAGES), len(split))
+    size = max(2, min(batch_size, wanted // LEAST_BATCHES))
+    rows = train_rows(len(split), min(size, len(split)), seed=0)
+    return [take(split, next(rows)) for _ in range(max(1, wanted // size))]
+
+
+def _progress(batches: "Sequence[Batch]", title: str) -> "Iterable[Batch]":
+    import tqdm
+
+    disable = not sys.stderr.isatty()
+    return tqdm.tqdm(batches, title, unit="batch", disable=disable, dynamic_ncols=True, leave=False)

@@ -1,62 +1,113 @@
-"""`bnjax precise`: statistics of many images at a trained network's weights."""
+"""`bnjax precise`: the running statistics of a trained network, recomputed."""
 
-import argparse
 import functools
-from collections.abc import Callable
-from pathlib import Path
+import json as json_
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from bnjax.commands.arguments import add_run_arguments, count
+from tyro.conf import arg
 
-USUAL_IMAGES = 10_000
+from bnjax.commands import Checkpoint, DataDir, Json, Out, Workdir
+from bnjax.errors import UserError
 
-
-def add(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds the parser of the command."""
-    sub = command(
-        "precise",
-        "Recompute the running statistics of a trained network from training images. Prints test "
-        "loss and accuracy under the stored and under the recomputed ones.",
-    )
-    add_run_arguments(sub)
-    sub.add_argument(
-        "--images",
-        type=functools.partial(count, least=2),
-        default=USUAL_IMAGES,
-        metavar="N",
-        help=f"how many training images (default: {USUAL_IMAGES:,})",
-    )
-    sub.add_argument(
-        "--by",
-        choices=("batch", "population"),
-        default="batch",
-        help="what normalises the layers before the one whose statistics are taken: each batch's "
-        "own, in one pass (default), or the recomputed ones, in several",
-    )
-    sub.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="the folder to write the network into with these statistics; the run stays as it is",
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+if TYPE_CHECKING:
+    from bnjax.clinic import Network
+    from bnjax.data.datasets import Dataset
 
 
-def run(args: argparse.Namespace) -> int:
-    """Recomputes, evaluates and, if asked to, writes."""
-    import json
+def run(
+    workdir: Workdir,
+    checkpoint: Checkpoint = "last",
+    data_dir: DataDir = None,
+    images: Annotated[int, arg(metavar="N", help="how many training images")] = 10_000,
+    by: Annotated[
+        Literal["batch", "population"],
+        arg(
+            help="the statistics that normalise the layers before a norm: each batch's own, in one "
+            "pass, or the recomputed ones, in several passes"
+        ),
+    ] = "batch",
+    out: Out = None,
+    json: Json = False,
+) -> int:
+    """Recompute the running statistics of a trained network from training images.
 
-    from bnjax.train import precise_run, rundir
-    from bnjax.train.cpu import prepare
-    from bnjax.train.trained import Trained
+    Prints test loss and accuracy under the stored and under the recomputed statistics. The run
+    stays as it is.
+    """
+    if images < 2:
+        raise UserError(f"--images {images} is too few: give 2 or above.")
+    import jax
+    import tqdm
+
+    from bnjax.clinic import precise
+    from bnjax.clinic.linen import nothing_seen
+    from bnjax.data.batches import eval_batches, spread
+    from bnjax.text import text_table
+    from bnjax.train import rundir
+    from bnjax.train.cpu import compiler_options, prepare
 
     prepare()
-    if args.out:
-        rundir.check_is_free(args.out)
-    trained = Trained(args.workdir, args.checkpoint)
-    result, found = precise_run.of_run(trained, args.data_dir, args.images, args.by)
-    print(json.dumps(result) if args.json else precise_run.table(result))
-    if args.out:
-        trained.write(args.out, trained.params, found, result, trained.folded)
-        if not args.json:
-            print(f"\npredict with:    bnjax predict --workdir {args.out} --split test")
+    if out:
+        rundir.check_is_free(out)
+    trained = rundir.Trained(workdir, checkpoint)
+    if not nothing_seen(trained.batch_stats):
+        raise UserError(f"the network in {workdir} has no running statistics.")
+    dataset = trained.dataset(data_dir)
+    images = min(images, len(dataset.train))
+    chosen, batch_size = spread(dataset.train, images), trained.config.train.batch_size
+    size = -(-images // -(-images // batch_size))
+    batches = [*eval_batches(chosen.image, chosen.label, size)]
+    shown = tqdm.tqdm(batches, "statistics", unit="batch", disable=not sys.stderr.isatty())
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(size))
+    network = precise(trained.network, shown if by == "batch" else batches, by=by, jit=jit)
+    result = {
+        "workdir": str(workdir),
+        "step": trained.step,
+        "dataset": dataset.label,
+        "images": images,
+        "by": by,
+        "test_images": len(dataset.test),
+    }
+    tests = {
+        "stored": _test(trained.network, dataset, trained.config.eval.batch_size),
+        "precise": _test(network, dataset, trained.config.eval.batch_size),
+    }
+    if json:
+        print(json_.dumps(result | tests))
+    else:
+        rows = [[name, *(f"{one[key]:.4f}" for key in ("loss", "accuracy"))]
+                for name, one in tests.items()]  # fmt: skip
+        how = "its batch" if by == "batch" else "the precise statistics"
+        print(
+            f"{workdir}, checkpoint of step {trained.step}: {len(dataset.test):,} test images of "
+            f"{dataset.label}"
+        )
+        print(text_table([["statistics", "loss", "accuracy"], *rows], right=(1, 2)))
+        print(
+            f"precise: of {images:,} training images, the layers before each norm normalised by "
+            f"{how}"
+        )
+    if out:
+        trained.write(out, network, result | tests, trained.folded)
+        if not json:
+            print(f"\npredict with:    bnjax predict --workdir {out} --split test")
     return 0
+
+
+def _test(network: "Network", dataset: "Dataset", batch_size: int) -> dict[str, float]:
+    """Returns loss and accuracy of all test images."""
+    import jax
+
+    from bnjax.data.feed import every_batch
+    from bnjax.metrics import Metrics
+    from bnjax.train.cpu import compiler_options
+    from bnjax.train_step import eval_step
+
+    size = min(batch_size, len(dataset.test))
+    step = jax.jit(
+        functools.partial(eval_step, model=network.model), compiler_options=compiler_options(size)
+    )
+    batches = every_batch(dataset.test, size)
+    found = [step(network.params, network.batch_stats, batch) for batch in batches]
+    return functools.reduce(Metrics.merge, jax.device_get(found)).means()

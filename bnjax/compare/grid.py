@@ -1,25 +1,125 @@
-"""Every variant of a comparison over the same seeds, each run in `<folder>/<variant>/<seed>/`."""
+"""Variants trained over the same seeds."""
 
 import functools
 import json
+import queue
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import jax
 import tqdm
 from ml_collections import ConfigDict
 
-from bnjax.compare import claims, seeds
+from bnjax.compare import claims
 from bnjax.compare.runs import COMPARISON
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
-from bnjax.train import build, parsing, retention, rundir
-from bnjax.train.loop import Trainer
-from bnjax.train.records import write_json
+from bnjax.train import build, checkpoint, parsing, rundir
+from bnjax.train.loop import Stopped, Summary, Trainer
 from bnjax.train.run import StopRequest
+from bnjax.train.rundir import write_json
+
+SMALL = {
+    "data.train_images": 5000,
+    "model.filters": (8, 12, 16),
+    "model.dense": (64, 32),
+    "model.groups": 4,
+    "train.batch_size": 500,
+    "train.steps": 100,
+}
+
+
+Results = Mapping[int, Summary | UserError]
+
+
+def fast_way() -> str:
+    """Returns the way that is fast on the default backend.
+
+    On a CPU convolutions under `jax.vmap` are far slower than one run after the other; an
+    accelerator is kept busier by them, and several are kept busier still by runs of their own.
+    """
+    if jax.default_backend() == "cpu":
+        return "one"
+    return "devices" if jax.local_device_count() > 1 else "vmap"
+
+
+def train(
+    new_trainer: Callable[[], Trainer],
+    workdirs: Mapping[int, Path],
+    way: str,
+    stop: StopRequest,
+    begin: Callable[[Sequence[int]], None],
+    end: Callable[[Results], None],
+) -> Results:
+    """Trains with each seed in its folder, and returns what each came to: a run, or a breakdown.
+
+    Under "vmap" and on other devices a run is that of `train_and_evaluate` but for rounding: the
+    compiler orders sums differently.
+
+    Args:
+        new_trainer: makes what trains; called once, or once for each device that is used.
+        workdirs: the folder of each seed.
+        way: "one": one after the other; "vmap": in one program; "devices": each device trains one
+            seed at a time.
+        stop: ends all of them.
+        begin: is told the seeds that come now, perhaps from another thread.
+        end: is told what they came to, as soon as it is known.
+
+    Raises:
+        UserError: if a folder or the disk fails; other devices save what they have and stop.
+        Stopped: as `bnjax.train.loop.Trainer.train`.
+    """
+
+    def several(trainer: Trainer, seeds: Sequence[int]) -> Results:
+        begin(seeds)
+        found = trainer.train({seed: workdirs[seed] for seed in seeds}, stop)
+        end(found)
+        return found
+
+    if way != "devices":
+        trainer = new_trainer()
+        groups = [[*workdirs]] if way == "vmap" else [[seed] for seed in workdirs]
+        return _together(several(trainer, seeds) for seeds in groups)
+    waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    devices = jax.local_devices()[: len(workdirs)]
+    for seed in [*workdirs, *[None for _ in devices]]:
+        waiting.put(seed)
+
+    def on(device: jax.Device) -> Results:
+        with jax.default_device(device):
+            trainer = new_trainer()  # what it compiles is for this device
+            found: Results = {}
+            for seed in iter(waiting.get, None):
+                if stop.signal:
+                    raise Stopped(None, stop.signal)
+                try:
+                    found = {**found, **several(trainer, [seed])}
+                except UserError as error:
+                    end({seed: error})
+                    raise
+            return found
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(on, device) for device in devices]
+        _, others = wait(futures, return_when=FIRST_EXCEPTION)
+        if others:
+            stop.signal = stop.signal or signal.SIGTERM
+        wait(futures)
+    errors = [error for future in futures if (error := future.exception())]
+    # That something went wrong is not to be hidden by others that were stopped and are saved.
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+        raise error
+    return _together(future.result() for future in futures)
+
+
+def _together(several: Iterable[Results]) -> Results:
+    return {seed: result for results in several for seed, result in results.items()}
 
 
 def compare_configs(files: Sequence[str], words: list[str]) -> dict[str, Any]:
@@ -200,7 +300,7 @@ def run(
                     missing[seed] = run_folder
             if missing:
                 (folder / name).mkdir(exist_ok=True)
-                found = seeds.train(
+                found = train(
                     functools.partial(trainer, config, datasets[name]),
                     missing,
                     way,
@@ -217,7 +317,7 @@ def run(
                 # One that broke down may be tried again from any of its checkpoints.
                 if (run_folder / "summary.json").exists():
                     with rundir.locked(run_folder):
-                        retention.keep_best_and_last(run_folder / "checkpoints")
+                        checkpoint.keep_best_and_last(run_folder / "checkpoints")
     return failures
 
 
@@ -256,7 +356,7 @@ class GridProgress:
             numbers = ", ".join(map(str, seeds))
             self._say(f"{variant}, seed{'s' * (len(seeds) > 1)} {numbers}{to_go}")
 
-    def end(self, variant: str, results: seeds.Results) -> None:
+    def end(self, variant: str, results: Results) -> None:
         """Counts runs that ended, and says which of them failed."""
         with self._lock:
             self._done += len(results)

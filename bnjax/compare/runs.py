@@ -1,4 +1,4 @@
-"""What lies in many run folders: the only reader of them. Nothing here needs JAX."""
+"""Many runs, read from their folders."""
 
 import dataclasses
 import functools
@@ -13,7 +13,8 @@ import numpy as np
 from bnjax.compare.intervals import Times
 from bnjax.errors import UserError
 from bnjax.train import parsing
-from bnjax.train.records import first_at_or_below, read_lines, read_metrics
+from bnjax.train.config import default_config
+from bnjax.train.rundir import first_at_or_below, read_lines, read_metrics
 
 # Read at one point of a run: its first, last or best evaluation (of training: step), or a step.
 VALUES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -271,3 +272,114 @@ def _check_histograms(lines: list[dict[str, Any]]) -> None:
                 values = np.array([numbers["low"], numbers["high"], *quantiles, *counts], float)
                 if len(quantiles) != 9 or not counts or not np.isfinite(values).all():
                     raise ValueError(f"a histogram of step {line['step']} is not one")
+
+
+# Two runs that differ in nothing else are of the same variant.
+NO_VARIANT = ("config.seed", "config.name", "config.data.dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Everything that one report is about.
+
+    Attributes:
+        runs: those that could be read, variants in their order and seeds in theirs.
+        problems: what could not be read, or is not complete, in words.
+        comparisons: the content of comparison.json in each folder of a comparison.
+    """
+
+    runs: list[Run]
+    problems: list[str]
+    comparisons: dict[Path, dict[str, Any]]
+
+    @property
+    def variants(self) -> dict[str, list[Run]]:
+        """The runs of each variant."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            found.setdefault(run.variant, []).append(run)
+        return found
+
+
+def read_study(folders: list[Path]) -> Study:
+    """Returns what lies in the folders of runs and comparisons; what is damaged is told.
+
+    Raises:
+        UserError: if there is no readable run at all.
+    """
+    found: list[Run] = []
+    problems: list[str] = []
+    comparisons: dict[Path, dict[str, Any]] = {}
+    for folder in folders:
+        named = {folder: ""}
+        if (folder / COMPARISON).exists():
+            try:
+                comparisons[folder] = read_object(folder / COMPARISON)
+            except UserError as error:
+                problems.append(str(error))
+                comparisons[folder] = {}
+            there, missing = members(folder, comparisons[folder])
+            named = {member: member.parent.name for member in there}
+            if missing or not named:
+                names = ", ".join(missing) or "any run"
+                problems.append(f"the comparison {folder} has not begun {names}.")
+        for member, variant in named.items():
+            try:
+                run = with_histograms(read_run(member, variant))
+            except UserError as error:
+                problems.append(str(error))
+            else:
+                found.append(run)
+                problems.extend(run.problems)
+    if not found:
+        raise UserError(
+            f"there is no run to report. {' '.join(problems)} "
+            "Train one with bnjax train --config bn."
+        )
+    found = _once(_named(found), problems)
+    order = list(dict.fromkeys(run.variant for run in found))
+    return Study(sorted(found, key=lambda run: order.index(run.variant)), problems, comparisons)
+
+
+def command(run: Run) -> list[str]:
+    """Returns the words of a command that trains a run again, from the defaults."""
+    config, standard = dict(run.config), parsing.flat({"config": default_config().to_dict()})
+    if run.data == config["config.data.fallback"] != config["config.data.name"]:
+        # The command adds the name of the set that stands in.
+        config["config.name"] = config["config.name"].removesuffix(f"-{run.data}")
+    words = [f"--{key}={value}" for key, value in config.items() if value != standard.get(key)]
+    return ["python", "-m", "bnjax.main", "--config", "bnjax/train/config.py", *words]
+
+
+def _named(found: list[Run]) -> list[Run]:
+    """Names the variants by their config; where one name stands for several, also by a folder."""
+    first: dict[str, dict[str, Path]] = {}
+    for run in found:
+        folder = run.folder.parent.parent if run.variant else run.folder  # of the comparison
+        first.setdefault(run.config["config.name"], {}).setdefault(_identity(run), folder)
+
+    def name(run: Run) -> str:
+        plain = run.config["config.name"]
+        folders = first[plain]
+        more = f" ({folders[_identity(run)]})" if len(folders) > 1 else ""
+        return f"{plain or 'run'}{more}"
+
+    return [dataclasses.replace(run, variant=name(run)) for run in found]
+
+
+def _once(found: list[Run], problems: list[str]) -> list[Run]:
+    """Leaves out, and says so, runs of a config and seed that would count twice as evidence."""
+    first: dict[tuple[str, int], Run] = {}
+    for run in found:
+        other = first.setdefault((run.variant, run.seed), run)
+        if other is not run:
+            problems.append(
+                f"{run.folder} is of the same config and seed as {other.folder}, which is shown."
+            )
+    return list(first.values())
+
+
+def _identity(run: Run) -> str:
+    """Returns what the seeds of a variant have in common."""
+    config = {key: value for key, value in run.config.items() if key not in NO_VARIANT}
+    return json.dumps(config, sort_keys=True)

@@ -1,34 +1,370 @@
-"""The table of config keys: name, default, what is allowed, what it is for.
+"""The config: every key with its default, the allowed values and its purpose."""
 
-A config file takes `default_config()`, the tutorial's network and training, changes what it is
-about and returns it from `get_config`. Relations between keys are checked in `bnjax.train.checks`.
-"""
-
-from collections.abc import Iterator
-from typing import Any
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
-from bnjax.train.allowed import (
-    AMOUNT,
-    DURATION,
-    FLAG,
-    FRACTION,
-    IMAGES,
-    MAX_PICTURES,
-    POSITIVE,
-    SAVES,
-    SEED,
-    TEXT,
-    Check,
-    Key,
-    one_of,
-    whole,
+
+MAX_SIZE = 1 << 20  # of a layer: beyond it is a slip of the finger
+MAX_SIDE = 1 << 14  # of an image
+MAX_WORKERS = 1024
+MAX_PICTURES = 100  # that are still looked at
+
+
+class Check(NamedTuple):
+    """What a value has to be, in words and as a function of a value of the key's type."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+class Key(NamedTuple):
+    """One key of the config.
+
+    Attributes:
+        name: with its section and a dot before it, if it is in one.
+        default: its type is that of every value.
+        allowed: what is checked of a value by itself.
+        help: what the key is for.
+        norm: the field of the classes in `bnjax.norms` that it sets, if it sets one.
+    """
+
+    name: str
+    default: Any
+    allowed: Check
+    help: str
+    norm: str = ""
+
+
+def one_of(*values: str) -> Check:
+    """Allows some texts."""
+    return Check(", ".join(values), lambda value: value in values)
+
+
+def whole(low: int, high: float = math.inf, words: str = "") -> Check:
+    """Allows whole numbers from `low` to `high`."""
+    return Check(words or f"a whole number, {low} or above", lambda value: low <= value <= high)
+
+
+def each(words: str, holds: Callable[[Any], bool]) -> Check:
+    """Allows tuples of which each value is allowed."""
+    return Check(words, lambda values: all(map(holds, values)))
+
+
+TEXT = Check("any text", lambda value: isinstance(value, str))
+FLAG = Check("True or False", lambda value: isinstance(value, bool))
+POSITIVE = Check("a number above 0", lambda value: 0 < value < math.inf)
+AMOUNT = Check("a number, 0 or above", lambda value: 0 <= value < math.inf)
+FRACTION = Check("0 up to but not including 1", lambda value: 0 <= value < 1)
+# Steps are counted in int32.
+DURATION = Check(
+    "a number above 0 and below 2**31, or 0 to use the other unit",
+    lambda value: 0 <= value < 1 << 31,
 )
-from bnjax.train.data_keys import AUGMENT_KEYS, DATA_KEYS
-from bnjax.train.model_keys import MODEL_KEYS
-from bnjax.train.optimizer_keys import OPTIMIZER_KEYS
+SAVES = Check("a number above 0 and below 2**31, or 0 for none", DURATION.holds)
+IMAGES = whole(0, MAX_SIZE, f"a whole number up to {MAX_SIZE:,}, or 0 for none")
+STEP = whole(1, 2**31 - 1, "a whole number above 0 and below 2**31")
+SIZES = each(
+    f"whole numbers above 0, up to {MAX_SIZE:,}",
+    lambda size: type(size) is int and 0 < size <= MAX_SIZE,
+)
+SEED = whole(0, 2**32 - 1, "a whole number from 0 up to 2**32 - 1")
+DTYPE = one_of("float32", "bfloat16")
+
+
+PIXELS = whole(0, MAX_SIDE, f"a whole number of pixels up to {MAX_SIDE:,}, or 0")
+
+DATA_KEYS = (
+    Key(
+        "data.name",
+        "cifar10",
+        Check("cifar10, cifar100, digits, records, or the name of a TFDS set", bool),
+        "cifar10, cifar100, digits, or a data set of TensorFlow Datasets; records: the ones in "
+        "data.dir",
+    ),
+    Key(
+        "data.dir",
+        "",
+        TEXT,
+        "a folder with cifar-10-batches-bin or cifar-10-binary.tar.gz or array_record files, or a "
+        "TFDS data_dir",
+    ),
+    Key(
+        "data.fallback",
+        "",
+        Check("'digits', or '' for none", lambda value: value in ("", "digits")),
+        "digits: use these real images where the named ones cannot be had; empty: fail",
+    ),
+    Key("data.label", "", TEXT, "what summaries and tables call the data; the name if empty"),
+    Key(
+        "data.train_images",
+        0,
+        Check("a whole number above 0, or 0 for all", lambda value: value >= 0),
+        "train on the first so many only; 0: on all",
+    ),
+    Key(
+        "data.pipeline",
+        "memory",
+        one_of("memory", "stream"),
+        "memory: all images are loaded; stream: array_record files are read while training",
+    ),
+    Key(
+        "data.image_size",
+        0,
+        PIXELS,
+        "stream: the side of the square cut out of each image; 0: they have one size already",
+    ),
+    Key(
+        "data.shorter_side",
+        0,
+        PIXELS,
+        "stream: what the shorter side is resized to before that; 0: to image_size",
+    ),
+    Key(
+        "data.random_crop",
+        False,
+        FLAG,
+        "stream: whether training draws where the square is; False: in the middle",
+    ),
+    Key(
+        "data.workers",
+        0,
+        whole(0, MAX_WORKERS, f"a whole number up to {MAX_WORKERS:,}"),
+        "stream: processes that read ahead; 0: threads instead; results do not depend on it",
+    ),
+)
+
+# In the order in which it is done to the images of training, on the device.
+AUGMENT_KEYS = (
+    Key(
+        "augment.flip",
+        "none",
+        one_of("none", "random", "alternating"),
+        "mirror images: each time by chance, or a random half and then all every other epoch",
+    ),
+    Key("augment.translate", 0, PIXELS, "shift by up to so much; edges are reflected"),
+    Key("augment.crop", 0, PIXELS, "shift by up to so much; what comes in is black"),
+    Key("augment.brightness", 0.0, AMOUNT, "add up to so much, either way; white is 1"),
+    Key("augment.contrast", 0.0, AMOUNT, "stretch about the mean by up to so much, either way"),
+    Key("augment.cutout", 0, PIXELS, "blank a square with sides of so much"),
+    Key("augment.mixup", 0.0, AMOUNT, "mix two images, by shares from Beta(so much, so much)"),
+)
+
+
+NETWORKS = ("convnet", "speednet", "resnet18", "resnet20", "resnet50")
+
+MODEL_KEYS = (
+    Key("model.name", "convnet", one_of(*NETWORKS), "which network; convnet: the tutorial's"),
+    Key(
+        "model.mean",
+        (),
+        each("numbers", math.isfinite),
+        "what is subtracted from the pixels of each channel first; white is 1; empty: nothing",
+    ),
+    Key(
+        "model.std",
+        (),
+        each("numbers above 0", POSITIVE.holds),
+        "what they are then divided by; empty: nothing",
+    ),
+    Key(
+        "model.filters",
+        (30, 50, 60),
+        SIZES,
+        "convnet: of each convolution; speednet: of each group of two",
+    ),
+    Key(
+        "model.whiten_images",
+        5000,
+        whole(1),
+        "speednet: training images whose 2x2 patches its first convolution whitens",
+    ),
+    Key("model.kernels", (3, 3, 3), SIZES, "the sides of the convolutions' kernels"),
+    Key("model.strides", (2, 1, 1), SIZES, "of the convolutions, or of the pooling after them"),
+    Key(
+        "model.pooling",
+        "none",
+        one_of("none", "max", "avg"),
+        "none: strided convolutions; max, avg: pool by the stride instead",
+    ),
+    Key("model.dense", (3500, 700), SIZES, "the widths of the hidden dense layers"),
+    Key(
+        "model.dropout",
+        (0.0, 0.0),
+        each(
+            "fractions from 0 up to but not including 1",
+            lambda rate: isinstance(rate, int | float) and 0 <= rate < 1,
+        ),
+        "the fraction that is dropped after each hidden dense layer",
+    ),
+    Key(
+        "model.norm",
+        "batch",
+        one_of("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none"),
+        "which normalisation",
+    ),
+    Key(
+        "model.norm_dense",
+        (True, True),
+        each("True or False for each hidden dense layer", FLAG.holds),
+        "whether the output of each hidden dense layer is normalised",
+    ),
+    Key(
+        "model.placement",
+        "input",
+        one_of("input", "before", "after"),
+        "of the norms: at the input of each layer, or before or after its activation; of a ResNet: "
+        "input is norm, activation, convolution, before is convolution, norm, activation",
+    ),
+    Key(
+        "model.momentum",
+        0.75,
+        Check(f"{FRACTION.words} (the fraction of the old average that is kept)", FRACTION.holds),
+        "of the running averages: the fraction of the old average that a step keeps",
+        "momentum",
+    ),
+    Key("model.debias", False, FLAG, "whether averages leave their starting values out", "debias"),
+    Key(
+        "model.variance",
+        "biased",
+        one_of("biased", "unbiased"),
+        "what the average stores: the variance divided by n, or by n - 1",
+        "variance",
+    ),
+    Key(
+        "model.average_dtype",
+        "float32",
+        DTYPE,
+        "what the running averages are rounded to after each step; bfloat16 is for studies",
+        "average_dtype",
+    ),
+    Key(
+        "model.statistics_over",
+        "global",
+        Check(
+            "global, per_device, or a number of devices",
+            lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
+        ),
+        "batch norms normalise over the batch of all devices, of each, or of so many together; "
+        "running averages are always those of all",
+    ),
+    Key("model.virtual_batch", 50, whole(2), "ghost: images of a virtual batch", "virtual_batch"),
+    Key("model.renorm_steps", 40_000, whole(2), "renorm: when its limits are open", "renorm_steps"),
+    Key("model.groups", 10, whole(1), "group: how many groups of channels", "groups"),
+    Key("model.epsilon", 1e-3, POSITIVE, "what is added to variances", "epsilon"),
+    Key(
+        "model.activation",
+        "relu",
+        one_of("relu", "sigmoid", "tanh", "gelu", "silu"),
+        "of each hidden layer; norm frn brings its own",
+    ),
+    Key("model.scale", True, FLAG, "whether norms learn a scale for each channel", "use_scale"),
+    Key("model.shift", True, FLAG, "whether norms learn a shift for each channel", "use_bias"),
+    Key("model.weight_standardization", False, FLAG, "of the convolutions' kernels"),
+    Key(
+        "model.dtype",
+        "float32",
+        one_of("float32", "bfloat16", "auto"),
+        "of the arithmetic; parameters, statistics and metrics are float32, while gradients of "
+        "kernels are of this dtype until they have been summed over devices; auto: bfloat16 on "
+        "accelerators, float32 on CPUs",
+    ),
+    Key(
+        "model.dense_product",
+        "float32",
+        DTYPE,
+        "what the dense layers multiply; bfloat16 is for CPUs that are faster at it",
+    ),
+)
+
+
+OPTIMIZER_KEYS = (
+    Key("optimizer.name", "adam", one_of("adam", "sgd", "muon"), "which optimizer"),
+    Key("optimizer.learning_rate", 1e-3, POSITIVE, "the highest over the run"),
+    Key(
+        "optimizer.schedule",
+        "constant",
+        one_of("constant", "linear", "cosine", "one_cycle"),
+        "how the rate goes from there to 0: not at all, in a line or along a cosine; one_cycle: up "
+        "from a 25th of it, and down, along cosines",
+    ),
+    Key(
+        "optimizer.warmup",
+        0.0,
+        FRACTION,
+        "the fraction of the steps in which the rate first rises, from 0 in a line",
+    ),
+    Key(
+        "optimizer.loss",
+        "mean",
+        one_of("mean", "sum"),
+        "whether rates and decay are meant for the gradient of the mean of a batch's losses, or of "
+        "their sum; metrics are means always",
+    ),
+    Key(
+        "optimizer.weight_decay",
+        0.0,
+        AMOUNT,
+        "sgd: times the weight is added to the gradient; adam: to the step, before the rate "
+        "(AdamW); muon: to the steps of what it leaves to sgd, as if their highest rate were 1",
+    ),
+    Key(
+        "optimizer.decay",
+        "kernels",
+        one_of("kernels", "all"),
+        "what weight_decay is for: the kernels of convolutions and dense layers, or biases and "
+        "scales too",
+    ),
+    Key("optimizer.b1", 0.9, FRACTION, "adam: the decay of the mean gradient"),
+    Key("optimizer.b2", 0.999, FRACTION, "adam: the decay of the mean squared gradient"),
+    Key("optimizer.eps", 1e-8, POSITIVE, "adam: what is added to the root of the latter"),
+    Key(
+        "optimizer.momentum",
+        0.0,
+        FRACTION,
+        "sgd, muon: the fraction of the last update that is kept",
+    ),
+    Key("optimizer.nesterov", False, FLAG, "sgd: whether to look one update ahead; muon does"),
+    Key("muon.bias_rate", 0.05, POSITIVE, "of biases and scales, which sgd trains"),
+    Key("muon.head_rate", 0.5, POSITIVE, "of dense kernels, which sgd trains"),
+    Key("muon.momentum", 0.85, FRACTION, "of that sgd; with Nesterov's look ahead"),
+    Key(
+        "muon.whiten_steps",
+        0,
+        whole(0),
+        "speednet: steps after which the bias of the whitening is no longer trained; 0: all",
+    ),
+    Key(
+        "muon.rescale_every",
+        (1, 0),
+        Check(
+            "two whole numbers, the first above 0",
+            lambda value: (
+                len(value) == 2
+                and all(type(one) is int for one in value)
+                and value[0] > 0
+                and value[1] >= 0
+            ),
+        ),
+        "(a, b): kernels of convolutions are rescaled to the norm sqrt(output channels) each a "
+        "steps, and later more seldom: each a + int(b * the part of training that is over)",
+    ),
+    Key(
+        "optimizer.average",
+        "none",
+        one_of("none", "ema", "swa"),
+        "the mean of which weights is evaluated and predicted with, always under precise "
+        "statistics of its own (eval.precise_images); training goes on without it",
+    ),
+    Key("optimizer.average_decay", 0.99, FRACTION, "ema: the fraction that a step keeps"),
+    Key("optimizer.average_start", 1, STEP, "the first step whose weights are averaged"),
+    Key("optimizer.average_every", 1, STEP, "from there on, how many steps lie between two"),
+)
+
 
 KEYS = (
     Key("name", "", TEXT, "of the run; the file's name if empty"),
@@ -131,6 +467,17 @@ KEYS = (
     Key("checkpoint.every_epochs", 0.0, SAVES, "how often to save"),
     Key("checkpoint.every_minutes", 0.0, SAVES, "how often to save"),
 )
+
+
+def keys_as_text() -> str:
+    """Returns every key with its default, its purpose and the allowed values, for --help."""
+    lines = []
+    for key in KEYS:
+        default = ",".join(map(str, key.default)) if isinstance(key.default, tuple) else key.default
+        text = f"{key.help} ({key.allowed.words})"
+        wrapped = textwrap.wrap(text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [f"  --config.{key.name}={default}", *wrapped]
+    return "\n".join(["The keys of the config, with their defaults:", *lines])
 
 
 def default_config() -> ConfigDict:

@@ -27,15 +27,16 @@ from bnjax.train.build import Experiment
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.devices import from_first
 from bnjax.train.diagnostics import Observer, first_nonfinite
-from bnjax.train.records import (
+from bnjax.train.rundir import (
     RunWriter,
     first_at_or_below,
     read_lines,
     read_metrics,
+    summarise,
+    versions,
     write_json,
 )
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
-from bnjax.train.summary import summarise, versions
 
 # Long beside the host's own work, short beside a user's Ctrl-C.
 DISPATCH_SECONDS = 0.5

@@ -1,25 +1,229 @@
-"""The folder of one run: whose it is, and what is in it.
-
-`config.json` (the config, and the data it met), `metrics.jsonl`, `timing.jsonl`,
-`histograms.jsonl`, `summary.json`, `checkpoints/`, `tensorboard/`. A network that was made of a
-run's has a folder of its own, with `config.json`, `checkpoints/` and, if it is folded,
-`folded.json`.
-"""
+"""A run's folder: what is in it, written and read."""
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
+from bnjax.clinic.folding import Folded
+from bnjax.clinic.linen import Network
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
-from bnjax.train import parsing
-from bnjax.train.records import write_json
+from bnjax.train import build, parsing
+from bnjax.train.build import Experiment
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.config import default_config
+from bnjax.train.tensorboard import Board
+from bnjax.train_step import TrainState, init_variables
+from bnjax.types import BatchStats, Params
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(draft, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one JSON object a line, each with a `step` above 0.
+
+    A torn last line is left out.
+
+    Raises:
+        UserError: naming the first line that is something else.
+    """
+    found = []
+    for number, line in enumerate(
+        path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1
+    ):
+        if line.endswith(b"\n"):
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if (
+                not isinstance(value, dict)
+                or type(value.get("step")) is not int
+                or not 0 < value["step"] < 2**53
+            ):
+                raise _damaged(path, f"line {number}")
+            found.append(value)
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl.
+
+    Each has `step`, `split`, `loss` (None if not finite) and `accuracy`. The split is "train", the
+    batch of a step; "test", an evaluation; or "gap": training images under the running statistics,
+    with `batch_loss` and `batch_accuracy` of the same under their own, and for each norm in
+    `drift_mean` and `drift_variance` what `bnjax.clinic.statistics.Drift` says.
+
+    Raises:
+        UserError: naming the step of the first line that is something else.
+    """
+    lines = read_lines(path)
+    for line in lines:
+        split = line.get("split")
+        prefixes = ("", "batch_") if split == "gap" else ("",)
+        losses = [line.get(f"{prefix}loss", "") for prefix in prefixes]
+        if split == "gap":
+            drifts = [line.get(f"drift_{of}") for of in ("mean", "variance")]
+            losses += [x for of in drifts for x in (of.values() if isinstance(of, dict) else [""])]
+        if (
+            split not in ("train", "test", "gap")
+            or any(type(line.get(f"{prefix}accuracy")) is not float for prefix in prefixes)
+            or not all(loss is None or type(loss) is float for loss in losses)
+        ):
+            raise _damaged(path, f"the line of step {line['step']}")
+    return lines
+
+
+def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
+    """Returns the first step whose training loss was that low, None if none was."""
+    train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
+    return next((line["step"] for line in train if line["loss"] <= loss), None)
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another "
+        "folder with --workdir."
+    )
+
+
+class Lines:
+    """A file with one JSON object a line."""
+
+    def __init__(self, path: Path, *, keep_up_to: int):
+        """Opens the file to append, without the lines whose `step` is above `keep_up_to`."""
+        kept = [line for line in read_lines(path) if line["step"] <= keep_up_to]
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(draft, path)
+        self._file = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one object."""
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Waits until everything written so far is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class RunWriter:
+    """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/.
+
+    A context manager.
+
+    Only timing.jsonl and tensorboard/ depend on the clock.
+    """
+
+    def __init__(self, workdir: Path, *, start: int):
+        """Opens the files.
+
+        What an interrupted run wrote past step `start` is dropped, since it comes again.
+        """
+        with contextlib.ExitStack() as stack:  # if one cannot be opened, the others are closed
+
+            def opened(name: str) -> Lines:
+                lines = Lines(workdir / f"{name}.jsonl", keep_up_to=start)
+                return stack.enter_context(contextlib.closing(lines))
+
+            self._metrics, self._timing = opened("metrics"), opened("timing")
+            self._histograms = opened("histograms")
+            self.board = Board(workdir / "tensorboard", start=start)
+            stack.callback(self.board.close)
+            self._open = stack.pop_all()
+
+    def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
+        """Records the loss and accuracy of the batch of one training step, steps counted from 1.
+
+        A loss that is not finite is null.
+        """
+        self._write(step, "train", means, **{"skipped": 1} if skipped else {})
+
+    def test(self, step: int, means: dict[str, float], count: int) -> None:
+        """Records an evaluation of the test images after so many steps."""
+        self._write(step, "test", means, count=count)
+
+    def gap(
+        self, step: int, means: dict[str, float], count: int, drifts: dict[str, dict[str, float]]
+    ) -> None:
+        """Records the gap after so many steps; for the keys see `read_metrics`."""
+        short = {
+            key: {name: _short(value) for name, value in of_norms.items()}
+            for key, of_norms in drifts.items()
+        }
+        self._write(step, "gap", means, count=count, **short)
+        for key, of_norms in short.items():
+            for name, value in of_norms.items():
+                if value is not None:
+                    self.board.scalar(f"{key}/{name}", value, step)
+
+    def timing(self, step: int, seconds: float, images_per_s: float) -> None:
+        """Records the seconds since training began and the current rate."""
+        self._timing.write(
+            {"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)}
+        )
+        self.board.scalar("train/images_per_s", images_per_s, step)
+
+    def histograms(self, step: int, summaries: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Records what `bnjax.train.diagnostics.summarise` returned after so many steps."""
+        self._histograms.write({"step": step, **summaries})
+        for kind, group in summaries.items():
+            for name, numbers in group.items():
+                self.board.histogram(f"{kind}/{name}", numbers, step)
+
+    def pictures(self, step: int, sheet: np.ndarray) -> None:
+        """Shows predictions for a few test images after so many steps, uint8 [h, w, 3]."""
+        self.board.picture("test/predictions", sheet, step)
+
+    def _write(self, step: int, split: str, means: dict[str, float], **more: Any) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        self._metrics.write({"step": step, "split": split, **finite, **more})
+        for name, value in finite.items():
+            if value is not None:
+                self.board.scalar(f"{split}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system."""
+        for file in (self._metrics, self._timing, self._histograms, self.board):
+            file.flush()
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
 
 LOCK = ".lock"
 FOLDED = "folded.json"
@@ -198,3 +402,185 @@ def norm_conventions(config: ConfigDict) -> dict[str, Any]:
     The momentum is the fraction of the old average that is kept.
     """
     return {key: config.model[key] for key in ("norm", "epsilon", "momentum", "variance", "debias")}
+
+
+def summarise(
+    config: ConfigDict, workdir: Path, dataset: Dataset, experiment: Experiment, seconds: float
+) -> dict[str, Any]:
+    """Returns what a run came to, read from its own metrics.jsonl."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    train = [line for line in lines if line["split"] == "train"]
+    tests = [line for line in lines if line["split"] == "test"]
+    steps = train[-1]["step"]
+    best = max(tests, key=lambda line: line["accuracy"])
+    result = ("step", "loss", "accuracy", "count")
+    return {
+        "name": config.name,
+        "dataset": dataset.label,
+        "official_pixels": dataset.official,
+        "fallback_reason": dataset.fallback_reason,
+        "steps": steps,
+        "ended": "all steps taken"
+        if steps == experiment.steps
+        else f"training loss at or below {experiment.stop_at_loss:g}",
+        "skipped_steps": sum(line.get("skipped", 0) for line in train),
+        "batch_size": experiment.batch_size,
+        "steps_to_loss": {
+            f"{config.train.target_loss:g}": first_at_or_below(lines, config.train.target_loss)
+        },
+        "final_train": {key: train[-1][key] for key in ("loss", "accuracy")},
+        "final_test": {key: tests[-1][key] for key in result},
+        "best_test": {key: best[key] for key in result},
+        "seconds": round(seconds, 1),
+        "images_per_s": round(steps * experiment.batch_size / max(seconds, 1e-3), 1),
+        "versions": versions(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "git": _git_revision(),
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """Returns the result of a run as a few lines of text."""
+    target, reached = next(iter(summary["steps_to_loss"].items()))
+    best, last = summary["best_test"], summary["final_test"]
+    first = "not reached" if reached is None else f"first at step {reached}"
+    return "\n".join(
+        [
+            f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of "
+            f"{summary['batch_size']} images:",
+            f"  training loss at or below {target}: {first}",
+            f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
+            f"all {last['count']:,} test images",
+            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
+            f"{best['step']}",
+            f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s "
+            f"on {summary['device']}",
+        ]
+    )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a result depends on."""
+    packages = ("bnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # bnjax itself, run from a clone
+        return "not installed"
+
+
+def _git_revision(package: Path = Path(__file__).parents[1]) -> str | None:
+    """Returns the revision of the code where it runs from a clone of its own, else None.
+
+    An installed package may lie within another project's repository, which does not track it.
+    """
+    git = ["git", "-C", str(package)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True, check=True)
+        command = [*git, "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Trained:
+    """A trained network and what it was trained on.
+
+    Attributes:
+        workdir: the run's folder.
+        config: of the run.
+        data: the facts of its data.
+        step: of the checkpoint.
+        weights: the fingerprint of the weights that its statistics belong to; None if it was saved
+            before there were any.
+        folded: the paths of the norms that were folded and of the layers that have them.
+        model: the network.
+        params: its weights.
+        batch_stats: its running statistics.
+    """
+
+    def __init__(self, workdir: Path, checkpoint: str):
+        """Reads a run and one of its checkpoints, "best", "last" or a step.
+
+        Raises:
+            UserError: if the folder has no run or no such checkpoint.
+        """
+        self.workdir = workdir
+        self.config, self.data = read(workdir)
+        self.model: nn.Module = build.network(
+            self.config.model, len(self.data.classes), self.data.image_shape
+        )
+        self.folded = folded_pairs(workdir)
+        if self.folded:
+            self.model = Folded(self.model, self.folded)
+        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+            self.step = checkpoints.step(checkpoint)
+            self.weights: str | None = checkpoints.about(self.step).get("weights")
+            like = jax.eval_shape(
+                functools.partial(init_variables, self.model, jax.random.key(0)),
+                np.zeros((1, *self.data.image_shape), np.uint8),
+            )
+            self.params: Params
+            self.batch_stats: BatchStats
+            self.params, self.batch_stats = checkpoints.restore_variables(self.step, like)
+
+    def dataset(self, data_dir: str | None) -> Dataset:
+        """Returns the data that the network was trained on.
+
+        Args:
+            data_dir: where they lie, if not where they lay in training.
+
+        Raises:
+            UserError: if they are not found.
+        """
+        config = self.config.copy_and_resolve_references()
+        config.data.dir = data_dir or config.data.dir
+        # After a fallback that is another set than was asked for, and the one that was asked for
+        # may have turned up since.
+        if self.data.name != config.data.name:
+            config.data = default_config().data
+            config.data.name = self.data.name
+        dataset = build.dataset(config)
+        if dataset.label != self.data.label:
+            raise UserError(
+                f"the run was trained on {self.data.label}, and what is found now is "
+                f"{dataset.label}. Say where its data lie with --data-dir."
+            )
+        return dataset
+
+    @property
+    def network(self) -> Network:
+        """The network for the functions of the clinic."""
+        return Network(self.params, self.batch_stats, self.model)
+
+    def write(
+        self,
+        out: Path,
+        network: Network,
+        about: dict[str, Any],
+        folded: Sequence[tuple[Sequence[str], Sequence[str]]],
+    ) -> None:
+        """Writes a network made of this one as a folder that `bnjax predict --workdir` takes.
+
+        Args:
+            out: the folder.
+            network: the new network.
+            about: facts about it, as JSON values.
+            folded: as `self.folded`, of the new network.
+
+        Raises:
+            UserError: if the folder is neither new nor empty.
+        """
+        check_is_free(out)
+        step = jnp.asarray(self.step, jnp.int32)
+        state = TrainState(step, network.params, (), jax.random.key(0))
+        with Checkpoints(out / "checkpoints") as checkpoints:
+            checkpoints.save(state, network.batch_stats, None, about)
+        if folded:
+            pairs = [[".".join(path) for path in pair] for pair in folded]
+            write_json(out / FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
+        # Last, since it makes the folder that of a network.
+        shutil.copyfile(self.workdir / "config.json", out / "config.json")

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.clinic.accumulate import accumulated_step
-from bnjax.clinic.layers import norm_layers, nothing_seen, observe
-from bnjax.clinic.precise import put
-from bnjax.clinic.weights import averaged_params
+from bnjax.clinic.accumulation import accumulated_step
+from bnjax.clinic.averaging import averaged_params
+from bnjax.clinic.linen import norm_layers, nothing_seen, observe
+from bnjax.clinic.statistics import put
 from bnjax.compat import vmap
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset

@@ -38,7 +38,7 @@ class Board:
         self._write(step, summary=summary.scalar(name, value))
 
     def histogram(self, name: str, numbers: dict[str, Any], step: int) -> None:
-        """Adds a histogram, given as `bnjax.train.histograms.summarise` returns it.
+        """Adds a histogram, given as `bnjax.train.diagnostics.summarise` returns it.
 
         The outer bins reach to the extremes.
         """

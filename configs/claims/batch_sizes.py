@@ -17,7 +17,7 @@ epochs for all. The averages are slow (0.99) for the sake of the small batches, 
 starting values for the sake of the few steps of the large ones.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 NORMS = ("batch", "group", "layer", "renorm")
 SIZES = (2, 16, 128, 512)

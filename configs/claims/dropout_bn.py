@@ -10,7 +10,7 @@ Time: 5 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: half of the early difference, 0.05; none for the late one, which the source calls slight.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 
 def get_claim():

@@ -12,7 +12,7 @@ Margin: half of the published difference, 0.006 in test accuracy.
 bnjax evaluates with averages of the whole batch, the paper with those of the ghost batches.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 
 def get_claim():

@@ -15,7 +15,7 @@ Plain SGD with momentum, as there; a step that is not finite is dropped. What is
 training loss, not validation accuracy.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 RATE = 0.01
 

@@ -13,7 +13,7 @@ The mean of all batches is momentum 0.9999 without starting values, which over 1
 alike to a hundredth.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 
 def get_claim():

@@ -10,7 +10,7 @@ Time: 6 minutes for the small version, 15 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.02 in the best test accuracy, bnjax's own choice.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 
 def get_claim():

@@ -11,7 +11,7 @@ Time: 7 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.02 in test accuracy, since the published difference is 0.0045.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 
 def get_claim():

@@ -11,7 +11,7 @@ Margin: the two published runs are up to 0.043 apart in accuracy on the way (ste
     the end; 0.02 is between. 0.1 in training loss is bnjax's own choice.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 
 def get_claim():

@@ -10,7 +10,7 @@ Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores besid
 Margin: 0.1 in test accuracy, where chance is 0.1.
 """
 
-from bnjax.compare.small import SMALL
+from bnjax.compare.grid import SMALL
 
 
 def get_claim():

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from wrappers import DEVICES, WRAPPERS, wrap
 
 from bnjax import norms
-from bnjax.clinic.accumulate import accumulated_step
-from bnjax.clinic.freeze import freeze_statistics
+from bnjax.clinic.accumulation import accumulated_step
+from bnjax.clinic.freezing import freeze_statistics
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import init_state, train_step
 

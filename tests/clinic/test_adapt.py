@@ -12,9 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from foreign import NETWORKS
 
-from bnjax.clinic.adapt import adapt_statistics, affine_only, entropy, tent, tent_step
-from bnjax.clinic.layers import nothing_seen
-from bnjax.clinic.precise import precise
+from bnjax.clinic.adaptation import adapt_statistics, affine_only, entropy, tent, tent_step
+from bnjax.clinic.linen import nothing_seen
+from bnjax.clinic.statistics import precise
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import init_variables, predict_step
 

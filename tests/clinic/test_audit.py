@@ -10,13 +10,8 @@ import optax
 import pytest
 from patients import HEALTHY, ILL, Plain, images, plain, ready, shared_jit, untold
 
-from bnjax.clinic.audit import Run, audit
-from bnjax.clinic.case import Case
-from bnjax.clinic.drift import z_scores
-from bnjax.clinic.evidence import Network, measure
-from bnjax.clinic.illnesses import ILLNESSES
-from bnjax.clinic.optimizer import depends
-from bnjax.clinic.structure import settle
+from bnjax.clinic.checks import ILLNESSES, Run, audit, depends, z_scores
+from bnjax.clinic.measure import Case, Network, measure, settle
 from bnjax.train_step import forward, init_variables
 from bnjax.types import fingerprint
 

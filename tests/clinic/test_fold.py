@@ -12,8 +12,8 @@ from foreign import NETWORKS
 from jax import lax
 
 from bnjax import norms
-from bnjax.clinic.fold import difference, fold
-from bnjax.clinic.layers import norm_layers
+from bnjax.clinic.folding import difference, fold
+from bnjax.clinic.linen import norm_layers
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import eval_step, forward, init_variables, predict_step
 

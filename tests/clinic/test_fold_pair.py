@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnjax.clinic.fold_pair import fold_pair
+from bnjax.clinic.folding import fold_pair
 
 
 def conv(x, kernel, bias, groups):

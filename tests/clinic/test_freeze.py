@@ -14,8 +14,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from foreign import NETWORKS
 
-from bnjax.clinic.freeze import affine_mask, freeze, freeze_statistics
-from bnjax.clinic.layers import norm_layers
+from bnjax.clinic.freezing import affine_mask, freeze, freeze_statistics
+from bnjax.clinic.linen import norm_layers
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
 from bnjax.norms.variants import BatchRenorm, GhostBatchNorm

@@ -5,7 +5,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from bnjax.clinic import audit
 from bnjax.train_step import init_state, train_step
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from foreign import NETWORKS
 
-from bnjax.clinic.layers import norm_layers, nothing_seen, observe
+from bnjax.clinic.linen import norm_layers, nothing_seen, observe
 from bnjax.norms import BatchNorm
 from bnjax.train_step import init_variables
 

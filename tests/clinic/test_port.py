@@ -13,10 +13,19 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet
 
-from bnjax.clinic.conventions import convert_variance, norm_fields, our_fields, variance_factor
-from bnjax.clinic.layers import norm_layers
-from bnjax.clinic.layouts import PortError, Table, read_table
-from bnjax.clinic.port import check_logits, port_from, port_to
+from bnjax.clinic.linen import norm_layers
+from bnjax.clinic.porting import (
+    PortError,
+    Table,
+    check_logits,
+    convert_variance,
+    norm_fields,
+    our_fields,
+    port_from,
+    port_to,
+    read_table,
+    variance_factor,
+)
 from bnjax.norms import BatchNorm
 from bnjax.train_step import forward, init_variables
 

@@ -9,8 +9,8 @@ import pytest
 from foreign import NETWORKS
 from wrappers import MAPPED, run
 
-from bnjax.clinic.layers import nothing_seen, observe
-from bnjax.clinic.precise import precise
+from bnjax.clinic.linen import nothing_seen, observe
+from bnjax.clinic.statistics import precise
 from bnjax.norms import BatchNorm
 from bnjax.train_step import init_variables
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.clinic.replicas import merge_replicas
+from bnjax.clinic.statistics import merge_replicas
 from bnjax.norms import BatchNorm
 from bnjax.train_step import eval_step, init_state, train_step
 

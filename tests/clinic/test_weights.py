@@ -9,7 +9,7 @@ import optax
 import pytest
 from foreign import NETWORKS
 
-from bnjax.clinic.weights import WeightAverageState, averaged_params, weight_average
+from bnjax.clinic.averaging import WeightAverageState, averaged_params, weight_average
 from bnjax.train_step import init_state, train_step
 
 STEPS = 9

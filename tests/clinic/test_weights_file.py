@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from bnjax.clinic import weights_file
+from bnjax.clinic import porting
 from bnjax.errors import UserError
 
 ARRAYS = {
@@ -19,8 +19,8 @@ ARRAYS = {
 
 @pytest.mark.parametrize("name", ["new/net.safetensors", "new/net.npz"])
 def test_there_and_back(tmp_path, name):
-    weights_file.write(tmp_path / name, ARRAYS, {"norms": "{}"})
-    found, notes = weights_file.read(tmp_path / name)
+    porting.write(tmp_path / name, ARRAYS, {"norms": "{}"})
+    found, notes = porting.read(tmp_path / name)
     assert notes == ({"norms": "{}"} if name.endswith("safetensors") else {})
     assert found.keys() == ARRAYS.keys()
     for key, value in ARRAYS.items():
@@ -32,7 +32,7 @@ def test_bfloat16_is_read(tmp_path):
     header = b'{"x":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
     # The upper half of a float32: 1.5 is 3fc0, -2 is c000.
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes.fromhex("c03f00c0"))
-    found, _ = weights_file.read(file)
+    found, _ = porting.read(file)
     np.testing.assert_array_equal(found["x"].astype(np.float32), [1.5, -2])
 
 
@@ -51,14 +51,14 @@ def test_pickles_are_refused_and_never_run(tmp_path):
     content = pickle.dumps(_Trap(ran))
     file.write_bytes(content)  # as old versions of torch
     with pytest.raises(UserError, match=r"is a pickle.*save_file\(model\.state_dict\(\)"):
-        weights_file.read(file)
+        porting.read(file)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("net/data.pkl", content)
     with pytest.raises(UserError, match=r"torch's format, a pickle.*save_file"):
-        weights_file.read(file)
+        porting.read(file)
     np.savez(tmp_path / "net.npz", x=np.array([_Trap(ran)]))
     with pytest.raises(UserError, match=r"neither safetensors nor \.npz, or damaged.*pickle"):
-        weights_file.read(tmp_path / "net.npz")
+        porting.read(tmp_path / "net.npz")
     assert not ran.exists()
 
 
@@ -66,15 +66,15 @@ def test_other_formats_are_refused(tmp_path):
     file = tmp_path / "net"
     file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     with pytest.raises(UserError, match=r"HDF5.*np\.savez"):
-        weights_file.read(file)
+        porting.read(file)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model.weights.h5", b"")
     with pytest.raises(UserError, match=r"Keras' own format.*np\.savez"):
-        weights_file.read(file)
+        porting.read(file)
     safetensors.numpy.save_file(ARRAYS, file)
     for damaged in (file.read_bytes()[:-3], b"hello", b"", b"PK\x03\x04" + bytes(50)):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="or damaged"):
-            weights_file.read(file)
+            porting.read(file)
     with pytest.raises(UserError, match="there is no file"):
-        weights_file.read(tmp_path / "none")
+        porting.read(tmp_path / "none")

@@ -15,14 +15,14 @@ import pytest
 import synthetic
 
 from bnjax import main
-from bnjax.compare import claims, grid, seeds, text
+from bnjax.compare import claims, grid, text
 from bnjax.compare.runs import finished_runs, time
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer, train_and_evaluate
-from bnjax.train.records import read_lines
 from bnjax.train.run import StopRequest
+from bnjax.train.rundir import read_lines
 from bnjax.train_step import init_state
 
 CONFIG = """
@@ -227,7 +227,7 @@ def at_once(trainer, count, folder, end=lambda _: None):
     begun = []
     folders = {seed: folder / str(seed) for seed in range(count)}
     with StopRequest() as stop:
-        found = seeds.train(trainer, folders, "devices", stop, begun.extend, end)
+        found = grid.train(trainer, folders, "devices", stop, begun.extend, end)
     return found, begun
 
 
@@ -325,7 +325,7 @@ def test_a_signal_between_two_runs_is_remembered(tmp_path, way):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped, match=r"stopped by SIGTERM$"):
-            seeds.train(trainer, {0: tmp_path / "0"}, way, stop, lambda _: None, lambda _: None)
+            grid.train(trainer, {0: tmp_path / "0"}, way, stop, lambda _: None, lambda _: None)
 
 
 def test_each_of_several_seeds_ends_where_its_own_loss_is_low_enough(tmp_path):

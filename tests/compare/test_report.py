@@ -18,11 +18,9 @@ from scipy import stats
 from strategies import JSON
 
 from bnjax.compare import report
-from bnjax.compare.report import averages, charts, inside, tables
-from bnjax.compare.report.study import read_study
-from bnjax.compare.runs import finished_runs, read_run, time, with_histograms
+from bnjax.compare.runs import finished_runs, read_run, read_study, time, with_histograms
 from bnjax.errors import UserError
-from bnjax.train import histograms, parsing
+from bnjax.train import diagnostics, parsing
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -68,7 +66,7 @@ def write_run(
                 "activation": {"conv": RNG.normal(size=99)},
                 "gradient": {"conv.kernel": RNG.normal(size=50)},
             }
-            inner.append({"step": step, **histograms.summarise(kinds)})
+            inner.append({"step": step, **diagnostics.summarise(kinds)})
     for file, content in (("metrics", lines), ("timing", timing), ("histograms", inner)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
     if finished:
@@ -116,7 +114,7 @@ def rows_of(panel, layer=0):
 
 
 def test_results_are_means_with_student_intervals(folders):
-    table = cells(tables.results(read_study(folders)))
+    table = cells(report.results(read_study(folders)))
     accuracies = [0.504, 0.514, 0.524]  # 0.5 + seed / 100 + 4 / 1000
     low, high = stats.t.interval(0.95, 2, np.mean(accuracies), stats.sem(accuracies))
     assert table["bn"]["final test accuracy"] == f"{(low + high) / 2:.4f} ± {(high - low) / 2:.4f}"
@@ -131,10 +129,10 @@ def test_steps_to_a_loss_and_runs_that_never_got_there(folders, tmp_path):
     study = read_study([*folders, tmp_path / "bn" / "3"])
     found = [time(run, "steps_to_loss", run.target_loss) for run in study.runs]
     assert found == [(5, True)] * 3 + [(5, False)] + [(4, False)] * 2
-    table = cells(tables.results(study))
+    table = cells(report.results(study))
     assert table["bn"]["steps to training loss 0.2"] == "5 (3 of 4 got there)"
     assert table["no_bn"]["steps to training loss 0.2"] == "not reached"
-    (panel,) = charts.steps_to_loss(study).panels
+    (panel,) = report.steps_to_loss(study).panels
     marks = [(row["variant"], row["step"], row["reached"]) for row in rows_of(panel)]
     assert (
         marks
@@ -145,7 +143,7 @@ def test_steps_to_a_loss_and_runs_that_never_got_there(folders, tmp_path):
 
 
 def test_curves_are_means_and_ranges_over_the_seeds(folders):
-    train_loss, test_loss, _, test_accuracy = charts.curves(read_study(folders)).panels
+    train_loss, test_loss, _, test_accuracy = report.curves(read_study(folders)).panels
     last = [row for row in rows_of(train_loss) if (row["variant"], row["x"]) == ("bn", 5)]
     assert [(row["mean"], row["low"], row["high"]) for row in last] == [(0.19, 0.18, 0.2)]
     assert [row["x"] for row in rows_of(test_loss) if row["variant"] == "no_bn"] == [2, 4]
@@ -155,7 +153,7 @@ def test_curves_are_means_and_ranges_over_the_seeds(folders):
 
 def test_long_curves_are_averaged_over_neighbours(tmp_path):
     losses = np.linspace(5, 1, 1000)
-    panel, *_ = charts.curves(
+    panel, *_ = report.curves(
         read_study([write_run(tmp_path / "long", losses=losses.tolist())])
     ).panels
     rows = rows_of(panel)
@@ -169,7 +167,7 @@ def test_long_curves_are_averaged_over_neighbours(tmp_path):
 
 
 def test_the_gap_is_the_test_loss_above_the_training_loss(folders):
-    (panel,) = charts.gap(read_study(folders)).panels
+    (panel,) = report.gap(read_study(folders)).panels
     gaps = {(row["variant"], row["x"]): row["mean"] for row in rows_of(panel)}
     assert gaps["bn", 4] == pytest.approx(0.35 - np.mean([2.0, 1.0, 0.5, 0.25]))
     assert gaps["no_bn", 2] == pytest.approx(2.1 - 2.5)
@@ -188,7 +186,7 @@ def test_what_the_averages_cost_is_stored_minus_batch(tmp_path):
     lines.insert(at + 1, json.dumps(gap))
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     study = read_study([tmp_path / "run"])
-    cost, drifts = averages.figures(study)
+    cost, drifts = report.figures(study)
     means = [panel.to_dict() for panel in cost.panels]
     values = [next(iter(one["datasets"].values()))[0]["mean"] for one in means]
     assert values == [0.5, 0.25]
@@ -200,14 +198,14 @@ def test_what_the_averages_cost_is_stored_minus_batch(tmp_path):
 
 
 def test_time_and_rate(folders):
-    table = cells(tables.speed(read_study(folders)))
+    table = cells(report.speed(read_study(folders)))
     assert table["bn"] == {
         "variant": "bn",
         "seconds": "13.0 ± 0.0",
         "images a second": "5 ± 0",
         "device": "1 x abacus",
     }
-    loss, _ = charts.against_time(read_study(folders)).panels
+    loss, _ = report.against_time(read_study(folders)).panels
     assert [(row["x"], row["mean"]) for row in rows_of(loss) if row["variant"] == "no_bn"] == [
         (5, 3.0),
         (7, 2.0),
@@ -218,7 +216,7 @@ def test_time_and_rate(folders):
 
 def test_what_went_on_inside_is_what_the_files_say(folders):
     study = read_study(folders)
-    figures = {figure.name: figure for figure in inside.figures(study)}
+    figures = {figure.name: figure for figure in report.figures(study)}
     assert set(figures) == {
         f"{what}_{of}"
         for what in ("running_mean", "running_variance", "activation", "gradient")
@@ -241,12 +239,12 @@ def test_what_went_on_inside_is_what_the_files_say(folders):
 
 def test_the_difference_between_variants_is_shown_and_the_pixels_are_named(folders):
     study = read_study(folders)
-    assert tables.differences(study).rows == [
+    assert report.differences(study).rows == [
         ["model.norm", "batch", "none"],
         ["name", "bn", "no_bn"],
         ["train.steps", "5", "4"],
     ]
-    assert tables.origins(study).rows[0][1:] == [
+    assert report.origins(study).rows[0][1:] == [
         "the digits, not the official pixels",
         "python 3.11 jax 0.10.2",
         "abc1234",
@@ -255,7 +253,7 @@ def test_the_difference_between_variants_is_shown_and_the_pixels_are_named(folde
 
 def test_a_command_gives_the_same_config_again(folders):
     study = read_study(folders)
-    for run, line in zip(study.runs, tables.commands(study), strict=True):
+    for run, line in zip(study.runs, report.commands(study), strict=True):
         words = shlex.split(line)
         assert words[:3] + words[-2:] == [
             "python",
@@ -285,7 +283,7 @@ def test_the_command_of_a_run_on_the_data_that_stood_in_is_accepted_by_its_folde
     assert first.returncode == 0, first.stderr
     study = read_study([tmp_path / "run"])
     assert study.runs[0].config["config.name"] == "bn-digits"
-    (line,) = tables.commands(study)
+    (line,) = report.commands(study)
     python, *words = shlex.split(line)
     assert python == "python"
     again = call(sys.executable, *words)
@@ -310,9 +308,9 @@ def test_a_comparison_has_its_own_order_and_command_and_says_what_is_missing(fol
         ("bn", 1),
         ("bn", 2),
     ]
-    assert tables.commands(study) == [comparison["command"]]
+    assert report.commands(study) == [comparison["command"]]
     assert study.problems == [f"the comparison {tmp_path} has not begun no_bn/2."]
-    assert tables.verdict_table(study) is None
+    assert report.verdict_table(study) is None
 
 
 def test_the_verdicts_of_several_comparisons_stand_in_one_table(tmp_path):
@@ -351,7 +349,7 @@ def test_the_verdicts_of_several_comparisons_stand_in_one_table(tmp_path):
             "command": "bnjax compare",
         }
         (tmp_path / folder / "comparison.json").write_text(json.dumps(comparison))
-    table = tables.verdict_table(read_study([tmp_path / "first", tmp_path / "second"]))
+    table = report.verdict_table(read_study([tmp_path / "first", tmp_path / "second"]))
     verdicts = {question: (row["verdict"], row["found"]) for question, row in cells(table).items()}
     assert verdicts == {
         "Is it much better? (small size)": ("not reproduced", "0.01 [0.01 to 0.01], 2 pairs"),
@@ -409,7 +407,7 @@ def test_a_report_of_somebody_else_is_not_overwritten(tmp_path):
 def test_verdicts_that_cannot_be_had_are_said(tmp_path):
     write_run(tmp_path / "bn" / "0")
     (tmp_path / "comparison.json").write_text(json.dumps({"variants": {"bn": {}}, "seeds": [0]}))
-    ((folder, _, verdict, _, reason, _),) = tables.verdict_table(read_study([tmp_path])).rows
+    ((folder, _, verdict, _, reason, _),) = report.verdict_table(read_study([tmp_path])).rows
     assert (folder, verdict) == (str(tmp_path), "not known")
     assert "comparison.json is missing or damaged (KeyError" in reason
 
@@ -438,7 +436,7 @@ def test_the_page_needs_nothing_else_and_markdown_has_its_pictures(folders, tmp_
     assert len(pictures) == 12
     for picture in pictures:
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
-    for table in (tables.results(read_study(folders)), tables.speed(read_study(folders))):
+    for table in (report.results(read_study(folders)), report.speed(read_study(folders))):
         assert "| " + " | ".join(table.rows[0]) + " |" in markdown
         assert all(f"<td>{cell}</td>" in body for cell in table.rows[0])
 
@@ -488,7 +486,7 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(folders, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "bnjax.compare.report.page", raising=False)
+    monkeypatch.delitem(sys.modules, "bnjax.compare.report", raising=False)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UserError, match=r"needs vl_convert, .* pip install 'bnjax\[report\]'"):
         report.write_all(folders, tmp_path / "out")
@@ -595,21 +593,21 @@ def test_any_content_of_any_file_is_reported_or_refused(template, file, content)
         path.write_bytes(content)
         study = read_study([template.parents[1]])
         for table in (
-            tables.verdict_table,
-            tables.results,
-            tables.speed,
-            tables.origins,
-            tables.differences,
-            tables.whole_config,
+            report.verdict_table,
+            report.results,
+            report.speed,
+            report.origins,
+            report.differences,
+            report.whole_config,
         ):
             table(study)
-        tables.commands(study)
+        report.commands(study)
         for draw in (
-            charts.curves,
-            charts.steps_to_loss,
-            charts.gap,
-            charts.against_time,
-            lambda study: list(inside.figures(study)),
+            report.curves,
+            report.steps_to_loss,
+            report.gap,
+            report.against_time,
+            lambda study: list(report.figures(study)),
         ):
             draw(study)
     except UserError as error:

@@ -6,7 +6,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from bnjax.data.example import encode
+from bnjax.data.records import encode
 
 
 def picture(array, kind="png"):

@@ -7,13 +7,13 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnjax.data import example
+from bnjax.data import records
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
 def example_class():
-    """The class of tf.train.Example, described as TensorFlow's example.proto and feature.proto."""
+    """The class of tf.train.Example, described as TensorFlow's records.proto and feature.proto."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
 
@@ -44,7 +44,7 @@ EXAMPLE = example_class()
 
 @given(st.binary(max_size=300), INT64)
 def test_protobuf_reads_what_is_written(image, label):
-    feature = EXAMPLE.FromString(example.encode(image, label)).features.feature
+    feature = EXAMPLE.FromString(records.encode(image, label)).features.feature
     assert list(feature["image"].bytes_list.value) == [image]
     assert list(feature["label"].int64_list.value) == [label]
 
@@ -58,7 +58,7 @@ def test_what_protobuf_writes_is_read(image, numbers, name):
     feature[f"other {name}"].bytes_list.value.extend([name.encode(), b"second"])
     feature["label"].int64_list.value.extend(numbers)
     feature["nothing"].int64_list.SetInParent()
-    assert example.decode(message.SerializeToString()) == {
+    assert records.decode(message.SerializeToString()) == {
         "image": image,
         f"other {name}": name.encode(),
         "label": numbers[0],
@@ -69,10 +69,10 @@ def test_numbers_that_are_not_packed():
     # As proto2 writes them: a field for each.
     unpacked = b"\n\x11\n\x0f\n\x05label\x12\x06\x1a\x04\x08\x07\x08\x09"
     assert list(EXAMPLE.FromString(unpacked).features.feature["label"].int64_list.value) == [7, 9]
-    assert example.decode(unpacked) == {"label": 7}
+    assert records.decode(unpacked) == {"label": 7}
 
 
-WHOLE = example.encode(b"x" * 40, 3)
+WHOLE = records.encode(b"x" * 40, 3)
 
 
 @given(st.binary(max_size=60) | st.integers(0, len(WHOLE)).map(lambda end: WHOLE[:end]))
@@ -82,6 +82,6 @@ def test_damage_is_told_and_nothing_else(message):
         EXAMPLE.FromString(message)
     except DecodeError:
         with contextlib.suppress(ValueError):
-            example.decode(message)
+            records.decode(message)
     else:
-        assert isinstance(example.decode(message), dict)
+        assert isinstance(records.decode(message), dict)

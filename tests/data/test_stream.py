@@ -19,7 +19,7 @@ import synthetic
 from PIL import Image
 from records_folder import picture, write_dataset, write_file, write_folder
 
-from bnjax.data import datasets, example
+from bnjax.data import datasets, records
 from bnjax.data.batches import Part, eval_batches
 from bnjax.data.feed import every_batch, host_feed
 from bnjax.data.records import Crop, Reading
@@ -27,8 +27,7 @@ from bnjax.data.stream import stream_feed
 from bnjax.errors import ConfigError, DataError, UserError, WorkerError
 from bnjax.train import build, predict
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.records import read_lines
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import Trained, read_lines
 
 MEMORY = synthetic.dataset()
 SIZES = ((40, 30), (24, 24), (19, 57), (100, 21), (33, 32))
@@ -239,7 +238,7 @@ def test_files_of_other_kinds_become_rgb(tmp_path):
     np.testing.assert_array_equal(image[3], np.asarray(Image.open(io.BytesIO(jpeg))))
 
 
-GOOD = example.encode(picture(np.zeros((8, 8, 3), np.uint8)), 0)
+GOOD = records.encode(picture(np.zeros((8, 8, 3), np.uint8)), 0)
 
 
 @pytest.mark.parametrize(
@@ -248,14 +247,14 @@ GOOD = example.encode(picture(np.zeros((8, 8, 3), np.uint8)), 0)
         (b"no message at all", "record 1 of the train records in .* cannot be read"),
         (GOOD[:-40], "record 1 .* cannot be read"),
         (b"", "it holds nothing and has to be a tf.train.Example with an 'image'"),
-        (example.encode(b"GIF89a", 0), "record 1 .* cannot identify image"),
-        (example.encode(picture(np.zeros((8, 8, 3), np.uint8))[:45], 0), "record 1 .* cannot"),
+        (records.encode(b"GIF89a", 0), "record 1 .* cannot identify image"),
+        (records.encode(picture(np.zeros((8, 8, 3), np.uint8))[:45], 0), "record 1 .* cannot"),
         (
-            example.encode(picture(np.zeros((9, 8, 3), np.uint8)), 0),
+            records.encode(picture(np.zeros((9, 8, 3), np.uint8)), 0),
             r"not all of one size .*image_size=N",
         ),
-        (example.encode(picture(np.zeros((8, 8, 3), np.uint8)), 2), "has the label 2; .* 0 to 1"),
-        (example.encode(picture(np.zeros((8, 8, 3), np.uint8)), -1), "has the label -1"),
+        (records.encode(picture(np.zeros((8, 8, 3), np.uint8)), 2), "has the label 2; .* 0 to 1"),
+        (records.encode(picture(np.zeros((8, 8, 3), np.uint8)), -1), "has the label -1"),
     ],
 )
 def test_a_damaged_record_is_named(record, message, tmp_path):

@@ -18,10 +18,10 @@ from PIL import Image
 
 from bnjax import main
 from bnjax.errors import UserError
-from bnjax.export import manifest
+from bnjax.export import stablehlo
 from bnjax.export import stablehlo as export
-from bnjax.export.exported import Exported
-from bnjax.train.trained import Trained
+from bnjax.export.stablehlo import Exported
+from bnjax.train.rundir import Trained
 from bnjax.train_step import forward
 
 SMALL = [*small_digits.TINY, "--config.model.placement=before"]
@@ -51,7 +51,7 @@ def copy(exported, tmp_path):
 
 def edited(folder, **entries):
     """Changes entries of a manifest."""
-    file = folder / manifest.FILE
+    file = folder / stablehlo.FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
     return folder
 
@@ -89,7 +89,7 @@ def test_the_manifest_says_what_it_is(run, exported):
     ("day", "end"), [("2026-03-31", "2026-09-30"), ("2027-08-30", "2028-02-29")]
 )
 def test_six_months_later_is_a_day_that_exists(day, end):
-    window = manifest.window(datetime.date.fromisoformat(day), "1")
+    window = stablehlo.window(datetime.date.fromisoformat(day), "1")
     assert window["not_if_built_after"] == end
 
 
@@ -177,7 +177,7 @@ def test_a_package_that_is_missing_is_named(run, monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             patch.delitem(sys.modules, "bnjax.export.onnx", raising=False)
-            patch.delitem(sys.modules, "bnjax.export.onnx_graph", raising=False)
+            patch.delitem(sys.modules, "bnjax.export.onnx", raising=False)
             with pytest.raises(UserError, match=r"package onnx.*pip install 'bnjax\[onnx\]'"):
                 export.export_run(Trained(run, "last"), tmp_path / "model", onnx=True)
 
@@ -241,7 +241,7 @@ def test_a_program_that_this_jax_does_not_load_says_which_would(copy, monkeypatc
     content = b"not what JAX writes" * 100
     (copy / "model.stablehlo").write_bytes(content)
     files = json.loads((copy / "manifest.json").read_text())["files"]
-    files["model.stablehlo"] = manifest.checksum(content)
+    files["model.stablehlo"] = stablehlo.checksum(content)
     edited(copy, files=files, window=window, exported="2020-01-02")
     said = r"does not load the program .* written on 2020-01-02 with JAX 0.1.2: .* 6 months older"
     with pytest.raises(UserError, match=said):

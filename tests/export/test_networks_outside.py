@@ -12,7 +12,7 @@ import safetensors.numpy
 from foreign import PreActResNet, ResNet
 
 from bnjax import norms
-from bnjax.clinic.fold import difference, fold
+from bnjax.clinic.folding import difference, fold
 from bnjax.export.onnx import onnx_model
 from bnjax.export.stablehlo import named, program
 from bnjax.models.convnet import ConvNet

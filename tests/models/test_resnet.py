@@ -13,11 +13,10 @@ import optax
 import pytest
 
 from bnjax import norms
-from bnjax.clinic.audit import audit
-from bnjax.clinic.fold import difference, fold
-from bnjax.clinic.layers import norm_layers
-from bnjax.clinic.layouts import Table
-from bnjax.clinic.port import port_from, port_to
+from bnjax.clinic.checks import audit
+from bnjax.clinic.folding import difference, fold
+from bnjax.clinic.linen import norm_layers
+from bnjax.clinic.porting import Table, port_from, port_to
 from bnjax.models.resnet import RESNETS, TORCHVISION, ResNet
 from bnjax.train_step import forward, init_state, init_variables, train_step
 

@@ -6,13 +6,12 @@ import shutil
 
 import jax
 import pytest
-
-from bnjax.clinic import audit
-from bnjax.train import build
 from bnjax.train.audit import of_run
+
+from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import Trained
 
 STEPS = 40
 

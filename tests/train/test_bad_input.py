@@ -19,10 +19,10 @@ from strategies import JSON
 
 from bnjax import errors, main
 from bnjax.errors import UserError
-from bnjax.train import build, network, parsing, rundir
+from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
-from bnjax.train.records import Lines, read_metrics
+from bnjax.train.rundir import Lines, read_metrics
 from bnjax.train_step import init_variables
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
     (tmp_path / "config.json").write_text(json.dumps(content))
     try:
         config, facts = rundir.read(tmp_path)
-        network.model(config.model, len(facts.classes), facts.image_shape)
+        build.network(config.model, len(facts.classes), facts.image_shape)
     except UserError as error:
         assert str(error)
 

@@ -10,7 +10,7 @@ import pytest
 
 from bnjax import norms
 from bnjax.errors import ConfigError
-from bnjax.train import build, network
+from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train_step import init_state, train_step
 
@@ -36,7 +36,7 @@ def config_of(**model):
 def built(**model):
     config = config_of(**model)
     build.check(config)
-    return network.model(config.model, CLASSES, (8, 8, 1))
+    return build.network(config.model, CLASSES, (8, 8, 1))
 
 
 WORKING = {  # where the options of the others would not do

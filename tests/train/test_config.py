@@ -12,7 +12,7 @@ from bnjax.errors import ConfigError, DataError, UserError
 from bnjax.models.convnet import ACTIVATIONS, POOLS, Placement
 from bnjax.models.layers import VIEWS, bfloat16_dot_general
 from bnjax.models.resnet import RESNETS
-from bnjax.train import build, network, parsing
+from bnjax.train import build, parsing
 from bnjax.train.config import KEYS, default_config
 
 
@@ -186,10 +186,10 @@ def test_a_config_file_and_its_overrides(tmp_path):
 def test_low_precision_products_are_chosen_and_checked():
     config = default_config()
     config.model.dense_product = "bfloat16"
-    assert network.model(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
+    assert build.network(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
     config.model.dtype = "bfloat16"
     with pytest.raises(ConfigError, match=r"dense_product.*float32 with model\.dtype"):
-        network.model(config.model, 10, (32, 32, 3))
+        build.network(config.model, 10, (32, 32, 3))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from bnjax.train import build, parsing
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.graph import nodes
-from bnjax.train.records import read_lines
+from bnjax.train.rundir import read_lines
 from bnjax.train.tensorboard import CAPTION, TILE, Board, contact_sheet
 from bnjax.train_step import init_variables
 

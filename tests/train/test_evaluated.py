@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import synthetic
 
-from bnjax.clinic.precise import precise
-from bnjax.clinic.weights import averaged_params
+from bnjax.clinic.averaging import averaged_params
+from bnjax.clinic.statistics import precise
 from bnjax.data.batches import spread
 from bnjax.errors import ConfigError
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer
-from bnjax.train.records import read_metrics
 from bnjax.train.run import StopRequest
+from bnjax.train.rundir import Trained, read_metrics
 from bnjax.train.steps import Steps, default_feed, precise_batches
-from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy
 from bnjax.types import named_leaves
 

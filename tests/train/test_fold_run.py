@@ -8,9 +8,9 @@ import pytest
 from small_digits import CONFIG, TINY
 
 from bnjax import errors, main
-from bnjax.clinic.fold import Folding, NormFold, fold
+from bnjax.clinic.folding import Folding, NormFold, fold
 from bnjax.train import fold_run
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import Trained
 from bnjax.types import named_leaves
 
 

@@ -11,14 +11,13 @@ import pytest
 import synthetic
 from events import read_values
 
-from bnjax.clinic.gap import Drift, drift, gap
-from bnjax.clinic.layers import norm_layers
-from bnjax.clinic.precise import put
+from bnjax.clinic.linen import norm_layers
+from bnjax.clinic.statistics import Drift, drift, gap, put
 from bnjax.errors import UserError
 from bnjax.norms import BatchNorm
 from bnjax.train.loop import Trainer
-from bnjax.train.records import RunWriter, read_metrics
 from bnjax.train.run import StopRequest
+from bnjax.train.rundir import RunWriter, read_metrics
 from bnjax.train_step import eval_step, init_variables
 
 

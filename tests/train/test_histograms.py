@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.train.histograms import BINS, MAX_VALUES, QUANTILES, sample, summarise
+from bnjax.train.diagnostics import BINS, MAX_VALUES, QUANTILES, sample, summarise
 from bnjax.train_step import init_state
 
 

@@ -16,11 +16,11 @@ import synthetic
 
 from bnjax.data.feed import resident_feed
 from bnjax.errors import NonFiniteError, UserError
-from bnjax.train import build, records, tensorboard
+from bnjax.train import build, tensorboard
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer
-from bnjax.train.records import read_lines
 from bnjax.train.run import StopRequest
+from bnjax.train.rundir import read_lines
 from bnjax.train_step import init_state
 
 SLOW = pytest.mark.slow

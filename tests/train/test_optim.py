@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
 from bnjax.train import build
+from bnjax.train.build import optimizer
 from bnjax.train.config import default_config
-from bnjax.train.optimizer import optimizer
 
 
 @pytest.mark.parametrize(

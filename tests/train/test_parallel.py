@@ -11,10 +11,10 @@ import synthetic
 
 from bnjax.data.feed import host_feed, resident_feed
 from bnjax.errors import ConfigError
-from bnjax.train import build, network
+from bnjax.train import build
 from bnjax.train.devices import spread
 from bnjax.train.loop import Stopped
-from bnjax.train.records import read_lines
+from bnjax.train.rundir import read_lines
 from bnjax.train.steps import Steps
 from bnjax.train_step import TrainState
 
@@ -39,7 +39,7 @@ def config(norm="batch", virtual_batch=BATCH, micro_batches=1):
 def train(config, parallel, *, resident=False, seeds=1, steps=3):
     """States and evaluations of each seed after so many steps, as NumPy arrays."""
     experiment = build.experiment(config, DATA)
-    model = network.model(config.model, 3, (8, 8, 1), **parallel.norm_axes)
+    model = build.network(config.model, 3, (8, 8, 1), **parallel.norm_axes)
     experiment = dataclasses.replace(experiment, parallel=parallel, training_model=model)
     make = functools.partial(resident_feed, max_steps=steps) if resident else host_feed
     feed = make(DATA.train, BATCH, shuffle=True, part=experiment.part)

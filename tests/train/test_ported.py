@@ -10,11 +10,10 @@ import pytest
 import synthetic
 
 from bnjax import errors, main
-from bnjax.clinic import weights_file
+from bnjax.clinic import porting
 from bnjax.train import build
 from bnjax.train.run import Seed
 from bnjax.train.steps import Steps, default_feed
-from bnjax.train.trained import Trained
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +76,11 @@ def test_training_goes_on_with_weights_of_step_0(run, port, tmp_path):
 def test_numbers_that_are_not_finite_are_named(run, port, tmp_path):
     file = tmp_path / "net.safetensors"
     port("--workdir", run, "--to", "torch", file)
-    arrays, notes = weights_file.read(file)
+    arrays, notes = porting.read(file)
     arrays = {name: array.copy() for name, array in arrays.items()}
     arrays["conv0.weight"][0] = np.nan
     arrays["logits_norm.running_var"][1] = np.inf
-    weights_file.write(file, arrays, notes)
+    porting.write(file, arrays, notes)
     done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "new")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "WARNING" in line]
@@ -109,10 +108,10 @@ def test_what_torch_is_given(run, port, tmp_path):
         "]))\n"
     )
     assert "as they were stored, biased; torch stores unbiased" in done.stdout
-    arrays, notes = weights_file.read(file)
+    arrays, notes = porting.read(file)
     assert json.loads(notes["norms"]) == {"eps": 1e-3, "momentum": 0.25}
     assert arrays["conv0_norm.num_batches_tracked"] == 6
-    images, logits = weights_file.read(probe)[0].values()
+    images, logits = porting.read(probe)[0].values()
     assert images.shape == (8, 1, 8, 8)
     np.testing.assert_allclose(by_hand(arrays, images.astype(np.float64)), logits, atol=1e-5)
 
@@ -141,9 +140,9 @@ def test_what_variances_are_is_as_the_file_says(run, port, tmp_path):
     """Those that torch averaged are unbiased; those that were taken there and back are not."""
     file, foreign = tmp_path / "net.safetensors", tmp_path / "foreign.safetensors"
     port("--workdir", run, "--to", "torch", file)
-    arrays, notes = weights_file.read(file)
+    arrays, notes = porting.read(file)
     assert notes["variance"] == "biased"
-    weights_file.write(foreign, arrays, {"format": "pt"})  # as torch's users save
+    porting.write(foreign, arrays, {"format": "pt"})  # as torch's users save
     before = Trained(run, "last").batch_stats["conv0_norm"]["var"]
     for name, source, options, variance, factor in (
         ("own", file, (), "biased", 1),
@@ -158,7 +157,7 @@ def test_what_variances_are_is_as_the_file_says(run, port, tmp_path):
         assert after.config.model.variance == variance, name
         found = after.batch_stats["conv0_norm"]["var"]
         np.testing.assert_allclose(found, before * factor, rtol=1e-6, err_msg=name)
-    weights_file.write(file, arrays, notes | {"variance": "odd"})
+    porting.write(file, arrays, notes | {"variance": "odd"})
     done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "odd")
     assert done.returncode == 2
     assert "its note 'variance' is damaged" in done.stderr
@@ -170,7 +169,7 @@ def test_other_names_and_conventions(run, port, tmp_path):
     options = ("--workdir", run, "--table", table, "--examples", 10)
     done = port(*options, "--to", "torch", file)
     assert "nn.Sequential" not in done.stdout  # its names would be others
-    arrays, _ = weights_file.read(file)
+    arrays, _ = porting.read(file)
     assert "features.0.weight" in arrays
     before = Trained(run, "last")
     # 10 images of 8x8 pixels.

@@ -5,15 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from bnjax.train.precise_run import of_run
 
 from bnjax import errors
 from bnjax.data.batches import spread
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.precise_run import of_run
-from bnjax.train.records import read_metrics
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import Trained, read_metrics
 from bnjax.train_step import eval_step
 
 STEPS, IMAGES, MOMENTUM = 20, 50, 0.99

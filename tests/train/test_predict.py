@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic
+from bnjax.train.predict import of_split
 
 from bnjax.data import datasets
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.predict import of_split
-from bnjax.train.rundir import DataFacts
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import DataFacts, Trained
 
 
 class Rows(nn.Module):

@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bnjax.train.predict import of_split
 
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError
 from bnjax.train import build, parsing
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.predict import of_split
-from bnjax.train.records import read_metrics
-from bnjax.train.trained import Trained
+from bnjax.train.rundir import Trained, read_metrics
 
 SMALL = (
     "model.filters=8,12",

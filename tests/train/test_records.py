@@ -4,7 +4,7 @@ import pytest
 from events import read_values
 
 from bnjax.errors import UserError
-from bnjax.train.records import Lines, RunWriter, read_lines, write_json
+from bnjax.train.rundir import Lines, RunWriter, read_lines, write_json
 
 
 def test_a_torn_last_line_is_left_out_and_later_steps_are_dropped(tmp_path):

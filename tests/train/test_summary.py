@@ -3,7 +3,7 @@
 import subprocess
 from importlib import metadata
 
-from bnjax.train import summary
+from bnjax.train import rundir
 
 
 def git(folder, *words):
@@ -18,11 +18,11 @@ def test_the_revision_is_that_of_a_repository_which_tracks_the_package(tmp_path)
         (tmp_path / name / "__init__.py").write_text("")
     git(tmp_path, "add", "other")
     git(tmp_path, "commit", "-m", "other")
-    assert summary._git_revision(tmp_path / "bnjax") is None
+    assert rundir._git_revision(tmp_path / "bnjax") is None
     git(tmp_path, "add", "bnjax")
     git(tmp_path, "commit", "-m", "own")
-    assert summary._git_revision(tmp_path / "bnjax")
-    assert summary._git_revision(tmp_path / "nowhere") is None
+    assert rundir._git_revision(tmp_path / "bnjax")
+    assert rundir._git_revision(tmp_path / "nowhere") is None
 
 
 def test_a_clone_that_is_not_installed_has_versions_too(monkeypatch):
@@ -34,5 +34,5 @@ def test_a_clone_that_is_not_installed_has_versions_too(monkeypatch):
         return installed(package)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert summary.versions()["bnjax"] == "not installed"
-    assert summary.versions()["jax"] == installed("jax")
+    assert rundir.versions()["bnjax"] == "not installed"
+    assert rundir.versions()["jax"] == installed("jax")

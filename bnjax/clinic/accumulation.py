@@ -1,0 +1,199 @@
+"""One training step over micro-batches."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.clinic.linen import (
+    moments_given,
+    nothing_seen,
+    only_norms,
+    put_seen,
+    seen_by,
+    seen_in,
+    with_seen,
+)
+from bnjax.compat import varying
+from bnjax.metrics import Metrics
+from bnjax.norms.moments import Moments, merge, merge_over, total_over, updated_average
+from bnjax.train_step import (
+    AxisName,
+    LossFn,
+    TrainState,
+    count_of,
+    descend,
+    dropout_key,
+    loss_of,
+    softmax_cross_entropy,
+    train_step,
+)
+from bnjax.types import Array, Batch, BatchStats, Params
+
+# The norms that update their averages, by the path of their leaves.
+Norms = dict[tuple[str, ...], Any]
+
+
+# What `bnjax.norms.BatchNorm` may have otherwise than Flax's has it.
+CONVENTIONS: dict[str, Any] = {"debias": False, "variance": "biased", "average_dtype": None}
+
+
+def accumulated_step(
+    state: TrainState,
+    batch_stats: BatchStats,
+    batch: Batch,
+    *,
+    micro_batches: int,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn = softmax_cross_entropy,
+    axis_name: AxisName = None,
+    skip_nonfinite: bool = False,
+    unroll: bool | None = None,
+) -> tuple[TrainState, BatchStats, Metrics]:
+    """Returns what `train_step` does, with the activations of one micro-batch in memory at a time.
+
+    The gradient is the mean over all real examples of the batch, and metrics are sums over it. Each
+    micro-batch is normalised by itself (over all devices that its norms reduce over), so that the
+    gradient is not that of the whole batch at once: what BN sees is a batch of n / micro_batches.
+    The running averages are updated once, as by one batch: from the old ones and from mean and
+    variance of what the norms were given in all micro-batches together, by counts.
+
+    Micro-batch i has the examples i, i + k, i + 2 k, …: so those of a batch that is divided up over
+    devices stay where they are, and every wrapper makes the same ones. Its dropped units are drawn
+    from `fold_in(key of the step, i)`. With one micro-batch this is `train_step`, to the bit.
+
+    Args:
+        state, batch_stats, model, tx, loss_fn, axis_name, skip_nonfinite: as for `train_step`.
+            Statistics of norms other than Flax's and bnjax's BatchNorm become the mean, by counts,
+            of what the micro-batches make of the old ones; whole numbers what the last one does.
+        batch: likewise; on each shard of `axis_name` a multiple of `micro_batches` examples.
+        micro_batches: k.
+        unroll: whether the program repeats itself k times, or loops. None: it repeats itself on a
+            CPU, where loops are slow, and loops elsewhere.
+
+    Raises:
+        ValueError: if the micro-batches do not divide the batch.
+    """
+    rows = batch["label"].shape[0]
+    if micro_batches < 1 or rows % micro_batches:
+        raise ValueError(
+            f"{micro_batches} micro-batches do not divide a batch of {rows} examples (on each "
+            "shard of the mapped axis, if there is one). Choose a number that does, or fill the "
+            "batch up with examples whose `mask` is False."
+        )
+    options: Any = {"model": model, "tx": tx, "loss_fn": loss_fn, "axis_name": axis_name}
+    if micro_batches == 1:
+        return train_step(state, batch_stats, batch, **options, skip_nonfinite=skip_nonfinite)
+
+    total, key = count_of(batch, axis_name), dropout_key(state, axis_name)
+    params, norms = varying(state.params, axis_name), Norms()
+    nothing = nothing_seen(batch_stats)
+    start = with_seen(batch_stats, nothing)
+
+    def one(params: Params, i: Any) -> _Found:
+        micro = {name: _micro_batch(leaf, i, micro_batches) for name, leaf in batch.items()}
+        loss = loss_of(start, micro, model, loss_fn, jax.random.fold_in(key, i), total)
+        with nn.intercept_methods(only_norms(functools.partial(_watch, norms))):
+            grads, (written, metrics) = jax.grad(loss, has_aux=True)(params)
+        seen = seen_in(written, nothing)
+        return _Found(grads, metrics, written, seen, count_of(micro, axis_name))
+
+    # The first one outside of the loop, since it says what the loop carries.
+    found = one(params, 0)
+    if jax.default_backend() == "cpu" if unroll is None else unroll:
+        for i in range(1, micro_batches):
+            # Which examples come next depends on what this one found, as far as XLA can see: it
+            # would run all of them side by side, and keep every activation.
+            done = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(found.grads))
+            found = found.merge(one(params, jnp.where(done < -jnp.inf, 0, i)))
+    else:
+        found = jax.lax.fori_loop(
+            1, micro_batches, lambda i, found: found.merge(one(params, i)), found
+        )
+    stats = _updated(batch_stats, found, norms)
+    of_all = found.grads, (stats, found.metrics)
+    return descend(state, batch_stats, of_all, tx, axis_name, skip_nonfinite)
+
+
+@struct.dataclass
+class _Found:
+    """What one or several micro-batches yield.
+
+    Attributes:
+        grads: of the sum of the losses over the count of the whole batch.
+        metrics: sums.
+        stats: what they made of the old statistics, their mean by counts.
+        seen: what the norms were given that update their averages.
+        count: of real examples, over all devices.
+    """
+
+    grads: Params
+    metrics: Metrics
+    stats: BatchStats
+    seen: Any
+    count: Any
+
+    def merge(self, other: "_Found") -> "_Found":
+        """Returns what both yield together."""
+        count = self.count + other.count
+        share = other.count / jnp.maximum(count, 1)
+
+        def mean(mine: Any, its: Any) -> Any:
+            if not jnp.issubdtype(its.dtype, jnp.inexact):
+                return its
+            both = mine + (its - mine) * share.astype(its.dtype)
+            # Padding alone may have made NaN.
+            return jnp.where(share == 0, mine, jnp.where(share == 1, its, both))
+
+        return _Found(
+            jax.tree.map(jnp.add, self.grads, other.grads),
+            self.metrics.merge(other.metrics),
+            jax.tree.map(mean, self.stats, other.stats),
+            {path: merge(moments, other.seen[path]) for path, moments in self.seen.items()},
+            count,
+        )
+
+
+def _micro_batch(leaf: Any, i: Any, micro_batches: int) -> Any:
+    rows = jnp.asarray(leaf).reshape(-1, micro_batches, *leaf.shape[1:])
+    return jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
+
+
+def _watch(
+    norms: Norms, norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any
+) -> Array:
+    """Calls a norm, and keeps what it was given if it updates its averages by it."""
+    if (before := seen_by(norm)) is None:
+        return call(x, *args, **kwargs)
+    average = norm.get_variable("batch_stats", "mean")
+    y = call(x, *args, **kwargs)
+    if norm.get_variable("batch_stats", "mean") is not average:
+        norms[norm.path] = norm.clone(parent=None, name=None)
+        given = moments_given(norm, jax.lax.stop_gradient(x), kwargs.get("mask"))
+        put_seen(norm, merge(before, given))
+    return y
+
+
+def _updated(batch_stats: BatchStats, found: _Found, norms: Norms) -> BatchStats:
+    """Returns the old statistics, updated once by all that was found."""
+    old, new = flatten_dict(batch_stats), flatten_dict(found.stats)
+    leaves = {path: new[path] for path in old}
+    for path, norm in norms.items():
+        given: Moments = found.seen[path]
+        if norm.axis_name is not None:
+            given = merge_over(given, total_over(norm.axis_name, norm.axis_index_groups))
+        if (further := getattr(norm, "average_axis_name", None)) is not None:
+            given = merge_over(given, total_over(further))
+        names = [(*path, name) for name in ("mean", "var", "count")]
+        mean, var, count = (old.get(name) for name in names)
+        conventions = [getattr(norm, name, default) for name, default in CONVENTIONS.items()]
+        values = updated_average(mean, var, count, given, norm.momentum, *conventions, masked=True)
+        leaves |= {name: leaf for name, leaf in zip(names, values, strict=True) if name in old}
+    return unflatten_dict(leaves)

@@ -1,0 +1,115 @@
+"""Adaptation of batch norms to shifted images."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnjax.clinic.freezing import affine_mask, freeze
+from bnjax.clinic.linen import Network, nothing_seen, observe
+from bnjax.clinic.statistics import precise
+from bnjax.types import Batch, BatchStats, Leaf, Logits, Losses, Params
+
+
+def tent(
+    network: Network,
+    batches: Iterable[Batch],
+    *,
+    tx: optax.GradientTransformation,
+    epochs: int = 1,
+    patterns: Sequence[str] = ("*",),
+    jit: Callable[..., Any] = jax.jit,
+) -> Network:
+    """Returns the network with scales and biases that lower the entropy of its predictions.
+
+    One `tent_step` for each batch, in order, `epochs` times (TENT: Wang et al., 2021, section 3);
+    then the precise statistics of the new images under the adapted weights, so that predictions do
+    not depend on the batch. (The paper evaluates by the batch.)
+
+    Args:
+        network: a network whose norms are Flax's or bnjax's BatchNorm.
+        batches: of the new images, as for `precise`, in an iterable that can be iterated several
+            times. Batches of 128 images or more.
+        tx: the optimizer of scale and bias; the paper uses `optax.adam(1e-3)` for CIFAR-10.
+        epochs: the number of passes over the images.
+        patterns: the norms whose scale and bias are adapted, as for `affine_mask`.
+        jit: compiles a function.
+
+    Raises:
+        ValueError: if there is no batch, no norm matches, or `batches` is an iterator.
+    """
+    if iter(batches) is batches:
+        raise ValueError("the batches are iterated several times: give a list, not an iterator")
+    tx = affine_only(tx, network.params, network.batch_stats, *patterns)
+    step = jit(functools.partial(tent_step, model=network.model, tx=tx))
+    params, opt_state = network.params, tx.init(network.params)
+    for _ in range(epochs):
+        for batch in batches:
+            params, opt_state, _, _ = step(params, opt_state, network.batch_stats, batch)
+    return precise(dataclasses.replace(network, params=params), batches, jit=jit)
+
+
+def tent_step(
+    params: Params,
+    opt_state: optax.OptState,
+    batch_stats: BatchStats,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+) -> tuple[Params, optax.OptState, Logits, Leaf]:
+    """Takes one step; returns weights and optimizer state, and logits and mean entropy before it.
+
+    Every norm normalises by the batch, no unit is dropped, and the gradient of the mean entropy of
+    the real examples passes through the statistics of the batch. The logits are predictions for a
+    stream of images.
+
+    Args:
+        params: the weights.
+        opt_state: the state of `tx`.
+        batch_stats: the running statistics; only their shapes matter.
+        batch: `image` [n, h, w, c] and optionally `mask` bool [n].
+        model: any linen module whose norms are Flax's or bnjax's BatchNorm.
+        tx: from `affine_only`.
+    """
+
+    def loss(params: Params) -> tuple[jax.Array, Logits]:
+        seen = nothing_seen(batch_stats)
+        logits, _ = observe(params, batch_stats, seen, batch, model=model, mode="batch")
+        real = jnp.asarray(batch.get("mask", jnp.ones(len(logits), bool)))
+        # Blank padding first: its logits may be NaN, and 0 * NaN is NaN.
+        entropies = entropy(jnp.where(real[:, None], logits, 0))
+        return jnp.sum(entropies, where=real) / jnp.maximum(real.sum(), 1), logits
+
+    (mean, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    # The updates of other weights are 0, so XLA does not compute their gradients.
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, logits, mean
+
+
+def affine_only(
+    tx: optax.GradientTransformation, params: Params, batch_stats: BatchStats, *patterns: str
+) -> optax.GradientTransformation:
+    """Returns an optimizer that updates the scales and biases of norms only.
+
+    Arguments and errors as for `bnjax.clinic.freezing.affine_mask`.
+    """
+    affine = affine_mask(params, batch_stats, *patterns)
+    return freeze(tx, jax.tree.map(lambda adapted: not adapted, affine))
+
+
+def entropy(logits: Logits) -> Losses:
+    """Returns the entropy of the predictions, in nats and at least float32.
+
+    H = - sum over the classes of p log p, where p is the softmax of the logits.
+
+    >>> [round(float(nats), 3) for nats in entropy(jnp.array([[0.0, 0.0], [3.0, 0.0]]))]
+    [0.693, 0.191]
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

@@ -1,0 +1,186 @@
+"""Freezing the statistics and parameters of norms."""
+
+import contextlib
+import dataclasses
+import fnmatch
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.clinic.linen import FROZEN, NORMS, nothing_seen
+from bnjax.types import BatchStats, Params, Tree
+
+# What makes a norm evaluate, whatever else it was told; Flax's has the first of them only.
+_RUNNING = {"use_running_average": True, "statistics": "running", "update_average": False}
+
+
+def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
+    """Returns the model with the statistics of some norms frozen: a model like any other.
+
+    In training too these norms normalise by their running statistics, which are constants to the
+    gradient, and leave them as they are; their scale and bias still train. Everything else is the
+    model's own: fields, parameters, statistics, and the arguments of `__call__`, so that
+    checkpoints fit both and `train_step` hands on a mask to the one if it does to the other.
+
+    Args:
+        model: any linen module whose norms are Flax's or bnjax's BatchNorm, under `nn.scan`,
+            `nn.remat` and `nn.vmap` too.
+        patterns: of the names that `bnjax.clinic.linen.norm_layers` gives, as for a shell:
+            "BasicBlock_0.*", "*.norm_proj", "*" for all.
+
+    Raises:
+        ValueError: from the first call of the model on, if a pattern matches no norm that it
+            calls; the names are listed.
+
+    >>> from bnjax.models.convnet import ConvNet
+    >>> from bnjax.train_step import forward, init_variables
+    >>> x = jax.random.uniform(jax.random.key(1), (4, 8, 8, 3))
+    >>> net = ConvNet((4, 4, 4), strides=(1, 1, 1), dense=(8, 8), norm=nn.BatchNorm)
+    >>> params, stats = init_variables(net, jax.random.key(0), x)
+    >>> frozen = freeze_statistics(net, "conv*")
+    >>> _, written = forward(params, stats, {"image": x}, model=frozen, train=True)
+    >>> for name in ("conv0_norm", "logits_norm"):
+    ...     print(name, (written["batch_stats"][name]["mean"] == stats[name]["mean"]).all())
+    conv0_norm True
+    logits_norm False
+    """
+    kind = type(model)
+
+    # A class of its own, since Flax and `train_step` look at the class; not wrapped by Flax a
+    # second time, since what it calls is.
+    @nn.nowrap
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        names: dict[str, None] = {}
+        above = len(self.path)
+
+        def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            norm = context.module
+            if context.method_name != "__call__" or not isinstance(norm, NORMS):
+                return next_call(*args, **kwargs)
+            name = ".".join(norm.path[above:])
+            names[name] = None
+            if not fits(name, patterns):
+                return next_call(*args, **kwargs)
+            return _by_running(norm, next_call, args, kwargs)
+
+        with nn.intercept_methods(intercept):
+            result = kind.__call__(self, *args, **kwargs)
+        matching(names, patterns)
+        return result
+
+    own = {
+        "__call__": call,
+        "__doc__": kind.__doc__,
+        "__module__": kind.__module__,
+    }
+    call.__signature__ = inspect.signature(kind.__call__)  # type: ignore[attr-defined]
+    frozen = type(kind.__name__, (kind,), own)
+    fields = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.init and field.name != "parent"
+    }
+    return frozen(**fields)
+
+
+def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree:
+    """Returns a tree of bools like `params`: True at scale and bias of the norms that match.
+
+    It is what `optax.masked` takes, and `freeze`.
+
+    Args:
+        params: the weights, or their shapes.
+        batch_stats: the running statistics, or their shapes; they say which are the norms.
+        patterns: as for `freeze_statistics`.
+
+    Raises:
+        ValueError: if a pattern matches no norm; the names are listed.
+
+    >>> params = {"dense": {"kernel": 1, "bias": 2}, "norm": {"scale": 3, "bias": 4}}
+    >>> affine_mask(params, {"norm": {"mean": jax.numpy.zeros(2), "var": jax.numpy.ones(2)}}, "*")
+    {'dense': {'kernel': False, 'bias': False}, 'norm': {'scale': True, 'bias': True}}
+    """
+    names = {".".join(path): path for path in nothing_seen(batch_stats)}
+    norms = {names[name] for name in matching(names, patterns)}
+    leaves = flatten_dict(params)
+    return unflatten_dict(
+        {path: path[:-1] in norms and path[-1] in ("scale", "bias") for path in leaves}
+    )
+
+
+def freeze(tx: optax.GradientTransformation, mask: Tree) -> optax.GradientTransformation:
+    """Returns an optimizer that leaves parameters alone where the mask is True.
+
+    `tx` neither sees nor keeps anything of them: no decay moves them, and a norm of all gradients
+    is one of the others'.
+
+    Args:
+        tx: the optimizer of the others.
+        mask: a tree of bools like the parameters, for instance from `affine_mask`.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"scale": jnp.ones(2), "kernel": jnp.ones(2)}
+    >>> tx = freeze(optax.adamw(0.1, weight_decay=0.1), {"scale": True, "kernel": False})
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> print(updates["scale"], updates["kernel"].round(2))
+    [0. 0.] [-0.11 -0.11]
+    """
+    labels = jax.tree.map(lambda frozen: "frozen" if frozen else "trained", mask)
+    return optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Returns the names that at least one pattern matches, in their order.
+
+    Raises:
+        ValueError: if there is no pattern, or one that matches nothing.
+
+    >>> matching(["conv0_norm", "conv1_norm", "head.norm"], ["conv*", "*.norm"])
+    ['conv0_norm', 'conv1_norm', 'head.norm']
+    """
+    names, patterns = [*names], [*patterns]
+    idle = [pattern for pattern in patterns if not any(fits(name, [pattern]) for name in names)]
+    if idle or not patterns:
+        which = f"no norm is called {' or '.join(map(repr, idle))}" if idle else "there is no name"
+        raise ValueError(
+            f"{which}. The norms of this model are: {', '.join(names) or 'none'}. Name them, or "
+            "use patterns as for a shell: '*' is any number of characters, dots too."
+        )
+    return [name for name in names if fits(name, patterns)]
+
+
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Returns whether a pattern matches the name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _by_running(norm: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
+    """Returns what a norm makes of its input by its running statistics, which it leaves alone."""
+    x, *others = args
+    fields = {name: value for name, value in _RUNNING.items() if hasattr(norm, name)}
+    if others or "use_running_average" in kwargs:
+        # It has to be given in one place only.
+        fields["use_running_average"] = None
+        kwargs = {**kwargs, "use_running_average": True}
+        others = []
+    object.__setattr__(norm, FROZEN, True)
+    with _fields(norm, **fields):
+        return call(x, *others, **kwargs)
+
+
+@contextlib.contextmanager
+def _fields(module: nn.Module, **fields: Any) -> Iterator[None]:
+    """Gives a bound module other fields for one call; a clone would be recorded as a second one."""
+    before = {name: getattr(module, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)

@@ -1,0 +1,382 @@
+"""The batch norms of any linen model: which there are, and what each of them is given.
+
+A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, also under `nn.scan`, `nn.remat`
+and `nn.vmap`. The model's code stays as it is; calls are intercepted.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.norms import BatchNorm
+from bnjax.norms.moments import (
+    AxisName,
+    Moments,
+    Total,
+    full_mask,
+    merge,
+    moments,
+    total_over,
+)
+from bnjax.train_step import forward
+from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
+
+NORMS = (nn.BatchNorm, BatchNorm)
+# How an observed network is run: "train" as in training, with dropped units; "batch" as in
+# evaluation, but each norm normalises by its batch; "running" as in evaluation.
+Mode = Literal["train", "batch", "running"]
+# The moments of the inputs of each norm so far, by the path of its leaves in `batch_stats`.
+Seen = Mapping[tuple[str, ...], Moments]
+# The leaves beside `mean` and `var` that collect these moments during a pass. They have the shape
+# of `mean`, so every lifted transformation carries them as it carries `mean`.
+_SEEN = ("seen_mean", "seen_var", "seen_count")
+# Marks a norm that uses its running statistics whatever it is told (`bnjax.clinic.freezing`).
+FROZEN = "statistics_are_frozen"
+# The flags of training that are found in a model's signature, and their values in training.
+FLAGS = {
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+Call = Callable[[Any, Images, bool], Logits]
+
+
+@struct.dataclass
+class Network:
+    """A trained linen model; a pytree of its variables.
+
+    Attributes:
+        params: the weights.
+        batch_stats: the running statistics.
+        model: a linen module with `__call__(x, train=...)`.
+    """
+
+    params: Params
+    batch_stats: BatchStats
+    model: nn.Module = struct.field(pytree_node=False)
+
+    def norms(self, batch: Batch, *, train: bool = False) -> tuple["NormLayer", ...]:
+        """Returns the norms of the model in the order of their calls; see `norm_layers`."""
+        return norm_layers(self.model, self.params, self.batch_stats, batch, train=train)
+
+
+def linen(
+    model: nn.Module, params: Params, batch_stats: BatchStats, call: Call | None = None
+) -> Network:
+    """Returns a linen model and its variables as a network for the functions of the clinic.
+
+    Args:
+        model: any linen module. Its flag of training is found in the signature of `__call__`:
+            `train`, `training`, `is_training`, `deterministic` or `use_running_average`.
+        params: its weights.
+        batch_stats: its running statistics; for `audit` perhaps those of several replicas.
+        call: (model, images, train) -> logits, for a model with another signature.
+
+    Raises:
+        ValueError: if no flag is found and no `call` is given.
+
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, deterministic):
+    ...         return nn.BatchNorm(use_running_average=deterministic)(x)
+    >>> variables = Net().init(jax.random.key(0), jnp.ones((2, 4, 4, 3)), True)
+    >>> [norm.name for norm in linen(Net(), **variables).norms({"image": jnp.ones((2, 4, 4, 3))})]
+    ['BatchNorm_0']
+    """
+    names = inspect.signature(type(model).__call__).parameters
+    if call is None and "train" not in names:
+        flag = next((name for name in FLAGS if name in names), None)
+        if flag is None:
+            raise ValueError(
+                f"{type(model).__name__}.__call__ has none of the arguments train, "
+                f"{', '.join(FLAGS)}. Say how to call it: "
+                "clinic.linen(…, call=lambda model, x, train: …)."
+            )
+
+        def call(module: Any, x: Images, train: bool) -> Logits:
+            return module(x, **{flag: train == FLAGS[flag]})
+
+    return Network(params, batch_stats, model if call is None else Called(model, call))
+
+
+class Called(nn.Module):
+    """A model in the form `__call__(x, train=...)`; its variables keep their names.
+
+    Attributes:
+        model: any linen module.
+        call: (model, images, train) -> logits.
+    """
+
+    model: nn.Module
+    call: Call
+
+    @nn.compact
+    def __call__(self, x: Images, *, train: bool) -> Logits:
+        """Returns the logits of images [n, h, w, c]."""
+        return self.call(self.model.copy(parent=self.scope, name=None), x, train)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormLayer:
+    """One batch norm, as a pass called it.
+
+    Attributes:
+        path: the path of its leaves in `batch_stats`.
+        module: its fields: `epsilon`, `momentum`, …
+        shape, dtype: of its input.
+        axes: the axes that it reduces.
+        by_batch: whether the pass normalised by the batch.
+    """
+
+    path: tuple[str, ...]
+    module: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[int, ...]
+    by_batch: bool
+
+    @property
+    def name(self) -> str:
+        """The path with dots."""
+        return ".".join(self.path)
+
+    @property
+    def variance(self) -> str:
+        """The variance that its average stores, "biased" or "unbiased"."""
+        return getattr(self.module, "variance", "biased")
+
+
+def norm_layers(
+    model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch, *, train: bool
+) -> tuple[NormLayer, ...]:
+    """Returns the norms of a model in the order of their calls; traces the model only.
+
+    A norm that is called several times, or is stacked by `nn.scan` or `nn.vmap`, is one entry.
+
+    Args:
+        model: any linen module with `__call__(x, train=...)`.
+        params, batch_stats: its variables, or their shapes.
+        batch: `image` [n, h, w, c], or its shape, and optionally `mask`.
+        train: trace training, or evaluation.
+    """
+    found: dict[tuple[str, ...], NormLayer] = {}
+
+    def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+        is_there = norm.has_variable("batch_stats", "mean")  # a folded norm has no leaves
+        y = call(x, *args, **kwargs)
+        if is_there:
+            layer = _layer(norm, x, *args, **kwargs)
+            if getattr(norm, FROZEN, False):
+                layer = dataclasses.replace(layer, by_batch=False)
+            found.setdefault(layer.path, layer)
+        return y
+
+    def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
+        keys = jax.random.key(0) if train else None
+        # A model whose flag has no effect also writes in evaluation.
+        options: Any = {"train": train, "dropout": keys, "mutable": ("batch_stats",)}
+        with nn.intercept_methods(only_norms(watch)):
+            return run_unsynced(params, batch_stats, batch, model=model, **options)
+
+    jax.eval_shape(run, params, batch_stats, dict(batch))
+    return tuple(found.values())
+
+
+def run_unsynced(*variables: Any, **options: Any) -> tuple[Logits, dict[str, Any]]:
+    """Runs a model as `bnjax.train_step.forward` does, with norms that sync over no axis.
+
+    So a model that was trained with `axis_name` can be run outside of that axis.
+    """
+
+    def unsynced(norm: nn.Module, call: Callable[..., Array], *args: Any, **kwargs: Any) -> Array:
+        with _without_axes(norm):
+            return call(*args, **kwargs)
+
+    with nn.intercept_methods(only_norms(unsynced)):
+        return forward(*variables, **options)
+
+
+@contextlib.contextmanager
+def _without_axes(norm: nn.Module) -> Iterator[None]:
+    fields = ("axis_name", "axis_index_groups", "average_axis_name")
+    before = {name: getattr(norm, name) for name in fields if hasattr(norm, name)}
+    try:
+        for name in before:
+            object.__setattr__(norm, name, None)  # bound modules refuse the usual way
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(norm, name, value)
+
+
+def nothing_seen(batch_stats: BatchStats) -> Seen:
+    """Returns the moments of no value for each norm, the start of `observe`."""
+    leaves = flatten_dict(batch_stats)
+    norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
+    zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
+    return {path: Moments(zero, zero, zero) for path, zero in zeros.items()}
+
+
+def observe(
+    params: Params,
+    batch_stats: BatchStats,
+    seen: Seen,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    mode: Mode,
+    dropout: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+) -> tuple[Logits, Seen]:
+    """Runs a batch; returns its logits, and `seen` with the moments of each norm's input merged in.
+
+    Moments are merged by count (Chan et al., 1979) in float32, and no activation is kept. Examples
+    where `mask` is False count for nothing, whether or not the model takes masks.
+
+    Args:
+        params: the weights.
+        batch_stats: the running statistics; "batch" uses their shapes only.
+        seen: from `nothing_seen`, or from the previous batch.
+        batch: `image` [n, h, w, c] and optionally `mask` bool [n].
+        model: any linen module with `__call__(x, train=...)`.
+        mode: how the network is run.
+        dropout: the key of the dropped units; for "train".
+        axis_name: the mapped axis or axes over whose shards the moments are taken.
+
+    Raises:
+        ValueError: if a batch is padded and the input of a norm has no axis of the examples.
+    """
+    mask, train = batch.get("mask"), mode == "train"
+
+    def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+        if (before := seen_by(norm)) is None:
+            return call(x, *args, **kwargs)
+        given = moments_given(norm, x, kwargs.get("mask"), mask, total_over(axis_name))
+        if mode == "batch":
+            for name in ("mean", "var"):
+                dtype = norm.get_variable("batch_stats", name).dtype
+                norm.put_variable("batch_stats", name, getattr(given, name).astype(dtype))
+        y = call(x, *args, **kwargs)
+        put_seen(norm, merge(before, given))
+        return y
+
+    with nn.intercept_methods(only_norms(watch)):
+        logits, written = run_unsynced(
+            params,
+            with_seen(batch_stats, seen),
+            batch,
+            model=model,
+            train=train,
+            dropout=dropout,
+            mutable=("batch_stats",),
+        )
+    return logits, seen_in(written["batch_stats"], seen)
+
+
+def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
+    """Returns the statistics, and beside them leaves for the moments of a pass."""
+    leaves = {
+        (*path, name): leaf
+        for path, moments_ in seen.items()
+        for name, leaf in zip(_SEEN, moments_, strict=True)
+    }
+    return unflatten_dict(flatten_dict(batch_stats) | leaves)
+
+
+def seen_in(batch_stats: BatchStats, paths: Iterable[tuple[str, ...]]) -> Seen:
+    """Returns the moments in these leaves for the norms at these paths."""
+    leaves = flatten_dict(batch_stats)
+    return {path: Moments(*(leaves[*path, name] for name in _SEEN)) for path in paths}
+
+
+def seen_by(norm: nn.Module) -> Moments | None:
+    """Returns the moments of a bound norm so far; None if it has no such leaves."""
+    if not norm.has_variable("batch_stats", _SEEN[0]):
+        return None
+    return Moments(*(norm.get_variable("batch_stats", name) for name in _SEEN))
+
+
+def put_seen(norm: nn.Module, seen: Moments) -> None:
+    """Stores the moments of a bound norm; after its call, in which a superclass may store too."""
+    for name, leaf in zip(_SEEN, seen, strict=True):
+        norm.put_variable("batch_stats", name, leaf)
+
+
+def moments_given(
+    norm: Any, x: Array, mask: Any, of_batch: Any = None, total: Total = lambda part: part
+) -> Moments:
+    """Returns the moments of the input of a bound norm, float32, in the shape of its `mean`.
+
+    Args:
+        norm: the norm, during its call.
+        x: its input.
+        mask: its mask, or None.
+        of_batch: the mask of the examples, used if it has none.
+        total: sums over devices.
+    """
+    axes = _reduced(norm, x)
+    mask = _mask_of(norm, x.shape, axes, mask, of_batch)
+    given = moments(jnp.asarray(x, jnp.float32), axes, mask, total)
+    shape = norm.get_variable("batch_stats", "mean").shape
+    return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+
+
+def only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
+    """Returns an interceptor that passes the calls of norms, and no others, to `watch`."""
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        norm = context.module
+        is_call = context.method_name == "__call__" and isinstance(norm, NORMS)
+        # A subclass with another signature calls its superclass, which is intercepted.
+        if is_call and "use_running_average" in inspect.signature(context.orig_method).parameters:
+            return watch(norm, call, *args, **kwargs)
+        return call(*args, **kwargs)
+
+    return intercept
+
+
+def _layer(norm: Any, x: Array, use_running_average: bool | None = None, **_: Any) -> NormLayer:
+    by_running = nn.merge_param(
+        "use_running_average", norm.use_running_average, use_running_average
+    )
+    chosen = getattr(norm, "statistics", None)
+    return NormLayer(
+        path=norm.path,
+        module=norm.clone(parent=None, name=None),
+        shape=x.shape,
+        dtype=x.dtype,
+        axes=_reduced(norm, x),
+        by_batch=not by_running if chosen is None else chosen == "batch",
+    )
+
+
+def _reduced(norm: Any, x: Array) -> tuple[int, ...]:
+    axes = [norm.axis] if isinstance(norm.axis, int) else norm.axis
+    channels = {axis % x.ndim for axis in axes}
+    return tuple(axis for axis in range(x.ndim) if axis not in channels)
+
+
+def _mask_of(
+    norm: nn.Module, shape: tuple[int, ...], axes: tuple[int, ...], mask: Any, of_batch: Any
+) -> Array | None:
+    """Returns the norm's own mask, or that of the batch, in full rank."""
+    if mask is None and of_batch is None:
+        return None
+    if mask is None:
+        if 0 not in axes or shape[0] != of_batch.shape[0]:
+            raise ValueError(
+                f"the batch is padded, and the input of the norm {'.'.join(norm.path)}, {shape}, "
+                f"has not its {of_batch.shape[0]} examples along the first axis. Give batches "
+                "without padding, or a model whose __call__ takes `mask`."
+            )
+        mask = of_batch
+    return full_mask(mask, shape, axes)

@@ -1,0 +1,293 @@
+"""Statistics of many examples: precise ones, the gap to the stored ones, merged replicas."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.clinic.linen import Mode, Network, NormLayer, Seen, nothing_seen, observe
+from bnjax.metrics import Metrics, from_losses
+from bnjax.train_step import LossFn, eval_step, softmax_cross_entropy
+from bnjax.types import Array, Batch, BatchStats
+
+By = Literal["batch", "population"]
+# Passes end when the largest relative change is below the tolerance.
+TOLERANCE = 1e-6
+MAX_PASSES = 200
+
+
+def precise(
+    network: Network,
+    batches: Iterable[Batch],
+    *,
+    by: By = "batch",
+    keep: float = 0.0,
+    jit: Callable[..., Any] = jax.jit,
+) -> Network:
+    """Returns the network with the mean and variance of all examples at every norm.
+
+    They replace the running averages; every other leaf stays (Wu & Johnson, 2021, section 3). The
+    examples are pooled over the batches by count, so the result does not depend on their division
+    into batches, except through `by`. Examples where `mask` is False count for nothing. No unit is
+    dropped. The memory is that of one batch. Averages of unbiased variances get unbiased ones.
+
+    Args:
+        network: a network whose norms are Flax's or bnjax's BatchNorm.
+        batches: `image` [n, h, w, c] and optionally `mask` bool [n]. An iterable; for "population"
+            one that can be iterated several times, as a list.
+        by: the statistics that normalise the layers before a norm. "batch": each batch's own, as in
+            training; one pass. "population": the precise ones, as in evaluation; as many passes as
+            norms follow one another.
+        keep: the fraction of the stored statistics that stays, see `mixed`; under "population" the
+            mixture normalises the layers before.
+        jit: compiles a function.
+
+    Raises:
+        ValueError: if there is no example, a norm was given no value, or `batches` cannot be
+            iterated again.
+    """
+    if by == "population" and iter(batches) is batches:
+        raise ValueError(
+            "by='population' iterates over the batches several times, and these are an iterator. "
+            "Give a list of them."
+        )
+    first, batches = _first(batches)
+    layers, old = network.norms(first), network.batch_stats
+
+    passes: dict[Mode, Any] = {
+        mode: jit(functools.partial(observe, model=network.model, mode=mode))
+        for mode in ("batch", "running")
+    }
+
+    def once(batch_stats: BatchStats, mode: Mode) -> BatchStats:
+        seen = nothing_seen(batch_stats)
+        for batch in batches:
+            _, seen = passes[mode](network.params, batch_stats, seen, batch)
+        return mixed(old, put(batch_stats, seen, layers), keep)
+
+    found = once(old, "batch")
+    if by == "population":
+        # After k passes the first k layers are exact. A layer that is called twice depends on
+        # itself, and the passes converge to a fixed point.
+        for _ in range(MAX_PASSES):
+            before, found = found, once(found, "running")
+            if _change(before, found) < TOLERANCE:
+                break
+    return dataclasses.replace(network, batch_stats=found)
+
+
+def put(batch_stats: BatchStats, seen: Seen, layers: Iterable[NormLayer]) -> BatchStats:
+    """Returns running statistics whose means and variances are those that the norms have seen.
+
+    Args:
+        batch_stats: gives all other leaves.
+        seen: from `observe`.
+        layers: from `norm_layers`; they say which variance each average stores.
+
+    Raises:
+        ValueError: if a norm of the model was given no value.
+    """
+    leaves = flatten_dict(batch_stats)
+    for layer in layers:
+        mean, var, count = seen[layer.path]
+        if not np.all(np.asarray(count) > 0):
+            raise ValueError(
+                f"the norm {layer.name} was given no value, so it has no mean. Give at least one "
+                "batch with a real example."
+            )
+        if layer.variance == "unbiased":
+            var = var * (count / jnp.maximum(count - 1, 1))
+        for name, leaf in (("mean", mean), ("var", var)):
+            leaves[*layer.path, name] = leaf.astype(leaves[*layer.path, name].dtype)
+    return unflatten_dict(leaves)
+
+
+def mixed(old: BatchStats, new: BatchStats, keep: float) -> BatchStats:
+    """Returns keep * old + (1 - keep) * new of every mean and variance, and `new`'s other leaves.
+
+    The distance between the means does not enter the variances (Schneider et al., 2020, section 3).
+
+    Raises:
+        ValueError: if `keep` is not from 0 to 1.
+
+    >>> old, new = ({"norm": {"mean": jnp.array([m]), "var": jnp.ones(1)}} for m in (0.0, 4.0))
+    >>> print(mixed(old, new, 0.75)["norm"]["mean"])
+    [1.]
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep = {keep} is not possible: it is a fraction, from 0 to 1")
+    before, leaves = flatten_dict(old), flatten_dict(new)
+    for path in nothing_seen(new):
+        for name in ("mean", "var"):
+            leaf = leaves[*path, name]
+            both = keep * before[*path, name] + (1 - keep) * leaf
+            leaves[*path, name] = both.astype(leaf.dtype) if keep else leaf
+    return unflatten_dict(leaves)
+
+
+def _first(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """Returns the first batch, and all batches."""
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise ValueError("there is no batch to take statistics of")
+    return first, itertools.chain([first], remaining) if remaining is batches else batches
+
+
+def _change(before: BatchStats, after: BatchStats) -> float:
+    """Returns the largest change of a mean, in standard deviations, or of a variance, relative."""
+    old, new = flatten_dict(before), flatten_dict(after)
+    changes: list[Any] = [0.0]
+    for path in nothing_seen(after):
+        mean, var = new[*path, "mean"], jnp.maximum(new[*path, "var"], 1e-12)
+        changes.append(jnp.max(jnp.abs(mean - old[*path, "mean"]) / jnp.sqrt(var)))
+        changes.append(jnp.max(jnp.abs(var - old[*path, "var"]) / var))
+    return float(max(changes))
+
+
+class Gap(NamedTuple):
+    """One batch evaluated twice.
+
+    Attributes:
+        stored: its metrics under the running statistics.
+        batch: its metrics under its own statistics; no unit is dropped.
+        seen: these statistics, for `put`.
+    """
+
+    stored: Metrics
+    batch: Metrics
+    seen: Seen
+
+
+class Drift(NamedTuple):
+    """The distance of the stored statistics of one norm from the true ones.
+
+    Measured at the norm's output: epsilon is added to every variance. Statistics of n images have
+    errors of their own; in `mean`, of a dense layer, 1/sqrt(n).
+
+    Attributes:
+        mean: root mean square over channels of `deviations`' first result.
+        variance: mean over channels of its second: above 0 the norm's output is too small in
+            evaluation, below 0 too large.
+    """
+
+    mean: float
+    variance: float
+
+
+def gap(network: Network, batch: Batch, loss_fn: LossFn = softmax_cross_entropy) -> Gap:
+    """Returns one batch evaluated under the running statistics and under its own; to be compiled.
+
+    Args:
+        network: the network.
+        batch: `image` [n, h, w, c], `label` int [n] and optionally `mask` bool [n].
+        loss_fn: (logits, label) -> losses [n].
+    """
+    variables, model = (network.params, network.batch_stats), network.model
+    nothing = nothing_seen(network.batch_stats)
+    logits, seen = observe(*variables, nothing, batch, model=model, mode="batch")
+    losses = loss_fn(logits, batch["label"])
+    return Gap(
+        stored=eval_step(*variables, batch, model=model, loss_fn=loss_fn),
+        batch=from_losses(losses, logits, batch["label"], batch.get("mask")),
+        seen=seen,
+    )
+
+
+def deviations(mean: Any, var: Any, true_mean: Any, true_var: Any, epsilon: float) -> Any:
+    """Returns how far stored statistics are from true ones, for each channel, float64.
+
+    The mean's error in true standard deviations, and the natural log of the ratio of the variances;
+    epsilon is added to both variances. A negative variance gives NaN.
+    """
+    mean, var, true_mean, true_var = (
+        np.asarray(leaf, np.float64) for leaf in (mean, var, true_mean, true_var)
+    )
+    scale = true_var + epsilon
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (mean - true_mean) / np.sqrt(scale), np.log((var + epsilon) / scale)
+
+
+def drift(stored: BatchStats, true: BatchStats, layers: Iterable[NormLayer]) -> dict[str, Drift]:
+    """Returns the drift of each norm by its name; norms under `nn.scan` or `nn.vmap` are one.
+
+    Args:
+        stored: the running statistics.
+        true: the precise statistics of the same network.
+        layers: from `norm_layers`.
+    """
+    its, own = flatten_dict(stored), flatten_dict(true)
+
+    def of(layer: NormLayer) -> Drift:
+        mean, var = (*layer.path, "mean"), (*layer.path, "var")
+        shift, ratio = deviations(its[mean], its[var], own[mean], own[var], layer.module.epsilon)
+        return Drift(float(np.sqrt(np.square(shift).mean())), float(ratio.mean()))
+
+    return {layer.name: of(layer) for layer in layers}
+
+
+def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> BatchStats:
+    """Returns one set of statistics for replicas that did not sync theirs.
+
+    Each mean is the mean of the means; each variance is the mean of the variances plus the variance
+    of the means, which `jax.lax.pmean` of the collection would leave out. Other floats are
+    averaged; integers, as the count of updates, have to agree.
+
+    Args:
+        batch_stats: with a leading axis of the replicas in every leaf, as `jax.pmap` returns them;
+            of several processes those of all.
+        counts: the number of real examples of each replica [replicas]; None: the same for all.
+
+    Raises:
+        ValueError: if the leaves have different numbers of replicas, `counts` does not fit them or
+            sums to 0, or an integer differs between replicas.
+
+    >>> stats = {"norm": {"mean": jnp.array([[0.0], [4.0]]), "var": jnp.array([[1.0], [3.0]])}}
+    >>> merged = merge_replicas(stats)["norm"]
+    >>> print(merged["mean"], merged["var"])
+    [2.] [6.]
+    """
+    leaves = flatten_dict(batch_stats)
+    sizes: set[Any] = {leaf.shape[0] if leaf.ndim else None for leaf in leaves.values()}
+    if len(sizes) > 1 or None in sizes:
+        raise ValueError(
+            "every leaf of the statistics needs a leading axis of the replicas; the sizes found "
+            f"are {sorted(map(str, sizes))}. Give the statistics that jax.pmap returns."
+        )
+    shares = np.ones(max(sizes, default=1)) if counts is None else np.asarray(counts, float)
+    if sizes and shares.shape != (*sizes,):
+        raise ValueError(f"counts of shape {shares.shape} do not fit {max(sizes)} replicas")
+    if not (shares >= 0).all() or not shares.sum() > 0:
+        raise ValueError(f"counts = {counts} have to be 0 or above, and not all 0")
+
+    shares = shares / shares.sum()
+
+    def average(leaf: Any) -> Array:
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        by_replica = jnp.asarray(shares.reshape(-1, *[1] * (leaf.ndim - 1)), wide)
+        # A replica without examples may hold NaN.
+        return jnp.where(by_replica > 0, jnp.asarray(leaf, wide) * by_replica, 0).sum(0)
+
+    merged: dict[tuple[str, ...], Any] = {}
+    for path, leaf in leaves.items():
+        *norm, name = path
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            if (np.asarray(leaf) != np.asarray(leaf)[:1]).any():
+                raise ValueError(
+                    f"{'.'.join(path)} differs between replicas, {np.unique(np.asarray(leaf))}: "
+                    "they took different numbers of steps"
+                )
+            merged[path] = jnp.asarray(leaf)[0]
+            continue
+        merged[path] = average(leaf)
+        if name == "var" and (*norm, "mean") in leaves:
+            means = jnp.asarray(leaves[*norm, "mean"])
+            merged[path] += average(jnp.square(means - average(means)[None]))
+        merged[path] = merged[path].astype(leaf.dtype)
+    return unflatten_dict(merged)

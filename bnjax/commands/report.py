@@ -1,0 +1,44 @@
+"""`bnjax report`: one page about runs and comparisons."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from bnjax.errors import UserError
+
+
+def run(
+    folders: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="RUN", help="the folder of a run or a comparison"),
+    ],
+    out: Annotated[
+        Path | None, arg(metavar="DIR", help="the folder to write into; that of the first run")
+    ] = None,
+) -> int:
+    """Write report.html and report.md about runs and comparisons, from their folders alone."""
+    if not folders:
+        raise UserError("give at least one folder of a run or a comparison.")
+    page, problems = reports().write_all(list(folders), out or folders[0])
+    for problem in problems:
+        print(f"WARNING: {problem}", file=sys.stderr)
+    print(f"written: {page}")
+    return 0
+
+
+def reports() -> Any:
+    """Returns the module that draws reports.
+
+    Raises:
+        UserError: if the extra `report` is not installed.
+    """
+    try:
+        from bnjax.compare import report
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"a report needs {error.name}, which is not installed. Install it with: "
+            "pip install 'bnjax[report]'."
+        ) from error
+    return report

@@ -1,0 +1,88 @@
+"""`bnjax train`: train and evaluate one config."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Suppress, arg
+
+
+def run(
+    config: Annotated[str, arg(metavar="FILE", help="a config file or name, for instance bn")],
+    workdir: Annotated[
+        Path | None, arg(metavar="DIR", help="the run's folder; runs/ and the config's name")
+    ] = None,
+    hosts: Annotated[
+        bool, arg(help="train with the processes that Slurm, Open MPI or a TPU pod started")
+    ] = False,
+    coordinator: Annotated[
+        str | None, arg(metavar="HOST:PORT", help="train with other processes: where process 0 is")
+    ] = None,
+    processes: Annotated[int | None, arg(metavar="N", help="how many, with --coordinator")] = None,
+    process: Annotated[int | None, arg(metavar="I", help="which of them this is, from 0")] = None,
+    overrides: Suppress[tuple[str, ...]] = (),
+    again: Suppress[str] = "",
+) -> int:
+    """Train and evaluate one config.
+
+    The same command continues an interrupted run. Any key of the config can be set, for instance
+    --config.model.momentum=0.9 --config.train.steps=200.
+    """
+    from bnjax.train import build, parsing
+
+    settings = parsing.load(config, list(overrides))
+    if hosts or coordinator:
+        _join(coordinator, processes, process)
+    from bnjax.train.cpu import prepare
+
+    prepare(training=True)  # before anything asks which backend there is
+    build.check(settings)
+
+    from bnjax.train import rundir
+    from bnjax.train.loop import Stopped, train_and_evaluate
+
+    dataset = build.dataset(settings)
+    if dataset.fallback_reason:
+        wanted = settings.data.name
+        settings = build.stand_in(settings, dataset, list(overrides))
+        _warn_of_fallback(wanted, dataset, settings.train.batch_size)
+    folder = workdir or Path("runs") / settings.name
+    if (folder / "summary.json").exists():
+        rundir.take(folder, settings, rundir.DataFacts.of(dataset))
+        print(
+            f"{folder} is finished: {folder / 'summary.json'} has the result. "
+            "Train anew in another folder with --workdir."
+        )
+        return 0
+    try:
+        result = train_and_evaluate(settings, folder, dataset)
+    except Stopped as stopped:
+        print(f"\n{stopped}; everything is saved. To go on:\n    {again}")
+        return 128 + stopped.signal
+    if result:  # of several processes the first has it
+        print(rundir.as_text(result))
+        print(f"\npredict with:    bnjax predict --workdir {folder} --split test")
+        print(f"look at curves:  pip install tensorboard && tensorboard --logdir {folder.parent}")
+    return 0
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Meets the other processes; only the first one prints, except errors."""
+    import jax
+
+    from bnjax.train.devices import join_processes
+
+    join_processes(coordinator, processes, process)
+    if jax.process_index() > 0:
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
+
+
+def _warn_of_fallback(wanted: str, dataset: Any, batch_size: int) -> None:
+    bar = "!" * 100
+    text = (
+        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {dataset.name!r} "
+        f"instead, in batches of {batch_size}.\n!!  {dataset.fallback_reason}\n{bar}"
+    )
+    print(text, file=sys.stderr, flush=True)

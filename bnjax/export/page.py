@@ -1,0 +1,203 @@
+"""A page to try a network on, made with Gradio: images in, scores out."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.clinic.linen import NormLayer, nothing_seen, observe
+from bnjax.clinic.statistics import drift, put
+from bnjax.data.pictures import pixels, read_picture
+from bnjax.errors import DataError
+from bnjax.export.stablehlo import Exported
+from bnjax.train.cpu import compiler_options
+from bnjax.train.rundir import Trained
+from bnjax.train_step import classes_and_scores
+from bnjax.types import Batch, BatchStats, Images
+
+MAX_IMAGES = 32  # at once; smaller batches are padded
+MAX_BYTES = 8_000_000  # of one file
+MAX_PIXELS = 24_000_000  # of all images together, before they are resized
+MAX_WAITING = 16  # requests
+# The statistics that the batch norms of a run can normalise by.
+STORED, BATCH, NONE = "stored", "batch", "none"
+
+
+class Scores:
+    """The scores of a run's network under stored, batch and no statistics.
+
+    Attributes:
+        name: of the config.
+        classes: their names, in the order of the scores.
+        image_shape: [h, w, c].
+        statistics: the statistics that there are.
+    """
+
+    def __init__(self, trained: Trained):
+        """Compiles nothing yet."""
+        self.name, self.classes = trained.config.name, trained.data.classes
+        self.image_shape = trained.data.image_shape
+        self._network = trained.network
+        like = {"image": np.zeros((MAX_IMAGES, *self.image_shape), np.float32)}
+        self._norms: Sequence[NormLayer] = self._network.norms(like)
+        self.statistics = (STORED, BATCH, NONE) if self._norms else (STORED,)
+        options = compiler_options(MAX_IMAGES)
+        self._run = {
+            mode: jax.jit(
+                functools.partial(_run, model=trained.model, mode=mode), compiler_options=options
+            )
+            for mode in ("running", "batch")
+        }
+
+    def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns scores [n, classes] under each kind of statistics, and the drift of each norm.
+
+        Args:
+            images: float32 [n, h, w, c] from 0 to 1, n at most `MAX_IMAGES`.
+        """
+        network, count = self._network, len(images)
+        filling = np.zeros((MAX_IMAGES - count, *self.image_shape), np.float32)
+        batch = {
+            "image": np.concatenate([images, filling]),
+            "mask": np.arange(MAX_IMAGES) < count,
+        }
+        scores = {}
+        for name in self.statistics:
+            stats = without_statistics(network.batch_stats) if name == NONE else network.batch_stats
+            mode = "batch" if name == BATCH else "running"
+            found, seen = self._run[mode](network.params, stats, batch)
+            scores[name] = np.asarray(found)[:count]
+            if name == BATCH:
+                own = put(network.batch_stats, seen, self._norms)
+        drifts = drift(network.batch_stats, own, self._norms) if self._norms else {}
+        return scores, drifts
+
+
+def _run(
+    params: Any, batch_stats: BatchStats, batch: Batch, *, model: Any, mode: Any
+) -> tuple[jax.Array, Any]:
+    nothing = nothing_seen(batch_stats)
+    logits, seen = observe(params, batch_stats, nothing, batch, model=model, mode=mode)
+    return classes_and_scores(logits)["score"], seen
+
+
+class ExportedScores:
+    """The scores of an exported network, under stored statistics only; see `Scores`."""
+
+    statistics = (STORED,)
+
+    def __init__(self, exported: Exported):
+        """Compiles nothing yet."""
+        about = exported.manifest
+        self.name, self.classes = about.name, tuple(about.classes)
+        self.image_shape = tuple(about.image_shape)
+        self._exported = exported
+
+    def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns the scores of images whose pixels are rounded to 8 bits."""
+        eight_bits = np.round(np.asarray(images) * 255).astype(np.uint8)
+        logits = self._exported.logits(eight_bits, MAX_IMAGES)
+        return {STORED: np.asarray(classes_and_scores(logits)["score"])}, {}
+
+
+def without_statistics(batch_stats: BatchStats) -> BatchStats:
+    """Returns running statistics that change nothing: means of 0 and variances of 1."""
+    blank = {"mean": jnp.zeros_like, "var": jnp.ones_like}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: blank.get(path[-1].key, jnp.asarray)(leaf), batch_stats
+    )
+
+
+def page(scores: Scores | ExportedScores) -> gradio.Blocks:
+    """Returns the page of a network; its endpoint /predict does the same for programs."""
+    import pandas
+
+    height, width, _ = scores.image_shape
+
+    def predict(files: list[str] | None) -> tuple[Any, ...]:
+        images = _read(files or [], scores.image_shape)
+        found, drifts = scores(np.stack(images))
+        labels = [
+            dict(zip(scores.classes, map(float, of[0]), strict=True)) for of in found.values()
+        ]
+        rows = [
+            [Path(file).name, *(_best(of[i], scores.classes) for of in found.values())]
+            for i, file in enumerate(files or [])
+        ]
+        layers = pandas.DataFrame(
+            [{"norm": name, "drift": one.mean} for name, one in drifts.items()] or None,
+            columns=["norm", "drift"],
+        )
+        return (*labels, rows, layers)
+
+    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    with gradio.Blocks(title=f"bnjax: {scores.name}", analytics_enabled=False, theme=theme) as demo:
+        gradio.Markdown(
+            f"# {scores.name}\nUp to {MAX_IMAGES} PNG or JPEG images, resized to {width}x{height}. "
+            "The batch norms normalise by the stored running statistics, by those of these images "
+            "together, or not at all."
+        )
+        files = gradio.File(
+            file_count="multiple", file_types=[".png", ".jpg", ".jpeg"], label="Images"
+        )
+        with gradio.Row():
+            labels = [
+                gradio.Label(num_top_classes=5, label=f"First image, {name} statistics")
+                for name in scores.statistics
+            ]
+        table = gradio.Dataframe(
+            headers=["image", *(f"{name} statistics" for name in scores.statistics)],
+            label="All images",
+        )
+        plot = gradio.BarPlot(
+            x="norm",
+            y="drift",
+            title="Stored minus these images' mean, in standard deviations (RMS over channels)",
+            sort=None,
+            visible=len(scores.statistics) > 1,
+        )
+        outputs = [*labels, table, plot]
+        files.upload(predict, files, outputs, api_name="predict", concurrency_limit=1)
+    return demo.queue(max_size=MAX_WAITING)
+
+
+def _read(files: Sequence[str], shape: Sequence[int]) -> list[np.ndarray]:
+    """Returns the images of uploaded files, within the limits."""
+    if not 1 <= len(files) <= MAX_IMAGES:
+        raise gradio.Error(f"Give 1 to {MAX_IMAGES} images; these are {len(files)}.")
+    height, width, channels = shape
+    images, total = [], 0
+    for file in files:
+        path = Path(file)
+        try:
+            with path.open("rb") as opened:
+                total += pixels(opened, path.name)
+                if total > MAX_PIXELS:
+                    raise gradio.Error(f"The images have more than {MAX_PIXELS:,} pixels together.")
+                images.append(read_picture(opened, path.name, (height, width, channels)).image)
+        except DataError as error:
+            raise gradio.Error(str(error)) from error
+    return images
+
+
+def _best(score: np.ndarray, classes: Sequence[str]) -> str:
+    return f"{classes[int(score.argmax())]} {score.max():.2f}"
+
+
+def launch(demo: gradio.Blocks, host: str, port: int | None, **options: Any) -> Mapping[str, Any]:
+    """Starts the server of a page, reachable at one address and without a network."""
+    app, url, _ = demo.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_BYTES,
+        share=False,
+        quiet=True,
+        show_error=True,
+        **options,
+    )
+    return {"app": app, "url": url}
