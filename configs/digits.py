@@ -1,4 +1,4 @@
-"""All of bnjax in a minute, offline: a narrow net on scikit-learn's 1,797 handwritten digits.
+"""All of bnjax in a minute, offline: a narrow net on the 1,797 embedded handwritten digits.
 
     python -m bnjax.main --config configs/digits.py
 

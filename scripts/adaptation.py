@@ -4,7 +4,7 @@
 
 Trains a small network with each of five seeds on CIFAR-10 (600 steps of 128 images, batch norm
 before each activation), makes the test images worse in three ways at five strengths
-(`bnjax/data/corruptions.py`, seed 0), adapts each network to each of these sets, and evaluates it
+(`scripts/corruptions.py`, seed 0), adapts each network to each of these sets, and evaluates it
 on the same images, as the sources do. No adaptation sees a label.
 
     none       the averages of training, at momentum 0.9
@@ -47,13 +47,13 @@ import jax
 import numpy as np
 import optax
 import tqdm
+from corruptions import KINDS, corrupt
 
 from bnjax import errors
 from bnjax.clinic.adaptation import adapt_statistics, tent
 from bnjax.clinic.statistics import precise
 from bnjax.compare import claims, grid, intervals, runs, text
 from bnjax.data.batches import eval_batches
-from bnjax.data.corruptions import KINDS, corrupt
 from bnjax.data.datasets import Split
 from bnjax.metrics import Metrics
 from bnjax.train.cpu import compiler_options, prepare

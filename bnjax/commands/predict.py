@@ -72,7 +72,7 @@ def run(
     else:
         from bnjax.train.rundir import Trained
 
-        network = _Network(Trained(Path(str(workdir)), checkpoint), views)
+        network = Classifier(Trained(Path(str(workdir)), checkpoint), views)
         result = network.of_split(split, data_dir) if split else network.of_images(images)
     if text := json_.dumps(result) if json else _table(result):
         print(text)
@@ -81,7 +81,7 @@ def run(
     return 1 if result["errors"] else 0
 
 
-class _Network:
+class Classifier:
     """The network of a run, compiled to classify."""
 
     def __init__(self, trained: "Trained", views: int | None):

@@ -10,13 +10,25 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.data.download import Remote
 from bnjax.errors import DataError
 
 PIXELS = 32 * 32 * 3
 CLASS_FILE_BYTES = 1 << 14  # far more than the names of a hundred classes take
 
 Split = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """An archive on a server, and its checksum."""
+
+    url: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rpartition("/")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Version:
     give whole numbers.
     """
 
-    archive: Remote
+    archive: Archive
     folder: str
     train_files: dict[str, int]  # with the number of examples in each
     test_files: dict[str, int]
@@ -49,9 +61,8 @@ class Version:
 
 VERSIONS = {
     "cifar10": Version(
-        archive=Remote(
+        archive=Archive(
             url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-            size=170_052_171,
             sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         ),
         folder="cifar-10-batches-bin",
@@ -64,9 +75,8 @@ VERSIONS = {
         test_sums=(1290492328, 1266775083, 1176108223),
     ),
     "cifar100": Version(
-        archive=Remote(
+        archive=Archive(
             url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-            size=168_513_733,
             sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         ),
         folder="cifar-100-binary",

@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.util
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bnjax.data import cifar, download, tfds
+from bnjax.data import cifar, tfds
 from bnjax.errors import ConfigError, DataError, UnavailableError, UserError
 
 if TYPE_CHECKING:  # they need what is here
@@ -16,6 +18,7 @@ if TYPE_CHECKING:  # they need what is here
 
 DIGITS = "digits"
 RECORDS = "records"
+STALL_SECONDS = 10.0  # a download that receives nothing for so long is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,35 +183,43 @@ def _cifar(name: str, data_dir: str) -> tuple[cifar.Split, cifar.Split, tuple[st
     return cifar.read(version, source or _download(name, version.archive, data_dir))
 
 
-def _download(name: str, archive: download.Remote, data_dir: str) -> Path:
+def _download(name: str, archive: cifar.Archive, data_dir: str) -> Path:
+    """Returns an archive in the cache folder, where it appears whole and verified or not at all."""
+    import pooch
+    import requests
+
+    cache = cache_dir()
+    pooch.get_logger().setLevel(logging.WARNING)
+    downloader = pooch.HTTPDownloader(timeout=STALL_SECONDS, progressbar=sys.stderr.isatty())
     try:
-        return download.download(archive, cache_dir())
-    except DataError as error:
-        where = f"in {data_dir}, nor elsewhere on this machine" if data_dir else "on this machine"
-        raise UnavailableError(
-            f"{name} is not {where}, and {error}. To mend that, fetch {archive.url} where "
-            "there is a network, "
-            "put it into a folder, and add --config.data.dir=FOLDER."
-        ) from error
+        return Path(
+            pooch.retrieve(
+                archive.url, f"sha256:{archive.sha256}", archive.name, cache, downloader=downloader
+            )
+        )
+    except requests.RequestException as error:
+        reason = f"{archive.url} could not be downloaded ({type(error).__name__})"
+    except ValueError:
+        reason = f"{archive.url} sent another file: its checksum is not the official one"
+    except OSError as error:
+        reason = f"the cache folder {cache} cannot be written ({error.strerror or error})"
+    where = f"in {data_dir}, nor elsewhere on this machine" if data_dir else "on this machine"
+    raise UnavailableError(
+        f"{name} is not {where}, and {reason}. To mend that, fetch {archive.url} where there is a "
+        "network, put it into a folder, and add --config.data.dir=FOLDER."
+    )
 
 
 def _digits() -> Dataset:
-    """The 1,797 digits that scikit-learn ships, 8x8, as 32x32x3; every fifth is for testing."""
-    # The file, and not sklearn.datasets.load_digits, since importing that takes longer than
-    # everything else before the first step.
-    package = importlib.util.find_spec("sklearn")
-    if package is None or not package.submodule_search_locations:
-        raise DataError(
-            "the digits come with scikit-learn, which is not installed. Install it with: pip "
-            "install scikit-learn."
-        )
-    table = np.loadtxt(
-        Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz",
-        delimiter=",",
-    )
-    grey = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    """Returns the 1,797 embedded digits as 32x32x3; every fifth is for testing.
+
+    8x8 images with 16 levels: "Optical Recognition of Handwritten Digits" (E. Alpaydin and
+    C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0), its test set.
+    """
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        levels, label = file["image"], file["label"].astype(np.int32)
+    grey = np.round(levels * (255 / 16)).astype(np.uint8)
     image = np.repeat(np.kron(grey, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=-1)
-    label = table[:, -1].astype(np.int32)
     held_out = np.arange(len(label)) % 5 == 4
     train, test = Split(image[~held_out], label[~held_out]), Split(image[held_out], label[held_out])
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

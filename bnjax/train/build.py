@@ -540,7 +540,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
 def dataset(config: ConfigDict) -> Dataset:
     """Returns the data set that `config.data` describes; errors as `bnjax.data.datasets.load`."""
     data, reading = config.data, None
-    data(data)
+    check_data(data)
     if data.pipeline == "stream":
         side = data.image_size
         crop = Crop(side, data.shorter_side or side, data.random_crop) if side else None

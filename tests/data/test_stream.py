@@ -19,13 +19,14 @@ import synthetic
 from PIL import Image
 from records_folder import picture, write_dataset, write_file, write_folder
 
+from bnjax.commands.predict import Classifier
 from bnjax.data import datasets, records
 from bnjax.data.batches import Part, eval_batches
 from bnjax.data.feed import every_batch, host_feed
 from bnjax.data.records import Crop, Reading
 from bnjax.data.stream import stream_feed
 from bnjax.errors import ConfigError, DataError, UserError, WorkerError
-from bnjax.train import build, predict
+from bnjax.train import build
 from bnjax.train.loop import train_and_evaluate
 from bnjax.train.rundir import Trained, read_lines
 
@@ -395,7 +396,7 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
     found = train_and_evaluate(config_of(folder, workers=1), tmp_path / "stopped", data)
     for key in ("steps", "final_test", "best_test", "steps_to_loss"):
         assert found[key] == expected[key]
-    predicted = predict.of_split(Trained(tmp_path / "stopped", "last"), "test", None)
+    predicted = Classifier(Trained(tmp_path / "stopped", "last"), None).of_split("test", None)
     assert predicted["accuracy"] == found["final_test"]["accuracy"]
     assert [row["label"] for row in predicted["predictions"]] == [
         MEMORY.classes[label] for label in MEMORY.test.label

@@ -8,6 +8,8 @@ import pytest
 from bnjax.compare import claims
 from bnjax.compare.runs import Run
 
+pytestmark = pytest.mark.scripts
+
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "adaptation.py"))
 RUNS = [Run(Path(), "bn", seed, {}, "cifar10", "cifar10", [], {}, {}) for seed in range(5)]
 BETTER = {"none": 0.0, "source": 0.0, "precise": 0.2, "tent": 0.3, "few": 0.1, "mixed": 0.1}

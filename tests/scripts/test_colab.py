@@ -18,6 +18,8 @@ from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 from PIL import Image
 
+pytestmark = pytest.mark.scripts
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "scripts" / "colab.ipynb"
 (CELL,) = re.findall(r"```python\n(REPO = .*?)```", (ROOT / "docs/start.md").read_text(), re.DOTALL)

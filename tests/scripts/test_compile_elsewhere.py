@@ -28,7 +28,7 @@ PARAMETERS = WEIGHTS + 2 * sum(NORMALISED)  # a scale and a shift for each chann
 LEAVES = 3 * (2 * 6 + 2 * 6) + 3 + 2 * 6
 STATE_BYTES = 4 * (3 * PARAMETERS + 2 * sum(NORMALISED))
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.scripts]
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from hlo import Reduction, reductions
 from links import BACKWARD, MACHINES, Level, all_reduce_seconds, compute_seconds, ring, step
 
+pytestmark = pytest.mark.scripts
+
 # A network of two hidden layers: what its layers take and give.
 WEIGHTS = 9 * 3 * 4 + 4 + (4 * 2 * 2) * 6 + 6 + 6 * 5 + 5
 FLAT = (3, 16, 6)  # channels of the norms; the second has four positions of four flattened

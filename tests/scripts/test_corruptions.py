@@ -1,9 +1,15 @@
 """Images made worse, against the formulas written out in float64."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from bnjax.data.corruptions import KINDS, contrast, corrupt, gaussian_blur, gaussian_noise
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from corruptions import KINDS, contrast, corrupt, gaussian_blur, gaussian_noise
+
+pytestmark = pytest.mark.scripts
 
 IMAGES = np.random.default_rng(0).random((4, 32, 32, 3), np.float32)
 STRENGTHS = (1, 2, 3, 4, 5)
