@@ -1,6 +1,7 @@
 """`bnjax audit`: what is wrong with the running statistics of a trained network."""
 
 import functools
+import html
 import json as json_
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,11 +14,17 @@ from bnjax.commands import Checkpoint, DataDir, Json, Workdir
 from bnjax.errors import UserError
 
 if TYPE_CHECKING:
+    from bnjax.clinic import Findings
     from bnjax.data.records import Examples
     from bnjax.types import Batch
 
 LEAST_BATCHES = 4  # to see how much batches differ
 LEAST_IMAGES = 2048
+ILL, HEALTHY = "#d55e00", "#2a78b5"
+TITLES = {
+    "drifts": "stored minus expected mean, in standard deviations",
+    "log_ratios": "log of stored over expected variance",
+}
 
 
 def run(
@@ -42,7 +49,8 @@ def run(
         raise UserError(f"--images {images} is too few: give 8 or above.")
     import jax
 
-    from bnjax.clinic import Run, audit, report
+    from bnjax.clinic import Run, audit
+    from bnjax.commands.report import reports
     from bnjax.train.build import optimizer
     from bnjax.train.cpu import compiler_options, prepare
     from bnjax.train.rundir import Trained
@@ -51,7 +59,8 @@ def run(
     prepare()
     try:
         if out:
-            report.check(out)
+            reports()  # before the audit takes its time
+            out.mkdir(parents=True, exist_ok=True)
         trained = Trained(workdir, checkpoint)
         batch_size = trained.config.train.batch_size
         batches = audit_batches(trained.dataset(data_dir).train, batch_size, images)
@@ -77,7 +86,7 @@ def run(
             print(f"{workdir}, checkpoint of step {trained.step}, {trained.data.label}")
             print(f"\n{findings}")
         if out:
-            path = report.write(findings, f"{workdir}, step {trained.step}", out)
+            path = _write_page(findings, f"{workdir}, step {trained.step}", out)
             print(f"\nwritten: {path}", file=sys.stderr)
     except OSError as error:  # an exit code of 1 would say that something is wrong with the network
         where = error.filename or "a file"
@@ -107,3 +116,62 @@ def _progress(batches: "Sequence[Batch]", title: str) -> "Iterable[Batch]":
 
     disable = not sys.stderr.isatty()
     return tqdm.tqdm(batches, title, unit="batch", disable=disable, dynamic_ncols=True, leave=False)
+
+
+def _write_page(findings: "Findings", title: str, out: Path) -> Path:
+    """Writes `audit.html` into a folder; returns its path."""
+    charts = [_panel(findings, quantity) for quantity in TITLES] if findings.layers else []
+    (out / "audit.html").write_text(_page(findings, title, charts), encoding="utf-8")
+    return out / "audit.html"
+
+
+def _panel(findings: "Findings", quantity: str) -> Any:
+    """Returns a bar for each layer: from 5 to 95 % of its channels thin, from 25 to 75 % thick."""
+    import altair as alt
+
+    from bnjax.compare.report import chart_of
+
+    rows = []
+    for row in findings.layers:
+        if not getattr(row, quantity):  # no channel varies
+            continue
+        found = findings.ids_of(row.name)
+        state = {"layer": row.name, "found": ", ".join(found) or "nothing", "ill": bool(found)}
+        values = [float(f"{value:.4g}") for value in getattr(row, quantity)]
+        rows.append(state | dict(zip(("low", "from", "median", "to", "high"), values, strict=True)))
+    y = alt.Y("layer:N", sort=None, title=None, axis=alt.Axis(labelLimit=300))
+    tips = [alt.Tooltip(f"{name}:N") for name in ("layer", "found")]
+    tips += [alt.Tooltip(f"{name}:Q") for name in ("low", "from", "median", "to", "high")]
+    scale = alt.Scale(domain=[True, False], range=[ILL, HEALTHY])
+    legend = alt.Legend(
+        title=None, orient="top", labelExpr="datum.value ? 'something found' : 'nothing found'"
+    )
+    base = chart_of(rows).encode(
+        y=y, tooltip=tips, color=alt.Color("ill:N", scale=scale, legend=legend)
+    )
+    zero = chart_of([{"zero": 0}]).mark_rule(color="#808080").encode(x=alt.X("zero:Q", title=None))
+    return alt.layer(
+        zero,
+        base.mark_rule(strokeWidth=1.5).encode(x="low:Q", x2="high:Q"),
+        base.mark_bar(height=8).encode(x="from:Q", x2="to:Q"),
+        base.mark_tick(color="black", height=12).encode(x="median:Q", color=alt.value("#222222")),
+    ).properties(width=380, height=alt.Step(18), title=TITLES[quantity])
+
+
+def _page(findings: "Findings", title: str, panels: list[Any]) -> str:
+    text, heading = html.escape(str(findings)), html.escape(title)
+    style = "<style>body{font:16px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:76rem;padding:0 1rem}pre{white-space:pre-wrap;font-size:.85rem}</style>"  # noqa: E501
+    drawn = ""
+    if panels:
+        import altair as alt
+
+        from bnjax.compare.report import PAPER
+
+        chart = alt.hconcat(*panels).configure(**PAPER)
+        drawn = chart.to_html(inline=True, fullhtml=False, output_div="layers")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>'
+        f"{style}</head>\n<body><h1>{heading}</h1>\n{drawn}\n"
+        "<p>A bar for each layer: the thin line from 5 to 95 % of its channels, the thick one from "
+        f"25 to 75 %, the mark at the median.</p>\n<pre>{text}</pre></body></html>\n"
+    )
