@@ -10,6 +10,7 @@ import pytest
 import synthetic
 
 from bnjax.clinic.averaging import averaged_params
+from bnjax.clinic.linen import linen
 from bnjax.clinic.statistics import precise
 from bnjax.data.batches import spread
 from bnjax.errors import ConfigError
@@ -105,6 +106,11 @@ def test_looking_changes_no_training(usual, tmp_path):
     assert lines(tmp_path / "blind", "test") == lines(run.workdir, "test")
 
 
+def precise_of(run, params, images):
+    network = linen(run.model, params, run.batch_stats)
+    return precise(network, [{"image": images[:10]}, {"image": images[10:]}]).batch_stats
+
+
 @pytest.fixture(scope="module")
 def with_precise(tmp_path_factory):
     chosen = config(eval__statistics="precise", eval__precise_images=20)
@@ -116,7 +122,7 @@ def test_precise_statistics_are_evaluated_and_training_keeps_its_own(usual, with
     _, (other, others) = usual
     same((state.params, stats), (other.params, others))  # training is not touched
     images = spread(DATA.train, 20).image
-    truth = precise(run.model, state.params, [{"image": images[:10]}, {"image": images[10:]}])
+    truth = precise_of(run, state.params, images)
     close(run.batch_stats, truth)
     test = lines(run.workdir, "test")[-1]
     assert test["loss"] == pytest.approx(loss_of(run.model, run.params, truth, DATA.test), rel=1e-4)
@@ -131,7 +137,7 @@ def test_averaged_weights_are_evaluated_with_statistics_of_their_own(usual, tmp_
     averaged = averaged_params(state.opt_state, state.params)
     same(run.params, averaged)
     images = spread(DATA.train, 20).image
-    truth = precise(run.model, averaged, [{"image": images[:10]}, {"image": images[10:]}])
+    truth = precise_of(run, averaged, images)
     close(run.batch_stats, truth)
     assert any(
         jnp.any(a != b)
@@ -181,7 +187,7 @@ def test_several_seeds_in_one_program(tmp_path):
     images = spread(DATA.train, 20).image
     for seed, folder in folders.items():
         run = Trained(folder, "last")
-        truth = precise(run.model, run.params, [{"image": images[:10]}, {"image": images[10:]}])
+        truth = precise_of(run, run.params, images)
         close(run.batch_stats, truth)
         found = loss_of(run.model, run.params, truth, DATA.test)
         assert tested[seed] == pytest.approx(found, rel=1e-4)
