@@ -13,8 +13,8 @@ import numpy as np
 
 from bnjax.clinic.accumulation import accumulated_step
 from bnjax.clinic.averaging import averaged_params
-from bnjax.clinic.linen import norm_layers, nothing_seen, observe
-from bnjax.clinic.statistics import put
+from bnjax.clinic.linen import Network, observe
+from bnjax.clinic.statistics import precise
 from bnjax.compat import vmap
 from bnjax.data.batches import eval_batches, spread
 from bnjax.data.datasets import Dataset
@@ -103,7 +103,7 @@ class Steps:
 
         def watch(axis_name: Any) -> Any:
             step = functools.partial(observe, model=model, mode="batch", axis_name=axis_name)
-            return over_seeds(lambda *arguments: step(*arguments)[1], (0, 0, 0, None), seeds)
+            return lambda *arguments: (None, step(*arguments)[1])
 
         self._test = parallel.compile(
             test, (None, None, 0), compiler_options=compiler_options(self._test_size, product)
@@ -144,10 +144,13 @@ class Steps:
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
         """Returns state, statistics and bad steps in a row of all seeds, on all devices."""
-        joined, bad = states[0], np.array(bad_steps, np.int32)
-        if self._seeds > 1:
-            joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        return self._parallel.put((*joined, bad if self._seeds > 1 else bad[0]), None)
+        bad = self._stack([np.int32(count) for count in bad_steps])
+        return self._parallel.put((*self._stack(states), bad), None)
+
+    def _stack(self, trees: list[Any]) -> Any:
+        if self._seeds == 1:
+            return trees[0]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     def train(
         self, state: Any, batch_stats: Any, bad_steps: Any, dispatch: Sequence[Sequence[Item]]
@@ -188,16 +191,16 @@ class Steps:
         params = state.params
         if experiment.averages:
             params = averaged_params(state.opt_state, params)
-        seen = nothing_seen(batch_stats)
-        if not experiment.precise_images or not seen:
+        if not experiment.precise_images:
             return params, batch_stats
-        batches = [*precise_batches(self._dataset.train, experiment)]
-        for batch in batches:
-            part = self._parallel.put(self._parallel.part.of(batch), 0)
-            seen = self._observe(params, batch_stats, seen, part)
-        one = self.of_seed((params, batch_stats), 0)
-        layers = norm_layers(experiment.model, *one, batch=batches[0], train=False)
-        return params, put(batch_stats, seen, layers)
+        parts = map(self._parallel.part.of, precise_batches(self._dataset.train, experiment))
+        batches = [self._parallel.put(part, 0) for part in parts]
+        networks = [
+            Network(*self.of_seed((params, batch_stats), i), experiment.model)
+            for i in range(self._seeds)
+        ]
+        found = [precise(one, batches, jit=lambda _: self._observe) for one in networks]
+        return params, self._stack([one.batch_stats for one in found])
 
     def test(self, params: Params, batch_stats: BatchStats) -> list[Metrics]:
         """Returns the metrics of each seed over all test images."""
