@@ -50,8 +50,7 @@ import tqdm
 from corruptions import KINDS, corrupt
 
 from bnjax import errors
-from bnjax.clinic.adaptation import adapt_statistics, tent
-from bnjax.clinic.statistics import precise
+from bnjax.clinic.adaptation import tent
 from bnjax.compare import claims, grid, intervals, runs, text
 from bnjax.data.batches import eval_batches
 from bnjax.data.datasets import Split
@@ -147,28 +146,28 @@ class Adapter:
         """Returns the mean loss and accuracy of some methods on the test images, made worse."""
         batches = [*eval_batches(image, test.label, BATCH)]
         new, few = _images(batches), [{"image": image[:FEW]}]
-        of, keep = (run.model, run.params, run.batch_stats), PRIOR / (PRIOR + FEW)
-        adapt = functools.partial(adapt_statistics, *of, jit=self.jit)
-        adapted: dict[str, Callable[[], Any]] = {
-            "none": lambda: of[1:],
-            "source": lambda: (run.params, source),
+        network, keep = run.network, PRIOR / (PRIOR + FEW)
+        adapt = functools.partial(precise, network, jit=self.jit)
+        adapted: dict[str, Callable[[], Network]] = {
+            "none": lambda: network,
+            "source": lambda: dataclasses.replace(network, batch_stats=source),
             "precise": lambda: adapt(new),
-            "tent": lambda: tent(*of, new, tx=optax.adam(1e-3), jit=self.jit),
+            "tent": lambda: tent(network, new, tx=optax.adam(1e-3), jit=self.jit),
             "few": lambda: adapt(few),
             "mixed": lambda: adapt(few, keep=keep, by="population"),
         }
         step = self.jit(functools.partial(eval_step, model=run.model))
         means = {}
         for method in methods:
-            params, batch_stats = adapted[method]()
-            metrics = [step(params, batch_stats, batch) for batch in batches]
+            made = adapted[method]()
+            metrics = [step(made.params, made.batch_stats, batch) for batch in batches]
             means[method] = functools.reduce(Metrics.merge, metrics).means()
         return means
 
     def source(self, run: Trained, train: Split) -> BatchStats:
         """Returns precise statistics of the first training images."""
         batches = [*eval_batches(train.image[:SOURCE], train.label[:SOURCE], BATCH)]
-        return precise(run.model, run.params, _images(batches), run.batch_stats, jit=self.jit)
+        return precise(run.network, _images(batches), jit=self.jit).batch_stats
 
     def jit(self, bound: Any) -> Callable[..., Any]:
         """Returns what is compiled of a function, for the first network that asks."""

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bnjax.train.audit import audit_batches
 from foreign import ResNet
 
-from bnjax.clinic.checks import Run, audit
+from bnjax.clinic import Network, Run, audit
 from bnjax.clinic.statistics import precise
 from bnjax.data import datasets
 from bnjax.data.batches import eval_batches, take, train_rows
@@ -100,10 +100,10 @@ def main():
     test = [*eval_batches(data.test.image, data.test.label, 500)]
     for name, (net, weights, statistics, run) in cases.items():
         began = time.perf_counter()
-        findings = audit(net, weights, statistics, batches, run, jit=jit)
+        findings = audit(Network(weights, statistics, net), batches, run, jit=jit)
         seconds = time.perf_counter() - began
         step = jit(functools.partial(eval_step, model=net))
-        exact = precise(net, weights, batches, statistics, jit=jit)
+        exact = precise(Network(weights, statistics, net), batches, jit=jit).batch_stats
         accuracy = [
             functools.reduce(Metrics.merge, [step(weights, of, batch) for batch in test]).means()
             for of in (statistics, exact)

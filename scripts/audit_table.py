@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tqdm
 from patients import HEALTHY, ILL, shared_jit
 
-from bnjax.clinic.checks import ILLNESSES, audit
+from bnjax.clinic import Network, audit
+from bnjax.clinic.checks import ILLNESSES
 
 
 def main():
@@ -35,8 +36,8 @@ def main():
         found = collections.Counter()
         for seed in range(seeds):
             it = make(seed)
-            variables = (it.model, it.params, it.batch_stats)
-            ids = audit(*variables, it.batches, it.run, jit=shared_jit).ids
+            network = Network(it.params, it.batch_stats, it.model)
+            ids = audit(network, it.batches, it.run, jit=shared_jit).ids
             found.update(ids or ["nothing"])
             missed.update({has} - {*ids, ""})
             false.update({*ids} - {has})

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet
 
 from bnjax import norms
-from bnjax.clinic.checks import Run
+from bnjax.clinic import Run
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import forward, init_state, train_step
 from bnjax.types import fingerprint

@@ -56,12 +56,12 @@ class Network:
 
     Attributes:
         params: the weights.
-        batch_stats: the running statistics.
+        batch_stats: the running statistics; for `audit` perhaps a list of one tree a replica.
         model: a linen module with `__call__(x, train=...)`.
     """
 
     params: Params
-    batch_stats: BatchStats
+    batch_stats: Any
     model: nn.Module = struct.field(pytree_node=False)
 
     def norms(self, batch: Batch, *, train: bool = False) -> tuple["NormLayer", ...]:
@@ -69,9 +69,7 @@ class Network:
         return norm_layers(self.model, self.params, self.batch_stats, batch, train=train)
 
 
-def linen(
-    model: nn.Module, params: Params, batch_stats: BatchStats, call: Call | None = None
-) -> Network:
+def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None = None) -> Network:
     """Returns a linen model and its variables as a network for the functions of the clinic.
 
     Args:

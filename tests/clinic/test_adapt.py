@@ -12,8 +12,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from foreign import NETWORKS
 
-from bnjax.clinic.adaptation import adapt_statistics, affine_only, entropy, tent, tent_step
-from bnjax.clinic.linen import nothing_seen
+from bnjax.clinic.adaptation import affine_only, entropy, tent, tent_step
+from bnjax.clinic.linen import Network, nothing_seen
 from bnjax.clinic.statistics import precise
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import init_variables, predict_step
@@ -82,8 +82,9 @@ def test_statistics_mixed_with_the_old_ones(by, keep):
     # One batch, where each layer is to be normalised by it.
     cuts = [25] if by == "batch" else [8, 16, 25]
     batches = [padded(part, 32) for part in np.split(x, cuts[:-1]) if len(part)]
-    same, found = adapt_statistics(Net(), params, stats, batches, keep=keep, by=by)
-    assert same is params
+    adapted = precise(Network(params, stats, Net()), batches, keep=keep, by=by)
+    assert adapted.params is params
+    found = adapted.batch_stats
     weights, old = double(params), double(stats)
     given = np.float64(x.reshape(25, 5))
     for name, after in (("norm0", "dense"), ("norm1", "logits")):
@@ -100,8 +101,10 @@ def test_statistics_mixed_with_the_old_ones(by, keep):
 def test_the_order_of_the_batches_does_not_matter():
     params, stats = network()
     batches = [padded(images(n), 16) for n in (16, 3, 9)]
-    _, forwards = adapt_statistics(Net(), params, stats, iter(batches), keep=0.25)
-    _, backwards = adapt_statistics(Net(), params, stats, batches[::-1], keep=0.25)
+    old = Network(params, stats, Net())
+    forwards, backwards = (
+        precise(old, given, keep=0.25).batch_stats for given in (iter(batches), batches[::-1])
+    )
     jax.tree.map(close, forwards, backwards)
 
 
@@ -109,9 +112,8 @@ def test_a_shift_of_the_inputs_is_undone():
     """The first norm's output is that of the unshifted images, and so is everything after it."""
     params, stats = network()
     x = images(64)
-    adapt = partial(adapt_statistics, Net(), params, stats)
-    _, before = adapt([{"image": x}], keep=0.0)
-    _, after = adapt([{"image": 3 * x - 2}], keep=0.0)
+    old = Network(params, stats, Net())
+    before, after = (precise(old, [{"image": shown}]).batch_stats for shown in (x, 3 * x - 2))
     scores = [
         predict_step(params, found, image, model=Net())["score"]
         for found, image in ((before, x), (after, 3 * x - 2), (before, 3 * x - 2))
@@ -124,7 +126,7 @@ def test_a_shift_of_the_inputs_is_undone():
 @pytest.mark.parametrize("keep", [-0.1, 1.1])
 def test_a_fraction_that_is_none(keep):
     with pytest.raises(ValueError, match="from 0 to 1"):
-        adapt_statistics(Net(), *network(), [{"image": images(4)}], keep=keep)
+        precise(Network(*network(), Net()), [{"image": images(4)}], keep=keep)
 
 
 def mean_entropy(params, x):
@@ -175,7 +177,9 @@ def test_tent_is_its_steps_and_then_precise_statistics(patterns):
     params, stats = network()
     batches = [padded(2 * images(n) + 1, 32) for n in (32, 20, 8)]
     decay = optax.adamw(0.05, weight_decay=0.1)
-    adapted, found = tent(Net(), params, stats, batches, tx=decay, epochs=3, patterns=patterns)
+    old = Network(params, stats, Net())
+    new = tent(old, batches, tx=decay, epochs=3, patterns=patterns)
+    adapted, found = new.params, new.batch_stats
     tx = affine_only(decay, params, stats, *patterns)
     step = jax.jit(partial(tent_step, model=Net(), tx=tx))
     mine, opt_state, entropies = params, tx.init(params), []
@@ -184,7 +188,7 @@ def test_tent_is_its_steps_and_then_precise_statistics(patterns):
             mine, opt_state, _, before = step(mine, opt_state, stats, batch)
             entropies.append(before)
     jax.tree.map(close, adapted, mine)
-    jax.tree.map(close, found, precise(Net(), adapted, batches))
+    jax.tree.map(close, found, precise(Network(adapted, stats, Net()), batches).batch_stats)
     assert sum(entropies[-3:]) < 0.97 * sum(entropies[:3])
     changed = {
         path
@@ -196,13 +200,13 @@ def test_tent_is_its_steps_and_then_precise_statistics(patterns):
 
 
 def test_batches_that_cannot_be_gone_through_again():
-    batches = iter([{"image": images(4)}])
-    with pytest.raises(ValueError, match="only once"):
-        tent(Net(), *network(), batches, tx=optax.sgd(0.1))
+    batches, old = [{"image": images(4)}], Network(*network(), Net())
+    with pytest.raises(ValueError, match="not an iterator"):
+        tent(old, iter(batches), tx=optax.sgd(0.1))
     with pytest.raises(ValueError, match="no batch"):
-        tent(Net(), *network(), [], tx=optax.sgd(0.1))
+        tent(old, [], tx=optax.sgd(0.1))
     with pytest.raises(ValueError, match="norm0, norm1"):
-        tent(Net(), *network(), [{"image": images(4)}], tx=optax.sgd(0.1), patterns=("dense",))
+        tent(old, batches, tx=optax.sgd(0.1), patterns=("dense",))
 
 
 @functools.cache

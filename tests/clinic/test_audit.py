@@ -1,8 +1,12 @@
 """The audit: every illness is found in a network that has it, and none in healthy ones."""
 
 import functools
+import inspect
 import json
+from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +14,11 @@ import optax
 import pytest
 from patients import HEALTHY, ILL, Plain, images, plain, ready, shared_jit, untold
 
-from bnjax.clinic.checks import ILLNESSES, Run, audit, depends, z_scores
-from bnjax.clinic.measure import Case, Network, measure, settle
+from bnjax import clinic
+from bnjax.clinic import Network, Run, audit
+from bnjax.clinic.checks import ILLNESSES, depends, match, z_scores
+from bnjax.clinic.measure import measure
+from bnjax.norms import BatchNorm
 from bnjax.train_step import forward, init_variables
 from bnjax.types import fingerprint
 
@@ -20,14 +27,8 @@ LONG = ("far from 0 in bfloat16", "far from 0, 60 steps")
 
 
 def examined(patient):
-    return audit(
-        patient.model,
-        patient.params,
-        patient.batch_stats,
-        patient.batches,
-        patient.run,
-        jit=shared_jit,
-    )
+    network = Network(patient.params, patient.batch_stats, patient.model)
+    return audit(network, patient.batches, patient.run, jit=shared_jit)
 
 
 def some(names, slow):
@@ -95,7 +96,7 @@ def test_weights_that_are_not_numbers_are_not_called_dead_channels():
     assert "dead-channels" not in findings.ids
     (one,) = (one for one in findings.found if one.id == "invalid-statistics")
     assert one.layers == ("first", "second")
-    assert "1 given what is not finite" in one.measured
+    assert "1 with inputs that are not finite" in one.measured
 
 
 def test_what_is_measured_is_what_numpy_measures():
@@ -176,10 +177,10 @@ def test_copies_on_devices_that_differ():
 
         return jax.tree.map(one, patient.batch_stats)
 
-    image = patient.batches[0]["image"]
     for apart, wanted in ((0.0, []), (0.1, ["replicas-differ"])):
-        settled = settle(patient.model, patient.params, spread(apart), image)
-        assert [one.id for one in settled.found] == wanted
+        network = Network(patient.params, spread(apart), patient.model)
+        _, found, _ = match(network, patient.batches[0])
+        assert [one.id for one in found] == wanted
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_padding_counts_for_nothing():
 def test_a_batch_of_nothing_is_refused():
     patient = plain(0)
     with pytest.raises(ValueError, match="nothing to audit with"):
-        audit(patient.model, patient.params, patient.batch_stats, [])
+        audit(Network(patient.params, patient.batch_stats, patient.model), [])
 
 
 def test_the_result_as_text_and_as_json():
@@ -276,10 +277,95 @@ def test_stored_statistics_stray_as_far_as_their_standard_error_says(size):
         stats = initial
         for batch in fresh[:60]:
             stats = update(params, stats, batch)[1]["batch_stats"]
-        network = Network(model, params, stats, fresh[60:], shared_jit, lambda given, name: given)
-        case = Case(network, measure(network), Run(batch_size=size))
+        network, run = Network(params, stats, model), Run(batch_size=size)
+        case = measure(network, fresh[60:], run, shared_jit)
         scores.append([z_scores(case, layer) for layer in case.layers])
     # Squares of 16 repeats in at least four directions have a mean of 1 +- 0.18.
     squares = np.square(scores).mean(0)
     assert squares.min() > 0.5
     assert squares.max() < 1.6
+
+
+class Synced(nn.Module):
+    """A network for `jax.pmap` or `jax.shard_map`, as in Flax's ImageNet example."""
+
+    norm: Any = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = partial(self.norm, use_running_average=not train, momentum=0.5, axis_name="batch")
+        x = norm(name="norm")(nn.Conv(4, (3, 3), name="conv")(x))
+        return nn.Dense(2, name="logits")(nn.relu(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm, partial(BatchNorm, average_axis_name="groups")])
+def test_synced_norms_are_run_outside_of_their_axis(norm):
+    model, (image, _) = Synced(norm), images(0, 64)
+    params, stats = init_variables(model, jax.random.key(0), image[:2])
+    network, batches = clinic.linen(model, params, stats), [{"image": image[:32]}, {"image": image}]
+    assert "never-updated" in clinic.audit(network, batches).ids
+    mended = clinic.precise(network, [{"image": image}])
+    convolved = nn.Conv(4, (3, 3)).apply({"params": params["conv"]}, np.float32(image) / 255)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(mended.batch_stats["norm"]["mean"], np.float64(convolved).mean((0, 1, 2)))
+    close(mended.batch_stats["norm"]["var"], np.float64(convolved).var((0, 1, 2)))
+    folded = clinic.fold(mended, image[:1])
+    logits = [
+        forward(one.params, one.batch_stats, {"image": image}, model=one.model, train=False)[0]
+        for one in (mended, folded)
+    ]
+    assert not folded.batch_stats
+    close(logits[0], logits[1])
+
+
+def flagged(flag, training):
+    """A network with this flag, which is so in training."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, **flags):
+            train = flags[flag] == training
+            return nn.Dense(2)(nn.BatchNorm(use_running_average=not train)(x).mean((1, 2)))
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for name in ("self", "x", flag)
+    ]
+    Net.__call__.__signature__ = inspect.Signature(parameters)
+    return Net()
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("flag", "training"),
+    [("training", True), ("is_training", True), ("deterministic", False), ("phase", "train")],
+)
+def test_flags_of_other_names(flag, training, given):
+    model, image = flagged(flag, training), np.float32(images(0, 32)[0])
+    variables = model.init(jax.random.key(0), image[:2], **{flag: "test" if flag == "phase" else 0})
+    if not given and flag == "phase":
+        with pytest.raises(ValueError, match="none of the arguments train"):
+            clinic.linen(model, **variables)
+        return
+
+    def call(module, x, train):
+        return module(x, **{flag: training if train else (not training)})
+
+    network = clinic.linen(model, **variables, call=call if given else None)
+    mended = clinic.precise(network, [{"image": image}])
+    (mean,) = (leaf["mean"] for leaf in mended.batch_stats.values())
+    np.testing.assert_allclose(mean, image.mean((0, 1, 2)), rtol=1e-5)
+    assert "never-updated" in clinic.audit(network, [{"image": image}, {"image": image}]).ids
+
+
+def test_exchanged_statistics_are_stale_and_not_unfinished():
+    """The layers disagree about the share of the starting values that would explain them."""
+    patient = HEALTHY["plain"](seed=0).knowing(steps=None, weights=None)
+    names = sorted(patient.batch_stats)
+    sizes = {name: patient.batch_stats[name]["mean"].shape for name in names}
+    one, other = next((a, b) for a in names for b in names if a < b and sizes[a] == sizes[b])
+    stats = patient.batch_stats
+    swapped = stats | {one: stats[other], other: stats[one]}
+    findings = examined(patient.but(batch_stats=swapped))
+    assert findings.ids == ("stale",), str(findings)
+    assert {one, other} <= {name for found in findings.found for name in found.layers}

@@ -9,8 +9,9 @@ import pytest
 from foreign import NETWORKS
 from wrappers import MAPPED, run
 
+from bnjax.clinic import Network, linen
+from bnjax.clinic import precise as precise_network
 from bnjax.clinic.linen import nothing_seen, observe
-from bnjax.clinic.statistics import precise
 from bnjax.norms import BatchNorm
 from bnjax.train_step import init_variables
 
@@ -88,6 +89,13 @@ def assert_are(stats, wanted):
         scale = var + EPSILON
         assert np.max(np.abs(stats[name]["mean"] - mean) / np.sqrt(scale)) < 1e-5, name
         assert np.max(np.abs(stats[name]["var"] - var) / scale) < 1e-5, name
+
+
+def precise(model, params, batches, batch_stats=None, **options):
+    """The statistics alone; untrained ones stand in where none are given."""
+    if batch_stats is None:
+        _, batch_stats = init_variables(model, jax.random.key(0), IMAGES[:1])
+    return precise_network(Network(params, batch_stats, model), batches, **options).batch_stats
 
 
 def as_batches(images):
@@ -250,3 +258,32 @@ def test_what_cannot_be_done_is_refused():
     nobody = [{"image": IMAGES, "mask": np.zeros(16, bool)}]
     with pytest.raises(ValueError, match=r"first was given no value"):
         precise(model, params, nobody, stats)
+
+
+class Spectral(nn.Module):
+    """A layer whose weights keep leaves of their own in `batch_stats`."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.SpectralNorm(nn.Dense(4))(x.reshape(len(x), -1), update_stats=train)
+        return nn.BatchNorm(use_running_average=not train)(x)
+
+
+@pytest.mark.parametrize("by", ["batch", "population"])
+def test_other_leaves_stay_as_they_were(by):
+    model = Spectral()
+    params, stats = init_variables(model, jax.random.key(0), IMAGES[:1])
+    for _ in range(3):  # u and sigma move away from their initial values
+        _, written = model.apply(
+            {"params": params, "batch_stats": stats}, IMAGES, train=True, mutable=["batch_stats"]
+        )
+        stats = written["batch_stats"]
+    found = precise_network(linen(model, params, stats), [{"image": IMAGES}], by=by)
+    assert not np.array_equal(
+        found.batch_stats["BatchNorm_0"]["mean"], stats["BatchNorm_0"]["mean"]
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        {name: leaf for name, leaf in found.batch_stats.items() if name != "BatchNorm_0"},
+        {name: leaf for name, leaf in stats.items() if name != "BatchNorm_0"},
+    )

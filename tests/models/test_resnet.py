@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from bnjax import norms
-from bnjax.clinic.checks import audit
+from bnjax.clinic import Network, audit
 from bnjax.clinic.folding import difference, fold
 from bnjax.clinic.linen import norm_layers
 from bnjax.clinic.porting import Table, port_from, port_to
@@ -274,7 +274,7 @@ def test_the_audit_knows_its_norms():
     step, stats = jax.jit(functools.partial(train_step, model=model, tx=tx)), untouched
     for i in range(24):
         state, stats, _ = step(state, stats, batches[i % 4])
-    healthy, ill = (audit(model, state.params, one, batches) for one in (stats, untouched))
+    healthy, ill = (audit(Network(state.params, one, model), batches) for one in (stats, untouched))
     assert not healthy.found
     assert len(healthy.layers) == len(
         norm_layers(model, state.params, stats, batches[0], train=True)

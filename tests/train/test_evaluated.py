@@ -1,5 +1,6 @@
 """What evaluation uses beside training's own weights and averages, and what is said of these."""
 
+import dataclasses
 import functools
 import signal
 
@@ -10,7 +11,6 @@ import pytest
 import synthetic
 
 from bnjax.clinic.averaging import averaged_params
-from bnjax.clinic.linen import linen
 from bnjax.clinic.statistics import precise
 from bnjax.data.batches import spread
 from bnjax.errors import ConfigError
@@ -107,7 +107,8 @@ def test_looking_changes_no_training(usual, tmp_path):
 
 
 def precise_of(run, params, images):
-    network = linen(run.model, params, run.batch_stats)
+    """The precise statistics of some weights of a run, of two batches of ten images."""
+    network = dataclasses.replace(run.network, params=params)
     return precise(network, [{"image": images[:10]}, {"image": images[10:]}]).batch_stats
 
 

@@ -1,6 +1,5 @@
 """The gap and the drift: figures, what of them lies in the run's files, and for which networks."""
 
-import functools
 import json
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import pytest
 import synthetic
 from events import read_values
 
-from bnjax.clinic.linen import norm_layers
+from bnjax.clinic.linen import Network, norm_layers
 from bnjax.clinic.statistics import Drift, drift, gap, put
 from bnjax.errors import UserError
 from bnjax.norms import BatchNorm
@@ -49,7 +48,7 @@ def test_averages_that_were_never_updated_are_far_off():
     batch = {"image": x, "label": np.zeros(64, np.int32)}
     params, stats = init_variables(Norm(), jax.random.key(0), x)
     layers = norm_layers(Norm(), params, stats, batch, train=False)
-    true = put(stats, gap(params, stats, batch, model=Norm()).seen, layers)
+    true = put(stats, gap(Network(params, stats, Norm()), batch).seen, layers)
     (found,) = drift(stats, true, layers).values()
     values = x.astype(np.float64)[:, 0, 0]
     mean, var = values.mean(0), values.var(0) + 1e-2
@@ -67,8 +66,8 @@ def test_padding_counts_for_nothing_and_what_is_true_has_no_drift():
         "label": np.concatenate([label, np.zeros(3, np.int32)]),
         "mask": np.arange(12) < 9,
     }
-    compiled = jax.jit(functools.partial(gap, model=Norm()))
-    whole, masked = (compiled(params, stats, b) for b in ({"image": x, "label": label}, padded))
+    compiled, network = jax.jit(gap), Network(params, stats, Norm())
+    whole, masked = (compiled(network, b) for b in ({"image": x, "label": label}, padded))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
     layers = norm_layers(Norm(), params, stats, padded, train=False)
