@@ -73,3 +73,16 @@ def _own_cache(tmp_path_factory, monkeypatch):
     """No test sees the user's downloads, nor leaves any."""
     monkeypatch.setenv("BNJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tensorflow_datasets")))
+
+
+@pytest.fixture
+def bnjax(capsys):
+    """Runs a command in this process; returns exit code, standard output and standard error."""
+    from bnjax import errors, main
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            errors.run(lambda: main.main([*map(str, arguments)]))
+        return left.value.code or 0, *capsys.readouterr()
+
+    return call

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,8 +13,8 @@ from foreign import NETWORKS
 from jax import lax
 
 from bnjax import norms
-from bnjax.clinic.folding import difference, fold
-from bnjax.clinic.linen import norm_layers
+from bnjax.clinic.folding import difference, plan
+from bnjax.clinic.linen import Network, norm_layers
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import eval_step, forward, init_variables, predict_step
 
@@ -42,6 +43,20 @@ def shapes(model):
 def logits(model, params, stats):
     run = jax.jit(functools.partial(forward, model=model, train=False))
     return run(params, stats, BATCH)[0]
+
+
+class Done(NamedTuple):
+    """A folded network, and what became of its norms."""
+
+    model: Any
+    params: Any
+    batch_stats: Any
+    norms: Any
+
+
+def fold(model, params, stats, batch):
+    network, norms = plan(Network(params, stats, model), batch["image"])
+    return Done(network.model, network.params, network.batch_stats, norms)
 
 
 def folding_of(model, positive=False, change=lambda stats: stats):

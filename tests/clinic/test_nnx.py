@@ -5,6 +5,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from bnjax.clinic import Network, audit
 from bnjax.train_step import init_state, train_step
 
 
@@ -26,7 +27,7 @@ def test_it_trains_and_what_cannot_be_checked_is_said():
     state, stats = init_state(model, tx, jax.random.key(0), image)
     _, new, _ = train_step(state, stats, batch, model=model, tx=tx)
     assert (np.asarray(new["norm"]["mean"]) != 0).all()
-    findings = audit(model, state.params, new, [batch] * 4)
+    findings = audit(Network(state.params, new, model), [batch] * 4)
     (entry,) = findings.not_checked
     assert not findings.healthy
     assert not findings.as_json()["healthy"]

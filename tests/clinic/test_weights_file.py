@@ -17,11 +17,11 @@ ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("name", ["new/net.safetensors", "new/net.npz"])
-def test_there_and_back(tmp_path, name):
+def test_there_and_back(tmp_path):
+    name = "new/net.safetensors"
     porting.write(tmp_path / name, ARRAYS, {"norms": "{}"})
     found, notes = porting.read(tmp_path / name)
-    assert notes == ({"norms": "{}"} if name.endswith("safetensors") else {})
+    assert notes == {"norms": "{}"}
     assert found.keys() == ARRAYS.keys()
     for key, value in ARRAYS.items():
         np.testing.assert_array_equal(found[key], value, strict=True)
@@ -54,25 +54,18 @@ def test_pickles_are_refused_and_never_run(tmp_path):
         porting.read(file)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("net/data.pkl", content)
-    with pytest.raises(UserError, match=r"torch's format, a pickle.*save_file"):
+    with pytest.raises(UserError, match=r"is a pickle, an archive of one.*save_file"):
         porting.read(file)
-    np.savez(tmp_path / "net.npz", x=np.array([_Trap(ran)]))
-    with pytest.raises(UserError, match=r"neither safetensors nor \.npz, or damaged.*pickle"):
-        porting.read(tmp_path / "net.npz")
     assert not ran.exists()
 
 
 def test_other_formats_are_refused(tmp_path):
     file = tmp_path / "net"
     file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
-    with pytest.raises(UserError, match=r"HDF5.*np\.savez"):
-        porting.read(file)
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("model.weights.h5", b"")
-    with pytest.raises(UserError, match=r"Keras' own format.*np\.savez"):
+    with pytest.raises(UserError, match=r"HDF5.*v\.numpy\(\)"):
         porting.read(file)
     safetensors.numpy.save_file(ARRAYS, file)
-    for damaged in (file.read_bytes()[:-3], b"hello", b"", b"PK\x03\x04" + bytes(50)):
+    for damaged in (file.read_bytes()[:-3], b"hello", b""):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="or damaged"):
             porting.read(file)

@@ -12,7 +12,8 @@ import safetensors.numpy
 from foreign import PreActResNet, ResNet
 
 from bnjax import norms
-from bnjax.clinic.folding import difference, fold
+from bnjax.clinic.folding import plan
+from bnjax.clinic.linen import Network
 from bnjax.export.onnx import onnx_model
 from bnjax.export.stablehlo import named, program
 from bnjax.models.convnet import ConvNet
@@ -84,9 +85,9 @@ def expected(tmp_path_factory):
         )[0]
         folder, exported = tmp_path_factory.mktemp("model"), model
         if count is not None:
-            folding = fold(model, *variables, {"image": images[:1]})
-            assert sum(one.layer is not None for one in folding.norms) == count, folding.norms
-            exported, *variables, _ = folding
+            folded, norms = plan(Network(*variables, model), images[:1])
+            assert sum(one.layer is not None for one in norms) == count, norms
+            exported, variables = folded.model, (folded.params, folded.batch_stats)
         (folder / "model.stablehlo").write_bytes(program(exported, *variables, SHAPE))
         safetensors.numpy.save_file(named(*variables), folder / "weights.safetensors")
         (folder / "model.onnx").write_bytes(

@@ -14,7 +14,7 @@ import pytest
 
 from bnjax import norms
 from bnjax.clinic import Network, audit
-from bnjax.clinic.folding import difference, fold
+from bnjax.clinic.folding import difference, plan
 from bnjax.clinic.linen import norm_layers
 from bnjax.clinic.porting import Table, port_from, port_to
 from bnjax.models.resnet import RESNETS, TORCHVISION, ResNet
@@ -227,21 +227,31 @@ def test_padding_counts_for_nothing(placement):
 def test_every_norm_after_a_convolution_folds(variant):
     model = ResNet(**SMALL | variant)
     params, stats = trained(model)
-    done = fold(model, params, stats, {"image": IMAGES})
-    folded = {".".join(one.norm): ".".join(one.layer) for one in done.norms if one.layer}
+    network, norms = plan(Network(params, stats, model), IMAGES)
+    folded = {".".join(one.norm): ".".join(one.layer) for one in norms if one.layer}
     layers = norm_layers(model, params, stats, {"image": IMAGES}, train=False)
     assert folded == {layer.name: layer.name.removesuffix("_norm") for layer in layers}
-    assert not done.batch_stats
-    assert difference(logits(model, params, stats), logits(*done[:3])) < 1e-5
+    assert not network.batch_stats
+    assert (
+        difference(
+            logits(model, params, stats), logits(network.model, network.params, network.batch_stats)
+        )
+        < 1e-5
+    )
 
 
 def test_under_pre_those_between_convolutions_fold():
     model = ResNet(**SMALL, placement="pre")
     params, stats = trained(model)
-    done = fold(model, params, stats, {"image": IMAGES})
-    folded = {".".join(one.norm) for one in done.norms if one.layer}
+    network, norms = plan(Network(params, stats, model), IMAGES)
+    folded = {".".join(one.norm) for one in norms if one.layer}
     assert folded == {f"{name}.conv2_norm" for name in params if "block" in name}
-    assert difference(logits(model, params, stats), logits(*done[:3])) < 1e-5
+    assert (
+        difference(
+            logits(model, params, stats), logits(network.model, network.params, network.batch_stats)
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

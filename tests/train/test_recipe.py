@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bnjax.train.predict import of_split
 
+from bnjax.commands.predict import Classifier
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError
 from bnjax.train import build, parsing
@@ -64,7 +64,8 @@ def test_a_small_copy_of_the_recipe_learns(tmp_path, name, monkeypatch):
     assert losses[-1] < losses[0]
     # What was evaluated over several views is predicted so, and one view is something else.
     monkeypatch.setattr(Trained, "dataset", lambda self, data_dir: dataset())
-    views, one = (of_split(Trained(tmp_path, "last"), "test", views=n)["loss"] for n in (None, 1))
+    trained = Trained(tmp_path, "last")
+    views, one = (Classifier(trained, n).of_split("test", None)["loss"] for n in (None, 1))
     np.testing.assert_allclose(views, summary["final_test"]["loss"], rtol=1e-4)
     assert abs(views - one) > 1e-4
 

@@ -4,9 +4,7 @@ import json
 import re
 import shutil
 
-import jax
 import pytest
-from bnjax.train.audit import of_run
 
 from bnjax.train import build
 from bnjax.train.config import default_config
@@ -60,11 +58,17 @@ def test_an_ill_run_exits_with_1_and_says_how_to_mend_it(bnjax, runs, tmp_path):
     assert not re.findall(r"""(?:src|href)=["']https?:""", page)  # needs no network
 
 
-def test_a_checkpoint_says_which_weights_its_statistics_belong_to(runs, tmp_path):
+def test_a_checkpoint_says_which_weights_its_statistics_belong_to(bnjax, runs, tmp_path):
     trained = Trained(runs / "0.5", "last")
-    about, findings = of_run(runs / "0.5", str(STEPS // 2), None, 256)
+
+    def findings(workdir, checkpoint="last"):
+        words = ("--workdir", workdir, "--checkpoint", checkpoint, "--images", 256, "--json")
+        found = json.loads(bnjax("audit", *words)[1])
+        return found, [one["id"] for one in found["findings"]]
+
+    about, ids = findings(runs / "0.5", STEPS // 2)
     assert about["step"] == STEPS // 2
-    assert "stale" not in findings.ids
+    assert "stale" not in ids
     # The record of another step: as if the weights had been replaced.
     copy = shutil.copytree(runs / "0.5", tmp_path / "copy")
     record = copy / "checkpoints" / str(STEPS) / "bnjax.json"
@@ -72,14 +76,13 @@ def test_a_checkpoint_says_which_weights_its_statistics_belong_to(runs, tmp_path
     assert content["about"]["weights"] == trained.weights
     content["about"]["weights"] = Trained(runs / "0.5", str(STEPS // 2)).weights
     record.write_text(json.dumps(content))
-    _, findings = of_run(copy, "last", None, 256)
-    assert findings.ids == ("stale",)
+    assert findings(copy)[1] == ["stale"]
     # One that was saved before there were fingerprints.
     del content["about"]["weights"]
     record.write_text(json.dumps(content))
-    _, findings = of_run(copy, "last", None, 256)
-    assert findings.ids == ()
-    assert [entry.id for entry in findings.not_checked] == ["stale by fingerprint"]
+    found, ids = findings(copy)
+    assert ids == []
+    assert [entry["id"] for entry in found["not_checked"]] == ["stale by fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_a_checkpoint_says_which_weights_its_statistics_belong_to(runs, tmp_path
         (("--workdir", "nowhere"), "there is no run in nowhere"),
         (("--workdir", "0.5", "--checkpoint", "3"), "there is no checkpoint '3'"),
         (("--workdir", "0.5", "--images", "3"), "8 or above"),
-        (("--workdir", "0.5", "--images", "64", "--out", "0.5/config.json"), "--out"),
+        (("--workdir", "0.5", "--images", "64", "--out", "0.5/config.json"), "config.json"),
     ],
 )
 def test_unusable_input_exits_with_2(bnjax, runs, monkeypatch, arguments, words):
@@ -105,10 +108,3 @@ def test_a_run_without_batch_norm_is_not_called_healthy(bnjax, tmp_path):
     assert code == 2, out
     assert "all else: a batch norm of Flax's or bnjax's in the model" in out
     assert "healthy" not in out
-
-
-def test_the_function_is_where_one_looks_for_it(runs):
-    trained = Trained(runs / "0.5", "last")
-    images = {"image": jax.numpy.zeros((4, 32, 32, 3))}
-    found = audit(trained.model, trained.params, trained.batch_stats, [images, images])
-    assert found.examples == 8

@@ -8,8 +8,9 @@ import pytest
 from small_digits import CONFIG, TINY
 
 from bnjax import errors, main
-from bnjax.clinic.folding import Folding, NormFold, fold
-from bnjax.train import fold_run
+from bnjax.clinic.folding import plan
+from bnjax.commands import fold
+from bnjax.train.folded import check_folded, probe
 from bnjax.train.rundir import Trained
 from bnjax.types import named_leaves
 
@@ -70,10 +71,9 @@ def test_precise_statistics_of_a_network_that_is_folded_in_part(bnjax, tmp_path)
     trained = Trained(folded, "last")
     scale = trained.params["conv0_norm"]["scale"]
     trained.params["conv0_norm"]["scale"] = np.abs(scale)
-    like = {"image": np.zeros((1, *trained.data.image_shape), np.uint8)}
-    whole = fold(trained.model, trained.params, trained.batch_stats, like)
-    assert fold_run.check(trained, whole, None)["difference"] < 1e-5
-    trained.write(tmp_path / "whole", whole.params, whole.batch_stats, {}, whole.model.pairs)
+    whole = plan(trained.network, np.zeros((1, *trained.data.image_shape), np.uint8))
+    assert check_folded(trained, whole, None)["difference"] < 1e-5
+    trained.write(tmp_path / "whole", whole.network, {}, whole.pairs)
     again = Trained(tmp_path / "whole", "last")
     assert not again.batch_stats
     assert len(again.folded) == len(trained.folded) + 1
@@ -98,23 +98,22 @@ def test_a_folded_network_is_not_trained_any_further(plain, bnjax, tmp_path):
 
 def test_logits_that_differ_are_not_written(plain):
     trained = Trained(plain, "last")
-    like = {"image": np.zeros((1, *trained.data.image_shape), np.uint8)}
-    done = fold(trained.model, trained.params, trained.batch_stats, like)
-    assert fold_run.check(trained, done, None)["difference"] < 1e-5
-    done.params["conv1"]["bias"] += 1e-2
+    done = plan(trained.network, np.zeros((1, *trained.data.image_shape), np.uint8))
+    assert check_folded(trained, done, None)["difference"] < 1e-5
+    done.network.params["conv1"]["bias"] += 1e-2
     with pytest.raises(errors.UserError, match=r"differ on 256 images of noise by .* is written"):
-        fold_run.check(trained, done, None)
+        check_folded(trained, done, None)
 
 
 def test_the_probe_is_of_all_brightnesses_or_of_the_test_split(plain):
     trained = Trained(plain, "last")
-    noise, what = fold_run.probe(trained, None)
-    assert what == "images of noise"
+    noise, what = probe(trained, None)
+    assert what == "256 images of noise"
     means = noise.mean((1, 2, 3))
     assert means.min() < 60
     assert means.max() > 200
-    images, what = fold_run.probe(trained, "")
-    assert what == "test images"
+    images, what = probe(trained, "")
+    assert what == "256 test images"
     np.testing.assert_array_equal(images, trained.dataset(None).test.image[:256])
 
 
@@ -129,19 +128,8 @@ def test_bfloat16_is_checked_in_float32(plain, bnjax, tmp_path):
     assert about["difference"] < 1e-5 < about["difference_in_bfloat16"]
 
 
-def test_the_table_says_what_became_of_each_norm():
-    done = [
-        NormFold(("block", "norm"), ("block", "conv"), "after"),
-        NormFold(("last",), reason="its output goes through relu"),
-    ]
-    assert fold_run.table(Folding(None, {}, {}, tuple(done))).splitlines() == [
-        "block.norm  folded into block.conv, which it followed",
-        "last        stays: its output goes through relu",
-    ]
-
-
 def test_latencies_are_of_both_networks(plain, bnjax, monkeypatch):
-    monkeypatch.setattr(fold_run, "SECONDS", 0.0)
+    monkeypatch.setattr(fold, "SECONDS", 0.0)
     code, out, _ = bnjax("fold", "--workdir", plain, "--latency")
     assert code == 0
     assert [line.split(":")[0] for line in out.splitlines() if " ms before" in line] == [

@@ -5,9 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from bnjax.train.precise_run import of_run
 
-from bnjax import errors
 from bnjax.data.batches import spread
 from bnjax.train import build
 from bnjax.train.config import default_config
@@ -100,8 +98,4 @@ def test_what_cannot_be_done_is_refused(bnjax, workdir, tmp_path):
         code, _, err = bnjax("precise", "--workdir", workdir, *words)
         assert code != 0
         assert said in err
-    run = Trained(workdir, "last")
-    run.batch_stats = {}
-    with pytest.raises(errors.UserError, match="no running statistics"):
-        of_run(run, None, IMAGES, "batch")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
