@@ -343,7 +343,7 @@ def _chain(first: str, *then: str) -> Writer:
     return write
 
 
-def _one(operation: Any, number: float = 1) -> np.ndarray:
+def _one(operation: Any, number: float | int = 1) -> np.ndarray:
     return np.asarray(number, operation.outvars[0].aval.dtype)
 
 

@@ -13,6 +13,7 @@ from bnjax import errors, main
 from bnjax.clinic import porting
 from bnjax.train import build
 from bnjax.train.run import Seed
+from bnjax.train.rundir import Trained
 from bnjax.train.steps import Steps, default_feed
 
 
@@ -39,9 +40,13 @@ def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one.batch_stats, other.batch_stats)
 
 
-@pytest.mark.parametrize(("framework", "name"), [("torch", "net.safetensors"), ("keras", "n.npz")])
-def test_there_and_back_is_the_same_network(run, port, tmp_path, framework, name):
-    file, probe, new = tmp_path / name, tmp_path / "probe.safetensors", tmp_path / "new"
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_there_and_back_is_the_same_network(run, port, tmp_path, framework):
+    file, probe, new = (
+        tmp_path / "net.safetensors",
+        tmp_path / "probe.safetensors",
+        tmp_path / "new",
+    )
     done = port("--workdir", run, "--to", framework, file, "--probe", probe)
     assert done.returncode == 0, done.stderr
     done = port("--workdir", run, "--from", framework, file, "--probe", probe, "--out", new)
@@ -88,25 +93,8 @@ def test_numbers_that_are_not_finite_are_named(run, port, tmp_path):
 
 
 def test_what_torch_is_given(run, port, tmp_path):
-    file, probe = tmp_path / "net.safetensors", tmp_path / "probe.npz"
+    file, probe = tmp_path / "net.safetensors", tmp_path / "probe.safetensors"
     done = port("--workdir", run, "--to", "torch", file, "--probe", probe)
-    source = done.stdout[done.stdout.index("from collections") :]
-    assert source == (
-        "from collections import OrderedDict\n"
-        "from torch import nn\n"
-        "network = nn.Sequential(OrderedDict([\n"
-        '    ("conv0_norm", nn.BatchNorm2d(1, eps=0.001, momentum=0.25)),\n'
-        '    ("conv0", nn.Conv2d(1, 4, 3, 2)),\n'
-        '    ("conv0_activation", nn.ReLU()),\n'
-        '    ("flatten", nn.Flatten()),\n'
-        '    ("dense0_norm", nn.BatchNorm1d(36, eps=0.001, momentum=0.25)),\n'
-        '    ("dense0", nn.Linear(36, 8)),\n'
-        '    ("dense0_activation", nn.ReLU()),\n'
-        '    ("logits_norm", nn.BatchNorm1d(8, eps=0.001, momentum=0.25)),\n'
-        '    ("logits_dropout", nn.Dropout(0.3)),\n'
-        '    ("logits", nn.Linear(8, 3)),\n'
-        "]))\n"
-    )
     assert "as they were stored, biased; torch stores unbiased" in done.stdout
     arrays, notes = porting.read(file)
     assert json.loads(notes["norms"]) == {"eps": 1e-3, "momentum": 0.25}
@@ -160,7 +148,7 @@ def test_what_variances_are_is_as_the_file_says(run, port, tmp_path):
     porting.write(file, arrays, notes | {"variance": "odd"})
     done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "odd")
     assert done.returncode == 2
-    assert "its note 'variance' is damaged" in done.stderr
+    assert "are damaged ('odd')" in done.stderr
 
 
 def test_other_names_and_conventions(run, port, tmp_path):
@@ -168,7 +156,7 @@ def test_other_names_and_conventions(run, port, tmp_path):
     table.write_text('{"names": {"conv{i}": "features.{i}", "{layer}": "{layer}"}}')
     options = ("--workdir", run, "--table", table, "--examples", 10)
     done = port(*options, "--to", "torch", file)
-    assert "nn.Sequential" not in done.stdout  # its names would be others
+    assert done.returncode == 0, done.stderr
     arrays, _ = porting.read(file)
     assert "features.0.weight" in arrays
     before = Trained(run, "last")
@@ -194,15 +182,16 @@ def test_other_names_and_conventions(run, port, tmp_path):
         (["--table", "TABLE"], "There, and not needed here:\n    conv0.bias"),
         (["--probe", "FILE"], "is no probe batch"),
         (["--probe", "EMPTY"], "is no probe batch"),
-        (["--examples", 0], "'0' is not a whole number, 1 or above"),
+        (["--examples", 0], "--examples 0 is too few"),
     ],
 )
 def test_what_is_refused_leaves_no_run(run, port, tmp_path, options, said):
     file, probe, new = (tmp_path / name for name in ("net.safetensors", "p.safetensors", "new"))
     port("--workdir", run, "--to", "torch", file, "--probe", probe)
     (tmp_path / "table.json").write_text('{"names": {"conv{i}": "c{i}", "{layer}": "{layer}"}}')
-    empty = tmp_path / "empty.npz"
-    np.savez(empty, image=np.zeros((0, 1, 8, 8), np.float32), logits=np.zeros((0, 3)))
+    empty = tmp_path / "empty.safetensors"
+    arrays = {"image": np.zeros((0, 1, 8, 8), np.float32), "logits": np.zeros((0, 3))}
+    porting.write(empty, arrays, {})
     places = {"TABLE": tmp_path / "table.json", "FILE": file, "EMPTY": empty}
     options = [places.get(option, option) for option in options]
     files = ("--out", new, "--probe", probe)

@@ -197,9 +197,8 @@ def test_files_that_are_damaged_or_missing_are_named(copy, name):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "JSONDecodeError"),
-        ("[]", "damaged"),
-        ('{"name": "x"}', "TypeError"),
+        ("{", "damaged"),
+        ('{"name": "x"}', "damaged"),
         (None, "no exported model"),
     ],
 )
@@ -215,9 +214,7 @@ def test_a_manifest_that_is_damaged_or_missing_is_said(copy, content, said):
     ("entries", "said"),
     [
         ({"format": 2}, "its format is 2, and this bnjax reads 1"),
-        ({"classes": "ab"}, "classes is no list"),
-        ({"classes": ["a", "b"]}, "returns 10 logits"),
-        ({"image_shape": [3, 32, 32]}, r"takes images \[32, 32, 3\]"),
+        ({"unheard_of": 1}, "damaged, or from another version"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_said(copy, entries, said):

@@ -12,7 +12,7 @@ import safetensors.numpy
 from foreign import PreActResNet, ResNet
 
 from bnjax import norms
-from bnjax.clinic.folding import plan
+from bnjax.clinic.folding import difference, plan
 from bnjax.clinic.linen import Network
 from bnjax.export.onnx import onnx_model
 from bnjax.export.stablehlo import named, program
