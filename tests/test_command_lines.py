@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from bnjax import errors, main
+from bnjax.train.config import KEYS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "digits.py")
@@ -67,7 +68,9 @@ def test_help_exits_with_0(inside, command):
     done = inside(command, "--help")
     assert done.returncode == 0
     assert {"report": "--out"}.get(command, "--workdir") in done.stdout
-    assert f"    {command} " in inside("--help").stdout
+    for key in KEYS if command in ("train", "compare") else ():
+        assert f"--config.{key.name}=" in done.stdout
+    assert f"    {command:9}" in inside("--help").stdout
 
 
 def test_the_console_script_says_what_there_is():
@@ -129,7 +132,7 @@ def test_mistakes_are_one_paragraph_and_exit_with_2(inside, tmp_path, arguments,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian", "--config", CONFIG], "invalid choice: 'trian' (choose from"),
+        (["trian", "--config", CONFIG], "Did you mean train?"),
         (["compare", "--configs", f"{CONFIG},bn", "--full"], "--full is of a claim"),
     ],
 )
@@ -273,7 +276,7 @@ def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, ins
     [
         (["--workdir", "nowhere", "x.png"], "there is no run in nowhere"),
         (["--workdir", "RUN", "--checkpoint", "77", "x.png"], "no checkpoint '77'"),
-        (["--workdir", "RUN"], "one of the arguments IMAGE --split is required"),
+        (["--workdir", "RUN"], "give either images or --split"),
     ],
 )
 def test_predict_says_what_is_missing(run, inside, arguments, said):

@@ -53,7 +53,7 @@ def run(
     from bnjax.commands.report import reports
     from bnjax.train.build import optimizer
     from bnjax.train.cpu import compiler_options, prepare
-    from bnjax.train.rundir import Trained
+    from bnjax.train.trained import Trained
     from bnjax.train_step import forward
 
     prepare()

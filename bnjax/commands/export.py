@@ -27,7 +27,7 @@ def run(
     """
     from bnjax.export.stablehlo import export_run
     from bnjax.train.cpu import prepare
-    from bnjax.train.rundir import Trained
+    from bnjax.train.trained import Trained
 
     prepare()
     trained = Trained(workdir, checkpoint)

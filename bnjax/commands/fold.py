@@ -33,13 +33,13 @@ def run(
     from bnjax.text import text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import prepare
-    from bnjax.train.folded import check_folded
+    from bnjax.train.trained import Trained, check_folded
     from bnjax.types import named_leaves
 
     prepare()
     if out:
         rundir.check_is_free(out)
-    trained = rundir.Trained(workdir, checkpoint)
+    trained = Trained(workdir, checkpoint)
     before = trained.network
     folding = plan(before, np.zeros((1, *trained.data.image_shape), np.uint8))
     stood = {"after": "followed", "before": "preceded"}

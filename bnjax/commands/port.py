@@ -11,7 +11,7 @@ from bnjax.errors import UserError
 
 if TYPE_CHECKING:
     from bnjax.clinic.porting import Framework, Table
-    from bnjax.train.rundir import Trained
+    from bnjax.train.trained import Trained
 
 NORMS = "norms"  # the note of a file with the fields of its norms, in the framework's words
 VARIANCE = "variance"  # the note with its variances, "biased" or "unbiased"
@@ -72,7 +72,7 @@ def run(
     if examples is not None and examples < 1:
         raise UserError(f"--examples {examples} is too few: give 1 or above.")
     from bnjax.train.cpu import prepare
-    from bnjax.train.rundir import Trained
+    from bnjax.train.trained import Trained
 
     prepare()
     trained = Trained(workdir, checkpoint)

@@ -46,11 +46,12 @@ def run(
     from bnjax.text import text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare
+    from bnjax.train.trained import Trained
 
     prepare()
     if out:
         rundir.check_is_free(out)
-    trained = rundir.Trained(workdir, checkpoint)
+    trained = Trained(workdir, checkpoint)
     if not nothing_seen(trained.batch_stats):
         raise UserError(f"the network in {workdir} has no running statistics.")
     dataset = trained.dataset(data_dir)

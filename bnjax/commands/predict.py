@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from bnjax.data.pictures import Picture
     from bnjax.metrics import Metrics
-    from bnjax.train.rundir import Trained
+    from bnjax.train.trained import Trained
     from bnjax.types import Batch
 
 MAX_BATCH = 256  # pictures at once
@@ -70,7 +70,7 @@ def run(
     if model:
         result = _of_model(model, images)
     else:
-        from bnjax.train.rundir import Trained
+        from bnjax.train.trained import Trained
 
         network = Classifier(Trained(Path(str(workdir)), checkpoint), views)
         result = network.of_split(split, data_dir) if split else network.of_images(images)

@@ -47,7 +47,7 @@ def run(
 
         scores = page.ExportedScores(Exported(model))
     else:
-        from bnjax.train.rundir import Trained
+        from bnjax.train.trained import Trained
 
         scores = page.Scores(Trained(Path(str(workdir)), checkpoint))
     demo = page.page(scores)

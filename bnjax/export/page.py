@@ -16,7 +16,7 @@ from bnjax.data.pictures import pixels, read_picture
 from bnjax.errors import DataError
 from bnjax.export.stablehlo import Exported
 from bnjax.train.cpu import compiler_options
-from bnjax.train.rundir import Trained
+from bnjax.train.trained import Trained
 from bnjax.train_step import classes_and_scores
 from bnjax.types import Batch, BatchStats, Images
 

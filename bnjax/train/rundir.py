@@ -2,36 +2,27 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import platform
-import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bnjax.clinic.folding import Folded
-from bnjax.clinic.linen import Network
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
-from bnjax.train import build, parsing
-from bnjax.train.build import Experiment
-from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.config import default_config
+from bnjax.train import parsing
 from bnjax.train.tensorboard import Board
-from bnjax.train_step import TrainState, init_variables
-from bnjax.types import BatchStats, Params
+
+if TYPE_CHECKING:  # reports read runs without JAX
+    from bnjax.train.build import Experiment
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -405,9 +396,11 @@ def norm_conventions(config: ConfigDict) -> dict[str, Any]:
 
 
 def summarise(
-    config: ConfigDict, workdir: Path, dataset: Dataset, experiment: Experiment, seconds: float
+    config: ConfigDict, workdir: Path, dataset: Dataset, experiment: "Experiment", seconds: float
 ) -> dict[str, Any]:
     """Returns what a run came to, read from its own metrics.jsonl."""
+    import jax
+
     lines = read_metrics(workdir / "metrics.jsonl")
     train = [line for line in lines if line["split"] == "train"]
     tests = [line for line in lines if line["split"] == "test"]
@@ -484,103 +477,3 @@ def _git_revision(package: Path = Path(__file__).parents[1]) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-class Trained:
-    """A trained network and what it was trained on.
-
-    Attributes:
-        workdir: the run's folder.
-        config: of the run.
-        data: the facts of its data.
-        step: of the checkpoint.
-        weights: the fingerprint of the weights that its statistics belong to; None if it was saved
-            before there were any.
-        folded: the paths of the norms that were folded and of the layers that have them.
-        model: the network.
-        params: its weights.
-        batch_stats: its running statistics.
-    """
-
-    def __init__(self, workdir: Path, checkpoint: str):
-        """Reads a run and one of its checkpoints, "best", "last" or a step.
-
-        Raises:
-            UserError: if the folder has no run or no such checkpoint.
-        """
-        self.workdir = workdir
-        self.config, self.data = read(workdir)
-        self.model: nn.Module = build.network(
-            self.config.model, len(self.data.classes), self.data.image_shape
-        )
-        self.folded = folded_pairs(workdir)
-        if self.folded:
-            self.model = Folded(self.model, self.folded)
-        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-            self.step = checkpoints.step(checkpoint)
-            self.weights: str | None = checkpoints.about(self.step).get("weights")
-            like = jax.eval_shape(
-                functools.partial(init_variables, self.model, jax.random.key(0)),
-                np.zeros((1, *self.data.image_shape), np.uint8),
-            )
-            self.params: Params
-            self.batch_stats: BatchStats
-            self.params, self.batch_stats = checkpoints.restore_variables(self.step, like)
-
-    def dataset(self, data_dir: str | None) -> Dataset:
-        """Returns the data that the network was trained on.
-
-        Args:
-            data_dir: where they lie, if not where they lay in training.
-
-        Raises:
-            UserError: if they are not found.
-        """
-        config = self.config.copy_and_resolve_references()
-        config.data.dir = data_dir or config.data.dir
-        # After a fallback that is another set than was asked for, and the one that was asked for
-        # may have turned up since.
-        if self.data.name != config.data.name:
-            config.data = default_config().data
-            config.data.name = self.data.name
-        dataset = build.dataset(config)
-        if dataset.label != self.data.label:
-            raise UserError(
-                f"the run was trained on {self.data.label}, and what is found now is "
-                f"{dataset.label}. Say where its data lie with --data-dir."
-            )
-        return dataset
-
-    @property
-    def network(self) -> Network:
-        """The network for the functions of the clinic."""
-        return Network(self.params, self.batch_stats, self.model)
-
-    def write(
-        self,
-        out: Path,
-        network: Network,
-        about: dict[str, Any],
-        folded: Sequence[tuple[Sequence[str], Sequence[str]]],
-    ) -> None:
-        """Writes a network made of this one as a folder that `bnjax predict --workdir` takes.
-
-        Args:
-            out: the folder.
-            network: the new network.
-            about: facts about it, as JSON values.
-            folded: as `self.folded`, of the new network.
-
-        Raises:
-            UserError: if the folder is neither new nor empty.
-        """
-        check_is_free(out)
-        step = jnp.asarray(self.step, jnp.int32)
-        state = TrainState(step, network.params, (), jax.random.key(0))
-        with Checkpoints(out / "checkpoints") as checkpoints:
-            checkpoints.save(state, network.batch_stats, None, about)
-        if folded:
-            pairs = [[".".join(path) for path in pair] for pair in folded]
-            write_json(out / FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
-        # Last, since it makes the folder that of a network.
-        shutil.copyfile(self.workdir / "config.json", out / "config.json")

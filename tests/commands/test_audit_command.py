@@ -9,7 +9,7 @@ import pytest
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import Trained
+from bnjax.train.trained import Trained
 
 STEPS = 40
 

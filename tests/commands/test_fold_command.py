@@ -10,8 +10,7 @@ from small_digits import CONFIG, TINY
 from bnjax import errors, main
 from bnjax.clinic.folding import plan
 from bnjax.commands import fold
-from bnjax.train.folded import check_folded, probe
-from bnjax.train.rundir import Trained
+from bnjax.train.trained import Trained, check_folded, probe
 from bnjax.types import named_leaves
 
 

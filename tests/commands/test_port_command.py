@@ -13,8 +13,8 @@ from bnjax import errors, main
 from bnjax.clinic import porting
 from bnjax.train import build
 from bnjax.train.run import Seed
-from bnjax.train.rundir import Trained
 from bnjax.train.steps import Steps, default_feed
+from bnjax.train.trained import Trained
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from bnjax.data.batches import spread
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import Trained, read_metrics
+from bnjax.train.rundir import read_metrics
+from bnjax.train.trained import Trained
 from bnjax.train_step import eval_step
 
 STEPS, IMAGES, MOMENTUM = 20, 50, 0.99

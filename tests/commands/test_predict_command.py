@@ -13,7 +13,8 @@ import synthetic
 from bnjax.commands.predict import Classifier
 from bnjax.data import datasets
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import DataFacts, Trained
+from bnjax.train.rundir import DataFacts
+from bnjax.train.trained import Trained
 
 
 class Rows(nn.Module):

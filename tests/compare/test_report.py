@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from strategies import JSON
 
+import bnjax.compare
+from bnjax import main
 from bnjax.compare import report
 from bnjax.compare.runs import finished_runs, read_run, read_study, time, with_histograms
 from bnjax.errors import UserError
@@ -186,7 +188,7 @@ def test_what_the_averages_cost_is_stored_minus_batch(tmp_path):
     lines.insert(at + 1, json.dumps(gap))
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     study = read_study([tmp_path / "run"])
-    cost, drifts = report.figures(study)
+    cost, drifts = report.averages_figures(study)
     means = [panel.to_dict() for panel in cost.panels]
     values = [next(iter(one["datasets"].values()))[0]["mean"] for one in means]
     assert values == [0.5, 0.25]
@@ -216,7 +218,7 @@ def test_time_and_rate(folders):
 
 def test_what_went_on_inside_is_what_the_files_say(folders):
     study = read_study(folders)
-    figures = {figure.name: figure for figure in report.figures(study)}
+    figures = {figure.name: figure for figure in report.inside_figures(study)}
     assert set(figures) == {
         f"{what}_{of}"
         for what in ("running_mean", "running_variance", "activation", "gradient")
@@ -487,9 +489,10 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(folders, tmp_path):
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(folders, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "bnjax.compare.report", raising=False)
+    monkeypatch.delattr(bnjax.compare, "report", raising=False)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(UserError, match=r"needs vl_convert, .* pip install 'bnjax\[report\]'"):
-        report.write_all(folders, tmp_path / "out")
+        main.main(["report", str(folders[0]), "--out", str(tmp_path / "out")])
 
 
 def test_the_command_runs_without_jax(folders, tmp_path):
@@ -607,7 +610,7 @@ def test_any_content_of_any_file_is_reported_or_refused(template, file, content)
             report.steps_to_loss,
             report.gap,
             report.against_time,
-            lambda study: list(report.figures(study)),
+            lambda study: [*report.averages_figures(study), *report.inside_figures(study)],
         ):
             draw(study)
     except UserError as error:

@@ -28,7 +28,8 @@ from bnjax.data.stream import stream_feed
 from bnjax.errors import ConfigError, DataError, UserError, WorkerError
 from bnjax.train import build
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import Trained, read_lines
+from bnjax.train.rundir import read_lines
+from bnjax.train.trained import Trained
 
 MEMORY = synthetic.dataset()
 SIZES = ((40, 30), (24, 24), (19, 57), (100, 21), (33, 32))

@@ -21,7 +21,7 @@ from bnjax.errors import UserError
 from bnjax.export import stablehlo
 from bnjax.export import stablehlo as export
 from bnjax.export.stablehlo import Exported
-from bnjax.train.rundir import Trained
+from bnjax.train.trained import Trained
 from bnjax.train_step import forward
 
 SMALL = [*small_digits.TINY, "--config.model.placement=before"]

@@ -3,12 +3,14 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import pooch
 import pytest
+import requests
 
 from bnjax import main, norms
-from bnjax.data import datasets, download
+from bnjax.data import datasets
 from bnjax.data.datasets import Dataset, Split
-from bnjax.errors import ConfigError, DataError, UserError
+from bnjax.errors import ConfigError, UserError
 from bnjax.models.convnet import ACTIVATIONS, POOLS, Placement
 from bnjax.models.layers import VIEWS, bfloat16_dot_general
 from bnjax.models.resnet import RESNETS
@@ -249,10 +251,10 @@ def test_a_batch_size_of_the_command_line_is_kept(words):
 
 
 def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, capsys):
-    def no_network(file, cache):
-        raise DataError("there was no answer")
+    def no_network(*_, **__):
+        raise requests.ConnectionError
 
-    monkeypatch.setattr(download, "download", no_network)
+    monkeypatch.setattr(pooch, "retrieve", no_network)
     words = ["--config.model.filters=2,2,2", "--config.model.dense=4,4", "--config.train.steps=2"]
     few = ["--config.eval.histograms=0", "--config.eval.pictures=0"]
     config, folder = Path(__file__).parents[2] / "configs" / "bn.py", tmp_path / "run"

@@ -18,8 +18,9 @@ from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.run import StopRequest
-from bnjax.train.rundir import Trained, read_metrics
+from bnjax.train.rundir import read_metrics
 from bnjax.train.steps import Steps, default_feed, precise_batches
+from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy
 from bnjax.types import named_leaves
 

@@ -8,7 +8,7 @@ import synthetic
 from bnjax import errors, main
 from bnjax.clinic import porting
 from bnjax.train.config import default_config
-from bnjax.train.rundir import Trained
+from bnjax.train.trained import Trained
 from bnjax.train_step import predict_step
 
 DATA = synthetic.dataset()

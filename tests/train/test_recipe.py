@@ -10,7 +10,8 @@ from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError
 from bnjax.train import build, parsing
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import Trained, read_metrics
+from bnjax.train.rundir import read_metrics
+from bnjax.train.trained import Trained
 
 SMALL = (
     "model.filters=8,12",

@@ -1,0 +1,188 @@
+"""A trained network, read back from the folder of its run; and compared with its folded form."""
+
+import functools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.clinic.folding import Folded, Folding, difference
+from bnjax.clinic.linen import Network
+from bnjax.data.datasets import Dataset
+from bnjax.errors import UserError
+from bnjax.train import build
+from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.config import default_config
+from bnjax.train.cpu import compiler_options
+from bnjax.train.rundir import FOLDED, check_is_free, folded_pairs, read, write_json
+from bnjax.train_step import TrainState, forward, init_variables
+from bnjax.types import BatchStats, Images, Params
+
+TOLERANCE = 1e-5  # in units of the largest logit
+PROBE = 256  # images
+
+
+class Trained:
+    """A trained network and what it was trained on.
+
+    Attributes:
+        workdir: the run's folder.
+        config: of the run.
+        data: the facts of its data.
+        step: of the checkpoint.
+        weights: the fingerprint of the weights that its statistics belong to; None if it was saved
+            before there were any.
+        folded: the paths of the norms that were folded and of the layers that have them.
+        model: the network.
+        params: its weights.
+        batch_stats: its running statistics.
+    """
+
+    def __init__(self, workdir: Path, checkpoint: str):
+        """Reads a run and one of its checkpoints, "best", "last" or a step.
+
+        Raises:
+            UserError: if the folder has no run or no such checkpoint.
+        """
+        self.workdir = workdir
+        self.config, self.data = read(workdir)
+        self.model: nn.Module = build.network(
+            self.config.model, len(self.data.classes), self.data.image_shape
+        )
+        self.folded = folded_pairs(workdir)
+        if self.folded:
+            self.model = Folded(self.model, self.folded)
+        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+            self.step = checkpoints.step(checkpoint)
+            self.weights: str | None = checkpoints.about(self.step).get("weights")
+            like = jax.eval_shape(
+                functools.partial(init_variables, self.model, jax.random.key(0)),
+                np.zeros((1, *self.data.image_shape), np.uint8),
+            )
+            self.params: Params
+            self.batch_stats: BatchStats
+            self.params, self.batch_stats = checkpoints.restore_variables(self.step, like)
+
+    def dataset(self, data_dir: str | None) -> Dataset:
+        """Returns the data that the network was trained on.
+
+        Args:
+            data_dir: where they lie, if not where they lay in training.
+
+        Raises:
+            UserError: if they are not found.
+        """
+        config = self.config.copy_and_resolve_references()
+        config.data.dir = data_dir or config.data.dir
+        # After a fallback that is another set than was asked for, and the one that was asked for
+        # may have turned up since.
+        if self.data.name != config.data.name:
+            config.data = default_config().data
+            config.data.name = self.data.name
+        dataset = build.dataset(config)
+        if dataset.label != self.data.label:
+            raise UserError(
+                f"the run was trained on {self.data.label}, and what is found now is "
+                f"{dataset.label}. Say where its data lie with --data-dir."
+            )
+        return dataset
+
+    @property
+    def network(self) -> Network:
+        """The network for the functions of the clinic."""
+        return Network(self.params, self.batch_stats, self.model)
+
+    def write(
+        self,
+        out: Path,
+        network: Network,
+        about: dict[str, Any],
+        folded: Sequence[tuple[Sequence[str], Sequence[str]]],
+    ) -> None:
+        """Writes a network made of this one as a folder that `bnjax predict --workdir` takes.
+
+        Args:
+            out: the folder.
+            network: the new network.
+            about: facts about it, as JSON values.
+            folded: as `self.folded`, of the new network.
+
+        Raises:
+            UserError: if the folder is neither new nor empty.
+        """
+        check_is_free(out)
+        step = jnp.asarray(self.step, jnp.int32)
+        state = TrainState(step, network.params, (), jax.random.key(0))
+        with Checkpoints(out / "checkpoints") as checkpoints:
+            checkpoints.save(state, network.batch_stats, None, about)
+        if folded:
+            pairs = [[".".join(path) for path in pair] for pair in folded]
+            write_json(out / FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
+        # Last, since it makes the folder that of a network.
+        shutil.copyfile(self.workdir / "config.json", out / "config.json")
+
+
+def probe(trained: Trained, data_dir: str | None) -> tuple[Images, str]:
+    """Returns images to compare networks on, uint8 [n, h, w, c], and their description.
+
+    Test images if the folder of the data is given; else noise, each image with its own mean and
+    contrast.
+    """
+    if data_dir is not None:
+        images = trained.dataset(data_dir).test.select(slice(PROBE)).image
+        return images, f"{len(images)} test images"
+    rng = np.random.default_rng(0)
+    each = (PROBE, 1, 1, 1)
+    noise = rng.uniform(-1, 1, (PROBE, *trained.data.image_shape)) * rng.uniform(0, 128, each)
+    images = np.clip(rng.uniform(0, 255, each) + noise, 0, 255).astype(np.uint8)
+    return images, f"{PROBE} images of noise"
+
+
+def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> dict[str, Any]:
+    """Returns the difference between the logits of the folded and of the trained network.
+
+    As "difference", and as "difference_in_bfloat16" with the arithmetic of a run in bfloat16.
+
+    Raises:
+        UserError: if it is more than `TOLERANCE` with all arithmetic in float32.
+    """
+    images, about = probe(trained, data_dir)
+    is_low = "bfloat16" in (trained.config.model.dtype, trained.config.model.dense_product)
+    found = []
+    for model in [in_float32(trained), *([trained.model] if is_low else [])]:
+        plain = model.unfolded if isinstance(model, Folded) else model
+        after = Folded(plain, folding.pairs)
+        own = logits(Network(trained.params, trained.batch_stats, model), images)
+        variables = (folding.network.params, folding.network.batch_stats)
+        found.append(difference(own, logits(Network(*variables, after), images)))
+    if not found[0] <= TOLERANCE:
+        raise UserError(
+            f"the logits of the folded network differ on {about} by {found[0]:.1e} of the largest, "
+            f"more than {TOLERANCE}, and nothing is written. A mean that is large compared with "
+            "its standard deviation, or statistics that were never updated, can cause it: see "
+            "bnjax audit."
+        )
+    low = {"difference_in_bfloat16": found[1]} if is_low else {}
+    return {"probe": about, "difference": found[0]} | low
+
+
+def in_float32(trained: Trained) -> Any:
+    """Returns the model of a run with arithmetic in float32."""
+    config = trained.config.model.copy_and_resolve_references()
+    config.dtype = config.dense_product = "float32"
+    model = build.network(config, len(trained.data.classes), trained.data.image_shape)
+    return Folded(model, trained.folded) if trained.folded else model
+
+
+def logits(network: Network, images: Images) -> jax.Array:
+    """Returns the logits of a network in evaluation, all images at once."""
+    run = jax.jit(
+        functools.partial(forward, model=network.model, train=False),
+        compiler_options=compiler_options(),
+    )
+    return run(network.params, network.batch_stats, {"image": images})[0]
