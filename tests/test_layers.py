@@ -50,7 +50,7 @@ def test_imports_point_down(path):
 
 def test_the_order_is_the_one_that_contributors_read():
     order = " < ".join(", ".join(sorted(names)) for names in ORDER)
-    assert f"\n    {order}\n" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert order in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
 
 
 def test_versions_of_jax_are_told_apart_in_one_place():

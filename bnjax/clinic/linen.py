@@ -47,7 +47,7 @@ FLAGS = {
     "deterministic": False,
     "use_running_average": False,
 }
-Call = Callable[[Any, Images, bool], Logits]
+Call = Callable[[Any, Images, bool], Any]
 
 
 @struct.dataclass
@@ -85,7 +85,7 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None 
     >>> class Net(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, x, deterministic):
-    ...         return nn.BatchNorm(use_running_average=deterministic)(x)
+    ...         return nn.BatchNorm(use_running_average=deterministic)(x).mean((1, 2))
     >>> variables = Net().init(jax.random.key(0), jnp.ones((2, 4, 4, 3)), True)
     >>> [norm.name for norm in linen(Net(), **variables).norms({"image": jnp.ones((2, 4, 4, 3))})]
     ['BatchNorm_0']
@@ -100,7 +100,7 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None 
                 "clinic.linen(…, call=lambda model, x, train: …)."
             )
 
-        def call(module: Any, x: Images, train: bool) -> Logits:
+        def call(module: Any, x: Images, train: bool) -> Any:
             return module(x, **{flag: train == FLAGS[flag]})
 
     return Network(params, batch_stats, model if call is None else Called(model, call))
@@ -118,7 +118,7 @@ class Called(nn.Module):
     call: Call
 
     @nn.compact
-    def __call__(self, x: Images, *, train: bool) -> Logits:
+    def __call__(self, x: Images, *, train: bool) -> Any:
         """Returns the logits of images [n, h, w, c]."""
         return self.call(self.model.copy(parent=self.scope, name=None), x, train)
 
