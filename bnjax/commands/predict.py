@@ -172,6 +172,7 @@ def _classify(params: Any, batch_stats: Any, batch: "Batch", *, model: Any) -> A
 
 def _of_model(folder: Path, paths: Sequence[Path]) -> dict[str, Any]:
     """Returns predictions of an exported network for image files."""
+    import jax.numpy as jnp
     import numpy as np
 
     from bnjax.export.stablehlo import Exported
@@ -186,7 +187,9 @@ def _of_model(folder: Path, paths: Sequence[Path]) -> dict[str, Any]:
         stacked = np.stack([picture.image for picture in pictures])
         pixels = np.round(stacked * 255).astype(np.uint8)
         logits = exported.logits(pixels, min(len(pixels), MAX_BATCH))
-        predicted = {name: np.asarray(one) for name, one in classes_and_scores(logits).items()}
+        predicted = {
+            name: np.asarray(one) for name, one in classes_and_scores(jnp.asarray(logits)).items()
+        }
         found = _of_pictures(pictures, about.classes, predicted)
     what = {"model": str(folder), "step": about.step, "dataset": about.dataset}
     return what | {"predictions": found, "errors": failures}

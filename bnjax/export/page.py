@@ -102,7 +102,8 @@ class ExportedScores:
         """Returns the scores of images whose pixels are rounded to 8 bits."""
         eight_bits = np.round(np.asarray(images) * 255).astype(np.uint8)
         logits = self._exported.logits(eight_bits, MAX_IMAGES)
-        return {STORED: np.asarray(classes_and_scores(logits)["score"])}, {}
+        score = classes_and_scores(jnp.asarray(logits))["score"]
+        return {STORED: np.asarray(score)}, {}
 
 
 def without_statistics(batch_stats: BatchStats) -> BatchStats:

@@ -1,0 +1,87 @@
+"""The page to try a network on, through its endpoint on this machine."""
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio
+import gradio_client
+import numpy as np
+import pytest
+import synthetic
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from bnjax.data.pictures import read_pictures
+from bnjax.export import page
+from bnjax.export.stablehlo import Exported, export_run
+from bnjax.train.trained import Trained
+from bnjax.train_step import predict_step
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's and its server's own
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    synthetic.train(synthetic.config(6), workdir)
+    return Trained(workdir, "last")
+
+
+@pytest.fixture(scope="module")
+def predict(trained):
+    demo = page.page(page.Scores(trained))
+    url = page.launch(demo, "127.0.0.1", None, prevent_thread_lock=True)["url"]
+    client = gradio_client.Client(url, verbose=False)
+
+    def call(*files):
+        handles = [gradio_client.handle_file(str(file)) for file in files]
+        return client.predict(handles, api_name="/predict")
+
+    yield call
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = [folder / f"{i}.png" for i in range(3)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(file)
+    return files
+
+
+def test_scores_are_those_of_the_network_and_the_batch_changes_them(trained, predict, pictures):
+    *labels, table, plot = predict(*pictures)
+    images = np.stack([read_pictures(file, (8, 8, 1))[0].image for file in pictures])
+    variables = (trained.params, trained.batch_stats)
+    score = predict_step(*variables, images, model=trained.model)["score"]
+    stored = {one["label"]: one["confidence"] for one in labels[0]["confidences"]}
+    for name, wanted in zip(trained.data.classes, np.asarray(score[0]), strict=True):
+        assert stored[name] == pytest.approx(float(wanted), abs=1e-5)
+    assert labels[1] != labels[0] != labels[2]
+    assert [row[0] for row in table["data"]] == [file.name for file in pictures]
+    assert len(plot["data"]["data"] if "data" in plot.get("data", {}) else plot) > 0
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [(["broken.png"], "cannot be read as an image"), (["0.png"] * 33, "Give 1 to 32 images")],
+)
+def test_what_cannot_be_scored_is_said(predict, pictures, files, said):
+    (pictures[0].parent / "broken.png").write_bytes(b"\x89PNG no image")
+    with pytest.raises(AppError, match=said):
+        predict(*(pictures[0].parent / name for name in files))
+    assert predict(pictures[0])  # it goes on
+
+
+def test_an_exported_network_has_the_stored_statistics_only(trained, pictures, tmp_path):
+    export_run(trained, tmp_path / "model")
+    scores = page.ExportedScores(Exported(tmp_path / "model"))
+    images = np.stack([read_pictures(file, (8, 8, 1))[0].image for file in pictures])
+    found, drifts = scores(images)
+    wanted = predict_step(trained.params, trained.batch_stats, images, model=trained.model)
+    assert list(found) == ["stored"]
+    np.testing.assert_allclose(found["stored"][:3], wanted["score"], atol=1e-5)
+    assert drifts == {}
+    assert isinstance(page.page(scores), gradio.Blocks)
