@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnjax.clinic.freezing import affine_mask, freeze
+from bnjax.clinic.freezing import affine_mask, without_frozen
 from bnjax.clinic.linen import Network, nothing_seen, observe
 from bnjax.clinic.statistics import precise
 from bnjax.types import Batch, BatchStats, Leaf, Logits, Losses, Params
@@ -100,7 +100,7 @@ def affine_only(
     Arguments and errors as for `bnjax.clinic.freezing.affine_mask`.
     """
     affine = affine_mask(params, batch_stats, *patterns)
-    return freeze(tx, jax.tree.map(lambda adapted: not adapted, affine))
+    return without_frozen(tx, jax.tree.map(lambda adapted: not adapted, affine))
 
 
 def entropy(logits: Logits) -> Losses:

@@ -120,7 +120,7 @@ def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
     if len(found) != 1:
         raise ValueError(
             f"the optimizer's state holds {len(found)} averages of the weights, and one is read. "
-            "Wrap the optimizer in bnjax.clinic.weights.weight_average, once."
+            "Wrap the optimizer in bnjax.clinic.averaging.weight_average, once."
         )
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found[0].average, params)
 

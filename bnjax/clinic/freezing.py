@@ -1,10 +1,9 @@
 """Freezing the statistics and parameters of norms."""
 
-import contextlib
 import dataclasses
 import fnmatch
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -12,11 +11,8 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.linen import FROZEN, NORMS, nothing_seen
-from bnjax.types import BatchStats, Params, Tree
-
-# What makes a norm evaluate, whatever else it was told; Flax's has the first of them only.
-_RUNNING = {"use_running_average": True, "statistics": "running", "update_average": False}
+from bnjax.clinic.linen import FROZEN, nothing_seen, only_norms, with_fields
+from bnjax.types import Array, BatchStats, Params, Tree
 
 
 def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
@@ -30,7 +26,7 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     Args:
         model: any linen module whose norms are Flax's or bnjax's BatchNorm, under `nn.scan`,
             `nn.remat` and `nn.vmap` too.
-        patterns: of the names that `bnjax.clinic.linen.norm_layers` gives, as for a shell:
+        patterns: of the names that `bnjax.clinic.Network.norms` gives, as for a shell:
             "BasicBlock_0.*", "*.norm_proj", "*" for all.
 
     Raises:
@@ -52,46 +48,41 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     kind = type(model)
 
     # A class of its own, since Flax and `train_step` look at the class; not wrapped by Flax a
-    # second time, since what it calls is.
+    # second time, since the method that it calls is.
     @nn.nowrap
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         names: dict[str, None] = {}
-        above = len(self.path)
 
-        def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            norm = context.module
-            if context.method_name != "__call__" or not isinstance(norm, NORMS):
-                return next_call(*args, **kwargs)
-            name = ".".join(norm.path[above:])
+        def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+            name = ".".join(norm.path[len(self.path) :])
             names[name] = None
-            if not fits(name, patterns):
-                return next_call(*args, **kwargs)
-            return _by_running(norm, next_call, args, kwargs)
+            if not matches(name, patterns):
+                return call(x, *args, **kwargs)
+            object.__setattr__(norm, FROZEN, True)
+            # `use_running_average` may be given in one place only: here in the call.
+            fields = {"use_running_average": None, "statistics": "running", "update_average": False}
+            with with_fields(norm, **fields):
+                return call(x, **{**kwargs, "use_running_average": True})
 
-        with nn.intercept_methods(intercept):
+        with nn.intercept_methods(only_norms(watch)):
             result = kind.__call__(self, *args, **kwargs)
         matching(names, patterns)
         return result
 
-    own = {
-        "__call__": call,
-        "__doc__": kind.__doc__,
-        "__module__": kind.__module__,
-    }
     call.__signature__ = inspect.signature(kind.__call__)  # type: ignore[attr-defined]
-    frozen = type(kind.__name__, (kind,), own)
+    own = {"__call__": call, "__doc__": kind.__doc__, "__module__": kind.__module__}
     fields = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(model)
         if field.init and field.name != "parent"
     }
-    return frozen(**fields)
+    return type(kind.__name__, (kind,), own)(**fields)
 
 
 def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree:
     """Returns a tree of bools like `params`: True at scale and bias of the norms that match.
 
-    It is what `optax.masked` takes, and `freeze`.
+    It is a mask for `optax.masked` and for `without_frozen`.
 
     Args:
         params: the weights, or their shapes.
@@ -107,17 +98,15 @@ def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree
     """
     names = {".".join(path): path for path in nothing_seen(batch_stats)}
     norms = {names[name] for name in matching(names, patterns)}
-    leaves = flatten_dict(params)
-    return unflatten_dict(
-        {path: path[:-1] in norms and path[-1] in ("scale", "bias") for path in leaves}
-    )
+    affine = {(*norm, leaf) for norm in norms for leaf in ("scale", "bias")}
+    return unflatten_dict({path: path in affine for path in flatten_dict(params)})
 
 
-def freeze(tx: optax.GradientTransformation, mask: Tree) -> optax.GradientTransformation:
+def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.GradientTransformation:
     """Returns an optimizer that leaves parameters alone where the mask is True.
 
     `tx` neither sees nor keeps anything of them: no decay moves them, and a norm of all gradients
-    is one of the others'.
+    is that of the others. (`optax.transforms.freeze` only sets updates to 0.)
 
     Args:
         tx: the optimizer of the others.
@@ -125,7 +114,8 @@ def freeze(tx: optax.GradientTransformation, mask: Tree) -> optax.GradientTransf
 
     >>> import jax.numpy as jnp
     >>> params = {"scale": jnp.ones(2), "kernel": jnp.ones(2)}
-    >>> tx = freeze(optax.adamw(0.1, weight_decay=0.1), {"scale": True, "kernel": False})
+    >>> mask = {"scale": True, "kernel": False}
+    >>> tx = without_frozen(optax.adamw(0.1, weight_decay=0.1), mask)
     >>> updates, _ = tx.update(params, tx.init(params), params)
     >>> print(updates["scale"], updates["kernel"].round(2))
     [0. 0.] [-0.11 -0.11]
@@ -144,43 +134,16 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     ['conv0_norm', 'conv1_norm', 'head.norm']
     """
     names, patterns = [*names], [*patterns]
-    idle = [pattern for pattern in patterns if not any(fits(name, [pattern]) for name in names)]
+    idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if idle or not patterns:
         which = f"no norm is called {' or '.join(map(repr, idle))}" if idle else "there is no name"
         raise ValueError(
             f"{which}. The norms of this model are: {', '.join(names) or 'none'}. Name them, or "
             "use patterns as for a shell: '*' is any number of characters, dots too."
         )
-    return [name for name in names if fits(name, patterns)]
+    return [name for name in names if matches(name, patterns)]
 
 
-def fits(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
     """Returns whether a pattern matches the name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _by_running(norm: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
-    """Returns what a norm makes of its input by its running statistics, which it leaves alone."""
-    x, *others = args
-    fields = {name: value for name, value in _RUNNING.items() if hasattr(norm, name)}
-    if others or "use_running_average" in kwargs:
-        # It has to be given in one place only.
-        fields["use_running_average"] = None
-        kwargs = {**kwargs, "use_running_average": True}
-        others = []
-    object.__setattr__(norm, FROZEN, True)
-    with _fields(norm, **fields):
-        return call(x, *others, **kwargs)
-
-
-@contextlib.contextmanager
-def _fields(module: nn.Module, **fields: Any) -> Iterator[None]:
-    """Gives a bound module other fields for one call; a clone would be recorded as a second one."""
-    before = {name: getattr(module, name) for name in fields}
-    try:
-        for name, value in fields.items():
-            object.__setattr__(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(module, name, value)
