@@ -1,4 +1,4 @@
-"""The batch norms of any linen model: which there are, and what each of them is given.
+"""The batch norms of any linen model: which there are, and the inputs of each of them.
 
 A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, also under `nn.scan`, `nn.remat`
 and `nn.vmap`. The model's code stays as it is; calls are intercepted.
@@ -30,18 +30,19 @@ from bnjax.train_step import forward
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
 NORMS = (nn.BatchNorm, BatchNorm)
-# How an observed network is run: "train" as in training, with dropped units; "batch" as in
-# evaluation, but each norm normalises by its batch; "running" as in evaluation.
+# "train" runs a network as in training, with dropped units; "batch" as in evaluation, but each norm
+# normalises by its batch; "running" as in evaluation.
 Mode = Literal["train", "batch", "running"]
 # The moments of the inputs of each norm so far, by the path of its leaves in `batch_stats`.
 Seen = Mapping[tuple[str, ...], Moments]
 # The leaves beside `mean` and `var` that collect these moments during a pass. They have the shape
 # of `mean`, so every lifted transformation carries them as it carries `mean`.
 _SEEN = ("seen_mean", "seen_var", "seen_count")
-# Marks a norm that uses its running statistics whatever it is told (`bnjax.clinic.freezing`).
+# Marks a norm whose statistics `bnjax.clinic.freezing` froze.
 FROZEN = "statistics_are_frozen"
 # The flags of training that are found in a model's signature, and their values in training.
 FLAGS = {
+    "train": True,
     "training": True,
     "is_training": True,
     "deterministic": False,
@@ -65,8 +66,32 @@ class Network:
     model: nn.Module = struct.field(pytree_node=False)
 
     def norms(self, batch: Batch, *, train: bool = False) -> tuple["NormLayer", ...]:
-        """Returns the norms of the model in the order of their calls; see `norm_layers`."""
-        return norm_layers(self.model, self.params, self.batch_stats, batch, train=train)
+        """Returns the norms of the model in the order of their calls; traces the model only.
+
+        A norm that is called several times, or is stacked by `nn.scan` or `nn.vmap`, is one entry.
+
+        Args:
+            batch: `image` [n, h, w, c], or its shape, and optionally `mask`.
+            train: trace training, or evaluation.
+        """
+        found: dict[tuple[str, ...], NormLayer] = {}
+
+        def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
+            is_stored = norm.has_variable("batch_stats", "mean")  # a folded norm has no leaves
+            y = call(x, *args, **kwargs)
+            if is_stored:
+                found.setdefault(norm.path, _layer(norm, x, *args, **kwargs))
+            return y
+
+        def run(network: Network, batch: Batch) -> Any:
+            # A model whose flag has no effect also writes in evaluation.
+            options: Any = {"dropout": jax.random.key(0), "mutable": ("batch_stats",)}
+            variables = network.params, network.batch_stats, batch
+            with nn.intercept_methods(only_norms(watch)):
+                return run_unsynced(*variables, model=self.model, train=train, **options)
+
+        jax.eval_shape(run, self, dict(batch))
+        return tuple(found.values())
 
 
 def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None = None) -> Network:
@@ -91,19 +116,20 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None 
     ['BatchNorm_0']
     """
     names = inspect.signature(type(model).__call__).parameters
-    if call is None and "train" not in names:
+    if call is None:
         flag = next((name for name in FLAGS if name in names), None)
         if flag is None:
             raise ValueError(
-                f"{type(model).__name__}.__call__ has none of the arguments train, "
-                f"{', '.join(FLAGS)}. Say how to call it: "
-                "clinic.linen(…, call=lambda model, x, train: …)."
+                f"{type(model).__name__}.__call__ has none of the arguments {', '.join(FLAGS)}. "
+                "Say how to call it: clinic.linen(…, call=lambda model, x, train: …)."
             )
+        if flag == "train":
+            return Network(params, batch_stats, model)
 
         def call(module: Any, x: Images, train: bool) -> Any:
             return module(x, **{flag: train == FLAGS[flag]})
 
-    return Network(params, batch_stats, model if call is None else Called(model, call))
+    return Network(params, batch_stats, Called(model, call))
 
 
 class Called(nn.Module):
@@ -153,40 +179,55 @@ class NormLayer:
         return getattr(self.module, "variance", "biased")
 
 
-def norm_layers(
-    model: nn.Module, params: Params, batch_stats: BatchStats, batch: Batch, *, train: bool
-) -> tuple[NormLayer, ...]:
-    """Returns the norms of a model in the order of their calls; traces the model only.
+def _layer(norm: Any, x: Array, use_running_average: bool | None = None, **_: Any) -> NormLayer:
+    by_running = nn.merge_param(
+        "use_running_average", norm.use_running_average, use_running_average
+    )
+    chosen = "running" if getattr(norm, FROZEN, False) else getattr(norm, "statistics", None)
+    return NormLayer(
+        path=norm.path,
+        module=norm.clone(parent=None, name=None),
+        shape=x.shape,
+        dtype=x.dtype,
+        axes=_reduced(norm, x),
+        by_batch=not by_running if chosen is None else chosen == "batch",
+    )
 
-    A norm that is called several times, or is stacked by `nn.scan` or `nn.vmap`, is one entry.
 
-    Args:
-        model: any linen module with `__call__(x, train=...)`.
-        params, batch_stats: its variables, or their shapes.
-        batch: `image` [n, h, w, c], or its shape, and optionally `mask`.
-        train: trace training, or evaluation.
+def _reduced(norm: Any, x: Array) -> tuple[int, ...]:
+    axes = [norm.axis] if isinstance(norm.axis, int) else norm.axis
+    channels = {axis % x.ndim for axis in axes}
+    return tuple(axis for axis in range(x.ndim) if axis not in channels)
+
+
+def only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
+    """Returns an interceptor that passes the calls of norms, and no others, to `watch`."""
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        norm = context.module
+        is_call = context.method_name == "__call__" and isinstance(norm, NORMS)
+        # A subclass with another signature calls its superclass, which is intercepted.
+        if is_call and "use_running_average" in inspect.signature(context.orig_method).parameters:
+            return watch(norm, call, *args, **kwargs)
+        return call(*args, **kwargs)
+
+    return intercept
+
+
+@contextlib.contextmanager
+def with_fields(module: nn.Module, **fields: Any) -> Iterator[None]:
+    """Gives a bound module those of the fields that it has, until the context ends.
+
+    A clone would be recorded as a second module, and bound modules refuse the usual assignment.
     """
-    found: dict[tuple[str, ...], NormLayer] = {}
-
-    def watch(norm: nn.Module, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
-        is_there = norm.has_variable("batch_stats", "mean")  # a folded norm has no leaves
-        y = call(x, *args, **kwargs)
-        if is_there:
-            layer = _layer(norm, x, *args, **kwargs)
-            if getattr(norm, FROZEN, False):
-                layer = dataclasses.replace(layer, by_batch=False)
-            found.setdefault(layer.path, layer)
-        return y
-
-    def run(params: Params, batch_stats: BatchStats, batch: Batch) -> Any:
-        keys = jax.random.key(0) if train else None
-        # A model whose flag has no effect also writes in evaluation.
-        options: Any = {"train": train, "dropout": keys, "mutable": ("batch_stats",)}
-        with nn.intercept_methods(only_norms(watch)):
-            return run_unsynced(params, batch_stats, batch, model=model, **options)
-
-    jax.eval_shape(run, params, batch_stats, dict(batch))
-    return tuple(found.values())
+    before = {name: getattr(module, name) for name in fields if hasattr(module, name)}
+    try:
+        for name in before:
+            object.__setattr__(module, name, fields[name])
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)
 
 
 def run_unsynced(*variables: Any, **options: Any) -> tuple[Logits, dict[str, Any]]:
@@ -196,32 +237,11 @@ def run_unsynced(*variables: Any, **options: Any) -> tuple[Logits, dict[str, Any
     """
 
     def unsynced(norm: nn.Module, call: Callable[..., Array], *args: Any, **kwargs: Any) -> Array:
-        with _without_axes(norm):
+        with with_fields(norm, axis_name=None, axis_index_groups=None, average_axis_name=None):
             return call(*args, **kwargs)
 
     with nn.intercept_methods(only_norms(unsynced)):
         return forward(*variables, **options)
-
-
-@contextlib.contextmanager
-def _without_axes(norm: nn.Module) -> Iterator[None]:
-    fields = ("axis_name", "axis_index_groups", "average_axis_name")
-    before = {name: getattr(norm, name) for name in fields if hasattr(norm, name)}
-    try:
-        for name in before:
-            object.__setattr__(norm, name, None)  # bound modules refuse the usual way
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(norm, name, value)
-
-
-def nothing_seen(batch_stats: BatchStats) -> Seen:
-    """Returns the moments of no value for each norm, the start of `observe`."""
-    leaves = flatten_dict(batch_stats)
-    norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
-    zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
-    return {path: Moments(zero, zero, zero) for path, zero in zeros.items()}
 
 
 def observe(
@@ -253,12 +273,12 @@ def observe(
     Raises:
         ValueError: if a batch is padded and the input of a norm has no axis of the examples.
     """
-    mask, train = batch.get("mask"), mode == "train"
+    mask, total = batch.get("mask"), total_over(axis_name)
 
     def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
         if (before := seen_by(norm)) is None:
             return call(x, *args, **kwargs)
-        given = moments_given(norm, x, kwargs.get("mask"), mask, total_over(axis_name))
+        given = moments_given(norm, x, kwargs.get("mask"), mask, total)
         if mode == "batch":
             for name in ("mean", "var"):
                 dtype = norm.get_variable("batch_stats", name).dtype
@@ -267,27 +287,27 @@ def observe(
         put_seen(norm, merge(before, given))
         return y
 
+    options: Any = {"train": mode == "train", "dropout": dropout, "mutable": ("batch_stats",)}
     with nn.intercept_methods(only_norms(watch)):
-        logits, written = run_unsynced(
-            params,
-            with_seen(batch_stats, seen),
-            batch,
-            model=model,
-            train=train,
-            dropout=dropout,
-            mutable=("batch_stats",),
-        )
+        stats = with_seen(batch_stats, seen)
+        logits, written = run_unsynced(params, stats, batch, model=model, **options)
     return logits, seen_in(written["batch_stats"], seen)
+
+
+def nothing_seen(batch_stats: BatchStats) -> Seen:
+    """Returns the moments of no value for each norm, the start of `observe`."""
+    leaves = flatten_dict(batch_stats)
+    norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
+    zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
+    return {path: Moments(zero, zero, zero) for path, zero in zeros.items()}
 
 
 def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
     """Returns the statistics, and beside them leaves for the moments of a pass."""
-    leaves = {
-        (*path, name): leaf
-        for path, moments_ in seen.items()
-        for name, leaf in zip(_SEEN, moments_, strict=True)
-    }
-    return unflatten_dict(flatten_dict(batch_stats) | leaves)
+    leaves = flatten_dict(batch_stats)
+    for path, moments_ in seen.items():
+        leaves |= {(*path, name): leaf for name, leaf in zip(_SEEN, moments_, strict=True)}
+    return unflatten_dict(leaves)
 
 
 def seen_in(batch_stats: BatchStats, paths: Iterable[tuple[str, ...]]) -> Seen:
@@ -322,59 +342,15 @@ def moments_given(
         total: sums over devices.
     """
     axes = _reduced(norm, x)
-    mask = _mask_of(norm, x.shape, axes, mask, of_batch)
-    given = moments(jnp.asarray(x, jnp.float32), axes, mask, total)
-    shape = norm.get_variable("batch_stats", "mean").shape
-    return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
-
-
-def only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
-    """Returns an interceptor that passes the calls of norms, and no others, to `watch`."""
-
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        norm = context.module
-        is_call = context.method_name == "__call__" and isinstance(norm, NORMS)
-        # A subclass with another signature calls its superclass, which is intercepted.
-        if is_call and "use_running_average" in inspect.signature(context.orig_method).parameters:
-            return watch(norm, call, *args, **kwargs)
-        return call(*args, **kwargs)
-
-    return intercept
-
-
-def _layer(norm: Any, x: Array, use_running_average: bool | None = None, **_: Any) -> NormLayer:
-    by_running = nn.merge_param(
-        "use_running_average", norm.use_running_average, use_running_average
-    )
-    chosen = getattr(norm, "statistics", None)
-    return NormLayer(
-        path=norm.path,
-        module=norm.clone(parent=None, name=None),
-        shape=x.shape,
-        dtype=x.dtype,
-        axes=_reduced(norm, x),
-        by_batch=not by_running if chosen is None else chosen == "batch",
-    )
-
-
-def _reduced(norm: Any, x: Array) -> tuple[int, ...]:
-    axes = [norm.axis] if isinstance(norm.axis, int) else norm.axis
-    channels = {axis % x.ndim for axis in axes}
-    return tuple(axis for axis in range(x.ndim) if axis not in channels)
-
-
-def _mask_of(
-    norm: nn.Module, shape: tuple[int, ...], axes: tuple[int, ...], mask: Any, of_batch: Any
-) -> Array | None:
-    """Returns the norm's own mask, or that of the batch, in full rank."""
-    if mask is None and of_batch is None:
-        return None
-    if mask is None:
-        if 0 not in axes or shape[0] != of_batch.shape[0]:
+    if mask is None and of_batch is not None:
+        if 0 not in axes or x.shape[0] != of_batch.shape[0]:
             raise ValueError(
-                f"the batch is padded, and the input of the norm {'.'.join(norm.path)}, {shape}, "
+                f"the batch is padded, and the input of the norm {'.'.join(norm.path)}, {x.shape}, "
                 f"has not its {of_batch.shape[0]} examples along the first axis. Give batches "
                 "without padding, or a model whose __call__ takes `mask`."
             )
         mask = of_batch
-    return full_mask(mask, shape, axes)
+    mask = None if mask is None else full_mask(mask, x.shape, axes)
+    given = moments(jnp.asarray(x, jnp.float32), axes, mask, total)
+    shape = norm.get_variable("batch_stats", "mean").shape
+    return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))

@@ -106,7 +106,7 @@ def convert_variance(
 
     Args:
         batch_stats: the averages.
-        layers: from `norm_layers`: what each stores, and how many values an example gives it.
+        layers: from `Network.norms`: what each stores, and how many values an example gives it.
         examples: that a training batch had, on all devices over which the statistics were taken;
             n is this times the positions.
         stored: "biased" or "unbiased"; None: what each norm here stores.

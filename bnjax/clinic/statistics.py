@@ -44,33 +44,35 @@ def precise(
         by: the statistics that normalise the layers before a norm. "batch": each batch's own, as in
             training; one pass. "population": the precise ones, as in evaluation; as many passes as
             norms follow one another.
-        keep: the fraction of the stored statistics that stays, see `mixed`; under "population" the
-            mixture normalises the layers before.
+        keep: the fraction of the stored means and variances that stays, 0 to 1 (Schneider et al.,
+            2020, section 3); under "population" the mixture normalises the layers before.
         jit: compiles a function.
 
     Raises:
-        ValueError: if there is no example, a norm was given no value, or `batches` cannot be
-            iterated again.
+        ValueError: if there is no example, a norm was given no value, `keep` is no fraction, or
+            `batches` cannot be iterated again.
     """
-    if by == "population" and iter(batches) is batches:
-        raise ValueError(
-            "by='population' iterates over the batches several times, and these are an iterator. "
-            "Give a list of them."
-        )
-    first, batches = _first(batches)
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep = {keep} is not possible: it is a fraction, from 0 to 1")
+    remaining = iter(batches)
+    if by == "population" and remaining is batches:
+        raise ValueError("by='population' iterates over the batches several times: give a list")
+    if (first := next(remaining, None)) is None:
+        raise ValueError("there is no batch to take statistics of")
+    if remaining is batches:
+        batches = itertools.chain([first], remaining)
     layers, old = network.norms(first), network.batch_stats
 
-    passes: dict[Mode, Any] = {
-        mode: jit(functools.partial(observe, model=network.model, mode=mode))
-        for mode in ("batch", "running")
-    }
-
     def once(batch_stats: BatchStats, mode: Mode) -> BatchStats:
-        seen = nothing_seen(batch_stats)
+        seen = nothing_seen(old)
         for batch in batches:
             _, seen = passes[mode](network.params, batch_stats, seen, batch)
-        return mixed(old, put(batch_stats, seen, layers), keep)
+        return put(old, seen, layers, keep)
 
+    modes: tuple[Mode, ...] = ("batch", "running")
+    passes = {
+        mode: jit(functools.partial(observe, model=network.model, mode=mode)) for mode in modes
+    }
     found = once(old, "batch")
     if by == "population":
         # After k passes the first k layers are exact. A layer that is called twice depends on
@@ -82,13 +84,17 @@ def precise(
     return dataclasses.replace(network, batch_stats=found)
 
 
-def put(batch_stats: BatchStats, seen: Seen, layers: Iterable[NormLayer]) -> BatchStats:
-    """Returns running statistics whose means and variances are those that the norms have seen.
+def put(
+    batch_stats: BatchStats, seen: Seen, layers: Iterable[NormLayer], keep: float = 0.0
+) -> BatchStats:
+    """Returns running statistics with the means and variances that the norms have seen.
 
     Args:
-        batch_stats: gives all other leaves.
+        batch_stats: the old ones, which give all other leaves.
         seen: from `observe`.
-        layers: from `norm_layers`; they say which variance each average stores.
+        layers: from `Network.norms`; they say which variance each average stores.
+        keep: the fraction of the old means and variances that stays. The distance between the means
+            does not enter the variances.
 
     Raises:
         ValueError: if a norm of the model was given no value.
@@ -103,52 +109,22 @@ def put(batch_stats: BatchStats, seen: Seen, layers: Iterable[NormLayer]) -> Bat
             )
         if layer.variance == "unbiased":
             var = var * (count / jnp.maximum(count - 1, 1))
-        for name, leaf in (("mean", mean), ("var", var)):
-            leaves[*layer.path, name] = leaf.astype(leaves[*layer.path, name].dtype)
+        for name, new in (("mean", mean), ("var", var)):
+            old = leaves[*layer.path, name]
+            both = keep * old + (1 - keep) * new if keep else new
+            leaves[*layer.path, name] = both.astype(old.dtype)
     return unflatten_dict(leaves)
-
-
-def mixed(old: BatchStats, new: BatchStats, keep: float) -> BatchStats:
-    """Returns keep * old + (1 - keep) * new of every mean and variance, and `new`'s other leaves.
-
-    The distance between the means does not enter the variances (Schneider et al., 2020, section 3).
-
-    Raises:
-        ValueError: if `keep` is not from 0 to 1.
-
-    >>> old, new = ({"norm": {"mean": jnp.array([m]), "var": jnp.ones(1)}} for m in (0.0, 4.0))
-    >>> print(mixed(old, new, 0.75)["norm"]["mean"])
-    [1.]
-    """
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep = {keep} is not possible: it is a fraction, from 0 to 1")
-    before, leaves = flatten_dict(old), flatten_dict(new)
-    for path in nothing_seen(new):
-        for name in ("mean", "var"):
-            leaf = leaves[*path, name]
-            both = keep * before[*path, name] + (1 - keep) * leaf
-            leaves[*path, name] = both.astype(leaf.dtype) if keep else leaf
-    return unflatten_dict(leaves)
-
-
-def _first(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
-    """Returns the first batch, and all batches."""
-    remaining = iter(batches)
-    first = next(remaining, None)
-    if first is None:
-        raise ValueError("there is no batch to take statistics of")
-    return first, itertools.chain([first], remaining) if remaining is batches else batches
 
 
 def _change(before: BatchStats, after: BatchStats) -> float:
-    """Returns the largest change of a mean, in standard deviations, or of a variance, relative."""
+    """Returns the largest change of a mean, in standard deviations, or of a log variance."""
     old, new = flatten_dict(before), flatten_dict(after)
-    changes: list[Any] = [0.0]
+    changes = [0.0]
     for path in nothing_seen(after):
-        mean, var = new[*path, "mean"], jnp.maximum(new[*path, "var"], 1e-12)
-        changes.append(jnp.max(jnp.abs(mean - old[*path, "mean"]) / jnp.sqrt(var)))
-        changes.append(jnp.max(jnp.abs(var - old[*path, "var"]) / var))
-    return float(max(changes))
+        mean, var = (*path, "mean"), (*path, "var")
+        found = deviations(old[mean], old[var], new[mean], new[var], 1e-12)
+        changes += [float(np.abs(leaf).max()) for leaf in found]
+    return max(changes)
 
 
 class Gap(NamedTuple):
@@ -220,7 +196,7 @@ def drift(stored: BatchStats, true: BatchStats, layers: Iterable[NormLayer]) -> 
     Args:
         stored: the running statistics.
         true: the precise statistics of the same network.
-        layers: from `norm_layers`.
+        layers: from `Network.norms`.
     """
     its, own = flatten_dict(stored), flatten_dict(true)
 
@@ -245,49 +221,45 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
         counts: the number of real examples of each replica [replicas]; None: the same for all.
 
     Raises:
-        ValueError: if the leaves have different numbers of replicas, `counts` does not fit them or
-            sums to 0, or an integer differs between replicas.
+        ValueError: if the leaves have different numbers of replicas, `counts` does not fit them, or
+            an integer differs between replicas.
 
     >>> stats = {"norm": {"mean": jnp.array([[0.0], [4.0]]), "var": jnp.array([[1.0], [3.0]])}}
     >>> merged = merge_replicas(stats)["norm"]
     >>> print(merged["mean"], merged["var"])
     [2.] [6.]
     """
-    leaves = flatten_dict(batch_stats)
-    sizes: set[Any] = {leaf.shape[0] if leaf.ndim else None for leaf in leaves.values()}
-    if len(sizes) > 1 or None in sizes:
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(batch_stats).items()}
+    sizes = {leaf.shape[:1] for leaf in leaves.values()}
+    if len(sizes) > 1 or () in sizes:
         raise ValueError(
             "every leaf of the statistics needs a leading axis of the replicas; the sizes found "
-            f"are {sorted(map(str, sizes))}. Give the statistics that jax.pmap returns."
+            f"are {sorted(sizes)}. Give the statistics that jax.pmap returns."
         )
-    shares = np.ones(max(sizes, default=1)) if counts is None else np.asarray(counts, float)
-    if sizes and shares.shape != (*sizes,):
-        raise ValueError(f"counts of shape {shares.shape} do not fit {max(sizes)} replicas")
-    if not (shares >= 0).all() or not shares.sum() > 0:
-        raise ValueError(f"counts = {counts} have to be 0 or above, and not all 0")
+    size = max(sizes, default=(1,))
+    shares = np.ones(size) if counts is None else np.asarray(counts, float)
+    if shares.shape != size or not (shares >= 0).all() or not shares.sum() > 0:
+        raise ValueError(
+            f"counts = {counts} have to be {size[0]} numbers, one for each replica, of 0 or above, "
+            "and not all 0"
+        )
 
-    shares = shares / shares.sum()
-
-    def average(leaf: Any) -> Array:
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        by_replica = jnp.asarray(shares.reshape(-1, *[1] * (leaf.ndim - 1)), wide)
-        # A replica without examples may hold NaN.
-        return jnp.where(by_replica > 0, jnp.asarray(leaf, wide) * by_replica, 0).sum(0)
+    def average(leaf: np.ndarray) -> np.ndarray:
+        some = shares > 0  # a replica without examples may hold NaN
+        return np.average(np.float64(leaf[some]), 0, shares[some])
 
     merged: dict[tuple[str, ...], Any] = {}
     for path, leaf in leaves.items():
         *norm, name = path
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            if (np.asarray(leaf) != np.asarray(leaf)[:1]).any():
-                raise ValueError(
-                    f"{'.'.join(path)} differs between replicas, {np.unique(np.asarray(leaf))}: "
-                    "they took different numbers of steps"
-                )
-            merged[path] = jnp.asarray(leaf)[0]
-            continue
-        merged[path] = average(leaf)
-        if name == "var" and (*norm, "mean") in leaves:
-            means = jnp.asarray(leaves[*norm, "mean"])
-            merged[path] += average(jnp.square(means - average(means)[None]))
-        merged[path] = merged[path].astype(leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            found = average(leaf)
+            if name == "var" and (*norm, "mean") in leaves:
+                means = leaves[*norm, "mean"]
+                found += average(np.square(means - average(means)))
+        elif (leaf != (found := leaf[0])).any():
+            raise ValueError(
+                f"{'.'.join(path)} differs between replicas, {np.unique(leaf)}: they took "
+                "different numbers of steps"
+            )
+        merged[path] = jnp.asarray(found, leaf.dtype)
     return unflatten_dict(merged)

@@ -14,7 +14,7 @@ from jax import lax
 
 from bnjax import norms
 from bnjax.clinic.folding import difference, plan
-from bnjax.clinic.linen import Network, norm_layers
+from bnjax.clinic.linen import Network
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import eval_step, forward, init_variables, predict_step
 
@@ -69,7 +69,7 @@ def folding_of(model, positive=False, change=lambda stats: stats):
     # The leaves are those that the folded model itself would make.
     like = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, str(leaf.dtype)))
     assert like(shapes(done.model)) == like(done[1:3])
-    left = {layer.path for layer in norm_layers(*done[:3], BATCH, train=False)}
+    left = {layer.path for layer in Network(*done[1:3], done.model).norms(BATCH)}
     assert left.isdisjoint(one.norm for one in done.norms if one.layer is not None)
     return done, {
         ".".join(one.norm): one.reason if one.layer is None else (one.place, ".".join(one.layer))

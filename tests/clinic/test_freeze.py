@@ -14,8 +14,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from foreign import NETWORKS
 
-from bnjax.clinic.freezing import affine_mask, freeze, freeze_statistics
-from bnjax.clinic.linen import norm_layers
+from bnjax.clinic.freezing import affine_mask, freeze_statistics, without_frozen
+from bnjax.clinic.linen import Network
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
 from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
@@ -62,7 +62,7 @@ def test_frozen_statistics_stay_and_the_others_move(name):
     state = TrainState(jnp.int32(0), params, SGD.init(params), jax.random.key(1))
     once, after, _ = stepped(frozen, state, stats)
     kept = same(stats, after)
-    first = next(iter(norm_layers(NETWORKS[name], state.params, stats, BATCH, train=True))).path
+    first = next(iter(Network(state.params, stats, NETWORKS[name]).norms(BATCH))).path
     assert {path for path, unchanged in kept.items() if unchanged} == {
         (*first, "mean"),
         (*first, "var"),
@@ -83,7 +83,7 @@ def test_trees_fields_and_evaluation_are_the_models_own(name):
     results = [jax.jit(partial(eval_step, model=one))(*variables, BATCH) for one in (model, frozen)]
     assert jax.tree.leaves(results[0]) == jax.tree.leaves(results[1])
     for train in (False, True):
-        layers = norm_layers(frozen, *variables, BATCH, train=train)
+        layers = Network(*variables, frozen).norms(BATCH, train=train)
         assert not any(layer.by_batch for layer in layers)
 
 
@@ -208,7 +208,7 @@ def test_what_matches_nothing_is_an_error_with_the_names():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name, tx):
     params, stats = variables_of(name)
-    frozen = freeze(tx, affine_mask(params, stats, FIRST[name]))
+    frozen = without_frozen(tx, affine_mask(params, stats, FIRST[name]))
 
     @partial(jax.jit, static_argnums=0)
     def two_steps(tx, params):
@@ -220,7 +220,7 @@ def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name, tx):
         return params
 
     plain, ours = two_steps(tx, params), two_steps(frozen, params)
-    first = next(iter(norm_layers(NETWORKS[name], params, stats, BATCH, train=True))).path
+    first = next(iter(Network(params, stats, NETWORKS[name]).norms(BATCH))).path
     kept = {path for path, unchanged in same(params, ours).items() if unchanged}
     assert kept == {(*first, "scale"), (*first, "bias")}
     assert {path for path, equal in same(plain, ours).items() if not equal} == kept

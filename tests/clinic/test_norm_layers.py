@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from foreign import NETWORKS
 
-from bnjax.clinic.linen import norm_layers, nothing_seen, observe
+from bnjax.clinic.linen import Network, nothing_seen, observe
 from bnjax.norms import BatchNorm
 from bnjax.train_step import init_variables
 
@@ -34,7 +34,7 @@ def test_norms_in_the_order_of_their_calls(name):
     model = NETWORKS[name]
     variables = init_variables(model, jax.random.key(0), IMAGES[:1])
     for train in (False, True):
-        layers = norm_layers(model, *variables, {"image": IMAGES}, train=train)
+        layers = Network(*variables, model).norms({"image": IMAGES}, train=train)
         assert [layer.name for layer in layers] == NAMES[name]
         assert {layer.by_batch for layer in layers} == {train}
         assert {layer.module.momentum for layer in layers} == {0.9}
@@ -47,7 +47,7 @@ def test_a_norm_that_is_the_whole_model_and_on_another_axis(kind):
         axis=1
     )
     params, stats = init_variables(norm, jax.random.key(0), x)
-    (layer,) = norm_layers(norm, params, stats, {"image": x}, train=False)
+    (layer,) = Network(params, stats, norm).norms({"image": x})
     assert (layer.path, layer.axes) == ((), (0, 2, 3))
     _, seen = observe(params, stats, nothing_seen(stats), {"image": x}, model=norm, mode="running")
     (found,) = seen.values()

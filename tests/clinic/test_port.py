@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet
 
-from bnjax.clinic.linen import norm_layers
+from bnjax.clinic.linen import Network
 from bnjax.clinic.porting import (
     PortError,
     Table,
@@ -316,7 +316,7 @@ def test_fields_are_those_that_make_the_same_averages():
 def test_stored_variance_is_converted_by_the_values_of_each_layer():
     model, image = Flat(norm=BatchNorm), images_of("flat")
     params, stats = by_formula(shapes_of(model, "flat"))
-    layers = norm_layers(model, params, stats, {"image": image}, train=False)
+    layers = Network(params, stats, model).norms({"image": image})
     # 6 examples of 7x6 positions after the first convolution, and of 1 once they are flattened.
     for stored, factor in (("unbiased", 251 / 252), ("biased", 1)):
         found = convert_variance(stats, layers, 6, stored=stored)["norm"]["var"]
@@ -327,7 +327,7 @@ def test_stored_variance_is_converted_by_the_values_of_each_layer():
     )
     np.testing.assert_array_equal(there["norm"]["mean"], stats["norm"]["mean"])
     model = Flat(norm=functools.partial(BatchNorm, variance="unbiased"))
-    unbiased = norm_layers(model, params, stats, {"image": image}, train=False)
+    unbiased = Network(params, stats, model).norms({"image": image})
     same = convert_variance(stats, unbiased, 6, wanted="unbiased")
     np.testing.assert_array_equal(same["norm"]["var"], stats["norm"]["var"])
     with pytest.raises(PortError, match="2 or more"):

@@ -15,7 +15,6 @@ import pytest
 from bnjax import norms
 from bnjax.clinic import Network, audit
 from bnjax.clinic.folding import difference, plan
-from bnjax.clinic.linen import norm_layers
 from bnjax.clinic.porting import Table, port_from, port_to
 from bnjax.models.resnet import RESNETS, TORCHVISION, ResNet
 from bnjax.train_step import forward, init_state, init_variables, train_step
@@ -165,7 +164,7 @@ def test_the_published_networks_have_their_parameters(name):
 def test_the_imagenet_network_is_as_deep_and_narrow_as_in_the_paper():
     model = RESNETS["resnet50"](norm=NORM, classes=1000)
     batch = {"image": np.zeros((1, 224, 224, 3), np.float32)}
-    layers = norm_layers(model, *shapes(model, batch["image"]), batch, train=False)
+    layers = Network(*shapes(model, batch["image"]), model).norms(batch)
     assert len(layers) == 53  # with the logits 50 layers and four shortcuts
     sides = [layer.shape[1] for layer in layers]
     assert sides[0] == 112
@@ -229,7 +228,7 @@ def test_every_norm_after_a_convolution_folds(variant):
     params, stats = trained(model)
     network, norms = plan(Network(params, stats, model), IMAGES)
     folded = {".".join(one.norm): ".".join(one.layer) for one in norms if one.layer}
-    layers = norm_layers(model, params, stats, {"image": IMAGES}, train=False)
+    layers = Network(params, stats, model).norms({"image": IMAGES})
     assert folded == {layer.name: layer.name.removesuffix("_norm") for layer in layers}
     assert not network.batch_stats
     assert (
@@ -286,7 +285,5 @@ def test_the_audit_knows_its_norms():
         state, stats, _ = step(state, stats, batches[i % 4])
     healthy, ill = (audit(Network(state.params, one, model), batches) for one in (stats, untouched))
     assert not healthy.found
-    assert len(healthy.layers) == len(
-        norm_layers(model, state.params, stats, batches[0], train=True)
-    )
+    assert len(healthy.layers) == len(Network(state.params, stats, model).norms(batches[0]))
     assert [one.id for one in ill.found] == ["never-updated"]

@@ -10,7 +10,7 @@ import pytest
 import synthetic
 from events import read_values
 
-from bnjax.clinic.linen import Network, norm_layers
+from bnjax.clinic.linen import Network
 from bnjax.clinic.statistics import Drift, drift, gap, put
 from bnjax.errors import UserError
 from bnjax.norms import BatchNorm
@@ -47,7 +47,7 @@ def test_averages_that_were_never_updated_are_far_off():
     x = np.random.default_rng(0).normal(3, 0.1, (64, 1, 1, 2)).astype(np.float32)
     batch = {"image": x, "label": np.zeros(64, np.int32)}
     params, stats = init_variables(Norm(), jax.random.key(0), x)
-    layers = norm_layers(Norm(), params, stats, batch, train=False)
+    layers = Network(params, stats, Norm()).norms(batch)
     true = put(stats, gap(Network(params, stats, Norm()), batch).seen, layers)
     (found,) = drift(stats, true, layers).values()
     values = x.astype(np.float64)[:, 0, 0]
@@ -70,7 +70,7 @@ def test_padding_counts_for_nothing_and_what_is_true_has_no_drift():
     whole, masked = (compiled(network, b) for b in ({"image": x, "label": label}, padded))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
-    layers = norm_layers(Norm(), params, stats, padded, train=False)
+    layers = Network(params, stats, Norm()).norms(padded)
     true = put(stats, masked.seen, layers)
     assert drift(true, true, layers) == {"BatchNorm_0": (0.0, 0.0)}
     under_own = eval_step(params, true, padded, model=Norm())
@@ -81,7 +81,7 @@ def test_padding_counts_for_nothing_and_what_is_true_has_no_drift():
 def test_what_is_not_finite_is_null(tmp_path):
     x = np.ones((4, 1, 1, 1), np.float32)
     params, true = init_variables(Norm(), jax.random.key(0), x)
-    layers = norm_layers(Norm(), params, true, {"image": x}, train=False)
+    layers = Network(params, true, Norm()).norms({"image": x})
     bad = {"BatchNorm_0": {"mean": jnp.array([jnp.inf]), "var": jnp.array([-5.0])}}
     drifts = drift(bad, true, layers)
     means = {"loss": np.nan, "accuracy": 0.0, "batch_loss": np.inf, "batch_accuracy": 0.0}
