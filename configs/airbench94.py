@@ -24,20 +24,20 @@ def get_config():
         activation="gelu",
         momentum=0.6,
         epsilon=1e-12,
-        scale=False,
+        use_scale=False,
         dtype="auto",
     )
     config.augment.update(flip="alternating", translate=2)
     config.optimizer.update(
         name="muon",
         learning_rate=0.24,
-        momentum=0.6,
+        momentum=0.85,
         schedule="linear",
-        loss="sum",
-        decay="all",
+        reduction="sum",
+        weight_decay_mask="all",
         weight_decay=2e-6 * 2000,
     )
-    config.muon.update(momentum=0.85, bias_rate=0.053, head_rate=0.67, whiten_steps=75)
+    config.muon.update(beta=0.6, bias_rate=0.053, head_rate=0.67, whiten_steps=75)
     config.train.update(epochs=8.0, steps=0, batch_size=2000, shuffle=True, label_smoothing=0.2)
     config.eval.update(every_epochs=8.0, batch_size=2000, views=6)
     config.eval.update(gap_images=0, histograms=0, pictures=0)

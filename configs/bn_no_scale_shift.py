@@ -15,6 +15,6 @@ from bnjax.train.config import default_config
 def get_config():
     config = default_config()
     config.data.fallback = "digits"
-    config.model.scale = False
-    config.model.shift = False
+    config.model.use_scale = False
+    config.model.use_bias = False
     return config

@@ -23,21 +23,21 @@ def get_config():
         activation="silu",
         momentum=0.5566,
         epsilon=1e-12,
-        scale=False,
+        use_scale=False,
         dtype="auto",
     )
     config.augment.update(flip="alternating", translate=2, brightness=0.1399, contrast=0.1308)
     config.optimizer.update(
         name="muon",
         learning_rate=0.205,
-        momentum=0.655,
+        momentum=0.825,
         schedule="linear",
-        loss="sum",
-        decay="all",
+        reduction="sum",
+        weight_decay_mask="all",
         weight_decay=1.0418e-6 * 1536,
     )
     config.muon.update(
-        momentum=0.825,
+        beta=0.655,
         bias_rate=0.0573,
         head_rate=0.5415,
         whiten_steps=7,

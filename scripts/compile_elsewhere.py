@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from bnjax.data.datasets import Dataset, Split
 from bnjax.data.feed import resident_feed
 from bnjax.train import build, parsing
-from bnjax.train.build import optimizer
+from bnjax.train.optimizers import optimizer
 from bnjax.train.steps import training_program
 from bnjax.train_step import eval_step, init_state, train_step
 

@@ -408,7 +408,7 @@ def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
     It says which layers are given flattened images [h, w, c].
     """
     first = "dense0" if model.dense else "logits"
-    layers = [first, f"{first}_norm"] if model.placement == "input" else [first]
+    layers = [first, f"{first}_norm"] if model.placement == "pre" else [first]
     height, width, channels = image_shape
     for filters, kernel, stride in zip(model.filters, model.kernels, model.strides, strict=True):
         shrunk = 0 if model.pooling == "none" else 1 - stride  # pooling rounds down

@@ -51,8 +51,8 @@ def run(
 
     from bnjax.clinic import Run, audit
     from bnjax.commands.report import reports
-    from bnjax.train.build import optimizer
     from bnjax.train.cpu import compiler_options, prepare
+    from bnjax.train.optimizers import optimizer
     from bnjax.train.trained import Trained
     from bnjax.train_step import forward
 

@@ -157,6 +157,7 @@ def _import(
     from bnjax.clinic import Network, porting
     from bnjax.train import build, rundir
     from bnjax.train.checkpoint import Checkpoints
+    from bnjax.train.optimizers import optimizer
     from bnjax.train_step import TrainState
 
     arrays, notes = porting.read(file)
@@ -206,7 +207,7 @@ def _import(
     state = TrainState(
         jnp.int32(max(steps, default=0)),
         params,
-        build.optimizer(config, 1).init(params),
+        optimizer(config, 1).init(params),
         jax.random.split(jax.random.key(config.seed))[1],
     )
     with rundir.locked(out):

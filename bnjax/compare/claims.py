@@ -12,7 +12,7 @@ from bnjax.compare import intervals, runs
 from bnjax.compare.intervals import Estimate
 from bnjax.compare.runs import COMPARISON, POINTS, TIMES, VALUES, Run
 from bnjax.errors import UserError
-from bnjax.train.shipped import find
+from bnjax.train.parsing import find
 
 DIRECTIONS = ("greater", "less", "equal")
 

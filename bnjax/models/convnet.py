@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bnjax.types import Array, Images, Logits, Mask
 
-Placement = Literal["input", "before", "after"]
+Placement = Literal["pre", "before", "after"]
 Pooling = Literal["none", "max", "avg"]
 # Takes `name` and returns a module that is called like `flax.linen.BatchNorm`.
 NormFactory = Callable[..., nn.Module]
@@ -38,7 +38,7 @@ class ConvNet(nn.Module):
         classes: the number of logits.
         norm: makes a norm layer, for instance
             `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
-        placement: "input" normalises the input of each layer, including the first convolution and
+        placement: "pre" normalises the input of each layer, including the first convolution and
             the logits; "before" and "after" normalise before or after the activation of each hidden
             layer.
         activation: the activation of the hidden layers, a function of an array.
@@ -63,7 +63,7 @@ class ConvNet(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
     norm_activation: ActivationFactory | None = None
     conv: Callable[..., nn.Module] = nn.Conv
-    placement: Placement = "input"
+    placement: Placement = "pre"
     norm_dense: Sequence[bool] = (True, True)
     dropout: Sequence[float] = (0.0, 0.0)
     pooling: Pooling = "none"
@@ -98,7 +98,7 @@ class ConvNet(nn.Module):
         for i, (filters, kernel, stride) in enumerate(
             zip(self.filters, self.kernels, self.strides, strict=True)
         ):
-            x = normalise(x, "input", f"conv{i}")
+            x = normalise(x, "pre", f"conv{i}")
             window = (kernel, kernel)
             steps = (stride, stride) if self.pooling == "none" else (1, 1)
             conv = self.conv(
@@ -119,12 +119,12 @@ class ConvNet(nn.Module):
         for i, (width, norm_after, rate_after) in enumerate(
             zip(self.dense, self.norm_dense, self.dropout, strict=True)
         ):
-            x = normalise(x, "input", f"dense{i}") if normalised else x
+            x = normalise(x, "pre", f"dense{i}") if normalised else x
             x = nn.Dropout(rate, deterministic=not train)(x)
             x = dense(width, name=f"dense{i}")(x)
             x = activate(x, f"dense{i}", norm_after)
             normalised, rate = norm_after, rate_after
-        x = normalise(x, "input", "logits") if normalised else x
+        x = normalise(x, "pre", "logits") if normalised else x
         x = nn.Dropout(rate, deterministic=not train)(x)
         x = dense(self.classes, name="logits")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

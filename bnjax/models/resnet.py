@@ -15,7 +15,7 @@ from bnjax.types import Array, Images, Logits, Mask
 
 Stem = Literal["cifar", "imagenet"]
 Shortcut = Literal["projection", "padding"]
-Order = Literal["post", "pre"]
+Order = Literal["pre", "before"]
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
 # torchvision's names of the layers; the first row that fits counts.
@@ -35,7 +35,7 @@ class _Layers(nn.Module):
 
     norm: NormFactory | None = None
     shortcut: Shortcut = "projection"
-    placement: Order = "post"
+    placement: Order = "before"
     zero_last: bool = True
     bottleneck: bool = False
     activation: Callable[[Array], Array] = nn.relu
@@ -61,7 +61,7 @@ class _Layers(nn.Module):
     def _normalise(self, x: Array, train: bool, mask: Array | None, name: str) -> Array:
         if self.norm is None:
             return x
-        is_zero = self.zero_last and self.placement == "post" and name == f"{self._last}_norm"
+        is_zero = self.zero_last and self.placement == "before" and name == f"{self._last}_norm"
         takes = is_zero and "scale_init" in inspect.signature(self.norm).parameters
         options = {"scale_init": nn.initializers.zeros} if takes else {}
         return self.norm(name=name, **options)(x, use_running_average=not train, mask=mask)
@@ -124,8 +124,8 @@ class ResNet(_Layers):
         shortcut: of a block that changes the shape: "projection", a 1x1 convolution and its norm;
             "padding", every second pixel and zeros for the new channels (the paper's option A, used
             by its networks for CIFAR).
-        placement: "post": convolution, norm, activation, the last one after the sum. "pre": norm,
-            activation, convolution (He et al., 2016, "Identity mappings").
+        placement: "before": convolution, norm, activation, the last activation after the sum.
+            "pre": norm, activation, convolution (He et al., 2016, "Identity mappings").
         zero_last: each block starts as its shortcut (Goyal et al., 2017): the scale of its last
             norm starts at 0; under "pre" the kernel of its last convolution.
         bottleneck: blocks of 1x1, 3x3 and 1x1 to four times the width, instead of 3x3 and 3x3.

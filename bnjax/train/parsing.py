@@ -3,17 +3,21 @@
 import ast
 import difflib
 import runpy
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError, UserError
-from bnjax.train.config import default_config
-from bnjax.train.shipped import find
+from bnjax.train.config import KEYS, UNITS, default_config, get
+
+RENAMED = {key.was: key.name for key in KEYS if key.was}
 
 
 def load(path: str, overrides: list[str]) -> ConfigDict:
     """Returns the config of a file with `--config.key=value` overrides applied.
+
+    A duration that is given in one unit replaces those in the other units.
 
     Raises:
         UserError: if the file cannot be run, or an override names no key or has the wrong type.
@@ -35,10 +39,43 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
             f"the config file {path} gives no config: take bnjax.train.config.default_config(), "
             "change it and return it."
         )
-    for name, text in pairs(overrides):
+    given = dict(pairs(overrides))
+    for name, text in given.items():
         override(config, name, text)
+    for units in UNITS:
+        if any(get(config, name) for name in units if name in given):
+            for name in {*units} - {*given}:
+                override(config, name, "0")
     config.name = config.name or file.stem
     return config
+
+
+def find(path: str, kind: str) -> Path:
+    """Returns a file, or the one of that name among those that come with bnjax.
+
+    Args:
+        path: of the file, or the bare name of a config or a claim, "bn" for instance.
+        kind: "config" or "claim".
+
+    Raises:
+        UserError: if there is none.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    package = Path(__file__).parents[1]
+    # As installed they lie in the package, in a checkout beside it.
+    homes = [home for home in (package / "configs", package.parent / "configs") if home.is_dir()]
+    found = {
+        file.stem: file
+        for home in homes
+        for file in sorted((home if kind == "config" else home / "claims").glob("*.py"))
+    }
+    if path in found:
+        return found[path]
+    raise UserError(
+        f"there is no {kind} file {path}. Give the path of one, or a name of those that come with "
+        f"bnjax: {', '.join(found) or 'there are none here'}."
+    )
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
@@ -54,7 +91,9 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
         for key, value in values.items():
             is_section = key in section and isinstance(section[key], ConfigDict)
             if key not in section or is_section != isinstance(value, dict):
-                raise UserError(f"there is no key config.{path}{key} of this kind.")
+                now = RENAMED.get(path + key)
+                hint = f" It is called config.{now} now." if now else ""
+                raise UserError(f"there is no key config.{path}{key} of this kind.{hint}")
             if is_section:
                 fill(section[key], value, f"{path}{key}.")
             else:
@@ -95,6 +134,8 @@ def override(config: ConfigDict, name: str, text: str) -> None:
             close = difflib.get_close_matches(key, known, 1)
             parent = ".".join(["config", *keys[:depth]])
             hint = f" Did you mean {parent}.{close[0]}?" if close else ""
+            if name in RENAMED:
+                hint = f" It is called config.{RENAMED[name]} now."
             raise UserError(
                 f"there is no key config.{name}.{hint} {parent} has: "
                 f"{', '.join(known) or 'no keys of its own'}."
@@ -137,7 +178,7 @@ def _convert(name: str, text: str, old: Any) -> Any:
     if isinstance(old, str):
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        value = ast.literal_eval(text.replace("true", "True").replace("false", "False"))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
     if isinstance(old, tuple) and isinstance(value, int | float):

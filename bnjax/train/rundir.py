@@ -32,59 +32,46 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(draft, path)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file with one JSON object a line, each with a `step` above 0.
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Reports whatever goes wrong while a file of a run is read as one `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged, or from another version of bnjax ({type(error).__name__}: "
+            f"{error}). Restore it from a copy, or train anew in another folder with --workdir."
+        ) from error
 
-    A torn last line is left out.
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one JSON object a line, each with a `step`.
+
+    A torn last line is left out; without a file there are none.
+
+    Each line of a metrics.jsonl has `split`, `loss` (None if not finite) and `accuracy`. The split
+    is "train", the batch of a step; "test", an evaluation; or "gap": training images under the
+    running statistics, with `batch_loss` and `batch_accuracy` of the same under their own, and for
+    each norm in `drift_mean` and `drift_variance` what `bnjax.clinic.statistics.Drift` says.
 
     Raises:
-        UserError: naming the first line that is something else.
+        UserError: if the file is damaged.
     """
-    found = []
-    for number, line in enumerate(
-        path.read_bytes().splitlines(keepends=True) if path.exists() else [], start=1
-    ):
-        if line.endswith(b"\n"):
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            if (
-                not isinstance(value, dict)
-                or type(value.get("step")) is not int
-                or not 0 < value["step"] < 2**53
-            ):
-                raise _damaged(path, f"line {number}")
-            found.append(value)
-    return found
+    if not path.exists():
+        return []
+    with reading(path):
+        *whole, _ = path.read_text().split("\n")
+        lines = [json.loads(line) for line in whole]
+        if not all(line["step"] > 0 for line in lines):
+            raise ValueError("a step is not above 0")
+    return lines
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl.
-
-    Each has `step`, `split`, `loss` (None if not finite) and `accuracy`. The split is "train", the
-    batch of a step; "test", an evaluation; or "gap": training images under the running statistics,
-    with `batch_loss` and `batch_accuracy` of the same under their own, and for each norm in
-    `drift_mean` and `drift_variance` what `bnjax.clinic.statistics.Drift` says.
-
-    Raises:
-        UserError: naming the step of the first line that is something else.
-    """
-    lines = read_lines(path)
-    for line in lines:
-        split = line.get("split")
-        prefixes = ("", "batch_") if split == "gap" else ("",)
-        losses = [line.get(f"{prefix}loss", "") for prefix in prefixes]
-        if split == "gap":
-            drifts = [line.get(f"drift_{of}") for of in ("mean", "variance")]
-            losses += [x for of in drifts for x in (of.values() if isinstance(of, dict) else [""])]
-        if (
-            split not in ("train", "test", "gap")
-            or any(type(line.get(f"{prefix}accuracy")) is not float for prefix in prefixes)
-            or not all(loss is None or type(loss) is float for loss in losses)
-        ):
-            raise _damaged(path, f"the line of step {line['step']}")
-    return lines
+    """Returns the lines of a metrics.jsonl."""
+    return read_lines(path)
 
 
 def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
@@ -95,13 +82,6 @@ def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
 
 def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{what} of {path} is damaged. Restore the file from a copy, or train anew in another "
-        "folder with --workdir."
-    )
 
 
 class Lines:
@@ -216,15 +196,10 @@ class RunWriter:
         self._open.close()
 
 
-LOCK = ".lock"
-FOLDED = "folded.json"
-OURS = (
-    LOCK,
-    "config.json.tmp",
-    "comparison.json.tmp",
-)  # what a process may have left that died or met a full disk at its start
-# Not part of what a run is: the same data may lie elsewhere tomorrow, other devices and cores be
-# free.
+LOCK, FOLDED = ".lock", "folded.json"
+# What a process may have left that died, or met a full disk, at its start.
+OURS = (LOCK, "config.json.tmp", "comparison.json.tmp")
+# Not part of what a run is: the data may be moved, and other devices and cores be free.
 PLACES = ("config.data.dir", "config.data.workers", "config.devices")
 
 
@@ -248,21 +223,15 @@ def locked(workdir: Path) -> Iterator[None]:
     """Keeps other processes from training in the folder; whatever ends this process frees it.
 
     Raises:
-        UserError: if another process trains there, or the folder cannot be written.
+        UserError: if another process trains there.
     """
+    workdir.mkdir(parents=True, exist_ok=True)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(workdir / LOCK, timeout=0)
-        lock.acquire()
+        lock = filelock.FileLock(workdir / LOCK, timeout=0).acquire()
     except filelock.Timeout as error:
         raise UserError(
             f"another process is training in {workdir}. Wait for it, stop it, or choose another "
             "folder with --workdir."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"the run's folder {workdir} cannot be written: {error.strerror}. Choose another with "
-            "--workdir."
         ) from error
     with lock:
         yield
@@ -278,32 +247,26 @@ def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     """Makes the folder this config's, or checks that it is.
 
     Raises:
-        UserError: if it holds another config's run (the difference is shown) or cannot be written.
+        UserError: if it holds something else; of another config's run the difference is shown.
     """
     file = workdir / "config.json"
     mine = {"config": config.to_dict(), "data": dataclasses.asdict(data)}
-    try:
-        if not file.exists():
-            if leftovers := [path.name for path in workdir.iterdir() if path.name not in OURS]:
-                raise UserError(
-                    f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an "
-                    "empty or new folder with --workdir."
-                )
-            write_json(file, mine)
-            return
-    except OSError as error:
-        raise UserError(
-            f"the run's folder {workdir} cannot be used: {error.strerror}. Choose another with "
-            "--workdir."
-        ) from error
+    if not file.exists():
+        if leftovers := [path.name for path in workdir.iterdir() if path.name not in OURS]:
+            raise UserError(
+                f"{workdir} holds {', '.join(sorted(leftovers)[:5])} but no run. Choose an empty "
+                "or new folder with --workdir."
+            )
+        write_json(file, mine)
+        return
     if (workdir / FOLDED).exists():
         raise UserError(
-            f"{workdir} holds a folded network, which is not trained any further. Choose another "
-            "folder with --workdir."
+            f"{workdir} holds a folded network, which cannot be trained on. Choose another folder "
+            "with --workdir."
         )
-    config_there, data_there = read(workdir)
+    its, data_there = read(workdir)
     if lines := differences(
-        {"config": config_there.to_dict(), "data": dataclasses.asdict(data_there)}, mine
+        {"config": its.to_dict(), "data": dataclasses.asdict(data_there)}, mine
     ):
         raise UserError(
             f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with "
@@ -334,7 +297,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
     """Returns the config that a run was started with and the facts of its data.
 
     Raises:
-        UserError: if the folder holds no run or its config.json is damaged.
+        UserError: if the folder holds no run, or its config.json is damaged.
     """
     file = workdir / "config.json"
     if not file.is_file():
@@ -343,32 +306,13 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
             f" There is: {', '.join(runs)}." if runs else " Train one with bnjax train --config bn."
         )
         raise UserError(f"there is no run in {workdir}: it has no config.json.{there}")
-    try:
+    with reading(file):
         content = json.loads(file.read_text())
-        config = parsing.from_dict(content["config"])
         data = content["data"]
-        height, width, channels = map(int, data["image_shape"])
         facts = DataFacts(
-            str(data["name"]),
-            str(data["label"]),
-            (height, width, channels),
-            tuple(map(str, data["classes"])),
+            data["name"], data["label"], tuple(data["image_shape"]), tuple(data["classes"])
         )
-    except (
-        OSError,
-        ValueError,
-        ArithmeticError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        UserError,
-    ) as error:
-        raise UserError(
-            f"{file} is damaged, or from another version of bnjax ({type(error).__name__}: "
-            f"{error})."
-        ) from error
-    return config, facts
+        return parsing.from_dict(content["config"]), facts
 
 
 def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
@@ -380,11 +324,9 @@ def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]]
     file = workdir / FOLDED
     if not file.exists():
         return ()
-    try:
+    with reading(file):
         pairs = json.loads(file.read_text())["pairs"]
         return tuple((tuple(norm.split(".")), tuple(layer.split("."))) for norm, layer in pairs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}).") from error
 
 
 def norm_conventions(config: ConfigDict) -> dict[str, Any]:

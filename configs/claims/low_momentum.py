@@ -44,7 +44,7 @@ def get_claim():
             "0.9": (recipe, {"model.momentum": 0.9}),
             "0.99": (recipe, {"model.momentum": 0.99}),
             "precise": (recipe, {"eval.statistics": "precise"}),
-            "scale_trained": (recipe, {"model.scale": True}),
+            "scale_trained": (recipe, {"model.use_scale": True}),
             "ghost_125": (recipe, {"model.norm": "ghost", "model.virtual_batch": 125}),
             "ghost_25": (recipe, {"model.norm": "ghost", "model.virtual_batch": 25}),
             "averages_bfloat16": (recipe, {"model.average_dtype": "bfloat16"}),

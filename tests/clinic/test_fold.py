@@ -90,12 +90,12 @@ LAYERS = ["conv0", "conv1", "dense0", "dense1", "logits"]
     ("pooling", "norm_dense"),
     [("none", (True, True)), ("max", (False, True)), ("avg", (True, False))],
 )
-@pytest.mark.parametrize("placement", ["input", "before", "after"])
+@pytest.mark.parametrize("placement", ["pre", "before", "after"])
 def test_the_convnet_wherever_its_norms_stand(placement, pooling, norm_dense):
     model = convnet(placement=placement, pooling=pooling, norm_dense=norm_dense)
     done, found = folding_of(model, positive=True)
     following = dict(itertools.pairwise(LAYERS))
-    if placement == "input":
+    if placement == "pre":
         names = [*LAYERS[:3], *(np.array(LAYERS[3:])[[*norm_dense]])]
         wanted = {f"{name}_norm": ("before", name) for name in names}
     else:

@@ -67,7 +67,7 @@ def reference(
         return out + params[name]["bias"]
 
     for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True)):
-        x = norm(x, f"conv{i}", "input")
+        x = norm(x, f"conv{i}", "pre")
         x = conv(x, f"conv{i}", kernel, stride if pooling == "none" else 1)
         x = norm(activation(norm(x, f"conv{i}", "before")), f"conv{i}", "after")
         if pooling != "none" and stride > 1:
@@ -80,7 +80,7 @@ def reference(
     inputs = [True, *norm_dense]
     for i in range(2):
         x = (
-            norm(x, f"dense{i}", "input", inputs[i]) @ params[f"dense{i}"]["kernel"]
+            norm(x, f"dense{i}", "pre", inputs[i]) @ params[f"dense{i}"]["kernel"]
             + params[f"dense{i}"]["bias"]
         )
         x = norm(
@@ -90,12 +90,11 @@ def reference(
             norm_dense[i],
         )
     return (
-        norm(x, "logits", "input", inputs[2]) @ params["logits"]["kernel"]
-        + params["logits"]["bias"]
+        norm(x, "logits", "pre", inputs[2]) @ params["logits"]["kernel"] + params["logits"]["bias"]
     )
 
 
-@pytest.mark.parametrize("placement", ["input", "before", "after"])
+@pytest.mark.parametrize("placement", ["pre", "before", "after"])
 @pytest.mark.parametrize(
     ("pooling", "norm_dense"),
     [("none", (True, True)), ("max", (False, False)), ("avg", (True, False))],

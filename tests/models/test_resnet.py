@@ -24,7 +24,7 @@ PORT = ROOT / "scripts" / "port_torchvision.py"
 NORM = functools.partial(norms.BatchNorm, momentum=0.9)
 SMALL = {"stages": (1, 2), "width": 3, "classes": 4, "norm": NORM}
 IMAGES = np.random.default_rng(1).uniform(size=(3, 9, 8, 3)).astype(np.float32)
-PLACEMENTS = pytest.mark.parametrize("placement", ["post", "pre"])
+PLACEMENTS = pytest.mark.parametrize("placement", ["before", "pre"])
 VARIANTS = pytest.mark.parametrize(
     "variant",
     [{}, {"shortcut": "padding"}, {"bottleneck": True}, {"stem": "imagenet", "bottleneck": True}],

@@ -1,6 +1,5 @@
 """Whatever is thrown at bnjax, the answer is a result or one paragraph."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,28 +14,16 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from strategies import JSON
 
 from bnjax import errors, main
 from bnjax.errors import UserError
-from bnjax.train import build, parsing, rundir
+from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.config import default_config
-from bnjax.train.rundir import Lines, read_metrics
 from bnjax.train_step import init_variables
 
 ROOT = Path(__file__).parents[2]
 
 
-def keys(config, prefix=""):
-    for key, value in config.items():
-        if isinstance(value, type(config)):
-            yield from keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
-KEYS = sorted(keys(default_config()))
 NUMBERS = st.one_of(
     st.integers(-3, 40),
     st.integers(),
@@ -71,115 +58,11 @@ VALUES = st.one_of(
 SMALL = synthetic.dataset()
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), VALUES), min_size=1, max_size=4
-    )
-)
-def test_any_overrides_build_or_are_refused(overrides):
-    config = synthetic.config()
-    try:
-        for name, text in overrides:
-            parsing.override(config, name, text)
-        build.check(config)
-        experiment = build.experiment(config, SMALL)
-    except UserError as error:
-        assert str(error)
-    else:
-        assert experiment.steps >= 1
-
-
-@given(st.data())
-def test_any_change_of_a_saved_config_is_read_or_refused(tmp_path, data):
-    content = {
-        "config": synthetic.config().to_dict(),
-        "data": {"name": "a", "label": "a", "image_shape": [8, 8, 1], "classes": ["x", "y"]},
-    }
-    place, key = (
-        content,
-        data.draw(
-            st.sampled_from(
-                [
-                    "config",
-                    "data",
-                    "model",
-                    "filters",
-                    "image_shape",
-                    "classes",
-                    "train",
-                    "seed",
-                    "new",
-                ]
-            )
-        ),
-    )
-    for section in {
-        "model": ["config"],
-        "filters": ["config", "model"],
-        "train": ["config"],
-        "seed": ["config"],
-    }.get(key, ["data"]):
-        place = place[section]
-    (content if key in ("config", "data") else place)[key] = data.draw(JSON)
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    try:
-        config, facts = rundir.read(tmp_path)
-        build.network(config.model, len(facts.classes), facts.image_shape)
-    except UserError as error:
-        assert str(error)
-
-
-@given(st.binary(max_size=60))
-def test_any_bytes_as_a_saved_config_are_refused(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
-        rundir.read(tmp_path)
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.binary(max_size=40),
-            JSON.map(lambda value: json.dumps(value).encode()),
-            st.just(b'{"step": 1}'),
-        ),
-        max_size=4,
-    )
-)
-def test_any_bytes_as_metrics_are_read_or_refused(tmp_path, lines):
-    file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b"\n".join(lines))
-    before = file.read_bytes()
-    try:
-        read_metrics(file)
-        Lines(file, keep_up_to=5).close()
-    except UserError as error:
-        assert "damaged" in str(error)
-        assert file.read_bytes() == before
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     synthetic.train(synthetic.config(steps=5), folder)
     return folder
-
-
-@given(
-    st.one_of(
-        st.binary(max_size=60),
-        JSON.map(lambda value: json.dumps({"files": value, "accuracy": value}).encode()),
-    )
-)
-def test_any_record_of_a_checkpoint_is_told_from_a_true_one(finished, tmp_path, content):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(finished / "checkpoints", folder)
-    (folder / "5" / "bnjax.json").write_bytes(content)
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        assert checkpoints.step("best") == 5
-        with pytest.raises(UserError, match="damaged"):
-            checkpoints.verify(5)
-    shutil.rmtree(folder)
 
 
 @pytest.mark.slow

@@ -1,4 +1,10 @@
+"""Config files, overrides, and which values are refused."""
+
+import ast
 import json
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import get_args
 
@@ -6,6 +12,10 @@ import numpy as np
 import pooch
 import pytest
 import requests
+import small_digits
+import synthetic
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bnjax import main, norms
 from bnjax.data import datasets
@@ -17,83 +27,106 @@ from bnjax.models.resnet import RESNETS
 from bnjax.train import build, parsing
 from bnjax.train.config import KEYS, default_config
 
+ROOT = Path(__file__).parents[2]
+DATA = synthetic.dataset()
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
 
 def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
     split = Split(np.zeros((n, *shape), np.uint8), np.zeros(n, np.int32))
     return Dataset("cifar10", "cifar10", None, split, split, tuple("abcdefghij"), fallback_reason)
 
 
-def make(overrides=(), n=100, **more):
-    config = default_config()
-    config.train.batch_size, config.train.steps, config.train.epochs = 10, 0, 10.0
-    for name, text in overrides:
-        parsing.override(config, name, text)
-    return build.experiment(config, dataset(n, **more))
+def loaded(*words, file="bn"):
+    """A shipped config with overrides, given as they are on a command line but for their start."""
+    return parsing.load(file, [f"--config.{word}" for word in words])
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("model.strides", "0,1,1"),
-        ("model.momentum", "1.5"),
-        ("model.dense_product", "float16"),
-        ("model.momentum", "1.0"),
-        ("model.momentum", "-0.1"),
-        ("model.kernels", "3,3,3,3"),
-        ("model.kernels", "3,3,33"),
-        ("model.filters", "30,-1,60"),
-        ("model.filters", "30,0.5,60"),
-        ("model.dense", "3500,"),
-        ("model.dropout", "0.5,1.0"),
-        ("model.dropout", "0.5"),
-        ("model.norm_dense", "1,0"),
-        ("model.placement", "behind"),
-        ("model.pooling", "median"),
-        ("model.norm", "bach"),
-        ("model.dtype", "float8"),
-        ("model.activation", "step"),
-        ("model.epsilon", "0"),
-        ("train.batch_size", "101"),
-        ("train.batch_size", "1"),
-        ("train.micro_batches", "0"),
-        ("train.micro_batches", "3"),
-        ("train.micro_batches", "10"),
-        ("train.target_loss", "0"),
-        ("train.stop_at_loss", "-1"),
-        ("train.steps", "7"),
-        ("train.epochs", "0"),
-        ("eval.every_epochs", "-1"),
-        ("eval.batch_size", "0"),
-        ("eval.histograms", "1"),
-        ("eval.pictures", "101"),
-        ("checkpoint.every_minutes", "-1"),
-        ("data.fallback", "mnist"),
-        ("data.train_images", "-1"),
-        ("model.virtual_batch", "1"),
-        ("train.most_skipped", "-1"),
-        ("train.on_nonfinite", "wait"),
-        ("optimizer.name", "sgdd"),
-        ("seed", "-1"),
-    ],
+def made(*words, file="bn", n=100, **more):
+    return build.experiment(loaded("train.batch_size=10", *words, file=file), dataset(n, **more))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_builds_and_its_docstring_gives_command_time_and_result(path):
+    config = parsing.load(str(path), [])
+    assert build.experiment(config, dataset(50_000)).steps > 0
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert f"python -m bnjax.main --config configs/{path.name}" in doc
+    assert "Time: " in doc
+    assert "Expected: " in doc
+
+
+def test_the_tutorials_schedule():
+    found = build.experiment(loaded(), dataset(50_000))
+    wanted = (100, 20, 5000, False)
+    assert (found.steps, found.eval_every, found.batch_size, found.shuffle) == wanted
+    without = build.experiment(loaded(file="no_bn"), dataset(50_000))
+    assert (without.steps, without.model.norm.func) == (400, norms.Identity)
+
+
+RESNET, SPEED = ("model.name=resnet18",), ("model.name=speednet",)
+REFUSED = """
+model.strides=0,1,1 | model.momentum=1.5 | model.momentum=1.0 | model.momentum=-0.1
+model.dense_product=float16 | model.kernels=3,3,3,3 | model.kernels=3,3,33
+model.filters=30,-1,60 | model.filters=30,0.5,60 | model.dropout=0.5,1.0 | model.dropout=0.5
+model.dropout=0.5,0.5,0.5 | model.norm_dense=1,0 | model.placement=input | model.pooling=median | model.norm=bach
+model.dtype=float8 | model.activation=step | model.epsilon=0 | model.mean=0.5 | model.variance=n
+model.virtual_batch=1 | model.renorm_steps=1 | train.batch_size=101 | train.batch_size=1
+train.micro_batches=0 | train.micro_batches=3 | train.micro_batches=10 | train.target_loss=0
+train.stop_at_loss=-1 | train.steps=7 train.epochs=2 | train.steps=0 | train.epochs=-2
+train.most_skipped=-1 | train.on_nonfinite=wait | eval.every_epochs=-1 | eval.batch_size=0
+eval.histograms=1 | eval.gap_images=1 | eval.pictures=101 | eval.views=3 | eval.views_share=0
+checkpoint.every_minutes=-1 | checkpoint.every_minutes=1 checkpoint.every_steps=5 | seed=-1
+data.fallback=mnist | data.train_images=-1 | data.random_crop=true data.pipeline=stream
+data.pipeline=memory data.name=records | data.image_size=8
+optimizer.name=sgdd | optimizer.schedule=step | optimizer.learning_rate=0 | optimizer.b1=1.0
+optimizer.eps=0 | optimizer.momentum=-0.1 | muon.rescale_every=0,1 | augment.flip=always
+model.groups=4 model.norm=group model.placement=before
+model.placement=pre model.norm=group model.groups=1
+model.norm_dense=true,false model.norm=instance model.placement=before
+model.placement=pre model.norm=instance model.norm_dense=false,false
+model.placement=after model.norm=frn model.norm_dense=false,false
+model.kernels=5,5,5 model.name=speednet | model.dense=10 model.name=speednet
+model.std=0.5 model.mean=0.5,0.5,0.5 model.name=speednet | model.norm=frn model.name=speednet
+model.groups=7 model.norm=group model.name=speednet | model.filters=8,8,8,8 model.name=speednet
+model.filters=8,12,20 model.name=resnet18 | model.placement=after model.name=resnet18
+model.groups=7 model.name=resnet18 model.placement=before model.norm=group
+"""
+
+
+@pytest.mark.parametrize("words", REFUSED.strip().replace("\n", "|").split("|"))
+def test_an_impossible_value_is_refused_by_key(words):
+    words = words.strip()
+    section, key = words.partition("=")[0].partition(".")[::2]
+    with pytest.raises(ConfigError, match=rf"config\.{section}.*{key}.* Allowed: "):
+        made(*words.split())
+
+
+VALUES = st.one_of(
+    (st.integers() | st.floats() | st.sampled_from([0.0, 1.0, 1e308, 10**30])).map(str),
+    st.lists(st.integers(-3, 40), max_size=4).map(lambda values: ",".join(map(str, values))),
+    st.sampled_from(["True", "none", "", "()", "[[1]]", "{1: 2}", "'a'", "0x10", "sgd", "max"]),
+    st.text(max_size=20),
 )
-def test_an_impossible_value_is_refused_by_key(name, text):
-    with pytest.raises(ConfigError) as caught:
-        make([(name, text)])
-    section, _, key = name.partition(".")
-    assert f"config.{section}" in str(caught.value)
-    assert key in str(caught.value)
-    assert "Allowed: " in str(caught.value)
+NAMES = st.sampled_from([key.name for key in KEYS]) | st.text(max_size=12)
 
 
-def test_the_defaults_are_allowed_and_have_the_types_of_their_checks():
+@given(st.lists(st.tuples(NAMES, VALUES), min_size=1, max_size=4))
+def test_any_overrides_build_or_are_refused(overrides):
+    config = synthetic.config()
+    try:
+        for name, text in overrides:
+            parsing.override(config, name, text)
+        experiment = build.experiment(config, DATA)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert experiment.steps >= 1
+
+
+def test_the_table_of_keys_is_consistent_with_what_there_is():
     assert len({key.name for key in KEYS}) == len(KEYS)
-    for key in KEYS:
-        assert key.help
-        assert key.allowed.words
-        assert key.allowed.holds(key.default), key.name
-
-
-def test_the_names_in_the_table_are_those_that_there_are():
+    assert all(key.help and key.allowed.holds(key.default) for key in KEYS)
     words = {key.name: key.allowed.words.split(", ") for key in KEYS}
     assert words["model.norm"] == list(norms.NORMS)
     assert words["model.activation"] == list(ACTIVATIONS)
@@ -103,23 +136,15 @@ def test_the_names_in_the_table_are_those_that_there_are():
     assert words["model.pooling"] == ["none", *POOLS]
     assert words["model.placement"] == list(get_args(Placement))
     assert datasets.DIGITS in words["data.fallback"][0]
-
-
-def test_a_norm_of_its_own_has_the_default_of_the_table():
     defaults = {key.norm: key.default for key in KEYS if key.norm}
     assert norms.GhostBatchNorm().virtual_batch == defaults["virtual_batch"]
     assert norms.BatchRenorm().renorm_steps == defaults["renorm_steps"]
 
 
-def test_two_intervals_of_saving_are_refused():
-    with pytest.raises(ConfigError, match=r"checkpoint\.every_\w+ = .*at most one of"):
-        make([("checkpoint.every_steps", "5"), ("checkpoint.every_minutes", "1")])
-
-
 def test_images_that_shrink_to_nothing_are_refused():
     with pytest.raises(ConfigError, match="at least one pixel"):
-        make(shape=(10, 32, 3))
-    make(shape=(11, 32, 3))  # 11 -> 5 -> 3 -> 1
+        made(shape=(10, 32, 3))
+    made(shape=(11, 32, 3))  # 11 -> 5 -> 3 -> 1
 
 
 @pytest.mark.parametrize(
@@ -129,51 +154,58 @@ def test_images_that_shrink_to_nothing_are_refused():
         ("model.momentum", "0", 0.0),
         ("model.dense", "100", (100,)),
         ("model.filters", "(1, 2)", (1, 2)),
-        ("model.filters", "[1,2]", (1, 2)),
-        ("model.scale", "false", False),
-        ("train.shuffle", "True", True),
-        ("data.name", "mnist", "mnist"),
+        ("model.use_scale", "false", False),
         ("data.dir", "12", "12"),
         ("seed", "3", 3),
+        ("seed", "a", ConfigError),
+        ("seed", "1.5", ConfigError),
+        ("model.use_scale", "1", ConfigError),
+        ("model.momentum", "x", ConfigError),
+        ("model.dense", "x", ConfigError),
     ],
 )
 def test_overrides_keep_the_type(name, text, wanted):
     config = default_config()
+    if wanted is ConfigError:
+        with pytest.raises(ConfigError, match=name):
+            parsing.override(config, name, text)
+        return
     parsing.override(config, name, text)
-    value = config
-    for key in name.split("."):
-        value = value[key]
-    assert value == wanted
-    assert type(value) is type(wanted)
+    assert repr(parsing.get(config, name)) == repr(wanted)
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("word", "said"),
     [
-        ("seed", "a"),
-        ("seed", "1.5"),
-        ("model.scale", "1"),
-        ("model.momentum", "x"),
-        ("model.dense", "x"),
+        ("--config.model.momentun=1", r"Did you mean config\.model\.momentum\?"),
+        ("--config.modell.momentum=1", r"Did you mean config\.model\?"),
+        ("--config.seed.x=1", "no keys of its own"),
+        ("--config.model=1", "is a section"),
+        ("--config.optimizer.loss=sum", r"called config\.optimizer\.reduction now"),
+        ("--config.muon.momentum=0.5", r"called config\.optimizer\.momentum now"),
+        ("--config.model.scale=false", r"called config\.model\.use_scale now"),
+        ("--confg.seed=1", "Overrides look like"),
+        ("seed=1", "Overrides look like"),
+        ("--config.seed", "Overrides look like"),
     ],
 )
-def test_overrides_of_another_type_are_refused(name, text):
-    with pytest.raises(ConfigError, match=name):
-        parsing.override(default_config(), name, text)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("model.momentun", r"Did you mean config\.model\.momentum\?"),
-        ("modell.momentum", r"Did you mean config\.model\?"),
-        ("seed.x", "no keys of its own"),
-        ("model", "is a section"),
-    ],
-)
-def test_an_unknown_key_is_named_with_what_there_is(name, said):
+def test_a_key_that_there_is_not_is_refused_with_what_there_is(word, said):
     with pytest.raises(UserError, match=said):
-        parsing.override(default_config(), name, "1")
+        parsing.load("bn", [word])
+
+
+def test_an_old_name_in_a_saved_config_is_refused_with_the_new_one():
+    values = default_config().to_dict()
+    values["model"]["shift"] = values["model"].pop("use_bias")
+    with pytest.raises(UserError, match=r"called config\.model\.use_bias now"):
+        parsing.from_dict(values)
+
+
+def test_a_duration_in_one_unit_replaces_the_other():
+    assert made("train.epochs=3").steps == 30
+    assert made("train.epochs=3", "eval.every_steps=7").eval_every == 7
+    assert made("train.steps=7", file="digits").steps == 7
+    assert made("train.steps=0", "train.epochs=0.001").steps == 1  # at least
 
 
 def test_a_config_file_and_its_overrides(tmp_path):
@@ -183,15 +215,8 @@ def test_a_config_file_and_its_overrides(tmp_path):
     )
     config = parsing.load(str(file), ["--config.seed=4", "--config.model.momentum", "0.5"])
     assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
-
-
-def test_low_precision_products_are_chosen_and_checked():
-    config = default_config()
-    config.model.dense_product = "bfloat16"
-    assert build.network(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
-    config.model.dtype = "bfloat16"
-    with pytest.raises(ConfigError, match=r"dense_product.*float32 with model\.dtype"):
-        build.network(config.model, 10, (32, 32, 3))
+    config.model.dropout = (0.0, 0.1, 0.2)
+    assert parsing.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -199,7 +224,6 @@ def test_low_precision_products_are_chosen_and_checked():
     [
         "",
         "1/0",
-        "def get_config(): return 1/0",
         "def get_config(:",
         "raise SystemExit(0)",
         "def get_config(): return {'name': 'a'}",
@@ -212,42 +236,73 @@ def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
         parsing.load(str(file), [])
 
 
-@pytest.mark.parametrize("flags", [["--confg.seed=1"], ["seed=1"], ["--config.seed"]])
-def test_flags_that_are_no_overrides_are_refused(tmp_path, flags):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from bnjax.train.config import default_config\ndef get_config(): return default_config()\n"
-    )
-    with pytest.raises(UserError, match="Overrides look like"):
-        parsing.load(str(file), flags)
+def test_shipped_files_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parsing.find("bn", "config").samefile(ROOT / "configs/bn.py")
+    assert parsing.find("momentum", "claim").samefile(ROOT / "configs/claims/momentum.py")
+    (own := tmp_path / "bn").write_text("")
+    assert parsing.find("bn", "config").samefile(own)
+    with pytest.raises(UserError, match=r"no config file configs/bn\.py.*: airbench94, bn,"):
+        parsing.find("configs/bn.py", "config")
 
 
-def test_durations_become_steps():
-    experiment = make([("train.epochs", "3")], n=100)
-    assert (experiment.steps, experiment.eval_every, experiment.batch_size) == (30, 20, 10)
+@pytest.mark.slow
+def test_an_installed_package_has_the_configs(tmp_path):
+    build_wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT]
+    subprocess.run(build_wheel, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = "from bnjax.train.parsing import find; print(find('bn', 'config'))"
+    options = {"env": {"PYTHONPATH": str(tmp_path / "installed")}, "cwd": tmp_path, "text": True}
+    command = [sys.executable, "-P", "-c", code]
+    found = subprocess.run(command, check=True, capture_output=True, **options).stdout.strip()
+    assert found == str(tmp_path / "installed/bnjax/configs/bn.py")
 
 
-def test_what_stands_in_for_the_data_names_the_run_and_sets_its_batch():
-    config, digits = default_config(), dataset(1438, fallback_reason="no network")
-    config.name = "bn"
-    used = build.stand_in(config, digits, [])
-    assert (used.name, used.train.batch_size) == ("bn-cifar10", 143)
-    assert build.experiment(used, digits).batch_size == 143
-    assert (config.name, config.train.batch_size) == ("bn", 5000)
-    assert build.stand_in(config, dataset(), []) == config
-    config.train.micro_batches = 4
-    assert build.experiment(build.stand_in(config, digits, []), digits).batch_size == 140
+def test_the_options_reach_the_layers():
+    def norm(*words):
+        return build.network(loaded(*words).model, 10, (32, 32, 3)).norm(name="x")
+
+    options = {"momentum": 0.6, "debias": True, "variance": "unbiased", "virtual_batch": 7}
+    options |= {"use_scale": False, "use_bias": False}
+    layer = norm("model.norm=ghost", *(f"model.{key}={value}" for key, value in options.items()))
+    assert {name: getattr(layer, name) for name in options} == options
+    assert norm("model.norm=group", "model.groups=2", "model.placement=before").groups == 2
+    assert norm("model.norm=renorm", "model.renorm_steps=16").renorm_steps == 16
+    model = build.network(loaded("model.weight_standardization=true").model, 10, (32, 32, 3))
+    assert model.conv is norms.StandardizedConv
 
 
-@pytest.mark.parametrize(
-    "words", [["--config.train.batch_size=64"], ["--config.train.batch_size", "64"]]
-)
-def test_a_batch_size_of_the_command_line_is_kept(words):
-    config, digits = default_config(), dataset(1438, fallback_reason="no network")
-    for name, text in parsing.pairs(words):
-        parsing.override(config, name, text)
-    used = build.stand_in(config, digits, words)
-    assert build.experiment(used, digits).batch_size == used.train.batch_size == 64
+def test_low_precision_products_are_chosen_and_checked():
+    config = loaded("model.dense_product=bfloat16")
+    assert build.network(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
+    config.model.dtype = "bfloat16"
+    with pytest.raises(ConfigError, match=r"dense_product.*float32 with model\.dtype"):
+        build.check(config)
+
+
+def test_an_average_that_keeps_its_starting_value_is_warned_of():
+    def warnings(momentum, steps):
+        return made(f"model.momentum={momentum}", f"train.steps={steps}").warnings
+
+    assert warnings(0.99, 459) == ()  # 0.99 ** 459 < 0.01 < 0.99 ** 458
+    assert "starting value" in warnings(0.99, 458)[0]
+    assert "37%" in warnings(0.99, 100)[0]  # 0.99 ** 100 = 0.366
+    assert made("model.momentum=0.99", "model.norm=none").warnings == ()
+
+
+def test_data_that_stand_in_name_the_run_and_set_its_batch():
+    digits = dataset(1438, fallback_reason="no network")
+
+    def used(*words, of=digits):
+        overrides = [f"--config.{word}" for word in words]
+        config = build.stand_in(parsing.load("bn", overrides), of, overrides)
+        return config.name, build.experiment(config, digits).batch_size
+
+    assert used() == ("bn-cifar10", 143)
+    assert used("train.micro_batches=4") == ("bn-cifar10", 140)
+    assert used("train.batch_size=64") == ("bn-cifar10", 64)
+    assert used("train.batch_size=64", of=dataset()) == ("bn", 64)
 
 
 def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, capsys):
@@ -255,36 +310,10 @@ def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, 
         raise requests.ConnectionError
 
     monkeypatch.setattr(pooch, "retrieve", no_network)
-    words = ["--config.model.filters=2,2,2", "--config.model.dense=4,4", "--config.train.steps=2"]
-    few = ["--config.eval.histograms=0", "--config.eval.pictures=0"]
-    config, folder = Path(__file__).parents[2] / "configs" / "bn.py", tmp_path / "run"
-    command = ["train", "--config", str(config), "--workdir", str(folder), *words, *few]
+    command = ["train", "--config", "bn", "--workdir", str(tmp_path / "run"), *small_digits.TINY]
     assert main.main(command) == 0
     assert "embedded set 'digits' instead, in batches of 143." in capsys.readouterr().err
-    saved = json.loads((folder / "config.json").read_text())["config"]
+    saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
     assert (saved["name"], saved["train"]["batch_size"]) == ("bn-digits", 143)
-    assert json.loads((folder / "summary.json").read_text())["batch_size"] == 143
     assert main.main(command) == 0
-    assert f"{folder} is finished" in capsys.readouterr().out
-
-
-def test_an_average_that_keeps_its_starting_value_is_warned_of():
-    def warnings(momentum, steps):
-        return make(
-            [("model.momentum", str(momentum)), ("train.steps", str(steps)), ("train.epochs", "0")]
-        ).warnings
-
-    assert warnings(0.99, 459) == ()  # 0.99 ** 459 < 0.01 < 0.99 ** 458
-    (text,) = warnings(0.99, 458)
-    assert "starting value" in text
-    (text,) = warnings(0.99, 100)
-    assert "37%" in text  # 0.99 ** 100 = 0.366
-    assert warnings(0.75, 100) == ()
-    assert make([("model.momentum", "0.99"), ("model.norm", "none")]).warnings == ()
-
-
-def test_a_config_survives_json():
-    config = default_config()
-    config.model.dense = (5, 6, 7)
-    config.model.dropout = (0.0, 0.1, 0.2)
-    assert parsing.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    assert f"{tmp_path / 'run'} is finished" in capsys.readouterr().out

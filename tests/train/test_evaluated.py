@@ -13,7 +13,6 @@ import synthetic
 from bnjax.clinic.averaging import averaged_params
 from bnjax.clinic.statistics import precise
 from bnjax.data.batches import spread
-from bnjax.errors import ConfigError
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer
@@ -217,25 +216,3 @@ def test_that_averages_are_not_ready_is_no_trouble_where_they_are_not_used():
     slow = {"model__momentum": 0.99}
     assert "not be ready" in build.experiment(config(**slow), DATA).warnings[0]
     assert build.experiment(config(**slow, eval__statistics="precise"), DATA).warnings == ()
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("eval.statistics", "exact"),
-        ("eval.precise_images", 1),
-        ("eval.gap_images", -1),
-        ("optimizer.average", "polyak"),
-        ("optimizer.average_decay", 1.0),
-        ("optimizer.average_start", 0),
-        ("optimizer.average_every", 0),
-    ],
-)
-def test_what_is_impossible_is_refused(key, value):
-    with pytest.raises(ConfigError, match=key):
-        build.experiment(config(**{key.replace(".", "__"): value}), DATA)
-
-
-def test_one_image_has_no_statistics():
-    with pytest.raises(ConfigError, match="gap_images"):
-        build.experiment(config(eval__gap_images=1), DATA)

@@ -12,7 +12,6 @@ from events import read_values
 
 from bnjax.clinic.linen import Network
 from bnjax.clinic.statistics import Drift, drift, gap, put
-from bnjax.errors import UserError
 from bnjax.norms import BatchNorm
 from bnjax.train.loop import Trainer
 from bnjax.train.run import StopRequest
@@ -135,22 +134,3 @@ def test_a_network_without_running_statistics_has_no_gap(tmp_path):
     plain.model.norm, plain.train.steps = "layer", 1
     synthetic.train(plain, tmp_path / "run")
     assert gaps(tmp_path / "run") == []
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"batch_loss": "low"},
-        {"batch_accuracy": None},
-        {"drift_mean": [1.0]},
-        {"drift_variance": {"norm": "far"}},
-        {"split": "valid"},
-    ],
-)
-def test_a_damaged_line_is_told(finished, tmp_path, change):
-    line = gaps(finished)[0]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_metrics(tmp_path / "metrics.jsonl") == [line]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line | change) + "\n")
-    with pytest.raises(UserError, match="step 5"):
-        read_metrics(tmp_path / "metrics.jsonl")

@@ -13,7 +13,7 @@ from bnjax.train_step import predict_step
 
 DATA = synthetic.dataset()
 OWN = {
-    "speednet": {"filters": (6,), "scale": False, "momentum": 0.2, "whiten_images": 48},
+    "speednet": {"filters": (6,), "use_scale": False, "momentum": 0.2, "whiten_images": 48},
     "resnet20": {"placement": "before", "momentum": 0.2},
 }
 

@@ -7,7 +7,6 @@ import pytest
 
 from bnjax.commands.predict import Classifier
 from bnjax.data.datasets import Dataset, Split
-from bnjax.errors import ConfigError
 from bnjax.train import build, parsing
 from bnjax.train.loop import train_and_evaluate
 from bnjax.train.rundir import read_metrics
@@ -27,9 +26,6 @@ SMALL = (
     "muon.head_rate=0.05",
     "muon.bias_rate=0.01",
 )
-
-
-RESNET = ["model.name=resnet18", "model.filters=30,50,60", "model.whiten_images=5000"]
 
 
 def dataset():
@@ -69,35 +65,6 @@ def test_a_small_copy_of_the_recipe_learns(tmp_path, name, monkeypatch):
     views, one = (Classifier(trained, n).of_split("test", None)["loss"] for n in (None, 1))
     np.testing.assert_allclose(views, summary["final_test"]["loss"], rtol=1e-4)
     assert abs(views - one) > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("words", "key"),
-    [
-        (["model.kernels=5,5,5"], "model.kernels"),
-        (["model.dense=10"], "model.dense"),
-        (["model.mean=0.5"], "model.mean"),
-        (["model.norm=frn"], "model.norm"),
-        (["model.norm=group"], "model.groups"),
-        (["model.filters=8,8,8,8"], "model.filters"),
-        (["eval.views=3"], "eval.views"),
-        (["eval.views_share=0"], "eval.views_share"),
-        (["muon.rescale_every=0,1"], "muon.rescale_every"),
-        (["optimizer.schedule=step"], "optimizer.schedule"),
-        (["augment.flip=always"], "augment.flip"),
-        (["model.name=resnet18", "model.filters=8,12"], "model.filters"),
-        ([*RESNET, "model.placement=after"], "model.placement"),
-        ([*RESNET, "model.placement=before", "model.norm=group"], "model.groups"),
-    ],
-)
-def test_what_cannot_be_is_a_config_error_that_names_its_key(words, key):
-    with pytest.raises(ConfigError, match=key):
-        build.experiment(config("speed94", *words), dataset())
-
-
-def test_a_network_of_the_default_has_no_pixels_to_standardise():
-    with pytest.raises(ConfigError, match=r"model\.mean"):
-        build.check(parsing.load("configs/bn.py", ["--config.model.mean=0.5,0.5,0.5"]))
 
 
 def test_auto_is_float32_on_a_cpu():

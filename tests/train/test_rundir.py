@@ -1,9 +1,12 @@
-import gc
+"""The files of a run: written whole, read plainly, and a damaged one is one sentence."""
+
+import subprocess
 
 import pytest
 from events import read_values
 
 from bnjax.errors import UserError
+from bnjax.train import rundir
 from bnjax.train.rundir import Lines, RunWriter, read_lines, write_json
 
 
@@ -37,12 +40,31 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     assert found["train/images_per_s"] == (1, 100.0)
 
 
-@pytest.mark.parametrize("name", ["timing.jsonl", "histograms.jsonl", "tensorboard"])
-def test_where_one_file_cannot_be_opened_none_stays_open(tmp_path, name):
-    if name == "tensorboard":
-        (tmp_path / name).write_text("no folder")
-    else:
+@pytest.mark.parametrize(
+    "content", ["{\n", "[]\n", '{"step": -1}\n', '{"loss": 1.0}\n', "\x80\n", "[" * 10**5 + "\n"]
+)
+def test_a_damaged_file_is_one_sentence(tmp_path, content):
+    for name, read in (("metrics.jsonl", read_lines), ("config.json", None)):
+        file = tmp_path / name
+        file.write_bytes(content.encode("latin-1"))
+        with pytest.raises(UserError, match=rf"{name} is damaged"):
+            read(file) if read else rundir.read(tmp_path)
+
+
+def git(folder, *words):
+    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", str(folder), *name, *words], check=True, capture_output=True)
+
+
+def test_the_revision_is_that_of_a_repository_which_tracks_the_package(tmp_path):
+    git(tmp_path, "init")
+    for name in ("bnjax", "other"):
         (tmp_path / name).mkdir()
-    with pytest.raises((OSError, UserError)):
-        RunWriter(tmp_path, start=0)
-    gc.collect()  # pytest makes an error of a file that is open when nothing refers to it
+        (tmp_path / name / "__init__.py").write_text("")
+    git(tmp_path, "add", "other")
+    git(tmp_path, "commit", "-m", "other")
+    assert rundir._git_revision(tmp_path / "bnjax") is None
+    git(tmp_path, "add", "bnjax")
+    git(tmp_path, "commit", "-m", "own")
+    assert rundir._git_revision(tmp_path / "bnjax")
+    assert rundir._git_revision(tmp_path / "nowhere") is None
