@@ -69,7 +69,8 @@ REFUSED = """
 model.strides=0,1,1 | model.momentum=1.5 | model.momentum=1.0 | model.momentum=-0.1
 model.dense_product=float16 | model.kernels=3,3,3,3 | model.kernels=3,3,33
 model.filters=30,-1,60 | model.filters=30,0.5,60 | model.dropout=0.5,1.0 | model.dropout=0.5
-model.dropout=0.5,0.5,0.5 | model.norm_dense=1,0 | model.placement=input | model.pooling=median | model.norm=bach
+model.dropout=0.5,0.5,0.5 | model.norm_dense=1,0 | model.placement=input
+model.pooling=median | model.norm=bach
 model.dtype=float8 | model.activation=step | model.epsilon=0 | model.mean=0.5 | model.variance=n
 model.virtual_batch=1 | model.renorm_steps=1 | train.batch_size=101 | train.batch_size=1
 train.micro_batches=0 | train.micro_batches=3 | train.micro_batches=10 | train.target_loss=0
