@@ -3,37 +3,26 @@
 import dataclasses
 import gzip
 import io
-import os
+import logging
+import sys
 import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from bnjax.errors import DataError
+from bnjax.errors import DataError, UnavailableError
 
 PIXELS = 32 * 32 * 3
-CLASS_FILE_BYTES = 1 << 14  # far more than the names of a hundred classes take
+STALL_SECONDS = 10.0  # a download that receives nothing for so long is given up
+MEND = "Fetch the official archive again, or remove this copy so that bnjax downloads one."
 
-Split = tuple[np.ndarray, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Archive:
-    """An archive on a server, and its checksum."""
-
-    url: str
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.url.rpartition("/")[2]
+Arrays = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One of the two data sets: its files, and what is known of its contents.
+    """One of the two data sets: its archive, its files, and the sums of its pixels.
 
     `train_sums` and `test_sums` are the sums of all red, green and blue values of the official
     pixels. They follow from the per-channel means that are published to 16 digits
@@ -41,7 +30,8 @@ class Version:
     give whole numbers.
     """
 
-    archive: Archive
+    url: str
+    sha256: str
     folder: str
     train_files: dict[str, int]  # with the number of examples in each
     test_files: dict[str, int]
@@ -51,20 +41,16 @@ class Version:
     train_sums: tuple[int, int, int]
     test_sums: tuple[int, int, int] | None
 
-    def sizes(self) -> dict[str, int]:
-        """Returns the bytes of each file of examples."""
-        return {
-            name: examples * (self.label_bytes + PIXELS)
-            for name, examples in (self.train_files | self.test_files).items()
-        }
+    @property
+    def archive(self) -> str:
+        """The name of the archive."""
+        return self.url.rpartition("/")[2]
 
 
 VERSIONS = {
     "cifar10": Version(
-        archive=Archive(
-            url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-            sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        ),
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         folder="cifar-10-batches-bin",
         train_files={f"data_batch_{i}.bin": 10_000 for i in range(1, 6)},
         test_files={"test_batch.bin": 10_000},
@@ -75,10 +61,8 @@ VERSIONS = {
         test_sums=(1290492328, 1266775083, 1176108223),
     ),
     "cifar100": Version(
-        archive=Archive(
-            url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-            sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        ),
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         folder="cifar-100-binary",
         train_files={"train.bin": 50_000},
         test_files={"test.bin": 10_000},
@@ -93,39 +77,73 @@ VERSIONS = {
 
 def find(version: Version, folder: Path) -> Path | None:
     """Returns the unpacked folder of this version (perhaps the folder itself) or its archive."""
-    itself = Path(os.path.abspath(folder))  # "." has no name
-    for candidate in (
-        itself if itself.name == version.folder else folder / version.folder,
-        folder / version.archive.name,
-    ):
-        if os.path.lexists(candidate):
-            return candidate
-    return None
+    itself = folder.absolute()
+    unpacked = itself if itself.name == version.folder else itself / version.folder
+    candidates = (unpacked, itself / version.archive)
+    return next((one for one in candidates if one.exists()), None)
 
 
-def read(version: Version, source: Path) -> tuple[Split, Split, tuple[str, ...]]:
+def download(version: Version, cache: Path) -> Path:
+    """Returns the archive in a folder, where it appears whole and verified or not at all.
+
+    Raises:
+        UnavailableError: if it cannot be downloaded.
+    """
+    import pooch
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    downloader = pooch.HTTPDownloader(timeout=STALL_SECONDS, progressbar=sys.stderr.isatty())
+    known = f"sha256:{version.sha256}"
+    try:
+        return Path(pooch.retrieve(version.url, known, version.archive, cache, None, downloader))
+    except (OSError, ValueError) as error:  # ValueError: another checksum
+        raise UnavailableError(
+            f"{version.archive} is not on this machine, and {version.url} could not be downloaded "
+            f"into {cache} ({type(error).__name__}: {str(error)[:200]}). Fetch it where there is a "
+            "network, put it into a folder, and add --config.data.dir=FOLDER."
+        ) from error
+
+
+def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
     """Returns train and test, images uint8 [n, 32, 32, 3] and labels int32 [n], and the classes.
+
+    Args:
+        version: one of the two data sets.
+        source: its unpacked folder or its archive, which is not unpacked to the disk.
 
     Raises:
         DataError: naming the file that is missing, damaged, of the wrong size, or holds a label out
             of range.
     """
-    contents = _read_folder(version, source) if source.is_dir() else _read_archive(version, source)
-    train, test = (
-        _split(version, source, contents, files)
-        for files in (version.train_files, version.test_files)
-    )
+    names = [*version.train_files, *version.test_files, version.class_file]
+    try:
+        if source.is_dir():
+            contents = {name: (source / name).read_bytes() for name in names}
+        else:
+            contents = _read_archive(source)
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        name = getattr(error, "filename", None) or source
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{name} cannot be read: {reason}. {MEND}") from error
+    if missing := [name for name in names if name not in contents]:
+        raise DataError(f"{source} holds no file {', '.join(missing)}. {MEND}")
     classes = tuple(contents[version.class_file].decode("ascii", "replace").split())
     if len(classes) != version.classes:
-        raise DataError(
-            f"{source / version.class_file} names {len(classes)} classes, not {version.classes}. "
-            f"{_MEND}"
-        )
-    return train, test, classes
+        found = f"{len(classes)} classes, not {version.classes}"
+        raise DataError(f"{source / version.class_file} names {found}. {MEND}")
+
+    def arrays(files: dict[str, int]) -> Arrays:
+        rows = [_rows(version, contents[name], source / name, n) for name, n in files.items()]
+        row = np.concatenate(rows)
+        planes = row[:, version.label_bytes :].reshape(-1, 3, 32, 32)
+        image = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        return image, row[:, version.label_bytes - 1].astype(np.int32)
+
+    return arrays(version.train_files), arrays(version.test_files), classes
 
 
 def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
-    """Tells whether the images hold the official pixels, by the sums over each channel."""
+    """Returns whether the images hold the official pixels, by the sums over each channel."""
 
     def sums(image: np.ndarray) -> tuple[int, ...]:
         return tuple(int(total) for total in image.sum((0, 1, 2), dtype=np.int64))
@@ -133,83 +151,22 @@ def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
     return sums(train) == version.train_sums and version.test_sums in (None, sums(test))
 
 
-_MEND = "Fetch the official archive again, or remove this copy so that bnjax downloads one."
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """Returns the files in an archive by their last names; links are not followed."""
+    content = io.BytesIO(gzip.decompress(path.read_bytes()))  # at once, as that checks its sum
+    with tarfile.open(fileobj=content) as archive:
+        files = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
+        return {name.rpartition("/")[2]: file.read() for name, file in files.items() if file}
 
 
-def _read_folder(version: Version, folder: Path) -> dict[str, bytes]:
-    contents = {}
-    for name in [*version.sizes(), version.class_file]:
-        try:
-            _check_size(
-                version, folder, name, (folder / name).stat().st_size
-            )  # first, as it may be huge, or no real file
-            contents[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{folder / name} cannot be read: {error.strerror}. {_MEND}") from error
-    return contents
-
-
-def _read_archive(version: Version, path: Path) -> dict[str, bytes]:
-    """Reads the files in the archive without unpacking anything to the disk.
-
-    Links in it are not followed.
-    """
-    most = 2 * sum(version.sizes().values()) + (1 << 20)
-    names = [*version.sizes(), version.class_file]
-    contents: dict[str, bytes] = {}
-    try:
-        with gzip.open(path) as stream:
-            unpacked = stream.read(most + 1)
-        if len(unpacked) > most:
-            raise DataError(
-                f"{path} unpacks to far more than {version.archive.name} should. {_MEND}"
-            )
-        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                if name in names and member.isfile():
-                    _check_size(version, path, name, member.size)
-                    # None only for what is no file.
-                    contents[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise DataError(
-            f"{path} is not a whole tar.gz archive: {getattr(error, 'strerror', None) or error}. "
-            f"{_MEND}"
-        ) from error
-    if missing := [name for name in names if name not in contents]:
-        raise DataError(f"{path} holds no file {', '.join(missing)}. {_MEND}")
-    return contents
-
-
-def _check_size(version: Version, source: Path, name: str, size: int) -> None:
-    right = version.sizes().get(name)
-    if right is None and size > CLASS_FILE_BYTES:
-        raise DataError(
-            f"{source / name} has {size:,} bytes, too many for the names of {version.classes} "
-            f"classes. {_MEND}"
-        )
-    if right is not None and size != right:
-        raise DataError(f"{source / name} has {size:,} bytes, not {right:,}. {_MEND}")
-
-
-def _split(
-    version: Version, source: Path, contents: dict[str, bytes], files: dict[str, int]
-) -> Split:
-    rows = [
-        np.frombuffer(contents[name], np.uint8).reshape(-1, version.label_bytes + PIXELS)
-        for name in files
-    ]
-    for name, row in zip(files, rows, strict=True):
-        label = row[:, version.label_bytes - 1]
-        if label.max() >= version.classes:
-            wrong = f"example {label.argmax()} has the label {label.max()}"
-            raise DataError(
-                f"{source / name}: {wrong}, not one of 0 to {version.classes - 1}. {_MEND}"
-            )
-    image = np.empty((sum(files.values()), 32, 32, 3), np.uint8)
-    planes = [
-        row[:, version.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for row in rows
-    ]
-    return np.concatenate(planes, out=image), np.concatenate(
-        [row[:, version.label_bytes - 1] for row in rows]
-    ).astype(np.int32)
+def _rows(version: Version, content: bytes, file: Path, examples: int) -> np.ndarray:
+    """Returns the bytes of each example, uint8 [examples, label and pixels]."""
+    size = version.label_bytes + PIXELS
+    if len(content) != examples * size:
+        raise DataError(f"{file} has {len(content):,} bytes, not {examples * size:,}. {MEND}")
+    row = np.frombuffer(content, np.uint8).reshape(examples, size)
+    label = row[:, version.label_bytes - 1]
+    if label.max() >= version.classes:
+        wrong = f"example {label.argmax()} has the label {label.max()}"
+        raise DataError(f"{file}: {wrong}, not one of 0 to {version.classes - 1}. {MEND}")
+    return row

@@ -1,15 +1,18 @@
 """How batches for training reach the device."""
 
 import dataclasses
+import functools
+import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from bnjax.data.batches import Part, Rows, eval_batches, indices, take, train_rows
+from bnjax.data.batches import WHOLE, Examples, Part, TrainRows, eval_batches, take
 from bnjax.data.datasets import Split
-from bnjax.data.records import Examples
+from bnjax.data.stream import Records, read_ahead
 from bnjax.types import Batch
 
 # What the host ships for one step: a tree of arrays, of the same shapes for every step.
@@ -21,8 +24,8 @@ class Feed:
     """Batches in two halves: what the host ships for a step, and what the device makes of it.
 
     Attributes:
-        items: (seed, start) -> the items of the steps after `start`, for ever; what a step sees
-            depends on the seed and the step alone, so that resuming is `items(seed, start)`.
+        items: (seed, start) -> the items of the steps after `start`, for ever; they depend on the
+            seed and the step alone, so that resuming is `items(seed, start)`.
         batch: (resident, item) -> the batch of a step; pure, and compiled into the step. Beside
             what `train_step` takes it may have, for augmentation, `index` int [n] of each example
             in the training set, and the `epoch` int [n] that it is in.
@@ -36,16 +39,26 @@ class Feed:
     max_steps: int = 1
 
 
-WHOLE = Part()  # of a batch, on one device
+def host_feed(split: Examples, batch_size: int, *, shuffle: bool, part: Part = WHOLE) -> Feed:
+    """Returns a feed that ships the batches' images, one step at a time.
 
+    Records are read and decoded while the device computes. A random crop depends on the seed and on
+    the place of the example in the endless stream. The order of an epoch takes 8 bytes an example
+    in each process.
 
-def host_feed(split: Split, batch_size: int, *, shuffle: bool, part: Part = WHOLE) -> Feed:
-    """Returns a feed that ships the batches' images, one step at a time."""
+    Args:
+        split: the training split.
+        batch_size: of all processes together.
+        shuffle: whether each epoch has an order of its own.
+        part: the rows of each batch that this process loads.
+    """
 
     def items(seed: int, start: int) -> Iterator[Batch]:
-        for rows, about in _steps(split, batch_size, seed if shuffle else None, start, part):
-            chosen = rows if part == WHOLE else np.asarray(about["index"])
-            yield {**take(split, chosen), **about}
+        rows = TrainRows(len(split), batch_size, seed if shuffle else None)
+        load = functools.partial(_load, split, rows, part, seed)
+        if isinstance(split, Records):
+            return read_ahead(load, start, sys.maxsize, split.reading.workers)
+        return map(load, itertools.count(start))
 
     return Feed(items, lambda resident, item: item)
 
@@ -61,8 +74,8 @@ def resident_feed(
     shape = split.image.shape[1:]
 
     def items(seed: int, start: int) -> Iterator[Item]:
-        steps = _steps(split, batch_size, seed if shuffle else None, start, part)
-        return (about for _, about in steps)
+        rows = TrainRows(len(split), batch_size, seed if shuffle else None)
+        return map(functools.partial(_numbers, rows, part), itertools.count(start))
 
     def batch(resident: Any, item: Any) -> Batch:
         (image, label), rows = resident, item["index"]
@@ -76,9 +89,13 @@ def every_batch(split: Examples, batch_size: int, part: Part = WHOLE) -> Iterato
     """Returns this process's part of the batches that have every example; see `eval_batches`."""
     if isinstance(split, Split):
         return map(part.of, eval_batches(split.image, split.label, batch_size))
-    from bnjax.data import stream
+    rows = np.arange(len(split))
+    parts = [*map(part.of, eval_batches(rows, rows, batch_size))]
 
-    return stream.every_batch(split, batch_size, part)
+    def load(number: int) -> Batch:
+        return {**parts[number], **take(split, np.asarray(parts[number]["label"]))}
+
+    return read_ahead(load, 0, len(parts), workers=0)  # processes would have to start each time
 
 
 def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
@@ -88,7 +105,7 @@ def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
     steps. With several seeds the items have an axis for them.
 
     Args:
-        feed: whose items they are.
+        feed: the feed of the items.
         items: one for each step and, in it, each seed.
     """
     joined = [_stack(of_seeds) if len(of_seeds) > 1 else of_seeds[0] for of_seeds in items]
@@ -98,19 +115,28 @@ def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
     return _stack([*joined, *[joined[-1]] * missing]), np.int32(len(items))
 
 
-def _steps(
-    split: Split, batch_size: int, seed: int | None, start: int, part: Part
-) -> Iterator[tuple[Rows, Batch]]:
-    """Returns the rows of each step, and `index`, `epoch` and perhaps `mask` of the part's."""
-    examples = len(split.label)
+def _numbers(rows: TrainRows, part: Part, step: int) -> Batch:
+    """Returns `index` and `epoch` of the part's examples in a step, and perhaps `mask`."""
+    epoch = _positions(rows, step) // rows.examples
+    return part.of({"index": rows(step).astype(np.int32), "epoch": epoch.astype(np.int32)})
 
-    def about(rows: Rows, step: int) -> Batch:
-        epoch = np.arange(step * batch_size, (step + 1) * batch_size) // examples
-        numbers = {"index": indices(rows), "epoch": epoch}
-        return part.of({name: one.astype(np.int32) for name, one in numbers.items()})
 
-    rows = train_rows(examples, batch_size, seed=seed, start=start)
-    return ((of_step, about(of_step, step)) for step, of_step in enumerate(rows, start))
+def _positions(rows: TrainRows, step: int) -> np.ndarray:
+    """Returns the places of a step's examples in the endless stream."""
+    return np.arange(step * rows.batch_size, (step + 1) * rows.batch_size)
+
+
+def _load(split: Examples, rows: TrainRows, part: Part, seed: int, step: int) -> Batch:
+    """Returns the part's batch of a step."""
+    numbers = _numbers(rows, part, step)
+    index = np.asarray(numbers["index"])
+    if isinstance(split, Records) and split.reading.random_crop:
+        places = np.asarray(part.of({"position": _positions(rows, step)})["position"])
+        # 1: the orders of the epochs are drawn from two numbers.
+        chosen = split.select(index, [np.random.default_rng([seed, i, 1]) for i in places])
+    else:
+        chosen = split.select(index)
+    return {"image": chosen.image, "label": chosen.label, **numbers}
 
 
 def _stack(items: Sequence[Item]) -> Item:
