@@ -21,7 +21,6 @@ Prints each audit, and the test accuracy beside it under stored and under precis
 import argparse
 import dataclasses
 import functools
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ from foreign import ResNet
 from bnjax.clinic import Network, Run, audit
 from bnjax.clinic.statistics import precise
 from bnjax.data import datasets
-from bnjax.data.batches import eval_batches, take, train_rows
+from bnjax.data.batches import TrainRows, eval_batches, take
 from bnjax.metrics import Metrics
 from bnjax.train.cpu import compiler_options, prepare
 from bnjax.train_step import eval_step, forward, init_state, train_step
@@ -51,8 +50,8 @@ def train(model, tx, split, jit):
     state, stats = init_state(model, tx, jax.random.key(0), split.image[:1])
     step = jit(functools.partial(train_step, model=model, tx=tx))
     average = state.params
-    rows = itertools.islice(train_rows(len(split.label), BATCH, seed=0), STEPS)
-    for batch in tqdm.tqdm([take(split, chosen) for chosen in rows], disable=None):
+    rows = TrainRows(len(split), BATCH, seed=0)
+    for batch in tqdm.tqdm([take(split, rows(step)) for step in range(STEPS)], disable=None):
         state, stats, metrics = step(state, stats, batch)
         average = optax.incremental_update(state.params, average, 1 - AVERAGE)
     print(f"  last batch: {metrics.means()}")

@@ -11,6 +11,7 @@ memory is the process's.
 
 import argparse
 import functools
+import itertools
 import json
 import resource
 import time
@@ -26,7 +27,7 @@ from flax.training import train_state
 
 from bnjax import norms
 from bnjax.data import datasets
-from bnjax.data.batches import train_rows
+from bnjax.data.batches import TrainRows
 from bnjax.data.feed import resident_feed
 from bnjax.train import build
 from bnjax.train.config import default_config
@@ -134,10 +135,11 @@ def textbook_trainer(
         tx=optax.adam(1e-3),
         batch_stats=variables.get("batch_stats", {}),
     )
-    order, held = train_rows(len(data.train.label), args.batch, seed=None), [state]
+    rows_of, held = TrainRows(len(data.train.label), args.batch, seed=None), [state]
+    steps = itertools.count()
 
     def advance() -> Any:
-        rows = next(order)
+        rows = rows_of(next(steps))
         held[0], loss = textbook_step(held[0], data.train.image[rows], data.train.label[rows])
         return held[0].params, held[0].opt_state, loss
 

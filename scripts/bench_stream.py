@@ -27,9 +27,10 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from bnjax.data import datasets, records
-from bnjax.data.records import LABELS, Crop, Reading
-from bnjax.data.stream import stream_feed
+from bnjax.data import datasets
+from bnjax.data.feed import host_feed
+from bnjax.data.stream import LABELS, Reading
+from bnjax.data.tfds import example
 from bnjax.train import parsing
 from bnjax.train.cpu import prepare
 from bnjax.train.loop import train_and_evaluate
@@ -55,14 +56,17 @@ def picture(rng: np.random.Generator, label: int) -> Image.Image:
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def encode(image: Image.Image, kind: str) -> bytes:
-    """Returns the image as a file."""
+def encode(image: Image.Image, kind: str, label: int) -> bytes:
+    """Returns an image and its label as a record."""
     file = io.BytesIO()
     if kind == "png":
         image.save(file, "png", compress_level=0)
     else:
         image.save(file, "jpeg", quality=90)
-    return file.getvalue()
+    record = example()()
+    record.features.feature["image"].bytes_list.value.append(file.getvalue())
+    record.features.feature["label"].int64_list.value.append(label)
+    return record.SerializeToString()
 
 
 def make(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     (args.folder / LABELS).write_text("".join(f"class {i}\n" for i in range(CLASSES)))
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(CLASSES), DISTINCT)
-    records = [records.encode(encode(picture(rng, i), args.kind), int(i)) for i in labels]
+    records = [encode(picture(rng, i), args.kind, int(i)) for i in labels]
     wanted, total, written = int(args.gigabytes * 1e9), 0, 0
     shards = -(-wanted // SHARD_BYTES)
     with tqdm.tqdm(total=wanted, unit="B", unit_scale=True, leave=False) as progress:
@@ -105,10 +109,9 @@ def children(process: int) -> list[int]:
 
 def feed(args: argparse.Namespace) -> dict[str, Any]:
     """Measures the feed alone, once its workers run."""
-    crop = Crop(args.image_size, args.shorter_side or args.image_size, at_random=True)
-    reading = Reading(crop, args.workers)
+    reading = Reading(args.image_size, args.shorter_side, random_crop=True, workers=args.workers)
     records: Any = datasets.load("records", str(args.folder), stream=reading).train
-    items = stream_feed(records, args.batch_size, shuffle=True).items(0, 0)
+    items = host_feed(records, args.batch_size, shuffle=True).items(0, 0)
     for _ in range(2 * max(1, args.workers)):  # what was read ahead
         next(items)
     began = time.perf_counter()

@@ -15,7 +15,7 @@ from bnjax.errors import UserError
 
 if TYPE_CHECKING:
     from bnjax.clinic import Findings
-    from bnjax.data.records import Examples
+    from bnjax.data.batches import Examples
     from bnjax.types import Batch
 
 LEAST_BATCHES = 4  # to see how much batches differ
@@ -103,12 +103,12 @@ def audit_batches(split: "Examples", batch_size: int, images: int | None) -> "li
     >>> [len(batch["label"]) for batch in audit_batches(split, 50, None)]
     [25, 25, 25, 25]
     """
-    from bnjax.data.batches import take, train_rows
+    from bnjax.data.batches import TrainRows, take
 
     wanted = min(images or max(LEAST_BATCHES * batch_size, LEAST_IMAGES), len(split))
     size = max(2, min(batch_size, wanted // LEAST_BATCHES))
-    rows = train_rows(len(split), min(size, len(split)), seed=0)
-    return [take(split, next(rows)) for _ in range(max(1, wanted // size))]
+    rows = TrainRows(len(split), min(size, len(split)), seed=0)
+    return [take(split, rows(step)) for step in range(max(1, wanted // size))]
 
 
 def _progress(batches: "Sequence[Batch]", title: str) -> "Iterable[Batch]":

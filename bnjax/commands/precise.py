@@ -42,7 +42,7 @@ def run(
 
     from bnjax.clinic import precise
     from bnjax.clinic.linen import nothing_seen
-    from bnjax.data.batches import eval_batches, spread
+    from bnjax.data.batches import eval_batches, evenly_spaced
     from bnjax.text import text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare
@@ -56,7 +56,7 @@ def run(
         raise UserError(f"the network in {workdir} has no running statistics.")
     dataset = trained.dataset(data_dir)
     images = min(images, len(dataset.train))
-    chosen, batch_size = spread(dataset.train, images), trained.config.train.batch_size
+    chosen, batch_size = evenly_spaced(dataset.train, images), trained.config.train.batch_size
     size = -(-images // -(-images // batch_size))
     batches = [*eval_batches(chosen.image, chosen.label, size)]
     shown = tqdm.tqdm(batches, "statistics", unit="batch", disable=not sys.stderr.isatty())

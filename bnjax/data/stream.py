@@ -5,7 +5,6 @@ whole number. TensorFlow Datasets writes such folders.
 """
 
 import dataclasses
-import functools
 import io
 import json
 import multiprocessing
@@ -23,7 +22,7 @@ from PIL import Image
 
 from bnjax.data.datasets import Split
 from bnjax.data.pictures import eight_bits
-from bnjax.data.tfds import import_tfds
+from bnjax.data.tfds import example
 from bnjax.errors import DataError, WorkerError
 from bnjax.types import Batch
 
@@ -231,18 +230,9 @@ def decode(record: bytes, channels: int) -> tuple[Image.Image, int]:
 
 def _parse(record: bytes) -> dict[str, bytes | int]:
     """Returns the first value of each feature that has bytes or whole numbers."""
-    features = _example().FromString(bytes(record)).features.feature
+    features = example().FromString(bytes(record)).features.feature
     values = {name: of.bytes_list.value or of.int64_list.value for name, of in features.items()}
     return {name: found[0] for name, found in values.items() if found}
-
-
-@functools.cache
-def _example() -> Any:
-    """Returns the class of tf.train.Example that TFDS brings, imported late: it takes 0.4 s."""
-    import_tfds()
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example
 
 
 def _square(image: Image.Image, reading: Reading, rng: np.random.Generator | None) -> Image.Image:

@@ -2,11 +2,13 @@
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from bnjax.errors import DataError, UnavailableError
 from bnjax.quiet import drop_logs
@@ -20,6 +22,15 @@ def import_tfds() -> ModuleType:
     import tensorflow_datasets
 
     return tensorflow_datasets
+
+
+@functools.cache
+def example() -> Any:
+    """Returns the class of tf.train.Example that TFDS brings; importing it takes 0.4 s."""
+    import_tfds()
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example
 
 
 def copies(name: str, data_dir: str) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bnjax.clinic.linen import NormLayer, nothing_seen, observe
 from bnjax.clinic.statistics import drift, put
-from bnjax.data.pictures import pixels, read_picture
+from bnjax.data.pictures import read_pictures
 from bnjax.errors import DataError
 from bnjax.export.stablehlo import Exported
 from bnjax.train.cpu import compiler_options
@@ -22,7 +22,7 @@ from bnjax.types import Batch, BatchStats, Images
 
 MAX_IMAGES = 32  # at once; smaller batches are padded
 MAX_BYTES = 8_000_000  # of one file
-MAX_PIXELS = 24_000_000  # of all images together, before they are resized
+MAX_PIXELS = 24_000_000  # of an image, before it is resized
 MAX_WAITING = 16  # requests
 # The statistics that the batch norms of a run can normalise by.
 STORED, BATCH, NONE = "stored", "batch", "none"
@@ -172,18 +172,16 @@ def _read(files: Sequence[str], shape: Sequence[int]) -> list[np.ndarray]:
     if not 1 <= len(files) <= MAX_IMAGES:
         raise gradio.Error(f"Give 1 to {MAX_IMAGES} images; these are {len(files)}.")
     height, width, channels = shape
-    images, total = [], 0
-    for file in files:
-        path = Path(file)
-        try:
-            with path.open("rb") as opened:
-                total += pixels(opened, path.name)
-                if total > MAX_PIXELS:
-                    raise gradio.Error(f"The images have more than {MAX_PIXELS:,} pixels together.")
-                images.append(read_picture(opened, path.name, (height, width, channels)).image)
-        except DataError as error:
-            raise gradio.Error(str(error)) from error
-    return images
+    try:
+        pictures = [
+            read_pictures(
+                Path(file), (height, width, channels), name=Path(file).name, max_pixels=MAX_PIXELS
+            )
+            for file in files
+        ]
+    except DataError as error:
+        raise gradio.Error(str(error)) from error
+    return [picture.image for of_file in pictures for picture in of_file]
 
 
 def _best(score: np.ndarray, classes: Sequence[str]) -> str:

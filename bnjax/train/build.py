@@ -16,7 +16,7 @@ from bnjax.data import augment, datasets
 from bnjax.data.augment import Augmentation
 from bnjax.data.batches import Part
 from bnjax.data.datasets import RECORDS, Dataset
-from bnjax.data.records import Crop, Reading
+from bnjax.data.stream import Reading
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.layers import bfloat16_dot_general, with_views
@@ -291,9 +291,7 @@ def dataset(config: ConfigDict) -> Dataset:
     """Returns the data set that `config.data` describes; errors as `bnjax.data.datasets.load`."""
     data, reading = config.data, None
     if data.pipeline == "stream":
-        side = data.image_size
-        crop = Crop(side, data.shorter_side or side, data.random_crop) if side else None
-        reading = Reading(crop, data.workers)
+        reading = Reading(data.image_size, data.shorter_side, data.random_crop, data.workers)
     return datasets.load(
         data.name,
         data.dir,

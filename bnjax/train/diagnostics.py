@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from bnjax.clinic.linen import Network, nothing_seen
 from bnjax.clinic.statistics import Drift, drift, gap, put
-from bnjax.data.batches import spread
+from bnjax.data.batches import evenly_spaced
 from bnjax.data.datasets import Dataset
 from bnjax.train.build import Experiment
 from bnjax.train.config import default_config
@@ -181,9 +181,9 @@ class Observer:
     def __init__(self, experiment: Experiment, dataset: Dataset):
         """Chooses the images, spread evenly over each split; compiles nothing yet."""
         self._classes = dataset.classes
-        self._train = spread(dataset.train, experiment.histograms)
-        self._test = spread(dataset.test, experiment.pictures)
-        self._same = spread(dataset.train, experiment.gap_images)
+        self._train = evenly_spaced(dataset.train, experiment.histograms)
+        self._test = evenly_spaced(dataset.test, experiment.pictures)
+        self._same = evenly_spaced(dataset.train, experiment.gap_images)
         self._model = experiment.model
         self._shape = (experiment.batch_size, *dataset.train.image_shape)
         self._sample = jax.jit(

@@ -16,11 +16,10 @@ from bnjax.clinic.averaging import averaged_params
 from bnjax.clinic.linen import Network, observe
 from bnjax.clinic.statistics import precise
 from bnjax.compat import vmap
-from bnjax.data.batches import eval_batches, spread
+from bnjax.data.batches import Examples, eval_batches, evenly_spaced
 from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Feed, Item, every_batch, host_feed, resident_feed, ship
-from bnjax.data.records import Examples, Records
-from bnjax.data.stream import stream_feed
+from bnjax.data.stream import Records
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
@@ -52,11 +51,9 @@ def default_feed(experiment: Experiment, split: Examples) -> Feed:
     dispatch, of images that lie on it. Records are streamed.
     """
     batch_size, part = experiment.batch_size, experiment.part
-    shuffle = experiment.shuffle
-    if isinstance(split, Records):
-        return stream_feed(split, batch_size, shuffle=shuffle, part=part)
-    room = RESIDENT_SHARE * (memory() or float("inf"))
-    if jax.default_backend() == "cpu" or split.image.nbytes > room:
+    shuffle, room = experiment.shuffle, RESIDENT_SHARE * (memory() or float("inf"))
+    on_cpu = jax.default_backend() == "cpu"
+    if isinstance(split, Records) or on_cpu or split.image.nbytes > room:
         return host_feed(split, batch_size, shuffle=shuffle, part=part)
     return resident_feed(split, batch_size, shuffle=shuffle, max_steps=MAX_STEPS, part=part)
 
@@ -217,7 +214,7 @@ def precise_batches(split: Examples, experiment: Experiment) -> Iterator[Batch]:
     A small last batch would be normalised by few images.
     """
     images = experiment.precise_images
-    chosen = spread(split, images)
+    chosen = evenly_spaced(split, images)
     size = -(-images // -(-images // experiment.batch_size))
     return eval_batches(chosen.image, chosen.label, size)
 

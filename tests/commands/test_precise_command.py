@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax.data.batches import spread
+from bnjax.data.batches import evenly_spaced
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_the_batch_and_the_run_stays(bnjax, workdir, tmp
     data = run.dataset(None)
     _, after = run.model.apply(
         {"params": run.params, "batch_stats": run.batch_stats},
-        spread(data.train, IMAGES).image.astype(np.float32) / 255,
+        evenly_spaced(data.train, IMAGES).image.astype(np.float32) / 255,
         train=True,
         mutable=["batch_stats"],
     )

@@ -6,7 +6,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from bnjax.data.records import encode
+from bnjax.data.tfds import example
 
 
 def picture(array, kind="png"):
@@ -14,6 +14,14 @@ def picture(array, kind="png"):
     file = io.BytesIO()
     Image.fromarray(array.squeeze()).save(file, kind)
     return file.getvalue()
+
+
+def encode(image, label):
+    """A record of an image file and its label."""
+    record = example()()
+    record.features.feature["image"].bytes_list.value.append(image)
+    record.features.feature["label"].int64_list.value.append(label)
+    return record.SerializeToString(deterministic=True)
 
 
 def write_file(path, records):
@@ -38,10 +46,10 @@ def write_folder(folder, splits, classes, shards=1):
 def write_dataset(folder, dataset):
     """Writes a data set that is in memory."""
     splits = {
-        name: [(picture(image), int(label)) for image, label in zip(*arrays, strict=True)]
-        for name, arrays in {
-            "train": (dataset.train.image, dataset.train.label),
-            "test": (dataset.test.image, dataset.test.label),
-        }.items()
+        name: [
+            (picture(image), int(label))
+            for image, label in zip(split.image, split.label, strict=True)
+        ]
+        for name, split in (("train", dataset.train), ("test", dataset.test))
     }
     return write_folder(folder, splits, dataset.classes, shards=3)

@@ -1,9 +1,6 @@
 """Two processes train together from records, of which each reads its part only."""
 
 import dataclasses
-import os
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -43,25 +40,6 @@ def two(workdir, folders, workers):
     return together(workdir, 2, 1, *WORDS, f"--config.data.workers={workers}", own=own)
 
 
-def workers_of(process):
-    """Its processes that read ahead; a thread of Grain's starts them."""
-    found = []
-    for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
-        for pid in map(int, task.read_text().split()):
-            command = Path(f"/proc/{pid}/cmdline")
-            if command.exists() and b"spawn_main" in command.read_bytes():
-                found.append(pid)
-    return found
-
-
-def wait_for(condition, seconds=600):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return found
-
-
 def test_each_process_reads_its_part_and_kills_change_nothing(tmp_path, folders):
     with together(tmp_path / "alone", 1, 1, *WORDS, f"--config.data.dir={folders[0]}") as alone:
         assert alone.finish() == [0], alone.said()
@@ -74,12 +52,9 @@ def test_each_process_reads_its_part_and_kills_change_nothing(tmp_path, folders)
 
     workdir = tmp_path / "killed"
     with two(workdir, folders, 1) as killed:
-        (worker,) = wait_for(lambda: workers_of(killed.processes[0]))
-        os.kill(worker, signal.SIGKILL)
         killed.wait_for_checkpoint()
         killed.processes[1].kill()
         assert 0 not in killed.finish(timeout=120), killed.said()
-        assert "was lost before step" in killed.said()[0][0]  # only the first one speaks
     assert max(step for step, _ in losses(workdir)) < STEPS
     with two(workdir, folders, 1) as resumed:
         assert resumed.finish() == [0, 0], resumed.said()

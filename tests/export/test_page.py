@@ -1,5 +1,6 @@
 """The page to try a network on, through its endpoint on this machine."""
 
+import gc
 import os
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -39,7 +40,10 @@ def predict(trained):
         return client.predict(handles, api_name="/predict")
 
     yield call
+    client.close()
     demo.close()
+    del demo
+    gc.collect()  # Gradio's event loops are never closed; elsewhere that would be an error
 
 
 @pytest.fixture(scope="module")

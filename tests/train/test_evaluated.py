@@ -12,7 +12,7 @@ import synthetic
 
 from bnjax.clinic.averaging import averaged_params
 from bnjax.clinic.statistics import precise
-from bnjax.data.batches import spread
+from bnjax.data.batches import evenly_spaced
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer
@@ -71,7 +71,7 @@ def usual(tmp_path_factory):
 def test_the_gap_is_of_the_same_images_twice(usual):
     run, _ = usual
     (_, last) = lines(run.workdir, "gap")
-    images = spread(DATA.train, 16)
+    images = evenly_spaced(DATA.train, 16)
     assert (last["step"], last["count"]) == (10, 16)
     stored = loss_of(run.model, run.params, run.batch_stats, images)
     assert last["loss"] == pytest.approx(stored, rel=1e-5)
@@ -88,7 +88,7 @@ def test_the_gap_is_of_the_same_images_twice(usual):
 def test_drift_of_the_first_norm_is_known_from_the_pixels(usual):
     run, _ = usual
     last = lines(run.workdir, "gap")[-1]
-    x = spread(DATA.train, 16).image / 255.0
+    x = evenly_spaced(DATA.train, 16).image / 255.0
     stats, epsilon = named_leaves(run.batch_stats), run.config.model.epsilon
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2)) + epsilon
     off = (np.asarray(stats["conv0_norm.mean"], np.float64) - mean) / np.sqrt(var)
@@ -122,7 +122,7 @@ def test_precise_statistics_are_evaluated_and_training_keeps_its_own(usual, with
     run, (state, stats) = with_precise
     _, (other, others) = usual
     same((state.params, stats), (other.params, others))  # training is not touched
-    images = spread(DATA.train, 20).image
+    images = evenly_spaced(DATA.train, 20).image
     truth = precise_of(run, state.params, images)
     close(run.batch_stats, truth)
     test = lines(run.workdir, "test")[-1]
@@ -137,7 +137,7 @@ def test_averaged_weights_are_evaluated_with_statistics_of_their_own(usual, tmp_
     close(state.params, usual[1][0].params)
     averaged = averaged_params(state.opt_state, state.params)
     same(run.params, averaged)
-    images = spread(DATA.train, 20).image
+    images = evenly_spaced(DATA.train, 20).image
     truth = precise_of(run, averaged, images)
     close(run.batch_stats, truth)
     assert any(
@@ -185,7 +185,7 @@ def test_several_seeds_in_one_program(tmp_path):
         Trainer(chosen, DATA).train(folders, stop)
     tested = {seed: lines(folder, "test")[-1]["loss"] for seed, folder in folders.items()}
     assert tested[0] != pytest.approx(tested[1], rel=1e-2)
-    images = spread(DATA.train, 20).image
+    images = evenly_spaced(DATA.train, 20).image
     for seed, folder in folders.items():
         run = Trained(folder, "last")
         truth = precise_of(run, run.params, images)
