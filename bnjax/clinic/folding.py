@@ -2,7 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -12,8 +13,9 @@ import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from flax.linen.linear import canonicalize_padding
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend import core
 
-from bnjax.clinic.jaxpr import Flow, Path, Way, flow
+from bnjax.clinic.jaxpr import Node, Path, layers
 from bnjax.clinic.linen import NORMS, Network, NormLayer
 from bnjax.norms import StandardizedConv
 from bnjax.norms.per_example import PerExampleNorm, standardize
@@ -21,6 +23,9 @@ from bnjax.types import Array, Images, Logits, Mask
 
 # By their exact types: a subclass may do something else with its kernel.
 LAYERS = (nn.Conv, nn.Dense, StandardizedConv)
+PER_EXAMPLE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, PerExampleNorm)
+# Where the norm stands: after the layer, or before it.
+Place = Literal["after", "before"]
 
 
 class Folded(nn.Module):
@@ -75,10 +80,6 @@ def _with_bias(layer: Any) -> nn.Module:
     return kind(**fields | {"use_bias": True, "name": None, "parent": layer.scope})
 
 
-# Where the norm stands: after the layer, or before it.
-Place = Literal["after", "before"]
-
-
 def fold_pair(
     kernel: Array,
     bias: Array | None,
@@ -118,61 +119,33 @@ def fold_pair(
     >>> fold_pair(np.ones((1, 1)), None, two, one, 3 * one, one, 3.0, norm="after")
     (array([[1.]]), array([-2.]))
     """
-    gain, offset = gain_and_offset(scale, shift, mean, var, epsilon)
-    if not (np.isfinite(gain).all() and np.isfinite(offset).all()):
-        raise ValueError("a variance with epsilon is not above 0, or the norm is not finite")
-    weight, out = np.asarray(kernel, np.float64), kernel.shape[-1]
-    own = np.zeros(out) if bias is None else np.asarray(bias, np.float64)
-    weight, own = folded(weight, own, gain, offset, norm, groups)
-    return weight.astype(kernel.dtype), own.astype(kernel.dtype)
 
+    def exact(leaf: Array | None, default: float = 0.0) -> np.ndarray:
+        return np.asarray(default if leaf is None else leaf, np.float64)
 
-def gain_and_offset(
-    scale: Array | None, shift: Array | None, mean: Array, var: Array, epsilon: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns g and h, float64 [c], of a norm that is y = g x + h; not finite if var is wrong."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        gain = 1 / np.sqrt(np.asarray(var, np.float64) + epsilon)
-        gain = gain if scale is None else gain * np.asarray(scale, np.float64)
-        offset = -np.asarray(mean, np.float64) * gain
-    return gain, offset if shift is None else offset + np.asarray(shift, np.float64)
-
-
-def folded(
-    kernel: np.ndarray,
-    bias: np.ndarray,
-    gain: np.ndarray,
-    offset: np.ndarray,
-    norm: Place,
-    groups: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns kernel and bias with a norm y = gain x + offset folded in; all in float64.
-
-    Arguments and errors as for `fold_pair`.
-    """
-    inputs, outputs, channels = kernel.shape[-2] * groups, kernel.shape[-1], len(gain)
+        gain = exact(scale, 1.0) / np.sqrt(exact(var) + epsilon)
+        offset = exact(shift) - exact(mean) * gain
+    if not np.isfinite([gain, offset]).all():
+        raise ValueError("its statistics are not finite, or a variance is negative")
+    weight, channels = exact(kernel), len(gain)
+    inputs, outputs = weight.shape[-2] * groups, weight.shape[-1]
     if norm == "after":
         if channels != outputs:
             raise ValueError(f"the norm has {channels} channels and the layer {outputs} outputs")
-        return kernel * gain, bias * gain + offset
-    if inputs % channels:
-        raise ValueError(f"the norm has {channels} channels and the layer {inputs} inputs")
+        weight, added = weight * gain, gain * exact(bias) + offset
+    else:
+        if inputs % channels:
+            raise ValueError(f"the norm has {channels} channels and the layer {inputs} inputs")
 
-    def of_weights(values: np.ndarray) -> np.ndarray:
-        """Spreads values of the channels over the kernel's inputs and outputs [in / groups, out].
+        def of_weights(values: np.ndarray) -> np.ndarray:
+            """Spreads values of the channels over [in / groups, out]: each group has its inputs."""
+            by_group = np.tile(values, inputs // channels).reshape(groups, -1).T
+            return np.repeat(by_group, outputs // groups, axis=1)
 
-        Each group of outputs has inputs of its own.
-        """
-        by_group = np.tile(values, inputs // channels).reshape(groups, -1).T
-        return np.repeat(by_group, outputs // groups, axis=1)
-
-    added = (kernel * of_weights(offset)).reshape(-1, outputs).sum(0)
-    return kernel * of_weights(gain), bias + added
-
-
-PER_EXAMPLE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, PerExampleNorm)
-# Kernel and bias of a layer, in float64.
-Weights = tuple[np.ndarray, np.ndarray]
+        added = exact(bias) + (weight * of_weights(offset)).reshape(-1, outputs).sum(0)
+        weight = weight * of_weights(gain)
+    return weight.astype(kernel.dtype), added.astype(kernel.dtype)
 
 
 class NormFold(NamedTuple):
@@ -227,43 +200,46 @@ def plan(network: Network, images: Images) -> Folding:
         network: from `bnjax.clinic.linen`.
         images: [n, h, w, c]; only shape and dtype matter.
     """
-    model, params, batch_stats = network.model, network.params, network.batch_stats
     batch = {"image": images}
-    watched = flow(model, params, batch_stats, batch, _is_of_interest)
+    calls: dict[Path, list[Node]] = {}
+    for node in layers(network, batch, train=False, chosen=_is_of_interest):
+        if node.module is not None:
+            calls.setdefault(node.path, []).append(node)
     about = {layer.path: layer for layer in network.norms(batch)}
-    leaves, stats = flatten_dict(params), flatten_dict(batch_stats)
+    leaves, stats = flatten_dict(network.params), flatten_dict(network.batch_stats)
     weights: dict[Path, Weights] = {}
     norms = []
-    for path, norm in watched.modules.items():
-        if not isinstance(norm, (*NORMS, *PER_EXAMPLE)):
+    for path, (norm, *others) in calls.items():
+        if not isinstance(norm.module, (*NORMS, *PER_EXAMPLE)):
             continue
-        if reason := _hindrance(norm, about.get(path), path in watched.computed):
-            norms.append(NormFold(path, reason=reason))
-            continue
-        own = [leaves.get((*path, name)) for name in ("scale", "bias")]
-        own += [stats[*path, name] for name in ("mean", "var")]
-        reasons = []
-        for place, neighbour in _NEIGHBOURS:
-            link = neighbour(path, watched)
-            if isinstance(link, Link):
-                link = _moved(own, float(norm.epsilon), link, place, leaves, weights)
-            if isinstance(link, Link):
-                norms.append(NormFold(path, link.layer, place))
+        reasons = [_hindrance([norm, *others], about.get(path))]
+        places: tuple[Place, ...] = () if reasons[0] else ("after", "before")
+        for place in places:
+            try:
+                layer, way = _neighbour(calls, path, place)
+                before = weights.get(layer.path) or _weights(layer, leaves)
+                weights[layer.path] = _with_norm(before, layer, norm, place, way, leaves | stats)
+            except ValueError as error:
+                reasons.append(str(error))
+            else:
+                norms.append(NormFold(path, layer.path, place))
                 break
-            reasons.append(link)
         else:
-            norms.append(NormFold(path, reason="; ".join(reasons)))
+            norms.append(NormFold(path, reason="; ".join(filter(None, reasons))))
     pairs = tuple((one.norm, one.layer) for one in norms if one.layer is not None)
     if not pairs:
         return Folding(network, tuple(norms))
-    for layer, pair in weights.items():
-        for name, leaf in zip(("kernel", "bias"), pair, strict=True):
-            leaves[*layer, name] = jnp.asarray(leaf, leaves[*layer, "kernel"].dtype)
-    gone = {norm for norm, _ in pairs}
+    for layer_path, pair in weights.items():
+        dtype = leaves[*layer_path, "kernel"].dtype
+        leaves[*layer_path, "kernel"], leaves[*layer_path, "bias"] = (
+            jnp.asarray(leaf, dtype) for leaf in pair
+        )
+    gone = {norm_path for norm_path, _ in pairs}
     params, batch_stats = (
         unflatten_dict({path: leaf for path, leaf in tree.items() if path[:-1] not in gone})
         for tree in (leaves, stats)
     )
+    model = network.model
     if isinstance(model, Folded):
         model, pairs = model.unfolded, (*model.pairs, *pairs)
     return Folding(Network(params, batch_stats, Folded(model, pairs)), tuple(norms))
@@ -284,117 +260,210 @@ def difference(logits: Logits, others: Logits) -> float:
     return apart / size if size else apart and np.inf
 
 
-class Link(NamedTuple):
-    """A layer that a norm may be folded into, and what lies between the two."""
-
-    layer: Path
-    module: Any
-    way: Way
-
-
 def _is_of_interest(module: Any) -> bool:
     if isinstance(module, NORMS):  # one that was folded before has no leaves
         return module.has_variable("batch_stats", "mean")
     return isinstance(module, (*LAYERS, *PER_EXAMPLE))
 
 
-def _hindrance(norm: Any, about: NormLayer | None, computed: bool) -> str:
+def _hindrance(nodes: list[Node], about: NormLayer | None) -> str:
     """Returns why a norm can be folded into no layer whatever."""
+    norm = nodes[0].module
     if about is None:
         return "its mean and variance are those of each example, and no constants"
     if about.by_batch:
         return "it normalises by the batch in evaluation too"
-    if computed:
-        return "what it uses is computed from its parameters"
+    if any(node.has_computed for node in nodes):
+        return "it does not use its parameters as they are stored"
     if type(norm).__call__ not in [kind.__call__ for kind in NORMS]:
         return f"it is a {type(norm).__name__}, which may do something else in evaluation"
     last = len(about.shape) - 1
     return "" if about.axes == tuple(range(last)) else "its channels are not the last axis alone"
 
 
-def _before(norm: Path, watched: Flow) -> Link | str:
-    """Returns the layer whose output a norm is given, or why there is none."""
-    source = watched.sources[norm]
-    if isinstance(source, str):
-        return f"it is given {source}"
-    way, name = watched.ways[source], ".".join(source)
-    if isinstance(way, str):
-        return f"it is given the output of {name}, which {way}"
-    link = _link(source, watched, way)
-    if isinstance(link, Link) and way.spread:
-        return f"it has statistics of its own for each position of the output of {name}"
-    return link
+class Way(NamedTuple):
+    """From the output of one module to the input of another, which alone reads it.
+
+    On the way values may be summed and maxima taken of values of one channel, so that with a gain
+    a >= 0 and a shift b for each channel a * x + b becomes a * way(x) + factor * b.
+
+    Attributes:
+        factor: see above.
+        has_maxima: whether a maximum is taken; without one, any gain will do.
+        is_spread: whether channels come out as several, `x.reshape(n, -1)` for instance: output j
+            is of channel j modulo the number of channels.
+        end: the path of the other module.
+    """
+
+    factor: float = 1.0
+    has_maxima: bool = False
+    is_spread: bool = False
+    end: Path = ()
 
 
-def _after(norm: Path, watched: Flow) -> Link | str:
-    """Returns the layer that is given a norm's output, or why there is none."""
-    way = watched.ways.get(norm, "goes nowhere")
-    if isinstance(way, str):
-        return f"its output {way}"
-    if isinstance(watched.sources[way.end], str):
-        return f"its output goes to {'.'.join(way.end)}, which is given {watched.sources[way.end]}"
-    return _link(way.end, watched, way)
-
-
-_NEIGHBOURS: tuple[tuple[Place, Callable[[Path, Flow], "Link | str"]], ...] = (
-    ("after", _before),
-    ("before", _after),
-)
-
-
-def _link(path: Path, watched: Flow, way: Way) -> Link | str:
-    module = watched.modules[path]
-    if path in watched.computed:
-        return f"what {'.'.join(path)} uses is computed from its parameters"
-    if type(module) not in LAYERS or getattr(module, "mask", None) is not None:
-        return f"beside it is {'.'.join(path)}, a {type(module).__name__}"
-    return Link(path, module, way)
-
-
-def _moved(
-    norm: Sequence[Any],
-    epsilon: float,
-    link: Link,
-    place: Place,
-    leaves: dict[Path, Any],
-    weights: dict[Path, Weights],
-) -> Link | str:
-    """Folds a norm, in `weights`, or returns why it cannot be folded into this layer."""
-    name, layer = ".".join(link.layer), link.module
-    kernel, bias = map(np.copy, weights.get(link.layer) or _weights(link, leaves))
-    # Under nn.scan and nn.vmap the first axes are of several norms and as many layers.
-    stack, many = norm[-1].shape[:-1], kernel.shape[: kernel.ndim - _rank(layer)]
-    if stack != many:
-        return f"there are {list(stack)} norms and {list(many)} times {name}"
-    factor = link.way.factor if place == "before" else 1 / link.way.factor
-    groups = getattr(layer, "feature_group_count", 1)
-    for index in np.ndindex(stack):
-        scale, shift = (None if leaf is None else leaf[index] for leaf in norm[:2])
-        mean, var = (leaf[index] for leaf in norm[2:])
-        gain, offset = gain_and_offset(scale, shift, mean, var, epsilon)
-        if not (np.isfinite(gain).all() and np.isfinite(offset).all()):
-            return "its statistics are not finite, or a variance is negative"
-        if link.way.maxima and (gain < 0).any():
-            return f"between {name} and it a maximum is taken, and {(gain < 0).sum()} of its " + (
-                f"{len(gain)} gains are negative"
+def _neighbour(calls: dict[Path, list[Node]], norm: Path, place: Place) -> tuple[Node, Way]:
+    """Returns the layer beside a norm, and the way between them; ValueError says why none fits."""
+    if place == "after":
+        layer = _same_in_all(map(_source, calls[norm]), "its input")
+        name = ".".join(layer)
+        way = _same_in_all(map(_way, calls[layer]), f"its input is the output of {name}, which")
+        if way.is_spread:
+            raise ValueError(
+                f"it has statistics of its own for each position of the output of {name}"
             )
-        if place == "before" and offset.any() and (zeros := _zeros(layer)):
-            return f"{name}, which follows, {zeros}: before the norm these would not be zeros"
-        kernel[index], bias[index] = folded(
-            kernel[index], bias[index], gain, factor * offset, place, groups
+    else:
+        way = _same_in_all(map(_way, calls[norm]), "its output")
+        layer, name = way.end, ".".join(way.end)
+        _same_in_all(map(_source, calls[layer]), f"its output goes to {name}, whose input")
+    found = calls[layer][0]
+    if any(node.has_computed for node in calls[layer]):
+        raise ValueError(f"{name} does not use its parameters as they are stored")
+    if type(found.module) not in LAYERS or getattr(found.module, "mask", None) is not None:
+        raise ValueError(f"beside it is {name}, a {found.kind}")
+    return found, way
+
+
+def _same_in_all(found: Iterable[Any], words: str) -> Any:
+    """Returns what all calls of a module have in common; ValueError if it is a reason."""
+    one, *others = {*found}
+    if others:
+        raise ValueError(f"{words} is not the same in each call")
+    if isinstance(one, str):
+        raise ValueError(f"{words} {one}")
+    return one
+
+
+def _source(node: Node) -> Path | str:
+    """Returns the module whose output is the input of a module; or the origin in words."""
+    while len(node.inputs) == 1:
+        (node,) = node.inputs
+        if node.module is not None:
+            return node.path
+        if node.equation is None:
+            return "is that of the network"
+        if _step(node.equation) is None:
+            return f"comes from {node.kind}"
+    return "is more than one value"
+
+
+def _way(node: Node) -> Way | str:
+    """Returns the way to the module that alone reads the output of a module; or why none does."""
+    way = Way()
+    # Under nn.vmap there is an axis more than the module sees, at a place that is not known.
+    is_mapped = node.shape != node.returned
+    while len(node.readers) == 1:
+        (node,) = node.readers
+        if node.module is not None:
+            return way._replace(end=node.path)
+        if node.equation is None:
+            return "leaves the network"
+        step = _step(node.equation)
+        if step is None or is_mapped:
+            return f"goes through {node.kind}"
+        way = Way(
+            way.factor * step.factor,
+            way.has_maxima or step.has_maxima,
+            way.is_spread or step.is_spread,
         )
-    dtype = leaves[*link.layer, "kernel"].dtype
+    names = [one.kind if one.module is None else ".".join(one.path) for one in node.readers]
+    return f"goes to several places ({', '.join(names)})"
+
+
+def _step(equation: Any) -> Way | None:
+    """Returns what an operation does to its only operand, None if nothing is to be moved past it.
+
+    Something is if it is a sum or a maximum of values of one channel, a product with a number above
+    0, or another place of the values.
+    """
+    kind, params = equation.primitive.name, equation.params
+    operands = [atom for atom in equation.invars if isinstance(atom, core.Var)]
+    if len(operands) != 1 or len(equation.outvars) != 1:
+        return None
+    avals: list[Any] = [operands[0].aval, equation.outvars[0].aval]
+    given, returned = (aval.shape for aval in avals)
+    last = len(given) - 1
+    if kind in ("copy", "name", "convert_element_type"):
+        floats = all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+        return Way() if floats else None
+    if not given or not returned:
+        return None
+    if kind in ("mul", "div") and len(equation.invars) == 2:
+        first, second = equation.invars
+        if kind == "div" and first is not operands[0]:
+            return None
+        number = float((first if second is operands[0] else second).val)
+        return Way(number if kind == "mul" else 1 / number) if number > 0 else None
+    if kind == "transpose":
+        return Way() if params["permutation"][last] == last else None
+    if kind == "squeeze":
+        return Way() if last not in params["dimensions"] else None
+    if kind == "reshape" and params["dimensions"] is None:
+        is_spread = returned[-1] != given[-1]
+        return Way(is_spread=is_spread) if returned[-1] % given[-1] == 0 else None
+    # Sums and maxima over positions and examples, not over channels.
+    if kind in ("reduce_sum", "reduce_max") and last not in params["axes"]:
+        count = math.prod(given[axis] for axis in params["axes"])
+    elif kind in ("reduce_window_sum", "reduce_window_max"):
+        window, padding = params["window_dimensions"], params["padding"]
+        steps = (window[-1], params["window_strides"][-1], *params["base_dilation"])
+        # Padding is 0 in a sum, and does not count in a maximum.
+        padded = any(map(any, padding if kind == "reduce_window_sum" else padding[-1:]))
+        if padded or any(step != 1 for step in steps):
+            return None
+        count = math.prod(window)
+    else:
+        return None
+    return Way(has_maxima=True) if kind.endswith("max") else Way(float(count))
+
+
+# Kernel and bias of a layer, in float64.
+Weights = tuple[np.ndarray, np.ndarray]
+
+
+def _with_norm(
+    weights: Weights, layer: Node, norm: Node, place: Place, way: Way, stored: dict[Path, Any]
+) -> Weights:
+    """Returns weights of a layer with a norm folded in; ValueError says why that is not exact."""
+    name, module = ".".join(layer.path), layer.module
+    kernel, bias = map(np.copy, weights)
+    scale, shift = (stored.get((*norm.path, leaf)) for leaf in ("scale", "bias"))
+    mean, var = (stored[*norm.path, leaf] for leaf in ("mean", "var"))
+    # Under nn.scan and nn.vmap the first axes are of several norms and as many layers.
+    stack, many = var.shape[:-1], kernel.shape[: kernel.ndim - _rank(module)]
+    if stack != many:
+        raise ValueError(f"there are {[*stack]} norms and {[*many]} times {name}")
+    if way.has_maxima and scale is not None and (negative := int((scale < 0).sum())):
+        raise ValueError(
+            f"between {name} and it a maximum is taken, and {negative} of its {scale.size} gains "
+            "are negative"
+        )
+    shifts = any(leaf is not None and leaf.any() for leaf in (shift, mean))
+    if place == "before" and shifts and (zeros := _zeros(module)):
+        raise ValueError(f"{name}, which follows, {zeros}: before the norm these are not zeros")
+    factor = way.factor if place == "before" else 1 / way.factor
+    for index in np.ndindex(stack):
+        kernel[index], bias[index] = fold_pair(
+            kernel[index],
+            bias[index],
+            None if scale is None else scale[index],
+            None if shift is None else factor * np.asarray(shift[index], np.float64),
+            factor * np.asarray(mean[index], np.float64),
+            var[index],
+            float(norm.module.epsilon),
+            norm=place,
+            groups=getattr(module, "feature_group_count", 1),
+        )
+    dtype = stored[*layer.path, "kernel"].dtype
     if not all(np.abs(leaf).max() <= jnp.finfo(dtype).max for leaf in (kernel, bias)):
-        return f"the folded numbers of {name} are too large for {dtype}"
-    weights[link.layer] = (kernel, bias)
-    return link
+        raise ValueError(f"the folded numbers of {name} are too large for {dtype}")
+    return kernel, bias
 
 
-def _weights(link: Link, leaves: dict[Path, Any]) -> Weights:
+def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
     """Returns the kernel that a layer uses, and its bias, 0 if it has none."""
-    kernel, bias = leaves[*link.layer, "kernel"], leaves.get((*link.layer, "bias"))
-    many = kernel.shape[: kernel.ndim - _rank(link.module)]
-    if isinstance(link.module, StandardizedConv):
+    kernel, bias = stored[*layer.path, "kernel"], stored.get((*layer.path, "bias"))
+    many = kernel.shape[: kernel.ndim - _rank(layer.module)]
+    if isinstance(layer.module, StandardizedConv):
         used = standardize
         for _ in many:
             used = jax.vmap(used)
@@ -405,30 +474,20 @@ def _weights(link: Link, leaves: dict[Path, Any]) -> Weights:
 
 def _rank(layer: Any) -> int:
     """Returns how many axes the kernel of one layer has."""
-    return 2 if isinstance(layer, nn.Dense) else 2 + len(_sides(layer))
-
-
-def _sides(layer: Any) -> tuple[int, ...]:
-    sides = layer.kernel_size
-    return (sides,) if isinstance(sides, int) else tuple(sides)
+    return 2 if isinstance(layer, nn.Dense) else 2 + np.size(layer.kernel_size)
 
 
 def _zeros(layer: Any) -> str:
     """Returns what zeros a layer adds to its input, and nothing if it adds none."""
     if isinstance(layer, nn.Dense):
         return ""
-    padding = canonicalize_padding(layer.padding, len(_sides(layer)))
-    dilation = layer.input_dilation
-    if any(
-        step not in (1, None)
-        for step in (dilation if isinstance(dilation, Sequence) else [dilation])
-    ):
+    if np.any(np.not_equal(layer.input_dilation or 1, 1)):
         return "puts zeros between the values"
+    padding = canonicalize_padding(layer.padding, _rank(layer) - 2)
     if padding in ("VALID", "CIRCULAR", "REFLECT"):
         return ""
-    none = (
-        all(side == 1 for side in _sides(layer))
-        if isinstance(padding, str)
-        else not any(map(any, padding))
-    )
-    return "" if none else f"pads with zeros ({layer.padding})"
+    if isinstance(padding, str):
+        pads = bool(np.not_equal(layer.kernel_size, 1).any())
+    else:
+        pads = any(map(any, padding))
+    return f"pads with zeros ({layer.padding})" if pads else ""

@@ -19,7 +19,7 @@ from bnjax.data.datasets import Dataset
 from bnjax.train.build import Experiment
 from bnjax.train.config import default_config
 from bnjax.train.cpu import compiler_options, init_options
-from bnjax.train.graph import graph_def, nodes
+from bnjax.train.graph import graph_def
 from bnjax.train.parsing import flat
 from bnjax.train.rundir import RunWriter
 from bnjax.train.steps import Variables
@@ -198,7 +198,7 @@ class Observer:
 
     def introduce(self, writer: RunWriter, config: ConfigDict) -> None:
         """Shows the graph of the model and the hyperparameters."""
-        writer.board.graph(graph_def(nodes(self._model, self._shape)))
+        writer.board.graph(graph_def(self._model, self._shape))
         values, standard = flat(config.to_dict()), flat(default_config().to_dict())
         # TensorBoard shows the first few columns: what is special about this run.
         writer.board.hyperparameters(

@@ -89,8 +89,8 @@ def test_float32_is_folded_in_float64_and_returned_as_float32():
     [
         (3, 1.0, "after", "the norm has 3 channels and the layer 2 outputs"),
         (3, 1.0, "before", "the norm has 3 channels and the layer 4 inputs"),
-        (2, -1.0, "after", "not above 0"),
-        (2, np.nan, "after", "not above 0"),
+        (2, -1.0, "after", "a variance is negative"),
+        (2, np.nan, "after", "a variance is negative"),
     ],
 )
 def test_what_does_not_fit_is_refused(channels, var, place, said):

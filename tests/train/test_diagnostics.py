@@ -16,7 +16,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from bnjax.train import build, parsing
 from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.graph import nodes
+from bnjax.train.graph import graph_def
 from bnjax.train.rundir import read_lines
 from bnjax.train.tensorboard import CAPTION, TILE, Board, contact_sheet
 from bnjax.train_step import init_variables
@@ -120,9 +120,7 @@ def test_tensorboard_gets_the_graph_of_the_model(finished):
     (event,) = (event for event in read_events(finished / "tensorboard") if event.graph_def)
     model = build.experiment(watched(), synthetic.dataset()).model
     graph = GraphDef.FromString(event.graph_def)
-    assert [(node.name, list(node.input)) for node in graph.node] == [
-        (node.name, node.inputs) for node in nodes(model, (10, 8, 8, 1))
-    ]
+    assert graph == graph_def(model, (10, 8, 8, 1))
 
 
 def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):

@@ -2,10 +2,9 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-import pytest
 
 from bnjax.models.convnet import ConvNet
-from bnjax.train.graph import graph_def, nodes
+from bnjax.train.graph import graph_def
 
 
 class Block(nn.Module):
@@ -29,9 +28,17 @@ class Net(nn.Module):
         return nn.Dropout(0.5, deterministic=not train, name="drop")(x) + jnp.ones((1, 4))
 
 
+def shape(node):
+    return tuple(dim.size for dim in node.attr["_output_shapes"].list.shape[0].dim)
+
+
+def parameters(node):
+    return {name: value.s for name, value in node.attr.items() if name != "_output_shapes"}
+
+
 def test_layers_and_what_lies_between_are_joined_as_the_data_flow():
-    found = nodes(Net(), (6, 2, 2, 1), jnp.float32)
-    assert [(node.name, node.op, node.inputs) for node in found] == [
+    found = graph_def(Net(), (6, 2, 2, 1), jnp.float32).node
+    assert [(node.name, node.op, [*node.input]) for node in found] == [
         ("images", "Placeholder", []),
         ("reshape", "reshape", ["images"]),
         ("twice", "Dense", ["reshape"]),
@@ -47,16 +54,14 @@ def test_layers_and_what_lies_between_are_joined_as_the_data_flow():
         ("drop", "Dropout", ["again/add"]),
         ("add", "add", ["drop"]),
     ]
-    assert {node.shape for node in found[1:]} == {(6, 4)}
+    assert {shape(node) for node in found[1:]} == {(6, 4)}
 
 
 def test_shapes_and_parameters_of_the_article_network():
-    found = {node.name: node for node in nodes(ConvNet(norm=nn.BatchNorm), (50, 32, 32, 3))}
-    shapes = {
-        name: found[name].shape
-        for name in ("conv0", "conv1", "conv2", "reshape", "dense0", "dense1", "logits")
-    }
-    assert shapes == {
+    model = ConvNet(norm=nn.BatchNorm)
+    found = {node.name: node for node in graph_def(model, (50, 32, 32, 3)).node}
+    names = ("conv0", "conv1", "conv2", "reshape", "dense0", "dense1", "logits")
+    assert {name: shape(found[name]) for name in names} == {
         "conv0": (50, 15, 15, 30),
         "conv1": (50, 13, 13, 50),
         "conv2": (50, 11, 11, 60),
@@ -65,43 +70,43 @@ def test_shapes_and_parameters_of_the_article_network():
         "dense1": (50, 700),
         "logits": (50, 10),
     }
-    assert found["conv1"].parameters == {"kernel": (3, 3, 30, 50), "bias": (50,)}
-    assert found["conv1_norm"].parameters == {
-        "scale": (30,),
-        "bias": (30,),
-        "mean": (30,),
-        "var": (30,),
-    }
-    assert found["conv1_norm"].shape == (
-        50,
-        15,
-        15,
-        30,
-    )  # of its output, not of the statistics that it computes last
+    assert parameters(found["conv1"]) == {"kernel": b"3x3x30x50", "bias": b"50"}
+    statistics = dict.fromkeys(("scale", "bias", "mean", "var"), b"30")
+    assert parameters(found["conv1_norm"]) == statistics
+    # Of its output, not of the statistics that it computes last.
+    assert shape(found["conv1_norm"]) == (50, 15, 15, 30)
 
 
-@pytest.mark.parametrize("model", [nn.Sequential([nn.Dense(3)]), nn.Dense(3)])
-def test_a_model_without_the_argument_train_is_no_model_here(model):
-    with pytest.raises(TypeError):
-        nodes(model, (2, 2, 2, 1))
+class Alone(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return x.mean((1, 2)) @ self.param("kernel", nn.initializers.ones, (1, 3))
 
 
 def test_a_model_that_is_one_layer_is_one_node():
-    class Alone(nn.Module):
-        @nn.compact
-        def __call__(self, x, train):
-            return x.mean((1, 2)) @ self.param("kernel", nn.initializers.ones, (1, 3))
-
-    assert [(node.name, node.op) for node in nodes(Alone(), (2, 2, 2, 1), jnp.float32)] == [
+    found = graph_def(Alone(), (2, 2, 2, 1), jnp.float32).node
+    assert [(node.name, node.op) for node in found] == [
         ("images", "Placeholder"),
         ("Alone", "Alone"),
     ]
 
 
-def test_the_graph_def_has_the_same_nodes_edges_and_shapes():
-    found = nodes(Net(), (6, 2, 2, 1), jnp.float32)
-    written = {node.name: node for node in graph_def(found).node}
-    assert list(written) == [node.name for node in found]
-    assert list(written["block/add"].input) == ["twice_1", "block/relu"]
-    assert [dim.size for dim in written["twice"].attr["_output_shapes"].list.shape[0].dim] == [6, 4]
-    assert written["twice"].attr["kernel"].s == b"4x4"
+class Loop(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        def body(module, x, _):
+            return nn.Dense(4, name="dense")(x), None
+
+        x, _ = nn.scan(body, {"params": 0}, length=2, split_rngs={"params": True})(
+            self, x.mean((1, 2)), None
+        )
+        return x
+
+
+def test_a_loop_is_an_operation_before_and_one_after_its_body():
+    found = graph_def(Loop(), (2, 2, 2, 4), jnp.float32).node
+    assert [(node.name, [*node.input]) for node in found[-3:]] == [
+        ("scan", ["div"]),
+        ("dense", ["scan"]),
+        ("scan_1", ["dense"]),
+    ]
