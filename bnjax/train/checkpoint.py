@@ -41,28 +41,23 @@ def items(
 
 
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:
-    """Returns the record of each checkpoint by its step."""
-    steps = (path for path in folder.glob("*") if path.name.isdecimal())
-    return {int(path.name): _read_record(path) for path in steps}
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    """Returns the record of a checkpoint, or an empty one if it is damaged."""
-    try:
-        record = json.loads((folder / RECORD).read_bytes())
-        sound = isinstance(record["files"], dict) and isinstance(record["accuracy"], float | None)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return record if sound else {}
+    """Returns the record of each checkpoint by its step, an empty one where it is damaged."""
+    found = {}
+    for path in folder.glob("*"):
+        if path.name.isdecimal():
+            try:
+                found[int(path.name)] = dict(json.loads((path / RECORD).read_bytes()))
+            except (OSError, ValueError, TypeError):
+                found[int(path.name)] = {}
+    return found
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
     """Returns size and CRC-32 of every file that Orbax keeps arrays in, by its path."""
     found = {}
     for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
-        if (
-            path.is_file() and path.name != "commit_success.txt"
-        ):  # comes and goes with the final name
+        # One file of Orbax comes and goes with the final name.
+        if path.is_file() and path.name != "commit_success.txt":
             size = checksum = 0
             with path.open("rb") as file:
                 while chunk := file.read(1 << 22):
@@ -71,47 +66,9 @@ def checksums(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-Leaves = dict[str, tuple[tuple[int, ...], str]]
-
-
-def leaves_of(tree: Any) -> Leaves:
-    """Returns name, shape and dtype of the leaves of a tree as Orbax stores them."""
-
-    def stored(leaf: Any) -> Any:  # Orbax keeps a random key as the integers that it is made of
-        return (
-            jax.eval_shape(jax.random.key_data, leaf)
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            else leaf
-        )
-
-    leaves = named_leaves(jax.tree.map(stored, tree))
-    return {name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()}
-
-
-def leaves_of_metadata(metadata: Any) -> Leaves:
-    """Returns the same of what is stored, from Orbax's metadata."""
-    return {
-        leaf.name: (tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(metadata.tree)
-    }
-
-
-def check_leaves(folder: Path, saved: Leaves, wanted: Leaves) -> None:
-    """Raises `CheckpointError` naming every leaf that one side lacks or has in another form."""
-    differences = []
-    for name in sorted({*saved, *wanted}):
-        there, here = (
-            "nothing" if leaf is None else f"{leaf[1]} {list(leaf[0])}"
-            for leaf in (saved.get(name), wanted.get(name))
-        )
-        if there != here:
-            differences.append(f"{name} ({there} in the checkpoint, {here} in the model)")
-    if differences:
-        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise CheckpointError(
-            f"the checkpoint {folder} is of another network or optimizer: "
-            f"{'; '.join(differences[:8])}{more}. "
-            "Restore it with the config that it was trained with."
-        )
+def leaves_of(items: Any) -> dict[str, str]:
+    """Returns dtype and shape of each leaf by its name."""
+    return {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in named_leaves(items).items()}
 
 
 @dataclasses.dataclass
@@ -275,21 +232,13 @@ class Checkpoints:
         """
         folder, wanted = self.folder / str(step), self._records[step].get("files", {})
         found = checksums(folder)
-        for name in sorted({*wanted, *found}):
-            if wanted.get(name) != found.get(name):
-                trouble = (
-                    "is missing"
-                    if name not in found
-                    else "has changed"
-                    if name in wanted
-                    else "does not belong to it"
-                )
-                raise CheckpointError(
-                    f"the checkpoint {folder} is damaged: its file {name} {trouble}."
-                )
-        if not wanted:
+        changed = [
+            name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)
+        ]
+        if changed or not wanted:
+            name = changed[0] if wanted else RECORD
             raise CheckpointError(
-                f"the checkpoint {folder} is damaged: its file {RECORD} cannot be read."
+                f"the checkpoint {folder} is damaged: its file {name} is missing or has changed."
             )
 
     def save(
@@ -321,13 +270,17 @@ class Checkpoints:
             variables=ocp.args.StandardSave(variables), training=ocp.args.StandardSave(training)
         )
         try:
-            self._saving = {"step": step, "accuracy": accuracy, "about": about}
+            leaves = leaves_of({"variables": variables, "training": training})
+            self._saving = {
+                "step": step,
+                "accuracy": accuracy,
+                "about": about,
+                "leaves": leaves,
+            }
             self._records[step] = self._saving
             with _ONE_SAVE:
                 self._manager.save(step, args=args)
-        except (
-            Exception
-        ) as error:  # Orbax, TensorStore and the file system each raise their own for a full disk
+        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
             raise self._unsaved(error) from error
 
     def restore(
@@ -357,17 +310,27 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         self.verify(step)  # first: TensorStore would return changed bytes without a word
-        folder, saved = self.folder / str(step), self._manager.item_metadata(step)
+        folder, saved = self.folder / str(step), self._records[step]["leaves"]
+        wanted = leaves_of(items)
+        there = {name: leaf for name, leaf in saved.items() if name.partition(".")[0] in items}
+        if differences := [
+            f"{name} ({there.get(name, 'nothing')} in the checkpoint, "
+            f"{wanted.get(name, 'nothing')} in the model)"
+            for name in sorted({*there, *wanted})
+            if there.get(name) != wanted.get(name)
+        ]:
+            more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+            raise CheckpointError(
+                f"the checkpoint {folder} is of another network or optimizer: "
+                f"{'; '.join(differences[:8])}{more}. Restore it with the config that it was "
+                "trained with."
+            )
         (default,) = jax.numpy.zeros(()).devices()
         here = jax.sharding.SingleDeviceSharding(default)  # whatever devices it was saved on
-        args = {}
-        for name, wanted in items.items():
-            check_leaves(folder, leaves_of_metadata(saved[name]), leaves_of(wanted))
-            args[name] = ocp.args.StandardRestore(
-                jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted
-                )
-            )
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), items
+        )
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
         return self._manager.restore(step, args=ocp.args.Composite(**args))
 
     def wait(self) -> None:
@@ -378,17 +341,13 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-        except (
-            Exception
-        ) as error:  # whatever the background thread met: Orbax, TensorStore or the file system
+        except Exception as error:  # of the background thread
             raise self._unsaved(error) from error
 
     def _write_record(self) -> None:
         if jax.process_index() > 0:
             return
-        folder = next(
-            self.folder.glob(f"{self._saving['step']}.*")
-        )  # its draft name, with a suffix of Orbax's
+        (folder,) = self.folder.glob(f"{self._saving['step']}.*")  # Orbax's draft of it
         self._saving["files"] = checksums(folder)
         (folder / RECORD).write_text(json.dumps(self._saving))
 
