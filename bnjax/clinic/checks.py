@@ -18,38 +18,36 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.linen import Network
-from bnjax.clinic.measure import (
-    DEAD,
-    Case,
-    Evidence,
-    Progress,
-    Run,
-    distance,
-    measure,
-    real_examples,
-    rms,
-)
+from bnjax.clinic.measure import DEAD, Case, Evidence, Run, distance, measure, real_examples, rms
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
 from bnjax.train_step import init_variables
 from bnjax.types import Batch, Params, fingerprint
 
+Found = tuple[Finding, ...]
 Outcome = Iterator[Finding | NotChecked]
 Leaves = dict[tuple[str, ...], Any]
+ILLNESSES: dict[str, Illness] = {}
 
-MISSING_STATISTICS = Illness(
+
+def _illness(*words: str) -> Illness:
+    illness = Illness(*words)
+    return ILLNESSES.setdefault(illness.id, illness)
+
+
+MISSING_STATISTICS = _illness(
     "missing-statistics",
     "the checkpoint has no running statistics",
     "the norms have nothing to normalise by in evaluation",
     "save the collection batch_stats beside params; for these weights, recompute it with "
     "clinic.precise",
 )
-UNMATCHED_LEAVES = Illness(
+UNMATCHED_LEAVES = _illness(
     "unmatched-leaves",
     "leaves of the checkpoint and of the model do not match",
     "leaves that are left out, or stay at their initial values, are lost silently",
     "restore with the model that was trained; rename or drop leaves explicitly",
 )
-REPLICAS_DIFFER = Illness(
+REPLICAS_DIFFER = _illness(
     "replicas-differ",
     "each replica has statistics of its own",
     "it is chance which ones are saved, and each set is of a fraction of the data",
@@ -71,45 +69,48 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
             one tree for each replica, or replicated arrays whose copies differ.
         batch: only shape and dtype of `image` matter.
     """
-    images = np.asarray(batch["image"][:1])
     init = functools.partial(init_variables, network.model, jax.random.key(0))
-    params, stats = (flatten_dict(dict(tree)) for tree in jax.eval_shape(init, images))
-    its_params = _replicas(network.params, params)[0]
+    params, stats = (
+        flatten_dict(dict(tree)) for tree in jax.eval_shape(init, np.asarray(batch["image"][:1]))
+    )
+    its_params, *_ = _replicas(network.params, params)
     replicas = _replicas(network.batch_stats, stats)
-    its_stats = replicas[0]
-    if stats and not its_stats:
+    if stats and not replicas[0]:
         text = f"the model has {len(stats)} leaves in batch_stats, the checkpoint none"
         return network, [Finding(MISSING_STATISTICS, (), text)], False
-    found = []
-    collections = {"params": (its_params, params), "batch_stats": (its_stats, stats)}
-    lines = [line for name, pair in collections.items() for line in _unmatched(name, *pair)]
-    if lines:
-        more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
-        found.append(Finding(UNMATCHED_LEAVES, (), "; ".join(lines[:8]) + more))
-    usable = all(
-        path in leaves and np.shape(leaves[path]) == leaf.shape
-        for leaves, wanted in collections.values()
-        for path, leaf in wanted.items()
-    )
+    found, usable, mine = [], True, {}
+    for name, leaves, wanted in (
+        ("params", its_params, params),
+        ("batch_stats", replicas[0], stats),
+    ):
+        shapes = {path: [*leaf.shape] for path, leaf in wanted.items()}
+        its_shapes = {path: [*np.shape(leaf)] for path, leaf in leaves.items()}
+        unmatched = [
+            f"{name}.{'.'.join(path)} is {its_shapes.get(path, 'missing')} where the model has "
+            f"{shapes.get(path, 'none')}"
+            for path in sorted({*shapes, *its_shapes})
+            if shapes.get(path) != its_shapes.get(path)
+        ]
+        if unmatched:
+            more = f" and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
+            found.append(Finding(UNMATCHED_LEAVES, (), "; ".join(unmatched[:8]) + more))
+        usable &= all(its_shapes.get(path) == shape for path, shape in shapes.items())
+        mine[name] = unflatten_dict({path: leaves[path] for path in leaves if path in wanted})
     if usable and len(replicas) > 1:
         found += _differing(replicas)
-    mine = {
-        name: unflatten_dict({path: leaves[path] for path in leaves if path in wanted})
-        for name, (leaves, wanted) in collections.items()
-    }
     return dataclasses.replace(network, **mine), found, usable
 
 
 def _replicas(tree: Any, wanted: Leaves) -> list[Leaves]:
-    """Returns the leaves of each replica."""
+    """Returns the leaves of each replica; one if there are no replicas."""
     if isinstance(tree, list | tuple):
-        return [_replicas(one, wanted)[0] for one in tree] or [{}]
+        return [flatten_dict(dict(one)) for one in tree]
     leaves: Leaves = flatten_dict(dict(tree)) if isinstance(tree, Mapping) else {}
-    stacked = all(
-        path in wanted and np.ndim(leaf) > 0 and np.shape(leaf)[1:] == wanted[path].shape
+    stacked = [
+        path in wanted and np.shape(leaf)[1:] == wanted[path].shape != np.shape(leaf)
         for path, leaf in leaves.items()
-    ) and any(np.shape(leaf) != wanted[path].shape for path, leaf in leaves.items())
-    if stacked and len({np.shape(leaf)[0] for leaf in leaves.values()}) == 1:
+    ]
+    if stacked and all(stacked):
         copies: dict[Any, Any] = jax.device_get(leaves)
     else:  # copies of a replicated array may differ after `shard_map`
         copies = {
@@ -122,42 +123,30 @@ def _replicas(tree: Any, wanted: Leaves) -> list[Leaves]:
     return [{path: of_leaf[i] for path, of_leaf in copies.items()} for i in range(count)]
 
 
-def _unmatched(collection: str, leaves: Leaves, wanted: Leaves) -> Iterator[str]:
-    for path in sorted({*leaves, *wanted}):
-        name = f"{collection}.{'.'.join(path)}"
-        if path not in leaves:
-            yield f"{name} is missing"
-        elif path not in wanted:
-            yield f"{name} is not in the model"
-        elif np.shape(leaves[path]) != wanted[path].shape:
-            there, here = np.shape(leaves[path]), wanted[path].shape
-            yield f"{name} is {[*there]} where the model has {[*here]}"
-
-
 def _differing(replicas: list[Leaves]) -> list[Finding]:
-    layers: list[str] = []
-    most = np.zeros(2)
+    apart = {}
     for *path, name in replicas[0]:
-        if name != "mean" or (*path, "var") not in replicas[0]:
-            continue
-        mean, var = (
-            np.stack([np.asarray(leaves[*path, leaf], np.float64) for leaves in replicas])
-            for leaf in ("mean", "var")
-        )
-        var = np.maximum(var, 1e-12)
-        apart = [np.ptp(mean, axis=0) / np.sqrt(var.mean(0)), np.ptp(np.log(var), axis=0)]
-        worst = np.array([np.nan_to_num(one, nan=np.inf).max() for one in apart])
-        if worst.max() > REPLICAS:
-            layers.append(".".join(path))
-            most = np.maximum(most, worst)
+        if name == "mean" and (*path, "var") in replicas[0]:
+            mean, var = (
+                np.stack([np.asarray(leaves[*path, leaf], np.float64) for leaves in replicas])
+                for leaf in ("mean", "var")
+            )
+            var = np.maximum(var, 1e-12)
+            both = np.ptp(mean, axis=0) / np.sqrt(var.mean(0)), np.ptp(np.log(var), axis=0)
+            worst = [np.nan_to_num(one, nan=np.inf).max() for one in both]
+            if max(worst) > REPLICAS:
+                apart[".".join(path)] = worst
+    if not apart:
+        return []
+    of_mean, of_var = np.max([*apart.values()], axis=0)
     text = (
-        f"{len(replicas)} replicas, whose means are up to {most[0]:.3g} standard deviations apart "
-        f"and whose log variances up to {most[1]:.3g}; the first is audited below"
+        f"{len(replicas)} replicas, whose means are up to {of_mean:.3g} standard deviations apart "
+        f"and whose log variances up to {of_var:.3g}; the first is audited below"
     )
-    return [Finding(REPLICAS_DIFFER, tuple(layers), text)] if layers else []
+    return [Finding(REPLICAS_DIFFER, tuple(apart), text)]
 
 
-NEVER_UPDATED = Illness(
+NEVER_UPDATED = _illness(
     "never-updated",
     "the averages are still 0 and 1",
     "evaluation does not normalise at all, while training does",
@@ -166,23 +155,13 @@ NEVER_UPDATED = Illness(
 )
 
 
-def never_updated(case: Case) -> Outcome:
+def never_updated(case: Case, one: Evidence) -> str | None:
     """Finds averages that are exactly their initial values."""
-    names = [one.layer.name for one in case.layers if not one.mean.any() and (one.var == 1).all()]
-    if names:
-        text = f"mean 0 and variance 1 exactly, in {len(names)} of {len(case.layers)} norms"
-        yield Finding(NEVER_UPDATED, tuple(names), text)
+    initial = not one.mean.any() and (one.var == 1).all()
+    return "mean 0 and variance 1 exactly" if initial else None
 
 
-def _of_layers(illness: Illness, found: Iterable[tuple[Evidence, str]]) -> Outcome:
-    """Yields one finding for all layers with a measurement."""
-    pairs = [*found]
-    if pairs:
-        names = tuple(one.layer.name for one, _ in pairs)
-        yield Finding(illness, names, "; ".join(text for _, text in pairs[:6]))
-
-
-INVALID_STATISTICS = Illness(
+INVALID_STATISTICS = _illness(
     "invalid-statistics",
     "a mean or variance is NaN or infinite, or a variance negative or 0 where the data vary",
     "everything after it is NaN, or multiplied by 1 / sqrt(epsilon)",
@@ -192,31 +171,20 @@ INVALID_STATISTICS = Illness(
 )
 
 
-def invalid_statistics(case: Case) -> Outcome:
+def invalid_statistics(case: Case, one: Evidence) -> str | None:
     """Finds impossible statistics, and norms whose inputs are not finite."""
-
-    def found() -> Iterator[tuple[Evidence, str]]:
-        for one in case.layers:
-            finite = np.isfinite(one.mean) & np.isfinite(one.var)
-            counts = {
-                "not finite": ~finite,
-                "negative": finite & (one.var < 0),
-                "0 where the data vary": finite & (one.var == 0) & (one.train.var.mean(0) > 0),
-                "with inputs that are not finite": ~_finite_inputs(one),
-            }
-            words = [f"{count.sum()} {word}" for word, count in counts.items() if count.any()]
-            if words:
-                yield one, f"{', '.join(words)} of {one.mean.size}"
-
-    return _of_layers(INVALID_STATISTICS, found())
+    finite = np.isfinite(one.mean) & np.isfinite(one.var)
+    counts = {
+        "not finite": ~finite,
+        "negative": finite & (one.var < 0),
+        "0 where the data vary": finite & (one.var == 0) & (one.train.var.mean(0) > 0),
+        "with inputs that are not finite": ~one.finite,
+    }
+    words = [f"{count.sum()} {word}" for word, count in counts.items() if count.any()]
+    return f"{', '.join(words)} of {one.mean.size}" if words else None
 
 
-def _finite_inputs(one: Evidence) -> np.ndarray:
-    """Returns the channels whose inputs are finite, bool [c]."""
-    return np.isfinite(one.batch.mean + one.batch.var).all(0)
-
-
-LOW_PRECISION = Illness(
+LOW_PRECISION = _illness(
     "low-precision",
     "the mean is so far from 0 that the variance is rounding error",
     "the batch is normalised by rounding errors",
@@ -227,36 +195,28 @@ LOW_PRECISION = Illness(
 ROUNDING = 0.01  # relative rounding error of a variance
 
 
-def low_precision(case: Case) -> Outcome:
-    """Finds variances of rounding errors, and averages stored with too few bits."""
+def low_precision(case: Case, one: Evidence) -> str | None:
+    """Finds variances of rounding errors, and averages stored with too few bits.
 
-    def found() -> Iterator[tuple[Evidence, str]]:
-        for one in case.layers:
-            ratio = float((np.abs(one.train.mean.mean(0)) / one.std)[one.live].max(initial=0))
-            error, how = max(_rounding(one, ratio))
-            if jnp.finfo(one.dtype).bits < 32:
-                yield one, f"averages kept in {jnp.dtype(one.dtype).name}"
-            elif error > ROUNDING:
-                yield one, f"|mean| / std up to {ratio:.3g}, {how}: {error:.1%} rounding error"
-
-    return _of_layers(LOW_PRECISION, found())
-
-
-def _rounding(one: Evidence, ratio: float) -> list[tuple[float, str]]:
-    """Returns relative errors of the variance and their causes.
-
-    (mean / std)^2 eps^2 / 12 of rounded inputs, and (mean / std)^2 eps of E[x^2] - E[x]^2.
+    The relative errors are (mean / std)^2 eps^2 / 12 of rounded inputs, and (mean / std)^2 eps of
+    E[x^2] - E[x]^2.
     """
+    if jnp.finfo(one.dtype).bits < 32:
+        return f"averages kept in {jnp.dtype(one.dtype).name}"
+    ratio = float((np.abs(one.train.mean.mean(0)) / one.std)[one.live].max(initial=0))
     dtype, module = jnp.dtype(one.layer.dtype), one.layer.module
     eps = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
     errors = [(ratio**2 * eps**2 / 12, f"inputs in {dtype.name}")]
     if isinstance(module, nn.BatchNorm) and module.use_fast_variance:
         dtype = jnp.promote_types(dtype, jnp.float32) if module.force_float32_reductions else dtype
         errors.append((ratio**2 * float(jnp.finfo(dtype).eps), f"E[x^2] - E[x]^2 in {dtype.name}"))
-    return errors
+    error, how = max(errors)
+    if error > ROUNDING:
+        return f"|mean| / std up to {ratio:.3g}, {how}: {error:.1%} rounding error"
+    return None
 
 
-DEAD_CHANNELS = Illness(
+DEAD_CHANNELS = _illness(
     "dead-channels",
     "channels whose output does not vary",
     "they carry nothing of the image, cost as much as others, and may never recover",
@@ -267,20 +227,16 @@ DEAD_CHANNELS = Illness(
 CHANNELS = 0.1
 
 
-def dead_channels(case: Case) -> Outcome:
+def dead_channels(case: Case, one: Evidence) -> str | None:
     """Finds layers with many constant channels."""
-
-    def found() -> Iterator[tuple[Evidence, str]]:
-        for one in case.layers:
-            dead = ~one.live & _finite_inputs(one).all()  # NaN is another illness
-            if dead.mean() > CHANNELS:
-                by_scale = int((dead & (np.abs(one.scale) <= DEAD)).sum())
-                yield one, f"{dead.sum()} of {dead.size} channels, {by_scale} by their scale"
-
-    return _of_layers(DEAD_CHANNELS, found())
+    dead = ~one.live & one.finite.all()  # NaN is another illness
+    if dead.mean() > CHANNELS:
+        by_scale = int((dead & (np.abs(one.scale) <= DEAD)).sum())
+        return f"{dead.sum()} of {dead.size} channels, {by_scale} by their scale"
+    return None
 
 
-EPSILON_LARGE = Illness(
+EPSILON_LARGE = _illness(
     "epsilon-large",
     "epsilon is above the variance",
     "the output is smaller than normalised, and depends on the size of the inputs",
@@ -288,24 +244,19 @@ EPSILON_LARGE = Illness(
 )
 
 
-def epsilon_large(case: Case) -> Outcome:
+def epsilon_large(case: Case, one: Evidence) -> str | None:
     """Finds layers whose divisor is mostly epsilon."""
-
-    def found() -> Iterator[tuple[Evidence, str]]:
-        for one in case.layers:
-            epsilon, var = one.layer.module.epsilon, one.batch.var.mean(0)[one.live]
-            below = var < epsilon
-            if below.size and below.mean() > CHANNELS:
-                yield (
-                    one,
-                    f"{below.sum()} of {var.size} channels have a variance below epsilon = "
-                    f"{epsilon:.3g}, the median is {np.median(var):.3g}",
-                )
-
-    return _of_layers(EPSILON_LARGE, found())
+    epsilon, var = one.layer.module.epsilon, one.batch.var.mean(0)[one.live]
+    below = var < epsilon
+    if below.size and below.mean() > CHANNELS:
+        return (
+            f"{below.sum()} of {var.size} channels have a variance below epsilon = {epsilon:.3g}, "
+            f"the median is {np.median(var):.3g}"
+        )
+    return None
 
 
-SMALL_BATCH = Illness(
+SMALL_BATCH = _illness(
     "small-batch",
     "too few values for each channel and batch in training",
     "mean and variance of a batch are mostly chance, so training and evaluation see different "
@@ -318,32 +269,18 @@ SMALL_BATCH = Illness(
 NOISE = 0.25
 
 
-def small_batch(case: Case) -> Outcome:
+def small_batch(case: Case, one: Evidence) -> str | None:
     """Finds layers whose batch statistics are mostly chance."""
     size = case.run.batch_size
-    if size is None:
-        missing = "the examples that share statistics in training: Run(batch_size=…)"
-        yield NotChecked("small-batch", missing)
-        return
-    if case.whole < 2:
-        yield NotChecked("small-batch", "a second batch, to see how much batches differ")
-        return
-    noisy = ((one, one.noise(size)) for one in case.layers)
-    yield from _of_layers(
-        SMALL_BATCH,
-        (
-            (
-                one,
-                f"a batch's mean varies by {noise:.2f} standard deviations, as that of "
-                f"{noise**-2:.0f} independent values (n = {one.values(size):,})",
-            )
-            for one, noise in noisy
-            if noise is not None and noise > NOISE
-        ),
+    if size is None or case.whole < 2 or (noise := one.noise(size) or 0.0) <= NOISE:
+        return None
+    return (
+        f"a batch's mean varies by {noise:.2f} standard deviations, as that of {noise**-2:.0f} "
+        f"independent values (n = {one.values(size):,})"
     )
 
 
-VARIANCE_SHIFT = Illness(
+VARIANCE_SHIFT = _illness(
     "variance-shift",
     "dropout before a norm: variances differ between training and evaluation",
     "the averages are of inputs with dropped units, which evaluation never sees (Li et al., 2018)",
@@ -353,25 +290,36 @@ VARIANCE_SHIFT = Illness(
 SHIFT = 0.1  # absolute log ratio of the variances: outputs are scaled wrongly by 5 %
 
 
-def variance_shift(case: Case) -> Outcome:
+def variance_shift(case: Case, one: Evidence) -> str | None:
     """Finds norms whose inputs have another variance while units are dropped."""
-    random = [one for one in case.layers if one.random]
-    if random and case.whole < 2:
-        yield NotChecked("variance-shift", "a second batch, to see how much chance is in it")
-        return
-    found = []
-    for one in random:
-        ratios = one.shifts()
-        error = ratios.std(ddof=1) / len(ratios) ** 0.5
-        if abs(ratios.mean()) > max(SHIFT, STANDARD_ERRORS * error):
-            found.append((one.layer.name, f"{np.exp(ratios.mean()):.3f}"))
-    if found:
-        names, ratios_ = zip(*found, strict=True)
-        text = f"variance in training / in evaluation: {', '.join(ratios_)}"
-        yield Finding(VARIANCE_SHIFT, names, text)
+    if not one.random or case.whole < 2:
+        return None
+    mean, error = one.shifts.mean(), one.shifts.std(ddof=1) / len(one.shifts) ** 0.5
+    is_ill = abs(mean) > max(SHIFT, STANDARD_ERRORS * error)
+    return f"variance in training / in evaluation {np.exp(mean):.3f}" if is_ill else None
 
 
-WEIGHT_DECAY = Illness(
+def unknown(case: Case) -> Iterator[NotChecked]:
+    """Yields the checks for which a fact is missing, except those of `unfinished_or_stale`."""
+    few = "a second batch, to see how much batches differ"
+    if case.run.batch_size is None:
+        missing = "the examples that share statistics in training: Run(batch_size=…)"
+        yield NotChecked("small-batch", missing)
+    elif case.whole < 2:
+        yield NotChecked("small-batch", few)
+    if case.whole < 2 and any(one.random for one in case.layers):
+        yield NotChecked("variance-shift", few)
+    if case.run.tx is None:
+        missing = "the optimizer: Run(tx=…); the weights do not show what it did to them"
+        yield NotChecked("weight-decay", missing)
+    if case.run.predict is None:
+        missing = "the function that evaluates: Run(predict=…); train=False alone was tried"
+        yield NotChecked("batch-dependent in your evaluation", missing)
+    if not case.has_labels:
+        yield NotChecked("loss and accuracy", "labels in the batches")
+
+
+WEIGHT_DECAY = _illness(
     "weight-decay",
     "weight decay acts on scale and bias",
     "channels shrink without reason; decay that only sets the learning rate of layers before a "
@@ -379,7 +327,7 @@ WEIGHT_DECAY = Illness(
     "leave them out, for instance optax.add_decayed_weights(…, mask=lambda params: jax.tree.map("
     "lambda leaf: leaf.ndim > 1, params))",
 )
-LAYERWISE_RATE = Illness(
+LAYERWISE_RATE = _illness(
     "layerwise-rate",
     "a layer-wise learning rate (as in LARS or LAMB) acts on scale and bias",
     "their norm is no measure of the right step: a bias near 0 hardly moves (You et al., 2017)",
@@ -388,11 +336,9 @@ LAYERWISE_RATE = Illness(
 MAX_UPDATES = 64  # a schedule may start at 0, and gradients may be accumulated over several steps
 
 
-def decay(case: Case) -> Outcome:
+def decay(case: Case, before: Found) -> Outcome:
     """Finds weight decay, or a layer-wise rate, on scale and bias."""
     if case.run.tx is None:
-        missing = "the optimizer: Run(tx=…); the weights do not show what it did to them"
-        yield NotChecked("weight-decay", missing)
         return
     try:
         decayed = depends(case.run.tx, case.network.params, gradient=0.0)
@@ -405,16 +351,14 @@ def decay(case: Case) -> Outcome:
         (WEIGHT_DECAY, "shrinks", decayed),
         (LAYERWISE_RATE, "scales with its norm the step of", scaled),
     ):
-        hit = [
-            (one.layer.name, name)
-            for one in case.layers
-            for name in ("scale", "bias")
-            if (*one.layer.path, name) in found
-        ]
-        if hit:
-            layers = tuple(dict.fromkeys(layer for layer, _ in hit))
-            kinds = " and ".join(sorted({name for _, name in hit}))
-            yield Finding(illness, layers, f"the optimizer {how} {kinds}, {len(hit)} leaves")
+        paths = {one.layer.name: one.layer.path for one in case.layers}
+        hit = {
+            layer: {"scale", "bias"} & {leaf for *norm, leaf in found if (*norm,) == path}
+            for layer, path in paths.items()
+        }
+        if kinds := sorted(set().union(*hit.values())):
+            layers = tuple(layer for layer in hit if hit[layer])
+            yield Finding(illness, layers, f"the optimizer {how} {' and '.join(kinds)}")
 
 
 def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]:
@@ -446,7 +390,7 @@ def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]
     return set()
 
 
-BATCH_DEPENDENT = Illness(
+BATCH_DEPENDENT = _illness(
     "batch-dependent",
     "predictions depend on the rest of the batch",
     "the prediction for an image depends on the other images in its batch; alone it is worthless",
@@ -456,18 +400,16 @@ BATCH_DEPENDENT = Illness(
 DIGITS = 0.5
 
 
-def batch_dependent(case: Case) -> Outcome:
+def batch_dependent(case: Case, before: Found) -> Outcome:
     """Evaluates half a batch with two different other halves: its own, and black images."""
     images = np.asarray(case.batches[0]["image"])
-    if case.run.predict is None:
-        missing = "the function that evaluates: Run(predict=…); train=False alone was tried"
-        yield NotChecked("batch-dependent in your evaluation", missing)
     half = (len(images) + 1) // 2
     others = images.copy()
     others[half:] = 0
-    predict = case.run.predict or case.predict
-    found = [predict(given) for given in (images, others)]
-    one, other = (np.asarray(logits, np.float64)[:half] for logits in found)
+    predict = case.run.predict or (
+        lambda images: case.evaluate(case.network.batch_stats, {"image": images})
+    )
+    one, other = (np.asarray(predict(of), np.float64)[:half] for of in (images, others))
     norms = [evidence.layer for evidence in case.layers]
     names = tuple(layer.name for layer in norms if layer.by_batch)
     size, apart = np.nan_to_num(np.abs(one)).max(), np.nan_to_num(np.abs(one - other)).max()
@@ -480,13 +422,13 @@ def batch_dependent(case: Case) -> Outcome:
         yield Finding(BATCH_DEPENDENT, names, text)
 
 
-NOT_CONVERGED = Illness(
+NOT_CONVERGED = _illness(
     "not-converged",
     "the averages still remember their starting values",
     "a part of the statistics that evaluation uses is 0 and 1, not the data",
     "train longer, lower the momentum, use debias, or recompute with clinic.precise",
 )
-STALE = Illness(
+STALE = _illness(
     "stale",
     "the averages lag behind these weights, or belong to others",
     "evaluation normalises by statistics that these weights do not produce",
@@ -506,13 +448,30 @@ EXPLAINED = 0.5  # R^2 of the fit by a share of the starting values
 ROUNDED = 1e-6  # of two statistics that agree except for rounding
 
 
-def unfinished_or_stale(case: Case) -> Outcome:
-    """Finds averages that are not ready, or not of these weights; at most one of the two."""
-    layers = [one for one in case.layers if one.layer.name not in case.explained]
-    shares = [(one, _initial_share(case, one)) for one in layers]
-    early = [(one, share) for one, share in shares if _is_early(one, share)]
+def unfinished_or_stale(case: Case, before: Found) -> Outcome:
+    """Finds averages that are not ready, or not of these weights; at most one of the two.
+
+    Layers whose statistics are wrong for a reason that was found are left out.
+    """
+    explained = {
+        layer
+        for one in before
+        if one.illness in (NEVER_UPDATED, INVALID_STATISTICS, LOW_PRECISION)
+        for layer in one.layers
+    }
+    names = [one.layer.name for one in case.layers]
+    for low in (one.layers[0] for one in before if one.illness is LOW_PRECISION):
+        explained |= {*names[names.index(low) :]}  # later layers are given rounding errors
+        yield NotChecked("stale by fit", f"layers that do not follow {low}")
+    layers = [one for one in case.layers if one.layer.name not in explained]
+    shares = {one.layer.name: _initial_share(case, one) for one in layers}
+    early = [one for one in layers if _is_early(one, shares[one.layer.name])]
     if early:
-        yield _not_converged(early, "momentum ** updates is", _updates(case, early[0][0]))
+        worst = max(early, key=lambda one: shares[one.layer.name])
+        share, updates = shares[worst.layer.name], _updates(case, early[0])
+        yield _not_converged(
+            early, worst, share, f"after {updates:,} updates momentum ** updates is"
+        )
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
@@ -523,63 +482,38 @@ def unfinished_or_stale(case: Case) -> Outcome:
         yield Finding(STALE, tuple(one.layer.name for one in layers), text)
         return
     if several := [one for one in layers if one.calls > 1]:
-        names = ", ".join(f"{one.layer.name} ({one.calls} calls a pass)" for one in several)
-        missing = f"norms that are called once; their averages mix their calls: {names}"
+        calls = ", ".join(f"{one.layer.name} ({one.calls} calls a pass)" for one in several)
+        missing = f"norms that are called once; their averages mix their calls: {calls}"
         yield NotChecked("stale by fit", missing)
-    judged = [one for one in layers if one.calls == 1]
     if case.whole < 2:
         yield NotChecked("stale by fit", "a second batch, to see how much batches differ")
         return
-    momenta = [one.layer.module.momentum for one in layers]
-    if case.run.steps is None and any(isinstance(one, float) for one in momenta):
+    if case.run.steps is None and any(isinstance(_momentum(one), float) for one in layers):
         missing = "the number of updates: Run(steps=…); judged by how the averages look"
         yield NotChecked("not-converged by its updates", missing)
+    judged = [one for one in layers if one.calls == 1]
     beyond = [one for one in judged if max(z_scores(case, one)) > STANDARD_ERRORS]
     if beyond:
         yield from _of_poor_fit(case, judged, beyond)
-
-
-def z_scores(case: Case, one: Evidence) -> tuple[float, float]:
-    """Returns stored minus expected mean and log variance, in standard errors, RMS over channels.
-
-    Exponential averages of independent values of variance s^2 have the variance (1-m) / (1+m) s^2.
-    The expected value is the mean of k batches and has the variance s^2 / k.
-    """
-    given, size, momentum = (
-        one.train,
-        case.run.batch_size or one.examples,
-        one.layer.module.momentum,
-    )
-    left = 1.0 if callable(momentum) else 0.0
-    if isinstance(momentum, int | float):
-        left = (1 - momentum) / (1 + momentum)
-    factor = math.sqrt(left * one.examples / size + 1 / len(given.mean))
-    of_mean = rms((given.mean.std(0, ddof=1) / one.std)[one.live]) * factor
-    of_var = rms((given.var.std(0, ddof=1) / one.std**2)[one.live]) * factor
-    return rms(one.drift) / max(of_mean, ROUNDED), rms(one.log_ratio) / max(of_var, ROUNDED)
-
-
-def _is_misfit(one: Evidence) -> bool:
-    return rms(one.drift) > MISFIT_MEAN or rms(one.log_ratio) > MISFIT_VAR
 
 
 def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> Outcome:
     """Finds statistics that are worse than a small batch's, or whose misfit predictions show."""
     mixed = flatten_dict(dict(case.expected))
     stored = flatten_dict(dict(case.network.batch_stats))
-    for one in judged:
-        for name in ("mean", "var"):
-            mixed[*one.layer.path, name] = stored[*one.layer.path, name]
-    right = case.logits_under(case.expected, "expected statistics")
-    moved = distance(right, case.logits_under(unflatten_dict(mixed), "stored statistics"))
+    own = {(*one.layer.path, name) for one in judged for name in ("mean", "var")}
+    mixed |= {path: stored[path] for path in own}
+    right = case.logits_under(case.expected)
+    moved = distance(right, case.logits_under(unflatten_dict(mixed)))
     # The noise of a batch moves predictions in proportion to 1 / sqrt(examples).
     scale = judged[0].examples / (case.run.batch_size or judged[0].examples)
     usual = distance(right, case.batch_logits) * math.sqrt(scale)
-    if not any(map(_is_misfit, beyond)) and moved <= max(MOVED, usual):
+    misfit = any(rms(one.drift) > MISFIT_MEAN or rms(one.log_ratio) > MISFIT_VAR for one in beyond)
+    if not misfit and moved <= max(MOVED, usual):
         return
     share = fitted_share(judged, beyond)
     if share is not None and any(_is_early(one, share) for one in judged):
-        yield _not_converged([(one, share) for one in judged], "they fit best for", None)
+        yield _not_converged(judged, judged[0], share, "they fit best for")
         return
     worst = max(beyond, key=lambda one: max(z_scores(case, one)))
     cause = (
@@ -594,6 +528,22 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
         f"moves by it, {usual:.0%} by a batch's own statistics: {cause}"
     )
     yield Finding(STALE, tuple(one.layer.name for one in beyond), text)
+
+
+def z_scores(case: Case, one: Evidence) -> tuple[float, float]:
+    """Returns stored minus expected mean and log variance, in standard errors, RMS over channels.
+
+    Exponential averages of independent values of variance s^2 have the variance (1-m) / (1+m) s^2.
+    The expected value is the mean of k batches and has the variance s^2 / k.
+    """
+    given, size, momentum = one.train, case.run.batch_size or one.examples, _momentum(one)
+    left = 1.0 if callable(momentum) else 0.0
+    if isinstance(momentum, int | float):
+        left = (1 - momentum) / (1 + momentum)
+    factor = math.sqrt(left * one.examples / size + 1 / len(given.mean))
+    of_mean = rms((given.mean.std(0, ddof=1) / one.std)[one.live]) * factor
+    of_var = rms((given.var.std(0, ddof=1) / one.std**2)[one.live]) * factor
+    return rms(one.drift) / max(of_mean, ROUNDED), rms(one.log_ratio) / max(of_var, ROUNDED)
 
 
 def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None:
@@ -615,21 +565,23 @@ def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None
         found = [((one.mean - mean) / std)[one.live], ((one.var - var) / std**2)[one.live]]
         return np.concatenate(initial), np.concatenate(found)
 
-    def explained(share: float, initial: np.ndarray, found: np.ndarray) -> float:
+    def explains(initial: np.ndarray, found: np.ndarray) -> bool:
         rest = found - share * initial
-        return 1 - float(rest @ rest / max(found @ found, 1e-12))
+        return 1 - float(rest @ rest / max(found @ found, 1e-12)) > EXPLAINED
 
     pairs = {one.layer.name: pair(one) for one in judged}
-    initial, found = (np.concatenate(arrays) for arrays in zip(*pairs.values(), strict=True))
+    initial, found = map(np.concatenate, zip(*pairs.values(), strict=True))
     share = float(initial @ found / max(initial @ initial, 1e-12))
     wrong = {one.layer.name for one in beyond}
     agree = all(
-        explained(share, *pairs[name]) > EXPLAINED
-        if name in wrong
-        else rms(share * pairs[name][0]) < MISFIT_MEAN
+        explains(*pairs[name]) if name in wrong else rms(share * pairs[name][0]) < MISFIT_MEAN
         for name in pairs
     )
-    return share if agree and explained(share, initial, found) > EXPLAINED else None
+    return share if agree and explains(initial, found) else None
+
+
+def _momentum(one: Evidence) -> Any:
+    return one.layer.module.momentum
 
 
 def _updates(case: Case, one: Evidence) -> int | None:
@@ -642,7 +594,7 @@ def _updates(case: Case, one: Evidence) -> int | None:
 
 def _initial_share(case: Case, one: Evidence) -> float:
     """Returns the share of the starting values in the averages; 0 if it is not known."""
-    momentum, updates = one.layer.module.momentum, _updates(case, one)
+    momentum, updates = _momentum(one), _updates(case, one)
     if updates is None or getattr(one.layer.module, "debias", False):
         return 0.0
     return float(momentum) ** updates if isinstance(momentum, int | float) else 0.0
@@ -652,62 +604,45 @@ def _is_early(one: Evidence, share: float) -> bool:
     return share > INITIAL_SHARE or share * one.distance_from_zero > INITIAL_SHIFT
 
 
-def _not_converged(shares: list[tuple[Evidence, float]], how: str, updates: int | None) -> Finding:
-    worst, share = max(shares, key=lambda pair: pair[1])
-    momentum, text = (
-        worst.layer.module.momentum,
-        f"{how} a share of {share:.1%} of the starting values",
-    )
+def _not_converged(layers: list[Evidence], worst: Evidence, share: float, how: str) -> Finding:
+    momentum, apart = _momentum(worst), worst.distance_from_zero
+    text = f"{how} a share of {share:.1%} of the starting values"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
-        after = "" if updates is None else f" after {updates:,} updates"
         text += (
-            f"{after} with momentum {momentum:g}; {needed:,} updates are needed for "
-            f"{INITIAL_SHARE:.0%}"
+            f", with momentum {momentum:g}; {needed:,} updates are needed for {INITIAL_SHARE:.0%}"
         )
-    apart = worst.distance_from_zero
     if share * apart > INITIAL_SHIFT:
         text += (
             f"; the mean of {worst.layer.name} is {apart:.3g} standard deviations from 0, so this "
             f"moves it by {share * apart:.2f}"
         )
-    return Finding(NOT_CONVERGED, tuple(one.layer.name for one, _ in shares), text)
+    return Finding(NOT_CONVERGED, tuple(one.layer.name for one in layers), text)
 
 
-# In this order: the first ones explain what the last would find again.
-CHECKS: tuple[Callable[[Case], Outcome], ...] = (
-    never_updated,
-    invalid_statistics,
-    low_precision,
-    dead_channels,
-    epsilon_large,
-    small_batch,
-    variance_shift,
+def _of_layers(illness: Illness, check: Callable[[Case, Evidence], str | None]) -> Any:
+    """Returns the check of all layers for an illness, which yields one finding for them."""
+
+    def check_all(case: Case, before: Found) -> Outcome:
+        texts = {one.layer.name: text for one in case.layers if (text := check(case, one))}
+        if texts:
+            yield Finding(illness, tuple(texts), "; ".join([*dict.fromkeys(texts.values())][:6]))
+
+    return check_all
+
+
+CHECKS: tuple[Callable[[Case, Found], Outcome], ...] = (
+    _of_layers(NEVER_UPDATED, never_updated),
+    _of_layers(INVALID_STATISTICS, invalid_statistics),
+    _of_layers(LOW_PRECISION, low_precision),
+    _of_layers(DEAD_CHANNELS, dead_channels),
+    _of_layers(EPSILON_LARGE, epsilon_large),
+    _of_layers(SMALL_BATCH, small_batch),
+    _of_layers(VARIANCE_SHIFT, variance_shift),
     decay,
     batch_dependent,
     unfinished_or_stale,
 )
-EXPLAINING = (NEVER_UPDATED, INVALID_STATISTICS, LOW_PRECISION)
-ILLNESSES = {
-    one.id: one
-    for one in (
-        MISSING_STATISTICS,
-        UNMATCHED_LEAVES,
-        REPLICAS_DIFFER,
-        NEVER_UPDATED,
-        NOT_CONVERGED,
-        STALE,
-        BATCH_DEPENDENT,
-        INVALID_STATISTICS,
-        DEAD_CHANNELS,
-        LOW_PRECISION,
-        EPSILON_LARGE,
-        WEIGHT_DECAY,
-        LAYERWISE_RATE,
-        VARIANCE_SHIFT,
-        SMALL_BATCH,
-    )
-}
 
 
 def audit(
@@ -716,7 +651,6 @@ def audit(
     run: Run | None = None,
     *,
     jit: Callable[..., Any] = jax.jit,
-    progress: Progress = lambda batches, title: batches,
 ) -> Findings:
     """Returns what is wrong with the batch norms of a trained network, and the measurements.
 
@@ -731,7 +665,6 @@ def audit(
             or more; four are better. All are kept in memory.
         run: the facts of the training; checks that need an unknown one are in `not_checked`.
         jit: compiles a function.
-        progress: shows the progress of a pass over the batches.
 
     Raises:
         ValueError: if there is no batch of two or more examples, or a mask that the model does not
@@ -747,62 +680,37 @@ def audit(
             "would count the padding in training. Give batches without padding."
         )
     network, found, usable = match(network, kept[0])
-    if not usable:
-        other = [name for name in ILLNESSES if name not in {one.id for one in found}]
-        missing = "a checkpoint that fits the model; not looked at: " + ", ".join(other)
-        return Findings(tuple(found), (NotChecked("all else", missing),))
-    if not network.norms(kept[0]):
+    missing = "a checkpoint that fits the model" if not usable else ""
+    if usable and not network.norms(kept[0]):
         missing = "a batch norm of Flax's or bnjax's in the model"
+    if missing:
         return Findings(tuple(found), (NotChecked("all else", missing),))
-    case = measure(network, kept, run, jit, progress)
-    not_checked = []
+    case = measure(network, kept, run, jit)
+    not_checked = [*unknown(case)]
     for check in CHECKS:
-        for outcome in check(case):
+        for outcome in check(case, tuple(found)):
             if isinstance(outcome, NotChecked):
                 not_checked.append(outcome)
-                continue
-            found.append(outcome)
-            if outcome.illness in EXPLAINING:
-                explained = case.explained | {*outcome.layers}
-                if outcome.illness is LOW_PRECISION:  # later layers are given rounding errors
-                    names = [one.layer.name for one in case.layers]
-                    explained |= {*names[names.index(outcome.layers[0]) :]}
-                    missing = f"layers that do not follow {outcome.layers[0]}"
-                    not_checked.append(NotChecked("stale by fit", missing))
-                case = dataclasses.replace(case, explained=explained)
-    if case.labels is None:
-        not_checked.append(NotChecked("loss and accuracy", "labels in the batches"))
-    rows = tuple(_row(one, run) for one in case.layers)
-    examples = sum(map(real_examples, kept))
-    return Findings(tuple(found), tuple(not_checked), rows, _evaluation(case), examples)
-
-
-def _evaluation(case: Case) -> dict[str, dict[str, float]]:
-    precise = case.logits_under(case.precise, "precise statistics")
-    logits = {
-        "stored": case.logits_under(case.network.batch_stats, "stored statistics"),
-        "precise": precise,
-        "batch": case.batch_logits,
+            else:
+                found.append(outcome)
+    precise = case.logits_under(case.precise)
+    stored = case.logits_under(case.network.batch_stats)
+    evaluation = {
+        name: case.means(logits) | {"moved": distance(precise, logits)}
+        for name, logits in (("stored", stored), ("precise", precise), ("batch", case.batch_logits))
     }
-    return {name: case.means(of) | {"moved": distance(precise, of)} for name, of in logits.items()}
-
-
-def _row(one: Evidence, run: Run) -> Row:
-    drift, log_ratio = one.drift, one.log_ratio
-    return Row(
-        name=one.layer.name,
-        shape=tuple(one.shape),
-        drift=rms(drift),
-        log_ratio=float(log_ratio.mean()) if log_ratio.size else None,
-        noise=one.noise(run.batch_size),
-        shift=float(one.shifts().mean()) if one.random else None,
-        dead=int((~one.live).sum()),
-        count=one.values(run.batch_size),
-        drifts=_quantiles(drift),
-        log_ratios=_quantiles(log_ratio),
+    rows = tuple(
+        Row(
+            name=one.layer.name,
+            shape=one.shape,
+            drift=rms(one.drift),
+            log_ratio=float(one.log_ratio.mean()) if one.live.any() else None,
+            noise=one.noise(run.batch_size),
+            shift=float(one.shifts.mean()) if one.random else None,
+            dead=int((~one.live).sum()),
+            count=one.values(run.batch_size),
+        )
+        for one in case.layers
     )
-
-
-def _quantiles(values: np.ndarray) -> tuple[float, ...]:
-    found = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) if values.size else ()
-    return tuple(map(float, found))
+    examples = sum(map(real_examples, kept))
+    return Findings(tuple(found), tuple(not_checked), rows, evaluation, examples)

@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.linen import Mode, Network, NormLayer, nothing_seen, observe, run_unsynced
 from bnjax.clinic.statistics import deviations, put
+from bnjax.metrics import from_losses
 from bnjax.norms.moments import Moments, merge
 from bnjax.train_step import softmax_cross_entropy
 from bnjax.types import Batch, BatchStats, Images, Logits
@@ -20,8 +22,6 @@ from bnjax.types import Batch, BatchStats, Images, Logits
 # A channel is dead if the standard deviation of its output is below this share of the layer's RMS:
 # half a unit in the last place of bfloat16, which is lost when it is added to the others.
 DEAD = 2.0**-8
-# (batches, title) -> the batches, for a progress bar.
-Progress = Callable[[Sequence[Batch], str], Iterable[Batch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,54 +46,45 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """The inputs of one norm in each of k batches; the c channels are one axis, float64.
-
-    Attributes:
-        mean, var: [k, c].
-        count: the values for each channel in the first batch.
-    """
-
-    mean: np.ndarray
-    var: np.ndarray
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The measurements of one norm.
+    """The measurements of one norm; the c channels are one axis, float64.
 
     Attributes:
         layer: the norm, as evaluation calls it.
-        mean, var: the stored statistics, [c] float64.
-        dtype: of the stored statistics.
+        mean, var: the stored statistics, [c].
+        dtype, shape: of the stored statistics.
         scale: learnt, [c]; ones if there is none.
-        train: its inputs in training, with dropped units.
-        batch: its inputs where every norm normalises by the batch and no unit is dropped.
+        train: mean and variance of its inputs in each of k batches [k, c] in training, with dropped
+            units; `count` is that of the first batch.
+        batch: likewise where every norm normalises by the batch and no unit is dropped.
         random: whether its inputs in training depend on the dropout key.
         calls: the number of calls in a pass.
         examples: of an audited batch.
-        shape: of its statistics.
     """
 
     layer: NormLayer
     mean: np.ndarray
     var: np.ndarray
     dtype: Any
+    shape: tuple[int, ...]
     scale: np.ndarray
-    train: Given
-    batch: Given
+    train: Moments
+    batch: Moments
     random: bool
     calls: int
     examples: int
-    shape: tuple[int, ...]
 
     @functools.cached_property
     def live(self) -> np.ndarray:
         """The channels whose output varies, bool [c]."""
         var = self.batch.var.mean(0)
         std = np.abs(self.scale) * np.sqrt(var / (var + self.layer.module.epsilon))
-        return (std > DEAD * np.sqrt(np.mean(std**2))) & (std > 0)
+        return np.asarray((std > DEAD * np.sqrt(np.mean(std**2))) & (std > 0))
+
+    @functools.cached_property
+    def finite(self) -> np.ndarray:
+        """The channels whose inputs are finite, bool [c]."""
+        return np.all(np.isfinite(self.batch.mean + self.batch.var), axis=0)
 
     @functools.cached_property
     def std(self) -> np.ndarray:
@@ -102,8 +93,8 @@ class Evidence:
 
     @functools.cached_property
     def _deviations(self) -> Any:
-        true, epsilon = (self.train.mean.mean(0), self.train.var.mean(0)), self.layer.module.epsilon
-        return deviations(self.mean, np.maximum(self.var, 0), *true, epsilon)
+        true = self.train.mean.mean(0), self.train.var.mean(0)
+        return deviations(self.mean, np.maximum(self.var, 0), *true, self.layer.module.epsilon)
 
     @property
     def drift(self) -> np.ndarray:
@@ -120,8 +111,9 @@ class Evidence:
         """The expected mean in standard deviations, RMS over the live channels."""
         return rms((self.train.mean.mean(0) / self.std)[self.live])
 
+    @property
     def shifts(self) -> np.ndarray:
-        """Returns the mean log ratio of variances with and without dropped units, of each batch."""
+        """The mean log ratio of variances with and without dropped units, of each batch [k]."""
         epsilon = self.layer.module.epsilon
         logs = np.log((self.train.var + epsilon) / (self.batch.var + epsilon))
         return logs[:, self.live].mean(1) if self.live.any() else np.zeros(len(logs))
@@ -157,9 +149,7 @@ class Case:
         precise: the statistics of all examples.
         expected: the averages that infinite training at these weights would give.
         batch_logits: the logits where every norm normalises by the batch.
-        logits_under: (batch_stats, title) -> the logits of all real examples [n, classes].
-        predict: images -> logits [n, classes], as the model evaluates them.
-        explained: the names of layers whose statistics are wrong for a known reason.
+        evaluate: (batch_stats, images) -> logits [n, classes], as the model evaluates them.
     """
 
     network: Network
@@ -169,37 +159,33 @@ class Case:
     precise: BatchStats
     expected: BatchStats
     batch_logits: np.ndarray
-    logits_under: Callable[[BatchStats, str], np.ndarray]
-    predict: Callable[[Images], Logits]
-    explained: frozenset[str] = frozenset()
+    evaluate: Callable[[BatchStats, Batch], Logits]
 
     @property
     def whole(self) -> int:
         """The number of batches from which the differences between batches are learnt."""
         return whole_batches(self.batches)
 
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        """The labels of all real examples; None if a batch has none."""
-        if not all("label" in batch for batch in self.batches):
-            return None
-        return _real([batch["label"] for batch in self.batches], self.batches)
+    @property
+    def has_labels(self) -> bool:
+        """Whether every batch has labels."""
+        return all("label" in batch for batch in self.batches)
+
+    def logits_under(self, batch_stats: BatchStats) -> np.ndarray:
+        """Returns the logits of all real examples in evaluation [n, classes]."""
+        return _real([self.evaluate(batch_stats, batch) for batch in self.batches], self.batches)
 
     def means(self, logits: np.ndarray) -> dict[str, float]:
         """Returns loss and accuracy, if there are labels."""
-        if self.labels is None:
+        if not self.has_labels:
             return {}
-        losses = np.asarray(softmax_cross_entropy(jnp.asarray(logits), jnp.asarray(self.labels)))
-        right = logits.argmax(-1) == self.labels
-        return {"loss": float(losses.mean()), "accuracy": float(right.mean())}
+        label = jnp.asarray(_real([batch["label"] for batch in self.batches], self.batches))
+        losses = softmax_cross_entropy(jnp.asarray(logits), label)
+        return from_losses(losses, jnp.asarray(logits), label, None).means()
 
 
 def measure(
-    network: Network,
-    batches: Sequence[Batch],
-    run: Run,
-    jit: Callable[..., Any] = jax.jit,
-    progress: Progress = lambda batches, title: batches,
+    network: Network, batches: Sequence[Batch], run: Run, jit: Callable[..., Any] = jax.jit
 ) -> Case:
     """Runs the network as in training, and as in evaluation with each batch's own statistics.
 
@@ -208,79 +194,67 @@ def measure(
         batches: the largest first.
         run: the facts of its training.
         jit: compiles a function.
-        progress: shows the progress of a pass over the batches.
     """
     params, stats, model = network.params, network.batch_stats, network.model
-    norms, start, key = network.norms(batches[0]), nothing_seen(stats), jax.random.key(0)
-    passes: dict[Mode, Any] = {
-        mode: jit(functools.partial(observe, model=model, mode=mode)) for mode in ("train", "batch")
-    }
-    in_training: list[Any] = []
-    in_evaluation: list[Any] = []
-    logits = []
-    for i, batch in enumerate(progress(batches, "inputs of the norms")):
-        its_logits, seen = passes["batch"](params, stats, start, inputs(batch))
-        in_evaluation.append(jax.device_get(seen))
-        logits.append(its_logits)
-        dropout = jax.random.fold_in(key, i)
-        _, seen = passes["train"](params, stats, start, inputs(batch), dropout=dropout)
-        in_training.append(jax.device_get(seen))
-    dropout = jax.random.key(1)
-    _, again = passes["train"](params, stats, start, inputs(batches[0]), dropout=dropout)
-    again = jax.device_get(again)
+    start, key = nothing_seen(stats), jax.random.key(0)
 
+    def observed(mode: Mode) -> Callable[..., Any]:
+        observe_ = jit(functools.partial(observe, model=model, mode=mode))
+        return lambda *of, **key: jax.device_get(observe_(params, stats, start, *of, **key))
+
+    train, batch = observed("train"), observed("batch")
+    logits, in_evaluation = zip(*map(batch, batches), strict=True)
+    in_training = [
+        train(one, dropout=jax.random.fold_in(key, i))[1] for i, one in enumerate(batches)
+    ]
+    again = train(batches[0], dropout=jax.random.key(1))[1]
     # A model whose flag has no effect writes in evaluation; `batch_dependent` finds that.
     evaluate = jit(
         functools.partial(run_unsynced, model=model, train=False, mutable=("batch_stats",))
     )
 
-    def logits_under(batch_stats: BatchStats, title: str) -> np.ndarray:
-        found = [evaluate(params, batch_stats, inputs(one))[0] for one in progress(batches, title)]
-        return _real(found, batches)
-
     whole, examples = whole_batches(batches), real_examples(batches[0])
     scales, stored = flatten_dict(dict(params)), flatten_dict(dict(stats))
-    layers, expected = [], dict(stored)
+    norms, layers, expected = network.norms(batches[0]), [], dict(stored)
     for layer in norms:
-        path = layer.path
-        mean = np.asarray(stored[*path, "mean"])
-        scale = np.broadcast_to(np.asarray(scales.get((*path, "scale"), 1.0)), mean.shape)
-        full = math.prod(layer.shape[axis] for axis in layer.axes)
-        real = full * examples / len(batches[0]["image"])
-        train, own = (
-            _given([one[path] for one in seen[:whole]], layer)
+        path, mean = layer.path, np.asarray(stored[*layer.path, "mean"])
+        given, own = (
+            _moments([one[path] for one in seen[:whole]], layer)
             for seen in (in_training, in_evaluation)
         )
-        first = in_training[0][path]
+        values = math.prod(layer.shape[axis] for axis in layer.axes) / len(batches[0]["image"])
         layers.append(
             Evidence(
                 layer=layer,
                 mean=_flat(mean),
                 var=_flat(stored[*path, "var"]),
                 dtype=mean.dtype,
-                scale=_flat(scale),
-                train=train,
-                batch=own,
-                random=not np.array_equal(again[path].mean, first.mean)
-                or not np.array_equal(again[path].var, first.var),
-                calls=max(1, round(own.count / max(real, 1))),
-                examples=examples,
                 shape=mean.shape,
+                scale=_flat(np.broadcast_to(scales.get((*path, "scale"), 1.0), mean.shape)),
+                train=given,
+                batch=own,
+                random=any(map(_differ, again[path], in_training[0][path])),
+                calls=max(1, round(own.count / max(values * examples, 1))),
+                examples=examples,
             )
         )
-        for name, values in (("mean", train.mean), ("var", train.var)):
+        for name, found in (("mean", given.mean), ("var", given.var)):
             leaf = stored[*path, name]
-            expected[*path, name] = values.mean(0).reshape(mean.shape).astype(leaf.dtype)
+            expected[*path, name] = found.mean(0).reshape(mean.shape).astype(leaf.dtype)
+    all_seen = functools.reduce(
+        lambda seen, more: {path: merge(one, more[path]) for path, one in seen.items()},
+        in_evaluation,
+        start,
+    )
     return Case(
         network=network,
         batches=batches,
         run=run,
         layers=tuple(layers),
-        precise=put(stats, functools.reduce(_merge, in_evaluation, start), norms),
+        precise=put(stats, all_seen, norms),
         expected=unflatten_dict(expected),
         batch_logits=_real(logits, batches),
-        logits_under=logits_under,
-        predict=lambda images: evaluate(params, stats, {"image": images})[0],
+        evaluate=lambda batch_stats, batch: evaluate(params, batch_stats, batch)[0],
     )
 
 
@@ -290,11 +264,12 @@ def distance(logits: np.ndarray, others: np.ndarray) -> float:
     >>> distance(np.array([[0.0, 0.0]]), np.array([[0.0, np.inf]]))
     1.0
     """
-    one, other = (_softmax(np.asarray(of, np.float64)) for of in (logits, others))
+    with np.errstate(invalid="ignore", over="ignore"):
+        one, other = (scipy.special.softmax(np.float64(of), -1) for of in (logits, others))
     return float(np.nan_to_num(0.5 * np.abs(one - other).sum(-1), nan=1.0).mean())
 
 
-def rms(values: np.ndarray) -> float:
+def rms(values: Any) -> float:
     """Returns the root of the mean square; 0 for no values."""
     return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
 
@@ -312,28 +287,17 @@ def whole_batches(batches: Sequence[Batch]) -> int:
     return sum(2 * real_examples(one) >= real_examples(batches[0]) for one in batches)
 
 
-def inputs(batch: Batch) -> Batch:
-    """Returns the parts of a batch that a network takes."""
-    return {name: batch[name] for name in ("image", "mask") if name in batch}
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", over="ignore"):
-        powers = np.exp(logits - logits.max(-1, keepdims=True))
-        return powers / powers.sum(-1, keepdims=True)
-
-
-def _given(moments: list[Moments], layer: NormLayer) -> Given:
+def _moments(seen: Sequence[Moments], layer: NormLayer) -> Moments:
     mean, var, count = (
-        np.stack([_flat(leaf) for leaf in leaves]) for leaves in zip(*moments, strict=True)
+        np.stack([_flat(leaf) for leaf in leaves]) for leaves in zip(*seen, strict=True)
     )
     if layer.variance == "unbiased":
         var = var * (count / np.maximum(count - 1, 1))
-    return Given(mean, var, int(count[0].max()))
+    return Moments(mean, var, int(count[0].max()))
 
 
-def _merge(seen: Mapping[Any, Moments], more: Mapping[Any, Moments]) -> dict[Any, Moments]:
-    return {path: merge(moments, more[path]) for path, moments in seen.items()}
+def _differ(one: Any, other: Any) -> bool:
+    return not np.array_equal(one, other)
 
 
 def _flat(leaf: Any) -> np.ndarray:

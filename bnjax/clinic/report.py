@@ -6,9 +6,15 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from bnjax.text import text_table
 
 WIDTH = 100
+COLUMNS = """\
+drift: stored minus expected mean in standard deviations, RMS over live channels; log var:
+log(stored / expected variance); noise: of a training batch's mean; train/eval: ratio of variances
+with and without dropout; n: values for each channel and batch"""
 
 
 class Illness(NamedTuple):
@@ -80,20 +86,16 @@ class Row:
         shift: mean log ratio of the variances in training and in evaluation.
         dead: the number of channels that do not vary.
         count: n, the values for each channel and batch in training.
-        drifts, log_ratios: 5, 25, 50, 75 and 95 per cent quantiles over the live channels; empty
-            if there is none.
     """
 
     name: str
     shape: tuple[int, ...]
-    drift: float | None = None
-    log_ratio: float | None = None
-    noise: float | None = None
-    shift: float | None = None
-    dead: int | None = None
-    count: int | None = None
-    drifts: tuple[float, ...] = ()
-    log_ratios: tuple[float, ...] = ()
+    drift: float
+    log_ratio: float | None
+    noise: float | None
+    shift: float | None
+    dead: int
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Findings:
     """
 
     found: tuple[Finding, ...]
-    not_checked: tuple[NotChecked, ...] = ()
+    not_checked: tuple[NotChecked, ...]
     layers: tuple[Row, ...] = ()
     evaluation: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     examples: int = 0
@@ -131,80 +133,61 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """Returns everything as JSON values; NaN and infinity as text."""
-        found = [
-            finding.illness._asdict() | {"layers": finding.layers, "measured": finding.measured}
-            for finding in self.found
-        ]
-        rows = [dataclasses.asdict(row) | {"found": self.ids_of(row.name)} for row in self.layers]
-        return _plain(
-            {
-                "healthy": self.healthy,
-                "examples": self.examples,
-                "findings": found,
-                "not_checked": [dataclasses.asdict(entry) for entry in self.not_checked],
-                "layers": rows,
-                "evaluation": self.evaluation,
-            }
+        content = {
+            "healthy": self.healthy,
+            "examples": self.examples,
+            "findings": [
+                one.illness._asdict() | {"layers": one.layers, "measured": one.measured}
+                for one in self.found
+            ],
+            "not_checked": [dataclasses.asdict(one) for one in self.not_checked],
+            "layers": [
+                dataclasses.asdict(row) | {"found": self.ids_of(row.name)} for row in self.layers
+            ],
+            "evaluation": self.evaluation,
+        }
+        return jax.tree.map(
+            lambda leaf: leaf if not isinstance(leaf, float) or math.isfinite(leaf) else str(leaf),
+            content,
         )
 
     def __str__(self) -> str:
         """The table of layers, the evaluations, and each finding with its cause and cure."""
-        parts = [self._table(), self._evaluation(), *map(str, self.found)]
+        parts = []
+        if self.layers:
+            head = ("layer", "shape", "drift", "log var", "noise", "train/eval", "dead", "n")
+            rows = [(*_cells(row), ", ".join(self.ids_of(row.name))) for row in self.layers]
+            parts.append(f"{text_table([(*head, 'found'), *rows])}\n{COLUMNS}")
+            rows = [
+                (f"  {name} statistics:", ", ".join(f"{key} {x:.4f}" for key, x in of.items()))
+                for name, of in self.evaluation.items()
+            ]
+            parts.append(f"{self.examples:,} examples, normalised by\n{text_table(rows)}")
+        parts += map(str, self.found)
         if self.not_checked:
             lines = [f"  {entry.id}: {entry.missing}" for entry in self.not_checked]
             parts.append("\n".join(["not checked:", *map(_wrap, lines)]))
-        count = len(self.found)
-        verdict = f"{count} finding{'s' * (count != 1)}: {', '.join(self.ids)}"
-        nothing = "healthy: nothing was found" if self.healthy else "there was nothing to audit"
-        return "\n\n".join(part for part in [*parts, verdict if self.found else nothing] if part)
+        if self.found:
+            count = len(self.found)
+            parts.append(f"{count} finding{'s' * (count != 1)}: {', '.join(self.ids)}")
+        else:
+            nothing = "healthy: nothing was found" if self.healthy else "there was nothing to audit"
+            parts.append(nothing)
+        return "\n\n".join(parts)
 
-    def _table(self) -> str:
-        if not self.layers:
-            return ""
-        head = ("layer", "shape", "drift", "log var", "noise", "train/eval", "dead", "n", "found")
-        rows = [
-            (
-                row.name,
-                "x".join(map(str, row.shape)),
-                _number(row.drift, ".3f"),
-                _number(row.log_ratio, "+.3f"),
-                _number(row.noise, ".3f"),
-                _number(None if row.shift is None else math.exp(row.shift), ".3f"),
-                _number(row.dead, "d"),
-                _number(row.count, ",d"),
-                ", ".join(self.ids_of(row.name)),
-            )
-            for row in self.layers
-        ]
-        note = (
-            "drift: stored minus expected mean in standard deviations, RMS over live channels; "
-            "log var: log(stored / expected variance); noise: of a training batch's mean; "
-            "train/eval: ratio of variances with and without dropout; n: values for each channel "
-            "and batch"
-        )
-        return "\n".join([text_table([head, *rows]), *textwrap.wrap(note, WIDTH)])
 
-    def _evaluation(self) -> str:
-        if not self.evaluation:
-            return ""
-        rows = [
-            [f"  {name} statistics:", ", ".join(f"{key} {value:.4f}" for key, value in of.items())]
-            for name, of in self.evaluation.items()
-        ]
-        return f"{self.examples:,} examples, normalised by\n{text_table(rows)}"
+def _cells(row: Row) -> list[str]:
+    values = (
+        (row.drift, ".3f"),
+        (row.log_ratio, "+.3f"),
+        (row.noise, ".3f"),
+        (None if row.shift is None else math.exp(row.shift), ".3f"),
+        (row.dead, "d"),
+        (row.count, ",d"),
+    )
+    cells = ["-" if value is None else format(value, form) for value, form in values]
+    return [row.name, "x".join(map(str, row.shape)), *cells]
 
 
 def _wrap(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
-
-
-def _number(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
