@@ -235,6 +235,7 @@ except CheckpointError as error:
         assert checkpoints.newest_intact() == (1, [])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_is_read_on_one(tmp_path):
     """Saved sharded over simulated devices, restored in a process that has one."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

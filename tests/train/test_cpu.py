@@ -75,17 +75,18 @@ def in_a_process(code, *without, **env):
     return subprocess.check_output(words, env=clean | env, text=True).split()
 
 
-@pytest.mark.parametrize(("platforms", "chosen"), [("cpu", True), ("cuda,cpu", False)])
-def test_the_platform_is_known_before_jax_starts_it(platforms, chosen):
-    code = "from bnjax.train import cpu; print(cpu.will_use_cpu())"
-    assert in_a_process(code, JAX_PLATFORMS=platforms) == [str(chosen)]
-
-
-def test_without_an_accelerator_that_is_what_jax_chooses():
+def test_the_platform_is_known_before_jax_starts_it():
     code = "from bnjax.train import cpu; print(cpu.will_use_cpu())\n"
     code += "import jax; print(jax.default_backend() == 'cpu')"
     mine, its = in_a_process(code, "JAX_PLATFORMS")
     assert mine == its
+    before = jax.config.values["jax_platforms"]
+    try:
+        for platforms in ("cpu", "cuda,cpu"):
+            jax.config.update("jax_platforms", platforms)
+            assert cpu.will_use_cpu() == (platforms == "cpu")
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 ROOMY = pytest.mark.skipif(
@@ -108,6 +109,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began)
 
 
 @ROOMY
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """A new page of 4 KB costs a fault: 8 times 64 MB are 131,072, or 256 in huge pages."""
     kept, few = in_a_process(PAGE_FAULTS)
@@ -133,12 +135,14 @@ for available in (26, 24):
 
 
 @ROOMY
+@pytest.mark.slow
 def test_what_is_kept_is_given_back_where_little_is_left(tmp_path):
     enough, _, little, freed = in_a_process(f"FOLDER = {str(tmp_path)!r}\n{GIVEN_BACK}")
     assert (enough, little) == ("False", "True")
     assert int(freed) > 4 * 4096 * 4096 * 4 * 0.9
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_process_where_the_user_wants(tmp_path):
     mine, own = tmp_path / "mine", tmp_path / "own"
     code = f"""

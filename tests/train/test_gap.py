@@ -1,7 +1,5 @@
 """The gap and the drift: figures, what of them lies in the run's files, and for which networks."""
 
-import json
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -109,16 +107,7 @@ def test_tensorboard_gets_the_same_numbers(finished):
             assert (step, found.simple_value) == (line["step"], pytest.approx(value))
 
 
-def test_a_run_that_died_and_goes_on_has_every_line_once(finished, tmp_path):
-    with pytest.raises(StopIteration):
-        synthetic.train(config(), tmp_path / "run", first=5)
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(gaps(finished)[1]) + "\n")  # past the checkpoint
-    synthetic.train(config(), tmp_path / "run")
-    metrics = [folder / "metrics.jsonl" for folder in (tmp_path / "run", finished)]
-    assert metrics[0].read_bytes() == metrics[1].read_bytes()
-
-
+@pytest.mark.slow
 def test_several_seeds_in_one_program(finished, tmp_path):
     folders = {seed: tmp_path / str(seed) for seed in (0, 1)}
     with StopRequest() as stop:

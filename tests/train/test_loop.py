@@ -84,13 +84,6 @@ def test_the_newest_two_and_the_best_checkpoint_stay(finished):
     assert "jax" in about["versions"]
 
 
-def test_another_seed_gives_other_bits(finished, tmp_path):
-    config = synthetic.config()
-    config.seed = 1
-    synthetic.train(config, tmp_path / "other")
-    assert metrics_of(tmp_path / "other") != metrics_of(finished[0])
-
-
 @pytest.mark.parametrize("stop_in", [pytest.param(2, marks=SLOW), 5, 7])
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, stop_in):
     workdir = tmp_path / "stopped"
@@ -338,14 +331,14 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(tmp_p
 
 def test_the_seconds_leave_compiling_out(tmp_path, monkeypatch, capsys):
     def slow_to_trace(logits, label, smoothing):
-        time.sleep(5)
+        time.sleep(1.5)
         return logits.mean(-1)
 
     monkeypatch.setattr(build, "softmax_cross_entropy", slow_to_trace)
     with StopRequest() as stop:
         Trainer(synthetic.config(steps=3), DATA).train({0: tmp_path / "run"}, stop)
     assert "s, which the seconds leave out" in capsys.readouterr().out
-    assert read_lines(tmp_path / "run" / "timing.jsonl")[-1]["seconds"] < 5
+    assert read_lines(tmp_path / "run" / "timing.jsonl")[-1]["seconds"] < 1.5
 
 
 def test_a_run_may_stop_at_a_loss(finished, tmp_path):
