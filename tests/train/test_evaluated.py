@@ -10,7 +10,7 @@ import pytest
 import synthetic
 
 from bnjax.clinic.statistics import precise
-from bnjax.data.batches import evenly_spaced, spread
+from bnjax.data.batches import evenly_spaced
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer
@@ -148,7 +148,7 @@ def test_swa_is_of_the_steps_that_the_keys_say_under_statistics_of_its_own(usual
         weights.append(jax.device_get(state.params))
     chosen_ones = [weights[step - 1] for step in (4, 7, 10)]
     close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *chosen_ones))
-    close(run.batch_stats, precise_of(run, run.params, spread(DATA.train, 20).image))
+    close(run.batch_stats, precise_of(run, run.params, evenly_spaced(DATA.train, 20).image))
 
 
 @pytest.mark.slow
