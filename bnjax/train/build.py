@@ -1,4 +1,4 @@
-"""What a config describes: the network, the optimizer, the data and all else that a run needs."""
+"""Builds what a config describes: the network, the augmentation, the data, the experiment."""
 
 import dataclasses
 import functools
@@ -176,7 +176,7 @@ def dtype_of(config: ConfigDict) -> str:
 
 
 def augmentation(config: ConfigDict, classes: int) -> augment.Augmentation | None:
-    """Returns what is done to a batch of training; None for nothing.
+    """Returns the augmentation of training batches, or None.
 
     Args:
         config: the section `augment`.
@@ -198,49 +198,51 @@ def augmentation(config: ConfigDict, classes: int) -> augment.Augmentation | Non
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config means for a data set: everything that the loop needs, durations in steps."""
+    """A config applied to a data set: all that the loop needs, durations in steps."""
 
     model: nn.Module
-    training_model: nn.Module  # the same, its batch norms bound to the axes of `parallel`
-    tested_model: nn.Module  # the same, over several views of each image
+    training_model: nn.Module  # its batch norms are bound to the axes of `parallel`
+    tested_model: nn.Module  # averages the logits of several views of each image
     parallel: Parallel
-    init_images: int  # training images that the network is initialised with
-    augment: Augmentation | None  # of the batches of training
+    init_images: int  # training images for the initialisation
+    augment: Augmentation | None  # of training batches
     loss_fn: LossFn  # of training
     tx: optax.GradientTransformation
     steps: int
     stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
     eval_every: int
     batch_size: int
-    micro_batches: int  # that are gone through one after another
+    micro_batches: int  # parts of a batch, one after another
     eval_batch_size: int
-    product: str  # the dtype of what the dense layers multiply
-    averages: bool  # averaged weights are evaluated
-    precise_images: int  # training images of the statistics of evaluation; 0: the running ones
+    product: str  # dtype of the dense layers' operands
+    averages: bool  # whether averaged weights are evaluated
+    precise_images: int  # training images for precise statistics; 0: evaluate running ones
     gap_images: int  # training images
     histograms: int  # training images
     pictures: int  # test images
     shuffle: bool
-    most_skipped: int  # steps in a row that may be dropped because they are not finite
+    most_skipped: int  # consecutive bad steps that may be dropped
     save_every: int | None  # steps, beside the evaluations
     save_every_minutes: float | None
     warnings: tuple[str, ...]
 
     @property
     def part(self) -> Part:
-        """The rows of each batch that this process loads; every device can divide its own up."""
+        """The rows of each batch that this process loads, a multiple of the micro-batches."""
         part, devices = self.parallel.part, self.parallel.mesh.size
-        multiple = devices * self.micro_batches if devices > 1 else 1  # one has all of the batch
+        multiple = (
+            devices * self.micro_batches if devices > 1 else 1
+        )  # one device has the whole batch
         return dataclasses.replace(part, multiple=multiple)
 
     @property
     def is_apart(self) -> bool:
-        """Whether other weights or statistics are evaluated than training has."""
+        """Whether evaluation has weights or statistics of its own."""
         return self.precise_images > 0
 
 
 def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
-    """Returns what to train and for how long, after checking every value; nothing is compiled.
+    """Checks every value and builds the experiment; nothing is compiled.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -303,10 +305,10 @@ def dataset(config: ConfigDict) -> Dataset:
 
 
 def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> ConfigDict:
-    """Returns the config as it is used if the data set stands in for the one that was asked for.
+    """Returns the config adapted to a data set that replaces an unavailable one.
 
-    The run is named after the data set, and a batch is a tenth of its training images, the
-    tutorial's ratio, unless the words of the command line, `overrides`, give a size.
+    The name of the run gets the name of the data set. A batch is a tenth of the training images,
+    the tutorial's ratio, unless the command line, `overrides`, gives a size.
     """
     if not dataset.fallback_reason:
         return config
@@ -319,18 +321,18 @@ def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> Conf
 
 
 def spread_over(config: ConfigDict) -> Parallel:
-    """Returns how a step is spread over the devices that are here.
+    """Returns the devices of a step, and which of them share batch statistics.
 
     Raises:
-        ConfigError: if there are not so many, or they make no whole groups.
+        ConfigError: if there are fewer devices, or they do not make whole groups.
     """
     chosen = jax.config.values["jax_default_device"]  # as under `jax.default_device`
     devices = [chosen] if chosen else jax.devices()
     processes = jax.process_count()
     count = config.devices or len(devices)
     if count > len(devices) or count % processes:
-        of_each = f", of each of {processes} processes as many" if processes > 1 else ""
-        raise ConfigError("devices", count, f"up to {len(devices)}, which there are{of_each}")
+        of_each = f", equally many in each of {processes} processes" if processes > 1 else ""
+        raise ConfigError("devices", count, f"up to {len(devices)}, all there are{of_each}")
     taken = [
         device
         for process in range(processes)
@@ -367,19 +369,18 @@ def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, ima
         raise ConfigError(
             f"{section}.{prefix}steps and .{prefix}epochs",
             (steps, epochs),
-            "exactly one of the two above 0; the other has to be 0: for instance "
-            f"--config.{section}.{prefix}steps=100 --config.{section}.{prefix}epochs=0",
+            "exactly one of the two above 0, and the other 0",
         )
     steps = steps or max(1, round(epochs * images / batch_size))
     if steps >= 1 << 31:
         raise ConfigError(
-            f"{section}.{prefix}epochs", epochs, "so many that they make fewer than 2**31 steps"
+            f"{section}.{prefix}epochs", epochs, "fewer epochs: these are 2**31 steps or more"
         )
     return steps
 
 
 def _is_precise(config: ConfigDict) -> bool:
-    """Returns whether evaluation has statistics of its own, as averaged weights always do."""
+    """Returns whether evaluation uses precise statistics, as averaged weights always do."""
     return config.eval.statistics == "precise" or config.optimizer.average != "none"
 
 
@@ -392,7 +393,8 @@ def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
     return (
         f"the running averages will not be ready. With config.model.momentum = {momentum:g} each "
         f"step keeps {momentum:.0%} of the old average of means and variances, so after {steps} "
-        f"steps {left:.0%} of what evaluation uses is still the made-up starting value (mean 0, "
-        "variance 1), not your data. Training will look fine and test results will look bad. Train "
-        f"longer, or lower the momentum: {0.01 ** (1 / steps):.2f} or less leaves at most 1%.",
+        f"steps {left:.0%} of the averages is still their starting value (mean 0, variance 1), not "
+        "your data. Training will look fine, and evaluation, which normalises by them, will look "
+        f"bad. Train longer, or lower the momentum: {0.01 ** (1 / steps):.2f} or less leaves at "
+        "most 1%.",
     )

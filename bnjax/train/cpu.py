@@ -1,4 +1,4 @@
-"""What makes XLA fast on a CPU: compiler options and memory; and the cache of its programs."""
+"""Fast XLA on a CPU: compiler options and memory; and the cache of compiled programs."""
 
 import ctypes
 import functools
@@ -43,20 +43,20 @@ CPU_INIT_OPTIONS: Options = {"xla_backend_optimization_level": 1}
 KEEP_FREED_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 MADV_HUGEPAGE = 14
 LEAST_MEMORY = 8 << 30  # bytes that have to be available
-# Of the machine's memory, what stays available. What is kept may become several times what a step
-# needs (18.7 GB instead of 4.9): once a small block lies behind a large freed one, glibc does not
-# fit another there that is as large and aligned.
+# The share of the machine's memory that stays available. Kept memory can grow to several times the
+# need of a step (18.7 GB instead of 4.9): glibc does not reuse a large freed block for an aligned
+# one of the same size once a small block lies behind it.
 SPARE_MEMORY = 0.25
-# What Linux says of the machine, and the device files of NVIDIA, AMD, Google and WSL.
+# Linux's descriptions of the machine, and the device files of NVIDIA, AMD, Google and WSL.
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
 
 
 def prepare(*, training: bool = False) -> None:
-    """Sets up this process for a command that computes; call it before anything is computed.
+    """Prepares this process for a command that computes; has to be called before any computation.
 
     Args:
-        training: whether the command trains: then `keep_freed_memory` where JAX will use a CPU.
+        training: whether the command trains; then freed memory is kept where JAX will use a CPU.
 
     Raises:
         UserError: if JAX was told to use a platform that it has no device of.
@@ -69,8 +69,8 @@ def prepare(*, training: bool = False) -> None:
     except (RuntimeError, AssertionError) as error:
         wanted, why = os.environ.get("JAX_PLATFORMS", ""), f" ({error})" if str(error) else ""
         raise UserError(
-            f"JAX has no device of JAX_PLATFORMS={wanted}{why}. Leave that variable out to use "
-            "what there is, or install JAX for the platform, as pip install 'bnjax[cuda12]' does."
+            f"JAX has no device of JAX_PLATFORMS={wanted}{why}. Unset that variable to use any "
+            "device, or install JAX for the platform, as pip install 'bnjax[cuda12]' does."
         ) from error
 
 
@@ -88,11 +88,11 @@ def will_use_cpu() -> bool:
 
 
 def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
-    """Returns the options for `jax.jit(f, compiler_options=...)` that are fast by default.
+    """Returns fast options for `jax.jit(f, compiler_options=...)` on the default backend.
 
     Args:
-        batch_size: examples that a program handles at once.
-        product: the dtype of what its dense layers multiply.
+        batch_size: examples that the program processes at once.
+        product: the dtype of its dense layers' operands.
     """
     if not (CPUINFO.exists() and " avx512f " in CPUINFO.read_text()):
         return usable(CPU_OPTIONS)
@@ -101,14 +101,14 @@ def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
 
 
 def init_options() -> Options:
-    """Returns the options, likewise, for what is large and runs once, as initial values do."""
+    """Returns the options, likewise, for a large program that runs once."""
     return usable(CPU_INIT_OPTIONS)
 
 
 def usable(cpu_options: Options) -> Options:
-    """Returns those of the options for a CPU that may be given to XLA; none on other backends.
+    """Drops the options that this jaxlib does not know or that the user set in XLA_FLAGS.
 
-    One that this jaxlib does not know is left out, as is one that the user set in XLA_FLAGS.
+    None are left on other backends.
     """
     candidates = cpu_options if jax.default_backend() == "cpu" else {}
     flags = os.environ.get("XLA_FLAGS", "")
@@ -120,9 +120,9 @@ def usable(cpu_options: Options) -> Options:
 
 
 def memory() -> int | None:
-    """Returns the bytes that the default device can hold, on a CPU those of the machine.
+    """Returns the memory of the default device in bytes, on a CPU that of the machine.
 
-    None where nobody says.
+    None if it is unknown.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None and jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -131,12 +131,12 @@ def memory() -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep what XLA frees for the next step, in huge pages; returns whether it does.
+    """Makes glibc keep freed memory for the next step, in huge pages; returns whether it does.
 
-    XLA frees and takes gigabytes in each step on a CPU, and page faults are a fifth of its time.
-    Call this before anything else of JAX. Nothing is done where less than 8 GB are available, where
-    another malloc or other settings of this one were chosen (LD_PRELOAD, GLIBC_TUNABLES), with
-    BNJAX_MALLOC=0, and where there is no glibc.
+    XLA allocates and frees gigabytes in each step on a CPU, and page faults are a fifth of its
+    time. Has to be called before any other use of JAX. Does nothing if less than 8 GB are
+    available, without glibc, with BNJAX_MALLOC=0, or if the user chose another malloc or other
+    settings (LD_PRELOAD, GLIBC_TUNABLES).
     """
     chosen = "malloc" in os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
     available = _meminfo("MemAvailable")
@@ -146,8 +146,7 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     kept = all(libc.mallopt(name, value) == 1 for name, value in KEEP_FREED_MEMORY.values())
-    # The heap grows by this at once, marked, and none of it is touched; what is freed stays a part
-    # of the heap.
+    # The heap grows once, marked for huge pages and untouched; the freed block stays part of it.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.free.argtypes = [ctypes.c_void_p]
@@ -159,9 +158,9 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Gives what is kept back to the kernel where little else is left; returns whether it did.
+    """Returns kept memory to the kernel if little else is left; returns whether it did.
 
-    For between steps, about once a second; does nothing on other backends than a CPU.
+    To be called between steps, about once a second. Does nothing on other backends.
     """
     if jax.default_backend() != "cpu":
         return False
@@ -172,21 +171,21 @@ def give_back_freed_memory() -> bool:
 
 
 def _meminfo(name: str) -> int:
-    """Returns bytes, 0 where the kernel does not say."""
+    """Returns an entry in bytes, 0 if it is unknown."""
     lines = MEMINFO.read_text() if MEMINFO.exists() else ""
     found = re.search(rf"^{name}: +(\d+) kB$", lines, re.MULTILINE)
     return int(found[1]) << 10 if found else 0
 
 
 def keep_compiled(folder: Path) -> None:
-    """Caches compiled programs in a folder for later processes, the latest used 2 GB of them.
+    """Caches compiled programs in a folder for later processes, at most 2 GB.
 
-    A folder that the user chose, by JAX_COMPILATION_CACHE_DIR or jax.config, is kept.
+    If the user chose a folder, by JAX_COMPILATION_CACHE_DIR or jax.config, that one is used.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", 2 << 30)
-        # JAX's own 1 s leaves out most of a small network.
+        # JAX's default, 1 s, would skip most programs of a small network.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

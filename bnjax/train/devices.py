@@ -1,4 +1,4 @@
-"""One step over several devices and processes, and which of them share batch statistics."""
+"""A step over several devices and processes; groups of devices share batch statistics."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ Over = Literal["global", "per_device"] | int
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How a step is spread over devices, of which each takes an equal part of the batch.
+    """Spreads a step over devices, each with an equal part of the batch.
 
     Without groups the batch norms see the whole batch: the step is compiled by `jax.jit` with
-    shardings. With groups it is a function of each device's part under `jax.shard_map`.
+    shardings. With groups, `jax.shard_map` maps it over the parts.
 
     Attributes:
         mesh: the devices; its axes are `MEMBERS`, `GROUPS`, or both.
@@ -42,10 +42,9 @@ class Parallel:
 
     @property
     def norm_axes(self) -> dict[str, str]:
-        """The options of the model's batch norms.
+        """The axis names for the model's batch norms.
 
-        Members share batch statistics; the running averages are those of all groups, so that there
-        is one set of them.
+        Members share batch statistics; running averages are taken over all groups.
         """
         names = {"axis_name": MEMBERS, "average_axis_name": GROUPS}
         return {key: name for key, name in names.items() if name in (self.axis_name or ())}
@@ -61,12 +60,12 @@ class Parallel:
         in_axes: Sequence[int | None],
         **options: Any,
     ) -> Any:
-        """Returns a jitted step for these devices; its results are equal on all of them.
+        """Returns a jitted step for these devices; all of them get the same results.
 
         Args:
             make: (axis_name) -> the step.
-            in_axes: for each argument None, if it is equal on all devices, or the axis of the
-                examples, along which it is divided.
+            in_axes: for each argument the axis of the examples, which is divided among the
+                devices; None for an argument that is equal on all of them.
             options: of `jax.jit`.
         """
         step, specs = make(self.axis_name), tuple(map(self._spec, in_axes))
@@ -80,7 +79,7 @@ class Parallel:
         return jax.jit(mapped, **options)
 
     def put(self, tree: Any, axis: int | None) -> Any:
-        """Returns arrays on the devices, in parts along an axis, or whole on each if it is None.
+        """Puts arrays on the devices, divided along an axis, or whole on each if it is None.
 
         Args:
             tree: arrays of this process's part; of several processes each gives its own.
@@ -94,7 +93,7 @@ class Parallel:
         return jax.tree.map(lambda leaf: _joined(leaf, sharding), tree)
 
     def local(self, tree: Any) -> Any:
-        """Returns arrays that are equal on all devices as those of one device of this process."""
+        """Returns one device's copy of arrays that are equal on all devices."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def _spec(self, axis: int | None) -> PartitionSpec:
@@ -104,7 +103,7 @@ class Parallel:
 
 
 def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns the array of which each process gives its part."""
+    """Returns the global array that the parts of all processes make."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _joined(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -112,11 +111,11 @@ def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
-    """Returns how a step is spread over devices.
+    """Returns the mesh of a step.
 
     Args:
         devices: at least one.
-        over: which devices share batch statistics.
+        over: the devices that share batch statistics.
 
     Raises:
         ValueError: if the devices do not make whole groups.
@@ -133,14 +132,14 @@ def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Connects this process with the others; call it before anything is computed.
+    """Connects this process with the others; has to be called before any computation.
 
     Arguments that are None come from the environment of TPU pods, Slurm or Open MPI.
 
     Args:
         coordinator: host and port of process 0.
-        processes: how many there are.
-        process: which of them this is.
+        processes: their number.
+        process: the index of this one.
 
     Raises:
         UserError: if the processes do not meet.
@@ -159,7 +158,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
 
 
 def from_first(*numbers: int) -> tuple[int, ...]:
-    """Returns the numbers of the first process in all processes, once all have called this."""
+    """Broadcasts the first process's numbers; every process has to call this."""
     if jax.process_count() == 1:
         return numbers
     sent = multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32))
@@ -169,8 +168,8 @@ def from_first(*numbers: int) -> tuple[int, ...]:
 class Agreement:
     """Lets all processes stop or save after the same step.
 
-    Nothing waits: with several processes the answer is about the numbers that were given one
-    dispatch earlier, which the devices have compared meanwhile.
+    Never blocks: with several processes the answer is for the numbers of the previous call, which
+    the devices have compared since.
     """
 
     def __init__(self, parallel: Parallel):
@@ -180,7 +179,7 @@ class Agreement:
         self._max = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=whole)
 
     def __call__(self, *numbers: int) -> tuple[int, ...]:
-        """Returns for each number the largest that a process gave."""
+        """Returns the maximum over all processes of each number."""
         if jax.process_count() == 1:
             return numbers
         by_device = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))

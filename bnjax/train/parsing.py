@@ -1,4 +1,4 @@
-"""From a file, the words of a command line or JSON to a config whose keys and types are right."""
+"""Reads configs from files, command lines and JSON, and checks keys and types."""
 
 import ast
 import difflib

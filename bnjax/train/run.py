@@ -1,4 +1,4 @@
-"""What a run, or several seeds of it, leave in their folders while they train."""
+"""Records a run, or several seeds of it, while it trains: files, checkpoints, progress."""
 
 import contextlib
 import dataclasses

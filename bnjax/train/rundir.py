@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, written and read."""
+"""Writes and reads the files of a run's folder."""
 
 import contextlib
 import dataclasses
@@ -120,9 +120,9 @@ class RunWriter:
     def __init__(self, workdir: Path, *, start: int):
         """Opens the files.
 
-        What an interrupted run wrote past step `start` is dropped, since it comes again.
+        Lines of an interrupted run past step `start` are dropped: the run writes them again.
         """
-        with contextlib.ExitStack() as stack:  # if one cannot be opened, the others are closed
+        with contextlib.ExitStack() as stack:  # closes the others if one cannot be opened
 
             def opened(name: str) -> Lines:
                 lines = Lines(workdir / f"{name}.jsonl", keep_up_to=start)
@@ -135,20 +135,20 @@ class RunWriter:
             self._open = stack.pop_all()
 
     def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
-        """Records the loss and accuracy of the batch of one training step, steps counted from 1.
+        """Records the loss and accuracy of one training step, counted from 1.
 
         A loss that is not finite is null.
         """
         self._write(step, "train", means, **{"skipped": 1} if skipped else {})
 
     def test(self, step: int, means: dict[str, float], count: int) -> None:
-        """Records an evaluation of the test images after so many steps."""
+        """Records an evaluation of the test images."""
         self._write(step, "test", means, count=count)
 
     def gap(
         self, step: int, means: dict[str, float], count: int, drifts: dict[str, dict[str, float]]
     ) -> None:
-        """Records the gap after so many steps; for the keys see `read_metrics`."""
+        """Records the gap; for the keys see `read_lines`."""
         short = {
             key: {name: _short(value) for name, value in of_norms.items()}
             for key, of_norms in drifts.items()
@@ -167,14 +167,14 @@ class RunWriter:
         self.board.scalar("train/images_per_s", images_per_s, step)
 
     def histograms(self, step: int, summaries: dict[str, dict[str, dict[str, Any]]]) -> None:
-        """Records what `bnjax.train.diagnostics.summarise` returned after so many steps."""
+        """Records the summaries of `bnjax.train.diagnostics.summarise`."""
         self._histograms.write({"step": step, **summaries})
         for kind, group in summaries.items():
             for name, numbers in group.items():
                 self.board.histogram(f"{kind}/{name}", numbers, step)
 
     def pictures(self, step: int, sheet: np.ndarray) -> None:
-        """Shows predictions for a few test images after so many steps, uint8 [h, w, 3]."""
+        """Shows a picture of predictions for a few test images, uint8 [h, w, 3]."""
         self.board.picture("test/predictions", sheet, step)
 
     def _write(self, step: int, split: str, means: dict[str, float], **more: Any) -> None:
@@ -197,15 +197,15 @@ class RunWriter:
 
 
 LOCK, FOLDED = ".lock", "folded.json"
-# What a process may have left that died, or met a full disk, at its start.
+# Left by a process that died, or met a full disk, at its start.
 OURS = (LOCK, "config.json.tmp", "comparison.json.tmp")
-# Not part of what a run is: the data may be moved, and other devices and cores be free.
+# May differ between the parts of one run: the data may be moved, other devices and cores be free.
 PLACES = ("config.data.dir", "config.data.workers", "config.devices")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """What the network has to know of the data that it was trained on."""
+    """The facts of the training data that a network needs."""
 
     name: str
     label: str
@@ -214,13 +214,13 @@ class DataFacts:
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataFacts":
-        """Returns the facts of a data set."""
+        """Returns those of a data set."""
         return cls(dataset.name, dataset.label, dataset.train.image_shape, dataset.classes)
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from training in the folder; whatever ends this process frees it.
+    """Locks the folder against other processes that train; the end of this process frees it.
 
     Raises:
         UserError: if another process trains there.
@@ -316,7 +316,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
 
 
 def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """Returns the paths of the norms that were folded and of the layers that have them now.
+    """Returns pairs of paths: a folded norm, and the layer that it was folded into.
 
     Raises:
         UserError: if the folder's folded.json is damaged.
@@ -330,7 +330,7 @@ def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def norm_conventions(config: ConfigDict) -> dict[str, Any]:
-    """Returns how the stored statistics are to be read.
+    """Returns the conventions of the stored statistics.
 
     The momentum is the fraction of the old average that is kept.
     """
@@ -340,7 +340,7 @@ def norm_conventions(config: ConfigDict) -> dict[str, Any]:
 def summarise(
     config: ConfigDict, workdir: Path, dataset: Dataset, experiment: "Experiment", seconds: float
 ) -> dict[str, Any]:
-    """Returns what a run came to, read from its own metrics.jsonl."""
+    """Returns the summary of a run, from its metrics.jsonl."""
     import jax
 
     lines = read_metrics(workdir / "metrics.jsonl")
@@ -408,9 +408,9 @@ def _version(package: str) -> str:
 
 
 def _git_revision(package: Path = Path(__file__).parents[1]) -> str | None:
-    """Returns the revision of the code where it runs from a clone of its own, else None.
+    """Returns the git revision of the package, None if no repository tracks it.
 
-    An installed package may lie within another project's repository, which does not track it.
+    An installed package may lie within another project's repository.
     """
     git = ["git", "-C", str(package)]
     try:

@@ -1,4 +1,4 @@
-"""A trained network, read back from the folder of its run; and compared with its folded form."""
+"""Reads a trained network from the folder of its run, and compares it with its folded form."""
 
 import functools
 import shutil
@@ -28,16 +28,15 @@ PROBE = 256  # images
 
 
 class Trained:
-    """A trained network and what it was trained on.
+    """A trained network and the facts of its training.
 
     Attributes:
         workdir: the run's folder.
         config: of the run.
         data: the facts of its data.
         step: of the checkpoint.
-        weights: the fingerprint of the weights that its statistics belong to; None if it was saved
-            before there were any.
-        folded: the paths of the norms that were folded and of the layers that have them.
+        weights: the fingerprint of the weights that the statistics belong to, if it is known.
+        folded: pairs of paths, of folded norms and of the layers that they were folded into.
         model: the network.
         params: its weights.
         batch_stats: its running statistics.
@@ -69,26 +68,25 @@ class Trained:
             self.params, self.batch_stats = checkpoints.restore_variables(self.step, like)
 
     def dataset(self, data_dir: str | None) -> Dataset:
-        """Returns the data that the network was trained on.
+        """Loads the training data of the network.
 
         Args:
-            data_dir: where they lie, if not where they lay in training.
+            data_dir: their folder, if it is another than in training.
 
         Raises:
             UserError: if they are not found.
         """
         config = self.config.copy_and_resolve_references()
         config.data.dir = data_dir or config.data.dir
-        # After a fallback that is another set than was asked for, and the one that was asked for
-        # may have turned up since.
+        # After a fallback this is another set than the config names, which may exist by now.
         if self.data.name != config.data.name:
             config.data = default_config().data
             config.data.name = self.data.name
         dataset = build.dataset(config)
         if dataset.label != self.data.label:
             raise UserError(
-                f"the run was trained on {self.data.label}, and what is found now is "
-                f"{dataset.label}. Say where its data lie with --data-dir."
+                f"the run was trained on {self.data.label}, but the data found now are "
+                f"{dataset.label}. Give the folder of its data with --data-dir."
             )
         return dataset
 
@@ -104,7 +102,7 @@ class Trained:
         about: dict[str, Any],
         folded: Sequence[tuple[Sequence[str], Sequence[str]]],
     ) -> None:
-        """Writes a network made of this one as a folder that `bnjax predict --workdir` takes.
+        """Writes a network made from this one as a folder for `bnjax predict --workdir`.
 
         Args:
             out: the folder.
@@ -123,7 +121,7 @@ class Trained:
         if folded:
             pairs = [[".".join(path) for path in pair] for pair in folded]
             write_json(out / FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
-        # Last, since it makes the folder that of a network.
+        # Last: with this file the folder counts as a network's.
         shutil.copyfile(self.workdir / "config.json", out / "config.json")
 
 
