@@ -141,35 +141,22 @@ def test_what_is_not_known_is_named(function, named):
 
 
 class Conv(nn.Module):
-    """A convolution, and what is added to its output."""
-
-    bias: tuple[int, ...]
-    twice: bool = False
+    """Convolutions with the same kernel, in float images."""
 
     @nn.compact
     def __call__(self, x, train):
-        y = nn.Conv(5, (3, 3), use_bias=False)(x)
-        added = self.param("added", nn.initializers.normal(), self.bias)
-        z = nn.relu(y + jnp.expand_dims(added, range(y.ndim - added.ndim)))
-        return (z * y if self.twice else z).reshape(x.shape[0], -1)
+        conv = nn.Conv(2, (3, 3))
+        return nn.relu(conv(nn.relu(conv(x)))).reshape(x.shape[0], -1)
 
 
-@pytest.mark.parametrize(
-    ("model", "is_bias"),
-    [
-        (Conv((5,)), True),
-        (Conv((1, 1, 1, 5)), True),
-        (Conv((1,)), False),  # of all channels
-        (Conv((5, 1)), False),  # of each column
-        (Conv((5,), twice=True), False),  # the sum without it is wanted as well
-    ],
-)
-def test_what_is_added_to_each_channel_becomes_a_bias(model, is_bias):
-    made, own = model_of(model)
-    (conv,) = (node for node in made.graph.node if node.op_type == "Conv")
-    assert len(conv.input) == 2 + is_bias
-    assert ("Add" in {node.op_type for node in made.graph.node}) == (not is_bias)
-    np.testing.assert_allclose(run(made), own, rtol=1e-5, atol=1e-5)
+def test_float_images_pass_unchanged_and_a_shared_kernel_is_stored_once():
+    images = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
+    variables = init_variables(Conv(), jax.random.key(0), images)
+    made = onnx_model(Conv(), *variables, SHAPE, image_dtype=np.float32)
+    own = forward(*variables, {"image": images}, model=Conv(), train=False)[0]
+    np.testing.assert_allclose(run(made, images), own, rtol=1e-5, atol=1e-5)
+    kernels = [array for array in made.graph.initializer if [*array.dims] == [2, 2, 3, 3]]
+    assert len(kernels) == 1
 
 
 def test_what_depends_on_no_image_is_a_constant():
