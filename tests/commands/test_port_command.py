@@ -1,15 +1,12 @@
 """`bnjax port`: a run's weights in another framework's file, and a run that is made of one."""
 
 import contextlib
-import json
-import subprocess
 
 import jax
 import numpy as np
 import pytest
 import synthetic
 
-from bnjax import errors, main
 from bnjax.clinic import porting
 from bnjax.train import build
 from bnjax.train.run import Seed
@@ -25,49 +22,34 @@ def run(tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def port(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            errors.run(lambda: main.main(["port", *map(str, arguments)]))
-        return subprocess.CompletedProcess(arguments, left.value.code or 0, *capsys.readouterr())
-
-    return call
-
-
-def same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
-    jax.tree.map(np.testing.assert_array_equal, one.batch_stats, other.batch_stats)
-
-
 @pytest.mark.parametrize("framework", ["torch", "keras"])
-def test_there_and_back_is_the_same_network(run, port, tmp_path, framework):
-    file, probe, new = (
-        tmp_path / "net.safetensors",
-        tmp_path / "probe.safetensors",
-        tmp_path / "new",
+def test_there_and_back_is_the_same_network(run, bnjax, tmp_path, framework):
+    file, probe, new = (tmp_path / name for name in ("net.safetensors", "p.safetensors", "new"))
+    code, out, err = bnjax("port", "--workdir", run, "--to", framework, file, "--probe", probe)
+    assert code == 0, err
+    assert (
+        f"norms in {framework}: epsilon 0.001, momentum 0.{25 if framework == 'torch' else 75}"
+        in out
     )
-    done = port("--workdir", run, "--to", framework, file, "--probe", probe)
-    assert done.returncode == 0, done.stderr
-    done = port("--workdir", run, "--from", framework, file, "--probe", probe, "--out", new)
-    assert done.returncode == 0, done.stderr
-    assert "all accounted for" in done.stdout
-    assert "the logits of 8 images differ by 0.0e+00 at most" in done.stdout
+    back = ("port", "--workdir", run, "--from", framework, file, "--out", new)
+    code, out, err = bnjax(*back, "--probe", probe)
+    assert code == 0, err
+    assert "the logits of 8 images differ by 0.0e+00 at most" in out
     before, after = Trained(run, "last"), Trained(new, "last")
-    same(before, after)
-    assert after.config.model.epsilon == before.config.model.epsilon
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    jax.tree.map(np.testing.assert_array_equal, before.batch_stats, after.batch_stats)
+    assert after.step == 0
     assert after.config.model.momentum == before.config.model.momentum
-    assert after.step == (before.step if framework == "torch" else 0)
-    assert after.config.model.variance == "biased"  # as the numbers are, which were not converted
-    again = port("--workdir", run, "--from", framework, file, "--out", new)
-    assert again.returncode == 2
-    assert "holds a run already" in again.stderr
+    assert after.config.model.variance == porting.STORED[framework]
+    code, _, err = bnjax(*back)
+    assert code == 2
+    assert "holds a run already" in err
 
 
-def test_training_goes_on_with_weights_of_step_0(run, port, tmp_path):
-    file, new = tmp_path / "net.npz", tmp_path / "new"
-    port("--workdir", run, "--to", "keras", file)
-    port("--workdir", run, "--from", "keras", file, "--out", new)
+def test_training_goes_on_with_the_weights(run, bnjax, tmp_path):
+    file, new = tmp_path / "net.safetensors", tmp_path / "new"
+    bnjax("port", "--workdir", run, "--to", "keras", file)
+    bnjax("port", "--workdir", run, "--from", "keras", file, "--out", new)
     config, data = synthetic.config(6), synthetic.dataset()
     experiment = build.experiment(config, data)
     steps = Steps(experiment, data, default_feed(experiment, data.train))
@@ -78,34 +60,12 @@ def test_training_goes_on_with_weights_of_step_0(run, port, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, batch_stats, given.batch_stats)
 
 
-def test_numbers_that_are_not_finite_are_named(run, port, tmp_path):
-    file = tmp_path / "net.safetensors"
-    port("--workdir", run, "--to", "torch", file)
-    arrays, notes = porting.read(file)
-    arrays = {name: array.copy() for name, array in arrays.items()}
-    arrays["conv0.weight"][0] = np.nan
-    arrays["logits_norm.running_var"][1] = np.inf
-    porting.write(file, arrays, notes)
-    done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "new")
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "WARNING" in line]
-    assert {*line.split(" in ")[1].split(", ")} == {"conv0.weight", "logits_norm.running_var"}
-
-
-def test_what_torch_is_given(run, port, tmp_path):
+def test_the_network_in_torchs_layout(run, bnjax, tmp_path):
+    """In NumPy: norms before the layers, channels first, a dense layer after flattened images."""
     file, probe = tmp_path / "net.safetensors", tmp_path / "probe.safetensors"
-    done = port("--workdir", run, "--to", "torch", file, "--probe", probe)
-    assert "as they were stored, biased; torch stores unbiased" in done.stdout
-    arrays, notes = porting.read(file)
-    assert json.loads(notes["norms"]) == {"eps": 1e-3, "momentum": 0.25}
-    assert arrays["conv0_norm.num_batches_tracked"] == 6
-    images, logits = porting.read(probe)[0].values()
-    assert images.shape == (8, 1, 8, 8)
-    np.testing.assert_allclose(by_hand(arrays, images.astype(np.float64)), logits, atol=1e-5)
-
-
-def by_hand(leaf, x):
-    """The network above in NumPy, in torch's layout and order."""
+    bnjax("port", "--workdir", run, "--to", "torch", file, "--probe", probe)
+    leaf, (x, logits) = porting.read(file), porting.read(probe).values()
+    assert x.shape == (8, 1, 8, 8)
 
     def norm(x, name):
         shape = (1, -1, *[1] * (x.ndim - 2))
@@ -121,95 +81,49 @@ def by_hand(leaf, x):
     for name in ("dense0", "logits"):
         x = norm(x, name) @ leaf[f"{name}.weight"].T + leaf[f"{name}.bias"]
         x = np.maximum(x, 0) if name == "dense0" else x
-    return x
+    np.testing.assert_allclose(x, logits, atol=1e-5)
 
 
-def test_what_variances_are_is_as_the_file_says(run, port, tmp_path):
-    """Those that torch averaged are unbiased; those that were taken there and back are not."""
-    file, foreign = tmp_path / "net.safetensors", tmp_path / "foreign.safetensors"
-    port("--workdir", run, "--to", "torch", file)
-    arrays, notes = porting.read(file)
-    assert notes["variance"] == "biased"
-    porting.write(foreign, arrays, {"format": "pt"})  # as torch's users save
-    before = Trained(run, "last").batch_stats["conv0_norm"]["var"]
-    for name, source, options, variance, factor in (
-        ("own", file, (), "biased", 1),
-        ("foreign", foreign, (), "unbiased", 1),
-        ("own, converted", file, ("--examples", 10), "biased", 1),
-        ("foreign, converted", foreign, ("--examples", 10), "biased", 639 / 640),
-    ):
-        out = ("--out", tmp_path / name)
-        done = port("--workdir", run, "--from", "torch", source, *out, *options)
-        assert done.returncode == 0, done.stderr
-        after = Trained(tmp_path / name, "last")
-        assert after.config.model.variance == variance, name
-        found = after.batch_stats["conv0_norm"]["var"]
-        np.testing.assert_allclose(found, before * factor, rtol=1e-6, err_msg=name)
-    porting.write(file, arrays, notes | {"variance": "odd"})
-    done = port("--workdir", run, "--from", "torch", file, "--out", tmp_path / "odd")
-    assert done.returncode == 2
-    assert "are damaged ('odd')" in done.stderr
-
-
-def test_other_names_and_conventions(run, port, tmp_path):
+def test_other_names(run, bnjax, tmp_path):
     table, file, new = tmp_path / "table.json", tmp_path / "net.safetensors", tmp_path / "new"
     table.write_text('{"names": {"conv{i}": "features.{i}", "{layer}": "{layer}"}}')
-    options = ("--workdir", run, "--table", table, "--examples", 10)
-    done = port(*options, "--to", "torch", file)
-    assert done.returncode == 0, done.stderr
-    arrays, _ = porting.read(file)
-    assert "features.0.weight" in arrays
-    before = Trained(run, "last")
-    # 10 images of 8x8 pixels.
-    np.testing.assert_allclose(
-        arrays["features.0_norm.running_var"],
-        before.batch_stats["conv0_norm"]["var"] * (640 / 639),
-        rtol=1e-6,
-    )
-    done = port(*options, "--from", "torch", file, "--out", new, "--momentum", 0.1)
-    assert done.returncode == 0, done.stderr
-    after = Trained(new, "last")
-    assert (after.config.model.momentum, after.config.model.variance) == (0.9, "biased")
-    np.testing.assert_allclose(
-        after.batch_stats["dense0_norm"]["var"], before.batch_stats["dense0_norm"]["var"], rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--epsilon", 1e-1], "the logits of the probe batch differ by up to"),
-        (["--table", "TABLE"], "There, and not needed here:\n    conv0.bias"),
-        (["--probe", "FILE"], "is no probe batch"),
-        (["--probe", "EMPTY"], "is no probe batch"),
-        (["--examples", 0], "--examples 0 is too few"),
-    ],
-)
-def test_what_is_refused_leaves_no_run(run, port, tmp_path, options, said):
-    file, probe, new = (tmp_path / name for name in ("net.safetensors", "p.safetensors", "new"))
-    port("--workdir", run, "--to", "torch", file, "--probe", probe)
-    (tmp_path / "table.json").write_text('{"names": {"conv{i}": "c{i}", "{layer}": "{layer}"}}')
-    empty = tmp_path / "empty.safetensors"
-    arrays = {"image": np.zeros((0, 1, 8, 8), np.float32), "logits": np.zeros((0, 3))}
-    porting.write(empty, arrays, {})
-    places = {"TABLE": tmp_path / "table.json", "FILE": file, "EMPTY": empty}
-    options = [places.get(option, option) for option in options]
-    files = ("--out", new, "--probe", probe)
-    done = port("--workdir", run, "--from", "torch", file, *files, *options)
-    assert done.returncode == 2
-    assert said in done.stderr
+    code, _, err = bnjax("port", "--workdir", run, "--table", table, "--to", "torch", file)
+    assert code == 0, err
+    assert "features.0.weight" in porting.read(file)
+    code, _, err = bnjax("port", "--workdir", run, "--from", "torch", file, "--out", new)
+    assert code == 2
+    assert "There, and not needed here:\n    features.0.bias" in err
     assert not new.exists()
 
 
-def test_options_that_do_not_go_together(run, port, tmp_path):
+def test_a_network_that_computes_something_else_leaves_no_run(run, bnjax, tmp_path):
+    file, probe, new = (tmp_path / name for name in ("net.safetensors", "p.safetensors", "new"))
+    bnjax("port", "--workdir", run, "--to", "torch", file, "--probe", probe)
+    good = porting.read(probe)
+    off = good["logits"] + 1e-3
+    for batch, words in (
+        (good | {"logits": off}, "differ by up to 0.001"),
+        (good | {"logits": off * np.nan}, "differ by up to nan"),
+        (good | {"image": good["image"][:, :, :7]}, r"has to have images of [8, 8, 1]"),
+        ({"logits": off}, "under `image`"),
+    ):
+        porting.write(probe, batch)
+        code, _, err = bnjax(
+            "port", "--workdir", run, "--from", "torch", file, "--out", new, "--probe", probe
+        )
+        assert code == 2
+        assert words in err
+        assert not new.exists()
+
+
+def test_options_that_do_not_go_together(run, bnjax, tmp_path):
     file = tmp_path / "net.safetensors"
-    assert "--out" in port("--workdir", run, "--from", "torch", file).stderr
-    done = port("--workdir", run, "--to", "torch", file, "--out", tmp_path / "new")
-    assert "are of --from" in done.stderr
+    for options, words in (
+        (("--from", "torch"), "--out"),
+        (("--to", "torch", "--out", tmp_path / "new"), "--to makes none"),
+        ((), "either --to or --from"),
+    ):
+        code, _, err = bnjax("port", "--workdir", run, file, *options)
+        assert code == 2
+        assert words in err
     assert not file.exists()
-
-
-def test_help_says_how_the_other_framework_saves(port):
-    done = port("--help")
-    assert done.returncode == 0
-    assert "save_file(network.state_dict(), FILE)" in " ".join(done.stdout.split())
