@@ -50,8 +50,8 @@ import tqdm
 from corruptions import KINDS, corrupt
 
 from bnjax import errors
-from bnjax.clinic.adaptation import tent
-from bnjax.compare import claims, grid, intervals, runs, text
+from bnjax.clinic import Network, precise, tent
+from bnjax.compare import claims, grid, intervals, runs
 from bnjax.data.batches import eval_batches
 from bnjax.data.datasets import Split
 from bnjax.metrics import Metrics
@@ -221,7 +221,8 @@ def tables(found: dict[str, dict[str, Any]], verdicts: Sequence[claims.Verdict])
     lines = [f"Test accuracy, mean of {len(found)} seeds with its 95 % interval", "", head, rule]
 
     def mean(method: str, shift: str) -> str:
-        return _short(intervals.mean([of[shift][method]["accuracy"] for of in found.values()]))
+        accuracies = [of[shift][method]["accuracy"] for of in found.values()]
+        return _short(intervals.mean_accuracy(accuracies))
 
     for kind in KINDS:
         for method in METHODS:
@@ -258,7 +259,7 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
     prepare(training=True)
     words = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
-    comparison = grid.compare_configs([CONFIG], [*words, *overrides])
+    comparison = grid.plan(claims.of_configs([CONFIG]), [*words, *overrides])
     comparison |= {"seeds": [*range(SEEDS)], "command": "python scripts/adaptation.py"}
     datasets = grid.load_datasets(comparison)
     if failures := grid.run(comparison, datasets, args.workdir, "one"):
@@ -280,8 +281,7 @@ def main() -> int:
                 bar.update()
     compared, evaluated = as_comparison(found, trained)
     verdicts = claims.verdicts(compared, evaluated)
-    in_words = "\n".join(text.of_verdicts(compared, evaluated))
-    (args.workdir / "verdicts.txt").write_text(in_words + "\n")
+    (args.workdir / "verdicts.txt").write_text(claims.as_text(verdicts) + "\n")
     print(f"{dataset.label}, {len(dataset.test.label):,} test images\n")
     print(tables(found, verdicts))
     outcomes = collections.Counter(verdict.outcome for verdict in verdicts)

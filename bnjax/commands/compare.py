@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
 from bnjax.errors import UserError
+
+if TYPE_CHECKING:
+    from bnjax.compare.runs import Run
 
 MAX_SEEDS = 100_000  # each is a run
 
@@ -48,18 +51,19 @@ def run(
     if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
         raise UserError(f"--seeds {seeds} is not a number from 1 to {MAX_SEEDS:,}.")
 
-    from bnjax.compare import grid, runs, text
+    from bnjax.compare import claims, grid, runs
     from bnjax.train.cpu import prepare
     from bnjax.train.loop import Stopped
 
     prepare(training=True)
     if claim:
-        comparison = grid.compare_claim(claim, list(overrides), full=full)
+        compared = claims.load(claim)
     else:
         files = [file.strip() for file in str(configs).split(",")]
         if not all(files):
             raise UserError("--configs has an empty name: give files with a comma between them.")
-        comparison = grid.compare_configs(files, list(overrides))
+        compared = claims.of_configs(files)
+    comparison = grid.plan(compared, list(overrides), full=full)
     count = seeds or comparison["seeds_needed"] or 5
     comparison |= {"seeds": list(range(count)), "command": again}
     folder = workdir or Path("runs") / (Path(claim).stem if claim else "compare")
@@ -69,13 +73,56 @@ def run(
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"\n{str(stopped) or 'stopped'}; everything is saved. To go on:\n    {again}")
         return 128 + stopped.signal if isinstance(stopped, Stopped) else 130
-    print(text.of_comparison(comparison, runs.finished_runs(folder, comparison)))
+    print(as_text(comparison, runs.finished_runs(folder, comparison)))
     try:
         from bnjax.commands.report import reports
 
-        print(f"\nreport: {reports().write(folder)}")
+        print(f"\nreport: {reports().write([folder], folder)[0]}")
     except UserError as error:  # the results above stand without it
         print(f"\nno report: {error}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
+    """Returns each variant with its intervals, then each verdict.
+
+    Where nothing was claimed each variant is compared with the first one.
+    """
+    from bnjax.compare import claims, intervals, runs
+
+    title, seeds = comparison["question"] or "Comparison", comparison["seeds"]
+    lines = [f"\n{title} (seeds: {len(seeds)}; 95 % intervals in brackets)"]
+    finals: dict[str, dict[int, float]] = {}
+    for name, variant in comparison["variants"].items():
+        mine = [run for run in finished if run.variant == name]
+        head = f"{name} on {variant['dataset']}: {len(mine)} of {len(seeds)} runs finished"
+        lines += ["", head]
+        finals[name] = {run.seed: float(run.test.accuracy[-1]) for run in mine}
+        if mine:
+            last = intervals.mean_accuracy([*finals[name].values()])
+            best = intervals.mean_accuracy([run.test.accuracy.max() for run in mine])
+            taken = intervals.mean([run.seconds[int(run.train.step[-1])] for run in mine])
+            target = variant["config"]["train"]["target_loss"]
+            times = runs.times(mine, "steps_to_loss", target)
+            there = f"{sum(times.reached)} of {len(mine)} runs got there"
+            lines += [
+                f"  test accuracy {last} at the end, {best} at its best, in {taken} s of training "
+                "a run",
+                f"  steps to training loss {target:g}: median {intervals.median(times)}; {there} "
+                f"in {max(times.values):g} steps",
+            ]
+    if comparison["statements"]:
+        return "\n".join([*lines, "", claims.as_text(claims.verdicts(comparison, finished))])
+    lines.append("")
+    (first, reference), *others = finals.items()
+    for name, accuracies in others:
+        if shared := accuracies.keys() & reference.keys():
+            pairs = ([arm[seed] for seed in shared] for arm in (accuracies, reference))
+            effect = intervals.difference(*pairs)
+            lines.append(
+                f"test accuracy at the end, {name} - {first}: {effect} ({effect.n} pairs of runs; "
+                f"{effect.method})"
+            )
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ def run(
     """Write report.html and report.md about runs and comparisons, from their folders alone."""
     if not folders:
         raise UserError("give at least one folder of a run or a comparison.")
-    page, problems = reports().write_all(list(folders), out or folders[0])
+    page, problems = reports().write(folders, out or folders[0])
     for problem in problems:
         print(f"WARNING: {problem}", file=sys.stderr)
     print(f"written: {page}")

@@ -2,17 +2,15 @@
 
 import dataclasses
 import math
-import re
 import runpy
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bnjax.compare import intervals, runs
 from bnjax.compare.intervals import Estimate
-from bnjax.compare.runs import COMPARISON, POINTS, TIMES, VALUES, Run
+from bnjax.compare.runs import POINTS, TIMES, VALUES, Run
 from bnjax.errors import UserError
-from bnjax.train.parsing import find
+from bnjax.train import parsing
 
 DIRECTIONS = ("greater", "less", "equal")
 
@@ -130,26 +128,60 @@ class Verdict:
     against: Estimate | None = None
     logrank: float | None = None
 
+    def __str__(self) -> str:
+        """Returns outcome, claim, reason, figures and source as lines of text."""
+        statement, effect = self.statement, self.effect
+        lines = [f"{self.outcome.upper()}: {statement}", f"  because {self.reason}"]
+        if effect:
+            alone = f"{statement.of} {self.of}, {statement.against} {self.against}"
+            lines.append(f"  found {effect} in {effect.n} pairs of runs; alone: {alone}")
+        if self.logrank is not None:
+            p = f"{self.logrank:.2g}"
+            lines.append(f"  some runs did not get there; log-rank test of the two: p = {p}")
+        return "\n".join([*lines, f"  claimed by: {statement.source}"])
 
-def load(path: str) -> dict[str, Any]:
-    """Returns the claim of a file, as its `get_claim` gives it, checked.
 
-    `question` (text); `variants` {name: (config file, as seen from the claim's folder,
-    {key: value})}; `statements`, dicts with the fields of `Statement`; `seeds`, how many it takes;
-    `full` and, if there is a small version that is run by default, `small`: {key: value}.
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What the `get_claim` of a claim file returns, as a dict.
+
+    Attributes:
+        question: in words.
+        variants: {name: (config file, as seen from the claim's folder, {key: value})}.
+        statements: dicts with the fields of `Statement`.
+        seeds: how many it takes, 2 or more.
+        full: {key: value} for all variants.
+        small: the same for a small version, which is run by default if there is one.
+    """
+
+    question: str
+    variants: dict[str, tuple[str, dict[str, Any]]]
+    statements: list[dict[str, Any]]
+    seeds: int
+    full: dict[str, Any]
+    small: dict[str, Any] | None = None
+
+
+def load(path: str) -> Claim:
+    """Returns the claim of a file, its config files as seen from here.
 
     Raises:
         UserError: if the file cannot be run or something in it is missing or impossible.
     """
-    file = find(path, "claim")
+    file = parsing.find(path, "claim")
     try:
-        claim = runpy.run_path(str(file))["get_claim"]()
-        _check(claim)
+        claim = Claim(**runpy.run_path(str(file))["get_claim"]())
         variants = {
             name: (str(file.parent / config), dict(overrides))
-            for name, (config, overrides) in claim["variants"].items()
+            for name, (config, overrides) in claim.variants.items()
         }
-        return {**claim, "variants": variants}
+        if claim.seeds < 2 or not variants:
+            raise ValueError("a claim needs a variant and two seeds")
+        for statement in [Statement(**fields) for fields in claim.statements]:
+            if unknown := {statement.of, statement.against} - {*variants}:
+                raise ValueError(f"{statement} names no variant: {', '.join(sorted(unknown))}")
+        small = claim.small if claim.small is None else dict(claim.small)
+        return dataclasses.replace(claim, variants=variants, full=dict(claim.full), small=small)
     except (Exception, SystemExit) as error:
         found = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(
@@ -158,68 +190,19 @@ def load(path: str) -> dict[str, Any]:
         ) from error
 
 
-def _check(claim: dict[str, Any]) -> None:
-    kinds = {"question": str, "variants": dict, "statements": list, "seeds": int, "full": dict}
-    if {*claim} - {"small"} != {*kinds}:
-        raise ValueError(
-            f"its keys are {', '.join(claim)} and should be {', '.join(sorted(kinds))} and perhaps "
-            "small"
-        )
-    for name, kind in {**kinds, "small": dict}.items():
-        if name in claim and not isinstance(claim[name], kind):
-            raise ValueError(
-                f"{name} = {claim[name]!r} is not possible; it has to be a {kind.__name__}"
-            )
-    if not claim["variants"]:
-        raise ValueError("it has no variants")
-    if claim["seeds"] < 2:
-        raise ValueError(f"seeds = {claim['seeds']!r} is not possible; allowed are 2 and above")
-    for name in claim["variants"]:
-        check_name(name)
-    _statements(claim)
-
-
-def _statements(claim: dict[str, Any]) -> list[Statement]:
-    statements = [Statement(**fields) for fields in claim["statements"]]
-    for statement in statements:
-        if unknown := {statement.of, statement.against} - {*claim["variants"]}:
-            raise ValueError(f"{statement} names no variant: {', '.join(sorted(unknown))}")
-    return statements
-
-
-def check_name(name: str) -> None:
-    """Checks that a variant's name can be a folder's.
+def of_configs(files: Sequence[str]) -> Claim:
+    """Returns a claim that compares config files and states nothing.
 
     Raises:
-        UserError: if not.
+        UserError: if a config cannot be loaded, or two have one name.
     """
-    if not re.fullmatch(r"\w[\w.+-]*", name):
+    names = [parsing.load(file, []).name for file in files]
+    if len({*names}) < len(files):
         raise UserError(
-            f"a variant cannot be called {name!r}: its runs get a folder of that name. "
-            "Use letters, digits, _ . + -."
+            f"two configs have the same name: {', '.join(names)}. Give each its own config.name."
         )
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """Returns the comparison that a folder holds, as `bnjax.compare.grid` wrote it.
-
-    Raises:
-        UserError: if there is none or it is damaged.
-    """
-    try:
-        found = runs.read_object(folder / COMPARISON)
-        for name, variant in found["variants"].items():
-            check_name(name)
-            float(variant["config"]["train"]["target_loss"])
-            _ = {**variant["differs"]}, variant["dataset"]
-        _statements(found)
-        seeds = [int(seed) for seed in found["seeds"]]
-        texts = {key: str(found[key]) for key in ("question", "size", "command")}
-        return {**found, **texts, "seeds": seeds, "seeds_needed": int(found["seeds_needed"])}
-    except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(
-            f"{folder / COMPARISON} is missing or damaged ({type(error).__name__}: {error})."
-        ) from error
+    named: Any = {name: (file, {}) for name, file in zip(names, files, strict=True)}
+    return Claim("", named, [], seeds=0, full={})
 
 
 def verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[Verdict]:
@@ -231,18 +214,22 @@ def verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[Verdic
     with unfinished runs. Each statement is judged for itself: of twenty intervals one is expected
     to miss the truth.
     """
-    return [_verdict(statement, comparison, finished) for statement in _statements(comparison)]
+    statements = [Statement(**fields) for fields in comparison["statements"]]
+    return [_verdict(statement, comparison, finished) for statement in statements]
+
+
+def as_text(found: Sequence[Verdict]) -> str:
+    """Returns verdicts as lines of text, and last the methods."""
+    estimates = [one for verdict in found for one in (verdict.effect, verdict.of, verdict.against)]
+    methods = sorted({one.method for one in estimates if one})
+    return "\n".join([*map(str, found), *([f"Methods: {'; '.join(methods)}."] if methods else [])])
 
 
 def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequence[Run]) -> Verdict:
     names, seeds = (statement.of, statement.against), comparison["seeds"]
     arms = [{run.seed: run for run in finished if run.variant == name} for name in names]
-    missing = [
-        f"{name}/{seed}"
-        for name, arm in zip(names, arms, strict=True)
-        for seed in seeds
-        if seed not in arm
-    ]
+    both = zip(names, arms, strict=True)
+    missing = [f"{name}/{seed}" for name, arm in both for seed in seeds if seed not in arm]
     seeds = [seed for seed in seeds if all(seed in arm for arm in arms)]
     pairs, logrank = [[arm[seed] for seed in seeds] for arm in arms], None
     problems = [f"unfinished: {', '.join(missing)}"] if missing else []
@@ -253,17 +240,19 @@ def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequenc
     if not seeds:
         return Verdict(statement, "inconclusive", "; ".join(problems))
     if statement.is_time:
-        both = [runs.times(pair, statement.quantity, float(statement.at)) for pair in pairs]
-        effect, alone = intervals.ratio(*both), [intervals.median(arm) for arm in both]
-        if not all((*both[0].reached, *both[1].reached)):
-            logrank = intervals.logrank(*both)
+        of, against = (runs.times(pair, statement.quantity, float(statement.at)) for pair in pairs)
+        effect, alone = intervals.ratio(of, against), [*map(intervals.median, (of, against))]
+        if not all((*of.reached, *against.reached)):
+            logrank = intervals.logrank(of, against)
     else:
         found = [[runs.value(run, statement.quantity, statement.at) for run in p] for p in pairs]
         known = [[x for x in arm if x is not None] for arm in found]
         if known != found:
             problems.append("some runs have no finite value at that point")
             return Verdict(statement, "inconclusive", "; ".join(problems))
-        effect, alone = intervals.difference(*known), [intervals.mean(arm) for arm in known]
+        of_accuracies = statement.quantity.endswith("accuracy")
+        mean = intervals.mean_accuracy if of_accuracies else intervals.mean
+        effect, alone = intervals.difference(*known), [*map(mean, known)]
     outcome, reason = decide(statement, effect)
     if problems:
         outcome, reason = "inconclusive", "; ".join(problems)

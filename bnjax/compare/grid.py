@@ -3,12 +3,13 @@
 import functools
 import json
 import queue
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import jax
 import tqdm
 from ml_collections import ConfigDict
 
-from bnjax.compare import claims
-from bnjax.compare.runs import COMPARISON
+from bnjax.compare.claims import Claim
+from bnjax.compare.runs import COMPARISON, listed, read_comparison
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
 from bnjax.train import build, checkpoint, parsing, rundir
-from bnjax.train.loop import Stopped, Summary, Trainer
+from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.run import StopRequest
-from bnjax.train.rundir import write_json
 
 SMALL = {
     "data.train_images": 5000,
@@ -33,9 +33,6 @@ SMALL = {
     "train.batch_size": 500,
     "train.steps": 100,
 }
-
-
-Results = Mapping[int, Summary | UserError]
 
 
 def fast_way() -> str:
@@ -49,151 +46,143 @@ def fast_way() -> str:
     return "devices" if jax.local_device_count() > 1 else "vmap"
 
 
-def train(
+def distribute(
     new_trainer: Callable[[], Trainer],
-    workdirs: Mapping[int, Path],
+    seeds: Sequence[int],
     way: str,
     stop: StopRequest,
-    begin: Callable[[Sequence[int]], None],
-    end: Callable[[Results], None],
-) -> Results:
-    """Trains with each seed in its folder, and returns what each came to: a run, or a breakdown.
+    train: Callable[[Trainer, Sequence[int]], None],
+) -> None:
+    """Trains with each seed.
 
     Under "vmap" and on other devices a run is that of `train_and_evaluate` but for rounding: the
     compiler orders sums differently.
 
     Args:
         new_trainer: makes what trains; called once, or once for each device that is used.
-        workdirs: the folder of each seed.
+        seeds: at least one.
         way: "one": one after the other; "vmap": in one program; "devices": each device trains one
             seed at a time.
         stop: ends all of them.
-        begin: is told the seeds that come now, perhaps from another thread.
-        end: is told what they came to, as soon as it is known.
+        train: trains seeds in one program, perhaps in another thread.
 
     Raises:
         UserError: if a folder or the disk fails; other devices save what they have and stop.
         Stopped: as `bnjax.train.loop.Trainer.train`.
     """
-
-    def several(trainer: Trainer, seeds: Sequence[int]) -> Results:
-        begin(seeds)
-        found = trainer.train({seed: workdirs[seed] for seed in seeds}, stop)
-        end(found)
-        return found
-
     if way != "devices":
         trainer = new_trainer()
-        groups = [[*workdirs]] if way == "vmap" else [[seed] for seed in workdirs]
-        return _together(several(trainer, seeds) for seeds in groups)
-    waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    devices = jax.local_devices()[: len(workdirs)]
-    for seed in [*workdirs, *[None for _ in devices]]:
-        waiting.put(seed)
+        for group in [seeds] if way == "vmap" else [[seed] for seed in seeds]:
+            train(trainer, group)
+        return
+    devices = jax.local_devices()[: len(seeds)]
+    free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+    trainer_of = functools.cache(lambda _: new_trainer())  # what it compiles is for its device
 
-    def on(device: jax.Device) -> Results:
-        with jax.default_device(device):
-            trainer = new_trainer()  # what it compiles is for this device
-            found: Results = {}
-            for seed in iter(waiting.get, None):
-                if stop.signal:
-                    raise Stopped(None, stop.signal)
-                try:
-                    found = {**found, **several(trainer, [seed])}
-                except UserError as error:
-                    end({seed: error})
-                    raise
-            return found
+    def on_a_device(seed: int) -> None:
+        if stop.signal:
+            raise Stopped(None, stop.signal)
+        device = free.get()
+        try:
+            with jax.default_device(device):
+                train(trainer_of(device), [seed])
+        except Exception:
+            stop.signal = stop.signal or signal.SIGTERM
+            raise
+        finally:
+            free.put(device)
 
     with ThreadPoolExecutor(len(devices)) as pool:
-        futures = [pool.submit(on, device) for device in devices]
-        _, others = wait(futures, return_when=FIRST_EXCEPTION)
-        if others:
-            stop.signal = stop.signal or signal.SIGTERM
-        wait(futures)
+        futures = [pool.submit(on_a_device, seed) for seed in seeds]
     errors = [error for future in futures if (error := future.exception())]
-    # That something went wrong is not to be hidden by others that were stopped and are saved.
+    # What went wrong comes before the others that were stopped for it.
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
         raise error
-    return _together(future.result() for future in futures)
 
 
-def _together(several: Iterable[Results]) -> Results:
-    return {seed: result for results in several for seed, result in results.items()}
+class Progress:
+    """How many runs have begun and how long the rest will take; several threads may use it.
+
+    Attributes:
+        failures: of the runs that broke down.
+    """
+
+    def __init__(self, runs: int):
+        """Starts before the first of so many runs."""
+        self.failures: list[str] = []
+        self._lock, self._start = threading.Lock(), time.monotonic()
+        self._runs, self._begun, self._done = runs, 0, 0
+
+    def train(
+        self,
+        variant: str,
+        folders: Mapping[int, Path],
+        stop: StopRequest,
+        trainer: Trainer,
+        seeds: Sequence[int],
+    ) -> None:
+        """Trains seeds of a variant in one program, and says so."""
+        with self._lock:
+            self._begun += len(seeds)
+            to_go = ""
+            if self._done:
+                left = (time.monotonic() - self._start) / self._done * (self._runs - self._done)
+                to_go = f", about {tqdm.tqdm.format_interval(left)} to go"
+            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            self.say(f"[{self._begun}/{self._runs}] {variant}, {which}{to_go}")
+        results = trainer.train({seed: folders[seed] for seed in seeds}, stop)
+        with self._lock:
+            self._done += len(seeds)
+            for seed, result in results.items():
+                if isinstance(result, UserError):
+                    self.failures.append(f"{variant}, seed {seed}: {result}")
+                    self.say(f"{variant}, seed {seed} failed: {result}")
+
+    def say(self, what: str) -> None:
+        """Prints a line above the bars."""
+        tqdm.tqdm.write(what)
+        sys.stdout.flush()
 
 
-def compare_configs(files: Sequence[str], words: list[str]) -> dict[str, Any]:
-    """Returns the comparison of config files, without claims; `words` are overrides for all.
+def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any]:
+    """Returns what comparison.json holds, but for the seeds, the command and the data sets.
+
+    Args:
+        claim: what is compared; in its small version, if it has one, unless `full`.
+        words: overrides for all variants, which are stronger than the claim's.
+        full: see above.
 
     Raises:
-        UserError: if a config cannot be loaded, or two have one name.
+        UserError: if a config cannot be loaded or is impossible.
     """
-    names = [parsing.load(file, []).name for file in files]
-    if len({*names}) < len(files):
-        raise UserError(
-            f"two configs have the same name: {', '.join(names)}. Give each its own config.name."
-        )
-    named: dict[str, tuple[str, dict[str, Any]]]
-    named = {name: (file, {}) for name, file in zip(names, files, strict=True)}
-    return {
-        "question": "",
-        "variants": _variants(named, {}, words),
-        "statements": [],
-        "seeds_needed": 0,
-        "size": "",
-    }
-
-
-def compare_claim(file: str, words: list[str], *, full: bool) -> dict[str, Any]:
-    """Returns the comparison that a claim file asks for, in its small version unless `full`.
-
-    Raises:
-        UserError: if the claim or one of its configs cannot be loaded.
-    """
-    claim = claims.load(file)
-    size = "full" if full or "small" not in claim else "small"
-    return {
-        "question": claim["question"],
-        "variants": _variants(claim["variants"], claim[size], words),
-        "statements": claim["statements"],
-        "seeds_needed": claim["seeds"],
-        "size": size,
-    }
-
-
-def _variants(
-    named: dict[str, tuple[str, dict[str, Any]]], common: dict[str, Any], words: list[str]
-) -> dict[str, Any]:
-    """Returns for each variant its file, what is overridden, the whole config and what differs.
-
-    What a variant is about is stronger than `common`.
-    """
-    found: dict[str, Any] = {}
-    for name, (file, own) in named.items():
-        claims.check_name(name)
-        pairs = {**common, **own}.items()
-        overrides = [*(f"--config.{key}={value}" for key, value in pairs), *words]
-        config = parsing.load(file, overrides)
+    is_small = claim.small is not None and not full
+    variants: dict[str, Any] = {}
+    for name, (file, own) in claim.variants.items():
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UserError(
+                f"a variant cannot be called {name!r}: its runs get a folder of that name. "
+                "Use letters, digits, _ . + -."
+            )
+        pairs = {**((claim.small or {}) if is_small else claim.full), **own}
+        overrides = [*(f"--config.{key}={value}" for key, value in pairs.items()), *words]
         if any(word.startswith("--config.seed") for word in overrides):
             raise UserError(
                 "config.seed differs from run to run in a comparison. Say how many with --seeds."
             )
+        config = parsing.load(file, overrides)
         config.name = name
         config.data.fallback = ""  # other data than are asked for are no evidence
         build.check(config)
-        found[name] = {
-            "file": Path(file).as_posix(),
-            "overrides": overrides,
-            "config": json.loads(json.dumps(config.to_dict())),
-        }
-    leaves = [parsing.flat(variant["config"]) for variant in found.values()]
-    for variant, mine in zip(found.values(), leaves, strict=True):
-        variant["differs"] = {
-            key: value
-            for key, value in mine.items()
-            if key != "name" and any(value != other[key] for other in leaves)
-        }
-    return found
+        variants[name] = {"config": json.loads(json.dumps(config.to_dict()))}
+    return {
+        "question": claim.question,
+        "variants": variants,
+        "statements": claim.statements,
+        "seeds_needed": claim.seeds,
+        "size": "small" if is_small else "full",
+    }
 
 
 def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
@@ -225,13 +214,19 @@ def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
         UserError: if it holds something else, or another comparison (the difference is shown).
     """
     if (folder / COMPARISON).exists():
-        there = claims.read(folder)
-        names = [", ".join(sorted(which["variants"])) for which in (there, comparison)]
-        lines = f"\n    variants: {names[0]} there, {names[1]} now" if names[0] != names[1] else ""
-        lines = lines or rundir.differences(_identity(there), _identity(comparison))
-        if gone := sorted({*there["seeds"]} - {*comparison["seeds"]}):
-            lines += f"\n    seeds: {gone} there, but not now"
-        if lines:
+        there = read_comparison(folder)
+        common = there["variants"].keys() & comparison["variants"].keys()
+
+        def fixed(which: dict[str, Any]) -> dict[str, Any]:
+            return {
+                "names": sorted(which["variants"]),
+                "variants": {name: which["variants"][name] for name in common},
+                "statements": {str(i): s for i, s in enumerate(which["statements"], start=1)},
+                "seeds_needed": which["seeds_needed"],
+                "seeds": [seed for seed in there["seeds"] if seed in which["seeds"]],
+            }
+
+        if lines := rundir.differences(fixed(there), fixed(comparison)):
             raise UserError(
                 f"{folder} belongs to another comparison:{lines}\n"
                 "Choose another folder with --workdir, or remove that one."
@@ -241,20 +236,7 @@ def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
             f"{folder} holds {', '.join(sorted(leftovers)[:5])} but no comparison. "
             "Choose an empty or new folder with --workdir."
         )
-    write_json(folder / COMPARISON, comparison)
-
-
-def _identity(comparison: dict[str, Any]) -> dict[str, Any]:
-    """Returns what may not change between two calls: not the command, nor the number of seeds."""
-    variants = {
-        name: {key: variant[key] for key in ("config", "dataset")}
-        for name, variant in comparison["variants"].items()
-    }
-    statements = {
-        str(number): fields for number, fields in enumerate(comparison["statements"], start=1)
-    }
-    needed = comparison["seeds_needed"]
-    return {"variants": variants, "statements": statements, "seeds_needed": needed}
+    rundir.write_json(folder / COMPARISON, comparison)
 
 
 def run(
@@ -264,113 +246,40 @@ def run(
     way: str,
     trainer: Callable[[ConfigDict, Dataset], Trainer] = Trainer,
 ) -> list[str]:
-    """Takes the runs that are missing, variant by variant; returns why those failed that did.
+    """Takes the runs that are missing, variant by variant; returns the failures.
 
     Equal seeds have equal data order and, where the shapes agree, equal initial values. Of a
     finished run the best and the last checkpoint are kept.
 
     Args:
-        comparison: from `compare_configs` or `compare_claim`, with its `seeds` and `command`.
+        comparison: from `plan`, with its `seeds` and `command`.
         datasets: of each variant.
         folder: created if need be.
-        way: as for `bnjax.compare.seeds.train`.
+        way: as for `distribute`.
         trainer: makes what trains the seeds of one config.
 
     Raises:
         UserError: if the folder belongs to another comparison or process, or the disk fails.
         Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM, when the runs of the moment are saved.
     """
-    failures = []
-    with (
-        rundir.locked(folder),
-        StopRequest() as stop,
-        GridProgress(len(comparison["variants"]) * len(comparison["seeds"])) as progress,
-    ):
+    with rundir.locked(folder), StopRequest() as stop:
         take_folder(folder, comparison)
+        runs = listed(folder, comparison)
+        finished = {run for run in runs if (run / "summary.json").exists()}
+        progress = Progress(len(runs) - len(finished))
+        if finished:
+            progress.say(f"{len(finished)} of {len(runs)} runs finished before")
         for name, variant in comparison["variants"].items():
             config = parsing.from_dict(variant["config"])
             folders = {seed: folder / name / str(seed) for seed in comparison["seeds"]}
-            missing = {}
-            for seed, run_folder in folders.items():
-                if (run_folder / "summary.json").exists():
-                    config.seed = seed
-                    rundir.take(run_folder, config, rundir.DataFacts.of(datasets[name]))
-                    progress.finished_before(name, seed)
-                else:
-                    missing[seed] = run_folder
-            if missing:
+            if missing := [seed for seed, run in folders.items() if run not in finished]:
                 (folder / name).mkdir(exist_ok=True)
-                found = train(
-                    functools.partial(trainer, config, datasets[name]),
-                    missing,
-                    way,
-                    stop,
-                    functools.partial(progress.begin, name),
-                    functools.partial(progress.end, name),
-                )
-                failures += [
-                    f"{name}, seed {seed}: {result}"
-                    for seed, result in found.items()
-                    if isinstance(result, UserError)
-                ]
-            for run_folder in folders.values():
+                new_trainer = functools.partial(trainer, config, datasets[name])
+                train = functools.partial(progress.train, name, folders, stop)
+                distribute(new_trainer, missing, way, stop, train)
+            for run in folders.values():
                 # One that broke down may be tried again from any of its checkpoints.
-                if (run_folder / "summary.json").exists():
-                    with rundir.locked(run_folder):
-                        checkpoint.keep_best_and_last(run_folder / "checkpoints")
-    return failures
-
-
-class GridProgress:
-    """How much of the grid is done and how long the rest will take; several threads may tell it.
-
-    A bar on a terminal, a line for each run everywhere.
-    """
-
-    def __init__(self, runs: int):
-        """Starts before the first of so many runs."""
-        self._bar = tqdm.tqdm(
-            total=runs, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
-        self._lock = threading.Lock()
-        self._runs, self._begun, self._before, self._done = runs, 0, 0, 0
-        self._start = time.monotonic()
-
-    def finished_before(self, variant: str, seed: int) -> None:
-        """Says that a run was finished before."""
-        with self._lock:
-            self._begun += 1
-            self._before += 1
-            self._bar.update()
-            self._say(f"{variant}, seed {seed}: finished before")
-
-    def begin(self, variant: str, seeds: Sequence[int]) -> None:
-        """Says which runs of a variant come now."""
-        with self._lock:
-            self._begun += len(seeds)
-            to_go = ""
-            if self._done:
-                left = self._runs - self._before - self._done
-                seconds = (time.monotonic() - self._start) / self._done * left
-                to_go = f", about {tqdm.tqdm.format_interval(seconds)} to go"
-            numbers = ", ".join(map(str, seeds))
-            self._say(f"{variant}, seed{'s' * (len(seeds) > 1)} {numbers}{to_go}")
-
-    def end(self, variant: str, results: Results) -> None:
-        """Counts runs that ended, and says which of them failed."""
-        with self._lock:
-            self._done += len(results)
-            self._bar.update(len(results))
-            for seed, result in results.items():
-                if isinstance(result, UserError):
-                    self._say(f"{variant}, seed {seed} failed: {result}")
-
-    def _say(self, what: str) -> None:
-        tqdm.tqdm.write(f"[{self._begun}/{self._runs}] {what}")
-        sys.stdout.flush()
-
-    def __enter__(self) -> "GridProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+                if (run / "summary.json").exists():
+                    with rundir.locked(run):
+                        checkpoint.keep_best_and_last(run / "checkpoints")
+    return progress.failures

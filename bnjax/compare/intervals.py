@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 LEVEL = 0.95
 
@@ -54,22 +54,13 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Right-censored times: a run that did not get there in `values[i]` has `reached[i]` False.
+    """Right-censored times above 0: a run that did not get there in `values[i]` has not `reached`.
 
-    Raises:
-        ValueError: if there is none, the lengths differ or a time is not above 0.
+    At least one.
     """
 
     values: tuple[int | float, ...]
     reached: tuple[bool, ...]
-
-    def __post_init__(self) -> None:
-        sound = all(0 < value < math.inf for value in self.values)
-        if not sound or not self.values or len(self.values) != len(self.reached):
-            raise ValueError(
-                f"{self.values} and {self.reached} are not times above 0 and whether each was "
-                "reached"
-            )
 
     def _censored(self) -> stats.CensoredData:
         return stats.CensoredData.right_censored(self.values, ~np.array(self.reached))
@@ -82,12 +73,30 @@ def mean(values: Sequence[float]) -> Estimate:
     >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
     (2.0, -0.484, 4.484)
     """
-    n = len(values)
-    centre = float(np.mean(values))
+    n, centre = len(values), float(np.mean(values))
     if n < 2:
         return Estimate(centre, -math.inf, math.inf, n, "one run, no interval")
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
     return Estimate(centre, centre - half, centre + half, n, "mean, t interval")
+
+
+def mean_accuracy(values: Sequence[float]) -> Estimate:
+    """Returns the mean of accuracies and a t interval on the logit scale, so within 0 and 1.
+
+    With the mean m, its standard error s and Student's t of n - 1 degrees of freedom, the ends are
+    those of logit(m) ± t s / (m (1 - m)), taken back: `method="xlogit"` of `svyciprop` in R's
+    package survey. Where m is 0 or 1 all values are, and the interval has no width.
+
+    >>> print(mean_accuracy([0.88, 0.91, 0.97]))
+    0.92 [0.7101 to 0.9818]
+    """
+    plain = mean(values)
+    centre = plain.value
+    if plain.n < 2 or centre in (0, 1):
+        return plain
+    half = (plain.high - centre) / (centre * (1 - centre))
+    low, high = map(float, special.expit(special.logit(centre) + np.array([-half, half])))
+    return Estimate(centre, low, high, plain.n, "mean, t interval on the logit scale")
 
 
 def difference(of: Sequence[float], against: Sequence[float]) -> Estimate:
@@ -113,8 +122,6 @@ def ratio(of: Times, against: Times) -> Estimate:
     """
     logs = mean([math.log(a / b) for a, b in zip(of.values, against.values, strict=True)])
     value, low, high = (math.exp(end) for end in (logs.value, logs.low, logs.high))
-    if logs.n < 2:
-        return Estimate(value, 0.0, math.inf, logs.n, logs.method)
     bound = {(True, True): "", (False, True): "at least", (True, False): "at most"}.get(
         (all(of.reached), all(against.reached)), "unknown"
     )
@@ -123,16 +130,6 @@ def ratio(of: Times, against: Times) -> Estimate:
     if bound:
         method += ", a bound where some runs never got there"
     return Estimate(value, low, high, logs.n, method, bound)
-
-
-def survival(times: Times) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the Kaplan-Meier estimate: ascending times, and how many runs need longer than each.
-
-    >>> [found.round(3).tolist() for found in survival(Times((3, 5, 5), (True, True, False)))]
-    [[3.0, 5.0], [0.667, 0.333]]
-    """
-    found = stats.ecdf(times._censored()).sf
-    return np.asarray(found.quantiles, float), np.asarray(found.probabilities, float)
 
 
 def median(times: Times) -> Estimate:

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_runs import comparison
 
-from bnjax.compare import claims, grid, runs, text
+from bnjax.compare import claims, grid, intervals, runs
 from bnjax.compare.claims import Statement, verdicts
-from bnjax.compare.intervals import Estimate
-from bnjax.compare.runs import Run, finished_runs, value
+from bnjax.compare.intervals import Estimate, Times
+from bnjax.compare.runs import Run, value
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import UserError
 from bnjax.train import build, parsing
+from bnjax.train.rundir import DataFacts
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "claims").glob("*.py"))
 GREATER = {
@@ -33,30 +35,13 @@ FASTER = {**GREATER, "quantity": "steps_to_loss", "at": 0.5, "margin": 1.0}
 
 def run(variant, seed, losses=(0.9, 0.4), tests=((2, 1.0, 0.5),)):
     """A run with the loss of each training step, and (step, loss, accuracy) of each evaluation."""
-    train = [
-        {"step": step, "split": "train", "loss": loss, "accuracy": 0.1}
-        for step, loss in enumerate(losses, start=1)
-    ]
-    test = [
-        {"step": step, "split": "test", "loss": loss, "accuracy": accuracy}
-        for step, loss, accuracy in tests
-    ]
-    seconds = {line["step"]: 1.5 * line["step"] for line in train}
-    folder = Path(variant) / str(seed)
-    return Run(folder, variant, seed, {}, "made_up", "made up", train + test, seconds, {"steps": 2})
-
-
-def comparison(*statements, seeds=3, needed=3):
-    variant = {"config": {"train": {"target_loss": 0.5}}, "dataset": "made up", "differs": {}}
-    return {
-        "question": "Is a better?",
-        "size": "small",
-        "command": "python",
-        "variants": {"a": variant, "b": variant},
-        "statements": list(statements),
-        "seeds": list(range(seeds)),
-        "seeds_needed": needed,
-    }
+    lines = [(step, "train", loss, 0.1) for step, loss in enumerate(losses, start=1)]
+    lines += [(step, "test", loss, accuracy) for step, loss, accuracy in tests]
+    keys = ("step", "split", "loss", "accuracy")
+    metrics = [dict(zip(keys, line, strict=True)) for line in lines]
+    seconds = {step: 1.5 * step for step in range(1, len(losses) + 1)}
+    data = DataFacts("made_up", "made up", (8, 8, 1), ())
+    return Run(Path(variant) / str(seed), variant, seed, {}, data, metrics, seconds, {"steps": 2})
 
 
 def accuracies(variant, *values):
@@ -64,24 +49,18 @@ def accuracies(variant, *values):
 
 
 def outcome(statement, *arms, **more):
-    (verdict,) = verdicts(comparison(statement, **more), [one for arm in arms for one in arm])
+    compared = comparison("ab", statement, **more)
+    (verdict,) = verdicts(compared, [one for arm in arms for one in arm])
     return verdict
 
 
-def test_an_effect_beyond_the_margin_is_reproduced():
-    verdict = outcome(GREATER, accuracies("a", 0.60, 0.61, 0.62), accuracies("b", 0.50, 0.52, 0.51))
-    assert verdict.outcome == "reproduced"
-    assert verdict.effect.value == pytest.approx(0.1)
-    assert (verdict.effect.n, verdict.of.value, verdict.against.value) == (
-        3,
-        pytest.approx(0.61),
-        pytest.approx(0.51),
-    )
+B = accuracies("b", 0.50, 0.52, 0.51)
 
 
 @pytest.mark.parametrize(
     ("values", "direction", "margin", "wanted"),
     [
+        ((0.60, 0.61, 0.62), "greater", 0.02, "reproduced"),
         ((0.50, 0.52, 0.51), "greater", 0.02, "not reproduced"),  # no difference at all
         ((0.59, 0.55, 0.50), "greater", 0.02, "inconclusive"),  # too wide an interval
         ((0.40, 0.42, 0.41), "less", 0.02, "reproduced"),
@@ -93,10 +72,12 @@ def test_an_effect_beyond_the_margin_is_reproduced():
 )
 def test_the_interval_decides(values, direction, margin, wanted):
     statement = {**GREATER, "direction": direction, "margin": margin}
-    assert (
-        outcome(statement, accuracies("a", *values), accuracies("b", 0.50, 0.52, 0.51)).outcome
-        == wanted
-    )
+    verdict = outcome(statement, accuracies("a", *values), B)
+    assert verdict.outcome == wanted
+    found = (verdict.effect.value, verdict.of.value, verdict.against.value)
+    assert found == pytest.approx((np.mean(values) - 0.51, np.mean(values), 0.51))
+    assert verdict.of == intervals.mean_accuracy(values)
+    assert verdict.effect == intervals.difference(values, (0.50, 0.52, 0.51))
 
 
 def test_pairs_are_by_seed_and_not_by_position():
@@ -106,15 +87,16 @@ def test_pairs_are_by_seed_and_not_by_position():
 
 
 def test_too_few_seeds_and_unfinished_runs_are_inconclusive_whatever_the_interval():
-    a, b = accuracies("a", 0.60, 0.61, 0.62), accuracies("b", 0.50, 0.52, 0.51)
-    few = outcome(GREATER, a, b, needed=5)
-    assert (few.outcome, few.reason) == ("inconclusive", "3 of the 5 seeds that the claim asks for")
-    broken = outcome(GREATER, [a[0], a[2]], b, needed=2)
-    assert (broken.outcome, broken.reason) == ("inconclusive", "unfinished: a/1")
-    assert broken.effect.n == 2
-    one = outcome(GREATER, a[:1], b[:1], seeds=1, needed=1)
-    assert (one.outcome, one.reason) == ("inconclusive", "one seed has no interval")
-    assert outcome(GREATER, [], b).effect is None
+    a = accuracies("a", 0.60, 0.61, 0.62)
+    for arm, b, more, reason in (
+        (a, B, {"needed": 5}, "3 of the 5 seeds that the claim asks for"),
+        ([a[0], a[2]], B, {"needed": 2}, "unfinished: a/1"),
+        (a[:1], B[:1], {"seeds": 1, "needed": 1}, "one seed has no interval"),
+    ):
+        verdict = outcome(GREATER, arm, b, **more)
+        assert (verdict.outcome, verdict.reason) == ("inconclusive", reason)
+        assert verdict.effect.n == len(arm)
+    assert outcome(GREATER, [], B).effect is None
 
 
 def steps(variant, *counts, most=40):
@@ -125,30 +107,33 @@ def steps(variant, *counts, most=40):
     ]
 
 
-def test_a_ratio_of_steps():
+def test_ratios_of_steps_are_bounds_where_runs_never_got_there():
+    b, slow = steps("b", 7, 8, 6), steps("a", 35, 39, 31)
     five = {**FASTER, "direction": "equal", "margin": 1.25, "expected": 5}
-    b = steps("b", 7, 8, 6)
-    assert outcome(five, steps("a", 35, 39, 31), b).outcome == "reproduced"
+    assert outcome(five, slow, b).outcome == "reproduced"
     assert outcome(five, steps("a", 14, 16, 12), b).outcome == "not reproduced"
-    verdict = outcome(FASTER, steps("a", 35, 39, 31), b)
-    assert verdict.outcome == "reproduced"
-    assert verdict.against.value == 7
+    verdict = outcome(FASTER, slow, b)
+    assert (verdict.outcome, verdict.against.value) == ("reproduced", 7)
     assert verdict.logrank is None
-
-
-def test_runs_that_never_got_there_give_a_bound():
-    b = steps("b", 7, 8, 6)
-    verdict = outcome(FASTER, steps("a", 35, 99, 99), b)
+    never = steps("a", 35, 99, 99)
+    verdict = outcome(FASTER, never, b)
     assert verdict.outcome == "reproduced"
-    assert verdict.effect.high == math.inf
-    assert verdict.of.value == math.inf
+    assert verdict.effect.high == verdict.of.value == math.inf
     assert 0 < verdict.logrank < 0.1
     # A bound from below cannot show that the ratio is small, nor that it is about five.
-    assert (
-        outcome({**FASTER, "direction": "equal", "margin": 9.0}, steps("a", 35, 99, 99), b).outcome
-        == "inconclusive"
-    )
+    about = {**FASTER, "direction": "equal", "margin": 9.0}
+    assert outcome(about, never, b).outcome == "inconclusive"
     assert outcome(FASTER, steps("a", 99, 99, 99), steps("b", 99, 99, 99)).outcome == "inconclusive"
+    said = str(verdict)
+    for words in (
+        "REPRODUCED: steps to loss 0.5: a / b is greater than 1",
+        "found at least 5.503 [",
+        "log-rank test of the two: p = 0.0",
+        "a not reached by half the runs",
+        "claimed by: me",
+    ):
+        assert words in said
+    assert "Kaplan-Meier median" in claims.as_text([verdict]).splitlines()[-1]
 
 
 def test_what_is_read_off_a_run():
@@ -160,11 +145,14 @@ def test_what_is_read_off_a_run():
     assert value(one, "test_accuracy", "best") == 0.5
     assert value(one, "train_loss", 2) is None
     assert value(one, "train_loss", "best") == 0.3
-    assert runs.time(one, "steps_to_loss", 0.3) == (3, True)
-    assert runs.time(one, "steps_to_loss", 0.2) == (4, False)
-    assert runs.time(one, "steps_to_accuracy", 0.5) == (2, True)
-    assert runs.time(one, "seconds_to_accuracy", 0.5) == (3.0, True)
-    assert runs.time(one, "seconds_to_accuracy", 0.6) == (6.0, False)
+    for quantity, goal, taken, reached in (
+        ("steps_to_loss", 0.3, 3, True),
+        ("steps_to_loss", 0.2, 4, False),
+        ("steps_to_accuracy", 0.5, 2, True),
+        ("seconds_to_accuracy", 0.5, 3.0, True),
+        ("seconds_to_accuracy", 0.6, 6.0, False),
+    ):
+        assert runs.times([one], quantity, goal) == Times((taken,), (reached,))
 
 
 def test_a_loss_that_is_not_finite_is_inconclusive():
@@ -245,18 +233,15 @@ GOOD = {
         ("def get_claim(): return 1 / 0", "ZeroDivisionError"),
         ("", "KeyError: 'get_claim'"),
         ("(", "SyntaxError"),
-        (GOOD | {"seeds": 1}, "seeds = 1 is not possible"),
-        (GOOD | {"tiny": {}}, "its keys are"),
-        ({key: GOOD[key] for key in ("question", "seeds")}, "its keys are"),
-        (GOOD | {"variants": {"a": ("a.py", {})}}, "names no variant: b"),
-        (GOOD | {"variants": {"../a": ("a.py", {}), "b": ("b.py", {})}}, "cannot be called '../a'"),
-        (GOOD | {"statements": [GREATER | {"about": 1}]}, "about"),
-        (GOOD | {"statements": [3]}, "claim file"),
-        (GOOD | {"question": 5}, "question = 5 is not possible"),
-        (GOOD | {"full": None}, "full = None is not possible"),
-        (GOOD | {"small": [1]}, "small = [1] is not possible"),
-        (GOOD | {"variants": {}, "statements": []}, "it has no variants"),
         ("raise SystemExit(0)", "SystemExit"),
+        (GOOD | {"seeds": 1}, "a claim needs a variant and two seeds"),
+        (GOOD | {"variants": {}, "statements": []}, "a claim needs a variant and two seeds"),
+        (GOOD | {"tiny": {}}, "unexpected keyword argument 'tiny'"),
+        ({key: GOOD[key] for key in ("question", "seeds")}, "missing 3 required"),
+        (GOOD | {"variants": {"a": ("a.py", {})}}, "names no variant: b"),
+        (GOOD | {"statements": [GREATER | {"about": 1}]}, "about"),
+        (GOOD | {"statements": [3]}, "TypeError"),
+        (GOOD | {"full": None}, "TypeError"),
     ],
 )
 def test_a_wrong_claim_file_is_one_paragraph(tmp_path, claim, said):
@@ -266,44 +251,8 @@ def test_a_wrong_claim_file_is_one_paragraph(tmp_path, claim, said):
         claims.load(str(file))
     assert said in str(error.value)
 
-
-def test_a_missing_claim_file_is_said():
     with pytest.raises(UserError, match=r"no claim file nowhere\.py"):
         claims.load("nowhere.py")
-
-
-def test_the_text_says_verdict_interval_method_and_source():
-    finished = [*steps("a", 35, 99, 99), *steps("b", 7, 8, 6)]
-    found = text.of_comparison(comparison(FASTER, GREATER), finished)
-    assert "REPRODUCED: steps to loss 0.5: a / b is greater than 1" in found
-    assert "NOT REPRODUCED: test accuracy (last): a - b is greater than 0.02" in found
-    assert "1 of 3 runs got there in 40 steps" in found
-    assert "median not reached by half the runs" in found
-    assert "Kaplan-Meier" in found
-    assert "found at least 5.503 [" in found
-    assert "log-rank" in found
-    assert "claimed by: me" in found
-
-
-@given(
-    st.recursive(
-        st.none() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda x: st.lists(x) | st.dictionaries(st.text(max_size=5), x),
-    )
-)
-def test_any_comparison_file_is_read_or_refused(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("comparison")
-    base = comparison(FASTER) | {"command": "c"}
-    for key in (None, *base):
-        (folder / runs.COMPARISON).write_text(
-            json.dumps(content if key is None else {**base, key: content})
-        )
-        try:
-            found = claims.read(folder)
-        except UserError as error:
-            assert "missing or damaged" in str(error)
-        else:
-            assert verdicts(found, finished_runs(folder, found)) is not None
 
 
 @pytest.fixture(scope="module")
@@ -326,20 +275,20 @@ def test_a_claim_builds_and_its_docstring_gives_command_source_time_and_margin(p
         "Margin: ",
     ):
         assert said in doc
-    found = grid.compare_claim(str(path), [], full=full)
+    claim = claims.load(str(path))
+    found = grid.plan(claim, [], full=full)
     assert found["seeds_needed"] >= (3 if path.stem in LONG else 5)
     assert found["statements"]
+    leaves = []
     for name, variant in found["variants"].items():
         config = parsing.from_dict(variant["config"])
         assert config.name == name
         assert build.experiment(config, images).steps > 0
-        assert variant["differs"], "variants that do not differ"
-        about = claims.load(str(path))["variants"][name][
-            1
-        ]  # is stronger than what all have in common
-        assert {key: parsing.flat(variant["config"])[key] for key in about} == about
-    leaves = [json.dumps(variant["differs"]) for variant in found["variants"].values()]
-    assert len({*leaves}) == len(leaves)
+        flat = parsing.flat(variant["config"])
+        about = claim.variants[name][1]  # is stronger than what all have in common
+        assert {key: flat[key] for key in about} == about
+        leaves.append(json.dumps(flat | {"name": ""}))
+    assert len({*leaves}) == len(leaves), "variants that do not differ"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +299,7 @@ def test_the_small_version_is_small(path):
 
     60,000 images of a network with a thirtieth of the work, or 6,000 steps of a few images.
     """
-    for variant in grid.compare_claim(str(path), [], full=False)["variants"].values():
+    for variant in grid.plan(claims.load(str(path)), [])["variants"].values():
         config = parsing.from_dict(variant["config"])
         images = config.data.train_images
         assert images <= (10_000 if path.stem in LONG else 5000)

@@ -1,11 +1,8 @@
 """Variants over seeds in one folder: nothing is repeated or mixed up, a run is what it is alone."""
 
-import json
-import re
 import shutil
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -13,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic
+from made_runs import write_run
 
-from bnjax import main
-from bnjax.compare import claims, grid, text
-from bnjax.compare.runs import finished_runs, time
+from bnjax.commands.compare import as_text
+from bnjax.compare import claims, grid
+from bnjax.compare.runs import finished_runs, read_comparison
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
@@ -76,7 +74,8 @@ def compare(folder, comparison, count, trainer=Trainer, way="one"):
 
 
 def both(files, *words):
-    return grid.compare_configs([str(files / "bn.py"), str(files / "no_bn.py")], [*words])
+    configs = [str(files / "bn.py"), str(files / "no_bn.py")]
+    return grid.plan(claims.of_configs(configs), [*words])
 
 
 def counting(seen, trainer=Trainer):
@@ -94,37 +93,16 @@ def counting(seen, trainer=Trainer):
     return make
 
 
-class Pretend:
-    """Leaves the folders of finished runs behind, whose accuracy tells the seed."""
+def pretend(config, dataset):
+    """A trainer that leaves the folders of finished runs behind."""
 
-    def __init__(self, config, dataset):
-        self.config, self.dataset = config, dataset
+    def train(folders, stop):
+        for seed, folder in folders.items():
+            write_run(folder, seed, name=config.name, config=config, inside=False)
+            (folder / "checkpoints" / "5").mkdir(parents=True)
+        return {seed: {} for seed in folders}
 
-    def train(self, folders, stop):
-        return {seed: self.leave(seed, folder) for seed, folder in folders.items()}
-
-    def leave(self, seed, folder):
-        self.config.seed = seed
-        (folder / "checkpoints" / "6").mkdir(parents=True)
-        data = {"name": "synthetic", "label": "synthetic", "image_shape": [8, 8, 1]}
-        config = {"config": self.config.to_dict(), "data": data | {"classes": CLASSES}}
-        (folder / "config.json").write_text(json.dumps(config))
-        metrics = [
-            {"step": 6, "split": split, "loss": 0.5, "accuracy": seed / 10}
-            for split in ("train", "test")
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-        (folder / "timing.jsonl").write_text('{"step": 6, "seconds": 1.5}\n')
-        summary = {"steps": 6, "versions": {}, "batch_size": 10}
-        (folder / "summary.json").write_text(json.dumps(summary))
-        return summary
-
-
-CLASSES = ["top", "middle", "bottom"]
-
-
-def call(*words):
-    return main.main(["compare", *map(str, words)])
+    return SimpleNamespace(train=train)
 
 
 @pytest.fixture(scope="module")
@@ -143,46 +121,44 @@ def losses_of(folder):
 
 
 def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, solo, capsys):
-    trained = []
-    assert compare(files / "runs", both(files), 2, counting(trained)) == []
-    assert trained == [("bn", 0), ("bn", 1), ("no_bn", 0), ("no_bn", 1)]
-    assert "[3/4] no_bn, seed 0, about" in capsys.readouterr().out
-    mine, its = (folder / "metrics.jsonl" for folder in (files / "runs" / "bn" / "1", solo))
+    """And keeps the best and the last checkpoint; an interrupted comparison goes on."""
+    trained, folder = [], files / "runs"
+
+    def interrupted(config, dataset):
+        def train(folders, stop):
+            stop.signal = signal.SIGINT if config.name == "no_bn" else None
+            return counting(trained)(config, dataset).train(folders, stop)
+
+        return SimpleNamespace(train=train)
+
+    with pytest.raises(Stopped, match="SIGINT"):
+        compare(folder, both(files), 2, interrupted)
+    trained.clear()
+    with rundir.locked(folder / "bn" / "0"), pytest.raises(UserError, match="another process"):
+        compare(folder, both(files), 2, counting(trained))
+    assert trained == []
+    assert compare(folder, both(files), 2, counting(trained)) == []
+    assert trained == [("no_bn", 0), ("no_bn", 1)]
+    said = capsys.readouterr().out
+    assert "2 of 4 runs finished before\n[1/2] no_bn, seed 0\n" in said
+    assert "[2/2] no_bn, seed 1, about" in said
+    mine, its = (run / "metrics.jsonl" for run in (folder / "bn" / "1", solo))
     assert mine.read_bytes() == its.read_bytes()
-    found = claims.read(files / "runs")
-    assert found["seeds"] == [0, 1]
-    assert {name: variant["differs"] for name, variant in found["variants"].items()} == {
-        "bn": {"model.norm": "batch"},
-        "no_bn": {"model.norm": "none"},
-    }
-    assert all(variant["dataset"] == "synthetic" for variant in found["variants"].values())
-    said = text.of_comparison(found, finished_runs(files / "runs", found))
-    assert "no_bn on synthetic: 2 of 2 runs finished" in said
-    assert "test accuracy at the end, no_bn - bn: " in said
-
-
-def test_the_best_and_the_last_checkpoint_are_kept_once_the_run_can_be_locked(files):
-    """Without learning all evaluations are alike, so that the first is the best."""
-    words = ["--config.optimizer.learning_rate=1e-30", "--config.train.steps=8"]
-    comparison = both(files, *words, "--config.eval.every_steps=2")
-    compare(files / "runs", comparison, 1)
-    checkpoints = files / "runs" / "no_bn" / "0" / "checkpoints"
-    assert sorted(int(path.name) for path in checkpoints.iterdir() if path.is_dir()) == [2, 8]
-    with Checkpoints(checkpoints, read_only=True) as found:
-        assert (found.step("best"), found.step("last")) == (2, 8)
-        for step in found.steps():
-            found.verify(step)
-    shutil.copytree(checkpoints / "8", checkpoints / "4")
-    with rundir.locked(checkpoints.parent), pytest.raises(UserError, match="another process"):
-        compare(files / "runs", comparison, 1)
-    assert (checkpoints / "4").exists()
-    compare(files / "runs", comparison, 1)
-    assert not (checkpoints / "4").exists()
+    for run in (folder / "bn" / "0", folder / "no_bn" / "1"):
+        with Checkpoints(run / "checkpoints", read_only=True) as found:
+            assert {*found.steps()} == {found.step("best"), found.step("last")}
+            for step in found.steps():
+                found.verify(step)
+    found = read_comparison(folder)
+    assert {variant["dataset"] for variant in found["variants"].values()} == {"synthetic"}
+    text = as_text(found, finished_runs(folder, found))
+    assert "no_bn on synthetic: 2 of 2 runs finished" in text
+    assert "test accuracy at the end, no_bn - bn: " in text
 
 
 @pytest.mark.parametrize("way", ["vmap", "devices"])
 def test_seeds_at_once_are_their_solo_runs_but_for_rounding(files, solo, way):
-    trained, alone = [], grid.compare_configs([str(files / "bn.py")], [])
+    trained, alone = [], grid.plan(claims.of_configs([str(files / "bn.py")]), [])
     compare(files / "runs", alone, 3, counting(trained), way)
     together = [("bn", 0, 1, 2)] if way == "vmap" else [("bn", 0), ("bn", 1), ("bn", 2)]
     assert sorted(trained) == together
@@ -193,111 +169,78 @@ def test_seeds_at_once_are_their_solo_runs_but_for_rounding(files, solo, way):
     np.testing.assert_allclose(
         [line["loss"] for line in mine], [line["loss"] for line in its], rtol=1e-4
     )
-    others = [losses_of(files / "runs" / "bn" / str(seed))[0] for seed in range(3)]
-    assert len({*others}) == 3
+    assert len({losses_of(files / "runs" / "bn" / str(seed))[0] for seed in range(3)}) == 3
 
 
-def test_seeds_in_one_program_go_on_from_where_each_stands(tmp_path):
+def test_seeds_in_one_program_go_on_from_where_each_stands_and_end_where_each_may(tmp_path):
     """As after a kill: the newest checkpoint of one run is older than those of the others."""
     config = synthetic.config(steps=6)
     folders = {seed: tmp_path / str(seed) for seed in range(3)}
     with StopRequest() as stop:
-        Trainer(config, synthetic.dataset()).train(folders, stop)
-        wanted = {seed: (folder / "metrics.jsonl").read_bytes() for seed, folder in folders.items()}
-        for seed, folder in folders.items():
-            (folder / "summary.json").unlink()
-            shutil.rmtree(folder / "checkpoints" / "6")
+        trainer = Trainer(config, synthetic.dataset())
+        trainer.train(folders, stop)
+        wanted = {seed: read_lines(run / "metrics.jsonl") for seed, run in folders.items()}
+        losses = {seed: losses_of(run) for seed, run in folders.items()}
+        for seed, run in folders.items():
+            (run / "summary.json").unlink()
+            shutil.rmtree(run / "checkpoints" / "6")
             if seed == 1:
-                shutil.rmtree(folder / "checkpoints")
-        found = Trainer(config, synthetic.dataset()).train(folders, stop)
-    assert [summary["steps"] for summary in found.values()] == [6, 6, 6]
-    for seed, folder in folders.items():
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
-        before = [json.loads(line) for line in wanted[seed].splitlines()]
-        assert [(line["step"], line["split"]) for line in lines] == [
-            (line["step"], line["split"]) for line in before
-        ]
-        np.testing.assert_allclose(
-            [line["loss"] for line in lines], [line["loss"] for line in before], rtol=1e-4
-        )
+                shutil.rmtree(run / "checkpoints")
+        found = trainer.train(folders, stop)
+        assert [summary["steps"] for summary in found.values()] == [6, 6, 6]
+        for seed, run in folders.items():
+            lines = read_lines(run / "metrics.jsonl")
+            for key in ("step", "split"):
+                assert [line[key] for line in lines] == [line[key] for line in wanted[seed]]
+            np.testing.assert_allclose(
+                [line["loss"] for line in lines], [line["loss"] for line in wanted[seed]], rtol=1e-4
+            )
+        # Two of three get there.
+        config.train.stop_at_loss = target = sorted(map(min, losses.values()))[1] + 1e-3
+        ended = {seed: tmp_path / f"ended{seed}" for seed in folders}
+        found = Trainer(config, synthetic.dataset()).train(ended, stop)
+    for seed, some in losses.items():
+        first = next((step for step, loss in enumerate(some, start=1) if loss <= target), 6)
+        last = read_lines(ended[seed] / "metrics.jsonl")[-1]
+        assert (found[seed]["steps"], last["step"], last["split"]) == (first, first, "test")
+        assert (ended[seed] / "checkpoints" / str(first)).is_dir()
 
 
-def at_once(trainer, count, folder, end=lambda _: None):
-    """Trains so many seeds side by side; returns what came, and the seeds as they began."""
-    begun = []
-    folders = {seed: folder / str(seed) for seed in range(count)}
-    with StopRequest() as stop:
-        found = grid.train(trainer, folders, "devices", stop, begun.extend, end)
-    return found, begun
-
-
-def test_each_device_has_one_trainer_for_all_its_seeds(tmp_path):
-    made = []
+def at_once(train, count, folder, made=None):
+    """Trains so many seeds side by side, each by a function; returns the failures."""
 
     def trainer():
         (device,) = jnp.zeros(()).devices()
-        made.append(device)
-        return SimpleNamespace(train=lambda folders, _: {seed: {} for seed in folders})
+        if made is not None:
+            made.append(device)
+        return SimpleNamespace(train=train)
 
-    found, begun = at_once(trainer, 20, tmp_path)
-    assert sorted(found) == sorted(begun) == list(range(20))
-    assert len(made) == len({*made}) == jax.local_device_count() == 8
+    progress = grid.Progress(count)
+    folders = {seed: folder / str(seed) for seed in range(count)}
+    with StopRequest() as stop:
+        each = lambda *which: progress.train("bn", folders, stop, *which)  # noqa: E731
+        grid.distribute(trainer, [*folders], "devices", stop, each)
+    return progress.failures
 
 
-def test_a_run_that_breaks_down_on_one_device_is_said_while_the_others_go_on(tmp_path):
-    said, known = [], threading.Event()
+def test_each_device_has_one_trainer_and_a_run_that_breaks_down_does_not_end_the_others(
+    tmp_path, capsys
+):
+    made = []
 
     def train(folders, _):
-        (seed,) = folders
-        if seed == 0:
-            return {0: NonFiniteError("step 3")}
-        assert known.wait(9)
-        return {seed: {}}
+        return {seed: NonFiniteError("step 3") if seed == 2 else {} for seed in folders}
 
-    def end(results):
-        said.append(results)
-        if 0 in results:
-            known.set()
-
-    found, begun = at_once(lambda: SimpleNamespace(train=train), 3, tmp_path, end)
-    assert len(said) == len(found) == len(begun) == 3
-    assert [str(result) for result in said[0].values()] == ["step 3"]
-
-
-class SlowlyCounted(dict):
-    """Takes a while to say how many it has, in which other threads come by."""
-
-    busy = threading.Lock()
-
-    def __len__(self):
-        assert self.busy.acquire(blocking=False), "two threads count at once"
-        threading.Event().wait(0.003)
-        self.busy.release()
-        return super().__len__()
-
-
-def test_several_threads_may_tell_the_progress(capsys):
-    ready = threading.Barrier(8)
-
-    def train(first):
-        runs = SlowlyCounted({first: {}, first + 1: UserError("no space")})
-        ready.wait(9)
-        progress.begin("bn", runs)
-        progress.end("bn", runs)
-
-    with grid.GridProgress(16) as progress, ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(train, first) for first in range(0, 16, 2)]:
-            done.result()
+    assert at_once(train, 20, tmp_path, made) == ["bn, seed 2: step 3"]
+    assert len(made) == len({*made}) == jax.local_device_count() == 8
     said = capsys.readouterr().out
-    begun = re.findall(r"\[(\d+)/16\] bn, seeds", said)
-    assert [*map(int, begun)] == [2, 4, 6, 8, 10, 12, 14, 16]
-    failed = re.findall(r"bn, seed (\d+) failed: no space", said)
-    assert sorted(map(int, failed)) == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert "bn, seed 2 failed: step 3" in said
+    for number in range(1, 21):
+        assert f"[{number}/20] bn, seed " in said
 
 
 def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(tmp_path):
-    said, begun = [], []
-    running = threading.Barrier(8)
+    begun, running = [], threading.Barrier(8)
 
     def train(folders, stop):
         (seed,) = folders
@@ -312,9 +255,8 @@ def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(tmp_path):
         return {seed: {}}
 
     with pytest.raises(UserError, match="no space"):
-        at_once(lambda: SimpleNamespace(train=train), 40, tmp_path, said.append)
+        at_once(train, 40, tmp_path)
     assert sorted(begun) == list(range(8))
-    assert [[str(result) for result in results.values()] for results in said] == [["no space"]]
 
 
 @pytest.mark.parametrize("way", ["one", "devices"])
@@ -325,94 +267,60 @@ def test_a_signal_between_two_runs_is_remembered(tmp_path, way):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped, match=r"stopped by SIGTERM$"):
-            grid.train(trainer, {0: tmp_path / "0"}, way, stop, lambda _: None, lambda _: None)
+            grid.distribute(
+                trainer, [0], way, stop, lambda one, _: one.train({0: tmp_path / "0"}, stop)
+            )
 
 
-def test_each_of_several_seeds_ends_where_its_own_loss_is_low_enough(tmp_path):
-    config = synthetic.config(steps=6)
-    folders = {seed: tmp_path / str(seed) for seed in range(3)}
-    with StopRequest() as stop:
-        Trainer(config, synthetic.dataset()).train(folders, stop)
-        losses = {seed: losses_of(folder) for seed, folder in folders.items()}
-        lowest = sorted(min(some) for some in losses.values())
-        config.train.stop_at_loss = target = lowest[1] + 1e-3  # two of three get there
-        ended = {seed: tmp_path / f"ended{seed}" for seed in folders}
-        found = Trainer(config, synthetic.dataset()).train(ended, stop)
-    for seed, some in losses.items():
-        first = next((step for step, loss in enumerate(some, start=1) if loss <= target), 6)
-        last = read_lines(ended[seed] / "metrics.jsonl")[-1]
-        assert (found[seed]["steps"], last["step"], last["split"]) == (first, first, "test")
-        assert (ended[seed] / "checkpoints" / str(first)).is_dir()
-
-
-def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files, capsys):
+def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files):
     calls, folder = [], files / "runs"
-    trainer = counting(calls, Pretend)
-    compare(folder, both(files), 1, trainer)
-    before = {path: path.read_bytes() for path in folder.rglob("metrics.jsonl")}
-    calls.clear()
-    compare(folder, both(files), 1, trainer)
-    assert calls == []
-    assert "[1/2] bn, seed 0: finished before" in capsys.readouterr().out
-    compare(folder, both(files), 2, trainer)
-    assert calls == [("bn", 1), ("no_bn", 1)]
-    assert all(path.read_bytes() == content for path, content in before.items())
-    with pytest.raises(UserError, match=r"seeds: \[1\] there, but not now"):
-        compare(folder, both(files), 1, trainer)
-
-
-def test_an_interrupted_comparison_goes_on(files):
-    trained = []
-
-    def interrupted(config, dataset):
-        def train(folders, stop):
-            if config.name == "no_bn":
-                stop.signal = signal.SIGINT
-            return Trainer(config, dataset).train(folders, stop)
-
-        return SimpleNamespace(train=train)
-
-    with pytest.raises(Stopped, match="SIGINT"):
-        compare(files / "runs", both(files), 1, interrupted)
-    compare(files / "runs", both(files), 1, counting(trained))
-    assert trained == [("no_bn", 0)]
-    lines = read_lines(files / "runs" / "no_bn" / "0" / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
-
-
-def test_another_comparison_in_the_folder_is_refused_with_the_difference(files):
-    calls = []
-    compare(files / "runs", both(files), 1, Pretend)
-    changed = r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now"
-    other = both(files, "--config.model.momentum=0.9")
-    with pytest.raises(UserError, match=changed):
-        compare(files / "runs", other, 1, counting(calls, Pretend))
+    trainer = counting(calls, pretend)
+    for count, wanted in (
+        (1, [("bn", 0), ("no_bn", 0)]),
+        (1, []),
+        (2, [("bn", 1), ("no_bn", 1)]),
+    ):
+        calls.clear()
+        compare(folder, both(files), count, trainer)
+        assert calls == wanted
+    for count, words, difference in (
+        (1, [], r"seeds: \[0, 1\] there, \[0\] now"),
+        (
+            2,
+            ["--config.model.momentum=0.9"],
+            r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now",
+        ),
+    ):
+        with pytest.raises(UserError, match=difference):
+            compare(folder, both(files, *words), count, trainer)
     (files / "other").mkdir()
     (files / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds thesis\.tex but no comparison"):
-        compare(files / "other", both(files), 1, counting(calls, Pretend))
-    assert calls == []
+        compare(files / "other", both(files), 1, trainer)
+    (folder / "comparison.json").write_text("{")
+    with pytest.raises(UserError, match=r"comparison\.json is damaged"):
+        compare(folder, both(files), 2, trainer)
 
 
 def test_a_claim_is_tried_small_or_full_and_is_fixed_before_the_runs(files):
-    def claim(full=False):
-        return grid.compare_claim(str(files / "claim.py"), [], full=full)
+    def plan(full=False):
+        return grid.plan(claims.load(str(files / "claim.py")), [], full=full)
 
-    compare(files / "runs", claim(), 2, Pretend)
-    found = claims.read(files / "runs")
+    compare(files / "runs", plan(), 2, pretend)
+    found = read_comparison(files / "runs")
     assert (found["size"], found["seeds"], found["seeds_needed"]) == ("small", [0, 1], 2)
     assert {variant["config"]["train"]["steps"] for variant in found["variants"].values()} == {5}
     (verdict,) = claims.verdicts(found, finished_runs(files / "runs", found))
     assert verdict.effect.n == 2
     assert str(verdict.statement) == "test accuracy (last): bn - no_bn is greater than 0"
-    assert claim(full=True)["variants"]["bn"]["config"]["train"]["steps"] == 9
+    assert plan(full=True)["variants"]["bn"]["config"]["train"]["steps"] == 9
     other = CLAIM | {"statements": [STATEMENT | {"margin": 0.5}]}
     (files / "claim.py").write_text(f"def get_claim():\n    return {other!r}\n")
     with pytest.raises(UserError, match=r"statements\.1\.margin: 0 there, 0\.5 now"):
-        compare(files / "runs", claim(), 2, Pretend)
+        compare(files / "runs", plan(), 2, pretend)
 
 
-def test_equal_seeds_have_equal_initial_values_and_order(files):
+def test_equal_seeds_have_equal_initial_values(files):
     """Also where the variants differ: what they share is drawn alike."""
     kernels = []
     for variant in both(files)["variants"].values():
@@ -424,18 +332,18 @@ def test_equal_seeds_have_equal_initial_values_and_order(files):
     assert (kernels[0] == kernels[1]).all()
 
 
-def test_a_run_that_breaks_down_does_not_end_the_others(files, capsys):
+def test_a_run_that_breaks_down_does_not_end_the_others(files, bnjax):
     """As a command: what every kind of run says, and the exit code."""
     broken = FILES["bn"].replace("return", "config.optimizer.learning_rate = 1e38\n    return")
     (files / "bn.py").write_text(broken)
     words = ["--configs", f"{files / 'bn.py'},{files / 'no_bn.py'}", "--workdir", files / "runs"]
-    assert call(*words, "--seeds", 1) == 1
-    out, err = capsys.readouterr()
+    code, out, err = bnjax("compare", *words, "--seeds", 1)
+    assert code == 1
     assert "bn, seed 0 failed: step" in out
     assert "error: bn, seed 0: step" in err
     assert "no_bn on digits, the first 48 training images: 1 of 1 runs finished" in out
     assert f"report: {files / 'runs' / 'report.html'}" in out
-    assert claims.read(files / "runs")["command"].startswith("bnjax compare --configs ")
+    assert read_comparison(files / "runs")["command"].startswith("bnjax compare --configs ")
 
 
 @pytest.mark.parametrize(
@@ -455,46 +363,25 @@ def test_mistakes_show_before_anything_is_trained(files, words, said):
         grid.load_datasets(both(files, *words))
 
 
-def test_variants_of_the_same_data_share_them(files):
+def test_variants_of_the_same_data_share_them_and_have_their_own_names(files):
     comparison = both(files)
     bn, no_bn = grid.load_datasets(comparison).values()
     assert bn is no_bn
     assert len(bn.train.label) == 48
-    assert {variant["dataset"] for variant in comparison["variants"].values()} == {
-        "digits, the first 48 training images"
-    }
-
-
-def test_two_configs_of_one_name_are_refused(files):
+    labels = {variant["dataset"] for variant in comparison["variants"].values()}
+    assert labels == {"digits, the first 48 training images"}
     with pytest.raises(UserError, match="same name: bn, bn"):
-        grid.compare_configs([str(files / "bn.py")] * 2, [])
+        claims.of_configs([str(files / "bn.py")] * 2)
+    with pytest.raises(UserError, match=r"cannot be called '\.\./bn'"):
+        grid.plan(claims.Claim("", {"../bn": (str(files / "bn.py"), {})}, [], 2, {}), [])
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), Stopped(3, signal.SIGINT)])
-def test_ctrl_c_is_no_error(files, monkeypatch, capsys, stopped):
+def test_ctrl_c_is_no_error(files, monkeypatch, bnjax, stopped):
     def interrupted(*_):
         raise stopped
 
     monkeypatch.setattr(grid, "run", interrupted)
-    assert call("--configs", files / "bn.py", "--workdir", files / "runs") == 130
-    said = capsys.readouterr().out
+    code, said, _ = bnjax("compare", "--configs", files / "bn.py", "--workdir", files / "runs")
+    assert code == 130
     assert "everything is saved. To go on:\n    bnjax compare --configs" in said
-
-
-def test_damaged_results_are_named(files):
-    compare(files / "runs", both(files), 1, Pretend)
-    found = claims.read(files / "runs")
-    (run, _) = finished_runs(files / "runs", found)
-    for name, content in (
-        ("summary.json", "{"),
-        ("summary.json", "[]"),
-        ("metrics.jsonl", ""),
-        ("config.json", "{}"),
-        ("timing.jsonl", '{"step": 1}\n'),
-    ):
-        file = run.folder / name
-        before = file.read_bytes()
-        file.write_text(content)
-        with pytest.raises(UserError, match=f"{name}|no training step"):
-            time(finished_runs(files / "runs", found)[0], "seconds_to_accuracy", 0.0)
-        file.write_bytes(before)

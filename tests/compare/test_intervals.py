@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bnjax.compare.intervals import Times, difference, logrank, mean, median, ratio, survival
+from bnjax.compare.intervals import Times, difference, logrank, mean, mean_accuracy, median, ratio
 
 # Weeks of remission of 42 children with leukaemia, 6-mercaptopurine against placebo: Freireich et
 # al. (1963), the standard example of survival analysis (for instance Collett, Modelling Survival
@@ -24,6 +24,14 @@ PLACEBO = Times(
 )
 
 
+def never(*values):
+    return Times(values, (False,) * len(values))
+
+
+def always(*values):
+    return Times(values, (True,) * len(values))
+
+
 def test_the_t_interval_of_students_own_example():
     """Hours of sleep gained with the second drug, minus the first, in ten patients.
 
@@ -32,11 +40,11 @@ def test_the_t_interval_of_students_own_example():
     first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
     second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
     found = difference(second, first)
-    assert found.value == pytest.approx(1.58)
-    assert (found.low, found.high) == pytest.approx((0.70, 2.46), abs=0.005)
+    assert (found.value, found.low, found.high) == pytest.approx((1.58, 0.70, 2.46), abs=0.005)
     assert found.n == 10
 
 
+@settings(max_examples=30)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
 def test_the_t_interval_holds_the_means_that_a_t_test_does_not_reject(values):
     found = mean(values)
@@ -47,27 +55,49 @@ def test_the_t_interval_holds_the_means_that_a_t_test_does_not_reject(values):
         assert found.high - found.low < 1e-4
 
 
-def test_one_run_has_no_interval():
-    assert (mean([3.0]).low, mean([3.0]).high) == (-math.inf, math.inf)
-    one = Times((3,), (True,))
+def test_the_interval_of_an_accuracy_by_hand():
+    """The plain t interval of these three reaches 1.08.
+
+    Their logit, its standard error by the delta method, t = 4.302653 of two degrees of freedom.
+    """
+    found = mean_accuracy([0.99, 0.80, 0.97])
+    assert mean([0.99, 0.80, 0.97]).high > 1.08
+    centre = (0.99 + 0.80 + 0.97) / 3
+    squares = [(x - centre) ** 2 for x in (0.99, 0.80, 0.97)]
+    error = math.sqrt(sum(squares) / 2 / 3)
+    # d logit(p) / dp, as a difference quotient of its own.
+    slope = (
+        math.log((centre + 1e-6) / (1 - centre - 1e-6)) - math.log(centre / (1 - centre))
+    ) / 1e-6
+    for sign, end in ((-1, found.low), (1, found.high)):
+        odds = centre / (1 - centre) * math.exp(sign * 4.302653 * error * slope)
+        assert end == pytest.approx(odds / (1 + odds), rel=1e-4)
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=2, max_size=9))
+def test_the_interval_of_an_accuracy_stays_within_0_and_1(correct):
+    accuracies = [n / 10_000 for n in correct]
+    found, plain = mean_accuracy(accuracies), mean(accuracies)
+    assert 0 <= found.low <= found.value + 1e-12
+    assert found.value - 1e-12 <= found.high <= 1
+    assert found.value == plain.value
+    if plain.high - plain.low < 0.01 and 0.1 < plain.value < 0.9:  # a narrow one is Student's own
+        assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=3e-4)
+
+
+def test_one_run_has_no_interval_and_equal_values_one_of_no_width():
+    for found in (mean([3.0]), mean_accuracy([0.3])):
+        assert (found.low, found.high) == (-math.inf, math.inf)
+    one = always(3)
     for found in (median(one), ratio(one, one)):
         assert (found.low, found.high) == (0, math.inf)
     assert ratio(one, one).value == 1
-
-
-def test_equal_values_have_an_interval_of_no_width():
-    found = mean([0.1, 0.1, 0.1])
-    assert found.low == pytest.approx(found.high) == pytest.approx(0.1)
-
-
-def test_kaplan_meier_of_the_textbook():
-    at = dict(zip(*map(np.ndarray.tolist, survival(TREATED)), strict=True))
-    published = {6: 0.857, 7: 0.807, 10: 0.753, 13: 0.690, 16: 0.627, 22: 0.538, 23: 0.448}
-    for week, fraction in published.items():
-        assert at[week] == pytest.approx(fraction, abs=5e-4)
-    assert at[35] == at[23]  # nobody relapsed after that
-    assert median(TREATED).value == 23
-    assert median(PLACEBO).value == 8
+    for value, found in (
+        (0.1, mean([0.1] * 3)),
+        (0.1, mean_accuracy([0.1] * 3)),
+        (1, mean_accuracy([1.0] * 3)),
+    ):
+        assert (found.low, found.high) == pytest.approx((value, value))
 
 
 def loglog_interval(times):
@@ -84,84 +114,63 @@ def loglog_interval(times):
     return tuple(next((week for week, *ends in found if ends[i] <= 0.5), math.inf) for i in (0, 1))
 
 
-@pytest.mark.parametrize("times", [TREATED, PLACEBO], ids=["treated", "placebo"])
-def test_the_medians_interval_is_the_log_log_one(times):
-    assert (median(times).low, median(times).high) == loglog_interval(times)
-
-
-def test_the_medians_interval_as_published():
-    """R's survfit with conf.type = "log-log" gives 13 to none, and 4 to 11."""
-    assert (median(TREATED).low, median(TREATED).high) == (13, math.inf)
-    assert (median(PLACEBO).low, median(PLACEBO).high) == (4, 11)
+@pytest.mark.parametrize(
+    ("times", "middle", "published"),
+    [(TREATED, 23, (13, math.inf)), (PLACEBO, 8, (4, 11))],
+    ids=["treated", "placebo"],
+)
+def test_the_median_and_its_log_log_interval_as_published(times, middle, published):
+    """R's survfit with conf.type = "log-log"."""
+    found = median(times)
+    assert found.value == middle
+    assert (found.low, found.high) == published == loglog_interval(times)
 
 
 def test_the_log_rank_test_of_the_textbook():
     assert logrank(TREATED, PLACEBO) == pytest.approx(stats.chi2.sf(16.79, 1), rel=5e-3)
-    never = Times((5, 5), (False, False))
-    assert logrank(never, never) == 1
+    assert logrank(never(5, 5), never(5, 5)) == 1
+    # At 60 nobody of the first arm is left to compare with.
+    assert logrank(never(20, 20, 20), always(60, 70, 80)) == 1
 
 
-def test_times_that_half_the_runs_never_reach_have_no_median():
-    found = median(Times((40, 100, 100), (True, False, False)))
-    assert found.value == math.inf
-    assert found.high == math.inf
-    never = median(Times((100, 100, 100), (False,) * 3))
-    assert (never.value, never.low, never.high) == (math.inf, 0, math.inf)
-    late = median(Times((40,) + (100,) * 99, (True,) + (False,) * 99))
-    assert (late.value, late.low, late.high) == (
-        math.inf,
-        100,
-        math.inf,
-    )  # surely later than anybody saw
+@pytest.mark.parametrize(
+    ("times", "low"),
+    [
+        (Times((40, 100, 100), (True, False, False)), 40),
+        (never(100, 100, 100), 0),
+        (Times((40,) + (100,) * 99, (True,) + (False,) * 99), 100),  # later than anybody saw
+    ],
+)
+def test_times_that_half_the_runs_never_reach_have_no_median(times, low):
+    found = median(times)
+    assert (found.value, found.low, found.high) == (math.inf, low, math.inf)
 
 
 def test_the_ratio_is_paired_and_on_the_log_scale():
-    found = ratio(Times((200, 400, 800), (True,) * 3), Times((100, 200, 400), (True,) * 3))
-    assert (found.value, found.low, found.high) == pytest.approx(
-        (2, 2, 2)
-    )  # unpaired it would be wide
-    other = ratio(Times((300, 400), (True,) * 2), Times((100, 100), (True,) * 2))
-    half = (
-        12.7062 * abs(math.log(4 / 3)) / 2
-    )  # t of one degree of freedom; the standard error of two is half their distance
+    found = ratio(always(200, 400, 800), always(100, 200, 400))  # unpaired it would be wide
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+    other = ratio(always(300, 400), always(100, 100))
+    # t of one degree of freedom; the standard error of two is half their distance.
+    half = 12.7062 * abs(math.log(4 / 3)) / 2
     assert math.log(other.high / other.value) == pytest.approx(half, rel=1e-4)
     assert other.value == pytest.approx(math.sqrt(12))
 
 
 def test_censored_ratios_are_bounds():
-    true, others = (300, 400, 500, 350), Times((100, 110, 90, 105), (True,) * 4)
-    whole = ratio(Times(true, (True,) * 4), others)
+    true, others = (300, 400, 500, 350), always(100, 110, 90, 105)
     cut = Times(tuple(min(steps, 360) for steps in true), tuple(steps <= 360 for steps in true))
-    lower = ratio(cut, others)
-    assert lower.high == math.inf
-    assert lower.value < whole.value
-    assert lower.bound == "at least"
-    upper = ratio(others, cut)
-    assert upper.low == 0
+    lower, upper, both = ratio(cut, others), ratio(others, cut), ratio(cut, cut)
+    assert (lower.high, lower.bound) == (math.inf, "at least")
+    assert lower.value < ratio(always(*true), others).value
+    assert (upper.low, upper.bound) == (0, "at most")
     assert upper.high == pytest.approx(1 / lower.low)
-    assert upper.bound == "at most"
-    both = ratio(cut, cut)
     assert (both.low, both.high, str(both)) == (0, math.inf, "unknown")
 
 
-def test_a_test_without_information_has_a_p_value_of_1():
-    never, later = Times((20, 20, 20), (False,) * 3), Times((60, 70, 80), (True,) * 3)
-    assert logrank(never, later) == 1  # at 60 nobody of the first arm is left to compare with
-    assert logrank(never, never) == 1
-
-
-@pytest.mark.parametrize(
-    ("values", "reached"), [((), ()), ((1, 2), (True,)), ((0,), (True,)), ((math.inf,), (False,))]
-)
-def test_what_are_no_times_is_refused(values, reached):
-    with pytest.raises(ValueError, match="are not times"):
-        Times(values, reached)
-
-
-def test_intervals_and_claims_need_no_jax():
+def test_intervals_claims_and_reports_need_no_jax():
     code = (
-        "import sys, bnjax.compare.intervals, bnjax.compare.claims, bnjax.compare.text\n"
-        "print(sorted({'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)))"
+        "import sys, bnjax.compare.claims, bnjax.compare.report\n"
+        "print(sorted({'jax', 'flax', 'optax', 'orbax', 'tensorflow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,11 +7,13 @@ import pytest
 
 from bnjax.compare import claims
 from bnjax.compare.runs import Run
+from bnjax.train.rundir import DataFacts
 
 pytestmark = pytest.mark.scripts
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "adaptation.py"))
-RUNS = [Run(Path(), "bn", seed, {}, "cifar10", "cifar10", [], {}, {}) for seed in range(5)]
+DATA = DataFacts("cifar10", "cifar10", (32, 32, 3), ())
+RUNS = [Run(Path(), "bn", seed, {}, DATA, [], {}, {}) for seed in range(5)]
 BETTER = {"none": 0.0, "source": 0.0, "precise": 0.2, "tent": 0.3, "few": 0.1, "mixed": 0.1}
 
 
