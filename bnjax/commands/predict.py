@@ -3,7 +3,7 @@
 import functools
 import json as json_
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from bnjax.data.pictures import Picture
-    from bnjax.metrics import Metrics
     from bnjax.train.trained import Trained
     from bnjax.types import Batch
 
@@ -64,16 +63,38 @@ def run(
             "--split, --data-dir, --views and --checkpoint are of a run: give its folder with "
             "--workdir. An exported network has no data and one set of weights."
         )
+    import numpy as np
+
+    from bnjax.data.batches import eval_batches
+    from bnjax.export.stablehlo import Exported
     from bnjax.train.cpu import prepare
+    from bnjax.train.trained import Trained
 
     prepare()
     if model:
-        result = _of_model(model, images)
-    else:
-        from bnjax.train.trained import Trained
+        exported = Exported(model)
+        about = exported.manifest
 
-        network = Classifier(Trained(Path(str(workdir)), checkpoint), views)
-        result = network.of_split(split, data_dir) if split else network.of_images(images)
+        def of_exported(pixels: np.ndarray) -> np.ndarray:
+            eight_bits = np.round(pixels * 255).astype(np.uint8)
+            return exported.logits(eight_bits, min(len(pixels), MAX_BATCH))
+
+        result: dict[str, Any] = {"model": str(model), "step": about.step, "dataset": about.dataset}
+        result |= of_images(images, about.image_shape, about.classes, of_exported)
+    else:
+        trained = Trained(Path(str(workdir)), checkpoint)
+        if split:
+            result = of_split(trained, split, views, data_dir)
+        else:
+            evaluated, result = _evaluated(trained, views)
+
+            def of_run(pixels: np.ndarray) -> np.ndarray:
+                label = np.zeros(len(pixels), np.int32)
+                batches = eval_batches(pixels, label, min(len(pixels), MAX_BATCH))
+                return _logits(trained, evaluated, batches)[0]
+
+            facts = trained.data
+            result |= of_images(images, facts.image_shape, facts.classes, of_run)
     if text := json_.dumps(result) if json else _table(result):
         print(text)
     for failure in result["errors"]:
@@ -81,147 +102,113 @@ def run(
     return 1 if result["errors"] else 0
 
 
-class Classifier:
-    """The network of a run, compiled to classify."""
+def of_split(
+    trained: "Trained", split: str, views: int | None = None, data_dir: str | None = None
+) -> dict[str, Any]:
+    """Returns predictions, loss and accuracy of a run's network for a split of its data."""
+    import numpy as np
 
-    def __init__(self, trained: "Trained", views: int | None):
-        import jax
+    from bnjax.data.feed import every_batch
+    from bnjax.metrics import softmax_cross_entropy
 
-        from bnjax.models.layers import with_views
-        from bnjax.train.cpu import compiler_options
-
-        evaluation = trained.config.eval
-        share = evaluation.views_share if views is None else 1.0
-        views = evaluation.views if views is None else views
-        self._trained = trained
-        self._classify = jax.jit(
-            functools.partial(_classify, model=with_views(trained.model, views, share)),
-            compiler_options=compiler_options(),
-        )
-        self._about = {
-            "workdir": str(trained.workdir),
-            "step": trained.step,
-            "dataset": trained.data.label,
-            "views": views,
-        }
-
-    def of_split(self, split: str, data_dir: str | None) -> dict[str, Any]:
-        """Returns predictions, loss and accuracy of a split of the run's data."""
-        from bnjax.data.feed import every_batch
-
-        classes, dataset = self._trained.data.classes, self._trained.dataset(data_dir)
-        chosen = dataset.train if split == "train" else dataset.test
-        size = min(self._trained.config.eval.batch_size, len(chosen))
-        predicted, metrics = self._predict(every_batch(chosen, size))
-        found = rows([f"{split}[{i}]" for i in range(len(chosen))], classes, predicted)
-        label = predicted["label"]
-        for row, truth in zip(found, label, strict=True):
-            row["label"] = classes[truth]
-        right = predicted["class"] == label
-        per_class = {
+    classes, dataset = trained.data.classes, trained.dataset(data_dir)
+    chosen = dataset.train if split == "train" else dataset.test
+    model, result = _evaluated(trained, views)
+    batches = every_batch(chosen, min(trained.config.eval.batch_size, len(chosen)))
+    logits, label = _logits(trained, model, batches)
+    predictions = _predictions([f"{split}[{i}]" for i in range(len(label))], classes, logits)
+    for row, truth in zip(predictions, label, strict=True):
+        row["label"] = classes[truth]
+    right = logits.argmax(-1) == label
+    return result | {
+        "predictions": predictions,
+        "loss": float(np.asarray(softmax_cross_entropy(logits, label), np.float64).mean()),
+        "accuracy": float(right.mean()),
+        "count": len(label),
+        "accuracy_per_class": {
             name: float(right[label == i].mean())
             for i, name in enumerate(classes)
             if (label == i).any()
-        }
-        sums = metrics.means() | {"count": int(metrics.count), "accuracy_per_class": per_class}
-        return self._about | {"predictions": found, **sums, "errors": []}
-
-    def of_images(self, paths: Sequence[Path]) -> dict[str, Any]:
-        """Returns predictions for image files, and under "errors" those that cannot be read."""
-        import numpy as np
-
-        from bnjax.data.batches import eval_batches
-
-        pictures, failures = _read(paths, self._trained.data.image_shape)
-        found: list[dict[str, Any]] = []
-        if pictures:
-            stacked = np.stack([picture.image for picture in pictures])
-            unknown = np.zeros(len(stacked), np.int32)
-            batches = eval_batches(stacked, unknown, min(len(stacked), MAX_BATCH))
-            found = _of_pictures(pictures, self._trained.data.classes, self._predict(batches)[0])
-        return self._about | {"predictions": found, "errors": failures}
-
-    def _predict(self, batches: "Iterable[Batch]") -> "tuple[dict[str, np.ndarray], Metrics]":
-        """Returns `class` and `label` int32 [n], `score` float32 [n, classes] and the metrics."""
-        import jax
-        import numpy as np
-
-        from bnjax.metrics import Metrics
-
-        found = []
-        for batch in batches:
-            variables = (self._trained.params, self._trained.batch_stats)
-            predicted, metrics = jax.device_get(self._classify(*variables, batch))
-            predicted["label"] = np.asarray(batch["label"])
-            real = batch.get("mask", slice(None))
-            found.append(({name: one[real] for name, one in predicted.items()}, metrics))
-        joined = {name: np.concatenate([one[name] for one, _ in found]) for name in found[0][0]}
-        return joined, functools.reduce(Metrics.merge, [metrics for _, metrics in found])
+        },
+        "errors": [],
+    }
 
 
-def _classify(params: Any, batch_stats: Any, batch: "Batch", *, model: Any) -> Any:
-    """Returns the results of `predict_step` and `eval_step` from one pass."""
-    from bnjax.metrics import from_losses
-    from bnjax.train_step import classes_and_scores, forward, softmax_cross_entropy
-
-    logits, _ = forward(params, batch_stats, batch, model=model, train=False)
-    losses = softmax_cross_entropy(logits, batch["label"])
-    metrics = from_losses(losses, logits, batch["label"], batch.get("mask"))
-    return classes_and_scores(logits), metrics
-
-
-def _of_model(folder: Path, paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns predictions of an exported network for image files."""
-    import jax.numpy as jnp
+def of_images(
+    paths: Sequence[Path],
+    shape: Sequence[int],
+    classes: Sequence[str],
+    logits_of: "Callable[[np.ndarray], np.ndarray]",
+) -> dict[str, Any]:
+    """Returns predictions for image files; under "errors" those that cannot be read."""
     import numpy as np
 
-    from bnjax.export.stablehlo import Exported
-    from bnjax.train_step import classes_and_scores
-
-    exported = Exported(folder)
-    about = exported.manifest
-    height, width, channels = about.image_shape
-    pictures, failures = _read(paths, (height, width, channels))
-    found: list[dict[str, Any]] = []
-    if pictures:
-        stacked = np.stack([picture.image for picture in pictures])
-        pixels = np.round(stacked * 255).astype(np.uint8)
-        logits = exported.logits(pixels, min(len(pixels), MAX_BATCH))
-        predicted = {
-            name: np.asarray(one) for name, one in classes_and_scores(jnp.asarray(logits)).items()
-        }
-        found = _of_pictures(pictures, about.classes, predicted)
-    what = {"model": str(folder), "step": about.step, "dataset": about.dataset}
-    return what | {"predictions": found, "errors": failures}
-
-
-def _read(paths: Sequence[Path], shape: tuple[int, int, int]) -> "tuple[list[Picture], list[str]]":
-    """Returns the pictures that can be read, and the errors of the others."""
     from bnjax.data.pictures import read_pictures
 
+    height, width, channels = shape
     pictures: list[Picture] = []
-    failures: list[str] = []
+    errors: list[str] = []
+    predictions: list[dict[str, Any]] = []
     for path in paths:
         try:
-            pictures.extend(read_pictures(path, shape))
+            pictures += read_pictures(path, (height, width, channels))
         except DataError as error:
-            failures.append(str(error))
-    return pictures, failures
-
-
-def _of_pictures(
-    pictures: "Sequence[Picture]", classes: Sequence[str], predicted: "dict[str, np.ndarray]"
-) -> list[dict[str, Any]]:
-    found = rows([picture.name for picture in pictures], classes, predicted)
-    for row, picture in zip(found, pictures, strict=True):
+            errors.append(str(error))
+    if pictures:
+        logits = logits_of(np.stack([picture.image for picture in pictures]))
+        predictions = _predictions([picture.name for picture in pictures], classes, logits)
+    for row, picture in zip(predictions, pictures, strict=True):
         row |= {"note": picture.note} if picture.note else {}
-    return found
+    return {"predictions": predictions, "errors": errors}
 
 
-def rows(
-    names: Sequence[str], classes: Sequence[str], predicted: "dict[str, np.ndarray]"
+def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, Any]]:
+    """Returns the model over views of each image, by default those of the run, and its facts."""
+    from bnjax.models.layers import with_views
+
+    evaluation = trained.config.eval
+    share = evaluation.views_share if views is None else 1.0
+    views = evaluation.views if views is None else views
+    return with_views(trained.model, views, share), {
+        "workdir": str(trained.workdir),
+        "step": trained.step,
+        "dataset": trained.data.label,
+        "views": views,
+    }
+
+
+def _logits(
+    trained: "Trained", model: Any, batches: "Iterable[Batch]"
+) -> "tuple[np.ndarray, np.ndarray]":
+    """Returns logits [n, classes] and labels [n] of the real rows of batches."""
+    import jax
+    import numpy as np
+
+    from bnjax.train.cpu import compiler_options
+    from bnjax.train_step import forward
+
+    run = jax.jit(
+        functools.partial(forward, model=model, train=False), compiler_options=compiler_options()
+    )
+    logits, labels = [], []
+    for batch in batches:
+        real = batch.get("mask", slice(None))
+        found, _ = run(trained.params, trained.batch_stats, batch)
+        logits.append(np.asarray(found)[real])
+        labels.append(np.asarray(batch["label"])[real])
+    return np.concatenate(logits), np.concatenate(labels)
+
+
+def _predictions(
+    names: Sequence[str], classes: Sequence[str], logits: "np.ndarray"
 ) -> list[dict[str, Any]]:
-    """Returns an object for each image from `class` [n] and `score` [n, classes]."""
+    """Returns an object for each image."""
+    import jax
+    import jax.numpy as jnp
+
+    from bnjax.train_step import classes_and_scores
+
+    found = jax.device_get(classes_and_scores(jnp.asarray(logits)))
     return [
         {
             "image": name,
@@ -229,7 +216,7 @@ def rows(
             "score": float(score[index]),
             "scores": dict(zip(classes, map(float, score), strict=True)),
         }
-        for name, index, score in zip(names, predicted["class"], predicted["score"], strict=True)
+        for name, index, score in zip(names, found["class"], found["score"], strict=True)
     ]
 
 
@@ -238,24 +225,19 @@ def _table(result: dict[str, Any]) -> str:
 
     shown, lines = result["predictions"], []
     if shown:
-        columns = [
-            name
-            for name in ("image", "label", "class", "score", "note")
-            if any(name in row for row in shown)
-        ]
+        columns = ("image", "label", "class", "score", "note")
+        present = [name for name in columns if any(name in row for row in shown)]
         cells = [
-            [f"{row[name]:.4f}" if name == "score" else row.get(name, "") for name in columns]
+            [f"{row[name]:.4f}" if name == "score" else row.get(name, "") for name in present]
             for row in shown
         ]
-        lines.append(text_table([columns, *cells]))
+        lines.append(text_table([present, *cells]))
     if "accuracy" in result:
         images = f"{result['count']:,} images"
         lines.append(f"\n{result['dataset']}, {images}, checkpoint of step {result['step']}")
         if result["views"] > 1:
             lines.append(f"  logits: the mean over {result['views']} views of each image")
-        lines += [
-            f"  accuracy of {name}: {accuracy:.4f}"
-            for name, accuracy in result["accuracy_per_class"].items()
-        ]
+        for name, accuracy in result["accuracy_per_class"].items():
+            lines.append(f"  accuracy of {name}: {accuracy:.4f}")
         lines.append(f"loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from bnjax.commands.predict import Classifier
+from bnjax.commands.predict import of_split
 from bnjax.data import datasets
 from bnjax.train.loop import train_and_evaluate
 from bnjax.train.rundir import DataFacts
@@ -43,7 +43,7 @@ class InMemory(Trained):
 def test_the_images_of_a_split_go_through_the_network_once(split, images, batches):
     passes, data = [], synthetic.dataset(train=48, test=20)  # 4 of the third batch are padding
     trained = InMemory(Rows(passes.append), data)
-    found = Classifier(trained, None).of_split(split, None)
+    found = of_split(trained, split)
     jax.effects_barrier()
     assert [*map(int, passes)] == [8] * batches
     chosen = getattr(data, split)
@@ -66,7 +66,7 @@ def test_logits_are_averaged_over_views_where_the_run_or_the_flag_says_so(by_fla
     data = synthetic.dataset(test=20)
     trained = InMemory(Rows(lambda n: None), data)
     trained.config.eval.views = 1 if by_flag else 6
-    found = Classifier(trained, 6 if by_flag else None).of_split("test", None)
+    found = of_split(trained, "test", 6 if by_flag else None)
     image = data.test.image.astype(np.float64) / 255
     wide = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     views = [(image, 0.5), (wide[:, :-2, :-2], 0.25), (wide[:, 2:, 2:], 0.25)]  # mirrors are alike
@@ -74,7 +74,7 @@ def test_logits_are_averaged_over_views_where_the_run_or_the_flag_says_so(by_fla
     score = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).max(-1)
     np.testing.assert_allclose([row["score"] for row in found["predictions"]], score, rtol=1e-5)
     assert found["views"] == 6
-    assert Classifier(trained, 1).of_split("test", None)["loss"] != found["loss"]
+    assert of_split(trained, "test", 1)["loss"] != found["loss"]
 
 
 def test_a_run_on_data_that_stood_in_is_predicted_on_those(tmp_path):
@@ -85,6 +85,6 @@ def test_a_run_on_data_that_stood_in_is_predicted_on_those(tmp_path):
     summary = train_and_evaluate(config, tmp_path / "run", datasets.load("digits"))
     for place in (tmp_path, datasets.cache_dir()):
         (place / "cifar-10-binary.tar.gz").write_text("damaged")
-    found = Classifier(Trained(tmp_path / "run", "last"), None).of_split("test", None)
+    found = of_split(Trained(tmp_path / "run", "last"), "test")
     assert (found["dataset"], found["count"]) == ("digits", 359)
     assert found["accuracy"] == summary["final_test"]["accuracy"]

@@ -19,7 +19,7 @@ import synthetic
 from PIL import Image
 from records_folder import encode, picture, write_dataset, write_file, write_folder
 
-from bnjax.commands.predict import Classifier
+from bnjax.commands.predict import of_split
 from bnjax.data import datasets
 from bnjax.data.batches import WHOLE, Part, eval_batches
 from bnjax.data.feed import every_batch, host_feed
@@ -320,7 +320,7 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
     found = train_and_evaluate(config_of(folder, workers=1), tmp_path / "stopped", data)
     for key in ("steps", "final_test", "best_test", "steps_to_loss"):
         assert found[key] == expected[key]
-    predicted = Classifier(Trained(tmp_path / "stopped", "last"), None).of_split("test", None)
+    predicted = of_split(Trained(tmp_path / "stopped", "last"), "test")
     assert predicted["accuracy"] == found["final_test"]["accuracy"]
     labels = [MEMORY.classes[label] for label in MEMORY.test.label]
     assert [row["label"] for row in predicted["predictions"]] == labels

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax.commands.predict import Classifier
+from bnjax.commands.predict import of_split
 from bnjax.data.datasets import Dataset, Split
 from bnjax.train import build, parsing
 from bnjax.train.loop import train_and_evaluate
@@ -62,7 +62,7 @@ def test_a_small_copy_of_the_recipe_learns(tmp_path, name, monkeypatch):
     # What was evaluated over several views is predicted so, and one view is something else.
     monkeypatch.setattr(Trained, "dataset", lambda self, data_dir: dataset())
     trained = Trained(tmp_path, "last")
-    views, one = (Classifier(trained, n).of_split("test", None)["loss"] for n in (None, 1))
+    views, one = (of_split(trained, "test", n)["loss"] for n in (None, 1))
     np.testing.assert_allclose(views, summary["final_test"]["loss"], rtol=1e-4)
     assert abs(views - one) > 1e-4
 
