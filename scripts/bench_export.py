@@ -42,7 +42,7 @@ def calls(model: Exported, workdir: Path | None, images: np.ndarray) -> dict[str
     if ONNX in model.manifest.files:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(model.manifest.check(model.folder, ONNX))
+        session = onnxruntime.InferenceSession(model.folder / ONNX)
         found["ONNX"] = functools.partial(session.run, ["logits"], {"images": images})
     return found
 
