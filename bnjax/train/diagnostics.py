@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +32,7 @@ from bnjax.train_step import (
     predict_step,
     softmax_cross_entropy,
 )
-from bnjax.types import Array, Batch, BatchStats, Logits, Params, named_leaves
+from bnjax.types import Array, Batch, BatchStats, Logits, Params, Tree, named_leaves
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
@@ -60,11 +60,10 @@ def sample(
     Args:
         state: as before the step.
         batch_stats: likewise.
-        batch: `image` [n, h, w, c], `label` int [n], optionally `mask` bool [n].
+        batch: `image` [n, h, w, c] and `label` int [n].
         model: any linen module, as for `bnjax.train_step.train_step`.
         loss_fn: likewise.
     """
-    real = batch.get("mask", jnp.ones(len(batch["label"]), bool))
 
     def loss(params: Params) -> tuple[jax.Array, OrderedDict[str, Array]]:
         logits, written = forward(
@@ -78,101 +77,81 @@ def sample(
                 method == "__call__" and not isinstance(module, nn.Dropout)
             ),
         )
-        outputs = OrderedDict[str, Array](_outputs(written["intermediates"]))
-        return jnp.where(real, loss_fn(logits, batch["label"]), 0).sum() / jnp.maximum(
-            real.sum(), 1
-        ), outputs
+        return loss_fn(logits, batch["label"]).mean(), _outputs(written["intermediates"])
 
     grads, outputs = jax.grad(loss, has_aux=True)(state.params)
+    place = {name: i for i, name in enumerate(outputs)}
+
+    def in_order(tree: Tree) -> OrderedDict[str, Array]:
+        """Returns the leaves in the order of their layers; those of no layer come last."""
+        leaves = named_leaves(tree).items()
+        return OrderedDict(
+            sorted(leaves, key=lambda item: place.get(item[0].rpartition(".")[0], len(place)))
+        )
+
     kinds = OrderedDict(
-        statistic=_in_order(named_leaves(batch_stats), outputs),
-        activation=outputs,
-        gradient=_in_order(named_leaves(grads), outputs),
+        statistic=in_order(batch_stats), activation=outputs, gradient=in_order(grads)
     )
     return jax.tree.map(_thin, kinds)
 
 
 def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Any]]:
-    """Returns each of the samples as plain numbers, fit for JSON.
+    """Returns the `quantiles` and a histogram of each sample, fit for JSON.
 
-    What has no finite value is left out.
-
-    `count`, `mean` and `std` of the finite values, their `quantiles` at `QUANTILES`, and a
-    histogram: `counts` in equal bins from `low` to `high`, which are the quantiles 0.005 and 0.995;
-    what lies outside is counted in the first and the last bin.
+    Of the finite values; samples without any are left out. The quantiles are those at `QUANTILES`.
+    The histogram has `counts` in equal bins from `low` to `high`, the quantiles 0.005 and 0.995;
+    values beyond are counted in the outer bins.
 
     >>> numbers = summarise({"statistic": {"norm": np.arange(5.0)}})["statistic"]["norm"]
-    >>> numbers["count"], numbers["mean"], numbers["quantiles"][4], sum(numbers["counts"])
-    (5, 2.0, 2.0, 5)
+    >>> numbers["quantiles"][4], sum(numbers["counts"])
+    (2.0, 5)
     """
-    summed = {
-        kind: {name: _summary(np.asarray(values, np.float64)) for name, values in group.items()}
-        for kind, group in samples.items()
-    }
-    return {
-        kind: {name: numbers for name, numbers in group.items() if numbers}
-        for kind, group in summed.items()
-    }
-
-
-def _summary(values: np.ndarray) -> dict[str, Any]:
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return {}
-    quantiles = np.quantile(values, QUANTILES)
-    low, high = _short(quantiles[1]), _short(quantiles[-2])
-    if not low < high:  # one value only: it stands in the middle
-        low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
-    counts, _ = np.histogram(np.clip(values, low, high), BINS, (low, high))
-    return {
-        "count": values.size,
-        "mean": _short(values.mean()),
-        "std": _short(values.std()),
-        "low": low,
-        "high": high,
-        "quantiles": [_short(value) for value in quantiles],
-        "counts": counts.tolist(),
-    }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in samples}
+    for kind, group in samples.items():
+        for name, sampled in group.items():
+            values = np.asarray(sampled, np.float64)
+            values = values[np.isfinite(values)]
+            if not values.size:
+                continue
+            quantiles = [float(f"{value:.6g}") for value in np.quantile(values, QUANTILES)]
+            low, high = quantiles[1], quantiles[-2]
+            if low == high:  # it stands in the middle
+                low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
+            counts, _ = np.histogram(np.clip(values, low, high), BINS, (low, high))
+            found[kind][name] = {
+                "low": low,
+                "high": high,
+                "quantiles": quantiles,
+                "counts": counts.tolist(),
+            }
+    return found
 
 
 def _thin(values: Array) -> Array:
-    """Returns at most `MAX_VALUES` of the values, at equal distances, [count]."""
-    size = max(values.size, 1)
-    stride = -(-size // MAX_VALUES)
-    while math.gcd(stride, size) > 1:  # it would meet some channels only
+    """Returns at most `MAX_VALUES` of the values, at equal distances, float32 [count]."""
+    stride = -(-values.size // MAX_VALUES) or 1
+    while math.gcd(stride, values.size) > 1:  # it would meet some channels only
         stride += 1
     return jnp.asarray(values, jnp.float32).reshape(-1)[::stride]
 
 
-def _outputs(
-    tree: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[str, jax.Array]]:
-    """Yields the names and outputs of the innermost modules, in the order of their calls."""
-    inner = {name: branch for name, branch in tree.items() if isinstance(branch, Mapping)}
-    for name, branch in inner.items():
-        yield from _outputs(branch, (*path, name))
-    leaves = [
-        leaf
-        for leaf in jax.tree.leaves(tree.get("__call__"))
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    if leaves and not inner:
-        yield ".".join(path) or "output", jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
-
-
-def _in_order(leaves: dict[str, Array], outputs: Mapping[str, Any]) -> OrderedDict[str, Array]:
-    """Returns the leaves in the order of the layers that they belong to.
-
-    Those of no layer come last.
-    """
-    place = {name: i for i, name in enumerate(outputs)}
+def _outputs(intermediates: Tree) -> OrderedDict[str, Array]:
+    """Returns the outputs of the innermost modules, in the order of their calls."""
+    found: dict[str, list[Array]] = {}
+    for name, leaf in named_leaves(intermediates).items():
+        found.setdefault(_layer(name), []).append(leaf.reshape(-1))
     return OrderedDict(
-        sorted(leaves.items(), key=lambda item: place.get(item[0].rpartition(".")[0], len(place)))
+        (layer or "output", jnp.concatenate(parts))
+        for layer, parts in found.items()
+        if not any(
+            other.startswith(f"{layer}." if layer else "") for other in found.keys() - {layer}
+        )
     )
+
+
+def _layer(name: str) -> str:
+    """Returns the layer whose output has a name such as "conv0.__call__.0"."""
+    return name.partition("__call__")[0].rstrip(".")
 
 
 class Observer:
@@ -186,15 +165,11 @@ class Observer:
         self._same = evenly_spaced(dataset.train, experiment.gap_images)
         self._model = experiment.model
         self._shape = (experiment.batch_size, *dataset.train.image_shape)
-        self._sample = jax.jit(
-            functools.partial(sample, model=experiment.model), compiler_options=compiler_options()
-        )
+        jit = functools.partial(jax.jit, compiler_options=compiler_options())
+        self._sample = jit(functools.partial(sample, model=experiment.model))
+        self._predict = jit(functools.partial(predict_step, model=experiment.model))
         # Compiled in a third of the time, and as fast: it runs seldom.
         self._gap = jax.jit(gap, compiler_options=compiler_options() | init_options())
-        self._predict = jax.jit(
-            functools.partial(predict_step, model=experiment.model),
-            compiler_options=compiler_options(),
-        )
 
     def introduce(self, writer: RunWriter, config: ConfigDict) -> None:
         """Shows the graph of the model and the hyperparameters."""
@@ -234,21 +209,17 @@ class Observer:
             )
         if len(self._train.label):
             batch = {"image": self._train.image, "label": self._train.label}
-            writer.histograms(
-                step, summarise(jax.device_get(self._sample(state, batch_stats, batch)))
-            )
+            samples = jax.device_get(self._sample(state, batch_stats, batch))
+            writer.histograms(step, samples, summarise(samples))
         if len(self._test.label):
             predicted = jax.device_get(self._predict(*evaluated, self._test.image))
-            writer.pictures(step, self._sheet(predicted["class"], predicted["score"].max(-1)))
-
-    def _sheet(self, predicted: np.ndarray, score: np.ndarray) -> np.ndarray:
-        wrong = predicted != self._test.label
-        captions = [
-            f"{self._classes[guess]} {certain:.2f}"
-            + (f"\nnot {self._classes[truth]}" if guess != truth else "")
-            for guess, certain, truth in zip(predicted, score, self._test.label, strict=True)
-        ]
-        return contact_sheet(self._test.image, captions, wrong.tolist())
+            scores, labels = predicted["score"].max(-1), self._test.label
+            captions = [
+                f"{self._classes[guess]} {score:.2f}"
+                + (f"\nnot {self._classes[label]}" if guess != label else "")
+                for guess, score, label in zip(predicted["class"], scores, labels, strict=True)
+            ]
+            writer.pictures(step, contact_sheet(self._test.image, captions))
 
 
 def first_nonfinite(
@@ -302,4 +273,4 @@ def _bad_leaves(tree: Any) -> list[str]:
     """Returns the names of the leaves that are not finite, in the tree's order."""
     leaves = named_leaves(tree).items()
     bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float32)).all()]
-    return [name.partition("__call__")[0].rstrip(".") for name in bad]
+    return [_layer(name) for name in bad]

@@ -166,12 +166,13 @@ class RunWriter:
         )
         self.board.scalar("train/images_per_s", images_per_s, step)
 
-    def histograms(self, step: int, summaries: dict[str, dict[str, dict[str, Any]]]) -> None:
-        """Records the summaries of `bnjax.train.diagnostics.summarise`."""
+    def histograms(self, step: int, samples: Any, summaries: dict[str, dict[str, Any]]) -> None:
+        """Records the samples and summaries of `bnjax.train.diagnostics`."""
         self._histograms.write({"step": step, **summaries})
         for kind, group in summaries.items():
             for name, numbers in group.items():
-                self.board.histogram(f"{kind}/{name}", numbers, step)
+                edges = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
+                self.board.histogram(f"{kind}/{name}", samples[kind][name], edges, step)
 
     def pictures(self, step: int, sheet: np.ndarray) -> None:
         """Shows a picture of predictions for a few test images, uint8 [h, w, 3]."""

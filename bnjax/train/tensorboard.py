@@ -37,24 +37,10 @@ class Board:
         """Adds a point to a curve."""
         self._write(step, summary=summary.scalar(name, value))
 
-    def histogram(self, name: str, numbers: dict[str, Any], step: int) -> None:
-        """Adds a histogram, given as `bnjax.train.diagnostics.summarise` returns it.
-
-        The outer bins reach to the extremes.
-        """
-        count, mean, std, counts = (numbers[key] for key in ("count", "mean", "std", "counts"))
-        least, most = (
-            min(numbers["quantiles"][0], numbers["low"]),
-            max(numbers["quantiles"][-1], numbers["high"]),
-        )
-        limits = np.linspace(numbers["low"], numbers["high"], len(counts) + 1)[1:]
-        squares = count * (mean**2 + std**2)
-        self._write(
-            step,
-            summary=summary.histogram_raw(
-                name, least, most, count, count * mean, squares, limits.tolist(), counts
-            ),
-        )
+    def histogram(self, name: str, values: np.ndarray, edges: np.ndarray, step: int) -> None:
+        """Adds a histogram; values beyond the edges are counted in the outer bins."""
+        clipped = np.clip(values[np.isfinite(values)], edges[0], edges[-1])
+        self._write(step, summary=summary.histogram(name, clipped, edges))
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Adds an image, uint8 [h, w, 3]."""
@@ -91,33 +77,21 @@ class Board:
         self._events.close()
 
 
-def contact_sheet(
-    images: np.ndarray, captions: Sequence[str], marked: Sequence[bool]
-) -> np.ndarray:
-    """Returns the images side by side with a caption each, uint8 [h, w, 3].
-
-    Those that are marked have a red frame.
+def contact_sheet(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Returns images side by side, each above its caption, uint8 [h, w, 3].
 
     Args:
         images: uint8 [n, h, w, 1 or 3], n at least 1.
         captions: of one or two lines.
-        marked: one for each image.
     """
     columns = min(COLUMNS, len(images))
-    sheet = Image.new(
-        "RGB", (columns * TILE, math.ceil(len(images) / columns) * (TILE + CAPTION)), "white"
-    )
+    size = (columns * TILE, math.ceil(len(images) / columns) * (TILE + CAPTION))
+    sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for i, (image, caption, is_marked) in enumerate(zip(images, captions, marked, strict=True)):
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = i % columns * TILE, i // columns * (TILE + CAPTION)
-        pixels = image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
-        sheet.paste(
-            Image.fromarray(pixels).resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST),
-            (left + 4, top + 4),
-        )
-        if is_marked:
-            draw.rectangle(
-                (left + 1, top + 1, left + TILE - 2, top + TILE - 2), outline=(200, 30, 30), width=3
-            )
+        pixels = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+        tile = pixels.resize((TILE - 8, TILE - 8), Image.Resampling.NEAREST)
+        sheet.paste(tile, (left + 4, top + 4))
         draw.multiline_text((left + 4, top + TILE), caption, fill="black", font=font, spacing=2)
     return np.asarray(sheet)

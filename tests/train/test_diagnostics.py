@@ -67,7 +67,7 @@ def test_the_running_statistics_are_those_of_the_checkpoint(finished):
         _, batch_stats = checkpoints.restore_variables(12, like)
     numbers = read_lines(finished / "histograms.jsonl")[-1]["statistic"]["dense0_norm.var"]
     variance = np.asarray(batch_stats["dense0_norm"]["var"])
-    assert numbers["count"] == variance.size
+    assert sum(numbers["counts"]) == variance.size
     np.testing.assert_allclose(
         [numbers["quantiles"][i] for i in (0, 4, 8)], np.quantile(variance, [0, 0.5, 1]), rtol=1e-5
     )
@@ -100,20 +100,10 @@ def test_tensorboard_gets_the_same_histograms(finished, values):
     numbers = read_lines(finished / "histograms.jsonl")[1]["gradient"]["dense0.kernel"]
     step, value = values["gradient/dense0.kernel"][1]
     assert step == 10
-    histogram = value.histo
-    assert list(histogram.bucket) == numbers["counts"]
-    assert (histogram.min, histogram.max, histogram.num) == (
-        numbers["quantiles"][0],
-        numbers["quantiles"][-1],
-        numbers["count"],
-    )
-    assert histogram.bucket_limit[-1] == pytest.approx(numbers["high"])
-    assert np.diff(histogram.bucket_limit) == pytest.approx(
-        (numbers["high"] - numbers["low"]) / len(numbers["counts"])
-    )
-    assert histogram.sum_squares / histogram.num == pytest.approx(
-        numbers["mean"] ** 2 + numbers["std"] ** 2
-    )
+    # An empty bin stands before the first.
+    assert value.histo.bucket[1:] == numbers["counts"]
+    limits = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
+    np.testing.assert_allclose(value.histo.bucket_limit, limits)
 
 
 def test_tensorboard_gets_the_graph_of_the_model(finished):
@@ -161,14 +151,12 @@ def test_tensorboard_gets_test_images_with_predictions(values):
         np.testing.assert_array_equal(middles, picture.repeat(3, axis=-1))
 
 
-def test_wrong_predictions_have_a_frame():
-    images = np.zeros((2, 4, 4, 3), np.uint8)
-    sheet = contact_sheet(images, ["cat 0.90", "dog 0.80\nnot cat"], [False, True])
+def test_each_picture_has_a_caption():
+    sheet = contact_sheet(np.zeros((2, 4, 4, 3), np.uint8), ["cat 0.90", "dog 0.80\nnot cat"])
     assert sheet.shape == (TILE + CAPTION, 2 * TILE, 3)
-    red = (sheet[..., 0] > 150) & (sheet[..., 1] < 100)
-    assert not red[:, :TILE].any()
-    assert red[: TILE - 1, TILE + 2].sum() > 100
-    assert (sheet[TILE:, :TILE] < 100).any()  # the caption
+    lines = (sheet[TILE:] < 100).any((1, 2)).reshape(2, -1).any(1)
+    assert lines.all()
+    assert not (sheet[TILE + CAPTION // 2 + 2 :, :TILE] < 100).any()
 
 
 def test_a_second_part_of_a_run_hides_what_comes_again(tmp_path):

@@ -93,26 +93,6 @@ def test_statistics_are_the_running_ones_and_stay(found):
     np.testing.assert_array_equal(samples["statistic"]["norm.var"], batch_stats["norm"]["var"])
 
 
-def test_masked_rows_count_for_nothing_in_the_gradients():
-    image, label = np.concatenate([IMAGES, IMAGES[:2]]), np.concatenate([LABELS, LABELS[:2]])
-
-    class Plain(nn.Module):  # without batch norm, whose statistics see the padding here
-        @nn.compact
-        def __call__(self, x, train):
-            return nn.Dense(3)(x.reshape(x.shape[0], -1))
-
-    state, batch_stats = init_state(Plain(), optax.sgd(0.1), jax.random.key(0), IMAGES)
-    whole = sample(state, batch_stats, {"image": IMAGES, "label": LABELS}, model=Plain())
-    padded = sample(
-        state,
-        batch_stats,
-        {"image": image, "label": label, "mask": np.arange(9) < 7},
-        model=Plain(),
-    )
-    for name, values in whole["gradient"].items():
-        np.testing.assert_allclose(padded["gradient"][name], values, rtol=1e-5, atol=1e-7)
-
-
 def test_of_a_large_array_all_channels_are_sampled():
     class Wide(nn.Module):
         @nn.compact
@@ -137,14 +117,7 @@ def test_summaries_are_what_numpy_says():
     values = np.random.default_rng(0).standard_t(2, 5000)
     numbers = summarise(OrderedDict(activation=OrderedDict(a=values)))["activation"]["a"]
     np.testing.assert_allclose(numbers["quantiles"], np.quantile(values, QUANTILES), rtol=1e-5)
-    np.testing.assert_allclose(
-        [numbers["mean"], numbers["std"]], [values.mean(), values.std()], rtol=1e-5
-    )
-    assert (numbers["low"], numbers["high"], numbers["count"]) == (
-        numbers["quantiles"][1],
-        numbers["quantiles"][-2],
-        5000,
-    )
+    assert (numbers["low"], numbers["high"]) == (numbers["quantiles"][1], numbers["quantiles"][-2])
     within = (values >= numbers["low"]) & (values <= numbers["high"])
     counts, _ = np.histogram(values[within], BINS, (numbers["low"], numbers["high"]))
     counts[0] += (values < numbers["low"]).sum()
@@ -158,7 +131,7 @@ def test_summaries_are_what_numpy_says():
 def test_summaries_of_strange_values_are_finite_and_fit_for_json(values):
     numbers = summarise(OrderedDict(gradient=OrderedDict(a=np.array(values))))["gradient"]["a"]
     assert numbers["low"] < numbers["high"]
-    assert sum(numbers["counts"]) == numbers["count"] == np.isfinite(values).sum()
+    assert sum(numbers["counts"]) == np.isfinite(values).sum()
     json.dumps(numbers, allow_nan=False)
 
 
