@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["BNJAX_MALLOC"] = "0"  # many small processes share this machine
 
 import jax
 import jaxtyping

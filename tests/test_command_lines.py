@@ -1,5 +1,7 @@
-"""The commands as a user runs them: as processes, on real digits."""
+"""The commands as a user runs them, on real digits; most of them in this process."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_digits
 from PIL import Image
 
 from bnjax import errors, main
@@ -18,14 +21,8 @@ from bnjax.train.config import KEYS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "digits.py")
-SMALL = [
-    "--config.model.filters=2,2,2",
-    "--config.model.dense=4,4",
-    "--config.train.epochs=0",
-    "--config.eval.every_epochs=0",
-]
+SMALL = small_digits.words(model__filters="2,2,2", model__dense="4,4", devices=1)
 FEW = [*SMALL, "--config.train.steps=4", "--config.eval.every_steps=2"]
-
 
 ENV = {
     **os.environ,
@@ -42,29 +39,31 @@ def bnjax(*arguments):
     )
 
 
-@pytest.fixture
-def inside(capsys):
+def inside(*arguments):
     """Runs a command in this process, which takes a fraction of the time."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            errors.run(lambda: main.main([*map(str, arguments)]))
-        return subprocess.CompletedProcess(arguments, left.value.code or 0, *capsys.readouterr())
-
-    return call
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as left,
+    ):
+        errors.run(lambda: main.main([*map(str, arguments)]))
+    return subprocess.CompletedProcess(
+        arguments, left.value.code or 0, out.getvalue(), err.getvalue()
+    )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run in a folder, and what the command printed."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
-    done = bnjax("--config", CONFIG, "--workdir", workdir, *FEW)
+    done = inside("--config", CONFIG, "--workdir", workdir, *FEW)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
 
 @pytest.mark.parametrize("command", [*main.COMMANDS])
-def test_help_exits_with_0(inside, command):
+def test_help_exits_with_0(command):
     done = inside(command, "--help")
     assert done.returncode == 0
     assert {"report": "--out"}.get(command, "--workdir") in done.stdout
@@ -89,14 +88,14 @@ def test_training_prints_plain_lines_away_from_a_terminal(run):
     assert "\r" not in done.stdout + done.stderr
 
 
-def test_a_finished_run_says_so(run, inside):
+def test_a_finished_run_says_so(run):
     workdir, _ = run
     again = inside("train", "--config", CONFIG, "--workdir", workdir, *FEW)
     assert again.returncode == 0
     assert "is finished" in again.stdout
 
 
-def test_another_config_in_the_same_folder_is_refused(run, inside):
+def test_another_config_in_the_same_folder_is_refused(run):
     workdir, _ = run
     other = inside("train", "--config", CONFIG, "--workdir", workdir, *FEW, "--config.seed=9")
     assert other.returncode == 2
@@ -121,7 +120,7 @@ def test_another_config_in_the_same_folder_is_refused(run, inside):
         ),
     ],
 )
-def test_mistakes_are_one_paragraph_and_exit_with_2(inside, tmp_path, arguments, said):
+def test_mistakes_are_one_paragraph_and_exit_with_2(tmp_path, arguments, said):
     done = inside("train", *arguments, "--workdir", tmp_path / "run")
     assert done.returncode == 2
     assert said in done.stderr
@@ -136,13 +135,13 @@ def test_mistakes_are_one_paragraph_and_exit_with_2(inside, tmp_path, arguments,
         (["compare", "--configs", f"{CONFIG},bn", "--full"], "--full is of a claim"),
     ],
 )
-def test_mistaken_commands_say_what_there_is(inside, words, said):
+def test_mistaken_commands_say_what_there_is(words, said):
     done = inside(*words)
     assert done.returncode == 2
     assert said in done.stderr
 
 
-def test_a_network_that_fits_into_no_memory_is_one_paragraph(inside, tmp_path):
+def test_a_network_that_fits_into_no_memory_is_one_paragraph(tmp_path):
     done = inside(
         "train",
         "--config",
@@ -159,6 +158,7 @@ def test_a_network_that_fits_into_no_memory_is_one_paragraph(inside, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_platform_without_a_device_is_one_paragraph(tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "JAX_PLATFORMS", "abacus")
     done = bnjax("--config", CONFIG, "--workdir", tmp_path / "run", *FEW)
@@ -171,10 +171,8 @@ def test_a_platform_without_a_device_is_one_paragraph(tmp_path, monkeypatch):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     steps = [
-        "--config.train.steps=160",
-        "--config.eval.every_steps=40",
-        "--config.eval.histograms=0",
-        "--config.eval.pictures=0",
+        "--config.train.steps=80",
+        "--config.eval.every_steps=20",
     ]
     arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run"), *SMALL, *steps]
     command = [sys.executable, "-m", "bnjax.main", "train", *arguments]
@@ -182,7 +180,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
     ) as process:
         assert process.stdout is not None
-        while "step 40:" not in process.stdout.readline():  # in the middle of training
+        while "step 20:" not in process.stdout.readline():  # in the middle of training
             assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -195,10 +193,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     steps = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 161))
+    assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 81))
 
 
-def test_a_claim_is_tried_and_said_again_without_training(inside, tmp_path):
+def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
     statement = {
         "quantity": "test_loss",
         "at": "last",
@@ -231,7 +229,7 @@ def test_a_claim_is_tried_and_said_again_without_training(inside, tmp_path):
     assert "Traceback" not in other.stderr
 
 
-def test_a_whole_split_is_predicted_and_agrees_with_the_run(run, inside):
+def test_a_whole_split_is_predicted_and_agrees_with_the_run(run):
     workdir, _ = run
     found = json.loads(inside("predict", "--workdir", workdir, "--split", "test", "--json").stdout)
     summary = json.loads((workdir / "summary.json").read_text())
@@ -244,7 +242,7 @@ def test_a_whole_split_is_predicted_and_agrees_with_the_run(run, inside):
     assert found["accuracy_per_class"]["one"] == pytest.approx(np.mean(ones))
 
 
-def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, inside, tmp_path):
+def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, tmp_path):
     workdir, _ = run
     grey = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
     Image.fromarray(grey).save(tmp_path / "large.png")
@@ -252,7 +250,7 @@ def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, ins
     np.save(tmp_path / "right.npy", np.repeat(grey[:32, :32, None], 3, axis=2))
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff garbage")
     names = ["large.png", "broken.jpg", "right.png", "missing.png", "right.npy"]
-    done = bnjax("predict", "--workdir", workdir, "--json", *(tmp_path / name for name in names))
+    done = inside("predict", "--workdir", workdir, "--json", *(tmp_path / name for name in names))
     assert done.returncode == 1
     found = json.loads(done.stdout)
     rows = {Path(row["image"]).name: row for row in found["predictions"]}
@@ -279,7 +277,7 @@ def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, ins
         (["--workdir", "RUN"], "give either images or --split"),
     ],
 )
-def test_predict_says_what_is_missing(run, inside, arguments, said):
+def test_predict_says_what_is_missing(run, arguments, said):
     done = inside("predict", *(run[0] if argument == "RUN" else argument for argument in arguments))
     assert done.returncode == 2
     assert said in done.stderr
