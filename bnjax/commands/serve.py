@@ -1,6 +1,5 @@
 """`bnjax serve`: a page on this machine to try a network with your own images."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +30,6 @@ def run(
         raise UserError("give either --workdir, the folder of a run, or --model.")
     if model and checkpoint != "last":
         raise UserError("--checkpoint is of a run: give its folder with --workdir.")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
     try:
         from bnjax.export import page
     except ModuleNotFoundError as error:
@@ -52,13 +50,13 @@ def run(
         scores = page.Scores(Trained(Path(str(workdir)), checkpoint))
     demo = page.page(scores)
     try:
-        found = page.launch(demo, host, port or None, prevent_thread_lock=True)
+        url = page.launch(demo, host, port or None)
     except (OSError, ValueError) as error:
         raise UserError(
             f"bnjax serve cannot listen at {host}, port {port}: {error}. Choose a free port with "
             "--port, 0 for any; --host has to be an address of this machine."
         ) from error
-    print(f"{model or workdir} is served at {found['url']} (Ctrl-C ends it)", flush=True)
+    print(f"{model or workdir} is served at {url} (Ctrl-C ends it)", flush=True)
     demo.block_thread()  # until Ctrl-C
     print("\nended")
     return 0

@@ -1,9 +1,12 @@
 """A page to try a network on, made with Gradio: images in, scores out."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio looks when it is imported
 
 import gradio
 import jax
@@ -18,14 +21,14 @@ from bnjax.export.stablehlo import Exported
 from bnjax.train.cpu import compiler_options
 from bnjax.train.trained import Trained
 from bnjax.train_step import classes_and_scores
-from bnjax.types import Batch, BatchStats, Images
+from bnjax.types import BatchStats, Images
 
 MAX_IMAGES = 32  # at once; smaller batches are padded
 MAX_BYTES = 8_000_000  # of one file
 MAX_PIXELS = 24_000_000  # of an image, before it is resized
 MAX_WAITING = 16  # requests
 # The statistics that the batch norms of a run can normalise by.
-STORED, BATCH, NONE = "stored", "batch", "none"
+STORED, BATCH, NONE = "stored", "batch", "no"
 
 
 class Scores:
@@ -46,13 +49,11 @@ class Scores:
         like = {"image": np.zeros((MAX_IMAGES, *self.image_shape), np.float32)}
         self._norms: Sequence[NormLayer] = self._network.norms(like)
         self.statistics = (STORED, BATCH, NONE) if self._norms else (STORED,)
-        options = compiler_options(MAX_IMAGES)
-        self._run = {
-            mode: jax.jit(
-                functools.partial(_run, model=trained.model, mode=mode), compiler_options=options
-            )
-            for mode in ("running", "batch")
-        }
+        self._observe = jax.jit(
+            functools.partial(observe, model=trained.model),
+            static_argnames="mode",
+            compiler_options=compiler_options(MAX_IMAGES),
+        )
 
     def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Returns scores [n, classes] under each kind of statistics, and the drift of each norm.
@@ -60,30 +61,21 @@ class Scores:
         Args:
             images: float32 [n, h, w, c] from 0 to 1, n at most `MAX_IMAGES`.
         """
-        network, count = self._network, len(images)
+        params, stored = self._network.params, self._network.batch_stats
+        scores, own, count = {}, stored, len(images)
         filling = np.zeros((MAX_IMAGES - count, *self.image_shape), np.float32)
         batch = {
             "image": np.concatenate([images, filling]),
             "mask": np.arange(MAX_IMAGES) < count,
         }
-        scores = {}
         for name in self.statistics:
-            stats = without_statistics(network.batch_stats) if name == NONE else network.batch_stats
+            stats = without_statistics(stored) if name == NONE else stored
             mode = "batch" if name == BATCH else "running"
-            found, seen = self._run[mode](network.params, stats, batch)
-            scores[name] = np.asarray(found)[:count]
+            logits, seen = self._observe(params, stats, nothing_seen(stats), batch, mode=mode)
+            scores[name] = np.asarray(classes_and_scores(logits)["score"])[:count]
             if name == BATCH:
-                own = put(network.batch_stats, seen, self._norms)
-        drifts = drift(network.batch_stats, own, self._norms) if self._norms else {}
-        return scores, drifts
-
-
-def _run(
-    params: Any, batch_stats: BatchStats, batch: Batch, *, model: Any, mode: Any
-) -> tuple[jax.Array, Any]:
-    nothing = nothing_seen(batch_stats)
-    logits, seen = observe(params, batch_stats, nothing, batch, model=model, mode=mode)
-    return classes_and_scores(logits)["score"], seen
+                own = put(stored, seen, self._norms)
+        return scores, drift(stored, own, self._norms)
 
 
 class ExportedScores:
@@ -136,8 +128,7 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
         )
         return (*labels, rows, layers)
 
-    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    with gradio.Blocks(title=f"bnjax: {scores.name}", analytics_enabled=False, theme=theme) as demo:
+    with gradio.Blocks(title=f"bnjax: {scores.name}") as demo:
         gradio.Markdown(
             f"# {scores.name}\nUp to {MAX_IMAGES} PNG or JPEG images, resized to {width}x{height}. "
             "The batch norms normalise by the stored running statistics, by those of these images "
@@ -188,15 +179,16 @@ def _best(score: np.ndarray, classes: Sequence[str]) -> str:
     return f"{classes[int(score.argmax())]} {score.max():.2f}"
 
 
-def launch(demo: gradio.Blocks, host: str, port: int | None, **options: Any) -> Mapping[str, Any]:
-    """Starts the server of a page, reachable at one address and without a network."""
-    app, url, _ = demo.launch(
+def launch(demo: gradio.Blocks, host: str, port: int | None) -> str:
+    """Starts the server of a page in a thread, without a network; returns its address."""
+    _, url, _ = demo.launch(
         server_name=host,
         server_port=port,
         max_file_size=MAX_BYTES,
+        theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        prevent_thread_lock=True,
         share=False,
         quiet=True,
         show_error=True,
-        **options,
     )
-    return {"app": app, "url": url}
+    return url

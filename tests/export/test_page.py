@@ -1,9 +1,6 @@
 """The page to try a network on, through its endpoint on this machine."""
 
 import gc
-import os
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio
 import gradio_client
@@ -32,8 +29,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def predict(trained):
     demo = page.page(page.Scores(trained))
-    url = page.launch(demo, "127.0.0.1", None, prevent_thread_lock=True)["url"]
-    client = gradio_client.Client(url, verbose=False)
+    client = gradio_client.Client(page.launch(demo, "127.0.0.1", None), verbose=False)
 
     def call(*files):
         handles = [gradio_client.handle_file(str(file)) for file in files]
@@ -70,12 +66,20 @@ def test_scores_are_those_of_the_network_and_the_batch_changes_them(trained, pre
 
 @pytest.mark.parametrize(
     ("files", "said"),
-    [(["broken.png"], "cannot be read as an image"), (["0.png"] * 33, "Give 1 to 32 images")],
+    [
+        (["broken.png"], "broken.png cannot be read as an image"),
+        (["0.png"] * 33, "Give 1 to 32 images"),
+        (["many.npy"], "Invalid file type"),
+        (["large.png"], "more than 24,000,000 pixels"),
+    ],
 )
 def test_what_cannot_be_scored_is_said(predict, pictures, files, said):
-    (pictures[0].parent / "broken.png").write_bytes(b"\x89PNG no image")
+    folder = pictures[0].parent
+    (folder / "broken.png").write_bytes(b"\x89PNG no image")
+    np.save(folder / "many.npy", np.zeros((33, 8, 8), np.uint8))
+    Image.new("1", (6000, 4001)).save(folder / "large.png")
     with pytest.raises(AppError, match=said):
-        predict(*(pictures[0].parent / name for name in files))
+        predict(*(folder / name for name in files))
     assert predict(pictures[0])  # it goes on
 
 
