@@ -3,7 +3,7 @@
     python scripts/equality.py
 
 For each number of (simulated) devices and each set of them that shares batch statistics: five steps
-of SGD with momentum on the embedded digits, and the greatest difference from one device of a
+of SGD with momentum, of a network with sigmoids, on the embedded digits, and the greatest difference from one device of a
 parameter, of a running statistic and of a metric (of the steps and of a test), each relative to the
 largest number of its array. Where batch statistics are not those of all devices the truth is ghost
 batch norm on one device, whose virtual batches are what such devices hold. Rounding of float32 is
@@ -42,6 +42,8 @@ def config_of(batch: int, micro_batches: int, virtual_batch: int | None):
     config.data.name = "digits"
     config.model.filters, config.model.kernels, config.model.strides = (8, 8), (3, 3), (2, 1)
     config.model.dense, config.model.dropout, config.model.norm_dense = (16,), (0.0,), (True,)
+    # Smooth: where a rounding changes the sign of a ReLU's input, a difference of 1e-3 comes of it.
+    config.model.activation = "sigmoid"
     if virtual_batch is not None:
         config.model.norm, config.model.virtual_batch = "ghost", virtual_batch
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.02
@@ -60,8 +62,7 @@ def train(config, parallel: Parallel):
     experiment = dataclasses.replace(experiment, parallel=parallel, training_model=model)
     feed = host_feed(dataset.train, experiment.batch_size, shuffle=True, part=experiment.part)
     steps = Steps(experiment, dataset, feed)
-    # With some other seeds a rounding changes the sign of a ReLU's input, and 1e-3 comes of it.
-    state, stats, bad_steps = steps.join([steps.init(3)], [0])
+    state, stats, bad_steps = steps.join([steps.init(0)], [0])
     items, metrics = feed.items(0, 0), []
     for _ in range(STEPS):
         state, stats, bad_steps, of_step = steps.train(state, stats, bad_steps, [(next(items),)])
