@@ -3,11 +3,11 @@
     python scripts/equality.py
 
 For each number of (simulated) devices and each set of them that shares batch statistics: five steps
-of SGD with momentum, of a network with sigmoids, on the embedded digits, and the greatest difference from one device of a
-parameter, of a running statistic and of a metric (of the steps and of a test), each relative to the
-largest number of its array. Where batch statistics are not those of all devices the truth is ghost
-batch norm on one device, whose virtual batches are what such devices hold. Rounding of float32 is
-6e-8, and grows from step to step.
+of SGD with momentum, of a network with sigmoids, on the embedded digits, and the greatest
+difference from one device of a parameter, of a running statistic and of a metric (of the steps and
+of a test), each relative to the largest number of its array. Where batch statistics are not those
+of all devices the truth is ghost batch norm on one device, whose virtual batches are what such
+devices hold. Rounding of float32 is 6e-8, and grows from step to step.
 
 Time: one minute on two cores. It shows equality only: simulated devices share the cores.
 """
