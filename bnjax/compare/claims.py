@@ -48,18 +48,17 @@ class Statement:
     expected: float | int | None = None
 
     def __post_init__(self) -> None:
-        at = "a number" if self.is_time else f"{', '.join(POINTS)} or a step"
-        about = self.about
+        points = "a number" if self.is_time else f"{', '.join(POINTS)} or a step"
+        is_point = self.at in POINTS and not self.is_time
         checks = {
             f"quantity: {', '.join([*VALUES, *TIMES])}": self.quantity in (*VALUES, *TIMES),
-            f"at: {at}": (not self.is_time and self.at in POINTS)
-            or (_is_number(self.at) and float(self.at) > 0),
+            f"at: {points}": is_point or (_is_number(self.at) and float(self.at) > 0),
             f"direction: {', '.join(DIRECTIONS)}": self.direction in DIRECTIONS,
             f"margin: {self.neutral} or above": _is_number(self.margin)
             and self.margin >= self.neutral,
-            "expected: a number, of a ratio above 0": _is_number(about)
-            and (about > 0 or not self.is_time),
-            "source: who says so": type(self.source) is str and bool(self.source),
+            "expected: a number, of a ratio above 0": _is_number(self.about)
+            and (self.about > 0 or not self.is_time),
+            "source: who says so": isinstance(self.source, str) and self.source != "",
         }
         if wrong := [allowed for allowed, holds in checks.items() if not holds]:
             raise ValueError(

@@ -149,15 +149,13 @@ class Progress:
 def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any]:
     """Returns what comparison.json holds, but for the seeds, the command and the data sets.
 
-    Args:
-        claim: what is compared; in its small version, if it has one, unless `full`.
-        words: overrides for all variants, which are stronger than the claim's.
-        full: see above.
+    A claim's small version is taken, if it has one, unless `full`. `words` are overrides for all
+    variants, and stronger than the claim's.
 
     Raises:
         UserError: if a config cannot be loaded or is impossible.
     """
-    is_small = claim.small is not None and not full
+    common = claim.full if full or claim.small is None else claim.small
     variants: dict[str, Any] = {}
     for name, (file, own) in claim.variants.items():
         if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -165,8 +163,8 @@ def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any
                 f"a variant cannot be called {name!r}: its runs get a folder of that name. "
                 "Use letters, digits, _ . + -."
             )
-        pairs = {**((claim.small or {}) if is_small else claim.full), **own}
-        overrides = [*(f"--config.{key}={value}" for key, value in pairs.items()), *words]
+        pairs = {**common, **own}.items()
+        overrides = [*(f"--config.{key}={value}" for key, value in pairs), *words]
         if any(word.startswith("--config.seed") for word in overrides):
             raise UserError(
                 "config.seed differs from run to run in a comparison. Say how many with --seeds."
@@ -181,7 +179,7 @@ def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any
         "variants": variants,
         "statements": claim.statements,
         "seeds_needed": claim.seeds,
-        "size": "small" if is_small else "full",
+        "size": "small" if common is claim.small else "full",
     }
 
 

@@ -145,8 +145,7 @@ class Table:
 def verdict_table(study: Study) -> Table | None:
     """Returns the verdict on each statement of the comparisons, None if nothing was claimed."""
     rows, methods = [], set()
-    for folder, comparison in study.comparisons.items():
-        finished = [run for run in study.runs if run.summary and run.folder.parents[1] == folder]
+    for comparison, finished in study.comparisons.values():
         question = f"{comparison['question']} ({comparison['size']} size)"
         for verdict in claims.verdicts(comparison, finished):
             effect, statement = verdict.effect, verdict.statement
@@ -267,7 +266,7 @@ def commands(study: Study) -> list[str]:
     """Returns the commands that make these runs again: a comparison's own, or one for each run."""
     others = [run for run in study.runs if run.folder.parent.parent not in study.comparisons]
     lines = [shlex.join([*runs.command(run), "--workdir", str(run.folder)]) for run in others]
-    return [*(comparison["command"] for comparison in study.comparisons.values()), *lines]
+    return [*(comparison["command"] for comparison, _ in study.comparisons.values()), *lines]
 
 
 def _mean(values: Sequence[float | None], digits: int, quantity: str = "") -> str:

@@ -184,12 +184,12 @@ class Study:
         variants: the runs that could be read, by the name of their config; where one name stands
             for several configs, also by a folder.
         problems: what could not be read, or is not complete, in words.
-        comparisons: the content of comparison.json in each folder of a comparison.
+        comparisons: by folder, what comparison.json holds, and the finished runs.
     """
 
     variants: dict[str, list[Run]]
     problems: list[str]
-    comparisons: dict[Path, dict[str, Any]]
+    comparisons: dict[Path, tuple[dict[str, Any], list[Run]]]
 
     @property
     def runs(self) -> list[Run]:
@@ -206,49 +206,46 @@ def read_study(folders: Sequence[Path]) -> Study:
         UserError: if there is no readable run at all.
     """
     problems: list[str] = []
-    comparisons: dict[Path, dict[str, Any]] = {}
-    found: dict[str, dict[int, Run]] = {}  # by what the seeds of a variant have in common
-    homes: dict[str, dict[str, Path]] = {}  # of each variant, by the name of its config
+    comparisons: dict[Path, tuple[dict[str, Any], list[Run]]] = {}
+    found: dict[tuple[str, str], dict[int, Run]] = {}  # by name, and what else the seeds share
     for folder in folders:
         members = [folder]
         if (folder / COMPARISON).exists():
-            comparisons[folder] = read_comparison(folder)
-            members = listed(folder, comparisons[folder])
-            missing = [run for run in members if not (run / "config.json").exists()]
+            comparisons[folder] = read_comparison(folder), []
+            wanted = listed(folder, comparisons[folder][0])
+            members = [run for run in wanted if (run / "config.json").exists()]
+            missing = [f"{run.parent.name}/{run.name}" for run in wanted if run not in members]
             if missing:
-                names = ", ".join(f"{run.parent.name}/{run.name}" for run in missing)
-                problems.append(f"the comparison {folder} has not begun {names}.")
-                members = [run for run in members if run not in missing]
+                problems.append(f"the comparison {folder} has not begun {', '.join(missing)}.")
         for member in members:
             try:
                 run = read_run(member)
             except UserError as error:
                 problems.append(f"{member} cannot be read: {error}")
                 continue
+            if folder in comparisons and run.summary:
+                comparisons[folder][1].append(run)
             config = {key: value for key, value in run.config.items() if key not in NO_VARIANT}
-            identity = json.dumps(config, sort_keys=True)
+            identity = (run.config["config.name"], json.dumps(config, sort_keys=True))
             other = found.setdefault(identity, {}).setdefault(run.seed, run)
-            homes.setdefault(run.config["config.name"], {}).setdefault(identity, folder)
             if other is not run:
                 problems.append(
                     f"{member} is of the same config and seed as {other.folder}, which is shown."
                 )
             elif not run.summary:
-                problems.append(
-                    f"{member} is not finished: what it had after {run.train.step[-1]} steps is "
-                    "shown."
-                )
+                after = f"after {run.train.step[-1]} steps"
+                problems.append(f"{member} is not finished: what it had {after} is shown.")
     if not found:
         raise UserError(
             f"there is no run to report. {' '.join(problems)} "
             "Train one with bnjax train --config bn."
         )
-    titles = {
-        identity: f"{name} ({folder})" if len(its) > 1 else name
-        for name, its in homes.items()
-        for identity, folder in its.items()
-    }
-    variants = {titles[identity]: [*siblings.values()] for identity, siblings in found.items()}
+    names = [name for name, _ in found]
+    variants = {}
+    for (name, _), siblings in found.items():
+        first = next(iter(siblings.values())).folder
+        home = first.parent.parent if first.parent.parent in comparisons else first
+        variants[f"{name} ({home})" if names.count(name) > 1 else name] = [*siblings.values()]
     return Study(variants, problems, comparisons)
 
 

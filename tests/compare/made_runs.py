@@ -53,6 +53,12 @@ def write_run(
     return folder
 
 
+def statement(**changes):
+    """Returns the fields of a claim: the accuracy of a is above that of b by 0.02."""
+    fields = {"quantity": "test_accuracy", "at": "last", "of": "a", "against": "b"}
+    return fields | {"direction": "greater", "margin": 0.02, "source": "me"} | changes
+
+
 def comparison(names, *statements, seeds=3, needed=3, **changes):
     """Returns what comparison.json holds."""
     variant = {"config": {"train": {"target_loss": 0.5}}, "dataset": "made up"}

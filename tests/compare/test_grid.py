@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic
-from made_runs import write_run
+from made_runs import statement, write_run
 
 from bnjax.commands.compare import as_text
 from bnjax.compare import claims, grid
@@ -37,15 +37,7 @@ FILES = {
     "bn": CONFIG + "    return config\n",
     "no_bn": CONFIG + "    config.model.norm = 'none'\n    return config\n",
 }
-STATEMENT = {
-    "quantity": "test_accuracy",
-    "at": "last",
-    "of": "bn",
-    "against": "no_bn",
-    "direction": "greater",
-    "margin": 0,
-    "source": "me",
-}
+STATEMENT = statement(of="bn", against="no_bn", margin=0)
 CLAIM = {
     "question": "Does it help?",
     "variants": {"bn": ("bn.py", {}), "no_bn": ("bn.py", {"model.norm": "none"})},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import comparison, write_run
+from made_runs import comparison, statement, write_run
 from scipy import stats
 
 from bnjax.compare import report, runs
@@ -170,13 +170,12 @@ def test_a_command_gives_the_same_config_again(study, tmp_path):
 
 
 def test_comparisons_have_their_order_commands_and_verdicts(tmp_path):
-    statement = {"quantity": "test_accuracy", "at": "last", "of": "b", "against": "a"}
     for folder, margin in (("first", 0.02), ("second", 0.005)):
         for name, steps in (("a", 4), ("b", 14)):  # 0.01 in accuracy
             for seed in range(2):
                 run = tmp_path / folder / name / str(seed)
                 write_run(run, seed, name=name, losses=(margin,) * steps, train__target_loss=margin)
-        stated = statement | {"direction": "greater", "margin": margin, "source": "me"}
+        stated = statement(of="b", against="a", margin=margin)
         content = comparison("ba", stated, seeds=2, needed=2, question=folder, command=folder)
         (tmp_path / folder / "comparison.json").write_text(json.dumps(content))
     study = read_study([tmp_path / "first", tmp_path / "second"])
