@@ -9,7 +9,7 @@ import pytest
 from foreign import NETWORKS
 from wrappers import MAPPED, run
 
-from bnjax.clinic import Network, linen
+from bnjax.clinic import Network
 from bnjax.clinic import precise as precise_network
 from bnjax.clinic.linen import nothing_seen, observe
 from bnjax.norms import BatchNorm
@@ -114,10 +114,9 @@ def padded(images, size=8):
     return filled
 
 
-@pytest.mark.parametrize("form", [as_batches, padded])
 @pytest.mark.parametrize("by", ["batch", "population"])
-@pytest.mark.parametrize("norm", [nn.BatchNorm, BatchNorm])
-def test_against_numpy(norm, by, form):
+@pytest.mark.parametrize(("norm", "form"), [(nn.BatchNorm, padded), (BatchNorm, as_batches)])
+def test_against_numpy(norm, form, by):
     model = Net(norm)
     params, stats = variables_of(model)
     wanted = truth(params, UNEVEN, by)
@@ -127,17 +126,11 @@ def test_against_numpy(norm, by, form):
         assert_are({name: {"mean": m, "var": v} for name, (m, v) in other.items()}, wanted)
 
 
-@pytest.mark.parametrize("by", ["batch", "population"])
-def test_an_average_that_stores_the_unbiased_variance_gets_it(by):
+def test_an_average_that_stores_the_unbiased_variance_gets_it():
     model = Net(BatchNorm, "unbiased")
     params, _ = variables_of(model)
     wanted = truth(params, UNEVEN, "batch", unbiased=True)
-    if by == "population":  # evaluation normalises by what is stored, here as everywhere
-        found = precise(model, params, [{"image": IMAGES}], by=by)
-        first = truth(params, [IMAGES], "batch", unbiased=True)["first"]
-        assert_are({"first": found["first"]}, {"first": first})
-    else:
-        assert_are(precise(model, params, as_batches(UNEVEN), by=by), wanted)
+    assert_are(precise(model, params, as_batches(UNEVEN)), wanted)
 
 
 def test_means_far_from_zero_and_batches_that_can_be_gone_through_once():
@@ -195,7 +188,7 @@ def moments_by_flax(model, params, stats, images):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "shared"])
+@pytest.mark.parametrize("name", ["preact", "scan", "vmap"])
 def test_foreign_networks_against_flax(name):
     model = NETWORKS[name]
     params, stats = init_variables(model, jax.random.key(0), FOREIGN[:1])
@@ -269,21 +262,11 @@ class Spectral(nn.Module):
         return nn.BatchNorm(use_running_average=not train)(x)
 
 
-@pytest.mark.parametrize("by", ["batch", "population"])
-def test_other_leaves_stay_as_they_were(by):
+def test_other_leaves_stay_as_they_were():
     model = Spectral()
     params, stats = init_variables(model, jax.random.key(0), IMAGES[:1])
-    for _ in range(3):  # u and sigma move away from their initial values
-        _, written = model.apply(
-            {"params": params, "batch_stats": stats}, IMAGES, train=True, mutable=["batch_stats"]
-        )
-        stats = written["batch_stats"]
-    found = precise_network(linen(model, params, stats), [{"image": IMAGES}], by=by)
-    assert not np.array_equal(
-        found.batch_stats["BatchNorm_0"]["mean"], stats["BatchNorm_0"]["mean"]
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        {name: leaf for name, leaf in found.batch_stats.items() if name != "BatchNorm_0"},
-        {name: leaf for name, leaf in stats.items() if name != "BatchNorm_0"},
-    )
+    stats = jax.tree.map(lambda leaf: leaf + 1, stats)
+    found = precise(model, params, [{"image": IMAGES}], stats)
+    own, old = found.pop("BatchNorm_0"), stats.pop("BatchNorm_0")
+    assert not np.array_equal(own["mean"], old["mean"])
+    jax.tree.map(np.testing.assert_array_equal, found, stats)

@@ -39,7 +39,7 @@ def chosen(start, every, until):
     return [t for t in range(1, until + 1) if t >= start and (t - start) % every == 0]
 
 
-@pytest.mark.parametrize(("start", "every"), [(1, 1), (3, 1), (2, 3), (STEPS + 5, 1)])
+@pytest.mark.parametrize(("start", "every"), [(1, 1), (2, 3), (STEPS + 5, 1)])
 def test_swa_is_the_mean_of_the_chosen_weights(start, every):
     found = averages(kind="swa", start=start, every=every)
     for t in range(1, STEPS + 1):
@@ -47,8 +47,7 @@ def test_swa_is_the_mean_of_the_chosen_weights(start, every):
         np.testing.assert_allclose(found[t - 1], np.mean(WEIGHTS[those]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.9999])
-@pytest.mark.parametrize(("start", "every"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("decay", "start", "every"), [(0.0, 1, 1), (0.9, 2, 3), (0.9999, 1, 1)])
 def test_an_ema_without_its_beginning_is_a_weighted_mean(decay, start, every):
     found = averages(decay=decay, start=start, every=every)
     for t in range(1, STEPS + 1):
@@ -129,17 +128,6 @@ def assert_close(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_averaging_changes_no_training():
-    _, plain = trained(jax.random.key(0), BATCHES, optax.sgd(0.1))
-    state, averaged = trained(jax.random.key(0), BATCHES, weight_average(optax.sgd(0.1)))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(averaged), strict=True):
-        np.testing.assert_array_equal(a, b)
-    mean = jax.tree.map(
-        lambda *leaves: np.average(leaves, axis=0, weights=0.999 ** np.arange(3)[::-1]), *averaged
-    )
-    assert_close(averaged_params(state.opt_state, state.params), mean)
-
-
 def test_a_skipped_step_leaves_the_average_alone():
     bad = BATCHES[0] | {"image": np.full_like(BATCHES[0]["image"], np.inf)}
     tx = weight_average(optax.sgd(0.1), kind="swa")
@@ -150,23 +138,6 @@ def test_a_skipped_step_leaves_the_average_alone():
     # Dropout there is none, so that the numbers of the steps make no difference.
     assert_close(average.average, averaged_params(wanted.opt_state, wanted.params))
     assert_close(average.average, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights))
-
-
-@pytest.mark.slow
-def test_under_vmap_over_seeds():
-    tx = weight_average(optax.sgd(0.1), decay=0.5, start=2)
-    keys = jax.random.split(jax.random.key(3), 2)
-    state, stats = jax.vmap(lambda key: init_state(MODEL, tx, key, BATCHES[0]["image"]))(keys)
-    step = jax.jit(
-        jax.vmap(functools.partial(train_step, model=MODEL, tx=tx), in_axes=(0, 0, None))
-    )
-    for batch in BATCHES:
-        state, stats, _ = step(state, stats, batch)
-    both = averaged_params(state.opt_state, state.params)
-    for i, key in enumerate(keys):
-        alone, _ = trained(key, BATCHES, tx)
-        wanted = averaged_params(alone.opt_state, alone.params)
-        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], both), wanted)
 
 
 def test_under_pmap_every_replica_has_the_average():
