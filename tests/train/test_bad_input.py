@@ -1,9 +1,6 @@
-"""Whatever is thrown at bnjax, the answer is a result or one paragraph."""
+"""Any words on a command line and any damage to files lead to a result or to one paragraph."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from strategies import VALUES
 
 from bnjax import errors, main
 from bnjax.errors import UserError
@@ -21,41 +19,19 @@ from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train_step import init_variables
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+OWN = {
+    "train": ["--config"],
+    "predict": ["--split", "--json", "--checkpoint", "--data-dir"],
+    "compare": ["--configs", "--claim", "--full", "--seeds"],
+    "report": ["--out"],
+}
 
 
-NUMBERS = st.one_of(
-    st.integers(-3, 40),
-    st.integers(),
-    st.floats(),
-    st.sampled_from([0.0, 1.0, 1e-320, 1e308, 10**30]),
-)
-VALUES = st.one_of(
-    NUMBERS.map(str),
-    st.lists(NUMBERS, max_size=4).map(lambda values: ",".join(map(str, values))),
-    st.sampled_from(
-        [
-            "True",
-            "none",
-            "",
-            "()",
-            "(1,)",
-            "[[1]]",
-            "{}",
-            "{1: 2}",
-            "'a'",
-            "1_000",
-            "0x10",
-            "batch",
-            "sgd",
-            "digits",
-            "max",
-            "before",
-        ]
-    ),
-    st.text(max_size=20),
-)
-SMALL = synthetic.dataset()
+def exit_code(*words):
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda: main.main([*map(str, words)]))
+    return ended.value.code or 0
 
 
 @pytest.fixture(scope="module")
@@ -65,44 +41,19 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["train", "predict", "compare", "report"])
+@pytest.mark.parametrize("command", OWN)
 @settings(max_examples=24)
 @given(data=st.data())
-def test_any_words_on_a_command_line(finished, tmp_path, module, data):
-    own = {
-        "train": ["--config"],
-        "predict": ["--split", "--json", "--checkpoint", "--data-dir"],
-        "compare": ["--configs", "--claim", "--full", "--seeds"],
-        "report": ["--out"],
-    }
-    flag = st.sampled_from(
-        [*own[module], "--workdir", "--help", "--config.seed", "--config.data.name=digits"]
-    )
-    words = st.one_of(
-        flag,
-        st.sampled_from(
-            [str(finished), str(ROOT / "configs" / "digits.py"), str(ROOT), "/dev/null", "test"]
-        ),
-        VALUES,
-    )
-    arguments = [
-        word.replace("\0", "").encode("utf-8", "ignore").decode()
-        for word in data.draw(st.lists(words, max_size=5))
-    ]
-    trains = module in ("train", "compare")
-    few = (
-        ["--config.train.steps=1", "--config.train.epochs=0", "--workdir", str(tmp_path / "new")]
-        if trains
-        else []
-    )
-    command = [sys.executable, "-m", "bnjax.main", module, *arguments, *few]
-    env = {**os.environ, "XLA_FLAGS": "", "BNJAX_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=env, timeout=120, check=False, cwd=tmp_path
-    )
-    assert done.returncode in (0, 1, 2), done
-    assert "Traceback" not in done.stderr, done
+def test_any_words_on_a_command_line(finished, tmp_path, monkeypatch, capsys, command, data):
+    monkeypatch.chdir(tmp_path)
+    own = st.sampled_from([*OWN[command], "--workdir", "--help", "--config.seed"])
+    files = st.sampled_from([str(finished), "digits", "/dev/null", "test", str(tmp_path)])
+    arguments = data.draw(st.lists(own | files | VALUES, max_size=5))
+    few = ["--config.data.name=digits", "--config.train.steps=1", "--workdir", str(tmp_path / "a")]
+    code = exit_code(command, *arguments, *few * (command in ("train", "compare")))
+    said = capsys.readouterr().err
+    assert code in (0, 1, 2), said
+    assert "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +67,18 @@ def interrupted(tmp_path_factory):
 
 
 def parameters(folder):
-    experiment = build.experiment(synthetic.config(steps=10), SMALL)
-    like = jax.eval_shape(
-        lambda: init_variables(experiment.model, jax.random.key(0), SMALL.train.image[:1])
-    )
+    data = synthetic.dataset()
+    model = build.experiment(synthetic.config(steps=10), data).model
+    images = data.train.image[:1]
+    like = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), images))
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         return jax.device_get(checkpoints.restore_variables(checkpoints.step("last"), like))
 
 
 DAMAGE = st.one_of(
-    st.just("gone"),
-    st.tuples(st.just("cut"), st.floats(0, 1)),
+    st.sampled_from(["gone", "folder"]),
+    st.tuples(st.sampled_from(["cut", "flipped"]), st.floats(0, 1)),
     st.tuples(st.just("garbage"), st.binary(max_size=50)),
-    st.tuples(st.just("flipped"), st.floats(0, 1)),
-    st.just("folder"),
 )
 
 
@@ -140,32 +89,32 @@ def damage(file, how):
         file.mkdir()
     elif how != "gone":
         kind, amount = how
-        if kind == "flipped" and content:
-            position = int(amount * (len(content) - 1))
-            content = content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
-        file.write_bytes(
-            amount
-            if kind == "garbage"
-            else content[: int(amount * len(content))]
-            if kind == "cut"
-            else content
-        )
+        if kind == "cut":
+            content = content[: int(amount * len(content))]
+        elif kind == "garbage":
+            content = amount
+        elif content:
+            at = int(amount * (len(content) - 1))
+            content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        file.write_bytes(content)
 
 
-@pytest.mark.slow
+def damaged_copy(of, parent, data, most):
+    """Returns a copy of a run's folder in which up to `most` files are damaged."""
+    folder = Path(tempfile.mkdtemp(dir=parent)) / "run"
+    shutil.copytree(of, folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    chosen = st.lists(st.sampled_from(sorted(files)), max_size=most, unique=True)
+    for file in data.draw(chosen):
+        damage(file, data.draw(DAMAGE))
+    return folder
+
+
 @settings(max_examples=100)
 @given(data=st.data())
 def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_path, data):
     died, wanted = interrupted
-    folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
-    shutil.copytree(died, folder)
-    files = sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    )
-    for name in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True)):
-        damage(folder / name, data.draw(DAMAGE))
+    folder = damaged_copy(died, tmp_path, data, 2)
     try:
         synthetic.train(synthetic.config(steps=10), folder)
     except UserError as error:
@@ -174,44 +123,24 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
         jax.tree.map(np.testing.assert_array_equal, parameters(folder), wanted)
 
 
-@pytest.mark.slow
 @settings(max_examples=100)
 @given(data=st.data())
 def test_any_damage_is_said_or_does_no_harm_when_predicting(finished, tmp_path, capsys, data):
-    """The command line itself: damaged runs, and images of damaged or random bytes."""
-    folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
-    shutil.copytree(finished, folder)
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    if data.draw(st.booleans()):
-        damage(folder / data.draw(st.sampled_from(files)), data.draw(DAMAGE))
-    images = []
-    for number, kind in enumerate(
-        data.draw(
-            st.lists(
-                st.sampled_from(["png", "jpeg", "npy", "gif", "bytes", "none"]),
-                min_size=1,
-                max_size=3,
-            )
-        )
-    ):
+    """Damaged runs, and images of damaged or random bytes."""
+    folder, images = damaged_copy(finished, tmp_path, data, 1), []
+    kinds = st.sampled_from(["png", "jpeg", "npy", "gif", "bytes", "none"])
+    for number, kind in enumerate(data.draw(st.lists(kinds, min_size=1, max_size=3))):
         file = folder.parent / f"{number}.{'png' if kind in ('bytes', 'none') else kind}"
+        images.append(file)
         if kind == "bytes":
             file.write_bytes(data.draw(st.binary(max_size=60)))
         elif kind == "npy":
-            np.save(
-                file,
-                np.zeros(
-                    data.draw(st.lists(st.integers(0, 9), max_size=4)),
-                    data.draw(st.sampled_from(["u1", "f4", "i8", "?"])),
-                ),
-            )
+            shape = data.draw(st.lists(st.integers(0, 9), max_size=4))
+            np.save(file, np.zeros(shape, data.draw(st.sampled_from(["u1", "f4", "i8", "?"]))))
         elif kind != "none":
             Image.fromarray(np.zeros((9, 9), np.uint8)).save(file)
         if kind not in ("bytes", "none") and data.draw(st.booleans()):
             damage(file, data.draw(DAMAGE))
-        images.append(str(file))
-    words = ["predict", "--workdir", str(folder), *images]
-    with pytest.raises(SystemExit) as ended:
-        errors.run(lambda: main.main(words))
-    assert ended.value.code in (0, 1, 2)
-    assert ended.value.code == 0 or "error: " in capsys.readouterr().err
+    code = exit_code("predict", "--workdir", folder, *images)
+    assert code in (0, 1, 2)
+    assert code == 0 or "error: " in capsys.readouterr().err

@@ -16,6 +16,7 @@ import small_digits
 import synthetic
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import VALUES
 
 from bnjax import main, norms
 from bnjax.data import datasets
@@ -103,12 +104,6 @@ def test_an_impossible_value_is_refused_by_key(words):
         made(*words.split())
 
 
-VALUES = st.one_of(
-    (st.integers() | st.floats() | st.sampled_from([0.0, 1.0, 1e308, 10**30])).map(str),
-    st.lists(st.integers(-3, 40), max_size=4).map(lambda values: ",".join(map(str, values))),
-    st.sampled_from(["True", "none", "", "()", "[[1]]", "{1: 2}", "'a'", "0x10", "sgd", "max"]),
-    st.text(max_size=20),
-)
 NAMES = st.sampled_from([key.name for key in KEYS]) | st.text(max_size=12)
 
 
