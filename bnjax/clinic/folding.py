@@ -18,12 +18,11 @@ from jax.extend import core
 from bnjax.clinic.jaxpr import Node, Path, layers
 from bnjax.clinic.linen import NORMS, Network, NormLayer
 from bnjax.norms import StandardizedConv
-from bnjax.norms.per_example import PerExampleNorm, standardize
+from bnjax.norms.per_example import standardize
 from bnjax.types import Array, Images, Logits, Mask
 
 # By their exact types: a subclass may do something else with its kernel.
 LAYERS = (nn.Conv, nn.Dense, StandardizedConv)
-PER_EXAMPLE = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm, PerExampleNorm)
 # Where the norm stands: after the layer, or before it.
 Place = Literal["after", "before"]
 
@@ -210,9 +209,9 @@ def plan(network: Network, images: Images) -> Folding:
     weights: dict[Path, Weights] = {}
     norms = []
     for path, (norm, *others) in calls.items():
-        if not isinstance(norm.module, (*NORMS, *PER_EXAMPLE)):
+        if not isinstance(norm.module, NORMS):
             continue
-        reasons = [_hindrance([norm, *others], about.get(path))]
+        reasons = [_hindrance([norm, *others], about[path])]
         places: tuple[Place, ...] = () if reasons[0] else ("after", "before")
         for place in places:
             try:
@@ -263,14 +262,12 @@ def difference(logits: Logits, others: Logits) -> float:
 def _is_of_interest(module: Any) -> bool:
     if isinstance(module, NORMS):  # one that was folded before has no leaves
         return module.has_variable("batch_stats", "mean")
-    return isinstance(module, (*LAYERS, *PER_EXAMPLE))
+    return isinstance(module, LAYERS)
 
 
-def _hindrance(nodes: list[Node], about: NormLayer | None) -> str:
+def _hindrance(nodes: list[Node], about: NormLayer) -> str:
     """Returns why a norm can be folded into no layer whatever."""
     norm = nodes[0].module
-    if about is None:
-        return "its mean and variance are those of each example, and no constants"
     if about.by_batch:
         return "it normalises by the batch in evaluation too"
     if any(node.has_computed for node in nodes):
@@ -307,10 +304,6 @@ def _neighbour(calls: dict[Path, list[Node]], norm: Path, place: Place) -> tuple
         layer = _same_in_all(map(_source, calls[norm]), "its input")
         name = ".".join(layer)
         way = _same_in_all(map(_way, calls[layer]), f"its input is the output of {name}, which")
-        if way.is_spread:
-            raise ValueError(
-                f"it has statistics of its own for each position of the output of {name}"
-            )
     else:
         way = _same_in_all(map(_way, calls[norm]), "its output")
         layer, name = way.end, ".".join(way.end)
@@ -426,36 +419,33 @@ def _with_norm(
     """Returns weights of a layer with a norm folded in; ValueError says why that is not exact."""
     name, module = ".".join(layer.path), layer.module
     kernel, bias = map(np.copy, weights)
-    scale, shift = (stored.get((*norm.path, leaf)) for leaf in ("scale", "bias"))
-    mean, var = (stored[*norm.path, leaf] for leaf in ("mean", "var"))
+    var = np.asarray(stored[*norm.path, "var"])
+    defaults = {"scale": np.ones(var.shape), "bias": np.zeros(var.shape), "mean": None}
+    scale, shift, mean = (
+        np.asarray(stored.get((*norm.path, leaf), default), np.float64)
+        for leaf, default in defaults.items()
+    )
     # Under nn.scan and nn.vmap the first axes are of several norms and as many layers.
     stack, many = var.shape[:-1], kernel.shape[: kernel.ndim - _rank(module)]
     if stack != many:
         raise ValueError(f"there are {[*stack]} norms and {[*many]} times {name}")
-    if way.has_maxima and scale is not None and (negative := int((scale < 0).sum())):
-        raise ValueError(
-            f"between {name} and it a maximum is taken, and {negative} of its {scale.size} gains "
-            "are negative"
-        )
-    shifts = any(leaf is not None and leaf.any() for leaf in (shift, mean))
-    if place == "before" and shifts and (zeros := _zeros(module)):
-        raise ValueError(f"{name}, which follows, {zeros}: before the norm these are not zeros")
+    if way.has_maxima and (scale < 0).any():
+        raise ValueError(f"between {name} and it a maximum is taken, and some gains are negative")
+    if place == "before" and (shift.any() or mean.any()) and _adds_zeros(module):
+        raise ValueError(f"{name} adds zeros to its input, which before the norm are not zeros")
     factor = way.factor if place == "before" else 1 / way.factor
     for index in np.ndindex(stack):
         kernel[index], bias[index] = fold_pair(
             kernel[index],
             bias[index],
-            None if scale is None else scale[index],
-            None if shift is None else factor * np.asarray(shift[index], np.float64),
-            factor * np.asarray(mean[index], np.float64),
+            scale[index],
+            factor * shift[index],
+            factor * mean[index],
             var[index],
             float(norm.module.epsilon),
             norm=place,
             groups=getattr(module, "feature_group_count", 1),
         )
-    dtype = stored[*layer.path, "kernel"].dtype
-    if not all(np.abs(leaf).max() <= jnp.finfo(dtype).max for leaf in (kernel, bias)):
-        raise ValueError(f"the folded numbers of {name} are too large for {dtype}")
     return kernel, bias
 
 
@@ -477,17 +467,12 @@ def _rank(layer: Any) -> int:
     return 2 if isinstance(layer, nn.Dense) else 2 + np.size(layer.kernel_size)
 
 
-def _zeros(layer: Any) -> str:
-    """Returns what zeros a layer adds to its input, and nothing if it adds none."""
+def _adds_zeros(layer: Any) -> bool:
+    """Returns whether a layer puts zeros around its input or between the values."""
     if isinstance(layer, nn.Dense):
-        return ""
-    if np.any(np.not_equal(layer.input_dilation or 1, 1)):
-        return "puts zeros between the values"
+        return False
     padding = canonicalize_padding(layer.padding, _rank(layer) - 2)
-    if padding in ("VALID", "CIRCULAR", "REFLECT"):
-        return ""
-    if isinstance(padding, str):
-        pads = bool(np.not_equal(layer.kernel_size, 1).any())
-    else:
-        pads = any(map(any, padding))
-    return f"pads with zeros ({layer.padding})" if pads else ""
+    if padding in ("SAME", "CAUSAL"):
+        padding = [tuple(np.not_equal(layer.kernel_size, 1).reshape(-1))]
+    is_dilated = bool(np.not_equal(layer.input_dilation or 1, 1).any())
+    return is_dilated or (not isinstance(padding, str) and any(map(any, padding)))
