@@ -1,4 +1,4 @@
-"""Claims written down before the runs, and what the runs say of them. Nothing here needs JAX."""
+"""Claims that are written down before the runs, and the verdicts on them, without JAX."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ DIRECTIONS = ("greater", "less", "equal")
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """One thing that is claimed: how a quantity of one variant compares with another's.
+    """One claim: how a quantity of one variant compares with that of another.
 
     Values are compared by their difference, `of - against`; times by their ratio,
     `of / against`, on the log scale.
@@ -32,7 +32,7 @@ class Statement:
             margin either way.
         margin: 0 or above; of a ratio 1 or above.
         source: who says so, where, with which figures.
-        expected: what the comparison is about, if not about no difference (0, or a ratio of 1).
+        expected: the claimed difference or ratio, if it is not 0 or 1.
 
     Raises:
         ValueError: if one of these is not possible.
@@ -67,17 +67,17 @@ class Statement:
 
     @property
     def is_time(self) -> bool:
-        """Whether it is about a time, so that ratios are compared."""
+        """Whether times are compared, by their ratio."""
         return self.quantity in TIMES
 
     @property
     def neutral(self) -> int:
-        """What the comparison gives for two variants that are alike."""
+        """The difference or ratio of two equal variants."""
         return 1 if self.is_time else 0
 
     @property
     def about(self) -> float:
-        """What the comparison is about."""
+        """The difference or ratio from which the margin is measured."""
         return self.neutral if self.expected is None else self.expected
 
     def __str__(self) -> str:
@@ -108,12 +108,12 @@ def _is_number(x: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the runs say of a statement.
+    """The outcome of a statement.
 
     Attributes:
         statement: what was claimed.
         outcome: "reproduced", "not reproduced" or "inconclusive".
-        reason: why, in words.
+        reason: in words.
         effect: the difference or ratio with its 95 % interval; None if there is no pair of runs.
         of, against: the variants on their own: mean, or Kaplan-Meier median of times; or None.
         logrank: p value of the log-rank test, where some runs did not get there; None elsewhere.
@@ -142,7 +142,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the `get_claim` of a claim file returns, as a dict.
+    """The content of a claim file: `get_claim` returns these fields as a dict.
 
     Attributes:
         question: in words.
@@ -162,7 +162,7 @@ class Claim:
 
 
 def load(path: str) -> Claim:
-    """Returns the claim of a file, its config files as seen from here.
+    """Returns the claim of a file, with the paths of its configs from the working directory.
 
     Raises:
         UserError: if the file cannot be run or something in it is missing or impossible.

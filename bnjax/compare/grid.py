@@ -53,14 +53,13 @@ def distribute(
     stop: StopRequest,
     train: Callable[[Trainer, Sequence[int]], None],
 ) -> None:
-    """Trains with each seed.
+    """Trains all seeds, in one of three ways.
 
     Under "vmap" and on other devices a run is that of `train_and_evaluate` but for rounding: the
     compiler orders sums differently.
 
     Args:
-        new_trainer: makes what trains; called once, or once for each device that is used.
-        seeds: at least one.
+        new_trainer: is called once, or once for each device that is used.
         way: "one": one after the other; "vmap": in one program; "devices": each device trains one
             seed at a time.
         stop: ends all of them.
@@ -97,16 +96,16 @@ def distribute(
     with ThreadPoolExecutor(len(devices)) as pool:
         futures = [pool.submit(on_a_device, seed) for seed in seeds]
     errors = [error for future in futures if (error := future.exception())]
-    # What went wrong comes before the others that were stopped for it.
+    # The first cause comes before the runs that were stopped for it.
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
         raise error
 
 
 class Progress:
-    """How many runs have begun and how long the rest will take; several threads may use it.
+    """Counts runs and says how long the rest will take; several threads may use it.
 
     Attributes:
-        failures: of the runs that broke down.
+        failures: in words.
     """
 
     def __init__(self, runs: int):
@@ -184,7 +183,7 @@ def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any
 
 
 def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
-    """Returns the data set of each variant, the same one for the same data, and notes its label.
+    """Loads the data set of each variant, equal ones once, and notes its label in the variant.
 
     Raises:
         UserError: if data cannot be had or a variant cannot be trained on them.
@@ -206,7 +205,7 @@ def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
 
 
 def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
-    """Makes the folder this comparison's, or checks that it is; seeds may be added.
+    """Writes comparison.json, or checks that it is of this comparison; seeds may be added.
 
     Raises:
         UserError: if it holds something else, or another comparison (the difference is shown).
@@ -244,7 +243,7 @@ def run(
     way: str,
     trainer: Callable[[ConfigDict, Dataset], Trainer] = Trainer,
 ) -> list[str]:
-    """Takes the runs that are missing, variant by variant; returns the failures.
+    """Trains the missing runs, variant by variant; returns the failures.
 
     Equal seeds have equal data order and, where the shapes agree, equal initial values. Of a
     finished run the best and the last checkpoint are kept.
@@ -254,7 +253,7 @@ def run(
         datasets: of each variant.
         folder: created if need be.
         way: as for `distribute`.
-        trainer: makes what trains the seeds of one config.
+        trainer: makes the trainer of a config.
 
     Raises:
         UserError: if the folder belongs to another comparison or process, or the disk fails.
@@ -276,7 +275,7 @@ def run(
                 train = functools.partial(progress.train, name, folders, stop)
                 distribute(new_trainer, missing, way, stop, train)
             for run in folders.values():
-                # One that broke down may be tried again from any of its checkpoints.
+                # A failed run keeps them all: it may be continued from any.
                 if (run / "summary.json").exists():
                     with rundir.locked(run):
                         checkpoint.keep_best_and_last(run / "checkpoints")

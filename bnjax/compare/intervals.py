@@ -1,4 +1,4 @@
-"""What a few runs say of many: means, differences and times, each with a 95 % interval."""
+"""Means, differences, ratios and medians over a few runs, each with a 95 % interval."""
 
 import dataclasses
 import math
@@ -15,13 +15,13 @@ LEVEL = 0.95
 class Estimate:
     """A value with its 95 % interval.
 
-    Its ends are infinite (of a time or a ratio also 0) where the runs set none.
+    An end that the runs do not bound is infinite, or 0 for a time or a ratio.
 
     Attributes:
         value: the estimate itself; infinite for a time that was never reached.
         low, high: the ends of the interval.
-        n: how many runs, or pairs of runs, it is of.
-        method: how it was found, in words for a table's footnote.
+        n: the number of runs or pairs of runs.
+        method: in words, for a footnote.
         bound: "at least" or "at most" where the value is a bound only, "unknown" where it says
             nothing, else empty.
     """
@@ -34,7 +34,7 @@ class Estimate:
     bound: str = ""
 
     def __str__(self) -> str:
-        """Returns the value with its interval, ends that the runs do not set as dots.
+        """Returns the value with its interval; an unbounded end is shown as dots.
 
         >>> print(mean([1.0, 2.0, 3.0]))
         2 [-0.4841 to 4.484]
@@ -54,9 +54,9 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Right-censored times above 0: a run that did not get there in `values[i]` has not `reached`.
+    """One or more right-censored times, above 0.
 
-    At least one.
+    `reached[i]` is False for a run that ended after `values[i]` without getting there.
     """
 
     values: tuple[int | float, ...]
@@ -142,7 +142,7 @@ def median(times: Times) -> Estimate:
     """
     curve = stats.ecdf(times._censored()).sf
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # SciPy's, where all runs or none have got there; filled in below.
+        # SciPy divides by 0 where all runs or none got there; its NaN are replaced below.
         warnings.simplefilter("ignore", RuntimeWarning)
         ends = curve.confidence_interval(LEVEL, method="log-log")
     low, high = ends.low.probabilities, ends.high.probabilities
@@ -156,13 +156,13 @@ def median(times: Times) -> Estimate:
         return Estimate(value, 0.0, math.inf, n, "one run, no interval")
     first = first_half(np.where(np.isnan(low), curve.probabilities, low))
     last = first_half(np.where(np.isnan(high), 1.0, high))
-    # Later than that the lower end may be, but nobody saw it.
+    # The lower end may be later, but no run went on for longer.
     known = float(max(times.values)) if any(times.reached) else 0.0
     return Estimate(value, min(first, known), last, n, "Kaplan-Meier median, log-log interval")
 
 
 def logrank(of: Times, against: Times) -> float:
-    """Returns the p value of the log-rank test that both need equally long; pairs are not used.
+    """Returns the p value of the log-rank test of equal times, which ignores the pairs.
 
     1 where nothing is known: no run got there, or none of one arm was still on its way when the
     first of the other did.

@@ -165,7 +165,7 @@ def verdict_table(study: Study) -> Table | None:
 
 
 def results(study: Study) -> Table:
-    """Returns what each variant came to."""
+    """Returns accuracies, losses and steps of each variant."""
     columns: dict[str, tuple[str, str, int]] = {
         "final test accuracy": ("test_accuracy", "last", 4),
         "final test loss": ("test_loss", "last", 3),
@@ -221,7 +221,7 @@ def speed(study: Study) -> Table:
 
 
 def origins(study: Study) -> Table:
-    """Returns data, versions and revisions: what has to be the same for the same result."""
+    """Returns data, versions and revisions, on which a result depends."""
     rows = []
     for variant, siblings in study.variants.items():
         summaries = [run.summary for run in siblings if run.summary]
@@ -235,7 +235,7 @@ def origins(study: Study) -> Table:
 
 
 def pixels(run: Run) -> str:
-    """Returns which images a run saw."""
+    """Returns the data set of a run, in words."""
     official, words = run.summary.get("official_pixels"), ""
     if official is not None:
         words = f",{'' if official else ' not'} the official pixels"
@@ -299,7 +299,7 @@ class Figure:
         name: of its file.
         title, caption: words around it.
         panels: the charts, 300 pixels wide.
-        details: whether a reader may do without it at first.
+        details: whether the page hides it at first.
     """
 
     name: str
@@ -328,7 +328,7 @@ def curves(study: Study) -> Figure:
 
 
 def steps_to_loss(study: Study) -> Figure:
-    """Returns when each run first reached its target loss; those that did not are marked."""
+    """Returns the step at which each run first reached its target loss, if it did."""
     states = ["reached", "not reached so far"]
     rows = []
     for variant, siblings in study.variants.items():
@@ -357,7 +357,7 @@ def steps_to_loss(study: Study) -> Figure:
 
 
 def gap(study: Study) -> Figure:
-    """Returns by how much the test loss is above the training loss."""
+    """Returns the difference of test and training loss."""
 
     def apart(run: Run) -> Points:
         train, test = run.train, run.test
@@ -434,7 +434,7 @@ def averages_figures(study: Study) -> Iterator[Figure]:
 
 
 def inside_figures(study: Study) -> Iterator[Figure]:
-    """Yields what went on inside the network of the first seed of each variant."""
+    """Yields running statistics, activations and gradients of the first seed of each variant."""
     for variant, siblings in study.variants.items():
         run = next((run for run in siblings if run.histograms), None)
         if run is None:
@@ -568,8 +568,8 @@ def lines(
 ) -> list[Panel]:
     """Returns a chart with a line for each variant, none without rows.
 
-    A row has `variant`, `step` or what else is `x`, and `value`, perhaps `low` and `high`, the ends
-    of a light band, and `lower` and `upper`, of a dark one.
+    A row has `variant`, `value`, and `step` or another key named by `x`; optionally `low` and
+    `high`, the ends of a light band, and `lower` and `upper`, those of a dark one.
     """
     if not rows:
         return []

@@ -14,9 +14,9 @@ from bnjax.errors import UserError
 from bnjax.train import parsing, rundir
 from bnjax.train.config import default_config
 
-# Read at one point of a run: its first, last or best evaluation (of training: step), or a step.
+# Values at one point of a run: its first, last or best evaluation (or training step), or a step.
 VALUES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-# Read off a run as the time until something was reached first, which may not have happened.
+# Times until something was first reached, which may not have happened.
 TIMES = ("steps_to_loss", "steps_to_accuracy", "seconds_to_accuracy")
 POINTS = ("first", "last", "best")
 COMPARISON = "comparison.json"  # of a folder of many runs
@@ -39,10 +39,10 @@ class Run:
 
     Attributes:
         folder: where it lies; in a comparison `<comparison>/<variant>/<seed>`.
-        variant: what it and its siblings of other seeds are called in a comparison.
+        variant: its name in a comparison, the same for all seeds.
         seed: of the config.
         config: the values by key, "config.seed" for instance.
-        data: what is known of the data set that it was trained on.
+        data: facts about its data set.
         metrics: the lines of metrics.jsonl.
         seconds: of training, after each step.
         summary: the content of summary.json; empty if the run is not finished.
@@ -69,7 +69,7 @@ class Run:
 
     @functools.cached_property
     def gaps(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl about training images under stored and own statistics."""
+        """The lines of metrics.jsonl that compare stored and batch statistics."""
         return [line for line in self.metrics if line["split"] == "gap"]
 
     @functools.cached_property
@@ -151,7 +151,7 @@ def finished_runs(folder: Path, comparison: dict[str, Any]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """Returns what lies in a run's folder.
+    """Reads the folder of a run.
 
     Raises:
         UserError: if there is no run, it has no step yet, or its files are damaged or do not agree.
@@ -178,7 +178,7 @@ def read_run(folder: Path) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Everything that one report is about.
+    """The runs and comparisons of one report.
 
     Attributes:
         variants: the runs that could be read, by the name of their config; where one name stands
@@ -198,7 +198,7 @@ class Study:
 
 
 def read_study(folders: Sequence[Path]) -> Study:
-    """Returns what lies in the folders of runs and comparisons.
+    """Reads folders of runs and comparisons.
 
     A run of the same config and seed as another would count twice as evidence, and is left out.
 

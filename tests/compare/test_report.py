@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -191,6 +192,11 @@ def test_comparisons_have_their_order_commands_and_verdicts(tmp_path):
         "first (small size)": ("not reproduced", "0.01 [0.01 to 0.01], 2 pairs"),
         "second (small size)": ("reproduced", "0.01 [0.01 to 0.01], 2 pairs"),
     }
+    # Runs that another folder has as well are shown once, and count for both comparisons.
+    shutil.copytree(tmp_path / "second", tmp_path / "third")
+    twice = read_study([tmp_path / "second", tmp_path / "third"])
+    assert len(twice.runs) == len(twice.problems) == 4
+    assert [row[2] for row in report.verdict_table(twice).rows] == ["reproduced"] * 2
     plain = comparison("ba", seeds=3)
     (tmp_path / "first" / "comparison.json").write_text(json.dumps(plain))
     again = read_study([tmp_path / "first", tmp_path / "first" / "b" / "1"])
