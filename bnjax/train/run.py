@@ -31,7 +31,6 @@ from bnjax.train.rundir import (
     RunWriter,
     first_at_or_below,
     read_lines,
-    read_metrics,
     summarise,
     versions,
     write_json,
@@ -273,7 +272,7 @@ class Seed:
                 self.seconds, bad_steps = _so_far(folder, start)
             ended = start == experiment.steps or (
                 target is not None
-                and first_at_or_below(read_metrics(folder / "metrics.jsonl"), target) is not None
+                and first_at_or_below(read_lines(folder / "metrics.jsonl"), target) is not None
             )
         self.start, self.bad_steps, *flags = from_first(
             newest or 0, bad_steps, newest is None, ended

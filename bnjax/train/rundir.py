@@ -69,11 +69,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl."""
-    return read_lines(path)
-
-
 def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
     """Returns the first step whose training loss was that low, None if none was."""
     train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
@@ -344,7 +339,7 @@ def summarise(
     """Returns the summary of a run, from its metrics.jsonl."""
     import jax
 
-    lines = read_metrics(workdir / "metrics.jsonl")
+    lines = read_lines(workdir / "metrics.jsonl")
     train = [line for line in lines if line["split"] == "train"]
     tests = [line for line in lines if line["split"] == "test"]
     steps = train[-1]["step"]

@@ -10,7 +10,7 @@ from bnjax.data.batches import evenly_spaced
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import read_metrics
+from bnjax.train.rundir import read_lines
 from bnjax.train.trained import Trained
 from bnjax.train_step import eval_step
 
@@ -41,7 +41,7 @@ def test_statistics_are_those_of_the_batch_and_the_run_stays(bnjax, workdir, tmp
     code, out, err = bnjax("precise", *words)
     assert code == 0, err
     assert contents(workdir) == before
-    result, tested = json.loads(out), read_metrics(workdir / "metrics.jsonl")[-1]
+    result, tested = json.loads(out), read_lines(workdir / "metrics.jsonl")[-1]
     assert (result["step"], result["images"], result["by"]) == (STEPS, IMAGES, "batch")
     for key in ("loss", "accuracy"):
         assert result["stored"][key] == pytest.approx(tested[key], rel=1e-5)

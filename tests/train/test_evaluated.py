@@ -15,7 +15,7 @@ from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.run import StopRequest
-from bnjax.train.rundir import read_metrics
+from bnjax.train.rundir import read_lines
 from bnjax.train.steps import Steps, default_feed, precise_batches
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy
@@ -43,7 +43,7 @@ def trained(workdir, config):
 
 
 def lines(workdir, split):
-    return [one for one in read_metrics(workdir / "metrics.jsonl") if one["split"] == split]
+    return [one for one in read_lines(workdir / "metrics.jsonl") if one["split"] == split]
 
 
 def loss_of(model, params, batch_stats, split, **options):

@@ -13,7 +13,7 @@ from bnjax.clinic.statistics import Drift, drift, gap, put
 from bnjax.norms import BatchNorm
 from bnjax.train.loop import Trainer
 from bnjax.train.run import StopRequest
-from bnjax.train.rundir import RunWriter, read_metrics
+from bnjax.train.rundir import RunWriter, read_lines
 from bnjax.train_step import eval_step, init_variables
 
 
@@ -24,7 +24,7 @@ def config():
 
 
 def gaps(folder):
-    return [line for line in read_metrics(folder / "metrics.jsonl") if line["split"] == "gap"]
+    return [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == "gap"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_what_is_not_finite_is_null(tmp_path):
     }
     with RunWriter(tmp_path, start=0) as writer:
         writer.gap(1, means, 4, of_norms)
-    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert (line["loss"], line["batch_loss"]) == (None, None)
     assert line["drift_mean"] == line["drift_variance"] == {"BatchNorm_0": None}
 

@@ -9,7 +9,7 @@ from bnjax.commands.predict import of_split
 from bnjax.data.datasets import Dataset, Split
 from bnjax.train import build, parsing
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import read_metrics
+from bnjax.train.rundir import read_lines
 from bnjax.train.trained import Trained
 
 SMALL = (
@@ -52,7 +52,7 @@ def test_a_small_copy_of_the_recipe_learns(tmp_path, name, monkeypatch):
     more = ("train.epochs=0",) if name == "airbench94" else ()
     summary = train_and_evaluate(config(name, *more), tmp_path, dataset())
     assert summary["final_test"]["accuracy"] > 0.9
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_lines(tmp_path / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     # Smoothed labels: no loss is below the entropy of the target.
     smoothing = 0.2 if name == "airbench94" else 0.09
