@@ -1,167 +1,165 @@
-"""What a run leaves in histograms.jsonl and tensorboard/, read back.
+"""Samples against a network and its gradients written out by hand; the first bad layer."""
 
-And that looking changes no training.
-"""
+import functools
+import json
 
-import io
-
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-import synthetic
-from events import read_events, read_values
-from PIL import Image
-from tensorboardX.proto.graph_pb2 import GraphDef
-from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from bnjax.train import build, parsing
-from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.graph import graph_def
-from bnjax.train.rundir import read_lines
-from bnjax.train.tensorboard import CAPTION, TILE, Board, contact_sheet
-from bnjax.train_step import init_variables
+from bnjax.train.diagnostics import (
+    BINS,
+    MAX_VALUES,
+    QUANTILES,
+    first_nonfinite,
+    sample,
+    summarise,
+)
+from bnjax.train_step import init_state
 
 
-def watched():
-    config = synthetic.config()
-    config.eval.histograms, config.eval.pictures = 256, 12
-    return config
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(5, name="zebra")(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = nn.Dropout(0.5, deterministic=True)(nn.relu(x))
+        return nn.Dense(3, name="apple")(x)
+
+
+IMAGES = np.random.default_rng(0).uniform(size=(7, 2, 2, 1)).astype(np.float32)
+BATCH = {"image": IMAGES, "label": np.arange(7, dtype=np.int32) % 3}
+
+
+def by_hand(params, x):
+    """Returns the outputs of all layers of the network above."""
+    zebra = x.reshape(len(x), -1) @ params["zebra"]["kernel"] + params["zebra"]["bias"][None]
+    centred = zebra - zebra.mean(0, keepdims=True)
+    norm = centred / jnp.sqrt((centred**2).mean(0, keepdims=True) + 1e-5)
+    norm = norm * params["norm"]["scale"][None] + params["norm"]["bias"][None]
+    apple = jnp.maximum(norm, 0) @ params["apple"]["kernel"] + params["apple"]["bias"][None]
+    return {"zebra": zebra, "norm": norm, "apple": apple}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    synthetic.train(watched(), folder)
-    return folder
+def start():
+    init = jax.jit(functools.partial(init_state, Net(), optax.sgd(0.1)))
+    return init(jax.random.key(0), IMAGES)
 
 
 @pytest.fixture(scope="module")
-def values(finished):
-    return read_values(finished / "tensorboard")
+def samples(start):
+    return jax.device_get(jax.jit(functools.partial(sample, model=Net()))(*start, BATCH))
 
 
-def test_each_evaluation_leaves_its_histograms_once(finished):
-    lines = read_lines(finished / "histograms.jsonl")
-    assert [line["step"] for line in lines] == [5, 10, 12]
-    assert list(lines[0]["activation"]) == [
-        "conv0_norm",
-        "conv0",
-        "dense0_norm",
-        "dense0",
-        "logits_norm",
-        "logits",
-    ]
-    assert list(lines[0]["statistic"]) == [
-        f"{layer}_norm.{leaf}"
-        for layer in ("conv0", "dense0", "logits")
-        for leaf in ("mean", "var")
-    ]
+def test_samples_are_outputs_gradients_and_statistics_in_the_order_of_the_layers(start, samples):
+    state, batch_stats = start
+    wanted = jax.jit(by_hand)(state.params, IMAGES)
+    assert list(samples["activation"]) == ["zebra", "norm", "apple"]
+    for name, values in samples["activation"].items():
+        np.testing.assert_allclose(values, wanted[name].reshape(-1), rtol=1e-4, atol=1e-5)
+
+    def loss(params):
+        logits = by_hand(params, IMAGES)["apple"]
+        return (jax.nn.logsumexp(logits, -1) - logits[jnp.arange(7), BATCH["label"]]).mean()
+
+    grads = jax.jit(jax.grad(loss))(state.params)
+    layers = [name.partition(".")[0] for name in samples["gradient"]]
+    assert layers == ["zebra", "zebra", "norm", "norm", "apple", "apple"]
+    # zebra's bias has none, but for the rounding of what cancels.
+    bound = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
+    for name, values in samples["gradient"].items():
+        layer, _, leaf = name.partition(".")
+        np.testing.assert_allclose(values, grads[layer][leaf].reshape(-1), rtol=1e-3, atol=bound)
+    assert list(samples["statistic"]) == ["norm.mean", "norm.var"]
+    np.testing.assert_array_equal(samples["statistic"]["norm.var"], batch_stats["norm"]["var"])
 
 
-def test_the_running_statistics_are_those_of_the_checkpoint(finished):
-    with Checkpoints(finished / "checkpoints", read_only=True) as checkpoints:
-        model = build.experiment(watched(), synthetic.dataset()).model
-        like = jax.eval_shape(
-            lambda: init_variables(model, jax.random.key(0), synthetic.dataset().train.image[:1])
-        )
-        _, batch_stats = checkpoints.restore_variables(12, like)
-    numbers = read_lines(finished / "histograms.jsonl")[-1]["statistic"]["dense0_norm.var"]
-    variance = np.asarray(batch_stats["dense0_norm"]["var"])
-    assert sum(numbers["counts"]) == variance.size
-    np.testing.assert_allclose(
-        [numbers["quantiles"][i] for i in (0, 4, 8)], np.quantile(variance, [0, 0.5, 1]), rtol=1e-5
-    )
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        bias = self.param("bias", lambda key: jnp.arange(30.0))
+        return jnp.zeros((x.shape[0], 30)) + bias[None]
 
 
-def test_looking_changes_no_training(finished, tmp_path):
-    config = synthetic.config()
-    synthetic.train(config, tmp_path / "unseen")
-    assert (tmp_path / "unseen" / "metrics.jsonl").read_bytes() == (
-        finished / "metrics.jsonl"
-    ).read_bytes()
-    assert (tmp_path / "unseen" / "histograms.jsonl").read_bytes() == b""
-    assert "test/predictions" not in read_values(tmp_path / "unseen" / "tensorboard")
+def test_of_a_large_array_all_channels_are_sampled():
+    # 245,760 outputs: every fourth would be of even channels only.
+    images = np.zeros((8192, 1, 1, 3), np.float32)
+    start = init_state(Wide(), optax.sgd(0.1), jax.random.key(0), images[:1])
+    batch = {"image": images, "label": np.zeros(8192, np.int32)}
+    values = sample(*start, batch, model=Wide())["activation"]["output"]
+    assert MAX_VALUES / 2 < values.size <= MAX_VALUES
+    counts = np.bincount(np.asarray(values, int), minlength=30)
+    assert counts.min() > 0.99 * counts.max()
 
 
-def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path):
-    with pytest.raises(StopIteration):
-        synthetic.train(watched(), tmp_path / "run", first=7)
-    with (tmp_path / "run" / "histograms.jsonl").open("a") as file:
-        file.write('{"step": 7, "activation": {}}\n{"step": 8, "sta')  # past the checkpoint; torn
-    synthetic.train(watched(), tmp_path / "run")
-    assert (tmp_path / "run" / "histograms.jsonl").read_bytes() == (
-        finished / "histograms.jsonl"
-    ).read_bytes()
-    events = read_events(tmp_path / "run" / "tensorboard")
-    assert sum(bool(event.graph_def) for event in events) == 1
+def test_summaries_are_what_numpy_says():
+    values = np.random.default_rng(0).standard_t(2, 5000)
+    numbers = summarise({"activation": {"a": values}})["activation"]["a"]
+    np.testing.assert_allclose(numbers["quantiles"], np.quantile(values, QUANTILES), rtol=1e-5)
+    low, high = numbers["low"], numbers["high"]
+    assert [low, high] == [numbers["quantiles"][1], numbers["quantiles"][-2]]
+    counts, _ = np.histogram(values[(values >= low) & (values <= high)], BINS, (low, high))
+    counts[0] += (values < low).sum()
+    counts[-1] += (values > high).sum()
+    assert numbers["counts"] == counts.tolist()
 
 
-def test_tensorboard_gets_the_same_histograms(finished, values):
-    numbers = read_lines(finished / "histograms.jsonl")[1]["gradient"]["dense0.kernel"]
-    step, value = values["gradient/dense0.kernel"][1]
-    assert step == 10
-    # An empty bin stands before the first.
-    assert value.histo.bucket[1:] == numbers["counts"]
-    limits = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
-    np.testing.assert_allclose(value.histo.bucket_limit, limits)
+@pytest.mark.parametrize(
+    "values", [[3.0], [1e30, 1e30], [-2.0, np.nan, np.inf], [1.0, 1.0 + 1e-9], [1e-45, 0.0]]
+)
+def test_summaries_of_strange_values_are_finite_and_fit_for_json(values):
+    groups = {"a": np.array(values), "b": np.array([np.nan]), "c": np.zeros(0)}
+    summary = summarise({"gradient": groups})["gradient"]
+    assert [*summary] == ["a"]
+    assert summary["a"]["low"] < summary["a"]["high"]
+    assert sum(summary["a"]["counts"]) == np.isfinite(values).sum()
+    json.dumps(summary, allow_nan=False)
 
 
-def test_tensorboard_gets_the_graph_of_the_model(finished):
-    (event,) = (event for event in read_events(finished / "tensorboard") if event.graph_def)
-    model = build.experiment(watched(), synthetic.dataset()).model
-    graph = GraphDef.FromString(event.graph_def)
-    assert graph == graph_def(model, (10, 8, 8, 1))
+def put(tree, path, value):
+    """Returns a copy of a tree in which a leaf is filled with a value."""
+    layer, leaf = path.split(".")
+    return tree | {layer: tree[layer] | {leaf: np.full_like(tree[layer][leaf], value)}}
 
 
-def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
-    content = {
-        tag.rpartition("/")[2]: HParamsPluginData.FromString(value.metadata.plugin_data.content)
-        for tag, found in values.items()
-        for _, value in found
-        if tag.startswith("_hparams_")
-    }
-    assert set(content) == {"experiment", "session_start_info", "session_end_info"}
-    hparams = content["session_start_info"].session_start_info.hparams
-    assert hparams["model.momentum"].number_value == 0.75
-    assert hparams["model.norm"].string_value == "batch"
-    assert hparams["train.shuffle"].bool_value is True
-    assert set(hparams) == set(parsing.flat(watched().to_dict()))
-    compared = {metric.name.tag for metric in content["experiment"].experiment.metric_infos}
-    assert compared <= set(values)
-    first = content["experiment"].experiment.hparam_infos[0].name
-    assert first == "data.name"  # the first that is not as in the defaults
+def infinite(logits, label):
+    return logits.sum(-1) * np.float32(np.inf)
 
 
-def test_a_run_that_was_stopped_is_not_marked_as_finished(tmp_path):
-    with pytest.raises(StopIteration):
-        synthetic.train(watched(), tmp_path / "run", first=7)
-    assert "_hparams_/session_end_info" not in read_values(tmp_path / "run" / "tensorboard")
+def steep(logits, label):
+    return jnp.sqrt(logits.sum(-1) * 0)
 
 
-def test_tensorboard_gets_test_images_with_predictions(values):
-    assert [step for step, _ in values["test/predictions"]] == [5, 10, 12]
-    image = Image.open(io.BytesIO(values["test/predictions"][0][1].image.encoded_image_string))
-    assert image.size == (4 * TILE, 3 * (TILE + CAPTION))
-    chosen = synthetic.dataset().test.image[np.arange(12) * 20 // 12]
-    for i, picture in enumerate(
-        chosen
-    ):  # the middle of each pixel of an 8x8 image, 15 by 15 on the sheet
-        left, top = i % 4 * TILE + 4, i // 4 * (TILE + CAPTION) + 4
-        middles = np.asarray(image)[top + 7 : top + 120 : 15, left + 7 : left + 120 : 15]
-        np.testing.assert_array_equal(middles, picture.repeat(3, axis=-1))
-
-
-def test_each_picture_has_a_caption():
-    sheet = contact_sheet(np.zeros((2, 4, 4, 3), np.uint8), ["cat 0.90", "dog 0.80\nnot cat"])
-    assert sheet.shape == (TILE + CAPTION, 2 * TILE, 3)
-    lines = (sheet[TILE:] < 100).any((1, 2)).reshape(2, -1).any(1)
-    assert lines.all()
-    assert not (sheet[TILE + CAPTION // 2 + 2 :, :TILE] < 100).any()
-
-
-def test_a_second_part_of_a_run_hides_what_comes_again(tmp_path):
-    for start in (0, 3):
-        board = Board(tmp_path, start=start)
-        board.scalar("train/loss", 1.0, start + 1)
-        board.close()
-    assert [event.step for event in read_events(tmp_path) if event.HasField("session_log")] == [4]
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({}, None),
+        ({"padding": np.nan}, None),
+        ({"image": np.inf}, "the image values"),
+        ({"params": ("zebra.kernel", np.nan)}, "the parameter zebra.kernel"),
+        ({"stats": ("norm.var", np.inf)}, "the running statistic norm.var"),
+        ({"params": ("zebra.kernel", 3e38)}, "the output of layer zebra"),
+        ({"params": ("apple.kernel", 3e38)}, "the output of layer apple"),
+        ({"loss_fn": infinite}, "the losses"),
+        ({"loss_fn": steep}, "the gradient of apple.bias"),
+    ],
+)
+def test_what_is_not_finite_first_is_named(start, change, named):
+    state, stats = start
+    batch = dict(BATCH)
+    if "image" in change:
+        batch["image"] = np.full_like(IMAGES, change["image"])
+    if "padding" in change:
+        batch["mask"] = np.arange(7) < 6
+        rows = batch["mask"].reshape(-1, 1, 1, 1)
+        batch["image"] = np.where(rows, IMAGES, np.float32(change["padding"]))
+    if "params" in change:
+        state = state.replace(params=put(state.params, *change["params"]))
+    if "stats" in change:
+        stats = put(stats, *change["stats"])
+    options = {"loss_fn": change["loss_fn"]} if "loss_fn" in change else {}
+    assert first_nonfinite(state, stats, batch, model=Net(), **options) == named
