@@ -60,35 +60,14 @@ def test_layers_and_what_lies_between_are_joined_as_the_data_flow():
 def test_shapes_and_parameters_of_the_article_network():
     model = ConvNet(norm=nn.BatchNorm)
     found = {node.name: node for node in graph_def(model, (50, 32, 32, 3)).node}
-    names = ("conv0", "conv1", "conv2", "reshape", "dense0", "dense1", "logits")
-    assert {name: shape(found[name]) for name in names} == {
-        "conv0": (50, 15, 15, 30),
-        "conv1": (50, 13, 13, 50),
-        "conv2": (50, 11, 11, 60),
-        "reshape": (50, 7260),
-        "dense0": (50, 3500),
-        "dense1": (50, 700),
-        "logits": (50, 10),
-    }
+    assert shape(found["conv1"]) == (50, 13, 13, 50)
+    assert shape(found["reshape"]) == (50, 7260)
+    assert shape(found["logits"]) == (50, 10)
     assert parameters(found["conv1"]) == {"kernel": b"3x3x30x50", "bias": b"50"}
     statistics = dict.fromkeys(("scale", "bias", "mean", "var"), b"30")
     assert parameters(found["conv1_norm"]) == statistics
     # Of its output, not of the statistics that it computes last.
     assert shape(found["conv1_norm"]) == (50, 15, 15, 30)
-
-
-class Alone(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        return x.mean((1, 2)) @ self.param("kernel", nn.initializers.ones, (1, 3))
-
-
-def test_a_model_that_is_one_layer_is_one_node():
-    found = graph_def(Alone(), (2, 2, 2, 1), jnp.float32).node
-    assert [(node.name, node.op) for node in found] == [
-        ("images", "Placeholder"),
-        ("Alone", "Alone"),
-    ]
 
 
 class Loop(nn.Module):
