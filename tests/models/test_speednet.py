@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import erf
 
@@ -96,10 +97,11 @@ def reference(params, stats, images):
 
 
 def test_the_network_is_its_definition():
-    variables = MODEL.init(jax.random.key(0), IMAGES, train=False)
-    _, written = MODEL.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    variables = jax.jit(partial(MODEL.init, train=False))(jax.random.key(0), IMAGES)
+    update = jax.jit(partial(MODEL.apply, train=True, mutable=["batch_stats"]))
+    _, written = update(variables, IMAGES)
     params = jax.tree.map(lambda leaf: leaf + 0.1, variables["params"])  # biases are 0 at first
-    found = MODEL.apply({"params": params, **written}, IMAGES, train=False)
+    found = jax.jit(partial(MODEL.apply, train=False))({"params": params, **written}, IMAGES)
     exact = jax.tree.map(np.float64, (params, written["batch_stats"]))
     np.testing.assert_allclose(
         found, reference(*exact, IMAGES.astype(np.float64)), rtol=1e-4, atol=1e-3
@@ -107,10 +109,8 @@ def test_the_network_is_its_definition():
 
 
 def test_the_whitening_is_of_the_images_of_init_and_is_not_trained():
-    import optax
-
     tx = optax.sgd(0.1)
-    state, stats = init_state(MODEL, tx, jax.random.key(0), IMAGES)
+    state, stats = jax.jit(partial(init_state, MODEL, tx))(jax.random.key(0), IMAGES)
     standard = (IMAGES - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     kernel = state.params["whiten"]["kernel"]
     np.testing.assert_allclose(abs(kernel), abs(whitening(standard)), rtol=1e-3, atol=1e-3)
