@@ -25,8 +25,10 @@ from bnjax.types import Batch, Params, fingerprint
 
 Found = tuple[Finding, ...]
 Outcome = Iterator[Finding | NotChecked]
+Check = Callable[[Case, Found], Outcome]  # of the case and what was found before
 Leaves = dict[tuple[str, ...], Any]
 ILLNESSES: dict[str, Illness] = {}
+LAYER_CHECKS: list[Check] = []
 
 
 def _illness(*words: str) -> Illness:
@@ -34,12 +36,29 @@ def _illness(*words: str) -> Illness:
     return ILLNESSES.setdefault(illness.id, illness)
 
 
+def _layer_check(*words: str) -> Callable[[Any], Any]:
+    """Registers a check that returns, for one layer with the illness, the evidence."""
+
+    def register(check: Callable[[Case, Evidence], str | None]) -> Any:
+        illness = _illness(*words)
+
+        def check_all(case: Case, before: Found) -> Outcome:
+            texts = {one.layer.name: text for one in case.layers if (text := check(case, one))}
+            if texts:
+                different = [*dict.fromkeys(texts.values())]
+                yield Finding(illness, tuple(texts), "; ".join(different[:6]))
+
+        LAYER_CHECKS.append(check_all)
+        return check
+
+    return register
+
+
 MISSING_STATISTICS = _illness(
     "missing-statistics",
     "the checkpoint has no running statistics",
     "the norms have nothing to normalise by in evaluation",
-    "save the collection batch_stats beside params; for these weights, recompute it with "
-    "clinic.precise",
+    "save batch_stats beside params; for these weights, recompute it with clinic.precise",
 )
 UNMATCHED_LEAVES = _illness(
     "unmatched-leaves",
@@ -51,8 +70,7 @@ REPLICAS_DIFFER = _illness(
     "replicas-differ",
     "each replica has statistics of its own",
     "it is chance which ones are saved, and each set is of a fraction of the data",
-    "give the norms axis_name, so that replicas share their statistics, or merge them with "
-    "clinic.merge_replicas before evaluating and saving",
+    "give the norms axis_name, or merge the statistics with clinic.merge_replicas before saving",
 )
 # Difference of replicas' means in standard deviations, or of their log variances. float32 sums over
 # up to 1,000 values in another order differ by 1,000 * 2^-24.
@@ -146,31 +164,26 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
     return [Finding(REPLICAS_DIFFER, tuple(apart), text)]
 
 
-NEVER_UPDATED = _illness(
+@_layer_check(
     "never-updated",
     "the averages are still 0 and 1",
     "evaluation does not normalise at all, while training does",
     "make batch_stats mutable in training and carry on the new ones, as train_step does; for these "
     "weights, recompute them with clinic.precise",
 )
-
-
 def never_updated(case: Case, one: Evidence) -> str | None:
     """Finds averages that are exactly their initial values."""
     initial = not one.mean.any() and (one.var == 1).all()
     return "mean 0 and variance 1 exactly" if initial else None
 
 
-INVALID_STATISTICS = _illness(
+@_layer_check(
     "invalid-statistics",
     "a mean or variance is NaN or infinite, or a variance negative or 0 where the data vary",
     "everything after it is NaN, or multiplied by 1 / sqrt(epsilon)",
-    "skip steps that are not finite together with their statistics (skip_nonfinite=True); look for "
-    "a one-pass variance, a batch of padding only, an update that extrapolates; recompute with "
-    "clinic.precise",
+    "skip steps that are not finite (skip_nonfinite=True); look for a one-pass variance, a batch "
+    "of padding only, an update that extrapolates; recompute with clinic.precise",
 )
-
-
 def invalid_statistics(case: Case, one: Evidence) -> str | None:
     """Finds impossible statistics, and norms whose inputs are not finite."""
     finite = np.isfinite(one.mean) & np.isfinite(one.var)
@@ -184,17 +197,16 @@ def invalid_statistics(case: Case, one: Evidence) -> str | None:
     return f"{', '.join(words)} of {one.mean.size}" if words else None
 
 
-LOW_PRECISION = _illness(
+ROUNDING = 0.01  # relative rounding error of a variance
+
+
+@_layer_check(
     "low-precision",
     "the mean is so far from 0 that the variance is rounding error",
     "the batch is normalised by rounding errors",
     "subtract a constant from the input, drop a bias before the norm, or compute in float32 with a "
-    "two-pass variance (use_fast_variance=False, or bnjax's BatchNorm) and keep statistics in "
-    "float32",
+    "two-pass variance (bnjax's BatchNorm, or use_fast_variance=False); keep statistics in float32",
 )
-ROUNDING = 0.01  # relative rounding error of a variance
-
-
 def low_precision(case: Case, one: Evidence) -> str | None:
     """Finds variances of rounding errors, and averages stored with too few bits.
 
@@ -211,52 +223,53 @@ def low_precision(case: Case, one: Evidence) -> str | None:
         dtype = jnp.promote_types(dtype, jnp.float32) if module.force_float32_reductions else dtype
         errors.append((ratio**2 * float(jnp.finfo(dtype).eps), f"E[x^2] - E[x]^2 in {dtype.name}"))
     error, how = max(errors)
-    if error > ROUNDING:
-        return f"|mean| / std up to {ratio:.3g}, {how}: {error:.1%} rounding error"
-    return None
+    text = f"|mean| / std up to {ratio:.3g}, {how}: {error:.1%} rounding error"
+    return text if error > ROUNDING else None
 
 
-DEAD_CHANNELS = _illness(
-    "dead-channels",
-    "channels whose output does not vary",
-    "they carry nothing of the image, cost as much as others, and may never recover",
-    "lower the learning rate; no weight decay on scale; prune them; look at the units before",
-)
 # Share of a layer's channels that may be dead, or have a variance below epsilon: networks with ReLU
 # have some units that are never active.
 CHANNELS = 0.1
 
 
+@_layer_check(
+    "dead-channels",
+    "channels whose output does not vary",
+    "they carry nothing of the image, cost as much as others, and may never recover",
+    "lower the learning rate; no weight decay on scale; prune them; look at the units before",
+)
 def dead_channels(case: Case, one: Evidence) -> str | None:
     """Finds layers with many constant channels."""
     dead = ~one.live & one.finite.all()  # NaN is another illness
-    if dead.mean() > CHANNELS:
-        by_scale = int((dead & (np.abs(one.scale) <= DEAD)).sum())
-        return f"{dead.sum()} of {dead.size} channels, {by_scale} by their scale"
-    return None
+    by_scale = (dead & (np.abs(one.scale) <= DEAD)).sum()
+    text = f"{dead.sum()} of {dead.size} channels, {by_scale} by their scale"
+    return text if dead.mean() > CHANNELS else None
 
 
-EPSILON_LARGE = _illness(
+@_layer_check(
     "epsilon-large",
     "epsilon is above the variance",
     "the output is smaller than normalised, and depends on the size of the inputs",
     "scale the inputs up, or lower epsilon to a hundredth of the smallest variance or less",
 )
-
-
 def epsilon_large(case: Case, one: Evidence) -> str | None:
     """Finds layers whose divisor is mostly epsilon."""
     epsilon, var = one.layer.module.epsilon, one.batch.var.mean(0)[one.live]
     below = var < epsilon
-    if below.size and below.mean() > CHANNELS:
-        return (
-            f"{below.sum()} of {var.size} channels have a variance below epsilon = {epsilon:.3g}, "
-            f"the median is {np.median(var):.3g}"
-        )
-    return None
+    if not below.size or below.mean() <= CHANNELS:
+        return None
+    return (
+        f"{below.sum()} of {var.size} channels have a variance below epsilon = {epsilon:.3g}, the "
+        f"median is {np.median(var):.3g}"
+    )
 
 
-SMALL_BATCH = _illness(
+# Standard deviation of a training batch's mean, in standard deviations: that of 16 independent
+# values. Below 16 examples batch norm loses accuracy (Wu & He, 2018, figure 1).
+NOISE = 0.25
+
+
+@_layer_check(
     "small-batch",
     "too few values for each channel and batch in training",
     "mean and variance of a batch are mostly chance, so training and evaluation see different "
@@ -264,39 +277,33 @@ SMALL_BATCH = _illness(
     "larger batches; statistics over several devices with axis_name; batch renormalization; a norm "
     "that needs no batch",
 )
-# Standard deviation of a training batch's mean, in standard deviations: that of 16 independent
-# values. Below 16 examples batch norm loses accuracy (Wu & He, 2018, figure 1).
-NOISE = 0.25
-
-
 def small_batch(case: Case, one: Evidence) -> str | None:
     """Finds layers whose batch statistics are mostly chance."""
-    size = case.run.batch_size
-    if size is None or case.whole < 2 or (noise := one.noise(size) or 0.0) <= NOISE:
+    if case.run.batch_size is None or case.whole < 2 or (noise := one.noise or 0.0) <= NOISE:
         return None
     return (
         f"a batch's mean varies by {noise:.2f} standard deviations, as that of {noise**-2:.0f} "
-        f"independent values (n = {one.values(size):,})"
+        f"independent values (n = {one.values:,})"
     )
 
 
-VARIANCE_SHIFT = _illness(
+SHIFT = 0.1  # absolute log ratio of the variances: outputs are scaled wrongly by 5 %
+
+
+@_layer_check(
     "variance-shift",
     "dropout before a norm: variances differ between training and evaluation",
     "the averages are of inputs with dropped units, which evaluation never sees (Li et al., 2018)",
     "put dropout after the last norm, lower its rate, or recompute the statistics without it with "
     "clinic.precise",
 )
-SHIFT = 0.1  # absolute log ratio of the variances: outputs are scaled wrongly by 5 %
-
-
 def variance_shift(case: Case, one: Evidence) -> str | None:
     """Finds norms whose inputs have another variance while units are dropped."""
     if not one.random or case.whole < 2:
         return None
     mean, error = one.shifts.mean(), one.shifts.std(ddof=1) / len(one.shifts) ** 0.5
-    is_ill = abs(mean) > max(SHIFT, STANDARD_ERRORS * error)
-    return f"variance in training / in evaluation {np.exp(mean):.3f}" if is_ill else None
+    text = f"variance in training / in evaluation {np.exp(mean):.3f}"
+    return text if abs(mean) > max(SHIFT, STANDARD_ERRORS * error) else None
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:
@@ -445,7 +452,6 @@ MOVED = 0.1
 # RMS of drift, and of the log ratio of variances, of one batch of 16 independent values.
 MISFIT_MEAN, MISFIT_VAR = 0.25, math.sqrt(2 / 16)
 EXPLAINED = 0.5  # R^2 of the fit by a share of the starting values
-ROUNDED = 1e-6  # of two statistics that agree except for rounding
 
 
 def unfinished_or_stale(case: Case, before: Found) -> Outcome:
@@ -453,25 +459,18 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
 
     Layers whose statistics are wrong for a reason that was found are left out.
     """
-    explained = {
-        layer
-        for one in before
-        if one.illness in (NEVER_UPDATED, INVALID_STATISTICS, LOW_PRECISION)
-        for layer in one.layers
-    }
-    names = [one.layer.name for one in case.layers]
-    for low in (one.layers[0] for one in before if one.illness is LOW_PRECISION):
-        explained |= {*names[names.index(low) :]}  # later layers are given rounding errors
-        yield NotChecked("stale by fit", f"layers that do not follow {low}")
+    names, explained = [one.layer.name for one in case.layers], set[str]()
+    for one in before:
+        if one.id in ("never-updated", "invalid-statistics", "low-precision"):
+            explained |= {*one.layers}
+        if one.id == "low-precision":  # later layers are given rounding errors
+            explained |= {*names[names.index(one.layers[0]) :]}
+            yield NotChecked("stale by fit", f"layers that do not follow {one.layers[0]}")
     layers = [one for one in case.layers if one.layer.name not in explained]
-    shares = {one.layer.name: _initial_share(case, one) for one in layers}
-    early = [one for one in layers if _is_early(one, shares[one.layer.name])]
-    if early:
-        worst = max(early, key=lambda one: shares[one.layer.name])
-        share, updates = shares[worst.layer.name], _updates(case, early[0])
-        yield _not_converged(
-            early, worst, share, f"after {updates:,} updates momentum ** updates is"
-        )
+    if early := [one for one in layers if _is_early(one, one.initial_share)]:
+        worst = max(early, key=lambda one: one.initial_share)
+        how = f"after {worst.updates:,} updates momentum ** updates is"
+        yield _not_converged(early, worst, worst.initial_share, how)
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
@@ -488,11 +487,11 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
     if case.whole < 2:
         yield NotChecked("stale by fit", "a second batch, to see how much batches differ")
         return
-    if case.run.steps is None and any(isinstance(_momentum(one), float) for one in layers):
+    if case.run.steps is None and any(isinstance(one.momentum, float) for one in layers):
         missing = "the number of updates: Run(steps=…); judged by how the averages look"
         yield NotChecked("not-converged by its updates", missing)
     judged = [one for one in layers if one.calls == 1]
-    beyond = [one for one in judged if max(z_scores(case, one)) > STANDARD_ERRORS]
+    beyond = [one for one in judged if max(one.z_scores) > STANDARD_ERRORS]
     if beyond:
         yield from _of_poor_fit(case, judged, beyond)
 
@@ -506,8 +505,7 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
     right = case.logits_under(case.expected)
     moved = distance(right, case.logits_under(unflatten_dict(mixed)))
     # The noise of a batch moves predictions in proportion to 1 / sqrt(examples).
-    scale = judged[0].examples / (case.run.batch_size or judged[0].examples)
-    usual = distance(right, case.batch_logits) * math.sqrt(scale)
+    usual = distance(right, case.batch_logits) * math.sqrt(judged[0].examples / judged[0].size)
     misfit = any(rms(one.drift) > MISFIT_MEAN or rms(one.log_ratio) > MISFIT_VAR for one in beyond)
     if not misfit and moved <= max(MOVED, usual):
         return
@@ -515,35 +513,17 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
     if share is not None and any(_is_early(one, share) for one in judged):
         yield _not_converged(judged, judged[0], share, "they fit best for")
         return
-    worst = max(beyond, key=lambda one: max(z_scores(case, one)))
-    cause = (
-        "their fingerprint is right, so the weights move faster than the averages follow"
-        if case.run.weights is not None
-        else "weights that move faster than averages follow, or averaged or restored weights"
-    )
+    worst = max(beyond, key=lambda one: max(one.z_scores))
+    cause = "the weights move faster than the averages follow"
+    if case.run.weights is None:
+        cause += ", or were averaged or restored"
     text = (
-        f"up to {max(z_scores(case, worst)):.0f} standard errors from the statistics of these "
+        f"up to {max(worst.z_scores):.0f} standard errors from the statistics of these "
         f"weights (in {worst.layer.name}: means by {rms(worst.drift):.2f} standard deviations, log "
         f"variances by {rms(worst.log_ratio):.2f}); {moved:.0%} of the predicted probability "
         f"moves by it, {usual:.0%} by a batch's own statistics: {cause}"
     )
     yield Finding(STALE, tuple(one.layer.name for one in beyond), text)
-
-
-def z_scores(case: Case, one: Evidence) -> tuple[float, float]:
-    """Returns stored minus expected mean and log variance, in standard errors, RMS over channels.
-
-    Exponential averages of independent values of variance s^2 have the variance (1-m) / (1+m) s^2.
-    The expected value is the mean of k batches and has the variance s^2 / k.
-    """
-    given, size, momentum = one.train, case.run.batch_size or one.examples, _momentum(one)
-    left = 1.0 if callable(momentum) else 0.0
-    if isinstance(momentum, int | float):
-        left = (1 - momentum) / (1 + momentum)
-    factor = math.sqrt(left * one.examples / size + 1 / len(given.mean))
-    of_mean = rms((given.mean.std(0, ddof=1) / one.std)[one.live]) * factor
-    of_var = rms((given.var.std(0, ddof=1) / one.std**2)[one.live]) * factor
-    return rms(one.drift) / max(of_mean, ROUNDED), rms(one.log_ratio) / max(of_var, ROUNDED)
 
 
 def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None:
@@ -580,32 +560,12 @@ def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None
     return share if agree and explains(initial, found) else None
 
 
-def _momentum(one: Evidence) -> Any:
-    return one.layer.module.momentum
-
-
-def _updates(case: Case, one: Evidence) -> int | None:
-    """Returns the number of updates of a norm's averages, if it is known."""
-    stored = flatten_dict(dict(case.network.batch_stats))
-    if (*one.layer.path, "count") in stored:
-        return int(np.min(stored[*one.layer.path, "count"]))
-    return None if case.run.steps is None else case.run.steps * one.calls
-
-
-def _initial_share(case: Case, one: Evidence) -> float:
-    """Returns the share of the starting values in the averages; 0 if it is not known."""
-    momentum, updates = _momentum(one), _updates(case, one)
-    if updates is None or getattr(one.layer.module, "debias", False):
-        return 0.0
-    return float(momentum) ** updates if isinstance(momentum, int | float) else 0.0
-
-
 def _is_early(one: Evidence, share: float) -> bool:
     return share > INITIAL_SHARE or share * one.distance_from_zero > INITIAL_SHIFT
 
 
 def _not_converged(layers: list[Evidence], worst: Evidence, share: float, how: str) -> Finding:
-    momentum, apart = _momentum(worst), worst.distance_from_zero
+    momentum, apart = worst.momentum, worst.distance_from_zero
     text = f"{how} a share of {share:.1%} of the starting values"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
@@ -618,31 +578,6 @@ def _not_converged(layers: list[Evidence], worst: Evidence, share: float, how: s
             f"moves it by {share * apart:.2f}"
         )
     return Finding(NOT_CONVERGED, tuple(one.layer.name for one in layers), text)
-
-
-def _of_layers(illness: Illness, check: Callable[[Case, Evidence], str | None]) -> Any:
-    """Returns the check of all layers for an illness, which yields one finding for them."""
-
-    def check_all(case: Case, before: Found) -> Outcome:
-        texts = {one.layer.name: text for one in case.layers if (text := check(case, one))}
-        if texts:
-            yield Finding(illness, tuple(texts), "; ".join([*dict.fromkeys(texts.values())][:6]))
-
-    return check_all
-
-
-CHECKS: tuple[Callable[[Case, Found], Outcome], ...] = (
-    _of_layers(NEVER_UPDATED, never_updated),
-    _of_layers(INVALID_STATISTICS, invalid_statistics),
-    _of_layers(LOW_PRECISION, low_precision),
-    _of_layers(DEAD_CHANNELS, dead_channels),
-    _of_layers(EPSILON_LARGE, epsilon_large),
-    _of_layers(SMALL_BATCH, small_batch),
-    _of_layers(VARIANCE_SHIFT, variance_shift),
-    decay,
-    batch_dependent,
-    unfinished_or_stale,
-)
 
 
 def audit(
@@ -687,7 +622,7 @@ def audit(
         return Findings(tuple(found), (NotChecked("all else", missing),))
     case = measure(network, kept, run, jit)
     not_checked = [*unknown(case)]
-    for check in CHECKS:
+    for check in (*LAYER_CHECKS, decay, batch_dependent, unfinished_or_stale):
         for outcome in check(case, tuple(found)):
             if isinstance(outcome, NotChecked):
                 not_checked.append(outcome)
@@ -705,10 +640,10 @@ def audit(
             shape=one.shape,
             drift=rms(one.drift),
             log_ratio=float(one.log_ratio.mean()) if one.live.any() else None,
-            noise=one.noise(run.batch_size),
+            noise=one.noise,
             shift=float(one.shifts.mean()) if one.random else None,
             dead=int((~one.live).sum()),
-            count=one.values(run.batch_size),
+            count=one.values,
         )
         for one in case.layers
     )

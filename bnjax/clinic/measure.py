@@ -22,6 +22,7 @@ from bnjax.types import Batch, BatchStats, Images, Logits
 # A channel is dead if the standard deviation of its output is below this share of the layer's RMS:
 # half a unit in the last place of bfloat16, which is lost when it is added to the others.
 DEAD = 2.0**-8
+ROUNDED = 1e-6  # of two statistics that agree except for rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Evidence:
         random: whether its inputs in training depend on the dropout key.
         calls: the number of calls in a pass.
         examples: of an audited batch.
+        size: of a training batch; if unknown, of an audited one.
+        updates: of its averages; None if unknown.
     """
 
     layer: NormLayer
@@ -73,6 +76,8 @@ class Evidence:
     random: bool
     calls: int
     examples: int
+    size: int
+    updates: int | None
 
     @functools.cached_property
     def live(self) -> np.ndarray:
@@ -118,23 +123,53 @@ class Evidence:
         logs = np.log((self.train.var + epsilon) / (self.batch.var + epsilon))
         return logs[:, self.live].mean(1) if self.live.any() else np.zeros(len(logs))
 
-    def noise(self, batch_size: int | None) -> float | None:
-        """Returns the standard deviation of a training batch's mean, in standard deviations.
+    @property
+    def noise(self) -> float | None:
+        """The standard deviation of a training batch's mean, in standard deviations.
 
-        RMS over live channels; None of a single batch. `batch_size` None: of the audited batches.
+        RMS over live channels; None of a single batch.
         """
         if len(self.train.mean) < 2:
             return None
         deviation = self.train.mean.std(0, ddof=1) / self.std
-        return rms(deviation[self.live]) * (self.examples / self._size(batch_size)) ** 0.5
+        return rms(deviation[self.live]) * (self.examples / self._shared) ** 0.5
 
-    def values(self, batch_size: int | None) -> int:
-        """Returns n, the number of values for each channel and training batch."""
-        return round(self.train.count / self.calls / self.examples * self._size(batch_size))
+    @property
+    def values(self) -> int:
+        """The number n of values for each channel and training batch."""
+        return round(self.train.count / self.calls / self.examples * self._shared)
 
-    def _size(self, batch_size: int | None) -> int:
-        size = batch_size or self.examples
-        return min(size, getattr(self.layer.module, "virtual_batch", size))
+    @property
+    def _shared(self) -> int:
+        return min(self.size, getattr(self.layer.module, "virtual_batch", self.size))
+
+    @property
+    def momentum(self) -> Any:
+        """The momentum of its averages."""
+        return self.layer.module.momentum
+
+    @property
+    def initial_share(self) -> float:
+        """The share of the starting values in the averages; 0 if it is not known."""
+        if self.updates is None or getattr(self.layer.module, "debias", False):
+            return 0.0
+        is_constant = isinstance(self.momentum, int | float)
+        return float(self.momentum) ** self.updates if is_constant else 0.0
+
+    @functools.cached_property
+    def z_scores(self) -> tuple[float, float]:
+        """Stored minus expected mean and log variance, in standard errors, RMS over channels.
+
+        Exponential averages of independent values of variance s^2 have the variance
+        (1-m) / (1+m) s^2. The expected value is the mean of k batches and has the variance s^2 / k.
+        """
+        left = 1.0 if callable(self.momentum) else 0.0
+        if isinstance(self.momentum, int | float):
+            left = (1 - self.momentum) / (1 + self.momentum)
+        factor = math.sqrt(left * self.examples / self.size + 1 / len(self.train.mean))
+        of_mean = rms((self.train.mean.std(0, ddof=1) / self.std)[self.live]) * factor
+        of_var = rms((self.train.var.std(0, ddof=1) / self.std**2)[self.live]) * factor
+        return rms(self.drift) / max(of_mean, ROUNDED), rms(self.log_ratio) / max(of_var, ROUNDED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +258,9 @@ def measure(
             for seen in (in_training, in_evaluation)
         )
         values = math.prod(layer.shape[axis] for axis in layer.axes) / len(batches[0]["image"])
+        calls = max(1, round(own.count / max(values * examples, 1)))
+        count = stored.get((*path, "count"))
+        steps = None if run.steps is None else run.steps * calls
         layers.append(
             Evidence(
                 layer=layer,
@@ -233,9 +271,11 @@ def measure(
                 scale=_flat(np.broadcast_to(scales.get((*path, "scale"), 1.0), mean.shape)),
                 train=given,
                 batch=own,
-                random=any(map(_differ, again[path], in_training[0][path])),
-                calls=max(1, round(own.count / max(values * examples, 1))),
+                random=not all(map(np.array_equal, again[path], in_training[0][path])),
+                calls=calls,
                 examples=examples,
+                size=run.batch_size or examples,
+                updates=steps if count is None else int(np.min(count)),
             )
         )
         for name, found in (("mean", given.mean), ("var", given.var)):
@@ -294,10 +334,6 @@ def _moments(seen: Sequence[Moments], layer: NormLayer) -> Moments:
     if layer.variance == "unbiased":
         var = var * (count / np.maximum(count - 1, 1))
     return Moments(mean, var, int(count[0].max()))
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return not np.array_equal(one, other)
 
 
 def _flat(leaf: Any) -> np.ndarray:

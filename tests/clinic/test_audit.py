@@ -11,7 +11,7 @@ import pytest
 from patients import HEALTHY, ILL, Plain, images, plain, shared_jit, untold
 
 from bnjax.clinic import Network, Run, audit
-from bnjax.clinic.checks import ILLNESSES, depends, match, z_scores
+from bnjax.clinic.checks import ILLNESSES, depends, match
 from bnjax.clinic.measure import measure
 from bnjax.train_step import forward, init_variables
 from bnjax.types import fingerprint
@@ -252,7 +252,7 @@ def test_stored_statistics_stray_as_far_as_their_standard_error_says():
             stats = update(params, stats, batch)[1]["batch_stats"]
         network, run = Network(params, stats, model), Run(batch_size=size)
         case = measure(network, fresh[60:], run, shared_jit)
-        scores.append([z_scores(case, layer) for layer in case.layers])
+        scores.append([layer.z_scores for layer in case.layers])
     # Squares of 16 repeats in at least four directions have a mean of 1 +- 0.18.
     squares = np.square(scores).mean(0)
     assert squares.min() > 0.5
