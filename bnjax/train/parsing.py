@@ -9,9 +9,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError, UserError
-from bnjax.train.config import KEYS, UNITS, default_config, get
+from bnjax.train.config import UNITS, default_config, get
 
-RENAMED = {key.was: key.name for key in KEYS if key.was}
+RENAMED = {
+    "model.scale": "model.use_scale",
+    "model.shift": "model.use_bias",
+    "optimizer.loss": "optimizer.reduction",
+    "optimizer.decay": "optimizer.weight_decay_mask",
+    "muon.momentum": "optimizer.momentum",
+}
 
 
 def load(path: str, overrides: list[str]) -> ConfigDict:

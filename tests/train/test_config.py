@@ -132,9 +132,9 @@ def test_the_table_of_keys_is_consistent_with_what_there_is():
     assert words["model.pooling"] == ["none", *POOLS]
     assert words["model.placement"] == list(get_args(Placement))
     assert datasets.DIGITS in words["data.fallback"][0]
-    defaults = {key.norm: key.default for key in KEYS if key.norm}
-    assert norms.GhostBatchNorm().virtual_batch == defaults["virtual_batch"]
-    assert norms.BatchRenorm().renorm_steps == defaults["renorm_steps"]
+    defaults = {key.name: key.default for key in KEYS}
+    assert norms.GhostBatchNorm().virtual_batch == defaults["model.virtual_batch"]
+    assert norms.BatchRenorm().renorm_steps == defaults["model.renorm_steps"]
 
 
 def test_images_that_shrink_to_nothing_are_refused():
