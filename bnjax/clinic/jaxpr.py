@@ -156,7 +156,8 @@ def layers(
             return call(*args, **kwargs)
         module, number = context.module, len(calls)
         split.update(open_calls[-1:])
-        split.update([] if chosen(module) else [number])
+        if not chosen(module):
+            split.add(number)
         calls.append(Node(module.path, type(module).__name__, module))
         open_calls.append(number)
         with jax.named_scope(f"@{number}@"):
@@ -166,13 +167,13 @@ def layers(
         return result
 
     def logits(variables: Any, images: Any) -> Any:
+        options = {"model": network.model, "train": train, "dropout": dropout}
         with nn.intercept_methods(intercept):
-            options: Any = {"model": network.model, "train": train, "dropout": dropout}
             return run_unsynced(*variables, {"image": images}, **options)[0]
 
-    variables = (network.params, network.batch_stats)
-    program = traced(logits, variables, batch["image"])
-    found = [Node(("images",), "Placeholder", shape=batch["image"].shape)]
+    program = traced(logits, (network.params, network.batch_stats), batch["image"])
+    images = Node(("images",), "Placeholder", shape=batch["image"].shape)
+    found = {images: None}  # in their order
 
     def rule(equation: Any, *values: Any) -> list[Any]:
         marks = _MARK.findall(str(equation.source_info.name_stack))
@@ -187,8 +188,7 @@ def layers(
         else:
             path, name = calls[number].path if marks else (), name_of(equation)
             node = Node((*path, name), name, equation=equation)
-        if node not in found:
-            found.append(node)
+        found[node] = None
         node.read(equation.invars, values)
         bodies = [inner for inner in programs(equation) if _has_marks(inner)]
         if bodies:
@@ -197,15 +197,15 @@ def layers(
             for body in bodies:
                 own = given[len(given) - len(body.jaxpr.invars) :]
                 node.read(body.jaxpr.outvars, evaluate(body, own, rule, _has_marks))
-            found.append(node)
+            found[node] = None
         node.shape = tuple(equation.outvars[0].aval.shape)
         return [node] * len(equation.outvars)
 
     stored = [_Parameter(None)] * (len(program.jaxpr.invars) - 1)
-    results = evaluate(program, [*stored, found[0]], rule, _has_marks)
-    found.append(Node(("logits",), "output"))
-    found[-1].read(program.jaxpr.outvars, results)
-    return found
+    results = evaluate(program, [*stored, images], rule, _has_marks)
+    output = Node(("logits",), "output")
+    output.read(program.jaxpr.outvars, results)
+    return [*found, output]
 
 
 def name_of(equation: Any) -> str:
