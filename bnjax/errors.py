@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 # What JAX says where a process of a training has gone that others wait for.
 LOST_PROCESS = ("Gloo", "coordination service", "heartbeat", "NCCL", "CoordinationService")
@@ -51,6 +51,12 @@ class UnavailableError(DataError):
     """There is no copy of the data here and none can be fetched; other data may stand in."""
 
 
+def brief(error: BaseException) -> str:
+    """Returns why something failed, on one line and at most 200 characters, without a full stop."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return text.rstrip(".") or type(error).__name__
+
+
 def run(main: Callable[[], int]) -> None:
     """Runs a command line and exits with its code, or with that of the error that it met.
 
@@ -66,21 +72,16 @@ def run(main: Callable[[], int]) -> None:
 
 def _code_of(main: Callable[[], int]) -> int:
     """Returns the exit code of a command line, and says what went wrong."""
+    code = 1
     try:
-        code = main()
+        return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        said, code = str(error), error.exit_code
     except BrokenPipeError:  # the reader of a pipe went away, as `head` does
         sys.stderr.close()
-        code = 0
+        return 0
     except OSError as error:
-        print(
-            f"error: {error.filename or 'a file'} cannot be read or written: "
-            f"{error.strerror or error}.",
-            file=sys.stderr,
-        )
-        code = 1
+        said = f"{error.filename or 'a file'} cannot be read or written: {brief(error)}."
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         _leave(130)  # XLA may be compiling in threads that do not survive the way out
@@ -89,26 +90,24 @@ def _code_of(main: Callable[[], int]) -> int:
         if any(words in str(error) for words in LOST_PROCESS):
             print(
                 "error: another process of this training has ended or cannot be reached "
-                f"({' '.join(str(error).split())[:200]}). Up to the last checkpoint everything is "
-                "saved: start all processes again with the same command, and they go on from it.",
+                f"({brief(error)}). Up to the last checkpoint everything is saved: start all "
+                "processes again with the same command, and they go on from it.",
                 file=sys.stderr,
             )
             _leave(1)  # the way out waits for the lost one
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(
-            "error: the memory of this machine does not suffice "
-            f"({' '.join(str(error).split())[:200]}). What helps: a smaller "
+        said = (
+            f"the memory of this machine does not suffice ({brief(error)}). What helps: a smaller "
             "--config.train.batch_size or --config.eval.batch_size, smaller layers "
-            "(--config.model.filters, --config.model.dense), and "
-            "--at-once=one where several seeds are compared.",
-            file=sys.stderr,
+            "(--config.model.filters, --config.model.dense), and --at-once=one where several seeds "
+            "are compared."
         )
-        code = 1
+    print(f"error: {said}", file=sys.stderr)
     return code
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """Ends this process at once."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a pipe's reader may be gone

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.errors import UserError
+from bnjax.errors import UserError, brief
 from bnjax.models.convnet import ConvNet
 from bnjax.types import Array, BatchStats, Params
 
@@ -320,7 +320,7 @@ def read(file: Path) -> Arrays:
             return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
-            f"{file} is no safetensors file, or damaged ({' '.join(str(error).split())}). Other "
+            f"{file} is no safetensors file, or damaged ({brief(error)}). Other "
             "files may run code when they are read; bnjax port --help says how to save this one."
         ) from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.errors import DataError, UnavailableError
+from bnjax.errors import DataError, UnavailableError, brief
 
 PIXELS = 32 * 32 * 3
 STALL_SECONDS = 10.0  # a download that receives nothing for so long is given up
@@ -99,7 +99,7 @@ def download(version: Version, cache: Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: another checksum
         raise UnavailableError(
             f"{version.archive} is not on this machine, and {version.url} could not be downloaded "
-            f"into {cache} ({type(error).__name__}: {str(error)[:200]}). Fetch it where there is a "
+            f"into {cache} ({brief(error)}). Fetch it where there is a "
             "network, put it into a folder, and add --config.data.dir=FOLDER."
         ) from error
 
@@ -123,8 +123,7 @@ def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...
             contents = _read_archive(source)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         name = getattr(error, "filename", None) or source
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{name} cannot be read: {reason}. {MEND}") from error
+        raise DataError(f"{name} cannot be read: {brief(error)}. {MEND}") from error
     if missing := [name for name in names if name not in contents]:
         raise DataError(f"{source} holds no file {', '.join(missing)}. {MEND}")
     classes = tuple(contents[version.class_file].decode("ascii", "replace").split())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from bnjax.errors import DataError
+from bnjax.errors import DataError, brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,7 @@ def read_pictures(
         names = [name] if len(arrays) == 1 else [f"{name}[{i}]" for i in range(len(arrays))]
         return [_fit(name, array, shape) for name, array in zip(names, arrays, strict=True)]
     except Exception as error:  # Pillow and NumPy raise a dozen types for damage
-        reason = (
-            getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        )
-        raise DataError(f"{name} cannot be read as an image: {reason.rstrip('.')}.") from error
+        raise DataError(f"{name} cannot be read as an image: {brief(error)}.") from error
 
 
 def eight_bits(image: Image.Image, channels: int) -> Image.Image:

@@ -23,7 +23,7 @@ from PIL import Image
 from bnjax.data.datasets import Split
 from bnjax.data.pictures import eight_bits
 from bnjax.data.tfds import example
-from bnjax.errors import DataError, WorkerError
+from bnjax.errors import DataError, WorkerError, brief
 from bnjax.types import Batch
 
 FEATURES, LABELS = "features.json", "label.labels.txt"
@@ -249,8 +249,7 @@ def _square(image: Image.Image, reading: Reading, rng: np.random.Generator | Non
 
 
 def _damaged(row: int, name: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return DataError(f"record {row:,} of {name} cannot be read: {reason.rstrip('.')}.")
+    return DataError(f"record {row:,} of {name} cannot be read: {brief(error)}.")
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -276,10 +275,9 @@ def _open(files: list[Path], name: str) -> Any:
     try:
         source = ArrayRecordDataSource([*map(str, files)])
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{files[0]} or another of its {len(files)} files is no whole array_record file "
-            f"({reason}). Copy or prepare them again."
+            f"({brief(error)}). Copy or prepare them again."
         ) from error
     if not len(source):
         raise DataError(f"there are none of {name}: the files are empty.")

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from bnjax.errors import UserError
+from bnjax.errors import UserError, brief
 from bnjax.quiet import drop_logs
 from bnjax.train_step import TrainState
 from bnjax.types import BatchStats, Params, fingerprint, named_leaves
@@ -352,9 +352,8 @@ class Checkpoints:
         (folder / RECORD).write_text(json.dumps(self._saving))
 
     def _unsaved(self, error: Exception) -> CheckpointError:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         return CheckpointError(
-            f"a checkpoint could not be saved in {self.folder}: {reason}. The earlier ones are "
-            "intact: "
-            "make room or mend the folder, and the same command goes on from the last of them."
+            f"a checkpoint could not be saved in {self.folder}: {brief(error)}. The earlier ones "
+            "are intact: make room or mend the folder, and the same command goes on from the last "
+            "of them."
         )

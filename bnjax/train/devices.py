@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bnjax.data.batches import Part
-from bnjax.errors import UserError
+from bnjax.errors import UserError, brief
 
 # The axes of the mesh: devices that share batch statistics, and groups of such devices.
 MEMBERS, GROUPS = "members", "groups"
@@ -150,7 +150,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the processes of this training did not meet ({' '.join(str(error).split())[:300]}). "
+            f"the processes of this training did not meet ({brief(error)}). "
             "Start the same command on each host with --coordinator=HOST:PORT of process 0, "
             "--processes=N and --process=0 to N-1, or with --hosts alone under Slurm, Open MPI or "
             "on a TPU pod."

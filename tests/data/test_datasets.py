@@ -1,14 +1,16 @@
 """Data sets by name: where they are found, CIFAR's files, its download, the digits."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -232,86 +234,58 @@ def test_the_fallback_says_what_it_is_and_why(download, tiny, tmp_path):
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT at /whole; the other paths misbehave as their names say."""
+@pytest.fixture
+def fetch(tmp_path, monkeypatch):
+    """Downloads from a server on this machine, by default into a folder that is not there yet."""
+    monkeypatch.setattr(cifar, "STALL_SECONDS", 0.5)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "a.tar.gz").write_bytes(CONTENT)
+    handler = functools.partial(Quiet, directory=tmp_path / "served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, socket.socket() as silent:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        ports = {"served": server.server_port, "silent": silent.getsockname()[1]}
 
-    def do_GET(self):
-        name = self.path.strip("/").partition("/")[0]
-        if name == "silent":
-            self.server.released.wait(20)
-            return
-        self.send_response(404 if name == "missing" else 200)
-        self.send_header("Content-Length", str(len(CONTENT)))
-        self.end_headers()
-        half = CONTENT[: len(CONTENT) // 2]
-        self.wfile.write({"whole": CONTENT, "wrong": CONTENT[::-1]}.get(name, half))
-        self.wfile.flush()
-        if name == "stalled":
-            self.server.released.wait(20)
+        def call(file="a.tar.gz", cache=tmp_path / "not" / "yet", port="served", content=CONTENT):
+            url, sha256 = f"http://127.0.0.1:{ports[port]}/{file}", hashlib.sha256(content)
+            options = {"url": url, "sha256": sha256.hexdigest()}
+            return cifar.download(dataclasses.replace(cifar.VERSIONS["cifar10"], **options), cache)
 
+        yield call
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def handle_error(self, request, client_address):
-        """Clients that go away are part of the test."""
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server(("127.0.0.1", 0), Handler) as made:
-        made.released = threading.Event()
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{made.server_address[1]}"
-        made.released.set()
-        made.shutdown()
-
-
-@pytest.fixture
-def fetch(server, tmp_path, monkeypatch):
-    """Returns what downloads from a path of the server, into a cache folder that is not there."""
-    monkeypatch.setattr(cifar, "STALL_SECONDS", 0.5)
-    sha256 = hashlib.sha256(CONTENT).hexdigest()
-
-    def call(behaviour, cache=tmp_path / "not" / "there" / "yet"):
-        url = f"{server}/{behaviour}/file.bin"
-        version = dataclasses.replace(cifar.VERSIONS["cifar10"], url=url, sha256=sha256)
-        return cifar.download(version, cache)
-
-    return call
-
-
 def test_an_archive_arrives_whole_and_alone_though_two_download_it(fetch):
     with ThreadPoolExecutor(2) as pool:
-        paths = [*pool.map(fetch, ["whole", "whole"])]
+        paths = [*pool.map(lambda _: fetch(), range(2))]
     assert {path.read_bytes() for path in paths} == {CONTENT}
     assert [*paths[0].parent.iterdir()] == [paths[0]]
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "reason"),
+    ("request_", "reason"),
     [
-        ("wrong", "hash"),
-        ("missing", "404"),
-        ("cut", ""),
-        ("stalled", "timed out"),
-        ("silent", "timed out"),
+        ({"content": b"another"}, "hash"),
+        ({"file": "missing.tar.gz"}, "404"),
+        ({"port": "silent"}, "timed out"),
     ],
 )
-def test_a_download_that_fails_says_why_and_leaves_no_file(fetch, behaviour, reason, tmp_path):
+def test_a_download_that_fails_says_why_and_leaves_no_file(fetch, request_, reason, tmp_path):
     with pytest.raises(UnavailableError, match=rf"{reason}.*--config\.data\.dir=FOLDER"):
-        fetch(behaviour, tmp_path / "cache")
+        fetch(cache=tmp_path / "cache", **request_)
     assert [*(tmp_path / "cache").glob("*")] == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(fetch, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UnavailableError, match=rf"into {tmp_path}/file/cache"):
-        fetch("whole", tmp_path / "file" / "cache")
+        fetch(cache=tmp_path / "file" / "cache")
 
 
 def test_digits_are_the_published_ones():

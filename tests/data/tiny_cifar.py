@@ -20,16 +20,14 @@ class Tiny:
 
     def files(self) -> dict[str, bytes]:
         """The contents of each file, written out the slow way."""
-        contents, start = {}, 0
+        rows = [
+            bytes([label]) + b"".join(image[:, :, channel].tobytes() for channel in range(3))
+            for image, label in zip(self.image, self.label, strict=True)
+        ]
+        contents = {self.version.class_file: ("\n".join(CLASSES) + "\n\n").encode()}
         for name, count in (self.version.train_files | self.version.test_files).items():
-            rows = [
-                bytes([int(self.label[i])])
-                + b"".join(self.image[i, :, :, channel].tobytes() for channel in range(3))
-                for i in range(start, start + count)
-            ]
-            contents[name] = b"".join(rows)
-            start += count
-        return contents | {self.version.class_file: ("\n".join(CLASSES) + "\n\n").encode()}
+            contents[name], rows = b"".join(rows[:count]), rows[count:]
+        return contents
 
     def write_folder(self, parent: Path) -> Path:
         folder = parent / self.version.folder
@@ -39,11 +37,8 @@ class Tiny:
         return folder
 
     def write_archive(self, path: Path) -> Path:
-        path.write_bytes(
-            tar_gz(
-                {f"{self.version.folder}/{name}": content for name, content in self.files().items()}
-            )
-        )
+        files = {f"{self.version.folder}/{name}": of for name, of in self.files().items()}
+        path.write_bytes(tar_gz(files))
         return path
 
 
@@ -58,9 +53,7 @@ def tar_gz(files: dict[str, bytes]) -> bytes:
 
 
 def make_tiny(seed: int) -> Tiny:
-    rng = np.random.default_rng(seed)
-    image = rng.integers(0, 256, (16, 32, 32, 3), np.uint8)
-    label = np.arange(16, dtype=np.int32) % 10
+    image = np.random.default_rng(seed).integers(0, 256, (16, 32, 32, 3), np.uint8)
     version = dataclasses.replace(
         cifar.VERSIONS["cifar10"],
         train_files={"data_batch_1.bin": 6, "data_batch_2.bin": 6},
@@ -68,4 +61,4 @@ def make_tiny(seed: int) -> Tiny:
         train_sums=tuple(int(image[:12, :, :, c].sum()) for c in range(3)),
         test_sums=tuple(int(image[12:, :, :, c].sum()) for c in range(3)),
     )
-    return Tiny(version, image, label)
+    return Tiny(version, image, np.arange(16, dtype=np.int32) % 10)
