@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
+from foreign import NETWORKS
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from wrappers import DEVICES, WRAPPERS, wrap
 
@@ -133,49 +135,31 @@ def test_statistics_of_the_input_are_those_of_the_whole_batch(norm):
     assert np.abs(carried[1]["norm"]["mean"]).min() > 0.1
 
 
-class Block(nn.Module):
-    """What a lifted transformation repeats."""
-
-    norm: partial
-
-    @nn.compact
-    def __call__(self, x, _):
-        norm = self.norm(name="norm")(x)
-        return nn.relu(x + nn.Dense(x.shape[-1], name="dense")(norm)), None
-
-
-class Lifted(nn.Module):
-    """Norms under `nn.scan` and `nn.remat`, and an ordinary one."""
-
-    momentum: float = MOMENTUM
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        norm = partial(nn.BatchNorm, momentum=self.momentum, use_running_average=not train)
-        axes = {"params": 0, "batch_stats": 0}
-        blocks = nn.scan(
-            nn.remat(Block), axes, split_rngs={"params": True}, length=2, metadata_params={}
+@pytest.mark.parametrize("name", ["scan", "remat"])
+def test_every_norm_is_updated_by_its_inputs_in_all_micro_batches(name):
+    """Each micro-batch by itself says what the norms within a network are given."""
+    model, shape = NETWORKS[name], (2, 2, 3)
+    state, old = start(model, shape=shape)
+    batch = batch_of(shape=shape)
+    by_itself = jax.jit(partial(train_step, model=model, tx=SGD))
+    each = [by_itself(state, old, part(batch, i))[1] for i in range(MICRO)]
+    _, new, _ = step_of(model)(state, old, batch)
+    each, old, new = (
+        [flatten_dict(jax.tree.map(np.float64, tree)) for tree in trees]
+        for trees in (each, [old], [new])
+    )
+    for path in old[0]:
+        means, variances = (
+            np.stack([(of[leaf] - 0.9 * old[0][leaf]) / 0.1 for of in each])
+            for leaf in ((*path[:-1], "mean"), (*path[:-1], "var"))
         )
-        x, _ = blocks(norm, name="blocks")(x.reshape(x.shape[0], -1), None)
-        return nn.Dense(3, name="logits")(norm(name="norm")(x))
-
-
-def test_every_norm_is_updated_by_what_it_was_given_in_all_micro_batches():
-    """Of the norms within a network, each micro-batch by itself says what they are given."""
-    state, stats = start(Lifted())
-    batch = batch_of()
-    by_itself = jax.jit(partial(train_step, model=Lifted(momentum=0.0), tx=SGD))
-    each = [
-        jax.tree.map(np.float64, by_itself(state, stats, part(batch, i))[1]) for i in range(MICRO)
-    ]
-    _, found, _ = step_of(Lifted())(state, stats, batch)
-    both = [(tree["norm"], tree["blocks"]["norm"]) for tree in (stats, found, *each)]
-    for old, new, *parts in zip(*both, strict=True):
-        mean = np.mean([one["mean"] for one in parts], 0)
-        var = np.mean([one["var"] + (one["mean"] - mean) ** 2 for one in parts], 0)
-        for name, pooled in (("mean", mean), ("var", var)):
-            once = MOMENTUM * old[name] + (1 - MOMENTUM) * pooled
-            np.testing.assert_allclose(new[name], once, rtol=1e-4, atol=1e-5)
+        pooled = (
+            means.mean(0)
+            if path[-1] == "mean"
+            else (variances + means**2).mean(0) - means.mean(0) ** 2
+        )
+        wanted = 0.9 * old[0][path] + 0.1 * pooled
+        np.testing.assert_allclose(new[0][path], wanted, rtol=1e-4, atol=1e-5)
 
 
 SHAPE = (7, 7, 1)

@@ -48,12 +48,10 @@ def test_norms_in_the_order_of_their_calls(name):
         assert {layer.module.momentum for layer in layers} == {0.9}
 
 
-@pytest.mark.parametrize("kind", ["same signature", "own signature", "shared scope"])
+@pytest.mark.parametrize("kind", ["same signature", "own signature"])
 def test_a_norm_that_is_the_whole_model_and_on_another_axis(kind):
     x = np.random.default_rng(1).normal(3, 2, (5, 4, 3, 2)).astype(np.float32)
-    norm = {"same signature": _Outer, "own signature": _Called, "shared scope": _Shared}[kind](
-        axis=1
-    )
+    norm = {"same signature": _Outer, "own signature": _Called}[kind](axis=1)
     params, stats = init_variables(norm, jax.random.key(0), x)
     (layer,) = Network(params, stats, norm).norms({"image": x})
     assert (layer.path, layer.axes) == ((), (0, 2, 3))
@@ -86,16 +84,6 @@ class _Outer(nn.Module):
         norm = _Extended(axis=self.axis)
         nn.share_scope(self, norm)
         return norm(x, not train).mean((1, 2))
-
-
-class _Shared(nn.Module):
-    axis: int
-
-    @nn.compact
-    def __call__(self, x, train):
-        norm = nn.BatchNorm(axis=self.axis)
-        nn.share_scope(self, norm)
-        return norm(x, use_running_average=not train).mean((1, 2))
 
 
 class Synced(nn.Module):
