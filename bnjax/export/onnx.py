@@ -60,10 +60,10 @@ def onnx_model(
     graph.nodes.append(helper.make_node("Identity", [graph.name(result)], [LOGITS]))
     sides = [
         helper.make_tensor_value_info(name, _dtype(variable), ["batch", *variable.aval.shape[1:]])
-        for name, (variable,) in {
-            IMAGES: program.jaxpr.invars,
-            LOGITS: program.jaxpr.outvars,
-        }.items()
+        for name, variable in (
+            (IMAGES, program.jaxpr.invars[0]),
+            (LOGITS, program.jaxpr.outvars[0]),
+        )
     ]
     proto = helper.make_model(
         helper.make_graph(graph.nodes, type(model).__name__, sides[:1], sides[1:], graph.arrays),
@@ -112,14 +112,14 @@ class Graph:
             found = primitive.bind(*inputs, **params)
             return [*map(np.asarray, found if primitive.multiple_results else [found])]
         try:
-            if primitive.name not in RULES:
-                raise NotImplementedError("")
+            _check(primitive.name in RULES, "")
             results = RULES[primitive.name](self, equation, *known)
         except NotImplementedError as error:
+            what = f"{primitive.name} {error}".strip()
             raise UserError(
-                f"the network uses the operation {f'{primitive.name} {error}'.strip()}, which "
-                "bnjax does not write as ONNX (bnjax/export/onnx.py has those that it does). "
-                "Export without --onnx: the StableHLO program takes every operation."
+                f"the network uses the operation {what}, which bnjax does not write as ONNX "
+                "(bnjax/export/onnx.py has those that it does). Export without --onnx: the "
+                "StableHLO program takes every operation."
             ) from error
         return results if isinstance(results, list) else [results]
 
@@ -235,36 +235,31 @@ def _product(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
     return graph.add("Einsum", x, y, equation=f"{''.join(left)},{''.join(right)}->{''.join(out)}")
 
 
-def _pooling(op: str) -> Rule:
+def _pooling(op: str, **options: int) -> Rule:
     def write(graph: Graph, equation: Any, x: Value) -> Value:
         params = equation.params
-        window, steps = params["window_dimensions"], params["window_strides"]
-        padding, holes = params["padding"], params["window_dilation"]
-        _check({*params["base_dilation"]} <= {1}, "with a dilated input")
-        _check(op == "MaxPool" or {*holes} <= {1}, "with a dilated window")
+        window, steps, padding = (
+            params[key] for key in ("window_dimensions", "window_strides", "padding")
+        )
+        dilations = {*params["base_dilation"], *params["window_dilation"]}
+        _check(dilations <= {1}, "with a dilated input or window")
         about = [*zip(window, steps, padding, strict=True)]
         still = [axis for axis, one in enumerate(about) if one == (1, 1, (0, 0))]
         # Operators pool all axes but the first two.
         _check(len(still) >= 2 and len(about) >= 3, "over more axes than ONNX pools")
-        first = [still[0], still[-1]]
-        pooled = [axis for axis in range(len(about)) if axis not in first]
-        # The mean over a window that counts the zeros of the padding is its sum over its size.
-        of_op = (
-            {"dilations": [holes[axis] for axis in pooled]}
-            if op == "MaxPool"
-            else {"count_include_pad": 1}
-        )
+        pooled = [axis for axis in range(len(about)) if axis not in (still[0], still[-1])]
+        order = [still[0], still[-1], *pooled]
         out: Value = graph.add(
             op,
-            _transposed(graph, x, [*first, *pooled]),
+            _transposed(graph, x, order),
             kernel_shape=[window[axis] for axis in pooled],
             strides=[steps[axis] for axis in pooled],
             pads=[padding[axis][side] for side in (0, 1) for axis in pooled],
-            **of_op,
+            **options,
         )
-        if op == "AveragePool":
+        if op == "AveragePool":  # of a window with the zeros of the padding
             out = graph.add("Mul", out, _number(equation, math.prod(window)))
-        return _transposed(graph, out, _inverse([*first, *pooled]))
+        return _transposed(graph, out, _inverse(order))
 
     return write
 
@@ -409,7 +404,7 @@ RULES: dict[str, Rule] = {
     "conv_general_dilated": _convolution,
     "dot_general": _product,
     "reduce_window_max": _pooling("MaxPool"),
-    "reduce_window_sum": _pooling("AveragePool"),
+    "reduce_window_sum": _pooling("AveragePool", count_include_pad=1),
     "reduce_sum": _reduction("ReduceSum"),
     "reduce_max": _reduction("ReduceMax"),
     "reduce_min": _reduction("ReduceMin"),
