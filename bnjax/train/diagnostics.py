@@ -197,16 +197,14 @@ class Observer:
             network = Network(state.params, batch_stats, self._model)
             found, layers = jax.device_get(self._gap(network, batch)), network.norms(batch)
             drifts = drift(batch_stats, put(batch_stats, found.seen, layers), layers)
-            means = found.batch.means().items()
-            writer.gap(
-                step,
-                found.stored.means() | {f"batch_{key}": value for key, value in means},
-                len(self._same.label),
-                {
-                    f"drift_{of}": {name: getattr(one, of) for name, one in drifts.items()}
-                    for of in Drift._fields
-                },
-            )
+            of_batch = {f"batch_{key}": mean for key, mean in found.batch.means().items()}
+            values: dict[str, Any] = found.stored.means() | of_batch
+            values["count"] = len(self._same.label)
+            for of in Drift._fields:
+                values[f"drift_{of}"] = {
+                    name: float(f"{getattr(one, of):.6g}") for name, one in drifts.items()
+                }
+            writer.metrics(step, "gap", values)
         if len(self._train.label):
             batch = {"image": self._train.image, "label": self._train.label}
             samples = jax.device_get(self._sample(state, batch_stats, batch))

@@ -124,7 +124,8 @@ class Run:
                 )
                 seed.seconds += seconds / len(going_on)
                 if seed.writer:
-                    seed.writer.train(step, means, skipped=seed.bad_steps > 0)
+                    skipped = {"skipped": 1} if seed.bad_steps else {}
+                    seed.writer.metrics(step, "train", means | skipped)
                     seed.writer.timing(step, seed.seconds, rate)
                 if seed.bad_steps > experiment.most_skipped:
                     self._fail(seed, step, self._steps.local(both, i), items[i])
@@ -174,7 +175,7 @@ class Run:
             means = metrics[i].means()
             seed.accuracy = means["accuracy"]
             if seed.writer:
-                seed.writer.test(step, means, count=int(metrics[i].count))
+                seed.writer.metrics(step, "test", means | {"count": int(metrics[i].count)})
                 own, shown = self._steps.local(both, i), self._steps.local(evaluated, i)
                 self._observer.observe(seed.writer, step, *own, shown)
             which = f"seed {seed.number}, " if len(self.seeds) > 1 else ""

@@ -75,8 +75,11 @@ def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
     return next((line["step"] for line in train if line["loss"] <= loss), None)
 
 
-def _short(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def _finite(value: Any) -> Any:
+    """Returns None for a float that is not finite, also in dicts."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Lines:
@@ -129,30 +132,22 @@ class RunWriter:
             stack.callback(self.board.close)
             self._open = stack.pop_all()
 
-    def train(self, step: int, means: dict[str, float], *, skipped: bool) -> None:
-        """Records the loss and accuracy of one training step, counted from 1.
+    def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Records metrics under the keys that `read_lines` describes.
 
-        A loss that is not finite is null.
+        Args:
+            step: counted from 1.
+            split: "train", "test" or "gap".
+            values: floats, and dicts of floats, are curves too, and null where not finite.
         """
-        self._write(step, "train", means, **{"skipped": 1} if skipped else {})
-
-    def test(self, step: int, means: dict[str, float], count: int) -> None:
-        """Records an evaluation of the test images."""
-        self._write(step, "test", means, count=count)
-
-    def gap(
-        self, step: int, means: dict[str, float], count: int, drifts: dict[str, dict[str, float]]
-    ) -> None:
-        """Records the gap; for the keys see `read_lines`."""
-        short = {
-            key: {name: _short(value) for name, value in of_norms.items()}
-            for key, of_norms in drifts.items()
-        }
-        self._write(step, "gap", means, count=count, **short)
-        for key, of_norms in short.items():
-            for name, value in of_norms.items():
-                if value is not None:
-                    self.board.scalar(f"{key}/{name}", value, step)
+        finite = _finite(values)
+        self._metrics.write({"step": step, "split": split, **finite})
+        groups = {split: finite}
+        groups |= {key: value for key, value in finite.items() if isinstance(value, dict)}
+        for group, curves in groups.items():
+            for name, number in curves.items():
+                if isinstance(number, float):
+                    self.board.scalar(f"{group}/{name}", number, step)
 
     def timing(self, step: int, seconds: float, images_per_s: float) -> None:
         """Records the seconds since training began and the current rate."""
@@ -172,13 +167,6 @@ class RunWriter:
     def pictures(self, step: int, sheet: np.ndarray) -> None:
         """Shows a picture of predictions for a few test images, uint8 [h, w, 3]."""
         self.board.picture("test/predictions", sheet, step)
-
-    def _write(self, step: int, split: str, means: dict[str, float], **more: Any) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
-        self._metrics.write({"step": step, "split": split, **finite, **more})
-        for name, value in finite.items():
-            if value is not None:
-                self.board.scalar(f"{split}/{name}", value, step)
 
     def flush(self) -> None:
         """Hands everything written so far to the operating system."""

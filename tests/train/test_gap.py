@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_null(tmp_path):
         for of in Drift._fields
     }
     with RunWriter(tmp_path, start=0) as writer:
-        writer.gap(1, means, 4, of_norms)
+        writer.metrics(1, "gap", means | of_norms)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert (line["loss"], line["batch_loss"]) == (None, None)
     assert line["drift_mean"] == line["drift_variance"] == {"BatchNorm_0": None}

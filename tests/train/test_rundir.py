@@ -28,8 +28,8 @@ def test_json_is_written_whole(tmp_path):
 
 def test_tensorboard_gets_every_scalar(tmp_path):
     with RunWriter(tmp_path, start=0) as writer:
-        writer.train(1, {"loss": 2.0, "accuracy": 0.25}, skipped=False)
-        writer.test(1, {"loss": 3.0, "accuracy": 0.5}, count=4)
+        writer.metrics(1, "train", {"loss": 2.0, "accuracy": 0.25})
+        writer.metrics(1, "test", {"loss": 3.0, "accuracy": 0.5, "count": 4})
         writer.timing(1, 0.5, 100.0)
     found = {
         tag: (step, value.simple_value)
