@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 from bnjax.compare.claims import Claim
 from bnjax.compare.runs import COMPARISON, listed, read_comparison
 from bnjax.data.datasets import Dataset
-from bnjax.errors import UserError
+from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, checkpoint, parsing, rundir
-from bnjax.train.loop import Stopped, Trainer
+from bnjax.train.loop import Stopped, Summary, Trainer
 from bnjax.train.run import StopRequest
 
 SMALL = {
@@ -44,105 +44,6 @@ def fast_way() -> str:
     if jax.default_backend() == "cpu":
         return "one"
     return "devices" if jax.local_device_count() > 1 else "vmap"
-
-
-def distribute(
-    new_trainer: Callable[[], Trainer],
-    seeds: Sequence[int],
-    way: str,
-    stop: StopRequest,
-    train: Callable[[Trainer, Sequence[int]], None],
-) -> None:
-    """Trains all seeds, in one of three ways.
-
-    Under "vmap" and on other devices a run is that of `train_and_evaluate` but for rounding: the
-    compiler orders sums differently.
-
-    Args:
-        new_trainer: is called once, or once for each device that is used.
-        way: "one": one after the other; "vmap": in one program; "devices": each device trains one
-            seed at a time.
-        stop: ends all of them.
-        train: trains seeds in one program, perhaps in another thread.
-
-    Raises:
-        UserError: if a folder or the disk fails; other devices save what they have and stop.
-        Stopped: as `bnjax.train.loop.Trainer.train`.
-    """
-    if way != "devices":
-        trainer = new_trainer()
-        for group in [seeds] if way == "vmap" else [[seed] for seed in seeds]:
-            train(trainer, group)
-        return
-    devices = jax.local_devices()[: len(seeds)]
-    free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
-    trainer_of = functools.cache(lambda _: new_trainer())  # what it compiles is for its device
-
-    def on_a_device(seed: int) -> None:
-        if stop.signal:
-            raise Stopped(None, stop.signal)
-        device = free.get()
-        try:
-            with jax.default_device(device):
-                train(trainer_of(device), [seed])
-        except Exception:
-            stop.signal = stop.signal or signal.SIGTERM
-            raise
-        finally:
-            free.put(device)
-
-    with ThreadPoolExecutor(len(devices)) as pool:
-        futures = [pool.submit(on_a_device, seed) for seed in seeds]
-    errors = [error for future in futures if (error := future.exception())]
-    # The first cause comes before the runs that were stopped for it.
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-        raise error
-
-
-class Progress:
-    """Counts runs and says how long the rest will take; several threads may use it.
-
-    Attributes:
-        failures: in words.
-    """
-
-    def __init__(self, runs: int):
-        """Starts before the first of so many runs."""
-        self.failures: list[str] = []
-        self._lock, self._start = threading.Lock(), time.monotonic()
-        self._runs, self._begun, self._done = runs, 0, 0
-
-    def train(
-        self,
-        variant: str,
-        folders: Mapping[int, Path],
-        stop: StopRequest,
-        trainer: Trainer,
-        seeds: Sequence[int],
-    ) -> None:
-        """Trains seeds of a variant in one program, and says so."""
-        with self._lock:
-            self._begun += len(seeds)
-            to_go = ""
-            if self._done:
-                left = (time.monotonic() - self._start) / self._done * (self._runs - self._done)
-                to_go = f", about {tqdm.tqdm.format_interval(left)} to go"
-            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-            self.say(f"[{self._begun}/{self._runs}] {variant}, {which}{to_go}")
-        results = trainer.train({seed: folders[seed] for seed in seeds}, stop)
-        with self._lock:
-            self._done += len(seeds)
-            for seed, result in results.items():
-                if isinstance(result, UserError):
-                    self.failures.append(f"{variant}, seed {seed}: {result}")
-                    self.say(f"{variant}, seed {seed} failed: {result}")
-
-    def say(self, what: str) -> None:
-        """Prints a line above the bars."""
-        tqdm.tqdm.write(what)
-        sys.stdout.flush()
 
 
 def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any]:
@@ -245,14 +146,16 @@ def run(
 ) -> list[str]:
     """Trains the missing runs, variant by variant; returns the failures.
 
-    Equal seeds have equal data order and, where the shapes agree, equal initial values. Of a
-    finished run the best and the last checkpoint are kept.
+    Equal seeds have equal data order and, where the shapes agree, equal initial values. Under
+    "vmap" and on other devices a run is that of `train_and_evaluate` but for rounding: the compiler
+    orders sums differently. Of a finished run the best and the last checkpoint are kept.
 
     Args:
         comparison: from `plan`, with its `seeds` and `command`.
         datasets: of each variant.
         folder: created if need be.
-        way: as for `distribute`.
+        way: "one": one run after the other; "vmap": the seeds of a variant in one program;
+            "devices": each device trains one run at a time.
         trainer: makes the trainer of a config.
 
     Raises:
@@ -262,21 +165,107 @@ def run(
     with rundir.locked(folder), StopRequest() as stop:
         take_folder(folder, comparison)
         runs = listed(folder, comparison)
-        finished = {run for run in runs if (run / "summary.json").exists()}
-        progress = Progress(len(runs) - len(finished))
-        if finished:
-            progress.say(f"{len(finished)} of {len(runs)} runs finished before")
-        for name, variant in comparison["variants"].items():
-            config = parsing.from_dict(variant["config"])
-            folders = {seed: folder / name / str(seed) for seed in comparison["seeds"]}
-            if missing := [seed for seed, run in folders.items() if run not in finished]:
-                (folder / name).mkdir(exist_ok=True)
-                new_trainer = functools.partial(trainer, config, datasets[name])
-                train = functools.partial(progress.train, name, folders, stop)
-                distribute(new_trainer, missing, way, stop, train)
-            for run in folders.values():
-                # A failed run keeps them all: it may be continued from any.
-                if (run / "summary.json").exists():
-                    with rundir.locked(run):
-                        checkpoint.keep_best_and_last(run / "checkpoints")
+        missing = [run for run in runs if not (run / "summary.json").exists()]
+        progress = Progress(len(missing))
+        if len(missing) < len(runs):
+            progress.say(f"{len(runs) - len(missing)} of {len(runs)} runs finished before")
+        jobs = [(run.parent.name, {int(run.name): run}) for run in missing]
+        if way == "vmap":
+            together: dict[str, dict[int, Path]] = {}
+            for name, folders in jobs:
+                together.setdefault(name, {}).update(folders)
+            jobs = [*together.items()]
+
+        # What a trainer compiles is for its device.
+        @functools.lru_cache(jax.local_device_count() if way == "devices" else 1)
+        def trainer_of(name: str, _: jax.Device | None) -> Trainer:
+            (folder / name).mkdir(exist_ok=True)
+            config = parsing.from_dict(comparison["variants"][name]["config"])
+            return trainer(config, datasets[name])
+
+        def train(device: jax.Device | None, name: str, folders: dict[int, Path]) -> None:
+            progress.begin(name, [*folders])
+            progress.end(name, trainer_of(name, device).train(folders, stop))
+
+        if way == "devices":
+            on_devices(train, jobs, stop)
+        else:
+            for job in jobs:
+                train(None, *job)
+        for run in runs:
+            # A failed run keeps them all: it may be continued from any.
+            if (run / "summary.json").exists():
+                with rundir.locked(run):
+                    checkpoint.keep_best_and_last(run / "checkpoints")
     return progress.failures
+
+
+def on_devices(
+    train: Callable[..., None], jobs: Sequence[tuple[Any, ...]], stop: StopRequest
+) -> None:
+    """Calls `train(device, *job)` for each job, in threads, one at a time for each device.
+
+    Raises:
+        Exception: the first cause that ended a job; the others are stopped.
+    """
+    free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+    for device in jax.local_devices():
+        free.put(device)
+
+    def work(job: tuple[Any, ...]) -> None:
+        if stop.signal:
+            raise Stopped(None, stop.signal)
+        device = free.get()
+        try:
+            with jax.default_device(device):
+                train(device, *job)
+        except Exception:
+            stop.signal = stop.signal or signal.SIGTERM
+            raise
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(jax.local_device_count()) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+    errors = [error for future in futures if (error := future.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+        raise error
+
+
+class Progress:
+    """Announces runs, with the time that the rest will take; several threads may use it.
+
+    Attributes:
+        failures: in words.
+    """
+
+    def __init__(self, runs: int):
+        """Starts before the first of so many runs."""
+        self.failures: list[str] = []
+        self._lock, self._start = threading.Lock(), time.monotonic()
+        self._runs, self._begun, self._done = runs, 0, 0
+
+    def begin(self, variant: str, seeds: Sequence[int]) -> None:
+        """Announces the runs of these seeds."""
+        with self._lock:
+            self._begun += len(seeds)
+            to_go = ""
+            if self._done:
+                left = (time.monotonic() - self._start) / self._done * (self._runs - self._done)
+                to_go = f", about {tqdm.tqdm.format_interval(left)} to go"
+            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            self.say(f"[{self._begun}/{self._runs}] {variant}, {which}{to_go}")
+
+    def end(self, variant: str, results: Mapping[int, Summary | NonFiniteError]) -> None:
+        """Counts runs, and says which of them failed."""
+        with self._lock:
+            self._done += len(results)
+            for seed, result in results.items():
+                if isinstance(result, NonFiniteError):
+                    self.failures.append(f"{variant}, seed {seed}: {result}")
+                    self.say(f"{variant}, seed {seed} failed: {result}")
+
+    def say(self, what: str) -> None:
+        """Prints a line above the bars."""
+        tqdm.tqdm.write(what)
+        sys.stdout.flush()

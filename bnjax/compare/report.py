@@ -579,7 +579,7 @@ def lines(
     scheme: Any = {"scale": alt.Scale(domain=names), "legend": legend if len(names) > 1 else None}
     colour = alt.Color("variant:N", **scheme)
     axis = STEP if x == "step" else alt.Axis(title="seconds of training")
-    at = alt.X(f"{x}:Q", axis=axis, scale=alt.Scale(zero=True))
+    at = alt.X(f"{x}:Q", axis=axis, scale=alt.Scale(zero=True, nice=False))
     base = _chart(rows).encode(x=at, color=colour)
     scale = scale or alt.Scale(zero=False)
     layers = [

@@ -128,9 +128,9 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
     trained.clear()
     with rundir.locked(folder / "bn" / "0"), pytest.raises(UserError, match="another process"):
         compare(folder, both(files), 2, counting(trained))
-    assert trained == []
-    assert compare(folder, both(files), 2, counting(trained)) == []
     assert trained == [("no_bn", 0), ("no_bn", 1)]
+    assert compare(folder, both(files), 2, counting(trained)) == []
+    assert len(trained) == 2
     said = capsys.readouterr().out
     assert "2 of 4 runs finished before\n[1/2] no_bn, seed 0\n" in said
     assert "[2/2] no_bn, seed 1, about" in said
@@ -198,32 +198,21 @@ def test_seeds_in_one_program_go_on_from_where_each_stands_and_end_where_each_ma
         assert (ended[seed] / "checkpoints" / str(first)).is_dir()
 
 
-def at_once(train, count, folder, made=None):
-    """Trains so many seeds side by side, each by a function; returns the failures."""
-
-    def trainer():
-        (device,) = jnp.zeros(()).devices()
-        if made is not None:
-            made.append(device)
-        return SimpleNamespace(train=train)
-
-    progress = grid.Progress(count)
-    folders = {seed: folder / str(seed) for seed in range(count)}
-    with StopRequest() as stop:
-        each = lambda *which: progress.train("bn", folders, stop, *which)  # noqa: E731
-        grid.distribute(trainer, [*folders], "devices", stop, each)
-    return progress.failures
-
-
 def test_each_device_has_one_trainer_and_a_run_that_breaks_down_does_not_end_the_others(
-    tmp_path, capsys
+    files, capsys
 ):
     made = []
+
+    def trainer(config, dataset):
+        (device,) = jnp.zeros(()).devices()
+        made.append(device)
+        return SimpleNamespace(train=train)
 
     def train(folders, _):
         return {seed: NonFiniteError("step 3") if seed == 2 else {} for seed in folders}
 
-    assert at_once(train, 20, tmp_path, made) == ["bn, seed 2: step 3"]
+    alone = grid.plan(claims.of_configs([str(files / "bn.py")]), [])
+    assert compare(files / "runs", alone, 20, trainer, "devices") == ["bn, seed 2: step 3"]
     assert len(made) == len({*made}) == jax.local_device_count() == 8
     said = capsys.readouterr().out
     assert "bn, seed 2 failed: step 3" in said
@@ -231,11 +220,10 @@ def test_each_device_has_one_trainer_and_a_run_that_breaks_down_does_not_end_the
         assert f"[{number}/20] bn, seed " in said
 
 
-def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(tmp_path):
+def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop():
     begun, running = [], threading.Barrier(8)
 
-    def train(folders, stop):
-        (seed,) = folders
+    def train(_, seed):
         begun.append(seed)
         running.wait(9)
         if seed == 0:
@@ -244,24 +232,18 @@ def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(tmp_path):
             if stop.signal:
                 raise Stopped(3, stop.signal)
             threading.Event().wait(0.01)
-        return {seed: {}}
 
-    with pytest.raises(UserError, match="no space"):
-        at_once(train, 40, tmp_path)
+    with StopRequest() as stop, pytest.raises(UserError, match="no space"):
+        grid.on_devices(train, [(seed,) for seed in range(40)], stop)
     assert sorted(begun) == list(range(8))
 
 
 @pytest.mark.parametrize("way", ["one", "devices"])
-def test_a_signal_between_two_runs_is_remembered(tmp_path, way):
-    def trainer():
-        return Trainer(synthetic.config(), synthetic.dataset())
-
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Stopped, match=r"stopped by SIGTERM$"):
-            grid.distribute(
-                trainer, [0], way, stop, lambda one, _: one.train({0: tmp_path / "0"}, stop)
-            )
+def test_a_signal_between_two_runs_is_remembered(files, way, monkeypatch):
+    """It comes before the first."""
+    monkeypatch.setattr(grid, "take_folder", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM$"):
+        compare(files / "runs", both(files), 1, way=way)
 
 
 def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files):
