@@ -153,11 +153,9 @@ def test_every_norm_is_updated_by_its_inputs_in_all_micro_batches(name):
             np.stack([(of[leaf] - 0.9 * old[0][leaf]) / 0.1 for of in each])
             for leaf in ((*path[:-1], "mean"), (*path[:-1], "var"))
         )
-        pooled = (
-            means.mean(0)
-            if path[-1] == "mean"
-            else (variances + means**2).mean(0) - means.mean(0) ** 2
-        )
+        pooled = means.mean(0)
+        if path[-1] == "var":
+            pooled = (variances + (means - pooled) ** 2).mean(0)
         wanted = 0.9 * old[0][path] + 0.1 * pooled
         np.testing.assert_allclose(new[0][path], wanted, rtol=1e-4, atol=1e-5)
 

@@ -26,11 +26,11 @@ def runs(tmp_path_factory):
 def train(workdir, steps, **model):
     config = default_config()
     config.data.name = "digits"
-    config.model.filters, config.model.dense = (8, 8, 8), (16, 16)
-    config.model.update(model)
+    config.model.update(filters=(8,), kernels=(3,), strides=(2,), dense=(16,), norm_dense=(True,))
+    config.model.update(dropout=(0.0,), **model)
     config.train.steps, config.train.batch_size, config.train.shuffle = steps, 64, True
     config.eval.every_steps, config.eval.every_epochs = steps // 2, 0.0
-    config.eval.histograms = config.eval.pictures = 0
+    config.eval.histograms = config.eval.pictures = config.eval.gap_images = 0
     train_and_evaluate(config, workdir, build.dataset(config))
 
 
@@ -61,14 +61,6 @@ def test_an_ill_run_exits_with_1_and_says_how_to_mend_it(bnjax, runs, tmp_path):
 def test_a_checkpoint_says_which_weights_its_statistics_belong_to(bnjax, runs, tmp_path):
     trained = Trained(runs / "0.5", "last")
 
-    def findings(workdir, checkpoint="last"):
-        words = ("--workdir", workdir, "--checkpoint", checkpoint, "--images", 256, "--json")
-        found = json.loads(bnjax("audit", *words)[1])
-        return found, [one["id"] for one in found["findings"]]
-
-    about, ids = findings(runs / "0.5", STEPS // 2)
-    assert about["step"] == STEPS // 2
-    assert "stale" not in ids
     # The record of another step: as if the weights had been replaced.
     copy = shutil.copytree(runs / "0.5", tmp_path / "copy")
     record = copy / "checkpoints" / str(STEPS) / "bnjax.json"
@@ -76,13 +68,8 @@ def test_a_checkpoint_says_which_weights_its_statistics_belong_to(bnjax, runs, t
     assert content["about"]["weights"] == trained.weights
     content["about"]["weights"] = Trained(runs / "0.5", str(STEPS // 2)).weights
     record.write_text(json.dumps(content))
-    assert findings(copy)[1] == ["stale"]
-    # One that was saved before there were fingerprints.
-    del content["about"]["weights"]
-    record.write_text(json.dumps(content))
-    found, ids = findings(copy)
-    assert ids == []
-    assert [entry["id"] for entry in found["not_checked"]] == ["stale by fingerprint"]
+    found = json.loads(bnjax("audit", "--workdir", copy, "--images", 256, "--json")[1])
+    assert [one["id"] for one in found["findings"]] == ["stale"]
 
 
 @pytest.mark.parametrize(
