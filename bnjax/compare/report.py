@@ -248,8 +248,8 @@ def differences(study: Study) -> Table:
     """Returns the keys of the configs that are not the same for all variants."""
     configs = {variant: siblings[0].config for variant, siblings in study.variants.items()}
     rows = []
-    for key in study.runs[0].config:
-        values = [_plain(config[key]) for config in configs.values()]
+    for key in dict.fromkeys(key for config in configs.values() for key in config):
+        values = [_plain(config.get(key, "—")) for config in configs.values()]
         if key != "config.seed" and len({*values}) > 1:
             rows.append([key.removeprefix("config."), *values])
     return Table("What differs between the variants", ["key", *configs], rows)

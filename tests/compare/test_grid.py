@@ -249,24 +249,17 @@ def test_a_signal_between_two_runs_is_remembered(files, way, monkeypatch):
 def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files):
     calls, folder = [], files / "runs"
     trainer = counting(calls, pretend)
-    for count, wanted in (
-        (1, [("bn", 0), ("no_bn", 0)]),
-        (1, []),
-        (2, [("bn", 1), ("no_bn", 1)]),
-    ):
-        calls.clear()
-        compare(folder, both(files), count, trainer)
-        assert calls == wanted
-    for count, words, difference in (
-        (1, [], r"seeds: \[0, 1\] there, \[0\] now"),
-        (
-            2,
-            ["--config.model.momentum=0.9"],
-            r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now",
-        ),
-    ):
-        with pytest.raises(UserError, match=difference):
-            compare(folder, both(files, *words), count, trainer)
+    new = {1: [("bn", 0), ("no_bn", 0)], 2: [("bn", 1), ("no_bn", 1)]}
+    for count in new:
+        for wanted in (new[count], []):
+            calls.clear()
+            compare(folder, both(files), count, trainer)
+            assert calls == wanted
+    with pytest.raises(UserError, match=r"seeds: \[0, 1\] there, \[0\] now"):
+        compare(folder, both(files), 1, trainer)
+    changed = r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now"
+    with pytest.raises(UserError, match=changed):
+        compare(folder, both(files, "--config.model.momentum=0.9"), 2, trainer)
     (files / "other").mkdir()
     (files / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds thesis\.tex but no comparison"):
@@ -321,20 +314,15 @@ def test_a_run_that_breaks_down_does_not_end_the_others(files, bnjax):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("word", "said"),
     [
-        (["--config.seed=3"], "Say how many with --seeds"),
-        (
-            ["--config.train.batch_size=4000"],
-            "bn cannot be trained: config.train.batch_size = 4000",
-        ),
-        (["--config.model.momentun=1"], "Did you mean"),
-        (["surplus"], "'surplus' is not understood"),
+        ("--config.seed=3", "Say how many with --seeds"),
+        ("--config.train.batch_size=4000", "bn cannot be trained: config.train.batch_size = 4000"),
     ],
 )
-def test_mistakes_show_before_anything_is_trained(files, words, said):
-    with pytest.raises(UserError, match=said.replace(".", r"\.")):
-        grid.load_datasets(both(files, *words))
+def test_mistakes_show_before_anything_is_trained(files, word, said):
+    with pytest.raises(UserError, match=said):
+        grid.load_datasets(both(files, word))
 
 
 def test_variants_of_the_same_data_share_them_and_have_their_own_names(files):

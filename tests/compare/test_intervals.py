@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -42,17 +42,6 @@ def test_the_t_interval_of_students_own_example():
     found = difference(second, first)
     assert (found.value, found.low, found.high) == pytest.approx((1.58, 0.70, 2.46), abs=0.005)
     assert found.n == 10
-
-
-@settings(max_examples=30)
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
-def test_the_t_interval_holds_the_means_that_a_t_test_does_not_reject(values):
-    found = mean(values)
-    if np.std(values) > 1e-6:
-        for end in (found.low, found.high):
-            assert stats.ttest_1samp(values, end).pvalue == pytest.approx(0.05, abs=1e-6)
-    else:
-        assert found.high - found.low < 1e-4
 
 
 def test_the_interval_of_an_accuracy_by_hand():
@@ -92,12 +81,9 @@ def test_one_run_has_no_interval_and_equal_values_one_of_no_width():
     for found in (median(one), ratio(one, one)):
         assert (found.low, found.high) == (0, math.inf)
     assert ratio(one, one).value == 1
-    for value, found in (
-        (0.1, mean([0.1] * 3)),
-        (0.1, mean_accuracy([0.1] * 3)),
-        (1, mean_accuracy([1.0] * 3)),
-    ):
-        assert (found.low, found.high) == pytest.approx((value, value))
+    for value in (0.0, 0.1, 1.0):
+        for found in (mean([value] * 3), mean_accuracy([value] * 3)):
+            assert (found.low, found.high) == pytest.approx((value, value))
 
 
 def loglog_interval(times):
