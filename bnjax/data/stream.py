@@ -99,8 +99,9 @@ class Records:
 
         For CIFAR that is the order of the original files.
         """
+        every = self.select(slice(None))  # before the ids: it names a damaged record
         ids = [_parse(self.source[row]).get("id", 0) for row in range(len(self))]
-        return self.select(np.array(sorted(range(len(self)), key=ids.__getitem__)))
+        return every.select(np.array(sorted(range(len(self)), key=ids.__getitem__)))
 
     def _read(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
         try:

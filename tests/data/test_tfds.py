@@ -159,9 +159,14 @@ def test_an_unfit_set_says_why_and_no_fallback_hides_it(name, message, prepared)
 def test_a_damaged_copy_is_named_and_no_fallback_hides_it(prepared, tmp_path):
     folder = shutil.copytree(prepared / "greys", tmp_path / "greys")
     (record,) = folder.rglob("*train*")
-    record.write_bytes(record.read_bytes()[:-70_000])
-    with pytest.raises(DataError, match=rf"{tmp_path}/greys.* is no whole .*[Pp]repare them again"):
-        datasets.load("greys", str(tmp_path), fallback="digits")
+    content = record.read_bytes()
+    for damaged, message in (
+        (content[:-70_000], f"{tmp_path}/greys.* is no whole .*[Pp]repare them again"),
+        (content.replace(b"label", b"lapel"), "record 0 of the train records .* cannot be read"),
+    ):
+        record.write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            datasets.load("greys", str(tmp_path), fallback="digits")
     record.unlink()
     with pytest.raises(DataError, match=rf"{tmp_path}/greys.* has no array_record files"):
         datasets.load("greys", str(tmp_path), fallback="digits")
