@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -204,20 +204,26 @@ def plan(network: Network, images: Images) -> Folding:
     for node in layers(network, batch, train=False, chosen=_is_of_interest):
         if node.module is not None:
             calls.setdefault(node.path, []).append(node)
+    origins = {}
+    for path, nodes in calls.items():
+        origins[path], *others = {_origin(node) for node in nodes}
+        if others:
+            origins[path] = Origin(reason="is not the same in each call")
     about = {layer.path: layer for layer in network.norms(batch)}
     leaves, stats = flatten_dict(network.params), flatten_dict(network.batch_stats)
     weights: dict[Path, Weights] = {}
     norms = []
-    for path, (norm, *others) in calls.items():
+    for path, nodes in calls.items():
+        norm = nodes[0]
         if not isinstance(norm.module, NORMS):
             continue
-        reasons = [_hindrance([norm, *others], about[path])]
+        reasons = [_hindrance(nodes, about[path])]
         places: tuple[Place, ...] = () if reasons[0] else ("after", "before")
         for place in places:
             try:
-                layer, way = _neighbour(calls, path, place)
+                layer, origin = _neighbour(calls, origins, path, place)
                 before = weights.get(layer.path) or _weights(layer, leaves)
-                weights[layer.path] = _with_norm(before, layer, norm, place, way, leaves | stats)
+                weights[layer.path] = _with_norm(before, layer, norm, place, origin, leaves | stats)
             except ValueError as error:
                 reasons.append(str(error))
             else:
@@ -278,95 +284,85 @@ def _hindrance(nodes: list[Node], about: NormLayer) -> str:
     return "" if about.axes == tuple(range(last)) else "its channels are not the last axis alone"
 
 
-class Way(NamedTuple):
-    """From the output of one module to the input of another, which alone reads it.
+class Origin(NamedTuple):
+    """The module whose output reaches the input of another, which alone reads it.
 
     On the way values may be summed and maxima taken of values of one channel, so that with a gain
     a >= 0 and a shift b for each channel a * x + b becomes a * way(x) + factor * b.
 
     Attributes:
+        path: of the module; None if there is none.
         factor: see above.
         has_maxima: whether a maximum is taken; without one, any gain will do.
-        is_spread: whether channels come out as several, `x.reshape(n, -1)` for instance: output j
-            is of channel j modulo the number of channels.
-        end: the path of the other module.
+        reason: why there is none.
     """
 
+    path: Path | None = None
     factor: float = 1.0
     has_maxima: bool = False
-    is_spread: bool = False
-    end: Path = ()
+    reason: str = ""
 
 
-def _neighbour(calls: dict[Path, list[Node]], norm: Path, place: Place) -> tuple[Node, Way]:
-    """Returns the layer beside a norm, and the way between them; ValueError says why none fits."""
-    if place == "after":
-        layer = _same_in_all(map(_source, calls[norm]), "its input")
-        name = ".".join(layer)
-        way = _same_in_all(map(_way, calls[layer]), f"its input is the output of {name}, which")
-    else:
-        way = _same_in_all(map(_way, calls[norm]), "its output")
-        layer, name = way.end, ".".join(way.end)
-        _same_in_all(map(_source, calls[layer]), f"its output goes to {name}, whose input")
-    found = calls[layer][0]
-    if any(node.has_computed for node in calls[layer]):
-        raise ValueError(f"{name} does not use its parameters as they are stored")
-    if type(found.module) not in LAYERS or getattr(found.module, "mask", None) is not None:
-        raise ValueError(f"beside it is {name}, a {found.kind}")
-    return found, way
-
-
-def _same_in_all(found: Iterable[Any], words: str) -> Any:
-    """Returns what all calls of a module have in common; ValueError if it is a reason."""
-    one, *others = {*found}
-    if others:
-        raise ValueError(f"{words} is not the same in each call")
-    if isinstance(one, str):
-        raise ValueError(f"{words} {one}")
-    return one
-
-
-def _source(node: Node) -> Path | str:
-    """Returns the module whose output is the input of a module; or the origin in words."""
+def _origin(node: Node) -> Origin:
+    """Returns the origin of the input of a call."""
+    factor, has_maxima, kind = 1.0, False, ""
     while len(node.inputs) == 1:
         (node,) = node.inputs
-        if node.module is not None:
-            return node.path
-        if node.equation is None:
-            return "is that of the network"
-        if _step(node.equation) is None:
-            return f"comes from {node.kind}"
-    return "is more than one value"
+        if node.module is None and node.equation is None:
+            return Origin(reason="is that of the network")
+        if len(node.readers) > 1:
+            places = f"goes to several places ({_readers(node)})"
+            return Origin(reason=f"comes from {_name(node)}, which {places}")
+        # Under nn.vmap there is an axis more than the module sees, at a place that is not known.
+        if node.module is not None and (not kind or node.shape == node.returned):
+            return Origin(node.path, factor, has_maxima)
+        step = None if node.module is not None else _step(node.equation)
+        if step is None:
+            return Origin(reason=f"comes from {_name(node)}")
+        factor, has_maxima, kind = factor * step[0], has_maxima or step[1], node.kind
+    return Origin(reason="is more than one value")
 
 
-def _way(node: Node) -> Way | str:
-    """Returns the way to the module that alone reads the output of a module; or why none does."""
-    way = Way()
-    # Under nn.vmap there is an axis more than the module sees, at a place that is not known.
-    is_mapped = node.shape != node.returned
-    while len(node.readers) == 1:
-        (node,) = node.readers
-        if node.module is not None:
-            return way._replace(end=node.path)
-        if node.equation is None:
-            return "leaves the network"
-        step = _step(node.equation)
-        if step is None or is_mapped:
-            return f"goes through {node.kind}"
-        way = Way(
-            way.factor * step.factor,
-            way.has_maxima or step.has_maxima,
-            way.is_spread or step.is_spread,
-        )
-    names = [one.kind if one.module is None else ".".join(one.path) for one in node.readers]
-    return f"goes to several places ({', '.join(names)})"
+def _name(node: Node) -> str:
+    return node.kind if node.module is None else ".".join(node.path)
 
 
-def _step(equation: Any) -> Way | None:
-    """Returns what an operation does to its only operand, None if nothing is to be moved past it.
+def _readers(node: Node) -> str:
+    return ", ".join(map(_name, node.readers))
 
-    Something is if it is a sum or a maximum of values of one channel, a product with a number above
-    0, or another place of the values.
+
+def _neighbour(
+    calls: dict[Path, list[Node]], origins: dict[Path, Origin], norm: Path, place: Place
+) -> tuple[Node, Origin]:
+    """Returns the layer beside a norm, and the way between them; ValueError says why none fits."""
+    if place == "after":
+        origin, path = origins[norm], origins[norm].path
+        if path is None:
+            raise ValueError(f"its input {origin.reason}")
+    else:
+        path = next((path for path, one in origins.items() if one.path == norm), None)
+        if path is None:
+            readers = _readers(calls[norm][0])
+            raise ValueError(f"no layer alone reads its output, which goes to {readers}")
+        origin = origins[path]
+    layer = calls[path][0]
+    if len(calls[path]) != len(calls[norm]):
+        raise ValueError(f"{_name(layer)} is called with and without it")
+    if any(node.has_computed for node in calls[path]):
+        raise ValueError(f"{_name(layer)} does not use its parameters as they are stored")
+    if type(layer.module) not in LAYERS or getattr(layer.module, "mask", None) is not None:
+        raise ValueError(f"beside it is {_name(layer)}, a {layer.kind}")
+    return layer, origin
+
+
+MOVED = (1.0, False)
+
+
+def _step(equation: Any) -> tuple[float, bool] | None:
+    """Returns factor and `has_maxima` of an operation as in `Origin`; None if it is none to pass.
+
+    To pass are sums and maxima of values of one channel, products with a number above 0, and
+    operations that only move values.
     """
     kind, params = equation.primitive.name, equation.params
     operands = [atom for atom in equation.invars if isinstance(atom, core.Var)]
@@ -377,7 +373,7 @@ def _step(equation: Any) -> Way | None:
     last = len(given) - 1
     if kind in ("copy", "name", "convert_element_type"):
         floats = all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
-        return Way() if floats else None
+        return MOVED if floats else None
     if not given or not returned:
         return None
     if kind in ("mul", "div") and len(equation.invars) == 2:
@@ -385,14 +381,13 @@ def _step(equation: Any) -> Way | None:
         if kind == "div" and first is not operands[0]:
             return None
         number = float((first if second is operands[0] else second).val)
-        return Way(number if kind == "mul" else 1 / number) if number > 0 else None
+        return (number if kind == "mul" else 1 / number, False) if number > 0 else None
     if kind == "transpose":
-        return Way() if params["permutation"][last] == last else None
+        return MOVED if params["permutation"][last] == last else None
     if kind == "squeeze":
-        return Way() if last not in params["dimensions"] else None
+        return MOVED if last not in params["dimensions"] else None
     if kind == "reshape" and params["dimensions"] is None:
-        is_spread = returned[-1] != given[-1]
-        return Way(is_spread=is_spread) if returned[-1] % given[-1] == 0 else None
+        return MOVED if returned[-1] % given[-1] == 0 else None
     # Sums and maxima over positions and examples, not over channels.
     if kind in ("reduce_sum", "reduce_max") and last not in params["axes"]:
         count = math.prod(given[axis] for axis in params["axes"])
@@ -406,7 +401,7 @@ def _step(equation: Any) -> Way | None:
         count = math.prod(window)
     else:
         return None
-    return Way(has_maxima=True) if kind.endswith("max") else Way(float(count))
+    return (1.0, True) if kind.endswith("max") else (float(count), False)
 
 
 # Kernel and bias of a layer, in float64.
@@ -414,7 +409,7 @@ Weights = tuple[np.ndarray, np.ndarray]
 
 
 def _with_norm(
-    weights: Weights, layer: Node, norm: Node, place: Place, way: Way, stored: dict[Path, Any]
+    weights: Weights, layer: Node, norm: Node, place: Place, origin: Origin, stored: dict[Path, Any]
 ) -> Weights:
     """Returns weights of a layer with a norm folded in; ValueError says why that is not exact."""
     name, module = ".".join(layer.path), layer.module
@@ -429,11 +424,11 @@ def _with_norm(
     stack, many = var.shape[:-1], kernel.shape[: kernel.ndim - _rank(module)]
     if stack != many:
         raise ValueError(f"there are {[*stack]} norms and {[*many]} times {name}")
-    if way.has_maxima and (scale < 0).any():
+    if origin.has_maxima and (scale < 0).any():
         raise ValueError(f"between {name} and it a maximum is taken, and some gains are negative")
     if place == "before" and (shift.any() or mean.any()) and _adds_zeros(module):
         raise ValueError(f"{name} adds zeros to its input, which before the norm are not zeros")
-    factor = way.factor if place == "before" else 1 / way.factor
+    factor = origin.factor if place == "before" else 1 / origin.factor
     for index in np.ndindex(stack):
         kernel[index], bias[index] = fold_pair(
             kernel[index],

@@ -115,7 +115,7 @@ def test_networks_of_other_people(name):
     assert found["BatchNorm_1"] == ("after", "Conv_1")
     assert found["BatchNorm_3"] == ("after", "Conv_3")
     assert "Conv_0, which goes to several places (BatchNorm_0, add)" in stay["BatchNorm_0"]
-    assert all("its output goes through relu" in reason for reason in stay.values())
+    assert all("its output, which goes to relu" in reason for reason in stay.values())
     assert set(done.batch_stats) == set(stay) == {"BatchNorm_0", "BatchNorm_2", "last"}
 
 
@@ -223,19 +223,19 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
 @pytest.mark.parametrize(
     ("net", "said"),
     [
-        (Net(("layer", nn.relu, "norm")), "its input comes from relu; its output leaves"),
+        (Net(("layer", nn.relu, "norm")), "its input comes from relu; no layer"),
         (Net(("norm", nn.sigmoid, "layer")), "its input is that of the network"),
-        (Net(("norm", lambda x: 1 / x, "layer")), "its output goes through div"),
-        (Net(("norm", lambda x: x - 1, "layer")), "its output goes through sub"),
-        (Net(("norm", lambda x: -2 * x, "layer")), "its output goes through mul"),
-        (Net(("norm", lambda x: x * x, "layer")), "goes through mul"),
+        (Net(("norm", lambda x: 1 / x, "layer")), "its output, which goes to div"),
+        (Net(("norm", lambda x: x - 1, "layer")), "its output, which goes to sub"),
+        (Net(("norm", lambda x: -2 * x, "layer")), "its output, which goes to mul"),
+        (Net(("norm", lambda x: x * x, "layer")), "goes to mul"),
         (Net(("layer", lambda x: x + nn.relu(x), "norm")), "comes from add"),
-        (Net(("norm", lambda x: x[..., ::-1], "layer")), "goes through rev"),
+        (Net(("norm", lambda x: x[..., ::-1], "layer")), "goes to rev"),
         (Net(("norm", lambda x: x.transpose(0, 3, 1, 2), flat, "layer"), layer=DENSE), "transpose"),
-        (Net(("norm", lambda x: x.mean(3), "layer")), "goes through reduce_sum"),
-        (Net(("norm", lambda x: x.reshape(6, 8, 3, 8), "layer")), "goes through reshape"),
-        (Net(("norm", channel_max, "layer")), "through"),
-        (Net(("norm", PADDED_AVG, "layer")), "goes through reduce_window_sum"),
+        (Net(("norm", lambda x: x.mean(3), "layer")), "goes to reduce_sum"),
+        (Net(("norm", lambda x: x.reshape(6, 8, 3, 8), "layer")), "goes to reshape"),
+        (Net(("norm", channel_max, "layer")), "goes to reduce_window_max"),
+        (Net(("norm", PADDED_AVG, "layer")), "goes to reduce_window_sum"),
         (Net(("layer", flat, "norm")), "the norm has 256 channels and the layer 4 outputs"),
         (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3))), "adds zeros to its input"),
         (Net(("norm", "layer"), layer=PADDED), "adds zeros to its input"),
