@@ -30,11 +30,11 @@ import optax
 import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from bnjax.train.audit import audit_batches
 from foreign import ResNet
 
 from bnjax.clinic import Network, Run, audit
 from bnjax.clinic.statistics import precise
+from bnjax.commands.audit import audit_batches
 from bnjax.data import datasets
 from bnjax.data.batches import TrainRows, eval_batches, take
 from bnjax.metrics import Metrics

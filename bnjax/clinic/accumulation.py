@@ -55,7 +55,6 @@ def accumulated_step(
     loss_fn: LossFn = softmax_cross_entropy,
     axis_name: AxisName = None,
     skip_nonfinite: bool = False,
-    unroll: bool | None = None,
 ) -> tuple[TrainState, BatchStats, Metrics]:
     """Returns what `train_step` does, with the activations of one micro-batch in memory at a time.
 
@@ -75,8 +74,6 @@ def accumulated_step(
             of what the micro-batches make of the old ones; whole numbers what the last one does.
         batch: likewise; on each shard of `axis_name` a multiple of `micro_batches` examples.
         micro_batches: k.
-        unroll: whether the program repeats itself k times, or loops. None: it repeats itself on a
-            CPU, where loops are slow, and loops elsewhere.
 
     Raises:
         ValueError: if the micro-batches do not divide the batch.
@@ -105,18 +102,15 @@ def accumulated_step(
         seen = seen_in(written, nothing)
         return _Found(grads, metrics, written, seen, count_of(micro, axis_name))
 
-    # The first one outside of the loop, since it says what the loop carries.
-    found = one(params, 0)
-    if jax.default_backend() == "cpu" if unroll is None else unroll:
-        for i in range(1, micro_batches):
-            # Which examples come next depends on what this one found, as far as XLA can see: it
-            # would run all of them side by side, and keep every activation.
-            done = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(found.grads))
-            found = found.merge(one(params, jnp.where(done < -jnp.inf, 0, i)))
-    else:
-        found = jax.lax.fori_loop(
-            1, micro_batches, lambda i, found: found.merge(one(params, i)), found
-        )
+    def more(i: Any, found: _Found) -> _Found:
+        # As far as XLA can see, the next examples depend on the gradients so far: otherwise it
+        # would run all micro-batches side by side, and keep every activation.
+        done = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(found.grads))
+        return found.merge(one(params, jnp.where(done < -jnp.inf, 0, i)))
+
+    # The first one says what the loop carries. Loops are slow on CPUs.
+    unroll = jax.default_backend() == "cpu"
+    found = jax.lax.fori_loop(1, micro_batches, more, one(params, 0), unroll=unroll)
     stats = _updated(batch_stats, found, norms)
     of_all = found.grads, (stats, found.metrics)
     return descend(state, batch_stats, of_all, tx, axis_name, skip_nonfinite)

@@ -77,12 +77,11 @@ def by_hand(kernel, bias, batch):
     return losses.sum(), normal.T @ slope, slope.sum(0), (logits.argmax(1) == label).sum()
 
 
-@pytest.mark.parametrize("unroll", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_step_equals_float64_by_hand(mask, unroll):
+def test_a_step_equals_float64_by_hand(mask):
     state, stats = start(Tiny())
     batch = batch_of(mask=MASKS[mask])
-    new, new_stats, metrics = step_of(Tiny(), unroll=unroll)(state, stats, batch)
+    new, new_stats, metrics = step_of(Tiny())(state, stats, batch)
     dense = jax.tree.map(np.float64, state.params["dense"])
     found = [by_hand(dense["kernel"], dense["bias"], part(batch, i)) for i in range(MICRO)]
     loss, kernel, bias, correct = (sum(terms) for terms in zip(*found, strict=True))
@@ -239,14 +238,12 @@ def test_micro_batches_drop_units_of_their_own_and_count_as_one():
 
 def test_one_bad_micro_batch_drops_the_step():
     state, stats = start(Tiny())
-    for bad, unroll in ((13, True), (23, False)):
-        batch = batch_of()
-        batch["image"][bad] = np.inf
-        step = step_of(Tiny(), skip_nonfinite=True, unroll=unroll)
-        new, new_stats, metrics = step(state, stats, batch)
-        assert (int(new.step), int(metrics.skipped)) == (1, 1)
-        same = (state.params, state.opt_state, stats), (new.params, new.opt_state, new_stats)
-        jax.tree.map(np.testing.assert_array_equal, *same)
+    batch = batch_of()
+    batch["image"][13] = np.inf
+    new, new_stats, metrics = step_of(Tiny(), skip_nonfinite=True)(state, stats, batch)
+    assert (int(new.step), int(metrics.skipped)) == (1, 1)
+    same = (state.params, state.opt_state, stats), (new.params, new.opt_state, new_stats)
+    jax.tree.map(np.testing.assert_array_equal, *same)
 
 
 def test_frozen_statistics_stay():
