@@ -97,9 +97,9 @@ class Run:
     name: str = ""
     "of the run; the file's name if empty"
     seed: Seed = 0
-    "of the initial weights, the order of the images and dropout"
+    "of the initial weights, the order of the images, augmentation and dropout"
     devices: Count = 0
-    "how many train together, 0: all; batches stay as large"
+    "the number of devices, 0: all; the batch size does not depend on it"
 
 
 class Data:
@@ -120,15 +120,15 @@ class Data:
     label: str = ""
     "the name of the data in summaries and tables; if empty, its own"
     train_images: Annotated[int, whole(0, words="a whole number above 0, or 0 for all")] = 0
-    "train on the first so many only; 0: on all"
+    "train on this many images, the first ones; 0: on all"
     pipeline: Annotated[str, one_of("memory", "stream")] = "memory"
     "memory: all images are loaded; stream: array_record files are read while training"
     image_size: Annotated[Pixels, STREAM] = 0
     "the side of the square crop; 0: no crop"
     shorter_side: Annotated[Pixels, STREAM] = 0
-    "the shorter side is first resized to so much; 0: to image_size"
+    "the shorter side is first resized to this; 0: to image_size"
     random_crop: Annotated[bool, STREAM] = False
-    "crops of training at random, not in the middle"
+    "place training crops at random, not in the middle"
     workers: Annotated[Workers, STREAM] = 0
     "processes that read ahead; 0: threads instead; results do not depend on it"
 
@@ -137,19 +137,19 @@ class Augment:
     """The section `augment`, in the order in which training images are changed, on the device."""
 
     flip: Annotated[str, one_of("none", "random", "alternating")] = "none"
-    "mirror images: each time by chance, or a random half and then all every other epoch"
+    "mirror images: at random each time, or a random half first and then in every other epoch"
     translate: Pixels = 0
-    "shift by up to so much; edges are reflected"
+    "shift by up to this many pixels; edges are reflected"
     crop: Pixels = 0
-    "shift by up to so much; the new border is black"
+    "shift by up to this many pixels; the new border is black"
     brightness: Amount = 0.0
-    "add up to so much, either way; white is 1"
+    "change the brightness by up to this, either way; white is 1"
     contrast: Amount = 0.0
-    "stretch about the mean by up to so much, either way"
+    "stretch about the mean by up to this fraction, either way"
     cutout: Pixels = 0
-    "blank a square with sides of so much"
+    "blank a square with sides of this many pixels"
     mixup: Amount = 0.0
-    "mix two images, by shares from Beta(so much, so much)"
+    "mix two images, by shares from Beta(mixup, mixup); 0: none"
 
 
 class Norm:
@@ -223,8 +223,8 @@ class Model(Norm):
             lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
         ),
     ] = "global"
-    """batch norms normalise over the batch of all devices, of each, or of so many together; running
-    averages are always those of all"""
+    """batch norms normalise over the images of all devices, of each, or of groups of this many;
+    running averages are always those of all"""
     activation: Annotated[str, one_of("relu", "sigmoid", "tanh", "gelu", "silu")] = "relu"
     "of each hidden layer; norm frn brings its own"
     weight_standardization: Annotated[bool, NOT_SPEEDNET] = False
@@ -274,7 +274,7 @@ class Optimizer:
     average_start: Step = 1
     "the first step whose weights are averaged"
     average_every: Step = 1
-    "from there on, how many steps lie between two"
+    "from there on, average the weights of every such step"
 
 
 class Muon:
@@ -287,7 +287,7 @@ class Muon:
     head_rate: Positive = 0.5
     "of dense kernels, which sgd trains"
     whiten_steps: Count = 0
-    "speednet: steps after which the bias of the whitening is no longer trained; 0: all"
+    "speednet: the number of steps in which the bias of the whitening is trained; 0: all"
     rescale_every: Annotated[
         tuple,
         Check(
@@ -309,11 +309,11 @@ class Train:
     batch_size: AtLeast1 = 5000
     "images of a step"
     micro_batches: AtLeast1 = 1
-    "process a batch in so many parts, to save memory; batch norms normalise each by itself"
+    "process a batch in this many parts, to save memory; batch norms normalise each by itself"
     shuffle: bool = False
     "False: the order of the files, as in the tutorial"
     label_smoothing: Fraction = 0.0
-    "the part of each label that is spread over all classes; the training loss is with it"
+    "the part of each label that is spread over all classes; the training loss includes it"
     target_loss: Positive = 0.2
     "the summary says when the training loss first was at or below it"
     stop_at_loss: Amount = 0.0
@@ -321,7 +321,7 @@ class Train:
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
     "what to do with a step whose loss or gradient is not finite"
     most_skipped: Count = 10
-    "skip: stop after more than so many in a row"
+    "skip: stop after more than this many in a row"
 
 
 class Eval:
@@ -338,13 +338,13 @@ class Eval:
     images, computed anew each time. A checkpoint holds the statistics that were evaluated, for
     predict, and training's own"""
     precise_images: AtLeast2 = 10_000
-    """precise: of how many training images, evenly spaced in the data, in batches of about
+    """precise: the number of training images, evenly spaced in the data, in batches of about
     train.batch_size that are normalised one by one"""
     views: Annotated[int, Check("1, 2 or 6", lambda value: value in (1, 2, 6))] = 1
-    """average the logits of so many views of each image: 2, with the mirror; 6, with both shifted
-    by a pixel twice besides"""
+    """average the logits of this many views of each image: 2, with its mirror image; 6, with two
+    shifts by a pixel of each of these"""
     views_share: Share = 1.0
-    "of the images of a batch: the least certain get all views, the others one"
+    "the share of a batch, its least certain images, that gets all views; the others get one"
     gap_images: Images = 256
     """training images that are evaluated under the running averages and under statistics of their
     own at each evaluation: what the averages cost, and how far off each is"""

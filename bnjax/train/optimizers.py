@@ -48,7 +48,7 @@ def optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
 
 
 def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
-    """Returns the rate of each of so many steps: a number, or a function of the step.
+    """Returns the learning rate: a number, or a function of the step.
 
     Args:
         options: the section `optimizer`.
@@ -79,12 +79,12 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
 
 
 def kernels(params: Params) -> Any:
-    """Returns True for the kernels that are trained by gradients, as a mask for Optax has it."""
+    """Returns a mask for Optax, True at the kernels that gradients train."""
     return jax.tree.map(lambda kind: kind in ("convolution", "dense"), kinds(params))
 
 
 def kinds(params: Params) -> Any:
-    """Returns for each leaf what it is, as Muon tells them apart.
+    """Returns the kind of each leaf, which decides how Muon trains it.
 
     "convolution" and "dense" are kernels, "fixed" and "whitening" kernel and bias of a
     `bnjax.models.speednet.Whitening`; all else is "other".
@@ -111,8 +111,8 @@ def _sgd(
 def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransformation:
     """Returns Muon for the kernels of convolutions, and SGD with rates of its own for the rest.
 
-    Optax's part makes the step orthogonal. What it lacks is that kernels stand on a sphere, which
-    is ours, and SGD beside it: `optax.contrib.muon` has AdamW there.
+    Optax's part makes the step orthogonal. Kernels of a fixed norm are bnjax's, and so is SGD for
+    the rest, where `optax.contrib.muon` has AdamW.
     """
     options, muon = config.optimizer, config.muon
     every, more = muon.rescale_every
@@ -151,16 +151,17 @@ def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransforma
 
 
 class RescaleState(NamedTuple):
-    """How many updates there were, int32 []."""
+    """The number of updates so far, int32 []."""
 
     updates: Leaf
 
 
 def rescale(every: int, more: int, steps: int) -> optax.GradientTransformation:
-    """Returns what brings kernels to the norm sqrt(output channels) before an update is added.
+    """Rescales kernels to the norm sqrt(output channels) before an update is added.
 
-    A kernel in front of a norm has no scale of its own, and its rate is its step beside its norm:
-    so the schedule alone decides on it. To be the last of a chain.
+    The scale of a kernel in front of a norm has no effect, and its effective rate is the step
+    relative to its norm; with a fixed norm the schedule alone sets that rate. Has to be the last
+    transformation of a chain.
 
     Args:
         every, more: it is done each `every + int(more * progress)` updates.
