@@ -38,9 +38,7 @@ from bnjax.types import Array, Batch, BatchStats, Params
 
 # The norms that update their averages, by the path of their leaves.
 Norms = dict[tuple[str, ...], Any]
-
-
-# What `bnjax.norms.BatchNorm` may have otherwise than Flax's has it.
+# The fields that only `bnjax.norms.BatchNorm` has, as Flax's norm behaves.
 CONVENTIONS: dict[str, Any] = {"debias": False, "variance": "biased", "average_dtype": None}
 
 
@@ -56,23 +54,24 @@ def accumulated_step(
     axis_name: AxisName = None,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Returns what `train_step` does, with the activations of one micro-batch in memory at a time.
+    """Takes one step as `train_step` does, with the activations of one micro-batch in memory.
 
     The gradient is the mean over all real examples of the batch, and metrics are sums over it. Each
-    micro-batch is normalised by itself (over all devices that its norms reduce over), so that the
-    gradient is not that of the whole batch at once: what BN sees is a batch of n / micro_batches.
-    The running averages are updated once, as by one batch: from the old ones and from mean and
-    variance of what the norms were given in all micro-batches together, by counts.
+    micro-batch is normalised by itself (over all devices that its norms reduce over), so the
+    gradient is not that of the whole batch at once: norms see n / micro_batches examples. The
+    running averages are updated once, by the mean and variance of the inputs of all micro-batches
+    together.
 
-    Micro-batch i has the examples i, i + k, i + 2 k, …: so those of a batch that is divided up over
-    devices stay where they are, and every wrapper makes the same ones. Its dropped units are drawn
+    Micro-batch i has the examples i, i + k, i + 2 k, …: examples that are divided up over devices
+    stay where they are, and every wrapper makes the same micro-batches. Its dropped units are drawn
     from `fold_in(key of the step, i)`. With one micro-batch this is `train_step`, to the bit.
 
     Args:
         state, batch_stats, model, tx, loss_fn, axis_name, skip_nonfinite: as for `train_step`.
             Statistics of norms other than Flax's and bnjax's BatchNorm become the mean, by counts,
-            of what the micro-batches make of the old ones; whole numbers what the last one does.
-        batch: likewise; on each shard of `axis_name` a multiple of `micro_batches` examples.
+            of the updates by each micro-batch; whole numbers that of the last one.
+        batch: as for `train_step`; on each shard of `axis_name` a multiple of `micro_batches`
+            examples.
         micro_batches: k.
 
     Raises:
@@ -82,8 +81,7 @@ def accumulated_step(
     if micro_batches < 1 or rows % micro_batches:
         raise ValueError(
             f"{micro_batches} micro-batches do not divide a batch of {rows} examples (on each "
-            "shard of the mapped axis, if there is one). Choose a number that does, or fill the "
-            "batch up with examples whose `mask` is False."
+            "shard of the mapped axis). Choose a divisor, or add examples whose `mask` is False."
         )
     options: Any = {"model": model, "tx": tx, "loss_fn": loss_fn, "axis_name": axis_name}
     if micro_batches == 1:
@@ -118,13 +116,13 @@ def accumulated_step(
 
 @struct.dataclass
 class _Found:
-    """What one or several micro-batches yield.
+    """The results of one or several micro-batches.
 
     Attributes:
         grads: of the sum of the losses over the count of the whole batch.
         metrics: sums.
-        stats: what they made of the old statistics, their mean by counts.
-        seen: what the norms were given that update their averages.
+        stats: the updates of the old statistics, their mean by counts.
+        seen: the moments of the inputs of norms that update their averages.
         count: of real examples, over all devices.
     """
 
@@ -135,7 +133,7 @@ class _Found:
     count: Any
 
     def merge(self, other: "_Found") -> "_Found":
-        """Returns what both yield together."""
+        """Returns the results of both together."""
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)
 
@@ -163,7 +161,7 @@ def _micro_batch(leaf: Any, i: Any, micro_batches: int) -> Any:
 def _watch(
     norms: Norms, norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any
 ) -> Array:
-    """Calls a norm, and keeps what it was given if it updates its averages by it."""
+    """Calls a norm, and keeps the moments of its input if it updates its averages."""
     if (before := seen_by(norm)) is None:
         return call(x, *args, **kwargs)
     average = norm.get_variable("batch_stats", "mean")
@@ -176,7 +174,7 @@ def _watch(
 
 
 def _updated(batch_stats: BatchStats, found: _Found, norms: Norms) -> BatchStats:
-    """Returns the old statistics, updated once by all that was found."""
+    """Returns the old statistics, updated once by all micro-batches."""
     old, new = flatten_dict(batch_stats), flatten_dict(found.stats)
     leaves = {path: new[path] for path in old}
     for path, norm in norms.items():

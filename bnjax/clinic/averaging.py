@@ -13,11 +13,11 @@ Kind = Literal["ema", "swa"]
 
 
 class WeightAverageState(NamedTuple):
-    """What is known of the weights so far.
+    """An average of weights.
 
     Attributes:
-        updates: how many there were, int32 [].
-        averaged: after how many of them the weights went into the average, int32 [].
+        updates: the number of updates of the weights, int32 [].
+        averaged: the number of weights in the average, int32 [].
         average: float32 or wider; the weights themselves as long as nothing was averaged.
     """
 
@@ -37,24 +37,24 @@ def weight_average(
 ) -> optax.GradientTransformation:
     """Returns an optimizer whose state also holds an average of the weights; updates are as before.
 
-    With p(t) the weights after update t, those of t = start, start + every, … are averaged. After
-    the n-th of them the average is
+    With p(t) the weights after update t, the weights at t = start, start + every, … are averaged.
+    After the n-th of them the average is
 
         "ema": m = d m + (1 - d) p, d the decay (Polyak & Juditsky, 1992; Tarvainen & Valpola, 2017)
         "swa": the mean of all n (Izmailov et al., 2018)
 
-    `debias` leaves out what an EMA began with: the weights of the p, powers of d, are made to sum
-    to 1, so that the first p is the first average. Without it m begins with the weights before
-    update `start`. Read it with `averaged_params`.
+    `debias` leaves out the value that an EMA starts from: the factors of the p, powers of d, are
+    scaled to the sum 1, so the first average is the first p. Without it m starts from the weights
+    before update `start`. Read it with `averaged_params`.
 
     Args:
-        tx: the optimizer; None: nothing, for the end of an `optax.chain`. Whatever changes updates
-            has to come before it, since it takes them for those that will be applied.
+        tx: the optimizer; None: nothing, for the end of an `optax.chain`. Every transformation that
+            changes updates has to come before.
         kind: which average.
         decay: the fraction of an EMA that is kept, 0 up to but not including 1.
         debias: see above; for "ema".
         start: the first update whose weights count, 1 or above.
-        every: so many updates lie between two that count, 1 or above.
+        every: the distance between two updates that count, 1 or above.
 
     Raises:
         ValueError: for an impossible argument.
@@ -70,21 +70,21 @@ def weight_average(
     """
     if kind not in ("ema", "swa") or not 0 <= decay < 1 or start < 1 or every < 1:
         raise ValueError(
-            f"kind = {kind!r}, decay = {decay}, start = {start} and every = {every} are not "
-            "possible together: kind is 'ema' or 'swa', decay is from 0 up to but not including 1, "
-            "and start and every are 1 or above."
+            f"kind = {kind!r}, decay = {decay}, start = {start}, every = {every} is not possible: "
+            "kind is 'ema' or 'swa', decay 0 or above and below 1, start and every 1 or above."
         )
 
     def init(params: Params) -> WeightAverageState:
         # A copy: the weights' own buffers may be donated to a step.
-        average = jax.tree.map(lambda leaf: jnp.array(leaf, _wide(leaf), copy=True), params)
+        average = jax.tree.map(
+            lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True),
+            params,
+        )
         return WeightAverageState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), average)
 
     def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError(
-                "weight_average needs the weights: call update(updates, state, params)"
-            )
+            raise ValueError("weight_average needs update(updates, state, params)")
         number = state.updates + 1
         counts = (number >= start) & ((number - start) % every == 0)
         kept = kept_fraction(
@@ -119,11 +119,7 @@ def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
     found = [node for node in nodes if isinstance(node, WeightAverageState)]
     if len(found) != 1:
         raise ValueError(
-            f"the optimizer's state holds {len(found)} averages of the weights, and one is read. "
-            "Wrap the optimizer in bnjax.clinic.averaging.weight_average, once."
+            f"the optimizer's state holds {len(found)} averages of the weights, not one. Wrap the "
+            "optimizer in bnjax.clinic.averaging.weight_average, once."
         )
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found[0].average, params)
-
-
-def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(jnp.asarray(leaf).dtype, jnp.float32)

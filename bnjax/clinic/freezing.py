@@ -21,7 +21,7 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     In training too these norms normalise by their running statistics, which are constants to the
     gradient, and leave them as they are; their scale and bias still train. Everything else is the
     model's own: fields, parameters, statistics, and the arguments of `__call__`, so that
-    checkpoints fit both and `train_step` hands on a mask to the one if it does to the other.
+    checkpoints fit both and `train_step` passes a mask to both or to none.
 
     Args:
         model: any linen module whose norms are Flax's or bnjax's BatchNorm, under `nn.scan`,
@@ -47,8 +47,8 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     """
     kind = type(model)
 
-    # A class of its own, since Flax and `train_step` look at the class; not wrapped by Flax a
-    # second time, since the method that it calls is.
+    # A new class, since Flax and `train_step` look at the class. Flax has wrapped the method that
+    # this one calls, and must not wrap it again.
     @nn.nowrap
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         names: dict[str, None] = {}

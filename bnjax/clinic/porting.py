@@ -139,12 +139,12 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
     def to(self, ours: np.ndarray) -> np.ndarray:
-        """Returns the leaf as they have it, in memory of its own."""
+        """Returns the leaf in their layout, in new memory."""
         dtype = np.int64 if self.path[-1] == "count" else None
         return np.array(ours[self.rows].transpose(self.axes), dtype, order="C")
 
     def back(self, theirs: np.ndarray, like: Any) -> Array:
-        """Returns the leaf as we have it, with our dtype."""
+        """Returns the leaf in our layout and dtype."""
         ours = np.empty(like.shape, like.dtype)
         ours[self.rows] = theirs.reshape(self.shape).transpose(np.argsort(self.axes))
         return jnp.asarray(ours)

@@ -144,8 +144,8 @@ class Gap(NamedTuple):
 class Drift(NamedTuple):
     """The distance of the stored statistics of one norm from the true ones.
 
-    Measured at the norm's output: epsilon is added to every variance. Statistics of n images have
-    errors of their own; in `mean`, of a dense layer, 1/sqrt(n).
+    Measured at the norm's output: epsilon is added to every variance. Statistics of n images are
+    uncertain too; in `mean`, of a dense layer, by 1/sqrt(n).
 
     Attributes:
         mean: root mean square over channels of `deviations`' first result.
@@ -216,8 +216,8 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
     averaged; integers, as the count of updates, have to agree.
 
     Args:
-        batch_stats: with a leading axis of the replicas in every leaf, as `jax.pmap` returns them;
-            of several processes those of all.
+        batch_stats: with a leading axis of the replicas in every leaf, as `jax.pmap` returns them,
+            for all processes.
         counts: the number of real examples of each replica [replicas]; None: the same for all.
 
     Raises:
