@@ -469,8 +469,8 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
     layers = [one for one in case.layers if one.layer.name not in explained]
     if early := [one for one in layers if _is_early(one, one.initial_share)]:
         worst = max(early, key=lambda one: one.initial_share)
-        how = f"after {worst.updates:,} updates momentum ** updates is"
-        yield _not_converged(early, worst, worst.initial_share, how)
+        share, after = worst.initial_share, f" after {worst.updates:,} updates"
+        yield _not_converged(early, worst, share, "momentum ** updates is", after)
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
@@ -564,13 +564,15 @@ def _is_early(one: Evidence, share: float) -> bool:
     return share > INITIAL_SHARE or share * one.distance_from_zero > INITIAL_SHIFT
 
 
-def _not_converged(layers: list[Evidence], worst: Evidence, share: float, how: str) -> Finding:
+def _not_converged(
+    layers: list[Evidence], worst: Evidence, share: float, how: str, after: str = ""
+) -> Finding:
     momentum, apart = worst.momentum, worst.distance_from_zero
-    text = f"{how} a share of {share:.1%} of the starting values"
+    text = f"{how} a share of {share:.1%} of the starting values{after}"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
         text += (
-            f", with momentum {momentum:g}; {needed:,} updates are needed for {INITIAL_SHARE:.0%}"
+            f" with momentum {momentum:g}; {needed:,} updates are needed for {INITIAL_SHARE:.0%}"
         )
     if share * apart > INITIAL_SHIFT:
         text += (
