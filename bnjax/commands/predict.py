@@ -76,8 +76,7 @@ def run(
         about = exported.manifest
 
         def of_exported(pixels: np.ndarray) -> np.ndarray:
-            eight_bits = np.round(pixels * 255).astype(np.uint8)
-            return exported.logits(eight_bits, min(len(pixels), MAX_BATCH))
+            return exported.logits(pixels, min(len(pixels), MAX_BATCH))
 
         result: dict[str, Any] = {"model": str(model), "step": about.step, "dataset": about.dataset}
         result |= of_images(images, about.image_shape, about.classes, of_exported)

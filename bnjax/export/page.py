@@ -92,8 +92,7 @@ class ExportedScores:
 
     def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Returns the scores of images whose pixels are rounded to 8 bits."""
-        eight_bits = np.round(np.asarray(images) * 255).astype(np.uint8)
-        logits = self._exported.logits(eight_bits, MAX_IMAGES)
+        logits = self._exported.logits(images, MAX_IMAGES)
         score = classes_and_scores(jnp.asarray(logits))["score"]
         return {STORED: np.asarray(score)}, {}
 

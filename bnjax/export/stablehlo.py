@@ -256,17 +256,18 @@ class Exported:
             )
 
     def logits(self, images: Images, batch_size: int) -> np.ndarray:
-        """Returns the logits, float32 [n, classes], of images uint8 [n, h, w, c], n > 0.
+        """Returns the logits, float32 [n, classes], of images.
 
         Args:
-            images: the images.
+            images: uint8 [n, h, w, c], n > 0, or floats from 0 to 1, which are rounded to 8 bits.
             batch_size: of the compiled program.
 
         Raises:
             UserError: if this version of JAX cannot compile the program.
         """
-        call = self.compiled(batch_size)
-        found = []
+        call, found = self.compiled(batch_size), []
+        if images.dtype != np.uint8:
+            images = np.round(np.asarray(images) * 255).astype(np.uint8)
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             filling = np.zeros((batch_size - len(batch), *images.shape[1:]), np.uint8)

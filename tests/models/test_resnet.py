@@ -200,8 +200,16 @@ def test_each_block_starts_as_its_shortcut_and_is_not_dead(norm, placement):
         assert np.any(last["kernel" if placement == "pre" else "scale"])
 
 
-@PLACEMENTS
-@pytest.mark.parametrize("norm", [None, norms.build("none"), nn.BatchNorm, norms.build("layer")])
+@pytest.mark.parametrize(
+    ("norm", "placement"),
+    [
+        (None, "before"),
+        (None, "pre"),
+        (norms.build("none"), "pre"),
+        (nn.BatchNorm, "before"),
+        (norms.build("layer"), "pre"),
+    ],
+)
 def test_any_norm_and_low_precision(norm, placement):
     model = ResNet(**SMALL | {"norm": norm}, placement=placement, dtype=jnp.bfloat16)
     params, stats = trained(model)
