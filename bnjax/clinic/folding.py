@@ -186,10 +186,11 @@ def fold(network: Network, images: Images) -> Network:
 def plan(network: Network, images: Images) -> Folding:
     """Returns the folded network, and for each norm the layer that has it or why it stays.
 
-    The way from a norm to a layer is read from the traced program. A norm is folded into the layer
-    before it if nothing else reads that layer's output and only sums or maxima of one channel's
-    values lie between; else into the layer after it under the same conditions. It stays where an
-    activation, zero padding of a convolution, or a maximum with a negative gain lies between.
+    The operations between a norm and a layer are read from the traced program. A norm is folded
+    into the layer before it if nothing else reads that layer's output and only sums or maxima of
+    one channel's values lie between; else into the layer after it under the same conditions. It
+    stays where an activation, zero padding of a convolution, or a maximum with a negative gain
+    lies between.
     Computed in float64 on the host.
 
     In evaluation the logits are the same except for rounding; `difference` measures it. Measure it
@@ -272,7 +273,7 @@ def _is_of_interest(module: Any) -> bool:
 
 
 def _hindrance(nodes: list[Node], about: NormLayer) -> str:
-    """Returns why a norm can be folded into no layer whatever."""
+    """Returns why a norm cannot be folded into any layer; empty if it can."""
     norm = nodes[0].module
     if about.by_batch:
         return "it normalises by the batch in evaluation too"
@@ -355,14 +356,15 @@ def _neighbour(
     return layer, origin
 
 
+# An operation that only moves values.
 MOVED = (1.0, False)
 
 
 def _step(equation: Any) -> tuple[float, bool] | None:
-    """Returns factor and `has_maxima` of an operation as in `Origin`; None if it is none to pass.
+    """Returns `factor` and `has_maxima` of an operation; None if no norm can move past it.
 
-    To pass are sums and maxima of values of one channel, products with a number above 0, and
-    operations that only move values.
+    A norm can move past sums and maxima of values of one channel, products with a number above 0,
+    and operations that only move values.
     """
     kind, params = equation.primitive.name, equation.params
     operands = [atom for atom in equation.invars if isinstance(atom, core.Var)]
