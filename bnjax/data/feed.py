@@ -89,11 +89,11 @@ def every_batch(split: Examples, batch_size: int, part: Part = WHOLE) -> Iterato
     """Returns this process's part of the batches that have every example; see `eval_batches`."""
     if isinstance(split, Split):
         return map(part.of, eval_batches(split.image, split.label, batch_size))
-    rows = np.arange(len(split))
+    rows = np.arange(len(split))  # in place of images, so that each process reads only its own
     parts = [*map(part.of, eval_batches(rows, rows, batch_size))]
 
     def load(number: int) -> Batch:
-        return {**parts[number], **take(split, np.asarray(parts[number]["label"]))}
+        return {**parts[number], **take(split, np.asarray(parts[number]["image"]))}
 
     return read_ahead(load, 0, len(parts), workers=0)  # processes would have to start each time
 
