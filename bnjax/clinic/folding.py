@@ -190,8 +190,7 @@ def plan(network: Network, images: Images) -> Folding:
     into the layer before it if nothing else reads that layer's output and only sums or maxima of
     one channel's values lie between; else into the layer after it under the same conditions. It
     stays where an activation, zero padding of a convolution, or a maximum with a negative gain
-    lies between.
-    Computed in float64 on the host.
+    lies between. Computed in float64 on the host.
 
     In evaluation the logits are the same except for rounding; `difference` measures it. Measure it
     where a module reads the kernel of another, as with tied weights, which is not noticed here.
