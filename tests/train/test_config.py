@@ -11,7 +11,6 @@ from typing import get_args
 import numpy as np
 import pooch
 import pytest
-import requests
 import small_digits
 import synthetic
 from hypothesis import given
@@ -303,7 +302,7 @@ def test_data_that_stand_in_name_the_run_and_set_its_batch():
 
 def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, capsys):
     def no_network(*_, **__):
-        raise requests.ConnectionError
+        raise ConnectionError
 
     monkeypatch.setattr(pooch, "retrieve", no_network)
     command = ["train", "--config", "bn", "--workdir", str(tmp_path / "run"), *small_digits.TINY]
