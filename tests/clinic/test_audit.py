@@ -16,7 +16,7 @@ from bnjax.clinic.measure import measure
 from bnjax.train_step import forward, init_variables
 from bnjax.types import fingerprint
 
-QUICK = ("scan", "vmap", "shared", "plain")
+QUICK = ("scan", "shared", "plain")
 LONG = ("far from 0 in bfloat16", "far from 0, 60 steps")
 
 
