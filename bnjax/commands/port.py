@@ -118,7 +118,6 @@ def _import(
     config.model.variance = porting.STORED[framework]
     like = (trained.params, trained.batch_stats)
     params, stats = porting.port_from(framework, arrays, like, table)
-    print(f"{out}: {file}, {len(arrays)} arrays, all accounted for")
     if probe is not None:
         network = Network(params, stats, trained.model)
         _check(porting.read(probe), framework, network, trained.data.image_shape)
@@ -133,6 +132,7 @@ def _import(
         with Checkpoints(out / "checkpoints") as checkpoints:
             checkpoints.save(state, stats, None, about)
     print(
+        f"{out}: {file}, {len(arrays)} arrays, all accounted for\n"
         f"norms: epsilon {config.model.epsilon:g}, momentum {config.model.momentum:g} (the "
         f"fraction that is kept), variance {config.model.variance}\n"
         f"\npredict with:    bnjax predict --workdir {out} --split test"
