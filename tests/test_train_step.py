@@ -352,9 +352,8 @@ def test_replicas_drop_a_step_together():
     step = functools.partial(
         train_step, model=Poisoned(), tx=tx, axis_name="shards", skip_nonfinite=True
     )
-    after, new_stats, metrics = jax.vmap(step, axis_name="shards", in_axes=(None, None, 0))(
-        state, stats, shards
-    )
+    together = jax.jit(jax.vmap(step, axis_name="shards", in_axes=(None, None, 0)))
+    after, new_stats, metrics = together(state, stats, shards)
     np.testing.assert_array_equal(metrics.skipped, [1, 1])
     np.testing.assert_array_equal(new_stats["seen"], [0, 0])
     for row in after.params["dense"]["kernel"]:
