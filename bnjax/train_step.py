@@ -81,7 +81,7 @@ def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params
     """
     params_rng, dropout_rng = jax.random.split(rng)
     variables = dict(
-        model.init({"params": params_rng, "dropout": dropout_rng}, _to_float(images), train=False)
+        model.init({"params": params_rng, "dropout": dropout_rng}, to_float(images), train=False)
     )
     params, batch_stats = variables.pop("params", {}), variables.pop("batch_stats", {})
     if variables:
@@ -272,14 +272,15 @@ def count_of(batch: Batch, axis_name: AxisName = None) -> Any:
     return _sum_over(count, axis_name)
 
 
-def _to_float(images: Images) -> Images:
+def to_float(images: Images) -> Images:
+    """Divides uint8 images by 255; others pass unchanged."""
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def _model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
     """Returns the images as floats, zeros in place of padding, and `mask` if the model takes it."""
-    images, mask = _to_float(batch["image"]), batch.get("mask")
+    images, mask = to_float(batch["image"]), batch.get("mask")
     if mask is None:
         return images, {}
     # NaN in padding would come back through the gradient as 0 * NaN.

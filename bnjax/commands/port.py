@@ -128,7 +128,7 @@ def _import(
             raise UserError(f"{out} holds a run already. Choose another folder with --out.")
         rundir.take(out, config, trained.data)
         about: dict[str, Any] = {"config": config.to_dict(), "versions": rundir.versions()}
-        about |= {"norm": rundir.norm_conventions(config), "ported_from": framework}
+        about["ported_from"] = framework
         with Checkpoints(out / "checkpoints") as checkpoints:
             checkpoints.save(state, stats, None, about)
     print(

@@ -6,12 +6,12 @@ image by itself.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bnjax.types import Array, Batch, Images
+from bnjax.train_step import to_float
+from bnjax.types import Array, Batch
 
 Augmentation = Callable[[jax.Array, Batch], Batch]
 
@@ -90,7 +90,7 @@ def brightness(amount: float) -> Augmentation:
     """Adds a number drawn from -amount to amount to each image; uint8 becomes floats up to 1."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
-        image = _float(batch["image"])
+        image = to_float(batch["image"])
         return {**batch, "image": image + _per_image(rng, image, -amount, amount)}
 
     return apply
@@ -100,7 +100,7 @@ def contrast(amount: float) -> Augmentation:
     """Stretches each image about its mean by a factor drawn from 1 - amount to 1 + amount."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
-        image = _float(batch["image"])
+        image = to_float(batch["image"])
         mean = image.mean((1, 2, 3), keepdims=True)
         stretched = mean + (image - mean) * _per_image(rng, image, 1 - amount, 1 + amount)
         return {**batch, "image": stretched}
@@ -121,7 +121,7 @@ def mixup(alpha: float, classes: int) -> Augmentation:
     """
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
-        image, label = _float(batch["image"]), jnp.asarray(batch["label"])
+        image, label = to_float(batch["image"]), jnp.asarray(batch["label"])
         by_order, by_share = jax.random.split(rng)
         other = jax.random.permutation(by_order, len(image))
         share = jax.random.beta(by_share, alpha, alpha, (len(image),), image.dtype)
@@ -163,9 +163,3 @@ def _shifted(pixels: int, mode: str) -> Augmentation:
 
 def _per_image(rng: jax.Array, image: Array, low: float, high: float) -> Array:
     return jax.random.uniform(rng, (len(image), 1, 1, 1), image.dtype, low, high)
-
-
-def _float(image: Images) -> Any:
-    """Returns the images as floats, since what is brighter than white fits into no uint8."""
-    image = jnp.asarray(image)
-    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image

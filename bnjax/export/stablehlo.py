@@ -17,7 +17,7 @@ from jax import export
 
 from bnjax.clinic.folding import Folded, Folding, NormFold, difference, plan
 from bnjax.errors import UserError
-from bnjax.train import rundir
+from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options
 from bnjax.train.rundir import versions, write_json
 from bnjax.train.trained import Trained, check_folded, in_float32, logits, probe
@@ -115,7 +115,7 @@ def export_run(
         found = difference(call(named(*variables), images), logits(trained.network, images))
         agreement["stablehlo"] = found
         # The rounding of bfloat16 differs from one program to the next.
-        if "bfloat16" not in (trained.config.model.dtype, trained.config.model.dense_product):
+        if not trained.is_low:
             _check("StableHLO program", found)
     if onnx:
         try:
@@ -143,7 +143,7 @@ def export_run(
         dataset=trained.data.label,
         classes=classes,
         image_shape=[*shape],
-        arithmetic=trained.config.model.dtype,
+        arithmetic=build.dtype_of(trained.config.model),
         folded={".".join(norm): ".".join(layer) for norm, layer in folding.pairs},
         kept={".".join(one.norm): one.reason for one in folding.norms if one.layer is None},
         exported=datetime.datetime.now(datetime.UTC).date().isoformat(),

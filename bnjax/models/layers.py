@@ -134,15 +134,13 @@ def averaged(logits: Any, x: Images, views: int) -> Array:
     Args:
         logits: a function of images.
         x: the images.
-        views: how many; see `Views`.
+        views: 2 or 6; see `Views`.
 
     Raises:
-        ValueError: for another number than 1, 2 or 6.
+        ValueError: for another number.
     """
     if views not in VIEWS:
         raise ValueError(f"views = {views}: there are {', '.join(map(str, VIEWS))}")
-    if views == 1:
-        return logits(x)
     straight = (logits(x) + logits(x[:, :, ::-1])) / 2
     if views == 2:
         return straight

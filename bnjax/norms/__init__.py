@@ -8,35 +8,11 @@ from typing import Any
 import flax.linen as nn
 
 from bnjax.norms.batch_norm import BatchNorm
-from bnjax.norms.per_example import (
-    FilterResponseNorm,
-    GroupNorm,
-    Identity,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-    StandardizedConv,
-    ThresholdedLinear,
-)
+from bnjax.norms.per_example import FilterResponseNorm, GroupNorm, Identity, InstanceNorm, LayerNorm
+from bnjax.norms.per_example import RMSNorm as RMSNorm
+from bnjax.norms.per_example import StandardizedConv as StandardizedConv
+from bnjax.norms.per_example import ThresholdedLinear as ThresholdedLinear
 from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
-
-__all__ = [
-    "BATCH_NORMS",
-    "NORMS",
-    "POSITION_NORMS",
-    "BatchNorm",
-    "BatchRenorm",
-    "FilterResponseNorm",
-    "GhostBatchNorm",
-    "GroupNorm",
-    "Identity",
-    "InstanceNorm",
-    "LayerNorm",
-    "RMSNorm",
-    "StandardizedConv",
-    "ThresholdedLinear",
-    "build",
-]
 
 NORMS: dict[str, type[nn.Module]] = {
     "batch": BatchNorm,

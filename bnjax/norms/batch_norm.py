@@ -14,7 +14,6 @@ from bnjax.norms.moments import (
     Moments,
     Momentum,
     full_mask,
-    is_counted,
     merge_over,
     moments,
     total_over,
@@ -212,7 +211,7 @@ class BatchNorm(nn.Module):
         return y.astype(canonicalize_dtype(given, scale, bias, dtype=self.dtype))
 
     def _is_counted(self) -> bool:
-        return is_counted(self.momentum, self.debias)
+        return self.debias or self.momentum is None or callable(self.momentum)
 
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments

@@ -190,11 +190,6 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
     return total
 
 
-def is_counted(momentum: Momentum, debias: bool) -> bool:
-    """Returns whether the number of updates has to be known."""
-    return debias or momentum is None or callable(momentum)
-
-
 def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp.float32) -> Any:
     """Returns the fraction of the old average that update number `count` (from 0) keeps.
 
@@ -207,7 +202,7 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     Args:
         momentum: as for `BatchNorm`.
         debias: whether the initial value is left out.
-        count: int [], the number of updates so far; ignored if `is_counted` is False.
+        count: int [], the number of updates so far; ignored for a fixed momentum without `debias`.
         dtype: of the result, unless it is a Python number.
 
     Raises:

@@ -28,6 +28,22 @@ class PerExampleNorm(nn.Module):
     use_bias: bool = True
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
+    @nn.compact
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Returns the normalised input, with one scale and one shift per channel.
+
+        Raises:
+            ValueError: if the groups do not divide the channels, or, except at initialisation, if
+                instance or filter response normalization gets one position only.
+        """
+        return self._normalised(x, _real_positions(mask, x))
+
+    def _normalised(self, x: Array, where: Any) -> Array:
+        """Returns the normalised input; `where` is True at the values that count."""
+        raise NotImplementedError
+
     def _flax(self, norm: Callable[..., nn.Module], **fields: Any) -> nn.Module:
         """Returns a Flax norm with these attributes, which shares this module's parameters."""
         made = norm(
@@ -45,13 +61,9 @@ class PerExampleNorm(nn.Module):
 class LayerNorm(PerExampleNorm):
     """Normalises each example over positions and channels (Ba et al., 2016, equation 3)."""
 
-    @nn.compact
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
-        """Returns the normalised input; scale and shift are of each channel."""
+    def _normalised(self, x: Array, where: Any) -> Array:
         norm = self._flax(nn.LayerNorm, reduction_axes=tuple(range(1, x.ndim)))
-        return norm(x, mask=_real_positions(mask, x))
+        return norm(x, mask=where)
 
 
 class GroupNorm(PerExampleNorm):
@@ -63,15 +75,7 @@ class GroupNorm(PerExampleNorm):
 
     groups: int = 32
 
-    @nn.compact
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
-        """Returns the normalised input.
-
-        Raises:
-            ValueError: if the groups do not divide the channels.
-        """
+    def _normalised(self, x: Array, where: Any) -> Array:
         if self.groups < 1 or x.shape[-1] % self.groups:
             raise ValueError(
                 f"GroupNorm {'/'.join(self.path)}: {self.groups} groups do not divide the "
@@ -79,24 +83,16 @@ class GroupNorm(PerExampleNorm):
                 "every layer."
             )
         norm = self._flax(nn.GroupNorm, num_groups=self.groups)
-        return norm(x, mask=_real_positions(mask, x))
+        return norm(x, mask=where)
 
 
 class InstanceNorm(PerExampleNorm):
     """Normalises each channel of each example over its positions (Ulyanov et al., 2016)."""
 
-    @nn.compact
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
-        """Returns the normalised input.
-
-        Raises:
-            ValueError: if there is one position only (not at initialisation).
-        """
+    def _normalised(self, x: Array, where: Any) -> Array:
         _check_positions(self, x)
         norm = self._flax(nn.InstanceNorm)
-        return norm(x, mask=_real_positions(mask, x))
+        return norm(x, mask=where)
 
 
 class RMSNorm(PerExampleNorm):
@@ -107,11 +103,7 @@ class RMSNorm(PerExampleNorm):
 
     use_bias: bool = False
 
-    @nn.compact
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
-        """Returns the normalised input; the scale is of each channel."""
+    def _normalised(self, x: Array, where: Any) -> Array:
         norm = nn.RMSNorm(
             epsilon=self.epsilon,
             use_scale=self.use_scale,
@@ -119,7 +111,7 @@ class RMSNorm(PerExampleNorm):
             reduction_axes=tuple(range(1, x.ndim)),
         )
         nn.share_scope(self, norm)
-        y = norm(x, mask=_real_positions(mask, x))
+        y = norm(x, mask=where)
         if self.use_bias:
             y = y + _per_channel(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x.ndim)
         return y
@@ -132,19 +124,11 @@ class FilterResponseNorm(PerExampleNorm):
     activation that follows has to be a `ThresholdedLinear`, whose threshold makes up for it.
     """
 
-    @nn.compact
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
-        """Returns the normalised input, at least float32.
-
-        Raises:
-            ValueError: if there is one position only (not at initialisation).
-        """
+    def _normalised(self, x: Array, where: Any) -> Array:
         _check_positions(self, x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         positions = tuple(range(1, x.ndim - 1))
-        nu2 = lax.square(x).mean(positions, keepdims=True, where=_real_positions(mask, x))
+        nu2 = lax.square(x).mean(positions, keepdims=True, where=where)
         y = x * lax.rsqrt(nu2 + self.epsilon)
         if self.use_scale:
             y = y * _per_channel(self.param("scale", self.scale_init, x.shape[-1:]), x.ndim)

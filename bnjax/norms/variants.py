@@ -21,7 +21,8 @@ class GhostBatchNorm(BatchNorm):
     A large batch keeps the noise of small ones. The running averages are those of `BatchNorm`: mean
     and variance of the whole batch, over all devices, so evaluation does not depend on the division
     (the paper averages the statistics of the virtual batches). Virtual batches take real examples
-    in order and stay within one device; the last one may be smaller.
+    in order and stay within one device. The last one may be smaller; a single vector joins the
+    virtual batch before it.
 
     Attributes:
         virtual_batch: the number of examples in a virtual batch, at least 2.
@@ -45,6 +46,11 @@ class GhostBatchNorm(BatchNorm):
             others = tuple(axis for axis in range(x.ndim) if axis != examples)
             real = jnp.broadcast_to(mask.any(others), (size,))
         owner = jnp.maximum(jnp.cumsum(real) - 1, 0) // self.virtual_batch
+        if not within:  # a vector that is left over has no variance by itself
+            is_alone = (owner == real.sum() // self.virtual_batch) & (
+                real.sum() % self.virtual_batch == 1
+            )
+            owner = jnp.maximum(owner - is_alone, 0)
 
         def total(values: Array) -> Array:
             """Sums over each virtual batch; every example gets the sum of its virtual batch."""

@@ -24,7 +24,7 @@ from bnjax.models.resnet import RESNETS
 from bnjax.models.speednet import SpeedNet
 from bnjax.train import parsing
 from bnjax.train.config import MAX_SIZE, check_values, norm_options
-from bnjax.train.devices import Parallel, spread
+from bnjax.train.devices import GROUPS, Parallel, spread
 from bnjax.train.optimizers import optimizer
 from bnjax.train_step import LossFn, softmax_cross_entropy
 
@@ -256,6 +256,12 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     if saves.every_steps or saves.every_epochs:
         save_every = duration(saves, "every_", "checkpoint", batch_size, images)
     parallel = spread_over(config)
+    groups = parallel.mesh.shape.get(GROUPS, 1)
+    if config.model.norm in norms.BATCH_NORMS and batch_size // config.train.micro_batches < (
+        2 * groups
+    ):
+        allowed = f"a choice that leaves 2 images or more of {batch_size} for each batch norm"
+        raise ConfigError("model.statistics_over", config.model.statistics_over, allowed)
     classes = len(dataset.classes)
     make = functools.partial(network, config.model, classes, dataset.train.image_shape)
     model = make()

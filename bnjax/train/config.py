@@ -155,13 +155,7 @@ class Augment:
 class Norm:
     """The keys of the section `model` that are fields of the classes in `bnjax.norms`."""
 
-    momentum: Annotated[
-        float,
-        Check(
-            "0 up to but not including 1 (the fraction of the old average that is kept)",
-            lambda value: 0 <= value < 1,
-        ),
-    ] = 0.75
+    momentum: Fraction = 0.75
     "of the running averages: the fraction of the old average that a step keeps"
     debias: bool = False
     "correct the averages for their starting values"
@@ -248,7 +242,7 @@ class Optimizer:
     """how the rate falls to 0: not at all, in a line or along a cosine; one_cycle: it rises from a
     25th and falls along cosines"""
     warmup: Fraction = 0.0
-    "the fraction of the steps in which the rate first rises, from 0 in a line"
+    "the fraction of the steps in which the rate first rises, from 0 in a line; one_cycle: 0 is 0.3"
     reduction: Annotated[str, one_of("mean", "sum")] = "mean"
     "of a batch's losses, whose gradient rates and decay are meant for; metrics are means"
     weight_decay: Amount = 0.0

@@ -166,7 +166,9 @@ class Observer:
         self._model = experiment.model
         self._shape = (experiment.batch_size, *dataset.train.image_shape)
         jit = functools.partial(jax.jit, compiler_options=compiler_options())
-        self._sample = jit(functools.partial(sample, model=experiment.model))
+        self._sample = jit(
+            functools.partial(sample, model=experiment.model, loss_fn=experiment.loss_fn)
+        )
         self._predict = jit(functools.partial(predict_step, model=experiment.model))
         # Compiled in a third of the time, and as fast: it runs seldom.
         self._gap = jax.jit(gap, compiler_options=compiler_options() | init_options())

@@ -141,7 +141,7 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
         if evaluates or saves or experiment.stop_at_loss:
             run.log((state, batch_stats), *pending)
             pending = None
-        if evaluates or saves or run.is_finishing:
+        if (evaluates or saves or run.is_finishing) and not run.ended:
             evaluated = steps.evaluated(state, batch_stats)
             if evaluates or run.is_finishing:
                 run.test(step, (state, batch_stats), evaluated, everyone=evaluates)

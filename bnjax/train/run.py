@@ -192,7 +192,6 @@ class Run:
             about = {
                 "config": seed.config.to_dict(),
                 "versions": versions(),
-                "norm": rundir.norm_conventions(seed.config),
             }
             own, shown = self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i)
             apart = shown if self._experiment.is_apart else None

@@ -313,14 +313,6 @@ def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]]
         return tuple((tuple(norm.split(".")), tuple(layer.split("."))) for norm, layer in pairs)
 
 
-def norm_conventions(config: ConfigDict) -> dict[str, Any]:
-    """Returns the conventions of the stored statistics.
-
-    The momentum is the fraction of the old average that is kept.
-    """
-    return {key: config.model[key] for key in ("norm", "epsilon", "momentum", "variance", "debias")}
-
-
 def summarise(
     config: ConfigDict, workdir: Path, dataset: Dataset, experiment: "Experiment", seconds: float
 ) -> dict[str, Any]:

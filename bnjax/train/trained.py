@@ -91,6 +91,12 @@ class Trained:
         return dataset
 
     @property
+    def is_low(self) -> bool:
+        """Whether some of the arithmetic is bfloat16 here."""
+        model = self.config.model
+        return "bfloat16" in (build.dtype_of(model), model.dense_product)
+
+    @property
     def network(self) -> Network:
         """The network for the functions of the clinic."""
         return Network(self.params, self.batch_stats, self.model)
@@ -150,9 +156,8 @@ def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> di
         UserError: if it is more than `TOLERANCE` with all arithmetic in float32.
     """
     images, about = probe(trained, data_dir)
-    is_low = "bfloat16" in (trained.config.model.dtype, trained.config.model.dense_product)
     found = []
-    for model in [in_float32(trained), *([trained.model] if is_low else [])]:
+    for model in [in_float32(trained), *([trained.model] if trained.is_low else [])]:
         plain = model.unfolded if isinstance(model, Folded) else model
         after = Folded(plain, folding.pairs)
         own = logits(Network(trained.params, trained.batch_stats, model), images)
@@ -165,7 +170,7 @@ def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> di
             "its standard deviation, or statistics that were never updated, can cause it: see "
             "bnjax audit."
         )
-    low = {"difference_in_bfloat16": found[1]} if is_low else {}
+    low = {"difference_in_bfloat16": found[1]} if trained.is_low else {}
     return {"probe": about, "difference": found[0]} | low
 
 

@@ -97,6 +97,16 @@ def test_ghost_fills_virtual_batches_with_real_examples():
         np.testing.assert_allclose(y[pair], normalised(X64[pair], (0, 1, 2)), atol=1e-5)
 
 
+def test_ghost_joins_a_single_vector_to_the_virtual_batch_before_it():
+    """By itself it has no variance, and its output would be a constant."""
+    x = np.random.default_rng(3).normal(size=(9, 3)).astype(np.float32)
+    y, _ = apply(norms.GhostBatchNorm(virtual_batch=4, epsilon=EPSILON), x)
+    for rows in (slice(4), slice(4, 9)):
+        wide = x[rows].astype(np.float64)
+        wanted = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + EPSILON)
+        np.testing.assert_allclose(y[rows], wanted, atol=1e-5)
+
+
 def test_ghost_with_one_virtual_batch_is_batch_norm():
     ghost, batch = (
         apply(norm, X) for norm in (norms.GhostBatchNorm(virtual_batch=6), norms.BatchNorm())

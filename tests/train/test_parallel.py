@@ -162,7 +162,8 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path, capsys, first, the
 
 def test_impossible_numbers_of_devices_are_config_errors():
     small = synthetic.config()
-    for devices, over, key in ((9, "global", "devices"), (8, "3", "model.statistics_over")):
+    few = (8, "per_device", "model.statistics_over")  # of 10 images one for each norm
+    for devices, over, key in ((9, "global", "devices"), (8, "3", "model.statistics_over"), few):
         small.devices, small.model.statistics_over = devices, over
         with pytest.raises(ConfigError, match=key):
             build.experiment(small, DATA)
