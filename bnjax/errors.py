@@ -42,7 +42,7 @@ class NonFiniteError(UserError):
 
 
 class WorkerError(UserError):
-    """Processes that read images ahead were lost, again and again."""
+    """A process that read images ahead was lost."""
 
     exit_code = 1
 
