@@ -42,7 +42,7 @@ class NonFiniteError(UserError):
 
 
 class WorkerError(UserError):
-    """A process that read images ahead was lost."""
+    """Processes that read images ahead were lost, again and again."""
 
     exit_code = 1
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import signal
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def dataset(train=48, test=20):
     )
 
 
-def _same(step, item):
+def _same(step, item, seed):
     return item
 
 
@@ -47,27 +48,57 @@ def _trainer(config):
 
     def items(seed, start):
         numbered = enumerate(usual.items(seed, start), start + 1)
-        return (
-            hook["each"](step, item) for step, item in itertools.islice(numbered, hook["first"])
-        )
+        for step, item in itertools.islice(numbered, hook["first"]):
+            yield hook["each"](step, item, seed)
 
     return Trainer(config, dataset(), dataclasses.replace(usual, items=items)), hook
 
 
-def train(config, workdir, *, each=_same, first=None):
-    """`train_and_evaluate` on this data; runs of one config share what is compiled.
+def trainer(config, _=None, *, each=_same, first=None):
+    """A trainer on this data; those of one config share what is compiled.
 
     `each` sees and returns every item, and after `first` of them there are no more.
     """
     shared = config.copy_and_resolve_references()
     shared.seed = 0
-    trainer, hook = _trainer(shared.to_json())
+    found, hook = _trainer(shared.to_json())
     hook |= {"each": each, "first": first}
+    return found
+
+
+def train_seeds(config, folders, **options):
+    """`Trainer.train` on this data."""
     with StopRequest() as stop:
-        (result,) = trainer.train({config.seed: workdir}, stop).values()
+        return trainer(config, **options).train(folders, stop)
+
+
+def train(config, workdir, **options):
+    """`train_and_evaluate` on this data."""
+    (result,) = train_seeds(config, {config.seed: workdir}, **options).values()
     if isinstance(result, NonFiniteError):
         raise result
     return result
+
+
+def interrupting(at):
+    """As if the user had pressed Ctrl-C while the batch of a step is made."""
+
+    def each(step, item, seed):
+        if step == at:
+            signal.raise_signal(signal.SIGINT)
+        return item
+
+    return each
+
+
+def bad_in(*steps, of=0):
+    """Gives steps of a seed labels of no class, so that the losses are not finite."""
+
+    def each(step, item, seed):
+        bad = step in steps and seed == of
+        return item | {"label": np.full_like(item["label"], 99)} if bad else item
+
+    return each
 
 
 def config(steps=12):

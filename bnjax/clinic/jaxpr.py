@@ -117,7 +117,7 @@ class Node:
 
 
 class _Parameter(NamedTuple):
-    """A parameter as it is stored, or as the call with this index computes it from stored ones."""
+    """A parameter, or what the call with this number computes from some; None: as stored."""
 
     computed_in: int | None
 

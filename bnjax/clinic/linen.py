@@ -158,7 +158,7 @@ class NormLayer:
         module: its fields: `epsilon`, `momentum`, …
         shape, dtype: of its input.
         axes: the axes that it reduces.
-        by_batch: whether this pass normalised by batch statistics.
+        by_batch: whether the pass normalised by the batch.
     """
 
     path: tuple[str, ...]

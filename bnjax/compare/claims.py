@@ -210,8 +210,8 @@ def verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[Verdic
     Runs are compared at equal seeds. A statement is reproduced if the 95 % interval of the
     difference, or of the ratio, lies wholly within what is claimed; not reproduced if it lies
     wholly outside; inconclusive otherwise, and always with fewer seeds than the claim asks for or
-    with unfinished runs. There is no correction for multiple comparisons: of twenty intervals one
-    is expected to miss the truth.
+    with unfinished runs. Each statement is judged for itself: of twenty intervals one is expected
+    to miss the truth.
     """
     statements = [Statement(**fields) for fields in comparison["statements"]]
     return [_verdict(statement, comparison, finished) for statement in statements]

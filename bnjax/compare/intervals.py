@@ -156,7 +156,7 @@ def median(times: Times) -> Estimate:
         return Estimate(value, 0.0, math.inf, n, "one run, no interval")
     first = first_half(np.where(np.isnan(low), curve.probabilities, low))
     last = first_half(np.where(np.isnan(high), 1.0, high))
-    # The true lower end may be later, but no run was long enough to show it.
+    # The lower end may be later, but no run went on for longer.
     known = float(max(times.values)) if any(times.reached) else 0.0
     return Estimate(value, min(first, known), last, n, "Kaplan-Meier median, log-log interval")
 

@@ -20,7 +20,7 @@ from bnjax.errors import UserError
 from bnjax.train_step import forward
 from bnjax.types import BatchStats, Params
 
-# onnxruntime 1.14 (2023) and newer run these.
+# Any onnxruntime since 1.14 (2023) runs these.
 OPSET = 18
 IR_VERSION = 8
 IMAGES, LOGITS = "images", "logits"

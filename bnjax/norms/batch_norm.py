@@ -1,4 +1,4 @@
-"""Batch normalization (Ioffe & Szegedy, 2015)."""
+"""Batch normalization (Ioffe & Szegedy, 2015), the reference implementation."""
 
 import math
 from collections.abc import Sequence

@@ -192,8 +192,8 @@ def _check_positions(norm: PerExampleNorm, x: Array) -> None:
 class StandardizedConv(nn.Conv):
     """A convolution with weight standardization (Qiao et al., 2019, equation 7).
 
-    Its kernel has mean 0 and variance 1 for each output channel. The unstandardised kernel
-    [h, w, in, out] is stored and trained, under the names of `flax.linen.Conv`.
+    Its kernel has mean 0 and variance 1 for each output channel. The kernel [h, w, in, out] before
+    that is stored and trained, under the same names as in `flax.linen.Conv`.
     """
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,30 +13,6 @@ from bnjax.train.config import default_config
 from bnjax.train_step import init_state, train_step
 
 CLASSES = 3
-
-
-def config_of(**model):
-    config = default_config()
-    config.model.update(
-        {
-            "filters": (6,),
-            "kernels": (3,),
-            "strides": (2,),
-            "dense": (8,),
-            "dropout": (0.0,),
-            "norm_dense": (True,),
-        }
-    )
-    config.model.update(model)
-    return config
-
-
-def built(**model):
-    config = config_of(**model)
-    build.check(config)
-    return build.network(config.model, CLASSES, (8, 8, 1))
-
-
 WORKING = {  # where the options of the others would not do
     "batch": {"debias": True, "variance": "unbiased"},
     "ghost": {"virtual_batch": 4},
@@ -48,27 +23,43 @@ WORKING = {  # where the options of the others would not do
 }
 
 
-@pytest.mark.parametrize("name", norms.NORMS)
-def test_trains(name):
+def built(name):
+    config = default_config()
+    config.model.update(filters=(6,), kernels=(3,), strides=(2,), dense=(8,), dropout=(0.0,))
+    config.model.update(norm=name, norm_dense=(True,))
+    config.model.update(WORKING.get(name, {}))
+    build.check(config)
+    return build.network(config.model, CLASSES, (8, 8, 1))
+
+
+def batch():
     rng = np.random.default_rng(0)
     label = rng.integers(0, CLASSES, 16)
-    image = (
-        rng.normal(size=(16, 8, 8, 1)) * 0.3
-        + label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]
-    ).astype(np.float32)
-    batch = {"image": image, "label": label, "mask": np.arange(16) < 13}
-    model, tx = built(norm=name, **WORKING.get(name, {})), optax.sgd(0.1)
-    state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), batch["image"])
+    rows = label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]
+    image = (rng.normal(size=(16, 8, 8, 1)) * 0.3 + rows).astype(np.float32)
+    return {"image": image, "label": label, "mask": np.arange(16) < 13}
+
+
+@pytest.mark.parametrize("name", norms.NORMS)
+def test_steps_have_its_statistics_and_its_activation(name):
+    model, tx, key = built(name), optax.sgd(0.1), jax.random.key(0)
+    state, stats = jax.eval_shape(partial(init_state, model, tx), key, batch()["image"])
+    step = partial(train_step, model=model, tx=tx)
+    assert jax.eval_shape(step, state, stats, batch())[:2] == (state, stats)
+    assert bool(stats) == (name in norms.BATCH_NORMS)
+    # Only the thresholded unit has parameters.
+    units = {layer for layer in state.params if layer.endswith("activation")}
+    assert units == ({"conv0_activation"} if name == "frn" else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", norms.NORMS)
+def test_trains(name):
+    model, tx = built(name), optax.sgd(0.1)
+    state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), batch()["image"])
     step = jax.jit(partial(train_step, model=model, tx=tx))
     losses = []
     for _ in range(25):
-        state, stats, metrics = step(state, stats, batch)
+        state, stats, metrics = step(state, stats, batch())
         losses.append(metrics.means()["loss"])
     assert losses[-1] < 0.5 * losses[0]
-    assert bool(stats) == (name in norms.BATCH_NORMS)
-
-
-def test_the_thresholded_unit_follows_its_norm_and_relu_the_others():
-    model = built(norm="frn", **WORKING["frn"])
-    params = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1)), train=False)["params"]
-    assert {name for name in params if name.endswith("activation")} == {"conv0_activation"}

@@ -1,0 +1,240 @@
+"""What is observed in a run: gap, drift, histograms; and all of it in TensorBoard, read back."""
+
+import functools
+import io
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+from events import read_events, read_values
+from PIL import Image
+from tensorboardX.proto.graph_pb2 import GraphDef
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+from bnjax.clinic.linen import Network
+from bnjax.clinic.statistics import Drift, drift, gap, put
+from bnjax.data.batches import evenly_spaced
+from bnjax.norms import BatchNorm
+from bnjax.train import build, parsing
+from bnjax.train.graph import graph_def
+from bnjax.train.rundir import RunWriter, read_lines
+from bnjax.train.tensorboard import CAPTION, TILE, Board
+from bnjax.train.trained import Trained
+from bnjax.train_step import eval_step, forward, init_variables, softmax_cross_entropy
+from bnjax.types import named_leaves
+
+DATA = synthetic.dataset()
+
+
+def watched():
+    config = synthetic.config()
+    config.eval.histograms, config.eval.pictures, config.eval.gap_images = 256, 12, 16
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    synthetic.train(watched(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def values(finished):
+    return read_values(finished / "tensorboard")
+
+
+def gaps(folder):
+    return [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == "gap"]
+
+
+def test_the_gap_is_of_the_same_images_twice(finished):
+    run, last = Trained(finished, "last"), gaps(finished)[-1]
+    images = evenly_spaced(DATA.train, 16)
+    assert (last["step"], last["count"]) == (12, 16)
+
+    @functools.partial(jax.jit, static_argnames=("model", "train"))
+    def loss(model, train):
+        batch = {"image": images.image}
+        logits, _ = forward(run.params, run.batch_stats, batch, model=model, train=train)
+        return softmax_cross_entropy(logits, images.label).mean()
+
+    assert last["loss"] == pytest.approx(float(loss(run.model, False)), rel=1e-5)
+    # By the definition: training without dropped units, which normalises by the batch.
+    by_batch = float(loss(run.model.clone(dropout=(0.0,)), True))
+    assert last["batch_loss"] == pytest.approx(by_batch, rel=1e-5)
+    assert last["batch_loss"] != last["loss"]
+
+
+def test_drift_of_the_first_norm_is_known_from_the_pixels(finished):
+    run, last = Trained(finished, "last"), gaps(finished)[-1]
+    x = evenly_spaced(DATA.train, 16).image / 255.0
+    stats, epsilon = named_leaves(run.batch_stats), run.config.model.epsilon
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2)) + epsilon
+    off = (np.asarray(stats["conv0_norm.mean"], np.float64) - mean) / np.sqrt(var)
+    # In float32 the sums of 1,024 pixels are known to some 1e-5 of their deviation.
+    wanted = pytest.approx(np.sqrt((off**2).mean()), rel=1e-4, abs=1e-5)
+    assert last["drift_mean"]["conv0_norm"] == wanted
+    ratio = np.log((np.asarray(stats["conv0_norm.var"], np.float64) + epsilon) / var)
+    assert last["drift_variance"]["conv0_norm"] == pytest.approx(ratio.mean(), rel=1e-4, abs=1e-5)
+    assert list(last["drift_mean"]) == ["conv0_norm", "dense0_norm", "logits_norm"]
+
+
+class Norm(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return BatchNorm(use_running_average=not train, epsilon=1e-2)(x).mean((1, 2))
+
+
+def test_averages_that_were_never_updated_are_far_off():
+    x = np.random.default_rng(0).normal(3, 0.1, (64, 1, 1, 2)).astype(np.float32)
+    batch = {"image": x, "label": np.zeros(64, np.int32)}
+    network = Network(*init_variables(Norm(), jax.random.key(0), x), Norm())
+    stats, layers = network.batch_stats, network.norms(batch)
+    true = put(stats, jax.jit(gap)(network, batch).seen, layers)
+    (found,) = drift(stats, true, layers).values()
+    values = x.astype(np.float64)[:, 0, 0]
+    mean, var = values.mean(0), values.var(0) + 1e-2
+    assert found.mean == pytest.approx(np.sqrt((mean**2 / var).mean()), rel=1e-5)
+    assert found.variance == pytest.approx(np.log(1.01 / var).mean(), rel=1e-4)
+    assert found.variance > 3  # a stored variance of 1 where 0.01 is right
+
+
+def test_padding_counts_for_nothing_and_what_is_true_has_no_drift():
+    rng = np.random.default_rng(1)
+    x, label = rng.normal(1, 2, (9, 2, 2, 2)).astype(np.float32), np.arange(9, dtype=np.int32) % 2
+    params, stats = init_variables(Norm(), jax.random.key(0), x)
+    padded = {
+        "image": np.concatenate([x, np.full((3, 2, 2, 2), np.nan, np.float32)]),
+        "label": np.concatenate([label, np.zeros(3, np.int32)]),
+        "mask": np.arange(12) < 9,
+    }
+    compiled, network = jax.jit(gap), Network(params, stats, Norm())
+    whole, masked = (compiled(network, b) for b in ({"image": x, "label": label}, padded))
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    layers = Network(params, stats, Norm()).norms(padded)
+    true = put(stats, masked.seen, layers)
+    assert drift(true, true, layers) == {"BatchNorm_0": (0.0, 0.0)}
+    under_own = eval_step(params, true, padded, model=Norm())
+    np.testing.assert_allclose(masked.batch.loss, under_own.loss, rtol=1e-5)
+    assert int(masked.stored.count) == int(masked.batch.count) == 9
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    x = np.ones((4, 1, 1, 1), np.float32)
+    params, true = init_variables(Norm(), jax.random.key(0), x)
+    layers = Network(params, true, Norm()).norms({"image": x})
+    bad = {"BatchNorm_0": {"mean": jnp.array([jnp.inf]), "var": jnp.array([-5.0])}}
+    drifts = drift(bad, true, layers)
+    means = {"loss": np.nan, "accuracy": 0.0, "batch_loss": np.inf, "batch_accuracy": 0.0}
+    of_norms = {
+        f"drift_{of}": {name: getattr(one, of) for name, one in drifts.items()}
+        for of in Drift._fields
+    }
+    with RunWriter(tmp_path, start=0) as writer:
+        writer.metrics(1, "gap", means | of_norms)
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert (line["loss"], line["batch_loss"]) == (None, None)
+    assert line["drift_mean"] == line["drift_variance"] == {"BatchNorm_0": None}
+
+
+def test_tensorboard_gets_the_same_gaps(finished, values):
+    assert [line["step"] for line in gaps(finished)] == [5, 10, 12]
+    for number, line in enumerate(gaps(finished)):
+        keys = ("loss", "accuracy", "batch_loss", "batch_accuracy")
+        wanted = {f"gap/{key}": line[key] for key in keys}
+        for of in ("drift_mean", "drift_variance"):
+            wanted |= {f"{of}/{name}": value for name, value in line[of].items()}
+        for tag, value in wanted.items():
+            step, found = values[tag][number]
+            assert (step, found.simple_value) == (line["step"], pytest.approx(value))
+
+
+def test_each_evaluation_leaves_its_histograms_once(finished):
+    lines = read_lines(finished / "histograms.jsonl")
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    layers = ["conv0", "dense0", "logits"]
+    assert [*lines[0]["activation"]] == [name for of in layers for name in (f"{of}_norm", of)]
+    statistics = [f"{of}_norm.{leaf}" for of in layers for leaf in ("mean", "var")]
+    assert [*lines[0]["statistic"]] == statistics
+
+
+def test_looking_changes_no_training(finished, tmp_path):
+    synthetic.train(synthetic.config(), tmp_path / "unseen")
+    unseen, seen = (read_lines(of / "metrics.jsonl") for of in (tmp_path / "unseen", finished))
+    assert unseen == [line for line in seen if line["split"] != "gap"]
+    assert (tmp_path / "unseen" / "histograms.jsonl").read_bytes() == b""
+    assert "test/predictions" not in read_values(tmp_path / "unseen" / "tensorboard")
+
+
+def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path):
+    with pytest.raises(StopIteration):
+        synthetic.train(watched(), tmp_path / "run", first=7)
+    assert "_hparams_/session_end_info" not in read_values(tmp_path / "run" / "tensorboard")
+    with (tmp_path / "run" / "histograms.jsonl").open("a") as file:
+        file.write('{"step": 7, "activation": {}}\n{"step": 8, "sta')  # past the checkpoint; torn
+    synthetic.train(watched(), tmp_path / "run")
+    again = (tmp_path / "run" / "histograms.jsonl").read_bytes()
+    assert again == (finished / "histograms.jsonl").read_bytes()
+    events = read_events(tmp_path / "run" / "tensorboard")
+    assert sum(bool(event.graph_def) for event in events) == 1
+
+
+def test_tensorboard_gets_the_same_histograms(finished, values):
+    numbers = read_lines(finished / "histograms.jsonl")[1]["gradient"]["dense0.kernel"]
+    step, value = values["gradient/dense0.kernel"][1]
+    assert step == 10
+    # An empty bin stands before the first.
+    assert value.histo.bucket[1:] == numbers["counts"]
+    limits = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
+    np.testing.assert_allclose(value.histo.bucket_limit, limits)
+
+
+def test_tensorboard_gets_the_graph_of_the_model(finished):
+    (event,) = (event for event in read_events(finished / "tensorboard") if event.graph_def)
+    model = build.experiment(watched(), DATA).model
+    graph = GraphDef.FromString(event.graph_def)
+    assert graph == graph_def(model, (10, 8, 8, 1))
+
+
+def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
+    content = {
+        tag.rpartition("/")[2]: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for tag, found in values.items()
+        for _, value in found
+        if tag.startswith("_hparams_")
+    }
+    assert set(content) == {"experiment", "session_start_info", "session_end_info"}
+    hparams = content["session_start_info"].session_start_info.hparams
+    assert hparams["model.momentum"].number_value == 0.75
+    assert hparams["model.norm"].string_value == "batch"
+    assert hparams["train.shuffle"].bool_value is True
+    assert set(hparams) == set(parsing.flat(watched().to_dict()))
+    compared = {metric.name.tag for metric in content["experiment"].experiment.metric_infos}
+    assert compared <= set(values)
+    first = content["experiment"].experiment.hparam_infos[0].name
+    assert first == "data.name"  # the first that is not as in the defaults
+
+
+def test_tensorboard_gets_test_images_with_predictions(values):
+    assert [step for step, _ in values["test/predictions"]] == [5, 10, 12]
+    sheet = Image.open(io.BytesIO(values["test/predictions"][0][1].image.encoded_image_string))
+    assert sheet.size == (4 * TILE, 3 * (TILE + CAPTION))
+    tiles = np.asarray(sheet).reshape(3, TILE + CAPTION, 4, TILE, 3).swapaxes(1, 2)
+    for tile, image in zip(tiles.reshape(12, -1, TILE, 3), range(12), strict=True):
+        # The middle of each pixel of an 8x8 image, 15 by 15 on the sheet.
+        middles = tile[11:124:15, 11:124:15]
+        np.testing.assert_array_equal(middles, DATA.test.image[image * 20 // 12].repeat(3, axis=-1))
+        assert (tile[TILE:] < 100).any()  # the caption
+
+
+def test_a_second_part_of_a_run_hides_what_comes_again(tmp_path):
+    for start in (0, 3):
+        board = Board(tmp_path, start=start)
+        board.scalar("train/loss", 1.0, start + 1)
+        board.close()
+    assert [event.step for event in read_events(tmp_path) if event.HasField("session_log")] == [4]
