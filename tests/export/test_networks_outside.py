@@ -24,44 +24,33 @@ from bnjax.train_step import forward, init_variables
 SHAPE, SIZE = (12, 12, 3), 7
 # Any number of images: a program is compiled for each, so that few networks are tried with others.
 OTHER_SIZES = {"batch": (1, 32), "speednet, six views": (1, 32)}
-net = functools.partial(ConvNet, filters=(4, 4), kernels=(3, 3), strides=(2, 1), dense=(6, 5))
-batch = norms.build("batch")
+SMALL = {"filters": (4,), "kernels": (3,), "strides": (2,), "dense": (5,), "dropout": (0.0,)}
+net = functools.partial(ConvNet, **SMALL, norm_dense=(True,))
+batch, speednet = norms.build("batch"), functools.partial(SpeedNet, widths=(4,))
+before, after = (functools.partial(net, placement=place) for place in ("before", "after"))
+conv_only = functools.partial(before, norm_dense=(False,))
 # Of each what it is, and how many of its norms are folded; None: no folding is asked for.
 NETWORKS = {
-    "batch, not folded": (net(norm=batch), None),
-    "batch": (net(norm=batch), 5),
-    "before, max, gelu": (
-        net(norm=batch, placement="before", pooling="max", activation=nn.gelu),
-        4,
-    ),
-    "after, avg, sigmoid": (
-        net(norm=batch, placement="after", pooling="avg", activation=nn.sigmoid),
-        4,
-    ),
+    "batch": (net(norm=batch), 3),
+    "before, max, gelu": (before(norm=batch, pooling="max", activation=nn.gelu), 2),
     "ghost, silu": (net(norm=norms.build("ghost"), activation=nn.silu), None),
-    "renorm, tanh": (net(norm=norms.build("renorm"), placement="before", activation=nn.tanh), None),
-    "group": (net(norm=norms.build("group", groups=1), activation=nn.elu), None),
-    "layer": (net(norm=norms.build("layer"), placement="after"), None),
-    "rms": (net(norm=norms.build("rms"), placement="before"), None),
-    "instance": (
-        net(norm=norms.build("instance"), placement="before", norm_dense=(False, False)),
-        None,
-    ),
-    "frn": (
-        net(
-            norm=norms.build("frn"),
-            norm_activation=norms.ThresholdedLinear,
-            placement="before",
-            norm_dense=(False, False),
-        ),
-        None,
-    ),
-    "standardized": (net(norm=batch, conv=norms.StandardizedConv, placement="before"), 4),
-    "speednet": (SpeedNet(norm=batch, widths=(4,), mean=(0.5,) * 3, std=(0.2,) * 3), 2),
-    "speednet, six views": (with_views(SpeedNet(norm=batch, widths=(4,)), 6), None),
-    "residual": (ResNet((1, 1), 4), 6),
+    "frn": (conv_only(norm=norms.build("frn"), norm_activation=norms.ThresholdedLinear), None),
+    "standardized": (before(norm=batch, conv=norms.StandardizedConv), 2),
+    "speednet, six views": (with_views(speednet(norm=batch), 6), None),
     "residual, padded as by torch": (ResNet((1, 1), 4, torchvision=True), None),
     "residual, norms first": (PreActResNet(1, 4), 1),
+}
+# The same mechanisms in other words.
+MORE = {
+    "batch, not folded": (net(norm=batch), None),
+    "after, avg, sigmoid": (after(norm=batch, pooling="avg", activation=nn.sigmoid), 2),
+    "renorm, tanh": (before(norm=norms.build("renorm"), activation=nn.tanh), None),
+    "group": (net(norm=norms.build("group", groups=1), activation=nn.elu), None),
+    "layer": (after(norm=norms.build("layer")), None),
+    "rms": (before(norm=norms.build("rms")), None),
+    "instance": (conv_only(norm=norms.build("instance")), None),
+    "speednet": (speednet(norm=batch, mean=(0.5,) * 3, std=(0.2,) * 3), 2),
+    "residual": (ResNet((1, 1), 4), 6),
 }
 
 
@@ -81,12 +70,12 @@ def network(model):
     return jax.tree_util.tree_map_with_path(weight, params), jax.tree.map(statistic, batch_stats)
 
 
-@pytest.fixture
-def expected(tmp_path_factory):
+@pytest.fixture(params=[NETWORKS, pytest.param(MORE, marks=pytest.mark.slow)])
+def expected(request, tmp_path_factory):
     """The folder of each network, images, and its logits."""
     images = np.random.default_rng(1).integers(0, 256, (32, *SHAPE), np.uint8)
     found = {}
-    for name, (model, count) in NETWORKS.items():
+    for name, (model, count) in request.param.items():
         variables = network(model)
         # In evaluation those of an image depend on no other.
         own = jax.jit(functools.partial(forward, model=model, train=False))(

@@ -31,7 +31,8 @@ class Function(nn.Module):
 
 def model_of(model, images=IMAGES):
     """Returns the ONNX model of a network, and what the network returns."""
-    variables = init_variables(model, jax.random.key(0), images[:1])
+    init = jax.jit(functools.partial(init_variables, model))
+    variables = init(jax.random.key(0), images[:1])
     made = onnx_model(model, *variables, images.shape[1:])
     own = jax.jit(functools.partial(forward, model=model, train=False))
     return made, own(*variables, {"image": images})[0]

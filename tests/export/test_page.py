@@ -1,17 +1,15 @@
 """The page to try a network on, through its endpoint on this machine."""
 
 import gc
+from functools import partial
 
-import gradio
-import gradio_client
+import jax
 import numpy as np
 import pytest
 import synthetic
-from gradio_client.exceptions import AppError
 from PIL import Image
 
 from bnjax.data.pictures import read_pictures
-from bnjax.export import page
 from bnjax.export.stablehlo import Exported, export_run
 from bnjax.train.trained import Trained
 from bnjax.train_step import predict_step
@@ -20,14 +18,24 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's and its server's o
 
 
 @pytest.fixture(scope="module")
+def page():
+    """The module, which imports Gradio: seconds, that other workers need not spend."""
+    from bnjax.export import page
+
+    return page
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "small"
-    synthetic.train(synthetic.config(6), workdir)
+    synthetic.train(synthetic.config(2), workdir)
     return Trained(workdir, "last")
 
 
 @pytest.fixture(scope="module")
-def predict(trained):
+def predict(page, trained):
+    import gradio_client
+
     demo = page.page(page.Scores(trained))
     client = gradio_client.Client(page.launch(demo, "127.0.0.1", None), verbose=False)
 
@@ -55,7 +63,7 @@ def test_scores_are_those_of_the_network_and_the_batch_changes_them(trained, pre
     *labels, table, plot = predict(*pictures)
     images = np.stack([read_pictures(file, (8, 8, 1))[0].image for file in pictures])
     variables = (trained.params, trained.batch_stats)
-    score = predict_step(*variables, images, model=trained.model)["score"]
+    score = jax.jit(partial(predict_step, model=trained.model))(*variables, images)["score"]
     stored = {one["label"]: one["confidence"] for one in labels[0]["confidences"]}
     for name, wanted in zip(trained.data.classes, np.asarray(score[0]), strict=True):
         assert stored[name] == pytest.approx(float(wanted), abs=1e-5)
@@ -74,6 +82,8 @@ def test_scores_are_those_of_the_network_and_the_batch_changes_them(trained, pre
     ],
 )
 def test_what_cannot_be_scored_is_said(predict, pictures, files, said):
+    from gradio_client.exceptions import AppError
+
     folder = pictures[0].parent
     (folder / "broken.png").write_bytes(b"\x89PNG no image")
     np.save(folder / "many.npy", np.zeros((33, 8, 8), np.uint8))
@@ -83,13 +93,14 @@ def test_what_cannot_be_scored_is_said(predict, pictures, files, said):
     assert predict(pictures[0])  # it goes on
 
 
-def test_an_exported_network_has_the_stored_statistics_only(trained, pictures, tmp_path):
+def test_an_exported_network_has_the_stored_statistics_only(page, trained, pictures, tmp_path):
     export_run(trained, tmp_path / "model")
     scores = page.ExportedScores(Exported(tmp_path / "model"))
     images = np.stack([read_pictures(file, (8, 8, 1))[0].image for file in pictures])
     found, drifts = scores(images)
-    wanted = predict_step(trained.params, trained.batch_stats, images, model=trained.model)
+    predict = jax.jit(partial(predict_step, model=trained.model))
+    wanted = predict(trained.params, trained.batch_stats, images)
     assert list(found) == ["stored"]
     np.testing.assert_allclose(found["stored"][:3], wanted["score"], atol=1e-5)
     assert drifts == {}
-    assert isinstance(page.page(scores), gradio.Blocks)
+    assert page.page(scores).blocks
