@@ -29,7 +29,7 @@ PIP = """
 import os, pathlib, sys
 pathlib.Path(os.environ["ASKED"]).write_text(" ".join(sys.argv[1:]))
 if "BREAK" in os.environ:
-    jax = pathlib.Path(__file__).parents[2] / "jax"
+    jax = pathlib.Path(__file__).parents[1] / "jax"
     jax.mkdir()
     (jax / "__init__.py").write_text("__version__ = '99'\\ndef devices(): return ['cpu']")
 """
