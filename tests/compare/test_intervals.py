@@ -153,6 +153,7 @@ def test_censored_ratios_are_bounds():
     assert (both.low, both.high, str(both)) == (0, math.inf, "unknown")
 
 
+@pytest.mark.slow
 def test_intervals_claims_and_reports_need_no_jax():
     code = (
         "import sys, bnjax.compare.claims, bnjax.compare.report\n"

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 import shutil
 import socket
 import subprocess
@@ -78,18 +77,6 @@ def test_the_places_in_their_order(tmp_path, monkeypatch, download):
     assert download["times"] == 1  # then it is in the cache
 
 
-def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
-    for name, value, cache in (
-        ("BNJAX_CACHE", tmp_path, tmp_path),
-        ("XDG_CACHE_HOME", tmp_path, tmp_path / "bnjax"),
-        ("HOME", tmp_path, tmp_path / ".cache" / "bnjax"),
-    ):
-        for other in ("BNJAX_CACHE", "XDG_CACHE_HOME"):
-            monkeypatch.delenv(other, raising=False)
-        monkeypatch.setenv(name, str(value))
-        assert datasets.cache_dir() == cache
-
-
 @pytest.mark.parametrize("write", ["write_folder", "write_archive"])
 def test_a_folder_and_an_archive_hold_the_same(write, tiny, tmp_path, monkeypatch):
     path = tmp_path / ("" if write == "write_folder" else "cifar-10-binary.tar.gz")
@@ -121,8 +108,6 @@ def test_cifar100_has_the_fine_label_after_the_coarse_one(tmp_path):
 
 DAMAGE = {
     "truncated": (lambda content: content[:-1], r"has 18,437 bytes, not 18,438"),
-    "too long": (lambda content: content + bytes(3073), "has 21,511 bytes"),
-    "empty": (lambda content: b"", "has 0 bytes"),
     "label 255": (lambda content: b"\xff" + content[1:], "example 0 has the label 255"),
 }
 
@@ -142,19 +127,19 @@ def test_a_damaged_file_is_named_and_no_fallback_hides_it(damage, in_archive, ti
         datasets.load("cifar10", str(tmp_path), fallback="digits")
 
 
-def test_a_missing_file_and_a_wrong_list_of_classes_are_named(tiny, tmp_path):
+def test_a_wrong_list_of_classes_and_a_missing_file_are_named(tiny, tmp_path):
     folder = tiny.write_folder(tmp_path)
-    (folder / "batches.meta.txt").write_text("cat dog")
-    with pytest.raises(DataError, match=r"batches\.meta\.txt names 2 classes, not 10"):
-        datasets.load("cifar10", str(tmp_path))
-    (folder / "test_batch.bin").unlink()
-    with pytest.raises(DataError, match=r"test_batch\.bin cannot be read: No such file"):
-        datasets.load("cifar10", str(tmp_path))
+    for name, content, said in (
+        ("batches.meta.txt", "cat dog", r"batches\.meta\.txt names 2 classes, not 10"),
+        ("test_batch.bin", None, r"test_batch\.bin cannot be read: No such file"),
+    ):
+        (folder / name).write_text(content) if content else (folder / name).unlink()
+        with pytest.raises(DataError, match=said):
+            datasets.load("cifar10", str(tmp_path))
 
 
 ARCHIVES = {
     "truncated": (lambda files: tar_gz(files)[:-2000], "cannot be read"),
-    "empty": (lambda files: b"", "cannot be read"),
     "text": (lambda files: b"<html>Log in to the network</html>", "cannot be read"),
     "something else": (lambda files: tar_gz({"a/readme.txt": b"hello"}), "no file data_batch_1"),
 }
@@ -186,11 +171,9 @@ def test_a_flipped_byte_is_an_error_or_harmless(position, value, tiny, tmp_path)
     assert str(path) in message
 
 
-@pytest.mark.parametrize("place", ["nowhere", "file"])
-def test_data_dir_has_to_be_a_folder(place, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=rf"config\.data\.dir = .*{place}.*has to be a folder"):
-        datasets.load("cifar10", str(tmp_path / place), fallback="digits")
+def test_data_dir_has_to_be_a_folder(tmp_path):
+    with pytest.raises(DataError, match=r"config\.data\.dir = .*nowhere.*has to be a folder"):
+        datasets.load("cifar10", str(tmp_path / "nowhere"), fallback="digits")
 
 
 @pytest.mark.parametrize("label", ["", "CIFAR-10 (JPEG)"])
@@ -325,17 +308,7 @@ def test_a_split_is_uint8_images_and_as_many_labels():
             dataclasses.replace(split, **{key: np.asarray(one) for key, one in wrong.items()})
 
 
-def test_the_real_images_are_not_official():
-    """The 60,000 images as JPEG left them, which take 15 s to unpack."""
-    if not (folder := os.environ.get("BNJAX_CIFAR_DIR")):
-        pytest.skip("BNJAX_CIFAR_DIR names no folder with CIFAR-10 recompressed as JPEG")
-    data = datasets.load("cifar10", folder)
-    assert data.train.image.shape == (50_000, 32, 32, 3)
-    assert data.test.image.shape == (10_000, 32, 32, 3)
-    assert np.bincount(data.train.label).tolist() == [5000] * 10
-    assert data.label == "cifar10 (not the official pixels)"
-
-
+@pytest.mark.slow
 def test_reading_needs_neither_tfds_nor_jax():
     names = "('tensorflow_datasets', 'jax', 'pooch')"
     program = f"import sys, bnjax.data.datasets; print([m for m in {names} if m in sys.modules])"

@@ -7,14 +7,10 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import small_digits
 import synthetic
 from PIL import Image
 from records_folder import encode, picture, write_dataset, write_file, write_folder
@@ -95,7 +91,7 @@ def test_records_are_what_is_in_memory(folder, photos):
     assert (data.train.image_shape, len(data.train), len(data.test)) == ((16, 16, 3), 15, 6)
 
 
-@pytest.mark.parametrize("part", [WHOLE, Part(2, 1, 2), Part(8, 0, 2), Part(8, 1, 2)])
+@pytest.mark.parametrize("part", [WHOLE, Part(8, 1, 2)])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_are_those_of_a_set_in_memory(folder, shuffle, part):
     """15 batches of 10 are more than three epochs of 48, none of which 10 divides."""
@@ -111,7 +107,7 @@ def test_resuming_is_going_on_whatever_reads_ahead_and_a_lost_worker_ends_it(pho
     whole = batches(records, 4, 9)
     assert_same(batches(records, 4, 4, start=5), whole[5:])
     assert not np.array_equal(batches(records, 4, 1, seed=8)[0]["image"], whole[0]["image"])
-    processes = load(photos[0], dataclasses.replace(RANDOM, workers=2)).train
+    processes = load(photos[0], dataclasses.replace(RANDOM, workers=1)).train
     items = host_feed(processes, 4, shuffle=True).items(3, 3)
     assert_same([*itertools.islice(items, 6)], whole[3:])
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -119,11 +115,10 @@ def test_resuming_is_going_on_whatever_reads_ahead_and_a_lost_worker_ends_it(pho
         [*itertools.islice(items, 20)]
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_the_parts_of_hosts_make_up_the_batch(photos, hosts):
+def test_the_parts_of_hosts_make_up_the_batch(photos):
     records = load(photos[0], RANDOM).train
-    parts = [batches(records, 12, 4, part=Part(4, i, hosts)) for i in range(hosts)]
-    assert {len(batch["label"]) for part in parts for batch in part} == {12 // hosts}
+    parts = [batches(records, 12, 4, part=Part(4, i, 4)) for i in range(4)]
+    assert {len(batch["label"]) for part in parts for batch in part} == {3}
     joined = [
         {name: np.concatenate([one[name] for one in of_hosts]) for name in of_hosts[0]}
         for of_hosts in zip(*parts, strict=True)
@@ -178,19 +173,14 @@ def test_random_crops_are_places_in_the_resized_image_and_anew_each_time(photos)
 
 def test_files_of_other_kinds_become_rgb(tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
-    colours = Image.fromarray(np.stack([grey] * 3, -1)).quantize(8)
-    palette = io.BytesIO()
-    colours.save(palette, "png")
-    smooth = np.add.outer(np.arange(8), np.arange(8))[..., None] * [[[9, 5, 2]]]
-    jpeg = picture(smooth.astype(np.uint8), "jpeg")
+    jpeg = picture(np.add.outer(np.arange(8), np.arange(8)).astype(np.uint8), "jpeg")
     clear = picture(np.zeros((8, 8, 4), np.uint8))
-    examples = [(file, 0) for file in (picture(grey), clear, palette.getvalue(), jpeg)]
+    examples = [(file, 0) for file in (picture(grey), clear, jpeg)]
     folder = write_folder(tmp_path, {"train": examples, "test": examples}, "a")
     image = load(folder).train.select(slice(None)).image
     np.testing.assert_array_equal(image[0], np.stack([grey] * 3, -1))
     assert (image[1] == 255).all()  # clear pixels show white
-    np.testing.assert_array_equal(image[2], np.asarray(colours.convert("RGB")))
-    np.testing.assert_array_equal(image[3], np.asarray(Image.open(io.BytesIO(jpeg))))
+    np.testing.assert_array_equal(image[2], np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")))
 
 
 BLACK = picture(np.zeros((8, 8, 3), np.uint8))
@@ -218,19 +208,19 @@ def test_a_damaged_record_is_named(what, tmp_path):
         batches(load(folder).train, 2, 1, shuffle=False)
 
 
-SPOILT = {
-    "train-00000-of-00002.array_record": "has 1 files like train-00001-of-00002.array_record",
-    "test-00000-of-00001.array_record": r"no array_record files of train and test \(or .*, but lab",
-    "label.labels.txt": "Name the classes in a file .*label.labels.txt",
-}
-
-
-@pytest.mark.parametrize("missing", SPOILT)
-def test_a_folder_that_is_no_set_says_why(missing, tmp_path):
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("train-00000-of-00002.array_record", "has 1 files like train-00001-of-00002.array_reco"),
+        ("test-00000-of-00001.array_record", "no array_record files of train and test"),
+        ("label.labels.txt", "Name the classes in a file .*label.labels.txt"),
+    ],
+)
+def test_a_folder_that_is_no_set_says_why(missing, said, tmp_path):
     folder = write_folder(tmp_path, {"train": [(BLACK, 0)] * 3}, "ab", shards=2)
     write_folder(folder, {"test": [(BLACK, 0)]}, "ab")
     (folder / missing).unlink()
-    with pytest.raises(DataError, match=SPOILT[missing]):
+    with pytest.raises(DataError, match=said):
         load(folder)
 
 
@@ -245,8 +235,6 @@ def test_files_that_are_empty_or_damaged_are_named(tmp_path):
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="has to be a folder"):
-        load(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"config.data.dir = '' is not possible"):
         datasets.load("records", stream=PLAIN)
     with pytest.raises(DataError, match="has not been prepared"):
@@ -264,17 +252,11 @@ def test_the_shorter_side_is_no_shorter_than_the_square():
         build.check(config)
 
 
-def config_of(folder, workers=0):
-    config = synthetic.config()
-    config.data.name, config.data.dir, config.data.pipeline = "records", str(folder), "stream"
-    config.data.workers = workers
-    return config
-
-
 def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(folder, tmp_path):
     """Stopped by a record that is damaged while it trains, and gone on with when it is mended."""
-    expected = train_and_evaluate(synthetic.config(), tmp_path / "memory", MEMORY)
-    config = config_of(folder)
+    expected = synthetic.train(synthetic.config(), tmp_path / "memory")
+    config = synthetic.config()
+    config.data.name, config.data.dir, config.data.pipeline = "records", str(folder), "stream"
     data = build.dataset(config)
 
     class Damaged:
@@ -293,8 +275,7 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
         train_and_evaluate(config, tmp_path / "stopped", broken)
     steps = [line["step"] for line in read_lines(tmp_path / "stopped" / "metrics.jsonl")]
     assert 5 <= max(steps) < 12
-    # Who reads is no part of what a run is.
-    found = train_and_evaluate(config_of(folder, workers=1), tmp_path / "stopped", data)
+    found = train_and_evaluate(config, tmp_path / "stopped", data)
     for key in ("steps", "final_test", "best_test", "steps_to_loss"):
         assert found[key] == expected[key]
     predicted = of_split(Trained(tmp_path / "stopped", "last"), "test")
@@ -303,57 +284,3 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
     assert [row["label"] for row in predicted["predictions"]] == labels
     memory, stopped = (tmp_path / name / "metrics.jsonl" for name in ("memory", "stopped"))
     assert stopped.read_text() == memory.read_text()
-
-
-def command(folder, workdir, workers):
-    words = small_digits.steps(20, **small_digits.STREAMED, data__dir=folder, data__workers=workers)
-    config = small_digits.CONFIG
-    start = [sys.executable, "-m", "bnjax.main", "--config", config, "--workdir", workdir]
-    return subprocess.Popen([*start, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def workers_of(process):
-    """Its processes that read ahead; a thread of Grain's starts them."""
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-    found = [int(pid) for task in tasks for pid in task.read_text().split()]
-    return [pid for pid in found if is_worker(pid)]
-
-
-def is_worker(pid):
-    try:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers in /proc")
-def test_kills_change_nothing(tmp_path):
-    """A worker is killed, then all of it; each time the same command resumes."""
-    folder = write_dataset(tmp_path / "digits", datasets.load("digits"))
-    with command(folder, tmp_path / "whole", 0) as whole:
-        assert whole.wait(300) == 0, whole.stdout.read()
-    workdir = tmp_path / "killed"
-    with command(folder, workdir, 2) as process:
-        wait_for(lambda: len(workers_of(process)) == 2)
-        os.kill(workers_of(process)[1], signal.SIGKILL)
-        assert process.wait(300) == 1, process.stdout.read()
-    with command(folder, workdir, 2) as process:
-        wait_for(lambda: list((workdir / "checkpoints").glob("1*")))
-        workers = workers_of(process)
-        process.kill()
-        process.wait(60)
-        assert workers
-    assert len(read_lines(workdir / "metrics.jsonl")) < 20
-    wait_for(lambda: not any(map(is_worker, workers)))  # no orphans
-    with command(folder, workdir, 1) as process:
-        assert process.wait(300) == 0, process.stdout.read()
-    expected = (tmp_path / "whole" / "metrics.jsonl").read_text()
-    assert (workdir / "metrics.jsonl").read_text() == expected

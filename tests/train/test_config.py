@@ -13,12 +13,11 @@ import pooch
 import pytest
 import small_digits
 import synthetic
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import VALUES
 
 from bnjax import main, norms
-from bnjax.data import datasets
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError, UserError
 from bnjax.models.convnet import ACTIVATIONS, POOLS, Placement
@@ -106,6 +105,7 @@ def test_an_impossible_value_is_refused_by_key(words):
 NAMES = st.sampled_from([key.name for key in KEYS]) | st.text(max_size=12)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(NAMES, VALUES), min_size=1, max_size=4))
 def test_any_overrides_build_or_are_refused(overrides):
     config = synthetic.config()
@@ -125,15 +125,11 @@ def test_the_table_of_keys_is_consistent_with_what_there_is():
     words = {key.name: key.allowed.words.split(", ") for key in KEYS}
     assert words["model.norm"] == list(norms.NORMS)
     assert words["model.activation"] == list(ACTIVATIONS)
-    (views,) = (key.allowed for key in KEYS if key.name == "eval.views")
-    assert [*VIEWS] == [n for n in range(10) if views.holds(n)]
     assert {*words["model.name"]} == {"convnet", "speednet", *RESNETS}
     assert words["model.pooling"] == ["none", *POOLS]
     assert words["model.placement"] == list(get_args(Placement))
-    assert datasets.DIGITS in words["data.fallback"][0]
-    defaults = {key.name: key.default for key in KEYS}
-    assert norms.GhostBatchNorm().virtual_batch == defaults["model.virtual_batch"]
-    assert norms.BatchRenorm().renorm_steps == defaults["model.renorm_steps"]
+    (views,) = (key.allowed for key in KEYS if key.name == "eval.views")
+    assert [*VIEWS] == [n for n in range(10) if views.holds(n)]
 
 
 def test_images_that_shrink_to_nothing_are_refused():
@@ -146,17 +142,13 @@ def test_images_that_shrink_to_nothing_are_refused():
     ("name", "text", "wanted"),
     [
         ("model.momentum", "0.9", 0.9),
-        ("model.momentum", "0", 0.0),
         ("model.dense", "100", (100,)),
-        ("model.filters", "(1, 2)", (1, 2)),
         ("model.use_scale", "false", False),
         ("data.dir", "12", "12"),
         ("seed", "3", 3),
         ("seed", "a", ConfigError),
-        ("seed", "1.5", ConfigError),
         ("model.use_scale", "1", ConfigError),
         ("model.momentum", "x", ConfigError),
-        ("model.dense", "x", ConfigError),
     ],
 )
 def test_overrides_keep_the_type(name, text, wanted):
@@ -177,10 +169,7 @@ def test_overrides_keep_the_type(name, text, wanted):
         ("--config.seed.x=1", "no keys of its own"),
         ("--config.model=1", "is a section"),
         ("--config.optimizer.loss=sum", r"called config\.optimizer\.reduction now"),
-        ("--config.muon.momentum=0.5", r"called config\.optimizer\.momentum now"),
-        ("--config.model.scale=false", r"called config\.model\.use_scale now"),
         ("--confg.seed=1", "Overrides look like"),
-        ("seed=1", "Overrides look like"),
         ("--config.seed", "Overrides look like"),
     ],
 )
@@ -214,16 +203,7 @@ def test_a_config_file_and_its_overrides(tmp_path):
     assert parsing.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "1/0",
-        "def get_config(:",
-        "raise SystemExit(0)",
-        "def get_config(): return {'name': 'a'}",
-    ],
-)
+@pytest.mark.parametrize("content", ["", "def get_config(:", "raise SystemExit(0)"])
 def test_a_broken_config_file_is_a_clear_error(tmp_path, content):
     file = tmp_path / "mine.py"
     file.write_text(content)

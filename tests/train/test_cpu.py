@@ -75,11 +75,15 @@ def in_a_process(code, *without, **env):
     return subprocess.check_output(words, env=clean | env, text=True).split()
 
 
+@pytest.mark.slow
 def test_the_platform_is_known_before_jax_starts_it():
     code = "from bnjax.train import cpu; print(cpu.will_use_cpu())\n"
     code += "import jax; print(jax.default_backend() == 'cpu')"
     mine, its = in_a_process(code, "JAX_PLATFORMS")
     assert mine == its
+
+
+def test_of_the_platforms_that_are_asked_for_the_first_counts():
     before = jax.config.values["jax_platforms"]
     try:
         for platforms in ("cpu", "cuda,cpu"):

@@ -88,9 +88,10 @@ class Wide(nn.Module):
 def test_of_a_large_array_all_channels_are_sampled():
     # 245,760 outputs: every fourth would be of even channels only.
     images = np.zeros((8192, 1, 1, 3), np.float32)
-    start = init_state(Wide(), optax.sgd(0.1), jax.random.key(0), images[:1])
+    init = functools.partial(init_state, Wide(), optax.sgd(0.1))
+    start = jax.jit(init)(jax.random.key(0), images[:1])
     batch = {"image": images, "label": np.zeros(8192, np.int32)}
-    values = sample(*start, batch, model=Wide())["activation"]["output"]
+    values = jax.jit(functools.partial(sample, model=Wide()))(*start, batch)["activation"]["output"]
     assert MAX_VALUES / 2 < values.size <= MAX_VALUES
     counts = np.bincount(np.asarray(values, int), minlength=30)
     assert counts.min() > 0.99 * counts.max()

@@ -9,34 +9,6 @@ from bnjax.train.config import default_config
 from bnjax.train.optimizers import optimizer
 
 
-def test_adam_makes_its_published_first_and_second_step():
-    """Kingma & Ba 2015, algorithm 1, by hand in float64."""
-    config = default_config()
-    tx = optimizer(config, 1)
-    grads = [0.5, -0.2]
-    params = jnp.array([1.0])
-    state = tx.init(params)
-    value, m, v = 1.0, 0.0, 0.0
-    for t, grad in enumerate(grads, start=1):
-        updates, state = tx.update(jnp.array([grad]), state, params)
-        params = params + updates
-        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
-        value -= 1e-3 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-    np.testing.assert_allclose(params, [value], rtol=1e-6)
-
-
-def test_sgd_with_momentum():
-    config = default_config()
-    config.optimizer.update(name="sgd", learning_rate=0.1, momentum=0.5)
-    tx = optimizer(config, 1)
-    params = jnp.array([1.0])
-    state = tx.init(params)
-    for _ in range(2):
-        updates, state = tx.update(jnp.array([1.0]), state, params)
-        params = params + updates
-    np.testing.assert_allclose(params, [1 - 0.1 - 0.1 * 1.5], rtol=1e-6)
-
-
 def made(steps=10, **options):
     config = default_config()
     config.train.batch_size = 8
@@ -60,27 +32,48 @@ def rates(name, warmup=0.0, steps=10):
     return -np.diff([float(one) for one in walk(tx, jnp.zeros(()), [jnp.ones(())] * steps)])
 
 
-def test_schedules_have_the_values_of_their_formulas():
-    t = np.arange(10)
-    np.testing.assert_allclose(rates("constant"), 2.0, rtol=1e-5)
-    np.testing.assert_allclose(rates("linear"), 2 * (1 - t / 10), rtol=1e-5)
-    np.testing.assert_allclose(rates("cosine"), 1 + np.cos(np.pi * t / 10), rtol=1e-5)
-    up = np.linspace(0, 2, 5)[:4]
-    np.testing.assert_allclose(rates("constant", 0.4), [*up, *[2.0] * 6], atol=1e-5)
-    np.testing.assert_allclose(rates("linear", 0.4), [*up, *2 * (1 - t[:6] / 6)], atol=1e-5)
-    cosine = 1 + np.cos(np.pi * t[:6] / 6)
-    np.testing.assert_allclose(rates("cosine", 0.4), [*up, *cosine], atol=1e-5)
+def test_adam_makes_its_published_first_and_second_step():
+    """Kingma & Ba 2015, algorithm 1, by hand in float64."""
+    grads = [0.5, -0.2]
+    found = walk(made(), jnp.array([1.0]), [jnp.array([grad]) for grad in grads])[-1]
+    value, m, v = 1.0, 0.0, 0.0
+    for t, grad in enumerate(grads, start=1):
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        value -= 1e-3 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(found, [value], rtol=1e-6)
 
 
-def test_one_cycle_rises_from_a_25th_and_falls_to_almost_nothing_along_cosines():
-    """Smith & Topin, 2018, with the divisors of torch's OneCycleLR."""
-    t, found = np.arange(10), rates("one_cycle", 0.4)
+@pytest.mark.parametrize(
+    ("nesterov", "moves"), [(False, (0.1, 0.15)), (True, (0.15, 0.1 * (1 + 0.5 * 1.5)))]
+)
+def test_sgd_with_momentum(nesterov, moves):
+    tx = made(name="sgd", learning_rate=0.1, momentum=0.5, nesterov=nesterov)
+    found = walk(tx, jnp.ones(()), [jnp.ones(())] * 2)
+    np.testing.assert_allclose(-np.diff(found), moves, rtol=1e-6)
 
-    def along(start, end, part):
-        return end + (start - end) * (1 + np.cos(np.pi * part)) / 2
 
-    wanted = [*along(2 / 25, 2, t[:4] / 4), *along(2, 2 / 25 / 1e4, (t[4:] - 4) / 6)]
-    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+T = np.arange(10)
+UP = np.linspace(0, 2, 5)[:4]
+
+
+def along(start, end, part):
+    return end + (start - end) * (1 + np.cos(np.pi * part)) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "wanted"),
+    [
+        ("linear", 0.0, 2 * (1 - T / 10)),
+        ("cosine", 0.0, 1 + np.cos(np.pi * T / 10)),
+        ("constant", 0.4, [*UP, *[2.0] * 6]),
+        ("linear", 0.4, [*UP, *2 * (1 - T[:6] / 6)]),
+        ("cosine", 0.4, [*UP, *1 + np.cos(np.pi * T[:6] / 6)]),
+        # Smith & Topin, 2018, with the divisors of torch's OneCycleLR.
+        ("one_cycle", 0.4, [*along(0.08, 2, T[:4] / 4), *along(2, 8e-6, (T[4:] - 4) / 6)]),
+    ],
+)
+def test_schedules_have_the_values_of_their_formulas(name, warmup, wanted):
+    np.testing.assert_allclose(rates(name, warmup), wanted, rtol=1e-3, atol=1e-5)
 
 
 PARAMS = {
@@ -107,12 +100,6 @@ def test_rates_for_the_sum_of_the_losses_are_those_for_the_mean_times_the_batch(
     )
     of_mean = walk(made(name="sgd", learning_rate=2.0, momentum=0.5), jnp.ones(1), grads)
     np.testing.assert_allclose(of_sum, of_mean, rtol=1e-6)
-
-
-def test_nesterov_momentum():
-    tx = made(name="sgd", learning_rate=0.1, momentum=0.5, nesterov=True)
-    found = walk(tx, jnp.ones(()), [jnp.ones(())] * 2)
-    np.testing.assert_allclose(found, [1, 1 - 0.15, 1 - 0.15 - 0.1 * (1 + 0.5 * 1.5)], rtol=1e-6)
 
 
 RNG = np.random.default_rng(0)

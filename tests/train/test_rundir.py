@@ -7,7 +7,7 @@ from events import read_values
 
 from bnjax.errors import UserError
 from bnjax.train import rundir
-from bnjax.train.rundir import Lines, RunWriter, read_lines, write_json
+from bnjax.train.rundir import Lines, RunWriter, read_lines
 
 
 def test_a_torn_last_line_is_left_out_and_later_steps_are_dropped(tmp_path):
@@ -18,12 +18,6 @@ def test_a_torn_last_line_is_left_out_and_later_steps_are_dropped(tmp_path):
     lines.write({"step": 3, "again": True})
     lines.close()
     assert read_lines(file) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
-
-
-def test_json_is_written_whole(tmp_path):
-    write_json(tmp_path / "a.json", {"a": 1})
-    write_json(tmp_path / "a.json", {"a": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_tensorboard_gets_every_scalar(tmp_path):
@@ -40,9 +34,7 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     assert found["train/images_per_s"] == (1, 100.0)
 
 
-@pytest.mark.parametrize(
-    "content", ["{\n", "[]\n", '{"step": -1}\n', '{"loss": 1.0}\n', "\x80\n", "[" * 10**5 + "\n"]
-)
+@pytest.mark.parametrize("content", ["{\n", '{"loss": 1.0}\n', "\x80\n"])
 def test_a_damaged_file_is_one_sentence(tmp_path, content):
     for name, read in (("metrics.jsonl", read_lines), ("config.json", None)):
         file = tmp_path / name
