@@ -94,7 +94,8 @@ def sgd(rate=0.02, steps=STEPS):
 @functools.cache
 def trained(model, seed=0, steps=STEPS, size=BATCH, rate=0.02):
     tx = sgd(rate, steps)
-    state, stats = init_state(model, tx, jax.random.key(seed), images(seed)[0][:2])
+    init = jax.jit(functools.partial(init_state, model, tx))
+    state, stats = init(jax.random.key(seed), images(seed)[0][:2])
     step = jax.jit(functools.partial(train_step, model=model, tx=tx))
     for batch in batches(seed, steps, size):
         state, stats, _ = step(state, stats, batch)
@@ -142,9 +143,14 @@ NEAR = Plain(offset=1000.0)
 UNBIASED = convnet(momentum=0.99, debias=True, variance="unbiased")
 FAR = Plain(norm=norms.BatchNorm, offset=1000.0)
 
+
+def plain(seed):
+    return trained(Plain(), seed)
+
+
 HEALTHY = {
     **{name: functools.partial(trained, model) for name, model in NETWORKS.items()},
-    "plain": functools.partial(trained, Plain()),
+    "plain": plain,
     "plain, batches of 256": functools.partial(trained, Plain(), size=256),
     "plain, batches of 24": functools.partial(trained, Plain(), size=24),
     "plain, 300 steps": functools.partial(trained, Plain(), steps=300),
@@ -162,10 +168,6 @@ HEALTHY = {
     "convnet, debias, unbiased": functools.partial(trained, UNBIASED),
     "convnet, bfloat16": functools.partial(trained, convnet(dtype=jnp.bfloat16)),
 }
-
-
-def plain(seed):
-    return trained(Plain(), seed)
 
 
 def untold(patient):

@@ -23,6 +23,13 @@ from bnjax.train_step import init_state, train_step
 
 pytestmark = pytest.mark.lane
 
+
+def some(names, quick):
+    """Parameters; those that repeat the behaviour of the quick ones in other words are slow."""
+    slow = pytest.mark.slow
+    return [name if name in quick else pytest.param(name, marks=slow) for name in names]
+
+
 MOMENTUM, EPSILON, RATE, MICRO = 0.75, 1e-3, 0.1, 3
 SGD, SLOW = (optax.sgd(rate, momentum=0.9) for rate in (RATE, RATE / 10))
 # 24 examples; micro-batch 0 has 8 real ones, 1 has 5, and 2 has 7: rows 0, 3, 6, … are its.
@@ -56,7 +63,7 @@ def part(batch, i):
 
 def start(model, tx=SGD, shape=(2, 2, 1)):
     images = np.zeros((2, *shape), np.float32)
-    return jax.device_get(init_state(model, tx, jax.random.PRNGKey(0), images))
+    return jax.device_get(jax.jit(partial(init_state, model, tx))(jax.random.PRNGKey(0), images))
 
 
 def step_of(model, tx=SGD, micro_batches=MICRO, **options):
@@ -117,7 +124,7 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", some(NORMS, ("Flax", "debiased", "running")))
 def test_statistics_of_the_input_are_those_of_the_whole_batch(norm):
     """Whatever the norm: its input does not depend on how the batch was divided up."""
     model = Tiny(NORMS[norm])
@@ -134,7 +141,7 @@ def test_statistics_of_the_input_are_those_of_the_whole_batch(norm):
     assert np.abs(carried[1]["norm"]["mean"]).min() > 0.1
 
 
-@pytest.mark.parametrize("name", ["scan", "remat"])
+@pytest.mark.parametrize("name", some(["scan", "remat"], ("remat",)))
 def test_every_norm_is_updated_by_its_inputs_in_all_micro_batches(name):
     """Each micro-batch by itself says what the norms within a network are given."""
     model, shape = NETWORKS[name], (2, 2, 3)
@@ -184,7 +191,7 @@ def trained(wrapper):
     return state.params, state.opt_state, stats, history
 
 
-@pytest.mark.parametrize("wrapper", [one for one in WRAPPERS if "without" not in one])
+@pytest.mark.parametrize("wrapper", some(WRAPPERS, ("jit with shardings", "shard_map")))
 def test_devices_make_the_same_micro_batches_as_one(wrapper):
     for mine, its in zip(trained(wrapper), trained("one device"), strict=True):
         atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(its))
@@ -245,18 +252,18 @@ def test_frozen_statistics_stay():
     jax.tree.map(np.testing.assert_array_equal, after, stats)
 
 
-SHAPE = (7, 7, 1)
-NETWORK = ConvNet((4,), (3,), (2,), (8,), 3, norms.BatchNorm, norm_dense=(True,), dropout=(0.0,))
-
-
 def test_an_activation_is_kept_for_one_micro_batch_only():
-    args = *start(NETWORK, shape=SHAPE), batch_of(shape=SHAPE, examples=3072)
+    args = *start(Tiny(), shape=(8, 8, 1)), batch_of(shape=(8, 8, 1), examples=3072)
     needed = []
     for micro_batches in (1, 6):
-        step = step_of(NETWORK, micro_batches=micro_batches)
+        step = step_of(Tiny(), micro_batches=micro_batches)
         memory = step.lower(*args).compile().memory_analysis()
         needed.append(memory.temp_size_in_bytes)
     assert needed[1] < needed[0] / 2
+
+
+SHAPE = (7, 7, 1)
+NETWORK = ConvNet((4,), (3,), (2,), (8,), 3, norms.BatchNorm, norm_dense=(True,), dropout=(0.0,))
 
 
 @pytest.mark.slow
