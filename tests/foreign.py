@@ -1,6 +1,6 @@
 """Networks as other people write them, for what has to work on any linen model.
 
-None of them knows of bnjax. `x` is float [n, h, w, c]; logits [n, 10].
+None of the networks knows of bnjax. `x` is float [n, h, w, c]; logits [n, 10].
 """
 
 import functools
@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
+
+from bnjax.train_step import init_variables
 
 
 class BasicBlock(nn.Module):
@@ -171,3 +175,24 @@ NETWORKS = {
     "vmap": VmapNet(),
     "shared": SharedNet(),
 }
+
+
+def shapes(model, images):
+    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0), images)
+
+
+def drawn(model, images, positive=False):
+    """Parameters and statistics as of a trained network: no scale of 1, no mean of 0.
+
+    The scales have both signs unless they are to be `positive`. Nothing is compiled.
+    """
+    rng = np.random.default_rng(1)
+
+    def leaf(path, like):
+        name = path[-1].key
+        if name == "kernel":
+            return rng.normal(0, like.size**-0.5, like.shape).astype(like.dtype)
+        low = {"var": 0.3, "scale": 0.3 if positive else -1.0}.get(name, -1.0)
+        return rng.uniform(low, 1.5, like.shape).astype(like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes(model, images))

@@ -8,35 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from foreign import NETWORKS
+from foreign import NETWORKS, drawn, shapes
 from jax import lax
 
 from bnjax import norms
 from bnjax.clinic.folding import difference, plan
 from bnjax.clinic.linen import Network
 from bnjax.models.convnet import ConvNet
-from bnjax.train_step import eval_step, forward, init_variables
+from bnjax.train_step import eval_step, forward
 
 IMAGES = np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
 BATCH = {"image": IMAGES}
 
 
 def trained(model, positive=False):
-    """Leaves as of a trained network: scales of both signs, no mean of 0, no variance of 1."""
-    rng = np.random.default_rng(1)
-
-    def leaf(path, like):
-        name = path[-1].key
-        if name == "kernel":
-            return rng.normal(0, like.size**-0.5, like.shape).astype(like.dtype)
-        low = {"var": 0.3, "scale": 0.3 if positive else -1.0}.get(name, -1.0)
-        return rng.uniform(low, 1.5, like.shape).astype(like.dtype)
-
-    return Network(*jax.tree_util.tree_map_with_path(leaf, shapes(model)), model)
-
-
-def shapes(model):
-    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0), IMAGES)
+    return Network(*drawn(model, IMAGES, positive), model)
 
 
 def logits(network):
@@ -53,7 +39,7 @@ def folding_of(model, positive=False, change=lambda stats: stats):
         assert difference(logits(network), logits(done)) < 1e-5
     # The leaves are those that the folded model itself would make.
     like = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, str(leaf.dtype)))
-    assert like(shapes(done.model)) == like((done.params, done.batch_stats))
+    assert like(shapes(done.model, IMAGES)) == like((done.params, done.batch_stats))
     left = done.norms(BATCH)
     assert {layer.path for layer in left}.isdisjoint(one.norm for one in found if one.layer)
     return done, {
@@ -75,10 +61,10 @@ LAYERS = ["conv0", "conv1", "dense0", "dense1", "logits"]
     ("placement", "pooling", "norm_dense"),
     [
         ("pre", "none", (True, True)),
-        ("pre", "max", (False, True)),
+        pytest.param("pre", "max", (False, True), marks=pytest.mark.slow),
         ("before", "max", (True, True)),
         ("after", "max", (False, True)),
-        ("after", "avg", (True, False)),
+        pytest.param("after", "avg", (True, False), marks=pytest.mark.slow),
     ],
 )
 def test_the_convnet_wherever_its_norms_stand(placement, pooling, norm_dense):

@@ -1,7 +1,6 @@
 """Frozen statistics and frozen scales and biases: nothing else changes, and these do not at all."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -12,18 +11,19 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
-from foreign import NETWORKS
+from foreign import NETWORKS, drawn, shapes
 
 from bnjax.clinic.freezing import affine_mask, freeze_statistics, without_frozen
 from bnjax.clinic.linen import Network
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
 from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
-from bnjax.train_step import TrainState, eval_step, forward, init_state, init_variables, train_step
+from bnjax.train_step import TrainState, eval_step, forward, train_step
 
 RNG = np.random.default_rng(0)
 BATCH = {"image": RNG.random((6, 8, 8, 3), np.float32), "label": np.arange(6)}
 SGD = optax.sgd(0.1)
+SLOW = partial(pytest.param, marks=pytest.mark.slow)  # says the same in other words
 # The first norm of each.
 FIRST = {
     "preact": "BatchNorm_0",
@@ -44,17 +44,15 @@ def same(a, b):
     return {path: bool(leaf) for path, leaf in flatten_dict(dict(_same(a, b))).items()}
 
 
-@functools.cache
 def variables_of(name):
-    init = partial(init_variables, NETWORKS[name])
-    return jax.jit(init)(jax.random.key(0), BATCH["image"])
+    return drawn(NETWORKS[name], BATCH["image"])
 
 
 def stepped(model, state, stats, batch=BATCH, tx=SGD):
     return jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch)
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", ["scan", "shared", *map(SLOW, ("preact", "remat", "vmap"))])
 def test_frozen_statistics_stay_and_the_others_move(name):
     frozen = freeze_statistics(NETWORKS[name], FIRST[name])
     params, stats = variables_of(name)
@@ -69,14 +67,12 @@ def test_frozen_statistics_stay_and_the_others_move(name):
     assert not any(same(state.params, once.params)[*first, leaf] for leaf in ("scale", "bias"))
 
 
-@pytest.mark.parametrize("name", ["preact", "scan"])
+@pytest.mark.parametrize("name", ["scan", SLOW("preact")])
 def test_trees_fields_and_evaluation_are_the_models_own(name):
     model = NETWORKS[name]
     frozen = freeze_statistics(model, "*")
     variables = variables_of(name)
-    init = partial(init_variables, frozen)
-    shapes = jax.eval_shape(init, jax.random.key(0), BATCH["image"])
-    assert shapes == jax.eval_shape(lambda: variables)
+    assert shapes(frozen, BATCH["image"]) == jax.eval_shape(lambda: variables)
     assert isinstance(frozen, type(model))
     assert all(getattr(frozen, f.name) == getattr(model, f.name) for f in dataclasses.fields(model))
     results = [jax.jit(partial(eval_step, model=one))(*variables, BATCH) for one in (model, frozen)]
@@ -108,12 +104,15 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "in_call"), [("flax", False), *((kind, True) for kind in NORMS)])
+OTHERS = [SLOW(kind, True) for kind in NORMS if kind != "counted"]
+
+
+@pytest.mark.parametrize(("kind", "in_call"), [("flax", False), ("counted", True), *OTHERS])
 def test_the_gradient_takes_frozen_statistics_as_constants(kind, in_call):
     model = freeze_statistics(Net(NORMS[kind], in_call), "*")
     x = RNG.normal(2, 3, (8, 1, 1, 4)).astype(np.float32)
     weights = RNG.normal(0, 1, (8, 3)).astype(np.float32)
-    params, stats = init_variables(model, jax.random.key(0), x)
+    params, stats = drawn(model, x)
     norm = next(iter(stats))
     mean, var, scale, bias = (RNG.uniform(1, 2, 4).astype(np.float32) for _ in range(4))
     stats[norm] = {**stats[norm], "mean": mean, "var": var}
@@ -123,7 +122,7 @@ def test_the_gradient_takes_frozen_statistics_as_constants(kind, in_call):
         logits, written = forward(params, stats, {"image": x}, model=model, train=True)
         return (logits * weights).sum(), written["batch_stats"]
 
-    grads, written = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    grads, written = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
     assert all(same(stats, written).values())
     inverse = 1 / np.sqrt(np.float64(var) + 1e-5)
     back = np.float64(weights) @ np.float64(params["logits"]["kernel"]).T
@@ -140,7 +139,7 @@ def test_a_mask_stays():
     norm = partial(nn.BatchNorm, momentum=0.5)
     model = ConvNet((4,), (3,), (2,), (8,), 10, norm, norm_dense=(True,), dropout=(0.0,))
     frozen = freeze_statistics(model, "dense0_norm")
-    state, stats = init_state(model, SGD, jax.random.key(0), BATCH["image"])
+    state, stats = jax.jit(partial(init_state, model, SGD))(jax.random.key(0), BATCH["image"])
     padded = {
         "image": np.concatenate([BATCH["image"], np.full((2, 8, 8, 3), np.nan, np.float32)]),
         "label": np.concatenate([BATCH["label"], [0, 0]]),
@@ -157,7 +156,7 @@ def test_a_mask_stays():
 
 def test_what_matches_nothing_is_an_error_with_the_names():
     model = NETWORKS["preact"]
-    params, stats = init_variables(model, jax.random.key(0), BATCH["image"])
+    params, stats = variables_of("preact")
     run = partial(forward, params, stats, BATCH, train=True)
     with pytest.raises(ValueError, match=r"'batch\*'.*: BatchNorm_0, .*, last\."):
         run(model=freeze_statistics(model, "last", "batch*"))
@@ -167,7 +166,7 @@ def test_what_matches_nothing_is_an_error_with_the_names():
         affine_mask(params, stats)
 
 
-@pytest.mark.parametrize("name", ["preact", "scan"])
+@pytest.mark.parametrize("name", ["scan", SLOW("preact")])
 def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name):
     params, stats = variables_of(name)
     tx = optax.adamw(0.1, weight_decay=0.1)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from foreign import NETWORKS
+from foreign import NETWORKS, drawn
 
 from bnjax import clinic
 from bnjax.clinic.linen import Network, nothing_seen, observe
@@ -39,8 +39,7 @@ NAMES = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_norms_in_the_order_of_their_calls(name):
     model = NETWORKS[name]
-    init = partial(init_variables, model, jax.random.key(0))
-    variables = jax.eval_shape(init, IMAGES[:1])
+    variables = drawn(model, IMAGES[:1])
     for train in (False, True):
         layers = Network(*variables, model).norms({"image": IMAGES}, train=train)
         assert [layer.name for layer in layers] == NAMES[name]
@@ -52,10 +51,11 @@ def test_norms_in_the_order_of_their_calls(name):
 def test_a_norm_that_is_the_whole_model_and_on_another_axis(kind):
     x = np.random.default_rng(1).normal(3, 2, (5, 4, 3, 2)).astype(np.float32)
     norm = {"same signature": _Outer, "own signature": _Called}[kind](axis=1)
-    params, stats = init_variables(norm, jax.random.key(0), x)
+    params, stats = drawn(norm, x)
     (layer,) = Network(params, stats, norm).norms({"image": x})
     assert (layer.path, layer.axes) == ((), (0, 2, 3))
-    _, seen = observe(params, stats, nothing_seen(stats), {"image": x}, model=norm, mode="running")
+    seen = jax.jit(partial(observe, model=norm, mode="running"))
+    _, seen = seen(params, stats, nothing_seen(stats), {"image": x})
     (found,) = seen.values()
     np.testing.assert_allclose(found.mean, x.mean((0, 2, 3), np.float64), rtol=1e-6)
     np.testing.assert_allclose(found.var, x.var((0, 2, 3), np.float64), rtol=1e-6)
@@ -101,17 +101,19 @@ class Synced(nn.Module):
 @pytest.mark.parametrize("norm", [nn.BatchNorm, partial(BatchNorm, average_axis_name="groups")])
 def test_synced_norms_are_run_outside_of_their_axis(norm):
     model, image = Synced(norm), IMAGES
-    params, stats = init_variables(model, jax.random.key(0), image[:2])
+    params, stats = jax.jit(partial(init_variables, model))(jax.random.key(0), image[:2])
     network, batches = clinic.linen(model, params, stats), [{"image": image}] * 2
     assert "never-updated" in clinic.audit(network, batches).ids
     mended = clinic.precise(network, [{"image": image}])
-    convolved = nn.Conv(4, (3, 3)).apply({"params": params["conv"]}, image)
+    convolved = jax.jit(nn.Conv(4, (3, 3)).apply)({"params": params["conv"]}, image)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     close(mended.batch_stats["norm"]["mean"], np.float64(convolved).mean((0, 1, 2)))
     close(mended.batch_stats["norm"]["var"], np.float64(convolved).var((0, 1, 2)))
     folded = clinic.fold(mended, image[:1])
     logits = [
-        forward(one.params, one.batch_stats, {"image": image}, model=one.model, train=False)[0]
+        jax.jit(partial(forward, model=one.model, train=False))(
+            one.params, one.batch_stats, {"image": image}
+        )[0]
         for one in (mended, folded)
     ]
     assert not folded.batch_stats
@@ -166,7 +168,7 @@ def test_a_model_of_nnx_trains_and_what_cannot_be_checked_is_said():
     model, tx = nnx.bridge.ToLinen(OfNnx), optax.sgd(0.1)
     image = np.random.default_rng(0).random((8, 4, 4, 3), np.float32)
     batch = {"image": image, "label": np.arange(8) % 3}
-    state, stats = init_state(model, tx, jax.random.key(0), image)
+    state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), image)
     _, new, _ = jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch)
     assert (np.asarray(new["norm"]["mean"]) != 0).all()
     findings = clinic.audit(Network(state.params, new, model), [batch] * 4)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from foreign import ResNet
+from foreign import ResNet, shapes
 
 from bnjax.clinic import porting
 from bnjax.clinic.porting import Table, port_from, port_to, read_table
 from bnjax.errors import UserError
 from bnjax.norms import BatchNorm
-from bnjax.train_step import forward, init_variables
+from bnjax.train_step import forward
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "port_torchvision.py"))
@@ -85,8 +85,7 @@ def images_of(name):
 
 
 def shapes_of(model, name):
-    init = functools.partial(init_variables, model, jax.random.key(0))
-    return jax.eval_shape(init, images_of(name))
+    return shapes(model, images_of(name))
 
 
 def by_formula(like):
@@ -105,7 +104,8 @@ def theirs(name):
 
 
 def logits(model, params, stats, name):
-    found, _ = forward(params, stats, {"image": images_of(name)}, model=model, train=False)
+    run = jax.jit(functools.partial(forward, model=model, train=False))
+    found, _ = run(params, stats, {"image": images_of(name)})
     return found[:, :: SCRIPT["EVERY"].get(name, 1)]
 
 

@@ -6,23 +6,24 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from foreign import NETWORKS
-from wrappers import MAPPED, run
+from foreign import NETWORKS, drawn
+from wrappers import run
 
 from bnjax.clinic import Network
 from bnjax.clinic import precise as precise_network
 from bnjax.clinic.linen import nothing_seen, observe
 from bnjax.norms import BatchNorm
-from bnjax.train_step import init_variables
+from bnjax.train_step import forward
 
 RNG = np.random.default_rng(0)
 IMAGES = (RNG.random((16, 5, 5, 2)) * [1, 3] + [0.5, -1]).astype(np.float32)
 UNEVEN = np.split(IMAGES, [5, 13])  # 5, 8 and 3 images
 EPSILON = 1e-3
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)  # says the same in other words
 
 
 class Net(nn.Module):
-    """Three norms behind one another, each with a scale and a shift of its own."""
+    """Three norms behind one another."""
 
     norm: type = nn.BatchNorm
     variance: str | None = None
@@ -34,8 +35,6 @@ class Net(nn.Module):
             return self.norm(
                 use_running_average=not train,
                 epsilon=EPSILON,
-                scale_init=nn.initializers.uniform(3.0),
-                bias_init=nn.initializers.normal(1.0),
                 name=name,
                 **options,
             )
@@ -47,7 +46,7 @@ class Net(nn.Module):
 
 
 def variables_of(model):
-    return init_variables(model, jax.random.key(1), IMAGES[:1])
+    return drawn(model, IMAGES[:1])
 
 
 def in_numpy(params, batches):
@@ -92,9 +91,9 @@ def assert_are(stats, wanted):
 
 
 def precise(model, params, batches, batch_stats=None, **options):
-    """The statistics alone; untrained ones stand in where none are given."""
+    """The statistics alone; others stand in where none are given."""
     if batch_stats is None:
-        _, batch_stats = init_variables(model, jax.random.key(0), IMAGES[:1])
+        _, batch_stats = variables_of(model)
     return precise_network(Network(params, batch_stats, model), batches, **options).batch_stats
 
 
@@ -144,7 +143,7 @@ def test_means_far_from_zero_and_batches_that_can_be_gone_through_once():
     np.testing.assert_allclose(found["var"], var, rtol=1e-3)
 
 
-@pytest.mark.parametrize("wrapper", MAPPED)
+@pytest.mark.parametrize("wrapper", ["pmap", "shard_map", SLOW("vmap")])
 def test_over_shards_that_hold_different_numbers_of_images(wrapper):
     model = Net()
     params, stats = variables_of(model)
@@ -178,9 +177,8 @@ FOREIGN = RNG.random((6, 8, 8, 3)).astype(np.float32)
 
 def moments_by_flax(model, params, stats, images):
     """Returns the batch's statistics, from the averages after one step with momentum 0.9."""
-    _, written = model.apply(
-        {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
-    )
+    once = jax.jit(functools.partial(forward, model=model, train=True))
+    _, written = once(params, stats, {"image": images})
     return jax.tree.map(
         lambda old, new: (np.float64(new) - 0.9 * np.float64(old)) / 0.1,
         stats,
@@ -188,10 +186,10 @@ def moments_by_flax(model, params, stats, images):
     )
 
 
-@pytest.mark.parametrize("name", ["preact", "scan", "vmap"])
+@pytest.mark.parametrize("name", ["scan", SLOW("preact"), SLOW("vmap")])
 def test_foreign_networks_against_flax(name):
     model = NETWORKS[name]
-    params, stats = init_variables(model, jax.random.key(0), FOREIGN[:1])
+    params, stats = drawn(model, FOREIGN[:1])
     of_all = moments_by_flax(model, params, stats, FOREIGN)
     halves = np.split(FOREIGN, [4])
     of_each = [moments_by_flax(model, params, stats, half) for half in halves]
@@ -216,7 +214,7 @@ def test_foreign_networks_against_flax(name):
 @pytest.mark.parametrize("by", ["batch", "population"])
 def test_a_norm_that_is_called_twice_has_the_moments_of_both(by):
     model = NETWORKS["shared"]
-    params, stats = init_variables(model, jax.random.key(0), FOREIGN[:1])
+    params, stats = drawn(model, FOREIGN[:1])
     weights = jax.tree.map(np.float64, params)
     outer, inner = weights["Dense_0"], weights["_Layer_0"]["Dense_0"]
     norm = weights["_Layer_0"]["BatchNorm_0"]
@@ -264,8 +262,7 @@ class Spectral(nn.Module):
 
 def test_other_leaves_stay_as_they_were():
     model = Spectral()
-    params, stats = init_variables(model, jax.random.key(0), IMAGES[:1])
-    stats = jax.tree.map(lambda leaf: leaf + 1, stats)
+    params, stats = drawn(model, IMAGES[:1])
     found = precise(model, params, [{"image": IMAGES}], stats)
     own, old = found.pop("BatchNorm_0"), stats.pop("BatchNorm_0")
     assert not np.array_equal(own["mean"], old["mean"])
