@@ -18,7 +18,7 @@ from bnjax.clinic.linen import Network
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
 from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
-from bnjax.train_step import TrainState, eval_step, forward, train_step
+from bnjax.train_step import TrainState, eval_step, forward, init_state, train_step
 
 RNG = np.random.default_rng(0)
 BATCH = {"image": RNG.random((6, 8, 8, 3), np.float32), "label": np.arange(6)}
