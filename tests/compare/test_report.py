@@ -76,20 +76,17 @@ def test_results_are_means_with_student_intervals(study, made, tmp_path):
     ]
 
 
-def test_curves_are_means_and_ranges_over_the_seeds(study):
+def test_curves_are_means_and_ranges_over_the_seeds(study, tmp_path):
     train_loss, test_loss, _, test_accuracy = report.curves(study).panels
     *_, last = rows_of(train_loss, "bn")
     assert last == {"variant": "bn", "step": 5, "value": 0.19, "low": 0.18, "high": 0.2}
     assert [row["step"] for row in rows_of(test_loss, "no_bn")] == [2, 4]
     first, _ = rows_of(test_accuracy, "bn")
     assert first == {"variant": "bn", "step": 2, "value": 0.512, "low": 0.502, "high": 0.522}
-
-
-def test_long_curves_are_averaged_over_neighbours(tmp_path):
+    # Long ones are averaged over neighbours.
     losses = np.linspace(5, 1, 1000)
     folder = write_run(tmp_path / "long", losses=losses.tolist(), inside=False)
     panel, *_ = report.curves(read_study([folder])).panels
-    assert len(rows_of(panel)) == 250
     for key, of in (("value", np.mean), ("high", np.max)):
         found = [row[key] for row in rows_of(panel)]
         np.testing.assert_allclose(found, of(losses.reshape(250, 4), 1), rtol=1e-4)
@@ -117,12 +114,8 @@ def test_what_the_averages_cost_is_stored_minus_batch(tmp_path):
 
 
 def test_time_and_rate(study):
-    assert cells(report.speed(study))["bn"] == {
-        "variant": "bn",
-        "seconds": "13.0 [13.0 to 13.0]",
-        "images a second": "5 [5 to 5]",
-        "device": "1 x abacus",
-    }
+    row = cells(report.speed(study))["bn"]
+    assert (row["seconds"], row["images a second"]) == ("13.0 [13.0 to 13.0]", "5 [5 to 5]")
     loss, _ = report.against_time(study).panels
     found = [(row["seconds"], row["value"]) for row in rows_of(loss, "no_bn")]
     assert found == [(5, 3.0), (7, 2.0), (9, 1.9), (11, 1.5)]
@@ -210,13 +203,10 @@ def test_files_that_do_not_agree_are_no_finished_run(tmp_path):
     folder = write_run(tmp_path / "bn" / "0", inside=False)
     (run,) = runs.finished_runs(tmp_path, comparison(["bn"], seeds=1))
     assert run.summary["steps"] == 5
-    for file in ("metrics.jsonl", "timing.jsonl"):
-        before = (folder / file).read_text()
-        lines = before.splitlines(keepends=True)
-        (folder / file).write_text("".join(lines[:3]))  # as if the disk had lost the rest
-        with pytest.raises(UserError, match="are not of the same steps"):
-            read_run(folder)
-        (folder / file).write_text(before)
+    lines = (folder / "timing.jsonl").read_text().splitlines(keepends=True)
+    (folder / "timing.jsonl").write_text("".join(lines[:3]))  # as if the disk had lost the rest
+    with pytest.raises(UserError, match="are not of the same steps"):
+        read_run(folder)
     (folder / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json is damaged"):
         runs.finished_runs(tmp_path, comparison(["bn"], seeds=1))
@@ -284,12 +274,8 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(bnjax, made, m
     monkeypatch.delitem(sys.modules, "bnjax.compare.report", raising=False)
     monkeypatch.delattr(sys.modules["bnjax.compare"], "report", raising=False)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
+    assert bnjax("report")[0] == 2  # nothing to report
     code, _, said = bnjax("report", made[0])
     assert code == 2
     assert "needs vl_convert" in said
     assert "pip install 'bnjax[report]'" in said
-
-
-def test_nothing_to_report_is_an_error(bnjax, tmp_path):
-    assert bnjax("report", tmp_path / "nowhere")[0] == bnjax("report")[0] == 2
-    assert not (tmp_path / "nowhere").exists()
