@@ -144,7 +144,7 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
     assert "test accuracy at the end, no_bn - bn: " in text
 
 
-@pytest.mark.parametrize("way", ["vmap", "devices"])
+@pytest.mark.parametrize("way", ["vmap", pytest.param("devices", marks=pytest.mark.slow)])
 def test_seeds_at_once_are_their_solo_runs_but_for_rounding(files, solo, way):
     trained, alone = [], grid.plan(claims.of_configs([str(files / "bn.py")]), [])
     trainer = Trainer if way == "devices" else synthetic.trainer  # each device compiles its own

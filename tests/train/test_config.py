@@ -280,6 +280,7 @@ def test_data_that_stand_in_name_the_run_and_set_its_batch():
     assert used("train.batch_size=64", of=dataset()) == ("bn", 64)
 
 
+@pytest.mark.slow
 def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, capsys):
     def no_network(*_, **__):
         raise ConnectionError

@@ -14,7 +14,7 @@ from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.loop import Stopped
 from bnjax.train.rundir import read_lines
-from bnjax.train.steps import Steps, default_feed, precise_batches
+from bnjax.train.steps import precise_batches
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy
 
@@ -32,11 +32,16 @@ def config(**changes):
 def trained(workdir, config):
     """What the checkpoint holds for evaluation, and what training goes on with."""
     synthetic.train(config, workdir)
-    run, experiment = Trained(workdir, "last"), build.experiment(config, DATA)
+    run = Trained(workdir, "last")
+    return run, restored(workdir, config, run.step)
+
+
+def restored(workdir, config, step):
+    experiment = build.experiment(config, DATA)
     init = functools.partial(init_state, experiment.model, experiment.tx)
     like = jax.eval_shape(init, jax.random.key(0), DATA.train.image[:1])
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        return run, checkpoints.restore(run.step, like, apart=experiment.is_apart)
+        return checkpoints.restore(step, like, apart=experiment.is_apart)
 
 
 def lines(workdir, split):
@@ -94,20 +99,15 @@ def swa():
 def test_swa_is_of_the_steps_that_the_keys_say_under_statistics_of_its_own(usual, tmp_path):
     run, (state, _) = trained(tmp_path / "run", swa())
     close(state.params, usual[1][0].params)  # another program: its roundings are others
-    experiment, weights = build.experiment(config(), DATA), []
-    steps = Steps(experiment, DATA, default_feed(experiment, DATA.train))
-    (state, stats, bad_steps), items = steps.join([steps.init(0)], [0]), steps.feed.items(0, 0)
-    for _ in range(10):
-        state, stats, bad_steps, _ = steps.train(state, stats, bad_steps, [(next(items),)])
-        weights.append(jax.device_get(state.params))
-    chosen_ones = [weights[step - 1] for step in (4, 7, 10)]
-    close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *chosen_ones))
+    weights, stopped = [], tmp_path / "stopped"
+    for step in (4, 7):
+        with pytest.raises(Stopped):
+            synthetic.train(swa(), stopped, each=synthetic.interrupting(step))
+        weights.append(restored(stopped, swa(), step)[0].params)
+    close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights, state.params))
     close(run.batch_stats, precise_of(run, run.params))
-    # And it goes on bit for bit.
-    with pytest.raises(Stopped):
-        synthetic.train(swa(), tmp_path / "stopped", each=synthetic.interrupting(6))
-    synthetic.train(swa(), tmp_path / "stopped")
-    files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("stopped", "run")]
+    synthetic.train(swa(), stopped)  # it goes on bit for bit
+    files = [(folder / "metrics.jsonl").read_bytes() for folder in (stopped, run.workdir)]
     assert files[0] == files[1]
 
 
@@ -127,6 +127,7 @@ def test_several_seeds_in_one_program(tmp_path):
         assert_tested(run, truth)
 
 
+@pytest.mark.slow
 def test_a_network_without_running_statistics_can_be_averaged_and_has_no_gap(tmp_path):
     plain = config(optimizer__average="ema", model__norm="none", train__steps=2)
     plain.eval.gap_images = 20

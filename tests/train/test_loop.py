@@ -325,21 +325,19 @@ def test_each_seed_may_stop_at_a_loss(finished, tmp_path):
     config = synthetic.config()
     config.train.stop_at_loss = config.train.target_loss = losses[6] + 1e-3
     first = next(step for step, loss in enumerate(losses, 1) if loss <= config.train.stop_at_loss)
-    workdir = tmp_path / "run"
-    summary = synthetic.train(config, workdir)
-    assert [line["loss"] for line in lines_of(workdir)] == losses[:first]
-    assert summary["steps"] == summary["final_test"]["step"] == first
-    assert summary["ended"].startswith("training loss at or below")
-    assert list(summary["steps_to_loss"].values()) == [first]
-    # As after a crash between the last checkpoint and the summary: nothing is left to train.
-    before = metrics_of(workdir)
-    (workdir / "summary.json").unlink()
-    assert synthetic.train(config, workdir)["steps"] == first
-    assert metrics_of(workdir) == before
-    both = {seed: tmp_path / f"seed{seed}" for seed in (0, 1)}
-    found = synthetic.train_seeds(config, both)
+    folders = {seed: tmp_path / str(seed) for seed in (0, 1)}
+    found = synthetic.train_seeds(config, folders)
     assert found[0]["steps"] == first != found[1]["steps"]
-    for seed, folder in both.items():
+    assert found[0]["ended"].startswith("training loss at or below")
+    assert list(found[0]["steps_to_loss"].values()) == [first]
+    mine = [line["loss"] for line in lines_of(folders[0])]
+    np.testing.assert_allclose(mine, losses[:first], rtol=1e-3)
+    for seed, folder in folders.items():
         steps, last = found[seed]["steps"], read_lines(folder / "metrics.jsonl")[-1]
         assert (last["step"], last["split"]) == (steps, "test")
         assert (folder / "checkpoints" / str(steps)).is_dir()
+    # As after a crash between the last checkpoint and the summary: nothing is left to train.
+    before = metrics_of(folders[0])
+    (folders[0] / "summary.json").unlink()
+    assert synthetic.train(config, folders[0])["steps"] == first
+    assert metrics_of(folders[0]) == before

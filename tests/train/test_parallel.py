@@ -27,7 +27,8 @@ def config(norm="batch", virtual_batch=BATCH, micro_batches=1):
     A sigmoid has no kink, at which a rounding would become a large difference.
     """
     config = synthetic.config()
-    config.train.batch_size, config.model.dropout = BATCH, (0.0,)
+    config.train.batch_size = BATCH
+    config.model.dense = config.model.dropout = config.model.norm_dense = ()  # quick to compile
     config.train.micro_batches = micro_batches
     config.model.norm, config.model.virtual_batch = norm, virtual_batch
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.01
@@ -96,7 +97,7 @@ SLOW = pytest.mark.slow
     ("devices", "options", "micro_batches"),
     [
         (5, {}, 1),
-        (3, {"resident": True}, 3),
+        (3, {}, 3),
         pytest.param(3, {"resident": True}, 1, marks=SLOW),
         pytest.param(5, {"resident": True}, 3, marks=SLOW),
         pytest.param(7, {}, 1, marks=SLOW),
