@@ -304,17 +304,6 @@ def test_modules_that_meet_several_times(way, folded):
         assert difference(logits(done), logits(twice.network)) < 1e-5
 
 
-def test_float32_leaves_make_the_output_of_a_norm_float32():
-    dtypes = []
-    noted = lambda x: (dtypes.append(x.dtype), x)[1]  # noqa: E731
-    net = Net(("layer", "norm", noted), layer=nn.Conv(4, (1, 1), dtype=jnp.bfloat16))
-    done = plan(trained(net), IMAGES)
-    assert done.norms[0].layer == ("layer",)
-    dtypes.clear()
-    logits(done.network)
-    assert dtypes == [jnp.float32]
-
-
 class Wrapped(nn.Module):
     """A convolution whose kernel is made of the stored one when it is used."""
 

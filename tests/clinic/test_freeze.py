@@ -186,9 +186,3 @@ def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name):
     kept = {path for path, unchanged in same(params, ours).items() if unchanged}
     assert kept == {(*first, "scale"), (*first, "bias")}
     assert {path for path, equal in same(plain, ours).items() if not equal} == kept
-
-
-def test_a_mask_where_a_norm_has_no_scale():
-    params = {"norm": {"bias": jnp.ones(2)}, "head": {"bias": jnp.ones(2)}}
-    stats = {name: {"mean": jnp.zeros(2), "var": jnp.ones(2)} for name in ("norm", "bare")}
-    assert affine_mask(params, stats, "*") == {"norm": {"bias": True}, "head": {"bias": False}}

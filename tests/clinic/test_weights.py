@@ -71,7 +71,7 @@ def test_at_the_end_of_a_chain_and_inside_other_transformations():
     grads = {"w": jnp.array([3.0, 4.0])}
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5), weight_average(kind="swa"))
     tx = optax.inject_hyperparams(lambda unused: inner)(unused=0.0)
-    updates, state = tx.update(grads, tx.init(params), params)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], [-0.3, -0.4], rtol=1e-6)
     np.testing.assert_allclose(averaged_params(state, params)["w"], [-0.3, -0.4], rtol=1e-6)
 
@@ -114,7 +114,8 @@ BATCHES = [
 
 def trained(key, batches, tx, **options):
     """Returns the state after some steps, and the weights after each."""
-    state, stats = init_state(MODEL, tx, key, BATCHES[0]["image"])
+    init = jax.jit(functools.partial(init_state, MODEL, tx))
+    state, stats = init(key, BATCHES[0]["image"])
     step = jax.jit(functools.partial(train_step, model=MODEL, tx=tx, **options))
     weights = []
     for batch in batches:
@@ -142,7 +143,8 @@ def test_a_skipped_step_leaves_the_average_alone():
 
 def test_under_pmap_every_replica_has_the_average():
     tx = weight_average(optax.sgd(0.1), kind="swa")
-    state, stats = init_state(MODEL, tx, jax.random.key(0), BATCHES[0]["image"])
+    init = jax.jit(functools.partial(init_state, MODEL, tx))
+    state, stats = init(jax.random.key(0), BATCHES[0]["image"])
     copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), (state, stats))
     step = jax.pmap(functools.partial(train_step, model=MODEL, tx=tx, axis_name="d"), axis_name="d")
     weights = []

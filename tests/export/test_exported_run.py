@@ -1,6 +1,5 @@
 """`bnjax export` and `bnjax predict --model`: what is written of a run, and what is refused."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -188,26 +187,12 @@ def test_a_model_that_cannot_be_read_says_why(exported, how, tmp_path):
         Exported(tmp_path / "model")
 
 
-def test_a_program_that_does_not_compile_here_says_which_would(exported):
-    """As one of a newer StableHLO, which `jax.export` looks into only then."""
-    model = Exported(exported)
-    garbage = {"mlir_module_serialized": b"ML\xefR no program"}
-    model._program = dataclasses.replace(model._program, **garbage)
-    with pytest.raises(UserError, match=r"does not load the program .* Use such a version"):
-        model.logits(np.zeros((1, 32, 32, 3), np.uint8), 1)
-
-
 def test_a_run_and_a_program_for_another_platform_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="It holds a run: give it with --workdir"):
         Exported(run)
     export_run(Trained(run, "last"), tmp_path / "model", platforms=["tpu"])
     with pytest.raises(UserError, match="is for tpu, and JAX computes on cpu here"):
         Exported(tmp_path / "model")
-
-
-def test_what_is_of_a_run_is_refused_with_a_model(exported):
-    with pytest.raises(UserError, match="are of a run: give its folder with --workdir"):
-        main.main(["predict", "--model", str(exported), "--split", "test"])
 
 
 def test_the_weights_are_no_part_of_the_program(run):
