@@ -38,7 +38,15 @@ SPEED = (
 CONFIGS = {
     "speed94": ("configs/speed94.py", *SPEED),
     "airbench94": ("configs/airbench94.py", *SPEED),
-    "resnet20": ("digits", *SMALL, "model.name=resnet20", "model.placement=before"),
+    "resnet20": (
+        "bn",
+        *SMALL,
+        "model.name=resnet20",
+        "model.placement=before",
+        "model.momentum=0.2",
+        "model.mean=0.2,0.2,0.2",
+        "model.std=0.3,0.3,0.3",
+    ),
 }
 
 
