@@ -141,6 +141,7 @@ def test_a_skipped_step_leaves_the_average_alone():
     assert_close(average.average, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights))
 
 
+@pytest.mark.slow
 def test_under_pmap_every_replica_has_the_average():
     tx = weight_average(optax.sgd(0.1), kind="swa")
     init = jax.jit(functools.partial(init_state, MODEL, tx))

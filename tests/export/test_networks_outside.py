@@ -33,15 +33,15 @@ conv_only = functools.partial(before, norm_dense=(False,))
 NETWORKS = {
     "batch": (net(norm=batch), 3),
     "before, max, gelu": (before(norm=batch, pooling="max", activation=nn.gelu), 2),
-    "ghost, silu": (net(norm=norms.build("ghost"), activation=nn.silu), None),
     "frn": (conv_only(norm=norms.build("frn"), norm_activation=norms.ThresholdedLinear), None),
-    "standardized": (before(norm=batch, conv=norms.StandardizedConv), 2),
     "speednet, six views": (with_views(speednet(norm=batch), 6), None),
     "residual, padded as by torch": (ResNet((1, 1), 4, torchvision=True), None),
-    "residual, norms first": (PreActResNet(1, 4), 1),
 }
 # The same mechanisms in other words.
 MORE = {
+    "ghost, silu": (net(norm=norms.build("ghost"), activation=nn.silu), None),
+    "standardized": (before(norm=batch, conv=norms.StandardizedConv), 2),
+    "residual, norms first": (PreActResNet(1, 4), 1),
     "batch, not folded": (net(norm=batch), None),
     "after, avg, sigmoid": (after(norm=batch, pooling="avg", activation=nn.sigmoid), 2),
     "renorm, tanh": (before(norm=norms.build("renorm"), activation=nn.tanh), None),
