@@ -1,4 +1,4 @@
-"""Differences between versions of JAX, found by looking at its names and not at its number."""
+"""Differences between JAX versions, detected by feature and not by version number."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 
-_jax: Any = jax  # for mypy, which knows the names of one version only
+_jax: Any = jax  # mypy knows the names of one version only
 
 enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimental.enable_x64
 
@@ -16,9 +16,9 @@ enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimenta
 def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
     """Marks values as different on each shard, so that `jax.grad` does not sum over the axis.
 
-    With its vma check, `jax.shard_map` sums the gradient of a replicated value over the shards; an
-    explicit sum after that would make it n times too large. An axis of `jax.pmap` or `jax.vmap`
-    needs no mark and takes none.
+    With its vma check, `jax.shard_map` sums the gradient of a replicated value over the shards; a
+    second, explicit sum would make it n times too large. An axis of `jax.pmap` or `jax.vmap` needs
+    no mark.
     """
     if axis_name is None:
         return tree
@@ -27,7 +27,7 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
 
     def mark(leaf: jax.Array) -> jax.Array:
         for name in manual:
-            with contextlib.suppress(ValueError):  # varying already
+            with contextlib.suppress(ValueError):  # already varying
                 if hasattr(jax.lax, "pcast"):
                     leaf = _jax.lax.pcast(leaf, name, to="varying")
                 else:
@@ -38,13 +38,10 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
 
 
 def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
-    """Returns `jax.vmap` of a function, or a loop of calls where JAX lacks a batching rule.
+    """Returns `jax.vmap` of a function, or a loop of calls if JAX lacks a batching rule.
 
-    JAX 0.7 cannot vmap the gradient of a convolution in a program over several devices.
-
-    Args:
-        function: the function.
-        in_axes: 0 or None for each argument.
+    JAX 0.7 cannot vmap the gradient of a convolution in a program over several devices. `in_axes`
+    is 0 or None for each argument.
     """
 
     def call(*arguments: Any) -> Any:

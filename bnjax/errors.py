@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how the command lines report them."""
+"""Errors that a user can fix, and how the command line reports them."""
 
 import contextlib
 import functools
@@ -9,26 +9,26 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-# What JAX says where a process of a training has gone that others wait for.
+# Words in JAX's errors when a process of a distributed training is lost.
 LOST_PROCESS = ("Gloo", "coordination service", "heartbeat", "NCCL", "CoordinationService")
 
 
 class UserError(Exception):
-    """What went wrong, why, and how to mend it, in one paragraph; shown without a traceback.
+    """An error with its cause and its fix in one paragraph; shown without a traceback.
 
     Attributes:
-        exit_code: of the command line: 2 for what was asked wrongly, 1 for what went wrong.
+        exit_code: the exit code of the command: 2 for invalid input, 1 for a failure.
     """
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A key of the config is unknown or its value impossible."""
+    """A config key is unknown or its value is invalid."""
 
     def __init__(self, key: str, value: object, allowed: str):
-        """Names the key below `config.`, the value that was given and what is allowed."""
-        super().__init__(f"config.{key} = {value!r} is not possible. Allowed: {allowed}.")
+        """Takes the key without `config.`, the given value and a description of allowed values."""
+        super().__init__(f"config.{key} = {value!r} is invalid. Allowed: {allowed}.")
 
 
 class DataError(UserError):
@@ -36,32 +36,29 @@ class DataError(UserError):
 
 
 class NonFiniteError(UserError):
-    """Training met numbers that are infinite or not numbers at all."""
+    """Training produced infinities or NaN."""
 
     exit_code = 1
 
 
 class WorkerError(UserError):
-    """Processes that read images ahead were lost, again and again."""
+    """Data loading processes died repeatedly."""
 
     exit_code = 1
 
 
 class UnavailableError(DataError):
-    """There is no copy of the data here and none can be fetched; other data may stand in."""
+    """The data are not on this machine and cannot be downloaded; a fallback may replace them."""
 
 
 def brief(error: BaseException) -> str:
-    """Returns why something failed, on one line and at most 200 characters, without a full stop."""
+    """Returns the text of an error on one line of at most 200 characters, without a full stop."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     return text.rstrip(".") or type(error).__name__
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a command line and exits with its code, or with that of the error that it met.
-
-    130 after Ctrl-C.
-    """
+    """Runs a command and exits with its code, or that of its error; 130 after Ctrl-C."""
     before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_send_again, before)
     try:
@@ -71,37 +68,36 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _code_of(main: Callable[[], int]) -> int:
-    """Returns the exit code of a command line, and says what went wrong."""
+    """Runs a command and returns its exit code; prints its error."""
     code = 1
     try:
         return main()
     except UserError as error:
         said, code = str(error), error.exit_code
-    except BrokenPipeError:  # the reader of a pipe went away, as `head` does
+    except BrokenPipeError:  # the reader of the pipe has exited, for instance `head`
         sys.stderr.close()
         return 0
     except OSError as error:
         said = f"{error.filename or 'a file'} cannot be read or written: {brief(error)}."
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        _leave(130)  # XLA may be compiling in threads that do not survive the way out
+        _leave(130)  # XLA compiles in threads that would crash in a normal exit
     except Exception as error:
-        # By its text: only XLA raises it, and nothing here should import JAX just for --help.
+        # Recognised by its text, because --help should not import JAX for the type.
         if any(words in str(error) for words in LOST_PROCESS):
             print(
                 "error: another process of this training has ended or cannot be reached "
-                f"({brief(error)}). Up to the last checkpoint everything is saved: start all "
-                "processes again with the same command, and they go on from it.",
+                f"({brief(error)}). The last checkpoint is saved: start all processes again with "
+                "the same command to resume from it.",
                 file=sys.stderr,
             )
-            _leave(1)  # the way out waits for the lost one
+            _leave(1)  # a normal exit waits for the lost process
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = (
-            f"the memory of this machine does not suffice ({brief(error)}). What helps: a smaller "
-            "--config.train.batch_size or --config.eval.batch_size, smaller layers "
-            "(--config.model.filters, --config.model.dense), and --at-once=one where several seeds "
-            "are compared."
+            f"out of memory ({brief(error)}). Use a smaller --config.train.batch_size or "
+            "--config.eval.batch_size, smaller layers (--config.model.filters, "
+            "--config.model.dense), or --at-once=one in a comparison of several seeds."
         )
     print(f"error: {said}", file=sys.stderr)
     return code
@@ -110,15 +106,15 @@ def _code_of(main: Callable[[], int]) -> int:
 def _leave(code: int) -> NoReturn:
     """Ends this process at once."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a pipe's reader may be gone
+        with contextlib.suppress(OSError):  # the reader of a pipe may have exited
             stream.flush()
     os._exit(code)
 
 
 def _send_again(otherwise: Callable[[Any], None], raised: Any) -> None:
-    """Sends Ctrl-C once more where it came while nothing could be raised.
+    """Sends Ctrl-C again if its KeyboardInterrupt was raised where Python cannot raise.
 
-    JAX has the garbage collector call it, for instance, while it is imported and compiles.
+    For instance in a garbage collector callback of JAX, during its import or a compilation.
     """
     if issubclass(raised.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident

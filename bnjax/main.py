@@ -1,4 +1,4 @@
-"""The command `bnjax`; `python -m bnjax.main --config FILE` trains as well."""
+"""The command `bnjax`; `python -m bnjax.main --config FILE` also trains."""
 
 import difflib
 import functools
@@ -12,13 +12,13 @@ from bnjax import errors
 
 COMMANDS = {
     "train": "train and evaluate one config",
-    "predict": "classify images, or a whole split",
+    "predict": "classify images or a whole split",
     "compare": "train several configs, or the variants of a claim, over the same seeds",
     "report": "report on runs and comparisons",
-    "audit": "find what is wrong with the running statistics of a trained network",
+    "audit": "find faults in the running statistics of a trained network",
     "precise": "recompute the running statistics from training images",
     "fold": "fold the batch norms of a trained network into its layers",
-    "port": "take weights and statistics to PyTorch or Keras, or from there",
+    "port": "convert weights and statistics to or from PyTorch or Keras",
     "export": "write a network as files that run without bnjax",
     "serve": "try a network in the browser",
 }
@@ -26,7 +26,7 @@ OVERRIDDEN = ("train", "compare")  # take --config.KEY=VALUE
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command that the words name, by default this process's; returns the exit code."""
+    """Runs the command given by the arguments (default: `sys.argv`); returns the exit code."""
     words = sys.argv[1:] if words is None else list(words)
     if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
         words = ["train", *words]
@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
         )
     import tyro
 
-    # Each command imports what it needs when it runs, so that --help is quick.
+    # Commands import their dependencies when they run, so --help is fast.
     command = importlib.import_module(f"bnjax.commands.{name}").run
     if name in OVERRIDDEN:
         rest, overrides = _split(rest)
@@ -73,7 +73,7 @@ def _usage() -> str:
 
 
 def _split(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Returns the options of a command, and its words of the form --config.KEY=VALUE."""
+    """Returns the options of a command, and its arguments of the form --config.KEY=VALUE."""
     own, overrides = [], []
     rest = iter(words)
     for word in rest:

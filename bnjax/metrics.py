@@ -16,7 +16,7 @@ class Metrics:
         loss: sum of the losses, float32 [].
         correct: number of examples whose largest logit is at the label, int32 [].
         count: number of real examples, int32 [].
-        skipped: number of training steps that were dropped as not finite, int32 [].
+        skipped: number of training steps dropped because of non-finite values, int32 [].
     """
 
     loss: Leaf
@@ -36,9 +36,7 @@ class Metrics:
         """
         count = int(self.count)
         if count == 0:
-            raise ValueError(
-                "there is no mean of no examples: every row was masked, or no batch was merged"
-            )
+            raise ValueError("no mean of no examples: every row was masked, or no batch was merged")
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 
 
@@ -49,7 +47,7 @@ def softmax_cross_entropy(
 
     Args:
         logits: float [n, classes].
-        label: int [n], or the share of each class, float [n, classes], with sum 1.
+        label: int [n], or the probability of each class, float [n, classes], with sum 1.
         smoothing: the fraction of each label that is spread evenly over all classes (Szegedy et
             al., 2016, section 7).
 
@@ -64,7 +62,7 @@ def softmax_cross_entropy(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     if not smoothing:
         return losses
-    even = jax.nn.logsumexp(logits, -1) - logits.mean(-1)  # the loss of the even distribution
+    even = jax.nn.logsumexp(logits, -1) - logits.mean(-1)  # the loss for a uniform label
     return (1 - smoothing) * losses + smoothing * even
 
 
@@ -73,7 +71,7 @@ def from_losses(
 ) -> Metrics:
     """Returns the metrics of one batch; rows where `mask` is False are padding.
 
-    A label of shares counts as its largest class.
+    A mixed label counts as its largest class.
     """
     real = jnp.ones(label.shape[:1], bool) if mask is None else jnp.asarray(mask)
     label = label.argmax(-1) if label.ndim == 2 else label

@@ -1,4 +1,4 @@
-"""What other libraries log and no user of bnjax can act on."""
+"""Drops log messages of other libraries that a user of bnjax cannot act on."""
 
 import functools
 import logging
@@ -9,7 +9,7 @@ import absl.logging
 
 @functools.cache
 def drop_logs(package: str, below: int = logging.ERROR) -> None:
-    """Drops what a package logs through absl below a level; what others log stays as it is."""
+    """Drops the absl log messages of one package below a level."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return record.levelno >= below or package not in Path(record.pathname).parts

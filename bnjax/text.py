@@ -7,8 +7,8 @@ def text_table(rows: Sequence[Sequence[object]], right: Collection[int] = ()) ->
     """Returns rows as lines with aligned columns.
 
     Args:
-        rows: the cells; all rows have the same number.
-        right: the columns that are aligned to the right.
+        rows: the cells; all rows have the same length.
+        right: the indices of the right-aligned columns.
 
     >>> print(text_table([["norm", "drift"], ["conv1", 0.5]], right=[1]))
     norm   drift

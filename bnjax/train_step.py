@@ -40,13 +40,13 @@ Written = tuple[BatchStats, Metrics]
 
 @struct.dataclass
 class TrainState:
-    """The state of training except the running statistics; arrays only.
+    """The training state except the running statistics; arrays only.
 
     Attributes:
         step: the number of batches seen, int32 [].
         params: the weights.
         opt_state: the state of the Optax transformation.
-        rng: a key that never changes; a step draws from `fold_in(rng, step)`.
+        rng: a constant key; a step draws from `fold_in(rng, step)`.
     """
 
     step: Leaf
@@ -63,8 +63,8 @@ def init_state(
     Args:
         model: any linen module with `__call__(x, train=...)`.
         tx: the optimizer.
-        rng: a key of `jax.random`.
-        images: [n, h, w, c], uint8 or float; only shape and dtype matter.
+        rng: a JAX random key.
+        images: [n, h, w, c], uint8 or float; most models use only the shape and dtype.
 
     Raises:
         ValueError: if the model keeps collections other than `params` and `batch_stats`.
@@ -86,9 +86,9 @@ def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params
     params, batch_stats = variables.pop("params", {}), variables.pop("batch_stats", {})
     if variables:
         raise ValueError(
-            f"the model {type(model).__name__} creates the collections {sorted(variables)}, and "
-            "train_step carries 'params' and 'batch_stats' only: the others would be lost. Store "
-            "running values under 'batch_stats'."
+            f"the model {type(model).__name__} creates the collections {sorted(variables)}, but "
+            "train_step keeps only 'params' and 'batch_stats'. Store running values under "
+            "'batch_stats'."
         )
     return params, batch_stats
 
@@ -106,25 +106,25 @@ def train_step(
 ) -> tuple[TrainState, BatchStats, Metrics]:
     """Takes one step of gradient descent; returns the new state, statistics and metrics.
 
-    The loss is the mean over the real examples of the batch; with `axis_name`, over those of all
-    shards, and the gradients are summed over that axis exactly once. The running statistics are
-    those that the model wrote: per replica, unless its norms reduce over the same axis. The metrics
-    belong to the network before the update.
+    The loss is the mean over the real examples of the batch; with `axis_name`, over the real
+    examples of all shards, and the gradients are summed over that axis exactly once. The model
+    updates the running statistics: per replica, unless its norms reduce over the same axis. The
+    metrics are computed before the update of the weights.
 
     Args:
         state: from `init_state` or the previous step.
-        batch_stats: the running statistics, from the same.
+        batch_stats: the running statistics from the same call.
         batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], optionally `mask`
             bool [n].
         model: any linen module with `__call__(x, train=...)`; `mask` is passed on if its
             `__call__` has that argument.
-        tx: the optimizer that `init_state` was given.
+        tx: the optimizer given to `init_state`.
         loss_fn: (logits, label) -> losses [n].
         axis_name: the mapped axis or axes under `jax.pmap`, `jax.shard_map` or `jax.vmap`; None
             under plain `jax.jit`.
         skip_nonfinite: drop the update if the loss, a gradient or a new statistic is not finite:
-            params, opt_state and batch_stats stay as they were. `state.step` still counts the
-            batch, and the metrics count it as skipped.
+            params, opt_state and batch_stats stay unchanged. `state.step` still counts the batch,
+            and the metrics count it as skipped.
     """
     dropout, count = dropout_key(state, axis_name), count_of(batch, axis_name)
     loss = loss_of(batch_stats, batch, model, loss_fn, dropout, count)
@@ -144,7 +144,7 @@ def loss_of(
 
     Args:
         batch_stats, batch, model, loss_fn: as for `train_step`.
-        dropout: the key of the dropped units.
+        dropout: the key for dropout.
         count: the divisor of the summed losses, int [].
     """
 
@@ -168,14 +168,17 @@ def descend(
     axis_name: AxisName,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Applies the gradients that each shard found; arguments and results as for `train_step`."""
+    """Applies the gradients of all shards; arguments and results as for `train_step`.
+
+    `found` is the gradient of each shard's loss, with its new statistics and metrics.
+    """
     grads, (new_stats, metrics) = found
     grads, metrics = _sum_over((grads, metrics), axis_name)
     updates, new_opt_state = tx.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     if skip_nonfinite:
-        # Statistics that are not synced may be bad on one shard only, and all shards have to drop
-        # the step together.
+        # Without synced statistics they may be non-finite on one shard only; all shards must then
+        # drop the step.
         finite = is_finite((grads, metrics.loss, new_stats))
         bad = _sum_over((~finite).astype(jnp.int32), axis_name) > 0
         old = (state.params, state.opt_state, batch_stats)
@@ -232,18 +235,17 @@ def forward(
     capture: bool | Callable[[nn.Module, str], bool] = False,
     mutable: Sequence[str] | None = None,
 ) -> tuple[Logits, dict[str, Tree]]:
-    """Runs the model on a batch; returns the logits and the collections that were written.
+    """Runs the model on a batch; returns the logits and the updated collections.
 
-    Every pass of bnjax through a model is a call of this function.
+    Every forward pass in bnjax calls this function.
 
     Args:
         params, batch_stats, batch, model: as for `train_step`; the batch needs no `label`.
-        train: True normalises by the batch, drops units, and writes `batch_stats`.
-        dropout: the key of the dropped units; None in evaluation.
-        capture: also write `intermediates`, the outputs of modules, as `capture_intermediates` of
-            `flax.linen.Module.apply`.
-        mutable: the collections that may be written; None: `batch_stats` in training, none in
-            evaluation.
+        train: True normalises by the batch, applies dropout and updates `batch_stats`.
+        dropout: the key for dropout; None in evaluation.
+        capture: `capture_intermediates` of `flax.linen.Module.apply`: also return the outputs of
+            modules as `intermediates`.
+        mutable: the mutable collections; None: `batch_stats` in training, none in evaluation.
     """
     images, options = _model_inputs(model, batch)
     variables = {"params": params, "batch_stats": batch_stats}
@@ -260,7 +262,7 @@ def forward(
 
 
 def dropout_key(state: TrainState, axis_name: AxisName = None) -> jax.Array:
-    """Returns the key of the dropped units of the next step; each shard has its own."""
+    """Returns the dropout key of the next step, different for each shard."""
     key = jax.random.fold_in(state.rng, state.step)
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
@@ -273,17 +275,17 @@ def count_of(batch: Batch, axis_name: AxisName = None) -> Any:
 
 
 def to_float(images: Images) -> Images:
-    """Divides uint8 images by 255; others pass unchanged."""
+    """Returns uint8 images divided by 255, and float images unchanged."""
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def _model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
-    """Returns the images as floats, zeros in place of padding, and `mask` if the model takes it."""
+    """Returns the images as floats, with zeros as padding, and `mask` if the model takes it."""
     images, mask = to_float(batch["image"]), batch.get("mask")
     if mask is None:
         return images, {}
-    # NaN in padding would come back through the gradient as 0 * NaN.
+    # NaN in padding would enter the gradient as 0 * NaN.
     images = jnp.where(mask.reshape(-1, *[1] * (images.ndim - 1)), images, 0)
     return images, {"mask": mask} if "mask" in inspect.signature(
         type(model).__call__

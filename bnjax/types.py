@@ -1,4 +1,4 @@
-"""The types of bnjax: arrays with their shapes, and the trees made of them."""
+"""Types: arrays with their shapes, and trees of arrays."""
 
 import zlib
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Integer, Shaped
 Array = jax.Array | np.ndarray
 Images = Shaped[Array, "n h w c"]  # uint8, or float
 Labels = Integer[Array, " n"]
-Shares = Float[Array, "n classes"]  # of each class in a mixed label; the sum is 1
+Shares = Float[Array, "n classes"]  # the probability of each class in a mixed label; the sum is 1
 Mask = Bool[Array, " n"]  # False marks padding
 Logits = Float[Array, "n classes"]
 Losses = Float[Array, " n"]
 
-# A leaf of a tree: an array, or in trees of the same structure its shape or its sharding.
+# A leaf of a tree: an array, or, in a tree of the same structure, its shape or sharding.
 Leaf = Any
 # A tree of arrays under string keys: one collection of variables of `flax.linen`.
 Tree = Mapping[str, Any]
@@ -30,7 +30,7 @@ Batch = Mapping[str, Array]
 
 
 def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Returns the leaves of a tree by their dotted names, in the order of the tree.
+    """Returns the leaves of a tree by dotted name, in the order of the tree.
 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "steps": (3, 4)})
     {'dense.kernel': 1, 'dense.bias': 2, 'steps.0': 3, 'steps.1': 4}
@@ -53,7 +53,7 @@ def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
 def fingerprint(tree: Any) -> str:
     """Returns a checksum (CRC-32) of the leaves of a tree with their names, shapes and dtypes.
 
-    The same on every machine, also after saving and restoring; 0.1 s for 100 MB.
+    It is the same on every machine and after saving and restoring; 0.1 s for 100 MB.
 
     >>> fingerprint({"w": np.ones(2, np.float32)})
     'feecbf85'

@@ -79,11 +79,11 @@ def corrupt(image: np.ndarray, kind: str, strength: int, *, seed: int = 0) -> np
     elif kind == "contrast":
         worse = contrast(given, strength)
     else:
-        raise ValueError(f"kind = {kind!r} is not possible; allowed are {', '.join(KINDS)}")
+        raise ValueError(f"kind = {kind!r} is invalid; allowed are {', '.join(KINDS)}")
     return np.rint(worse * 255).astype(np.uint8)
 
 
 def _at(constants: tuple[float, ...], strength: int) -> np.float32:
     if strength not in range(1, 1 + len(constants)):
-        raise ValueError(f"strength = {strength} is not possible; allowed are 1 to 5")
+        raise ValueError(f"strength = {strength} is invalid; allowed are 1 to 5")
     return np.float32(constants[strength - 1])

@@ -111,7 +111,7 @@ def test_another_config_in_the_same_folder_is_refused(run):
         ),
         (
             ["--config", CONFIG, "--config.model.strides=0,1,1"],
-            "config.model.strides = (0, 1, 1) is not possible",
+            "config.model.strides = (0, 1, 1) is invalid",
         ),
         (["--config", "nowhere.py"], "there is no config file nowhere.py"),
         (

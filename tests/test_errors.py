@@ -50,7 +50,7 @@ def ending(capsys, error):
             1,
             "--config.train.batch_size",
         ),
-        (MemoryError(), 1, "memory of this machine does not suffice"),
+        (MemoryError(), 1, "out of memory"),
     ],
 )
 def test_what_a_user_can_mend_is_one_paragraph(capsys, error, code, said):

@@ -70,8 +70,8 @@ def weight_average(
     """
     if kind not in ("ema", "swa") or not 0 <= decay < 1 or start < 1 or every < 1:
         raise ValueError(
-            f"kind = {kind!r}, decay = {decay}, start = {start}, every = {every} is not possible: "
-            "kind is 'ema' or 'swa', decay 0 or above and below 1, start and every 1 or above."
+            f"kind = {kind!r}, decay = {decay}, start = {start}, every = {every} is invalid: "
+            "kind must be 'ema' or 'swa', 0 <= decay < 1, start >= 1, every >= 1."
         )
 
     def init(params: Params) -> WeightAverageState:

@@ -1,7 +1,6 @@
-"""The audit: are the running statistics of a trained network right, and if not, why?
+"""The audit of a trained network: each check, with its limit and the text of its finding.
 
-Each check stands beside its limit and the words of what it finds. Sources of the limits:
-docs/evaluation.md.
+Sources of the limits: docs/evaluation.md.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from bnjax.types import Batch, Params, fingerprint
 
 Found = tuple[Finding, ...]
 Outcome = Iterator[Finding | NotChecked]
-Check = Callable[[Case, Found], Outcome]  # of the case and what was found before
+Check = Callable[[Case, Found], Outcome]  # (case, earlier findings) -> outcome
 Leaves = dict[tuple[str, ...], Any]
 ILLNESSES: dict[str, Illness] = {}
 LAYER_CHECKS: list[Check] = []
@@ -37,7 +36,7 @@ def _illness(*words: str) -> Illness:
 
 
 def _layer_check(*words: str) -> Callable[[Any], Any]:
-    """Registers a check that returns, for one layer with the illness, the evidence."""
+    """Registers a check of one layer, which returns the evidence, or None for a healthy layer."""
 
     def register(check: Callable[[Case, Evidence], str | None]) -> Any:
         illness = _illness(*words)
@@ -63,29 +62,29 @@ MISSING_STATISTICS = _illness(
 UNMATCHED_LEAVES = _illness(
     "unmatched-leaves",
     "leaves of the checkpoint and of the model do not match",
-    "leaves that are left out, or stay at their initial values, are lost silently",
-    "restore with the model that was trained; rename or drop leaves explicitly",
+    "leaves are silently dropped, or keep their initial values",
+    "restore into the trained model; rename or drop leaves explicitly",
 )
 REPLICAS_DIFFER = _illness(
     "replicas-differ",
-    "each replica has statistics of its own",
-    "it is chance which ones are saved, and each set is of a fraction of the data",
+    "the statistics differ between replicas",
+    "an arbitrary replica is saved, with the statistics of a fraction of the data",
     "give the norms axis_name, or merge the statistics with clinic.merge_replicas before saving",
 )
 # Difference of replicas' means in standard deviations, or of their log variances. float32 sums over
-# up to 1,000 values in another order differ by 1,000 * 2^-24.
+# up to 1,000 values in a different order differ by 1,000 * 2^-24.
 REPLICAS = 1e-4
 
 
 def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]:
-    """Returns the network with the variables of one replica that its model wants.
+    """Returns the network with the variables of one replica in the model's structure.
 
-    Also what was wrong with them, and whether the model can be run with them.
+    Also returns the findings, and whether the model can run with these variables.
 
     Args:
         network: its variables may have a leading axis of devices; its statistics may be a list of
-            one tree for each replica, or replicated arrays whose copies differ.
-        batch: only shape and dtype of `image` matter.
+            one tree per replica, or replicated arrays whose copies differ.
+        batch: a batch; only shape and dtype of `image` matter.
     """
     init = functools.partial(init_variables, network.model, jax.random.key(0))
     params, stats = (
@@ -94,7 +93,7 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
     its_params, *_ = _replicas(network.params, params)
     replicas = _replicas(network.batch_stats, stats)
     if stats and not replicas[0]:
-        text = f"the model has {len(stats)} leaves in batch_stats, the checkpoint none"
+        text = f"the model has {len(stats)} leaves in batch_stats, the checkpoint has none"
         return network, [Finding(MISSING_STATISTICS, (), text)], False
     found, usable, mine = [], True, {}
     for name, leaves, wanted in (
@@ -104,8 +103,8 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
         shapes = {path: [*leaf.shape] for path, leaf in wanted.items()}
         its_shapes = {path: [*np.shape(leaf)] for path, leaf in leaves.items()}
         unmatched = [
-            f"{name}.{'.'.join(path)} is {its_shapes.get(path, 'missing')} where the model has "
-            f"{shapes.get(path, 'none')}"
+            f"{name}.{'.'.join(path)} is {its_shapes.get(path, 'missing')}, but in the model "
+            f"{shapes.get(path, 'missing')}"
             for path in sorted({*shapes, *its_shapes})
             if shapes.get(path) != its_shapes.get(path)
         ]
@@ -120,7 +119,7 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
 
 
 def _replicas(tree: Any, wanted: Leaves) -> list[Leaves]:
-    """Returns the leaves of each replica; one if there are no replicas."""
+    """Returns the leaves of each replica, or one entry without replicas."""
     if isinstance(tree, list | tuple):
         return [flatten_dict(dict(one)) for one in tree]
     leaves: Leaves = flatten_dict(dict(tree)) if isinstance(tree, Mapping) else {}
@@ -158,8 +157,8 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
         return []
     of_mean, of_var = np.max([*apart.values()], axis=0)
     text = (
-        f"{len(replicas)} replicas, whose means are up to {of_mean:.3g} standard deviations apart "
-        f"and whose log variances up to {of_var:.3g}; the first is audited below"
+        f"{len(replicas)} replicas; their means differ by up to {of_mean:.3g} standard deviations, "
+        f"their log variances by up to {of_var:.3g}; the first is audited below"
     )
     return [Finding(REPLICAS_DIFFER, tuple(apart), text)]
 
@@ -168,24 +167,24 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
     "never-updated",
     "the averages are still 0 and 1",
     "evaluation does not normalise at all, while training does",
-    "make batch_stats mutable in training and carry on the new ones, as train_step does; for these "
-    "weights, recompute them with clinic.precise",
+    "make batch_stats mutable in training and pass on the updated statistics, as train_step does; "
+    "for these weights, recompute them with clinic.precise",
 )
 def never_updated(case: Case, one: Evidence) -> str | None:
-    """Finds averages that are exactly their initial values."""
+    """Finds averages that equal their initial values."""
     initial = not one.mean.any() and (one.var == 1).all()
     return "mean 0 and variance 1 exactly" if initial else None
 
 
 @_layer_check(
     "invalid-statistics",
-    "a mean or variance is NaN or infinite, or a variance negative or 0 where the data vary",
-    "everything after it is NaN, or multiplied by 1 / sqrt(epsilon)",
-    "skip steps that are not finite (skip_nonfinite=True); look for a one-pass variance, a batch "
-    "of padding only, an update that extrapolates; recompute with clinic.precise",
+    "a mean or variance is NaN or infinite, or a variance is negative, or 0 though the data vary",
+    "all later values are NaN, or multiplied by 1 / sqrt(epsilon)",
+    "skip non-finite steps (skip_nonfinite=True); look for a one-pass variance, a batch of padding "
+    "only, or an update that extrapolates; recompute with clinic.precise",
 )
 def invalid_statistics(case: Case, one: Evidence) -> str | None:
-    """Finds impossible statistics, and norms whose inputs are not finite."""
+    """Finds invalid statistics, and norms with non-finite inputs."""
     finite = np.isfinite(one.mean) & np.isfinite(one.var)
     counts = {
         "not finite": ~finite,
@@ -202,15 +201,15 @@ ROUNDING = 0.01  # relative rounding error of a variance
 
 @_layer_check(
     "low-precision",
-    "the mean is so far from 0 that the variance is rounding error",
+    "the mean is too far from 0 to compute the variance accurately",
     "the batch is normalised by rounding errors",
     "subtract a constant from the input, drop a bias before the norm, or compute in float32 with a "
     "two-pass variance (bnjax's BatchNorm, or use_fast_variance=False); keep statistics in float32",
 )
 def low_precision(case: Case, one: Evidence) -> str | None:
-    """Finds variances of rounding errors, and averages stored with too few bits.
+    """Finds variances dominated by rounding errors, and averages stored with too few bits.
 
-    The relative errors are (mean / std)^2 eps^2 / 12 of rounded inputs, and (mean / std)^2 eps of
+    The relative error is (mean / std)^2 eps^2 / 12 from rounded inputs, and (mean / std)^2 eps from
     E[x^2] - E[x]^2.
     """
     if jnp.finfo(one.dtype).bits < 32:
@@ -227,73 +226,73 @@ def low_precision(case: Case, one: Evidence) -> str | None:
     return text if error > ROUNDING else None
 
 
-# Share of a layer's channels that may be dead, or have a variance below epsilon: networks with ReLU
-# have some units that are never active.
+# Largest healthy fraction of a layer's channels that are dead or have a variance below epsilon:
+# networks with ReLU have some units that are never active.
 CHANNELS = 0.1
 
 
 @_layer_check(
     "dead-channels",
-    "channels whose output does not vary",
-    "they carry nothing of the image, cost as much as others, and may never recover",
-    "lower the learning rate; no weight decay on scale; prune them; look at the units before",
+    "channels with constant output",
+    "they carry no information about the image, cost as much as others, and may never recover",
+    "lower the learning rate; no weight decay on scale; prune them; look at the layer before",
 )
 def dead_channels(case: Case, one: Evidence) -> str | None:
     """Finds layers with many constant channels."""
-    dead = ~one.live & one.finite.all()  # NaN is another illness
+    dead = ~one.live & one.finite.all()  # NaN is a different illness
     by_scale = (dead & (np.abs(one.scale) <= DEAD)).sum()
-    text = f"{dead.sum()} of {dead.size} channels, {by_scale} by their scale"
+    text = f"{dead.sum()} of {dead.size} channels, {by_scale} because of their scale"
     return text if dead.mean() > CHANNELS else None
 
 
 @_layer_check(
     "epsilon-large",
     "epsilon is above the variance",
-    "the output is smaller than normalised, and depends on the size of the inputs",
+    "the variance of the output is below 1 and depends on the scale of the inputs",
     "scale the inputs up, or lower epsilon to a hundredth of the smallest variance or less",
 )
 def epsilon_large(case: Case, one: Evidence) -> str | None:
-    """Finds layers whose divisor is mostly epsilon."""
+    """Finds layers whose divisor is dominated by epsilon."""
     epsilon, var = one.layer.module.epsilon, one.batch.var.mean(0)[one.live]
     below = var < epsilon
     if not below.size or below.mean() <= CHANNELS:
         return None
     return (
-        f"{below.sum()} of {var.size} channels have a variance below epsilon = {epsilon:.3g}, the "
+        f"{below.sum()} of {var.size} channels have a variance below epsilon = {epsilon:.3g}; the "
         f"median is {np.median(var):.3g}"
     )
 
 
-# Standard deviation of a training batch's mean, in standard deviations: that of 16 independent
-# values. Below 16 examples batch norm loses accuracy (Wu & He, 2018, figure 1).
+# Standard deviation of a training batch's mean, in standard deviations, for 16 independent values.
+# Below 16 examples batch norm loses accuracy (Wu & He, 2018, figure 1).
 NOISE = 0.25
 
 
 @_layer_check(
     "small-batch",
-    "too few values for each channel and batch in training",
-    "mean and variance of a batch are mostly chance, so training and evaluation see different "
-    "networks",
+    "too few values per channel and batch in training",
+    "mean and variance of a batch are mostly noise, so the network differs between training and "
+    "evaluation",
     "larger batches; statistics over several devices with axis_name; batch renormalization; a norm "
     "that needs no batch",
 )
 def small_batch(case: Case, one: Evidence) -> str | None:
-    """Finds layers whose batch statistics are mostly chance."""
+    """Finds layers whose batch statistics are mostly noise."""
     if case.run.batch_size is None or case.whole < 2 or (noise := one.noise or 0.0) <= NOISE:
         return None
     return (
-        f"a batch's mean varies by {noise:.2f} standard deviations, as that of {noise**-2:.0f} "
-        f"independent values (n = {one.values:,})"
+        f"a batch's mean varies by {noise:.2f} standard deviations, like the mean of "
+        f"{noise**-2:.0f} independent values (n = {one.values:,})"
     )
 
 
-SHIFT = 0.1  # absolute log ratio of the variances: outputs are scaled wrongly by 5 %
+SHIFT = 0.1  # absolute log ratio of the variances: the scale of the outputs is wrong by 5 %
 
 
 @_layer_check(
     "variance-shift",
     "dropout before a norm: variances differ between training and evaluation",
-    "the averages are of inputs with dropped units, which evaluation never sees (Li et al., 2018)",
+    "the averages are over inputs with dropout, which evaluation does not have (Li et al., 2018)",
     "put dropout after the last norm, lower its rate, or recompute the statistics without it with "
     "clinic.precise",
 )
@@ -307,20 +306,20 @@ def variance_shift(case: Case, one: Evidence) -> str | None:
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:
-    """Yields the checks for which a fact is missing, except those of `unfinished_or_stale`."""
-    few = "a second batch, to see how much batches differ"
+    """Yields the checks with a missing input, except those of `unfinished_or_stale`."""
+    few = "a second batch, to measure the differences between batches"
     if case.run.batch_size is None:
-        missing = "the examples that share statistics in training: Run(batch_size=…)"
+        missing = "the number of examples that share statistics in training: Run(batch_size=…)"
         yield NotChecked("small-batch", missing)
     elif case.whole < 2:
         yield NotChecked("small-batch", few)
     if case.whole < 2 and any(one.random for one in case.layers):
         yield NotChecked("variance-shift", few)
     if case.run.tx is None:
-        missing = "the optimizer: Run(tx=…); the weights do not show what it did to them"
+        missing = "the optimizer: Run(tx=…); the weights do not show its effect"
         yield NotChecked("weight-decay", missing)
     if case.run.predict is None:
-        missing = "the function that evaluates: Run(predict=…); train=False alone was tried"
+        missing = "your evaluation function: Run(predict=…); only train=False was tried"
         yield NotChecked("batch-dependent in your evaluation", missing)
     if not case.has_labels:
         yield NotChecked("loss and accuracy", "labels in the batches")
@@ -329,16 +328,16 @@ def unknown(case: Case) -> Iterator[NotChecked]:
 WEIGHT_DECAY = _illness(
     "weight-decay",
     "weight decay acts on scale and bias",
-    "channels shrink without reason; decay that only sets the learning rate of layers before a "
-    "norm is meant for kernels (van Laarhoven, 2017)",
-    "leave them out, for instance optax.add_decayed_weights(…, mask=lambda params: jax.tree.map("
+    "channels shrink without reason; weight decay is meant for kernels, where before a norm it "
+    "only changes the learning rate (van Laarhoven, 2017)",
+    "exclude them, for instance with optax.add_decayed_weights(…, mask=lambda params: jax.tree.map("
     "lambda leaf: leaf.ndim > 1, params))",
 )
 LAYERWISE_RATE = _illness(
     "layerwise-rate",
     "a layer-wise learning rate (as in LARS or LAMB) acts on scale and bias",
     "their norm is no measure of the right step: a bias near 0 hardly moves (You et al., 2017)",
-    "leave vectors out of the trust ratio: optax.lars(…, trust_ratio_mask=…), or optax.masked",
+    "exclude vectors from the trust ratio: optax.lars(…, trust_ratio_mask=…), or optax.masked",
 )
 MAX_UPDATES = 64  # a schedule may start at 0, and gradients may be accumulated over several steps
 
@@ -350,8 +349,8 @@ def decay(case: Case, before: Found) -> Outcome:
     try:
         decayed = depends(case.run.tx, case.network.params, gradient=0.0)
         scaled = depends(case.run.tx, case.network.params, gradient=1.0) - decayed
-    except Exception as error:  # a user's optimizer may want other arguments
-        missing = f"an optimizer that can be tried ({type(error).__name__}: {str(error)[:100]})"
+    except Exception as error:  # a user's optimizer may need other arguments
+        missing = f"an optimizer that runs in a test ({type(error).__name__}: {str(error)[:100]})"
         yield NotChecked("weight-decay", missing)
         return
     for illness, how, found in (
@@ -369,11 +368,11 @@ def decay(case: Case, before: Found) -> Outcome:
 
 
 def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]:
-    """Returns the leaves whose update depends on their value, for the same gradient.
+    """Returns the paths of the leaves whose update depends on their value, for the same gradient.
 
     With gradient 0 that is weight decay; otherwise it may be a layer-wise rate. Each leaf is
-    replaced by one number with as many axes, so masks by path or rank hold; a mask by the size or
-    the values of a leaf is not seen. `tx` has `init` and `update` as in Optax.
+    replaced by one number of the same rank, so masks by path or rank work; masks by the size or the
+    values of a leaf do not. `tx` has `init` and `update` as in Optax.
 
     >>> import optax
     >>> params = {"norm": {"scale": np.ones(3)}}
@@ -400,7 +399,8 @@ def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]
 BATCH_DEPENDENT = _illness(
     "batch-dependent",
     "predictions depend on the rest of the batch",
-    "the prediction for an image depends on the other images in its batch; alone it is worthless",
+    "the prediction for an image depends on the other images in its batch, and for a single image "
+    "is meaningless",
     "evaluate with train=False (use_running_average=True), without making batch_stats mutable",
 )
 # Power of eps, relative to the largest logit: rounding keeps more than half of the digits.
@@ -408,7 +408,7 @@ DIGITS = 0.5
 
 
 def batch_dependent(case: Case, before: Found) -> Outcome:
-    """Evaluates half a batch with two different other halves: its own, and black images."""
+    """Evaluates half a batch with two different other halves: the original one, and zeros."""
     images = np.asarray(case.batches[0]["image"])
     half = (len(images) + 1) // 2
     others = images.copy()
@@ -423,8 +423,8 @@ def batch_dependent(case: Case, before: Found) -> Outcome:
     coarsest = max((float(jnp.finfo(layer.dtype).eps) for layer in norms), default=2.0**-23)
     if names or apart > coarsest**DIGITS * size:
         text = (
-            f"with {len(images) - half} other images beside them, the logits of {half} images "
-            f"move by up to {apart:.3g}; the largest is {size:.3g}"
+            f"with {len(images) - half} different other images, the logits of {half} images "
+            f"change by up to {apart:.3g}; the largest logit is {size:.3g}"
         )
         yield Finding(BATCH_DEPENDENT, names, text)
 
@@ -432,38 +432,39 @@ def batch_dependent(case: Case, before: Found) -> Outcome:
 NOT_CONVERGED = _illness(
     "not-converged",
     "the averages still remember their starting values",
-    "a part of the statistics that evaluation uses is 0 and 1, not the data",
+    "part of the running statistics is 0 and 1, not the data",
     "train longer, lower the momentum, use debias, or recompute with clinic.precise",
 )
 STALE = _illness(
     "stale",
-    "the averages lag behind these weights, or belong to others",
-    "evaluation normalises by statistics that these weights do not produce",
+    "the averages lag behind these weights, or belong to other weights",
+    "evaluation normalises by statistics of different weights",
     "recompute them with clinic.precise: always after averaging or restoring weights; while "
-    "weights move fast, before each evaluation, or lower momentum or learning rate",
+    "weights change fast, before each evaluation, or lower the momentum or the learning rate",
 )
-INITIAL_SHARE = 0.01  # momentum ** updates, the share of the starting values in the averages
-INITIAL_SHIFT = 0.1  # that share times |mean| / std: outputs move by a tenth of their deviation
-# Stored minus expected statistics in standard errors, RMS over channels. Of healthy layers 6e-5 are
-# beyond it even if all channels of a layer move as one: one network of 100 norms in 80.
+INITIAL_SHARE = 0.01  # momentum ** updates, the weight of the starting values in the averages
+INITIAL_SHIFT = 0.1  # this weight times |mean| / std: outputs shift by 0.1 standard deviations
+# Stored minus expected statistics in standard errors, RMS over channels. Each statistic of a
+# healthy layer exceeds it with probability 6e-5, even if its channels are fully correlated: 1 of 80
+# networks with 100 norms.
 STANDARD_ERRORS = 4.0
 # Total variation distance of predictions under stored and expected statistics: a tolerance.
 MOVED = 0.1
-# RMS of drift, and of the log ratio of variances, of one batch of 16 independent values.
+# RMS of drift, and of the log ratio of variances, for one batch of 16 independent values.
 MISFIT_MEAN, MISFIT_VAR = 0.25, math.sqrt(2 / 16)
-EXPLAINED = 0.5  # R^2 of the fit by a share of the starting values
+EXPLAINED = 0.5  # R^2 of the fit by a weight of the starting values
 
 
 def unfinished_or_stale(case: Case, before: Found) -> Outcome:
-    """Finds averages that are not ready, or not of these weights; at most one of the two.
+    """Finds averages that have not converged or belong to other weights; at most one of the two.
 
-    Layers whose statistics are wrong for a reason that was found are left out.
+    Skips layers with an earlier finding that explains wrong statistics.
     """
     names, explained = [one.layer.name for one in case.layers], set[str]()
     for one in before:
         if one.id in ("never-updated", "invalid-statistics", "low-precision"):
             explained |= {*one.layers}
-        if one.id == "low-precision":  # later layers are given rounding errors
+        if one.id == "low-precision":  # the inputs of later layers are rounding errors
             explained |= {*names[names.index(one.layers[0]) :]}
             yield NotChecked("stale by fit", f"layers that do not follow {one.layers[0]}")
     layers = [one for one in case.layers if one.layer.name not in explained]
@@ -474,21 +475,21 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
-        missing = "the fingerprint of the weights that the statistics belong to: Run(weights=…)"
+        missing = "the fingerprint of the weights that belong to the statistics: Run(weights=…)"
         yield NotChecked("stale by fingerprint", missing)
     elif case.run.weights != (mine := fingerprint(case.network.params)):
-        text = f"the statistics belong to weights {case.run.weights}, and these are {mine}"
+        text = f"the statistics belong to weights {case.run.weights}, but these are {mine}"
         yield Finding(STALE, tuple(one.layer.name for one in layers), text)
         return
     if several := [one for one in layers if one.calls > 1]:
-        calls = ", ".join(f"{one.layer.name} ({one.calls} calls a pass)" for one in several)
-        missing = f"norms that are called once; their averages mix their calls: {calls}"
+        calls = ", ".join(f"{one.layer.name} ({one.calls} calls per pass)" for one in several)
+        missing = f"norms with one call per pass; these average over several: {calls}"
         yield NotChecked("stale by fit", missing)
     if case.whole < 2:
-        yield NotChecked("stale by fit", "a second batch, to see how much batches differ")
+        yield NotChecked("stale by fit", "a second batch, to measure the differences of batches")
         return
     if case.run.steps is None and any(isinstance(one.momentum, float) for one in layers):
-        missing = "the number of updates: Run(steps=…); judged by how the averages look"
+        missing = "the number of updates: Run(steps=…); judged by the values of the averages"
         yield NotChecked("not-converged by its updates", missing)
     judged = [one for one in layers if one.calls == 1]
     beyond = [one for one in judged if max(one.z_scores) > STANDARD_ERRORS]
@@ -497,7 +498,7 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
 
 
 def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> Outcome:
-    """Finds statistics that are worse than a small batch's, or whose misfit predictions show."""
+    """Finds statistics that are less accurate than a small batch's, or change predictions."""
     mixed = flatten_dict(dict(case.expected))
     stored = flatten_dict(dict(case.network.batch_stats))
     own = {(*one.layer.path, name) for one in judged for name in ("mean", "var")}
@@ -514,29 +515,29 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
         yield _not_converged(judged, judged[0], share, "they fit best for")
         return
     worst = max(beyond, key=lambda one: max(one.z_scores))
-    cause = "the weights move faster than the averages follow"
+    cause = "the weights change faster than the averages follow"
     if case.run.weights is None:
         cause += ", or were averaged or restored"
     text = (
         f"up to {max(worst.z_scores):.0f} standard errors from the statistics of these "
         f"weights (in {worst.layer.name}: means by {rms(worst.drift):.2f} standard deviations, log "
-        f"variances by {rms(worst.log_ratio):.2f}); {moved:.0%} of the predicted probability "
-        f"moves by it, {usual:.0%} by a batch's own statistics: {cause}"
+        f"variances by {rms(worst.log_ratio):.2f}); this moves {moved:.0%} of the predicted "
+        f"probability, batch statistics move {usual:.0%}: {cause}"
     )
     yield Finding(STALE, tuple(one.layer.name for one in beyond), text)
 
 
 def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None:
-    """Returns the share of the starting values that explains the stored statistics, or None.
+    """Returns the weight of the starting values that explains the stored statistics, or None.
 
     Least squares over all channels of stored = share * (0, 1) + (1 - share) * expected, means in
-    standard deviations and variances in their squares. It has to explain more than half of the
-    difference of all layers together and of each layer that is beyond, and to predict none in the
-    others.
+    standard deviations and variances in their squares. The fit has to explain more than half of the
+    difference, over all layers together and in each layer of `beyond`, and has to predict no
+    difference in the other layers.
 
     Args:
-        judged: the layers that share their number of updates.
-        beyond: those whose statistics are wrong.
+        judged: layers with the same number of updates.
+        beyond: the layers with wrong statistics.
     """
 
     def pair(one: Evidence) -> tuple[np.ndarray, np.ndarray]:
@@ -568,7 +569,7 @@ def _not_converged(
     layers: list[Evidence], worst: Evidence, share: float, how: str, after: str = ""
 ) -> Finding:
     momentum, apart = worst.momentum, worst.distance_from_zero
-    text = f"{how} a share of {share:.1%} of the starting values{after}"
+    text = f"{how} a weight of {share:.1%} for the starting values{after}"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
         text += (
@@ -577,7 +578,7 @@ def _not_converged(
     if share * apart > INITIAL_SHIFT:
         text += (
             f"; the mean of {worst.layer.name} is {apart:.3g} standard deviations from 0, so this "
-            f"moves it by {share * apart:.2f}"
+            f"shifts it by {share * apart:.2f}"
         )
     return Finding(NOT_CONVERGED, tuple(one.layer.name for one in layers), text)
 
@@ -589,39 +590,39 @@ def audit(
     *,
     jit: Callable[..., Any] = jax.jit,
 ) -> Findings:
-    """Returns what is wrong with the batch norms of a trained network, and the measurements.
+    """Returns the faults of the batch norms of a trained network, with measurements.
 
-    The network is run on all batches as in training, and as in evaluation under the statistics of
-    each batch, of all of them, and the stored ones. Print the result.
+    Runs the network on all batches as in training, and as in evaluation with the statistics of each
+    batch, of all batches, and the stored ones. Print the result to see the report.
 
     Args:
-        network: from `linen`; its norms are Flax's or bnjax's. Its variables may have a leading
-            axis of devices, and its statistics may be a list of one tree for each replica.
-        batches: training images in random order, in batches about as large as training's: `image`
-            [n, h, w, c], optionally `label` int [n], and `mask` bool [n] if the model takes it. Two
-            or more; four are better. All are kept in memory.
-        run: the facts of the training; checks that need an unknown one are in `not_checked`.
+        network: from `linen`, with norms of Flax or bnjax. Its variables may have a leading axis of
+            devices, and its statistics may be a list of one tree per replica.
+        batches: training images in random order, in batches of about the size of the training
+            batches: `image` [n, h, w, c], optionally `label` int [n], and `mask` bool [n] if the
+            model takes it. Two or more; four are better. All are kept in memory.
+        run: facts about the training; checks with missing facts are in `not_checked`.
         jit: compiles a function.
 
     Raises:
-        ValueError: if there is no batch of two or more examples, or a mask that the model does not
-            take.
+        ValueError: if no batch has two or more examples, or batches have a mask that the model does
+            not take.
     """
     kept, run = sorted(batches, key=real_examples, reverse=True), run or Run()
     if not kept or len(kept[0]["image"]) < 2:
-        raise ValueError("there is nothing to audit with: give a batch of at least two examples")
+        raise ValueError("the audit needs a batch of at least two examples")
     model = type(network.model)
     if "mask" in kept[0] and "mask" not in inspect.signature(model.__call__).parameters:
         raise ValueError(
-            f"the batches are padded, and {model.__name__}.__call__ takes no `mask`, so its norms "
-            "would count the padding in training. Give batches without padding."
+            f"the batches are padded, but {model.__name__}.__call__ takes no `mask`, so its norms "
+            "would include the padding in training. Give batches without padding."
         )
     network, found, usable = match(network, kept[0])
     missing = "a checkpoint that fits the model" if not usable else ""
     if usable and not network.norms(kept[0]):
-        missing = "a batch norm of Flax's or bnjax's in the model"
+        missing = "a batch norm of Flax or bnjax in the model"
     if missing:
-        return Findings(tuple(found), (NotChecked("all else", missing),))
+        return Findings(tuple(found), (NotChecked("all other checks", missing),))
     case = measure(network, kept, run, jit)
     not_checked = [*unknown(case)]
     for check in (*LAYER_CHECKS, decay, batch_dependent, unfinished_or_stale):

@@ -1,7 +1,7 @@
-"""The batch norms of any linen model: which there are, and the inputs of each of them.
+"""Finds the batch norms of any linen model and the moments of their inputs.
 
 A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, also under `nn.scan`, `nn.remat`
-and `nn.vmap`. The model's code stays as it is; calls are intercepted.
+and `nn.vmap`. The model needs no change: calls are intercepted.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ from bnjax.train_step import forward
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
 NORMS = (nn.BatchNorm, BatchNorm)
-# "train" runs a network as in training, with dropped units; "batch" as in evaluation, but each norm
-# normalises by its batch; "running" as in evaluation.
+# "train": as in training, with dropout; "batch": as in evaluation, but with batch statistics;
+# "running": as in evaluation.
 Mode = Literal["train", "batch", "running"]
 # The moments of the inputs of each norm so far, by the path of its leaves in `batch_stats`.
 Seen = Mapping[tuple[str, ...], Moments]
 # The leaves beside `mean` and `var` that collect these moments during a pass. They have the shape
-# of `mean`, so every lifted transformation carries them as it carries `mean`.
+# of `mean`, so lifted transformations handle them like `mean`.
 _SEEN = ("seen_mean", "seen_var", "seen_count")
-# Marks a norm whose statistics `bnjax.clinic.freezing` froze.
+# Marks a norm with statistics frozen by `bnjax.clinic.freezing`.
 FROZEN = "statistics_are_frozen"
-# The flags of training that are found in a model's signature, and their values in training.
+# The known training flags of `__call__`, and their values in training.
 FLAGS = {
     "train": True,
     "training": True,
@@ -57,7 +57,7 @@ class Network:
 
     Attributes:
         params: the weights.
-        batch_stats: the running statistics; for `audit` perhaps a list of one tree a replica.
+        batch_stats: the running statistics; for `audit` also a list of one tree per replica.
         model: a linen module with `__call__(x, train=...)`.
     """
 
@@ -66,13 +66,13 @@ class Network:
     model: nn.Module = struct.field(pytree_node=False)
 
     def norms(self, batch: Batch, *, train: bool = False) -> tuple["NormLayer", ...]:
-        """Returns the norms of the model in the order of their calls; traces the model only.
+        """Returns the norms of the model in the order of their calls, without any computation.
 
-        A norm that is called several times, or is stacked by `nn.scan` or `nn.vmap`, is one entry.
+        A norm with several calls, or stacked by `nn.scan` or `nn.vmap`, is one entry.
 
         Args:
             batch: `image` [n, h, w, c], or its shape, and optionally `mask`.
-            train: trace training, or evaluation.
+            train: whether to trace training instead of evaluation.
         """
         found: dict[tuple[str, ...], NormLayer] = {}
 
@@ -84,7 +84,7 @@ class Network:
             return y
 
         def run(network: Network, batch: Batch) -> Any:
-            # A model whose flag has no effect also writes in evaluation.
+            # A model that ignores its flag also writes in evaluation.
             options: Any = {"dropout": jax.random.key(0), "mutable": ("batch_stats",)}
             variables = network.params, network.batch_stats, batch
             with nn.intercept_methods(only_norms(watch)):
@@ -98,14 +98,14 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None 
     """Returns a linen model and its variables as a network for the functions of the clinic.
 
     Args:
-        model: any linen module. Its flag of training is found in the signature of `__call__`:
-            `train`, `training`, `is_training`, `deterministic` or `use_running_average`.
+        model: any linen module. `__call__` needs one of the training flags `train`, `training`,
+            `is_training`, `deterministic` or `use_running_average`.
         params: its weights.
-        batch_stats: its running statistics; for `audit` perhaps those of several replicas.
-        call: (model, images, train) -> logits, for a model with another signature.
+        batch_stats: its running statistics; for `audit` also statistics of several replicas.
+        call: (model, images, train) -> logits, for a model with a different signature.
 
     Raises:
-        ValueError: if no flag is found and no `call` is given.
+        ValueError: if there is no known flag and no `call`.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -121,7 +121,7 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None 
         if flag is None:
             raise ValueError(
                 f"{type(model).__name__}.__call__ has none of the arguments {', '.join(FLAGS)}. "
-                "Say how to call it: clinic.linen(…, call=lambda model, x, train: …)."
+                "Give a function that calls it: clinic.linen(…, call=lambda model, x, train: …)."
             )
         if flag == "train":
             return Network(params, batch_stats, model)
@@ -133,7 +133,7 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None 
 
 
 class Called(nn.Module):
-    """A model in the form `__call__(x, train=...)`; its variables keep their names.
+    """Gives a model the signature `__call__(x, train=...)`; its variables keep their names.
 
     Attributes:
         model: any linen module.
@@ -151,14 +151,14 @@ class Called(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NormLayer:
-    """One batch norm, as a pass called it.
+    """One batch norm in one pass.
 
     Attributes:
         path: the path of its leaves in `batch_stats`.
-        module: its fields: `epsilon`, `momentum`, …
-        shape, dtype: of its input.
-        axes: the axes that it reduces.
-        by_batch: whether the pass normalised by the batch.
+        module: an unbound copy with its fields `epsilon`, `momentum`, …
+        shape, dtype: the shape and dtype of its input.
+        axes: the reduced axes.
+        by_batch: whether this pass normalised by batch statistics.
     """
 
     path: tuple[str, ...]
@@ -175,7 +175,7 @@ class NormLayer:
 
     @property
     def variance(self) -> str:
-        """The variance that its average stores, "biased" or "unbiased"."""
+        """The kind of variance in its average, "biased" or "unbiased"."""
         return getattr(self.module, "variance", "biased")
 
 
@@ -201,12 +201,12 @@ def _reduced(norm: Any, x: Array) -> tuple[int, ...]:
 
 
 def only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
-    """Returns an interceptor that passes the calls of norms, and no others, to `watch`."""
+    """Returns an interceptor that passes only the calls of norms to `watch`."""
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         norm = context.module
         is_call = context.method_name == "__call__" and isinstance(norm, NORMS)
-        # A subclass with another signature calls its superclass, which is intercepted.
+        # A subclass with a different signature calls its superclass, which is intercepted.
         if is_call and "use_running_average" in inspect.signature(context.orig_method).parameters:
             return watch(norm, call, *args, **kwargs)
         return call(*args, **kwargs)
@@ -216,9 +216,9 @@ def only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def with_fields(module: nn.Module, **fields: Any) -> Iterator[None]:
-    """Gives a bound module those of the fields that it has, until the context ends.
+    """Sets fields of a bound module, if it has them, until the context ends.
 
-    A clone would be recorded as a second module, and bound modules refuse the usual assignment.
+    A clone would be recorded as a second module, and bound modules reject normal assignment.
     """
     before = {name: getattr(module, name) for name in fields if hasattr(module, name)}
     try:
@@ -231,9 +231,9 @@ def with_fields(module: nn.Module, **fields: Any) -> Iterator[None]:
 
 
 def run_unsynced(*variables: Any, **options: Any) -> tuple[Logits, dict[str, Any]]:
-    """Runs a model as `bnjax.train_step.forward` does, with norms that sync over no axis.
+    """Runs `bnjax.train_step.forward` with norms that do not sync over an axis.
 
-    So a model that was trained with `axis_name` can be run outside of that axis.
+    A model trained with `axis_name` can then run outside of that axis.
     """
 
     def unsynced(norm: nn.Module, call: Callable[..., Array], *args: Any, **kwargs: Any) -> Array:
@@ -255,23 +255,23 @@ def observe(
     dropout: jax.Array | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Logits, Seen]:
-    """Runs a batch; returns its logits, and `seen` with the moments of each norm's input merged in.
+    """Runs a batch; returns its logits, and `seen` merged with the moments of each norm's input.
 
-    Moments are merged by count (Chan et al., 1979) in float32, and no activation is kept. Examples
-    where `mask` is False count for nothing, whether or not the model takes masks.
+    Moments are merged by count (Chan et al., 1979) in float32, and no activation is kept. Masked
+    examples are excluded, whether or not the model takes masks.
 
     Args:
         params: the weights.
-        batch_stats: the running statistics; "batch" uses their shapes only.
+        batch_stats: the running statistics; "batch" uses only their shapes.
         seen: from `nothing_seen`, or from the previous batch.
         batch: `image` [n, h, w, c] and optionally `mask` bool [n].
         model: any linen module with `__call__(x, train=...)`.
-        mode: how the network is run.
-        dropout: the key of the dropped units; for "train".
-        axis_name: the mapped axis or axes over whose shards the moments are taken.
+        mode: how to run the network.
+        dropout: the key for dropout, for "train".
+        axis_name: the mapped axis or axes over which the moments are computed.
 
     Raises:
-        ValueError: if a batch is padded and the input of a norm has no axis of the examples.
+        ValueError: if a batch is padded and the input of a norm has no axis of examples.
     """
     mask, total = batch.get("mask"), total_over(axis_name)
 
@@ -295,7 +295,7 @@ def observe(
 
 
 def nothing_seen(batch_stats: BatchStats) -> Seen:
-    """Returns the moments of no value for each norm, the start of `observe`."""
+    """Returns empty moments for each norm, the start value of `observe`."""
     leaves = flatten_dict(batch_stats)
     norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
     zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
@@ -303,7 +303,7 @@ def nothing_seen(batch_stats: BatchStats) -> Seen:
 
 
 def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
-    """Returns the statistics, and beside them leaves for the moments of a pass."""
+    """Returns the statistics with additional leaves for the moments of a pass."""
     leaves = flatten_dict(batch_stats)
     for path, moments_ in seen.items():
         leaves |= {(*path, name): leaf for name, leaf in zip(_SEEN, moments_, strict=True)}
@@ -311,7 +311,7 @@ def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
 
 
 def seen_in(batch_stats: BatchStats, paths: Iterable[tuple[str, ...]]) -> Seen:
-    """Returns the moments in these leaves for the norms at these paths."""
+    """Returns the moments in the leaves of `with_seen`, for the norms at these paths."""
     leaves = flatten_dict(batch_stats)
     return {path: Moments(*(leaves[*path, name] for name in _SEEN)) for path in paths}
 
@@ -337,17 +337,17 @@ def moments_given(
     Args:
         norm: the norm, during its call.
         x: its input.
-        mask: its mask, or None.
-        of_batch: the mask of the examples, used if it has none.
+        mask: the mask of the call, or None.
+        of_batch: the mask of the batch, used if `mask` is None.
         total: sums over devices.
     """
     axes = _reduced(norm, x)
     if mask is None and of_batch is not None:
         if 0 not in axes or x.shape[0] != of_batch.shape[0]:
             raise ValueError(
-                f"the batch is padded, and the input of the norm {'.'.join(norm.path)}, {x.shape}, "
-                f"has not its {of_batch.shape[0]} examples along the first axis. Give batches "
-                "without padding, or a model whose __call__ takes `mask`."
+                f"the batch is padded, but the input of the norm {'.'.join(norm.path)}, {x.shape}, "
+                f"does not have its {of_batch.shape[0]} examples along the first axis. Give "
+                "batches without padding, or a model whose __call__ takes `mask`."
             )
         mask = of_batch
     mask = None if mask is None else full_mask(mask, x.shape, axes)

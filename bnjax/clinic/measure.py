@@ -1,4 +1,4 @@
-"""The measurements of an audit: one network, run in several ways on the same batches."""
+"""The measurements of an audit: runs one network in several ways on the same batches."""
 
 import dataclasses
 import functools
@@ -18,23 +18,23 @@ from bnjax.norms.moments import Moments, merge
 from bnjax.train_step import softmax_cross_entropy
 from bnjax.types import Batch, BatchStats, Images, Logits
 
-# A channel is dead if the standard deviation of its output is below this share of the layer's RMS:
-# half a unit in the last place of bfloat16, which is lost when it is added to the others.
+# A channel is dead if the standard deviation of its output is below this fraction of the layer's
+# RMS: half a unit in the last place of bfloat16, lost in a sum with the other channels.
 DEAD = 2.0**-8
-ROUNDED = 1e-6  # of two statistics that agree except for rounding
+ROUNDED = 1e-6  # the difference of two statistics that agree except for rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The facts of a training; None if unknown.
+    """Facts about a training run; None if unknown.
 
     Attributes:
-        steps: of training: updates of the averages since they were 0 and 1.
-        batch_size: the examples that share statistics: of a step, or of one device if the norms
-            have no axis_name.
-        weights: `bnjax.types.fingerprint` of the weights that the statistics were averaged with.
+        steps: the number of updates of the averages since they were 0 and 1.
+        batch_size: the number of examples that share statistics: of a step, or of one device if the
+            norms have no axis_name.
+        weights: `bnjax.types.fingerprint` of the weights that belong to the statistics.
         tx: the optimizer, with `init` and `update` as in Optax; it is tried on small arrays.
-        predict: images [n, h, w, c] -> logits [n, classes], as the network is evaluated; None for
+        predict: the evaluation function, images [n, h, w, c] -> logits [n, classes]; None for
             `train=False`.
     """
 
@@ -50,18 +50,18 @@ class Evidence:
     """The measurements of one norm; the c channels are one axis, float64.
 
     Attributes:
-        layer: the norm, as evaluation calls it.
+        layer: the norm in evaluation.
         mean, var: the stored statistics, [c].
-        dtype, shape: of the stored statistics.
-        scale: learnt, [c]; ones if there is none.
-        train: mean and variance of its inputs in each of k batches [k, c] in training, with dropped
-            units; `count` is that of the first batch.
-        batch: likewise where every norm normalises by the batch and no unit is dropped.
+        dtype, shape: the dtype and shape of the stored statistics.
+        scale: the learnt scale, [c]; ones without a scale.
+        train: mean and variance of its inputs in each of k batches [k, c] in training, with
+            dropout; `count` belongs to the first batch.
+        batch: the same without dropout, if every norm normalises by the batch.
         random: whether its inputs in training depend on the dropout key.
-        calls: the number of calls in a pass.
-        examples: of an audited batch.
-        size: of a training batch; if unknown, of an audited one.
-        updates: of its averages; None if unknown.
+        calls: the number of calls per pass.
+        examples: the number of examples in an audited batch.
+        size: the number of examples in a training batch; if unknown, in an audited batch.
+        updates: the number of updates of its averages; None if unknown.
     """
 
     layer: NormLayer
@@ -80,19 +80,19 @@ class Evidence:
 
     @functools.cached_property
     def live(self) -> np.ndarray:
-        """The channels whose output varies, bool [c]."""
+        """Whether the output of each channel varies, bool [c]."""
         var = self.batch.var.mean(0)
         std = np.abs(self.scale) * np.sqrt(var / (var + self.layer.module.epsilon))
         return np.asarray((std > DEAD * np.sqrt(np.mean(std**2))) & (std > 0))
 
     @functools.cached_property
     def finite(self) -> np.ndarray:
-        """The channels whose inputs are finite, bool [c]."""
+        """Whether the inputs of each channel are finite, bool [c]."""
         return np.all(np.isfinite(self.batch.mean + self.batch.var), axis=0)
 
     @functools.cached_property
     def std(self) -> np.ndarray:
-        """The divisor of the norm if its averages were right, [c]."""
+        """The divisor of the norm with correct averages, [c]."""
         return np.sqrt(self.train.var.mean(0) + self.layer.module.epsilon)
 
     @functools.cached_property
@@ -117,7 +117,7 @@ class Evidence:
 
     @property
     def shifts(self) -> np.ndarray:
-        """The mean log ratio of variances with and without dropped units, of each batch [k]."""
+        """The mean log ratio of the variances with and without dropout, for each batch [k]."""
         epsilon = self.layer.module.epsilon
         logs = np.log((self.train.var + epsilon) / (self.batch.var + epsilon))
         return logs[:, self.live].mean(1) if self.live.any() else np.zeros(len(logs))
@@ -126,7 +126,7 @@ class Evidence:
     def noise(self) -> float | None:
         """The standard deviation of a training batch's mean, in standard deviations.
 
-        RMS over live channels; None of a single batch.
+        RMS over live channels; None for a single batch.
         """
         if len(self.train.mean) < 2:
             return None
@@ -135,7 +135,7 @@ class Evidence:
 
     @property
     def values(self) -> int:
-        """The number n of values for each channel and training batch."""
+        """The number n of values per channel and training batch."""
         return round(self.train.count / self.calls / self.examples * self._shared)
 
     @property
@@ -149,7 +149,7 @@ class Evidence:
 
     @property
     def initial_share(self) -> float:
-        """The share of the starting values in the averages; 0 if it is not known."""
+        """The weight of the starting values in the averages; 0 if unknown."""
         if self.updates is None or getattr(self.layer.module, "debias", False):
             return 0.0
         is_constant = isinstance(self.momentum, int | float)
@@ -159,8 +159,8 @@ class Evidence:
     def z_scores(self) -> tuple[float, float]:
         """Stored minus expected mean and log variance, in standard errors, RMS over channels.
 
-        Exponential averages of independent values of variance s^2 have the variance
-        (1-m) / (1+m) s^2. The expected value is the mean of k batches and has the variance s^2 / k.
+        An exponential average of independent values of variance s^2 has the variance
+        (1-m) / (1+m) s^2. The expected value is the mean of k batches, with the variance s^2 / k.
         """
         left = 1.0 if callable(self.momentum) else 0.0
         if isinstance(self.momentum, int | float):
@@ -173,17 +173,17 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Everything that the checks look at.
+    """The inputs of all checks.
 
     Attributes:
         network: the network.
         batches: the audited batches, the largest first.
-        run: the facts of its training.
+        run: facts about its training.
         layers: the measurements of each norm.
         precise: the statistics of all examples.
-        expected: the averages that infinite training at these weights would give.
-        batch_logits: the logits where every norm normalises by the batch.
-        evaluate: (batch_stats, images) -> logits [n, classes], as the model evaluates them.
+        expected: the limit of the averages for long training at constant weights.
+        batch_logits: the logits if every norm normalises by the batch.
+        evaluate: (batch_stats, batch) -> logits [n, classes] in evaluation.
     """
 
     network: Network
@@ -197,7 +197,7 @@ class Case:
 
     @property
     def whole(self) -> int:
-        """The number of batches from which the differences between batches are learnt."""
+        """The number of batches for measuring differences between batches."""
         return whole_batches(self.batches)
 
     @property
@@ -206,11 +206,11 @@ class Case:
         return all("label" in batch for batch in self.batches)
 
     def logits_under(self, batch_stats: BatchStats) -> np.ndarray:
-        """Returns the logits of all real examples in evaluation [n, classes]."""
+        """Returns the logits of all real examples in evaluation, [n, classes]."""
         return _real([self.evaluate(batch_stats, batch) for batch in self.batches], self.batches)
 
     def means(self, logits: np.ndarray) -> dict[str, float]:
-        """Returns loss and accuracy, if there are labels."""
+        """Returns loss and accuracy; empty without labels."""
         if not self.has_labels:
             return {}
         label = jnp.asarray(_real([batch["label"] for batch in self.batches], self.batches))
@@ -221,12 +221,12 @@ class Case:
 def measure(
     network: Network, batches: Sequence[Batch], run: Run, jit: Callable[..., Any] = jax.jit
 ) -> Case:
-    """Runs the network as in training, and as in evaluation with each batch's own statistics.
+    """Runs the network as in training, and as in evaluation with the statistics of each batch.
 
     Args:
-        network: with the variables that its model wants.
-        batches: the largest first.
-        run: the facts of its training.
+        network: its variables have the model's structure.
+        batches: the batches, the largest first.
+        run: facts about its training.
         jit: compiles a function.
     """
     params, stats, model = network.params, network.batch_stats, network.model
@@ -242,7 +242,7 @@ def measure(
         train(one, dropout=jax.random.fold_in(key, i))[1] for i, one in enumerate(batches)
     ]
     again = train(batches[0], dropout=jax.random.key(1))[1]
-    # A model whose flag has no effect writes in evaluation; `batch_dependent` finds that.
+    # A model that ignores its flag writes in evaluation; `batch_dependent` finds it.
     evaluate = jit(
         functools.partial(run_unsynced, model=model, train=False, mutable=("batch_stats",))
     )
@@ -298,7 +298,7 @@ def measure(
 
 
 def distance(logits: np.ndarray, others: np.ndarray) -> float:
-    """Returns the mean total variation distance of two sets of predictions, 0 to 1; NaN counts 1.
+    """Returns the mean total variation distance of two sets of predictions, 0 to 1; 1 for NaN.
 
     >>> distance(np.array([[0.0, 0.0]]), np.array([[0.0, np.inf]]))
     1.0
@@ -309,19 +309,19 @@ def distance(logits: np.ndarray, others: np.ndarray) -> float:
 
 
 def rms(values: Any) -> float:
-    """Returns the root of the mean square; 0 for no values."""
+    """Returns the root mean square; 0 for no values."""
     return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
 
 
 def real_examples(batch: Batch) -> int:
-    """Returns the number of examples of a batch that are no padding."""
+    """Returns the number of examples in a batch, without padding."""
     return int(np.sum(batch["mask"])) if "mask" in batch else len(batch["image"])
 
 
 def whole_batches(batches: Sequence[Batch]) -> int:
-    """Returns how many batches, from the first on, have at least half as many examples as it.
+    """Returns the number of batches with at least half as many examples as the first.
 
-    The mean and variance of a small rest are mostly chance, and would count as much as a batch's.
+    The mean and variance of a small last batch are noisy, and would have the same weight.
     """
     return sum(2 * real_examples(one) >= real_examples(batches[0]) for one in batches)
 

@@ -14,17 +14,17 @@ WIDTH = 100
 COLUMNS = """\
 drift: stored minus expected mean in standard deviations, RMS over live channels; log var:
 log(stored / expected variance); noise: of a training batch's mean; train/eval: ratio of variances
-with and without dropout; n: values for each channel and batch"""
+with and without dropout; n: values per channel and batch"""
 
 
 class Illness(NamedTuple):
-    """Something that goes wrong with batch norm.
+    """A kind of fault of batch norms.
 
     Attributes:
-        id: its name, which does not change between versions.
+        id: a name that is the same in all versions.
         title: a few words.
         why: why it matters.
-        cure: how to mend it.
+        cure: how to fix it.
     """
 
     id: str
@@ -35,12 +35,12 @@ class Illness(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One illness of one network.
+    """An illness found in a network.
 
     Attributes:
         illness: the illness.
-        layers: the names of the norms that have it; empty if it concerns the whole network.
-        measured: the evidence, with figures.
+        layers: the names of the affected norms; empty if it affects the whole network.
+        measured: the measurements.
     """
 
     illness: Illness
@@ -60,14 +60,14 @@ class Finding:
             f"{self.id}: {self.illness.title}",
             f"  measured: {where}{self.measured}",
             f"  why it matters: {self.illness.why}",
-            f"  to mend it: {self.illness.cure}",
+            f"  to fix it: {self.illness.cure}",
         ]
         return "\n".join(map(_wrap, lines))
 
 
 @dataclasses.dataclass(frozen=True)
 class NotChecked:
-    """A check that was not made, and what is missing for it."""
+    """A skipped check and its missing input."""
 
     id: str
     missing: str
@@ -75,17 +75,17 @@ class NotChecked:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The measurements of one norm; None where there is none.
+    """The measurements of one norm; None if there is none.
 
     Attributes:
-        name: of the layer.
-        shape: of its statistics.
+        name: the name of the layer.
+        shape: the shape of its statistics.
         drift: stored minus expected mean in standard deviations, RMS over live channels.
         log_ratio: log(stored / expected variance), mean over live channels.
         noise: the standard deviation of a training batch's mean, in standard deviations, RMS.
         shift: mean log ratio of the variances in training and in evaluation.
-        dead: the number of channels that do not vary.
-        count: n, the values for each channel and batch in training.
+        dead: the number of channels with constant output.
+        count: n, the number of values per channel and batch in training.
     """
 
     name: str
@@ -100,14 +100,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """The result of an audit; printed, it is a report.
+    """The result of an audit; `print` shows it as a report.
 
     Attributes:
         found: the findings.
-        not_checked: the checks that were not made.
+        not_checked: the skipped checks.
         layers: a row for each norm, in the order of their calls.
         evaluation: "stored", "precise" and "batch" statistics -> `loss`, `accuracy` and `moved`,
-            the mean total variation distance of the predictions from those under precise ones.
+            the mean total variation distance from the predictions under precise statistics.
         examples: the number of audited examples.
     """
 
@@ -119,12 +119,12 @@ class Findings:
 
     @property
     def healthy(self) -> bool:
-        """Whether there was a norm to look at, and nothing was found."""
+        """Whether the network has norms and the audit found nothing."""
         return bool(self.layers) and not self.found
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The names of the illnesses, each once, sorted."""
+        """The sorted names of the illnesses."""
         return tuple(sorted({finding.id for finding in self.found}))
 
     def ids_of(self, layer: str) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ class Findings:
         return tuple(finding.id for finding in self.found if layer in finding.layers)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns everything as JSON values; NaN and infinity as text."""
+        """Returns all fields as JSON values; NaN and infinity as text."""
         content = {
             "healthy": self.healthy,
             "examples": self.examples,
@@ -171,7 +171,7 @@ class Findings:
             count = len(self.found)
             parts.append(f"{count} finding{'s' * (count != 1)}: {', '.join(self.ids)}")
         else:
-            nothing = "healthy: nothing was found" if self.healthy else "there was nothing to audit"
+            nothing = "healthy: nothing found" if self.healthy else "nothing to audit"
             parts.append(nothing)
         return "\n\n".join(parts)
 

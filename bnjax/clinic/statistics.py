@@ -1,4 +1,4 @@
-"""Statistics of many examples: precise ones, the gap to the stored ones, merged replicas."""
+"""Precise statistics, the gap between stored and batch statistics, and merged replicas."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from bnjax.train_step import LossFn, eval_step, softmax_cross_entropy
 from bnjax.types import Array, Batch, BatchStats
 
 By = Literal["batch", "population"]
-# Passes end when the largest relative change is below the tolerance.
+# Passes stop when the largest relative change is below the tolerance.
 TOLERANCE = 1e-6
 MAX_PASSES = 200
 
@@ -30,35 +30,35 @@ def precise(
     keep: float = 0.0,
     jit: Callable[..., Any] = jax.jit,
 ) -> Network:
-    """Returns the network with the mean and variance of all examples at every norm.
+    """Replaces the running averages by the mean and variance over all examples at every norm.
 
-    They replace the running averages; every other leaf stays (Wu & Johnson, 2021, section 3). The
-    examples are pooled over the batches by count, so the result does not depend on their division
-    into batches, except through `by`. Examples where `mask` is False count for nothing. No unit is
-    dropped. The memory is that of one batch. Averages of unbiased variances get unbiased ones.
+    All other leaves are unchanged (Wu & Johnson, 2021, section 3). The examples are pooled over the
+    batches by count, so the division into batches has no effect except through `by`. Masked
+    examples are excluded, and there is no dropout. Memory: one batch. Averages of unbiased
+    variances get unbiased variances.
 
     Args:
         network: a network whose norms are Flax's or bnjax's BatchNorm.
-        batches: `image` [n, h, w, c] and optionally `mask` bool [n]. An iterable; for "population"
-            one that can be iterated several times, as a list.
-        by: the statistics that normalise the layers before a norm. "batch": each batch's own, as in
-            training; one pass. "population": the precise ones, as in evaluation; as many passes as
-            norms follow one another.
-        keep: the fraction of the stored means and variances that stays, 0 to 1 (Schneider et al.,
-            2020, section 3); under "population" the mixture normalises the layers before.
+        batches: an iterable of `image` [n, h, w, c] and optionally `mask` bool [n]. For
+            "population" it has to be repeatable, for instance a list.
+        by: the statistics that normalise the layers before a norm. "batch": batch statistics, as in
+            training; one pass. "population": the precise statistics, as in evaluation; one pass per
+            norm of the longest chain.
+        keep: the weight of the stored means and variances in the result, 0 to 1 (Schneider et al.,
+            2020, section 3); with "population" the mixture also normalises the layers before.
         jit: compiles a function.
 
     Raises:
-        ValueError: if there is no example, a norm was given no value, `keep` is no fraction, or
-            `batches` cannot be iterated again.
+        ValueError: if there is no example, a norm has no real value, `keep` is invalid, or
+            `batches` is not repeatable.
     """
     if not 0 <= keep <= 1:
-        raise ValueError(f"keep = {keep} is not possible: it is a fraction, from 0 to 1")
+        raise ValueError(f"keep = {keep} is invalid: it is a fraction from 0 to 1")
     remaining = iter(batches)
     if by == "population" and remaining is batches:
         raise ValueError("by='population' iterates over the batches several times: give a list")
     if (first := next(remaining, None)) is None:
-        raise ValueError("there is no batch to take statistics of")
+        raise ValueError("there is no batch")
     if remaining is batches:
         batches = itertools.chain([first], remaining)
     layers, old = network.norms(first), network.batch_stats
@@ -75,8 +75,8 @@ def precise(
     }
     found = once(old, "batch")
     if by == "population":
-        # After k passes the first k layers are exact. A layer that is called twice depends on
-        # itself, and the passes converge to a fixed point.
+        # After k passes the first k layers are exact. A layer with two calls depends on itself, and
+        # the passes converge to a fixed point.
         for _ in range(MAX_PASSES):
             before, found = found, once(found, "running")
             if _change(before, found) < TOLERANCE:
@@ -87,24 +87,24 @@ def precise(
 def put(
     batch_stats: BatchStats, seen: Seen, layers: Iterable[NormLayer], keep: float = 0.0
 ) -> BatchStats:
-    """Returns running statistics with the means and variances that the norms have seen.
+    """Returns running statistics with the observed means and variances.
 
     Args:
-        batch_stats: the old ones, which give all other leaves.
+        batch_stats: the old statistics, for all other leaves.
         seen: from `observe`.
-        layers: from `Network.norms`; they say which variance each average stores.
-        keep: the fraction of the old means and variances that stays. The distance between the means
-            does not enter the variances.
+        layers: from `Network.norms`, for the kind of variance in each average.
+        keep: the weight of the old means and variances. The distance between the means does not
+            enter the variances.
 
     Raises:
-        ValueError: if a norm of the model was given no value.
+        ValueError: if a norm has no real value.
     """
     leaves = flatten_dict(batch_stats)
     for layer in layers:
         mean, var, count = seen[layer.path]
         if not np.all(np.asarray(count) > 0):
             raise ValueError(
-                f"the norm {layer.name} was given no value, so it has no mean. Give at least one "
+                f"the norm {layer.name} got no real value, so it has no mean. Give at least one "
                 "batch with a real example."
             )
         if layer.variance == "unbiased":
@@ -128,12 +128,12 @@ def _change(before: BatchStats, after: BatchStats) -> float:
 
 
 class Gap(NamedTuple):
-    """One batch evaluated twice.
+    """One batch evaluated under running and under batch statistics.
 
     Attributes:
-        stored: its metrics under the running statistics.
-        batch: its metrics under its own statistics; no unit is dropped.
-        seen: these statistics, for `put`.
+        stored: the metrics under the running statistics.
+        batch: the metrics under the batch statistics, without dropout.
+        seen: the batch statistics, for `put`.
     """
 
     stored: Metrics
@@ -142,15 +142,15 @@ class Gap(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """The distance of the stored statistics of one norm from the true ones.
+    """The distance of the stored statistics of one norm from the true statistics.
 
-    Measured at the norm's output: epsilon is added to every variance. Statistics of n images are
-    uncertain too; in `mean`, of a dense layer, by 1/sqrt(n).
+    Measured at the norm's output: epsilon is added to every variance. Statistics of n images have a
+    standard error; for `mean` of a dense layer it is 1/sqrt(n).
 
     Attributes:
-        mean: root mean square over channels of `deviations`' first result.
-        variance: mean over channels of its second: above 0 the norm's output is too small in
-            evaluation, below 0 too large.
+        mean: the root mean square over channels of the first result of `deviations`.
+        variance: the mean over channels of the second result: above 0 the norm's output is too
+            small in evaluation, below 0 too large.
     """
 
     mean: float
@@ -158,12 +158,10 @@ class Drift(NamedTuple):
 
 
 def gap(network: Network, batch: Batch, loss_fn: LossFn = softmax_cross_entropy) -> Gap:
-    """Returns one batch evaluated under the running statistics and under its own; to be compiled.
+    """Evaluates one batch under the running statistics and under its batch statistics.
 
-    Args:
-        network: the network.
-        batch: `image` [n, h, w, c], `label` int [n] and optionally `mask` bool [n].
-        loss_fn: (logits, label) -> losses [n].
+    The function can be compiled. The batch has `image` [n, h, w, c], `label` int [n] and optionally
+    `mask` bool [n].
     """
     variables, model = (network.params, network.batch_stats), network.model
     nothing = nothing_seen(network.batch_stats)
@@ -177,10 +175,10 @@ def gap(network: Network, batch: Batch, loss_fn: LossFn = softmax_cross_entropy)
 
 
 def deviations(mean: Any, var: Any, true_mean: Any, true_var: Any, epsilon: float) -> Any:
-    """Returns how far stored statistics are from true ones, for each channel, float64.
+    """Returns the errors of stored statistics for each channel, float64.
 
-    The mean's error in true standard deviations, and the natural log of the ratio of the variances;
-    epsilon is added to both variances. A negative variance gives NaN.
+    The error of the mean in true standard deviations, and the natural log of the ratio of the
+    variances; epsilon is added to both variances. A negative variance gives NaN.
     """
     mean, var, true_mean, true_var = (
         np.asarray(leaf, np.float64) for leaf in (mean, var, true_mean, true_var)
@@ -191,7 +189,7 @@ def deviations(mean: Any, var: Any, true_mean: Any, true_var: Any, epsilon: floa
 
 
 def drift(stored: BatchStats, true: BatchStats, layers: Iterable[NormLayer]) -> dict[str, Drift]:
-    """Returns the drift of each norm by its name; norms under `nn.scan` or `nn.vmap` are one.
+    """Returns the drift of each norm by name; norms stacked by `nn.scan` or `nn.vmap` are one.
 
     Args:
         stored: the running statistics.
@@ -209,20 +207,20 @@ def drift(stored: BatchStats, true: BatchStats, layers: Iterable[NormLayer]) -> 
 
 
 def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> BatchStats:
-    """Returns one set of statistics for replicas that did not sync theirs.
+    """Merges the statistics of replicas without synced statistics.
 
     Each mean is the mean of the means; each variance is the mean of the variances plus the variance
-    of the means, which `jax.lax.pmean` of the collection would leave out. Other floats are
-    averaged; integers, as the count of updates, have to agree.
+    of the means, which `jax.lax.pmean` of the collection would omit. Other floats are averaged;
+    integers, such as the number of updates, have to be equal.
 
     Args:
-        batch_stats: with a leading axis of the replicas in every leaf, as `jax.pmap` returns them,
+        batch_stats: statistics with a leading axis of replicas in every leaf, as from `jax.pmap`,
             for all processes.
-        counts: the number of real examples of each replica [replicas]; None: the same for all.
+        counts: the number of real examples per replica, [replicas]; None: equal numbers.
 
     Raises:
-        ValueError: if the leaves have different numbers of replicas, `counts` does not fit them, or
-            an integer differs between replicas.
+        ValueError: if the leaves have different numbers of replicas, `counts` has a wrong shape or
+            value, or an integer differs between replicas.
 
     >>> stats = {"norm": {"mean": jnp.array([[0.0], [4.0]]), "var": jnp.array([[1.0], [3.0]])}}
     >>> merged = merge_replicas(stats)["norm"]
@@ -233,15 +231,15 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
     sizes = {leaf.shape[:1] for leaf in leaves.values()}
     if len(sizes) > 1 or () in sizes:
         raise ValueError(
-            "every leaf of the statistics needs a leading axis of the replicas; the sizes found "
-            f"are {sorted(sizes)}. Give the statistics that jax.pmap returns."
+            "every leaf of the statistics needs a leading axis of the replicas, of the same size, "
+            f"but the sizes are {sorted(sizes)}. Give the statistics returned by jax.pmap."
         )
     size = max(sizes, default=(1,))
     shares = np.ones(size) if counts is None else np.asarray(counts, float)
     if shares.shape != size or not (shares >= 0).all() or not shares.sum() > 0:
         raise ValueError(
-            f"counts = {counts} have to be {size[0]} numbers, one for each replica, of 0 or above, "
-            "and not all 0"
+            f"counts = {counts} have to be {size[0]} non-negative numbers, one per replica, not "
+            "all 0"
         )
 
     def average(leaf: np.ndarray) -> np.ndarray:
@@ -258,7 +256,7 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
                 found += average(np.square(means - average(means)))
         elif (leaf != (found := leaf[0])).any():
             raise ValueError(
-                f"{'.'.join(path)} differs between replicas, {np.unique(leaf)}: they took "
+                f"{'.'.join(path)} differs between replicas, {np.unique(leaf)}: they have "
                 "different numbers of steps"
             )
         merged[path] = jnp.asarray(found, leaf.dtype)

@@ -35,7 +35,7 @@ class Statement:
         expected: the claimed difference or ratio, if it is not 0 or 1.
 
     Raises:
-        ValueError: if one of these is not possible.
+        ValueError: if one of these is invalid.
     """
 
     quantity: str
@@ -62,7 +62,7 @@ class Statement:
         }
         if wrong := [allowed for allowed, holds in checks.items() if not holds]:
             raise ValueError(
-                f"{dataclasses.asdict(self)} is not possible; allowed is for {'; for '.join(wrong)}"
+                f"{dataclasses.asdict(self)} is invalid; allowed is for {'; for '.join(wrong)}"
             )
 
     @property

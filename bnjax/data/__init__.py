@@ -1,1 +1,1 @@
-"""Named data sets as uint8 arrays, the order in which they are seen, and images from files."""
+"""Data sets as uint8 arrays, the order of training examples, and images from files."""

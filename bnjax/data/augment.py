@@ -1,8 +1,7 @@
 """Augmentation as pure functions `(rng, batch) -> batch` that run on the device.
 
-A batch is as `train_step` takes it. Images may be uint8, or float on whatever scale; but for
-`mixup` only their pixels change, and labels and masks go through. Every function draws for each
-image by itself.
+A batch is as for `train_step`. Images may be uint8, or float on any scale. Only `mixup` changes
+more than the pixels. Random numbers are drawn independently for each image.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ Augmentation = Callable[[jax.Array, Batch], Batch]
 
 
 def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
-    """Returns the augmentation that applies these in order, each with a key of its own."""
+    """Returns an augmentation that applies several in order, each with a different key."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         for i, augmentation in enumerate(augmentations):
@@ -28,18 +27,18 @@ def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
 
 
 def flip(rng: jax.Array, batch: Batch) -> Batch:
-    """Mirrors each image with probability one half."""
+    """Mirrors each image with probability 1/2."""
     return _mirrored(batch, jax.random.bernoulli(rng, shape=(len(batch["image"]),)))
 
 
 def alternating_flip(rng: jax.Array, batch: Batch) -> Batch:
-    """Mirrors a random half of the images in epoch 0, and from then on each every other epoch.
+    """Mirrors each image in every second epoch; a random half of the images starts in epoch 0.
 
-    In any two epochs that follow each other the network so sees each image both ways, which
-    independent flips do for half of them (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024).
+    In any two consecutive epochs the network sees both versions of each image; with independent
+    flips, of half the images (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024).
 
-    The batch needs `index` int [n], of each image in the training set, `epoch` int [n], and `run`,
-    a key that is the same in all steps and says which half; the key of the step is not used.
+    The batch needs `index` int [n], the position of each image in the training set; `epoch` int
+    [n]; and `run`, a key that is the same in all steps and selects the half. `rng` is not used.
     """
     del rng
 
@@ -51,23 +50,23 @@ def alternating_flip(rng: jax.Array, batch: Batch) -> Batch:
 
 
 def translate(pixels: int) -> Augmentation:
-    """Shifts by up to so many pixels along each side; what comes in at the edge is reflected."""
+    """Returns random shifts of up to `pixels` in height and width, with reflection padding."""
     return _shifted(pixels, mode="reflect")
 
 
 def crop(pixels: int) -> Augmentation:
-    """Cuts images of the old size out of ones with so many black pixels around them."""
+    """Returns random crops of the original size after zero padding of `pixels` on each side."""
     return _shifted(pixels, mode="constant")
 
 
 def cutout(side: int, fill: float = 0.0) -> Augmentation:
-    """Blanks a square in each image, which is cut off where it lies over the edge.
+    """Returns an augmentation that blanks a square in each image, cut off at the image edge.
 
     T. DeVries and G. Taylor, Improved Regularization of CNNs with Cutout, 2017.
 
     Args:
-        side: of the square, in pixels; its centre is drawn among all pixels.
-        fill: the value that it gets, on the scale of the images.
+        side: the side of the square in pixels; its centre is a random pixel.
+        fill: the value of the blank pixels, on the scale of the images.
     """
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
@@ -87,7 +86,7 @@ def cutout(side: int, fill: float = 0.0) -> Augmentation:
 
 
 def brightness(amount: float) -> Augmentation:
-    """Adds a number drawn from -amount to amount to each image; uint8 becomes floats up to 1."""
+    """Adds a uniform random number in [-amount, amount] to each image; uint8 becomes 0 to 1."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         image = to_float(batch["image"])
@@ -97,7 +96,7 @@ def brightness(amount: float) -> Augmentation:
 
 
 def contrast(amount: float) -> Augmentation:
-    """Stretches each image about its mean by a factor drawn from 1 - amount to 1 + amount."""
+    """Scales each image about its mean by a uniform factor in [1 - amount, 1 + amount]."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         image = to_float(batch["image"])
@@ -109,15 +108,15 @@ def contrast(amount: float) -> Augmentation:
 
 
 def mixup(alpha: float, classes: int) -> Augmentation:
-    """Mixes each image, and its label, with that of another; labels become shares of classes.
+    """Mixes each image and its label with a random other image of the batch.
 
-    The share of the image itself is drawn from Beta(alpha, alpha), for each by itself; the other
-    is the next one in a random order. H. Zhang et al., mixup: Beyond Empirical Risk Minimization,
-    2018. Images become floats; padding is neither mixed nor mixed in.
+    H. Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018. The weight of each image is
+    drawn from Beta(alpha, alpha). Images become floats and labels class probabilities [n, classes].
+    Padding is neither mixed nor mixed in.
 
     Args:
-        alpha: above 0; small values leave most images nearly as they were.
-        classes: how many there are.
+        alpha: above 0; small values leave most images nearly unchanged.
+        classes: the number of classes.
     """
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:

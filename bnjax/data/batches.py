@@ -1,4 +1,4 @@
-"""The order in which images are seen, and batches of one constant shape."""
+"""The order of training examples, and batches of a constant shape."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,17 +13,16 @@ Examples = Split | Records
 
 
 class TrainRows:
-    """The rows of the batch of each step, int64 [batch_size], in any order of the steps.
+    """Returns the rows of the batch of any step, int64 [batch_size].
 
-    The batch of a step depends on the seed and the step alone. The examples are one endless stream,
-    epoch after epoch, cut into full batches: nothing is dropped, no batch is small, and each
-    example occurs once in each epoch. Where the batch size does not divide the number of examples,
-    a batch spans the end of one epoch and the start of the next.
+    They depend only on the seed and the step. The examples form an endless stream of epochs, cut
+    into full batches: nothing is dropped, and each example occurs once per epoch. If the batch size
+    does not divide the number of examples, a batch may span two epochs.
 
     Args:
-        examples: how many there are.
-        batch_size: at most as many.
-        seed: shuffles each epoch anew; None keeps the order of the data.
+        examples: the number of examples.
+        batch_size: at most `examples`.
+        seed: shuffles each epoch differently; None keeps the order of the data.
 
     Raises:
         ValueError: if a batch is larger than the data.
@@ -36,14 +35,14 @@ class TrainRows:
     def __init__(self, examples: int, batch_size: int, seed: int | None):
         if not 0 < batch_size <= examples:
             raise ValueError(
-                f"batch_size {batch_size} has to be between 1 and the number of training images, "
+                f"batch_size = {batch_size} has to be between 1 and the number of training images, "
                 f"{examples}"
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self._orders: dict[int, np.ndarray] = {}  # of the latest epochs
 
     def __call__(self, step: int) -> np.ndarray:
-        """Returns the rows of the batch after so many steps."""
+        """Returns the rows of the batch after `step` steps."""
         epoch, start = divmod(step * self.batch_size, self.examples)
         order, stop = self._order(epoch), start + self.batch_size
         if stop > self.examples:
@@ -55,7 +54,7 @@ class TrainRows:
         if found is None:
             found = np.arange(self.examples)
             if self.seed is not None:
-                # On the host: on the device it would wait for the step that runs there.
+                # On the host: on the device it would wait for the current training step.
                 found = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
             near = {one: order for one, order in self._orders.items() if abs(one - epoch) < 2}
             self._orders = near | {epoch: found}
@@ -63,24 +62,24 @@ class TrainRows:
 
 
 def take(split: Examples, rows: slice | np.ndarray) -> Batch:
-    """Returns the batch that the rows of a split make."""
+    """Returns the given rows of a split as a batch."""
     chosen = split.select(rows)
     return {"image": chosen.image, "label": chosen.label}
 
 
 def evenly_spaced(split: Examples, count: int) -> Split:
-    """Returns so many examples at equal distances: a split may be sorted by class."""
+    """Returns `count` examples at equal distances, because a split may be sorted by class."""
     return split.select(np.arange(count) * len(split) // max(count, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The examples of every batch that one process loads.
+    """The part of every batch that one process loads; the parts have equal sizes.
 
     Attributes:
-        multiple: batches are filled up to a multiple of it; the number of devices.
-        index: of the process.
-        count: of the processes, among which each batch is divided equally.
+        multiple: batches are padded to a multiple of it; the number of devices.
+        index: the index of the process.
+        count: the number of processes.
     """
 
     multiple: int = 1
@@ -88,7 +87,7 @@ class Part:
     count: int = 1
 
     def of(self, batch: Batch) -> Batch:
-        """Returns this process's part; where the batch has been filled up `mask` is False.
+        """Returns this process's part of a batch; `mask` is False for padding.
 
         >>> Part(multiple=4, index=1, count=2).of({"label": np.array([7, 8, 9])})
         {'label': array([9, 0]), 'mask': array([ True, False])}
@@ -100,14 +99,14 @@ class Part:
         return {name: rows[own] for name, rows in batch.items()}
 
 
-WHOLE = Part()  # of a batch, on one device
+WHOLE = Part()  # the whole batch, on one device
 
 
 def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yields every image once, in order; the last batch is filled up.
+    """Yields every image once, in order; the last batch is padded.
 
-    All batches have the same shapes and entries, so that a step compiles once: `mask`, bool
-    [batch_size], is in all of them, or in none if batch_size divides the number of images.
+    All batches have the same shapes and entries, so a step compiles once: all batches have `mask`,
+    bool [batch_size], or none if batch_size divides the number of images.
     """
     for start in range(0, len(label), batch_size):
         rows = slice(start, start + batch_size)
@@ -118,7 +117,7 @@ def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Itera
 
 
 def _filled(batch: Batch, size: int) -> Batch:
-    """Returns a batch with rows of zeros up to a size, where `mask` is False."""
+    """Returns a batch padded with zeros to a size; `mask` is False for padding."""
     real = len(next(iter(batch.values())))
     if real == size:
         return batch

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their official binary files; nothing is unpickled."""
+"""CIFAR-10 and CIFAR-100 from their official binary files, without pickle."""
 
 import dataclasses
 import gzip
@@ -14,20 +14,20 @@ import numpy as np
 from bnjax.errors import DataError, UnavailableError, brief
 
 PIXELS = 32 * 32 * 3
-STALL_SECONDS = 10.0  # a download that receives nothing for so long is given up
-MEND = "Fetch the official archive again, or remove this copy so that bnjax downloads one."
+STALL_SECONDS = 10.0  # without data, after which a download fails
+MEND = "Fetch the official archive again, or remove this copy to let bnjax download it."
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One of the two data sets: its archive, its files, and the sums of its pixels.
+    """One of the two data sets: its archive, files and pixel sums.
 
     `train_sums` and `test_sums` are the sums of all red, green and blue values of the official
-    pixels. They follow from the per-channel means that are published to 16 digits
-    (0.49139967861519607 for red in CIFAR-10, and so on): times the number of pixels and 255 these
-    give whole numbers.
+    pixels. They follow from the published per-channel means with 16 digits (for instance
+    0.49139967861519607 for red in CIFAR-10): times the number of pixels and 255 they are whole
+    numbers.
     """
 
     url: str
@@ -43,7 +43,7 @@ class Version:
 
     @property
     def archive(self) -> str:
-        """The name of the archive."""
+        """The file name of the archive."""
         return self.url.rpartition("/")[2]
 
 
@@ -76,7 +76,7 @@ VERSIONS = {
 
 
 def find(version: Version, folder: Path) -> Path | None:
-    """Returns the unpacked folder of this version (perhaps the folder itself) or its archive."""
+    """Returns the unpacked folder of this version (possibly `folder` itself) or its archive."""
     itself = folder.absolute()
     unpacked = itself if itself.name == version.folder else itself / version.folder
     candidates = (unpacked, itself / version.archive)
@@ -84,7 +84,7 @@ def find(version: Version, folder: Path) -> Path | None:
 
 
 def download(version: Version, cache: Path) -> Path:
-    """Returns the archive in a folder, where it appears whole and verified or not at all.
+    """Returns the archive in the cache folder; only a complete, verified download is stored.
 
     Raises:
         UnavailableError: if it cannot be downloaded.
@@ -96,10 +96,10 @@ def download(version: Version, cache: Path) -> Path:
     known = f"sha256:{version.sha256}"
     try:
         return Path(pooch.retrieve(version.url, known, version.archive, cache, None, downloader))
-    except (OSError, ValueError) as error:  # ValueError: another checksum
+    except (OSError, ValueError) as error:  # ValueError: wrong checksum
         raise UnavailableError(
             f"{version.archive} is not on this machine, and {version.url} could not be downloaded "
-            f"into {cache} ({brief(error)}). Fetch it where there is a "
+            f"into {cache} ({brief(error)}). Download it on a machine with a "
             "network, put it into a folder, and add --config.data.dir=FOLDER."
         ) from error
 
@@ -109,11 +109,10 @@ def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...
 
     Args:
         version: one of the two data sets.
-        source: its unpacked folder or its archive, which is not unpacked to the disk.
+        source: its unpacked folder or its archive, which is read in memory.
 
     Raises:
-        DataError: naming the file that is missing, damaged, of the wrong size, or holds a label out
-            of range.
+        DataError: if a file is missing, damaged, of the wrong size, or has a label out of range.
     """
     names = [*version.train_files, *version.test_files, version.class_file]
     try:
@@ -125,7 +124,7 @@ def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...
         name = getattr(error, "filename", None) or source
         raise DataError(f"{name} cannot be read: {brief(error)}. {MEND}") from error
     if missing := [name for name in names if name not in contents]:
-        raise DataError(f"{source} holds no file {', '.join(missing)}. {MEND}")
+        raise DataError(f"{source} has no file {', '.join(missing)}. {MEND}")
     classes = tuple(contents[version.class_file].decode("ascii", "replace").split())
     if len(classes) != version.classes:
         found = f"{len(classes)} classes, not {version.classes}"
@@ -142,7 +141,7 @@ def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...
 
 
 def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
-    """Returns whether the images hold the official pixels, by the sums over each channel."""
+    """Returns whether the pixels are the official ones, by the sum of each channel."""
 
     def sums(image: np.ndarray) -> tuple[int, ...]:
         return tuple(int(total) for total in image.sum((0, 1, 2), dtype=np.int64))
@@ -151,8 +150,8 @@ def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Returns the files in an archive by their last names; links are not followed."""
-    content = io.BytesIO(gzip.decompress(path.read_bytes()))  # at once, as that checks its sum
+    """Returns the files in an archive by file name; links are not followed."""
+    content = io.BytesIO(gzip.decompress(path.read_bytes()))  # whole, which verifies the checksum
     with tarfile.open(fileobj=content) as archive:
         files = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
         return {name.rpartition("/")[2]: file.read() for name, file in files.items() if file}

@@ -1,4 +1,4 @@
-"""Named data sets become uint8 arrays, or records on disk."""
+"""Loads data sets by name, as uint8 arrays or as records on disk."""
 
 import dataclasses
 import importlib.util
@@ -11,7 +11,7 @@ import numpy as np
 from bnjax.data import cifar, tfds
 from bnjax.errors import ConfigError, DataError, UnavailableError, UserError
 
-if TYPE_CHECKING:  # it imports `Split`
+if TYPE_CHECKING:  # a circular import at run time
     from bnjax.data.stream import Reading, Records
 
 DIGITS = "digits"
@@ -41,27 +41,25 @@ class Split:
         return height, width, channels
 
     def select(self, rows: slice | np.ndarray) -> "Split":
-        """Returns some examples; those of a slice are not copied."""
+        """Returns the given rows; a slice is a view."""
         return Split(self.image[rows], self.label[rows])
 
     def first(self, examples: int) -> "Split":
-        """Returns the first so many."""
+        """Returns the first examples."""
         return self.select(slice(examples))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set, in memory or, as records, on disk.
+    """A data set, in memory or as records on disk.
 
     Attributes:
-        name: the set that was loaded, after a fallback "digits".
+        name: the loaded set; "digits" after a fallback.
         label: its name in tables and summaries.
-        official: whether its pixels are known to be the published ones; None where bnjax has
-            nothing to compare with.
+        official: whether the pixels are the published ones; None if unknown.
         train, test: its splits.
-        classes: their names, in the order of the labels.
-        fallback_reason: why this set stands in for the one that was asked for; empty if it does
-            not.
+        classes: the class names, in the order of the labels.
+        fallback_reason: why the fallback replaced the requested set; empty without a fallback.
     """
 
     name: str
@@ -90,33 +88,32 @@ def load(
 ) -> Dataset:
     """Returns a data set by name.
 
-    CIFAR is looked for in `data_dir`, then in `cache_dir()`, then as an array_record copy of TFDS,
-    and at last downloaded.
+    CIFAR is searched in `data_dir`, in `cache_dir()` and as an array_record copy of TFDS; otherwise
+    it is downloaded.
 
     Args:
         name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow
-            Datasets; with `stream`, of the latter only, or "records", the ones in `data_dir`.
-        data_dir: a folder that holds CIFAR's binary files or archive, or TFDS's copies.
-        fallback: "digits" to use those where the set cannot be had; "" to raise.
+            Datasets (TFDS); with `stream`, a TFDS set or "records", the records in `data_dir`.
+        data_dir: a folder with CIFAR's binary files or archive, TFDS copies or records.
+        fallback: "digits" to load the digits if the set is unavailable; "" to raise.
         label: its name in tables, if not `name`.
-        train_images: how many of the training images to keep, the first ones, and 0 for all; a
+        train_images: keep only this number of training images, the first ones; 0 keeps all. A
             fallback keeps all.
-        stream: leaves the images on disk, as records, to be read in this way; a fallback is in
-            memory.
+        stream: how to read the images as records from disk; None loads them into memory. A fallback
+            is in memory.
 
     Raises:
-        DataError: if the data cannot be had and there is no fallback, or are damaged (no fallback
-            hides damage).
-        ConfigError: if there are fewer training images than are wanted.
+        DataError: if the data are unavailable without a fallback, or damaged (also with one).
+        ConfigError: if `train_images` exceeds the number of training images.
     """
     if name == DIGITS:
         found = _digits()
     else:
         if data_dir and not Path(data_dir).expanduser().is_dir():
             raise DataError(
-                f"config.data.dir = {data_dir!r} cannot be read. It has to be a folder, the one "
-                "that holds cifar-10-batches-bin or cifar-10-binary.tar.gz, records, or what "
-                "TensorFlow Datasets prepared."
+                f"config.data.dir = {data_dir!r} cannot be read. It has to be a folder that "
+                "contains cifar-10-batches-bin, cifar-10-binary.tar.gz, records, or data sets "
+                "prepared by TensorFlow Datasets."
             )
         try:
             if stream:
@@ -145,7 +142,7 @@ def load(
 
 
 def _digits() -> Dataset:
-    """Returns the 1,797 embedded digits as 32x32x3; every fifth is for testing.
+    """Returns the 1,797 embedded digits as 32x32x3; every fifth is a test image.
 
     8x8 images with 16 levels: "Optical Recognition of Handwritten Digits" (E. Alpaydin and
     C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0), its test set.

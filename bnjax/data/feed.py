@@ -1,4 +1,4 @@
-"""How batches for training reach the device."""
+"""Feeds: how training batches reach the device."""
 
 import dataclasses
 import functools
@@ -15,22 +15,22 @@ from bnjax.data.datasets import Split
 from bnjax.data.stream import Records, read_ahead
 from bnjax.types import Batch
 
-# What the host ships for one step: a tree of arrays, of the same shapes for every step.
+# The input of one step from the host: a tree of arrays, with the same shapes in every step.
 Item = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Batches in two halves: what the host ships for a step, and what the device makes of it.
+    """A source of training batches, with a host part (`items`) and a device part (`batch`).
 
     Attributes:
-        items: (seed, start) -> the items of the steps after `start`, for ever; they depend on the
-            seed and the step alone, so that resuming is `items(seed, start)`.
-        batch: (resident, item) -> the batch of a step; pure, and compiled into the step. Beside
-            what `train_step` takes it may have, for augmentation, `index` int [n] of each example
-            in the training set, and the `epoch` int [n] that it is in.
-        resident: a tree of arrays that lie on the device for all steps.
-        max_steps: how many items may be shipped at once.
+        items: (seed, start) -> an endless iterator over the items of the steps from `start`. An
+            item depends only on the seed and the step, so `items(seed, start)` resumes.
+        batch: (resident, item) -> the batch of a step; pure, compiled into the step. In addition to
+            the entries for `train_step`, the batch may have two for augmentation: `index` int [n],
+            the position of each example in the training set, and `epoch` int [n].
+        resident: a tree of arrays that stay on the device for all steps.
+        max_steps: the maximum number of items per transfer.
     """
 
     items: Callable[[int, int], Iterator[Item]]
@@ -40,16 +40,16 @@ class Feed:
 
 
 def host_feed(split: Examples, batch_size: int, *, shuffle: bool, part: Part = WHOLE) -> Feed:
-    """Returns a feed that ships the batches' images, one step at a time.
+    """Returns a feed that transfers the images of each batch, one step at a time.
 
     Records are read and decoded while the device computes. A random crop depends on the seed and on
-    the place of the example in the endless stream. The order of an epoch takes 8 bytes an example
-    in each process.
+    the position of the example in the endless stream. The order of an epoch takes 8 bytes per
+    example in each process.
 
     Args:
         split: the training split.
-        batch_size: of all processes together.
-        shuffle: whether each epoch has an order of its own.
+        batch_size: the batch size over all processes.
+        shuffle: whether to shuffle each epoch.
         part: the rows of each batch that this process loads.
     """
 
@@ -66,10 +66,10 @@ def host_feed(split: Examples, batch_size: int, *, shuffle: bool, part: Part = W
 def resident_feed(
     split: Split, batch_size: int, *, shuffle: bool, max_steps: int, part: Part = WHOLE
 ) -> Feed:
-    """Returns a feed that ships indices: the images lie on the device, as uint8.
+    """Returns a feed that transfers indices; the images stay on the device as uint8.
 
-    An image is one row there: as [h, w, c] a TPU would pad the 3 channels, and copy all images
-    into that layout in each dispatch.
+    Each image is a flat row: as [h, w, c] a TPU would pad the 3 channels and copy all images into
+    that layout in each dispatch.
     """
     shape = split.image.shape[1:]
 
@@ -86,27 +86,27 @@ def resident_feed(
 
 
 def every_batch(split: Examples, batch_size: int, part: Part = WHOLE) -> Iterator[Batch]:
-    """Returns this process's part of the batches that have every example; see `eval_batches`."""
+    """Yields this process's part of batches that cover every example; see `eval_batches`."""
     if isinstance(split, Split):
         return map(part.of, eval_batches(split.image, split.label, batch_size))
-    rows = np.arange(len(split))  # in place of images, so that each process reads only its own
+    rows = np.arange(len(split))  # row numbers instead of images: each process reads only its part
     parts = [*map(part.of, eval_batches(rows, rows, batch_size))]
 
     def load(number: int) -> Batch:
         return {**parts[number], **take(split, np.asarray(parts[number]["image"]))}
 
-    return read_ahead(load, 0, len(parts), workers=0)  # processes would have to start each time
+    return read_ahead(load, 0, len(parts), workers=0)  # processes would start for each evaluation
 
 
 def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
-    """Returns the items of several steps as the program takes them, to be handed over at once.
+    """Returns the items of several steps as arguments of the compiled program.
 
-    With one step at a time that is one item, else [max_steps, ...], filled up, and the number of
-    steps. With several seeds the items have an axis for them.
+    With `max_steps` 1 that is one item; otherwise the items [max_steps, ...], padded, and the
+    number of steps. With several seeds the items have an axis for the seeds.
 
     Args:
         feed: the feed of the items.
-        items: one for each step and, in it, each seed.
+        items: for each step, one item per seed.
     """
     joined = [_stack(of_seeds) if len(of_seeds) > 1 else of_seeds[0] for of_seeds in items]
     if feed.max_steps == 1:
@@ -116,13 +116,13 @@ def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
 
 
 def _numbers(rows: TrainRows, part: Part, step: int) -> Batch:
-    """Returns `index` and `epoch` of the part's examples in a step, and perhaps `mask`."""
+    """Returns `index` and `epoch` of the part's examples in a step, and `mask` if padded."""
     epoch = _positions(rows, step) // rows.examples
     return part.of({"index": rows(step).astype(np.int32), "epoch": epoch.astype(np.int32)})
 
 
 def _positions(rows: TrainRows, step: int) -> np.ndarray:
-    """Returns the places of a step's examples in the endless stream."""
+    """Returns the positions of a step's examples in the endless stream."""
     return np.arange(step * rows.batch_size, (step + 1) * rows.batch_size)
 
 
@@ -132,7 +132,7 @@ def _load(split: Examples, rows: TrainRows, part: Part, seed: int, step: int) ->
     index = np.asarray(numbers["index"])
     if isinstance(split, Records) and split.reading.random_crop:
         places = np.asarray(part.of({"position": _positions(rows, step)})["position"])
-        # 1: the orders of the epochs are drawn from two numbers.
+        # The 1 separates these keys from those of the epoch orders, which have two numbers.
         chosen = split.select(index, [np.random.default_rng([seed, i, 1]) for i in places])
     else:
         chosen = split.select(index)

@@ -1,4 +1,4 @@
-"""Files of images, PNG, JPEG or .npy, as a network takes them."""
+"""Reads PNG, JPEG and .npy files as inputs of a network."""
 
 import dataclasses
 from pathlib import Path
@@ -14,9 +14,9 @@ class Picture:
     """An image ready for the network.
 
     Attributes:
-        name: its file, and which of several it is.
+        name: its file, and its index if the file has several images.
         image: float32 [h, w, c] from 0 to 1.
-        note: how it was made to fit; empty if it was not.
+        note: how it was resized; empty if it was not.
     """
 
     name: str
@@ -30,13 +30,13 @@ def read_pictures(
     """Returns the images of a file, each resized to [h, w, c] = `shape`.
 
     Args:
-        path: a PNG or JPEG file, or a .npy file, which may hold several images.
-        shape: of the images that the network takes.
-        name: of the file, if not its path.
-        max_pixels: of an image, before it is decoded; None: Pillow's own limit.
+        path: a PNG or JPEG file, or a .npy file with one or several images.
+        shape: [h, w, c] of the network's inputs.
+        name: the name for errors; default: the path.
+        max_pixels: the maximum size of an image, checked before decoding; None: Pillow's limit.
 
     Raises:
-        DataError: naming the file, if it is missing, damaged, or not an image.
+        DataError: if the file is missing, damaged, or not an image.
     """
     name = name or str(path)
     try:
@@ -46,14 +46,14 @@ def read_pictures(
             arrays = [_read_image(path, shape[2], max_pixels)]
         names = [name] if len(arrays) == 1 else [f"{name}[{i}]" for i in range(len(arrays))]
         return [_fit(name, array, shape) for name, array in zip(names, arrays, strict=True)]
-    except Exception as error:  # Pillow and NumPy raise a dozen types for damage
+    except Exception as error:  # Pillow and NumPy raise many types
         raise DataError(f"{name} cannot be read as an image: {brief(error)}.") from error
 
 
 def eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    """Returns an image upright and in 8 bits: grey, RGB on white, or RGBA, by `channels`."""
+    """Returns an image upright with 8 bits per channel: grey, RGB on white or RGBA."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
         image = Image.fromarray(np.round(np.asarray(image, np.float32) / 257).astype(np.uint8))
     if image.has_transparency_data and channels != 4:
         white = Image.new("RGBA", image.size, "white")
@@ -75,7 +75,7 @@ def _read_image(path: Path, channels: int, max_pixels: int | None) -> np.ndarray
 
 
 def _read_npy(path: Path) -> list[np.ndarray]:
-    # Mapped: a header cannot claim more than there is, and nothing is unpickled.
+    # Memory-mapped: checks the header against the file size and never unpickles.
     array = np.lib.format.open_memmap(path, mode="r")
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise ValueError(f"its shape {array.shape} is not [h, w], [h, w, c] or [n, h, w, c]")
@@ -85,8 +85,8 @@ def _read_npy(path: Path) -> list[np.ndarray]:
         low, high = np.min(array), np.max(array)
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"its values lie between {low:g} and {high:g}; floats have to be from 0 to 1, or "
-                "else be uint8"
+                f"its values lie between {low:g} and {high:g}; floats have to be from 0 to 1 (or "
+                "use uint8)"
             )
     return list(array) if array.ndim == 4 else [array]
 
@@ -95,7 +95,7 @@ def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
     height, width, channels = shape
     image = array.reshape(*array.shape[:2], -1)
     if image.shape[2] not in (1, channels):
-        raise ValueError(f"it has {image.shape[2]} channels and the network takes {channels}")
+        raise ValueError(f"it has {image.shape[2]} channels, but the network needs {channels}")
     planes, note = np.moveaxis(image, -1, 0), ""
     if image.shape[:2] != (height, width):
         note = f"resized from {image.shape[1]}x{image.shape[0]} to {width}x{height}"
@@ -106,6 +106,6 @@ def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
 
 
 def _resize(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    # In floats, so that nothing is rounded to 8 bits.
+    # In floats, without rounding to 8 bits.
     image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

@@ -1,7 +1,7 @@
-"""Data sets that stay on disk, as array_record files, and reading them ahead with Grain.
+"""Reads data sets from array_record files on disk, ahead of training, with Grain.
 
-Each record is a tf.train.Example with an `image`, the bytes of a PNG or JPEG file, and a `label`, a
-whole number. TensorFlow Datasets writes such folders.
+Each record is a tf.train.Example with an `image`, the bytes of a PNG or JPEG file, and a `label`,
+an integer, as written by TensorFlow Datasets.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from bnjax.errors import DataError, WorkerError, brief
 from bnjax.types import Batch
 
 FEATURES, LABELS = "features.json", "label.labels.txt"
-THREADS = 2  # that read ahead in this process; each holds a batch
-LOST = "terminated unexpectedly"  # Grain's words for a worker that was lost
+THREADS = 2  # read ahead in this process; each holds a batch
+LOST = "terminated unexpectedly"  # in Grain's error when a worker dies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,11 @@ class Reading:
     """How records are read.
 
     Attributes:
-        image_size: the side of the square that is cut out of each image; 0: they have one size.
-        shorter_side: an image's shorter side is resized to it before, at least `image_size`.
-        random_crop: whether the square's place is drawn anew each time that an image is trained on;
-            elsewhere the square is in the middle.
-        workers: processes that read ahead in training; 0: threads of this one. It changes no
-            result.
+        image_size: the side of the square crop; 0: no crop, all images have the same size.
+        shorter_side: the shorter side after resizing, before the crop; at least `image_size`.
+        random_crop: whether training uses random crops; otherwise the crop is centred.
+        workers: the number of processes that read ahead in training; 0: threads of this process.
+            The results are the same.
     """
 
     image_size: int = 0
@@ -52,15 +51,15 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
-    """A split that stays on disk; `bnjax.data.datasets.Split` is one in memory.
+    """A split on disk; `bnjax.data.datasets.Split` is a split in memory.
 
     Attributes:
         name: its name in errors.
-        source: array_record's own, of all its files.
-        examples: how many of the records there are, the first ones.
-        image_shape: of each image, once it has been made to fit.
-        classes: how many there are.
-        reading: how they are read.
+        source: the `ArrayRecordDataSource` of all its files.
+        examples: the number of records in use, the first ones.
+        image_shape: [h, w, c] of each image after resizing and cropping.
+        classes: the number of classes.
+        reading: how to read the records.
     """
 
     name: str
@@ -74,18 +73,18 @@ class Records:
         return self.examples
 
     def first(self, examples: int) -> "Records":
-        """Returns the first so many."""
+        """Returns the first examples."""
         return dataclasses.replace(self, examples=examples)
 
     def select(self, rows: slice | np.ndarray, rngs: Sequence[np.random.Generator] = ()) -> Split:
-        """Returns some examples, read into memory.
+        """Reads the given rows into memory.
 
         Args:
-            rows: of the examples.
-            rngs: draw the place of the square in each image; without them it is in the middle.
+            rows: the rows to read.
+            rngs: one generator per image for random crops; without them the crop is centred.
 
         Raises:
-            DataError: naming the record that is damaged or not what it has to be.
+            DataError: if a record is damaged or invalid.
         """
         chosen = np.arange(len(self))[rows]
         image = np.empty((len(chosen), *self.image_shape), np.uint8)
@@ -95,11 +94,11 @@ class Records:
         return Split(image, label)
 
     def in_memory(self) -> Split:
-        """Returns all examples, sorted by their `id` if they have one.
+        """Reads all examples, sorted by `id` if they have one.
 
-        For CIFAR that is the order of the original files.
+        For CIFAR this is the order of the original files.
         """
-        every = self.select(slice(None))  # before the ids: it names a damaged record
+        every = self.select(slice(None))  # before the ids: its error reports a damaged record
         ids = [_parse(self.source[row]).get("id", 0) for row in range(len(self))]
         return every.select(np.array(sorted(range(len(self)), key=ids.__getitem__)))
 
@@ -108,14 +107,13 @@ class Records:
             opened, label = decode(self.source[row], self.image_shape[2])
             fitted = np.asarray(_square(opened, self.reading, rng))
             image = fitted.reshape(*fitted.shape[:2], -1)
-        except Exception as error:  # Pillow and array_record raise a dozen types for damage
+        except Exception as error:  # Pillow and array_record raise many types
             raise _damaged(row, self.name, error) from error
         if image.shape != self.image_shape:
             raise DataError(
                 f"the images of {self.name} are not all of one size (record {row:,} is "
-                f"{image.shape}, the first of training {self.image_shape}). Say with "
-                "--config.data.pipeline=stream --config.data.image_size=N to which they are "
-                "resized and cropped."
+                f"{image.shape}, the first training image {self.image_shape}). Resize and crop "
+                "them with --config.data.pipeline=stream --config.data.image_size=N."
             )
         if not 0 <= label < self.classes:
             raise DataError(
@@ -128,12 +126,12 @@ class Records:
 def open_folder(
     folder: Path, reading: Reading = Reading()
 ) -> tuple[Records, Records, tuple[str, ...]]:
-    """Returns train and test of a folder of records, and the classes.
+    """Returns the train and test splits of a folder of records, and the classes.
 
-    The test split is "test", or "validation" where there is none.
+    Without a "test" split, "validation" is used.
 
     Raises:
-        DataError: if there are no such splits, or they are damaged or incomplete.
+        DataError: if a split is missing, damaged or incomplete.
     """
     channels, classes = _features(folder)
     files = _files(folder)
@@ -142,7 +140,7 @@ def open_folder(
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise DataError(
             f"{folder} has no array_record files of train and test (or validation), but {there}. "
-            "They have to be named like train-00000-of-00010.array_record."
+            "Name them like train-00000-of-00010.array_record."
         )
     named = {split: f"the {split} records in {folder}" for split in ("train", held_out)}
     sources = {split: _open(files[split], name) for split, name in named.items()}
@@ -162,17 +160,17 @@ def open_folder(
 def read_ahead(
     load: Callable[[int], Batch], start: int, stop: int, workers: int
 ) -> Iterator[Batch]:
-    """Yields the batches of numbers from `start` to `stop` in order, loaded ahead of their use.
+    """Yields the batches with numbers from `start` to `stop` in order, loaded in advance.
 
-    The unit of work is a batch, made from its number alone, so the number of workers changes none.
+    A batch depends only on its number, so the number of workers does not change it.
 
     Args:
         load: (number) -> batch; can be pickled.
         start, stop: the range of numbers.
-        workers: processes; 0: threads of this one.
+        workers: the number of processes; 0: threads of this process.
 
     Raises:
-        WorkerError: if a worker is lost.
+        WorkerError: if a worker dies.
     """
     import grain
 
@@ -181,63 +179,62 @@ def read_ahead(
     batches: Any = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(reading)
     if workers:
         if not absl.flags.FLAGS.is_parsed():
-            absl.flags.FLAGS.mark_as_parsed()  # Grain asks them, and this is no program of absl's
+            absl.flags.FLAGS.mark_as_parsed()  # Grain reads them; bnjax does not use absl's app
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         batches = batches.mp_prefetch(processes, worker_init_fn=_begin_work)
     iterator = iter(batches)
     try:
         for batch in iterator:
-            # Out of the memory shared with a worker, which Grain's arrays unmap when they go: what
-            # the device still reads must not hang on that.
+            # A copy, because the device may still read a batch after Grain has unmapped the memory
+            # that it shares with a worker.
             yield {name: np.array(rows) for name, rows in batch.items()} if workers else batch
     except RuntimeError as error:
         if LOST not in str(error):
             raise
         raise WorkerError(
-            f"a process that read images ahead was lost ({error}). Often the memory does not "
-            "suffice and the system ends one of the processes: try fewer --config.data.workers or "
-            "a smaller --config.train.batch_size. The same command goes on from the last "
-            "checkpoint."
+            f"a data loading process died ({error}). A frequent cause is lack of memory: try fewer "
+            "--config.data.workers or a smaller --config.train.batch_size. The same command "
+            "resumes from the last checkpoint."
         ) from error
     finally:
         iterator.close()
 
 
 def _begin_work(index: int, count: int) -> None:
-    """Makes a worker live exactly as long as the training."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which ends it
+    """Ends a worker with its parent, and not before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
         if parent is not None:
             parent.join()
-            os._exit(1)  # what it waits for will never come
+            os._exit(1)  # a normal exit would wait for the parent
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def decode(record: bytes, channels: int) -> tuple[Image.Image, int]:
-    """Returns the image of a record, 8 bits a channel, and its label."""
+    """Returns the image of a record, with 8 bits per channel, and its label."""
     found = _parse(record)
     image, label = found.get("image"), found.get("label")
     if not isinstance(image, bytes) or not isinstance(label, int):
         raise ValueError(
-            f"it holds {sorted(found) or 'nothing'} and has to be a tf.train.Example with an "
-            "'image', the bytes of a PNG or JPEG file, and a 'label', a whole number"
+            f"it contains {sorted(found) or 'nothing'} and has to be a tf.train.Example with an "
+            "'image', the bytes of a PNG or JPEG file, and a 'label', an integer"
         )
     with Image.open(io.BytesIO(image), formats=("PNG", "JPEG")) as opened:
         return eight_bits(opened, channels), label
 
 
 def _parse(record: bytes) -> dict[str, bytes | int]:
-    """Returns the first value of each feature that has bytes or whole numbers."""
+    """Returns the first value of each feature of bytes or integers."""
     features = example().FromString(bytes(record)).features.feature
     values = {name: of.bytes_list.value or of.int64_list.value for name, of in features.items()}
     return {name: found[0] for name, found in values.items() if found}
 
 
 def _square(image: Image.Image, reading: Reading, rng: np.random.Generator | None) -> Image.Image:
-    """Returns the square that is cut out of an image, in the middle if `rng` is None."""
+    """Returns the square crop of a resized image, centred if `rng` is None."""
     if not reading.image_size:
         return image
     shorter = reading.shorter_side or reading.image_size
@@ -254,7 +251,7 @@ def _damaged(row: int, name: str, error: Exception) -> DataError:
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
-    """Returns the files of each split, in the order of their names."""
+    """Returns the files of each split, sorted by name."""
     found: dict[str, list[Path]] = {split: [] for split in ("train", "test", "validation")}
     for path in sorted(folder.glob("*.array_record*")):
         words = re.split("[-_.]", path.name.partition(".array_record")[0])
@@ -264,8 +261,8 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         said = {int(of) for path in files for of in re.findall(r"-of-(\d+)", path.name)}
         if said and said != {len(files)}:
             raise DataError(
-                f"{folder} has {len(files)} files like {files[0].name}, and not the {min(said)} "
-                "that they say they are. Copy or prepare them again."
+                f"{folder} has {len(files)} files like {files[0].name}, but their names promise "
+                f"{min(said)}. Copy or prepare them again."
             )
     return found
 
@@ -277,24 +274,24 @@ def _open(files: list[Path], name: str) -> Any:
         source = ArrayRecordDataSource([*map(str, files)])
     except Exception as error:
         raise DataError(
-            f"{files[0]} or another of its {len(files)} files is no whole array_record file "
-            f"({brief(error)}). Copy or prepare them again."
+            f"{files[0]} (or one of {len(files)} files like it) is not a complete array_record "
+            f"file ({brief(error)}). Copy or prepare them again."
         ) from error
     if not len(source):
-        raise DataError(f"there are none of {name}: the files are empty.")
+        raise DataError(f"{name} cannot be read: the files are empty.")
     return source
 
 
 def _features(folder: Path) -> tuple[int, tuple[str, ...]]:
-    """Returns how many channels the images have, and the classes."""
+    """Returns the number of channels of the images, and the classes."""
     labels, features = folder / LABELS, folder / FEATURES
     names = tuple(labels.read_text().split("\n")) if labels.exists() else ()
     names = tuple(name.strip() for name in names if name.strip())
     if not features.exists():
         if not names:
             raise DataError(
-                f"{folder} does not say what its records are. Name the classes in a file "
-                f"{labels}, one a line in the order of their labels."
+                f"{folder} has no description of its records. Name the classes in a file "
+                f"{labels}, one per line in the order of their labels."
             )
         return 3, names
     try:
@@ -307,5 +304,5 @@ def _features(folder: Path) -> tuple[int, tuple[str, ...]]:
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(
             f"{folder} holds no labelled images that bnjax can read ({type(error).__name__}: "
-            f"{error}). It needs an 'image' of 8 bits and a 'label' that is a class."
+            f"{error}). It needs an 8-bit 'image' and a class as 'label'."
         ) from error

@@ -1,4 +1,4 @@
-"""The folders of image classification sets that TensorFlow Datasets prepared; no TensorFlow."""
+"""Finds image classification sets prepared by TensorFlow Datasets, without TensorFlow."""
 
 import contextlib
 import difflib
@@ -13,11 +13,11 @@ from typing import Any
 from bnjax.errors import DataError, UnavailableError
 from bnjax.quiet import drop_logs
 
-READABLE = "array_record"  # of TFDS's file formats, the one that needs no TensorFlow
+READABLE = "array_record"  # the only TFDS file format that is readable without TensorFlow
 
 
 def import_tfds() -> ModuleType:
-    """Returns the package `tensorflow_datasets`, imported late because that takes its time."""
+    """Returns the package `tensorflow_datasets`, imported late because the import is slow."""
     drop_logs("tensorflow_datasets")
     import tensorflow_datasets
 
@@ -26,7 +26,7 @@ def import_tfds() -> ModuleType:
 
 @functools.cache
 def example() -> Any:
-    """Returns the class of tf.train.Example that TFDS brings; importing it takes 0.4 s."""
+    """Returns TFDS's class of tf.train.Example; the import takes 0.4 s."""
     import_tfds()
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -34,11 +34,11 @@ def example() -> Any:
 
 
 def copies(name: str, data_dir: str) -> list[Path]:
-    """Returns the folders of the readable copies of a set, in the first place that has any.
+    """Returns the folders of readable copies of a set, from the first root with a copy.
 
     Args:
-        name: as TFDS names it, perhaps with a config and a version.
-        data_dir: looked into before TFDS's own folder.
+        name: the TFDS name, optionally with a config and a version.
+        data_dir: searched before TFDS's default folder.
     """
     found = (
         [one for one, readable in _copies(root, name) if readable] for root in _roots(data_dir)
@@ -47,14 +47,11 @@ def copies(name: str, data_dir: str) -> list[Path]:
 
 
 def folder(name: str, data_dir: str) -> Path:
-    """Returns the folder of a readable copy of the set, of several versions the newest.
-
-    Args:
-        name, data_dir: as for `copies`.
+    """Returns the folder of the newest readable copy of a set; arguments as for `copies`.
 
     Raises:
-        UnavailableError: if there is no copy that can be read without TensorFlow.
-        DataError: if there is no such set, or there are several configs of it.
+        UnavailableError: if no copy is readable without TensorFlow.
+        DataError: if the set is unknown or has several configs.
     """
     readable = copies(name, data_dir)
     if not readable:
@@ -62,8 +59,7 @@ def folder(name: str, data_dir: str) -> Path:
     if len({copy.parent for copy in readable}) > 1:
         configs = sorted({f"{copy.parent.parent.name}/{copy.parent.name}" for copy in readable})
         raise DataError(
-            f"there are several configs of the TFDS set {name!r}. Name one of them: "
-            f"{', '.join(configs)}."
+            f"the TFDS set {name!r} has several configs. Name one of them: {', '.join(configs)}."
         )
     return max(readable, key=lambda copy: [*map(int, re.findall(r"\d+", copy.name))])
 
@@ -74,7 +70,7 @@ def _roots(data_dir: str) -> list[Path]:
 
 
 def _copies(root: Path, name: str) -> list[tuple[Path, bool]]:
-    """Returns the folders of all copies of a set below a folder, and whether each is readable."""
+    """Returns the folders of all copies of a set in a folder, and whether each is readable."""
     path, _, version = name.partition(":")
     found = []
     for file in (root / path).glob(f"**/{version or '[0-9]*'}/dataset_info.json"):
@@ -93,18 +89,18 @@ def _missing(name: str, data_dir: str) -> DataError:
         close = ", ".join(difflib.get_close_matches(base, [*known, "digits"], 3))
         return DataError(
             f"there is no data set {name!r}{f'; did you mean {close}?' if close else '.'} "
-            "Known are digits, cifar10, cifar100 and the sets of "
+            "Allowed: digits, cifar10, cifar100 and the sets of "
             "https://www.tensorflow.org/datasets/catalog/overview"
         )
     root, what = roots[0], f"has not been prepared in {' or '.join(map(str, roots))}"
     for one in roots:
-        if _copies(one, name):  # beside which TFDS refuses to prepare another
+        if _copies(one, name):  # TFDS refuses to prepare a second format next to it
             root, what = one / READABLE, f"in {one} is in a format that only TensorFlow reads"
     builder = f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format={READABLE!r})"
     prepare = f"{builder}.download_and_prepare()"
     return UnavailableError(
-        f"the TFDS set {name!r} {what}. To prepare it, once and anywhere:\n"
+        f"the TFDS set {name!r} {what}. To prepare it, once, on any machine:\n"
         "    pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
         f'    python -c "import tensorflow_datasets as tfds; {prepare}"\n'
-        f"and then --config.data.dir={root}. bnjax reads the result without TensorFlow."
+        f"and then add --config.data.dir={root}. bnjax reads the result without TensorFlow."
     )

@@ -27,13 +27,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class ConvNet(nn.Module):
-    """Convolutions and dense layers; `placement` and `norm_dense` place the norms.
+    """A network of convolutions and dense layers, with norms at configurable places.
 
-    The defaults are the tutorial's network (docs/results.md): 27.9 million parameters on 32x32x3
-    images. Images may have any size that leaves the last convolution at least one pixel.
+    The defaults are the tutorial's network (docs/results.md): 27.9 million parameters for 32x32x3
+    images. Images may have any size for which the last convolution has at least one pixel.
 
     Attributes:
-        filters, kernels, strides: one entry for each convolution (square kernels, no padding).
+        filters, kernels, strides: one entry per convolution (square kernels, no padding).
         dense: the widths of the hidden dense layers.
         classes: the number of logits.
         norm: makes a norm layer, for instance
@@ -42,16 +42,15 @@ class ConvNet(nn.Module):
             the logits; "before" and "after" normalise before or after the activation of each hidden
             layer.
         activation: the activation of the hidden layers, a function of an array.
-        norm_activation: makes the activation that directly follows a norm, for norms with an
-            activation of their own; None: `activation`.
+        norm_activation: makes the activation directly after a norm, for norms that need a special
+            activation; None: `activation`.
         conv: makes a convolution; called like `flax.linen.Conv`.
-        norm_dense: for each hidden dense layer, whether its output is normalised. Normalisation
-            precedes dropout.
-        dropout: the fraction of each hidden dense layer's units that is dropped in training.
+        norm_dense: whether to normalise the output of each hidden dense layer, before dropout.
+        dropout: the dropout rate of each hidden dense layer.
         pooling: "none" strides the convolutions; "max" and "avg" pool by the stride instead.
         dtype: the dtype of the arithmetic (None: of the input); parameters are float32.
-        dense_product: the product of the dense layers, called like `jax.lax.dot_general`, the
-            default.
+        dense_product: the matrix product of the dense layers, called like `jax.lax.dot_general`;
+            None: `jax.lax.dot_general`.
     """
 
     filters: Sequence[int] = (30, 50, 60)
@@ -77,7 +76,7 @@ class ConvNet(nn.Module):
         def normalise(x: Array, where: Placement, name: str) -> Array:
             if self.norm is None or where != self.placement:
                 return x
-            # Flax's norms want the rank of x.
+            # Flax's norms need a mask of the rank of x.
             full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
             return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
 

@@ -1,4 +1,4 @@
-"""Parts that networks share: standardised pixels, bfloat16 products, views of an image."""
+"""Shared parts of networks: standardised pixels, bfloat16 products, views of an image."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Arra
 
     Args:
         x: float [n, h, w, c].
-        mean, std: c numbers each, on the scale of x.
+        mean, std: c numbers each, in the units of x.
     """
     if not mean and not std:
         return x
@@ -29,10 +29,10 @@ def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Arra
 
 @jax.custom_vjp
 def bfloat16_product(x: Array, weight: Array) -> Array:
-    """Returns x @ weight, float32 [n, m], from operands rounded to bfloat16; the sums are float32.
+    """Returns x @ weight, float32 [n, m], with operands rounded to bfloat16 and float32 sums.
 
-    The gradient of `x` is computed the same way; that of `weight` from float32 operands, because
-    bfloat16 saves no time there on CPUs: both operands are contracted over their first axis.
+    The gradient of `x` is computed in the same way; the gradient of `weight` from float32 operands,
+    because it contracts both operands over their first axis, where bfloat16 is not faster on CPUs.
 
     Args:
         x: float32 [n, k].
@@ -64,16 +64,14 @@ bfloat16_product.defvjp(_forward, _backward)
 def bfloat16_dot_general(
     x: Array, weight: Array, dimension_numbers: Any, precision: Any = None
 ) -> Array:
-    """Returns `bfloat16_product` of x [n, k], called like `jax.lax.dot_general`.
-
-    For the field `dot_general` of `flax.linen.Dense`.
+    """Returns `bfloat16_product` of x [n, k]; for `dot_general` of `flax.linen.Dense`.
 
     Raises:
         ValueError: if the input is not [n, k].
     """
     if x.ndim != 2 or dimension_numbers != (((1,), (0,)), ((), ())):
         raise ValueError(
-            f"bfloat16_dot_general takes inputs [n, k] and weights [k, m], and got {x.shape} and "
+            f"bfloat16_dot_general needs inputs [n, k] and weights [k, m], but got {x.shape} and "
             f"{weight.shape}"
         )
     return bfloat16_product(x, weight)
@@ -83,17 +81,17 @@ VIEWS = (1, 2, 6)
 
 
 class Views(nn.Module):
-    """A network whose logits in evaluation are the mean over several views of each image.
+    """Averages the logits of a network over several views of each image, in evaluation only.
 
-    Training, parameters and statistics are those of the wrapped network.
+    Training, parameters and statistics are the same as without the wrapper.
 
     Attributes:
         network: any linen module with `__call__(x, train=...)`.
         views: 1: the image; 2: also its mirror image; 6: also both shifted by one pixel up and
-            left, and down and right. The four shifted views together weigh as much as the two
-            others (K. Jordan, 2024). Edges are padded by reflection.
-        share: the fraction of a batch that gets more than one view: the images with the smallest
-            largest score. Below 1 the logits of an image depend on the rest of the batch.
+            left, and down and right. The four shifted views together have the same weight as the
+            two others (K. Jordan, 2024). Edges are padded by reflection.
+        share: the fraction of a batch that gets more than one view: the images with the lowest
+            maximum score. Below 1 the logits of an image depend on the rest of the batch.
     """
 
     network: nn.Module
@@ -103,7 +101,7 @@ class Views(nn.Module):
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
-        # In this module's own scope, so that the leaves keep their names.
+        # In the scope of this module, so that the variables keep their names.
         network = self.network.copy(parent=self.scope, name=None)
         takes_mask = "mask" in inspect.signature(type(self.network).__call__).parameters
 
@@ -124,7 +122,7 @@ class Views(nn.Module):
 
 
 def with_views(network: nn.Module, views: int, share: float = 1.0) -> nn.Module:
-    """Returns the network wrapped in `Views`; for one view the network itself."""
+    """Returns the network wrapped in `Views`; for one view, the network unchanged."""
     return network if views == 1 else Views(network, views, share)
 
 
@@ -137,10 +135,10 @@ def averaged(logits: Any, x: Images, views: int) -> Array:
         views: 2 or 6; see `Views`.
 
     Raises:
-        ValueError: for another number.
+        ValueError: if `views` is invalid.
     """
     if views not in VIEWS:
-        raise ValueError(f"views = {views}: there are {', '.join(map(str, VIEWS))}")
+        raise ValueError(f"views = {views} is invalid; allowed: {', '.join(map(str, VIEWS))}")
     straight = (logits(x) + logits(x[:, :, ::-1])) / 2
     if views == 2:
         return straight

@@ -18,7 +18,7 @@ Shortcut = Literal["projection", "padding"]
 Order = Literal["pre", "before"]
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
-# torchvision's names of the layers; the first row that fits counts.
+# The layer names of torchvision; the first matching row applies.
 TORCHVISION: Mapping[str, str] = {
     "stem": "conv1",
     "stem_norm": "bn1",
@@ -31,7 +31,7 @@ TORCHVISION: Mapping[str, str] = {
 
 
 class _Layers(nn.Module):
-    """The fields that the network and its blocks share; see `ResNet`."""
+    """The shared fields of the network and its blocks; see `ResNet`."""
 
     norm: NormFactory | None = None
     shortcut: Shortcut = "projection"
@@ -43,7 +43,7 @@ class _Layers(nn.Module):
     dtype: Any = None
 
     def _convolve(self, x: Array, width: int, side: int, stride: int, name: str) -> Array:
-        """Convolves, padded with half the kernel's side of zeros on each side, as in torch."""
+        """Convolves with zero padding of half the kernel size on each side, as in torch."""
         padding = ((side // 2, side // 2),) * 2
         sizes: dict[str, Any] = {"kernel_size": (side, side), "strides": (stride, stride)}
         is_zero = self.zero_last and self.placement == "pre" and name == self._last
@@ -73,11 +73,11 @@ class _Layers(nn.Module):
 
 
 class Block(_Layers):
-    """Two or three convolutions, added to the block's input.
+    """A residual block: two or three convolutions and a shortcut.
 
     Attributes:
-        width: the channels of the first convolution; a bottleneck ends with four times as many.
-        stride: of the first 3x3 convolution and of the shortcut.
+        width: the channels of the first convolution; a bottleneck block returns four times as many.
+        stride: the stride of the first 3x3 convolution and of the shortcut.
     """
 
     width: int = 64
@@ -89,7 +89,7 @@ class Block(_Layers):
         is_pre = self.placement == "pre"
         normalise = functools.partial(self._normalise, train=train, mask=mask)
         layers = [(self.width, 3, self.stride), (self.width, 3, 1)]
-        if self.bottleneck:  # the 3x3 one strides, as in torchvision, and not the first
+        if self.bottleneck:  # the 3x3 convolution has the stride, as in torchvision, not the first
             layers = [(self.width, 1, 1), (self.width, 3, self.stride), (4 * self.width, 1, 1)]
         short = x
         changes = self.stride > 1 or x.shape[-1] != layers[-1][0]
@@ -116,26 +116,28 @@ class ResNet(_Layers):
     """A residual network of basic or bottleneck blocks, for images of any size.
 
     The defaults are ResNet-18 for CIFAR; `RESNETS` has others. Each stage after the first halves
-    the sides and doubles the width. Convolutions have no bias, and pad as torch does.
+    the height and width and doubles the channels. Convolutions have no bias, and padding as in
+    torch.
 
     Attributes:
-        norm: makes a norm layer, as for `ConvNet`; for the last norm of a block it is also given
-            `scale_init`, if it takes that. None for no norm.
-        shortcut: of a block that changes the shape: "projection", a 1x1 convolution and its norm;
-            "padding", every second pixel and zeros for the new channels (the paper's option A, used
-            by its networks for CIFAR).
-        placement: "before": convolution, norm, activation, the last activation after the sum.
+        norm: makes a norm layer, as for `ConvNet`; for the last norm of a block it also gets
+            `scale_init`, if it has that argument. None for no norm.
+        shortcut: for blocks that change the shape: "projection": a 1x1 convolution and its norm;
+            "padding": every second pixel, with zeros for the new channels (option A of the paper,
+            used for its CIFAR networks).
+        placement: "before": convolution, norm, activation, with the last activation after the sum.
             "pre": norm, activation, convolution (He et al., 2016, "Identity mappings").
         zero_last: each block starts as its shortcut (Goyal et al., 2017): the scale of its last
-            norm starts at 0; under "pre" the kernel of its last convolution.
+            norm starts at 0; under "pre" the kernel of its last convolution does.
         bottleneck: blocks of 1x1, 3x3 and 1x1 to four times the width, instead of 3x3 and 3x3.
         activation: a function of an array.
         conv: makes a convolution; called like `flax.linen.Conv`.
-        dtype: of convolutions and logits (None: of the input). Parameters are float32.
-        stages: the number of blocks of each stage.
+        dtype: the dtype of convolutions and logits (None: of the input). Parameters are float32.
+        stages: the number of blocks in each stage.
         width: the channels of the first stage.
         classes: the number of logits.
-        stem: "cifar": a 3x3 convolution; "imagenet": 7x7 with stride 2 and a maximum of 3x3.
+        stem: "cifar": a 3x3 convolution; "imagenet": a 7x7 convolution with stride 2 and a 3x3
+            max-pool.
         mean, std: standardise the pixels of each channel first; empty: no standardisation.
     """
 
@@ -174,7 +176,7 @@ class ResNet(_Layers):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-# The networks by name; each takes the other fields of `ResNet`.
+# The networks by name; each accepts the other fields of `ResNet`.
 RESNETS: Mapping[str, Callable[..., ResNet]] = {
     "resnet20": functools.partial(ResNet, stages=(3, 3, 3), width=16, shortcut="padding"),
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2), width=64),

@@ -12,7 +12,7 @@ from bnjax.models.convnet import ACTIVATIONS, NormFactory
 from bnjax.models.layers import standardised
 from bnjax.types import Array, Images, Logits, Mask
 
-SIDE = 2  # of the whitened patches
+SIDE = 2  # pixels, of the whitened patches
 WHITENING_EPSILON = 5e-4
 
 # torch's default for convolutions and dense layers: uniform up to 1 / sqrt(fan in).
@@ -20,23 +20,25 @@ UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class SpeedNet(nn.Module):
-    """Whitened 2x2 patches, then groups of two convolutions.
+    """A network of whitened 2x2 patches and groups of two convolutions.
 
     A group: 3x3 convolution, 2x2 max-pool, norm, activation, 3x3 convolution, norm, activation.
-    Then a 3x3 max-pool and the logits, divided by the width. The convolutions of the groups have no
-    bias and start as `dirac`. With three groups the sides of images are at least 25.
+    A 3x3 max-pool and a dense layer follow; the logits are divided by the width. The convolutions
+    of the groups have no bias and are initialised by `dirac`. Three groups need images of at least
+    25x25 pixels.
 
-    The filters of the first convolution are the `whitening` of the images that the network is
-    *initialised* with, and get no gradient: give `init_state` some thousand training images. Their
+    The filters of the first convolution are the `whitening` of the images given at
+    *initialisation*, and have no gradient: give `init_state` some thousand training images. The
     bias is trained.
 
     Attributes:
         norm: makes a norm layer, as for `bnjax.models.convnet.ConvNet`; None for no norm.
         widths: the channels of each group.
-        activation: of the groups, a function of an array; after the whitening it is GELU.
+        activation: the activation of the groups, a function of an array; the whitening always uses
+            GELU.
         classes: the number of logits.
         mean, std: standardise the pixels of each channel first; empty: no standardisation.
-        dtype: of convolutions and logits (None: of the input). Parameters are float32.
+        dtype: the dtype of convolutions and logits (None: of the input). Parameters are float32.
     """
 
     norm: NormFactory | None = None
@@ -77,7 +79,7 @@ class SpeedNet(nn.Module):
 
 
 class Whitening(nn.Module):
-    """A 2x2 convolution whose filters, from `whitening`, are not trained; its bias is."""
+    """A 2x2 convolution with fixed filters from `whitening` and a trained bias."""
 
     dtype: Any = None
 
@@ -96,10 +98,10 @@ class Whitening(nn.Module):
 
 
 def whitening(images: Array) -> jax.Array:
-    """Returns filters [2, 2, c, 8 c] whose outputs over all patches have unit covariance.
+    """Returns filters [2, 2, c, 8 c] that whiten 2x2 patches, followed by their negatives.
 
-    The eigenvectors of the covariance of 2x2 patches, each divided by the root of its eigenvalue
-    plus 5e-4, followed by their negatives.
+    The filters are the eigenvectors of the covariance of the patches, each divided by
+    sqrt(eigenvalue + 5e-4).
 
     Args:
         images: float [n, h, w, c], standardised.
@@ -121,7 +123,7 @@ def whitening(images: Array) -> jax.Array:
 def dirac(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """Returns a kernel [h, w, in, out] whose first filters each copy one input channel.
 
-    The other filters are drawn from torch's default distribution.
+    The other filters follow torch's default distribution.
     """
     height, width, inputs, outputs = shape
     passed = min(inputs, outputs)
@@ -130,18 +132,18 @@ def dirac(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax
 
 
 def unit(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Returns a uniformly drawn kernel [in, out] with standard deviation 1."""
+    """Returns a uniform random kernel [in, out] with standard deviation 1."""
     kernel = UNIFORM(key, shape, dtype)
     return kernel / kernel.std(ddof=1)
 
 
 def max_pool(x: Array, side: int, *, train: bool) -> Array:
-    """Returns the maximum of each square [n, h // side, w // side, c]; incomplete squares are cut.
+    """Returns the maximum of each square, [n, h // side, w // side, c]; drops incomplete squares.
 
-    In training pairs are compared: on a CPU the gradient is faster than that of `nn.max_pool`. (The
-    gradient of `jnp.max` divides by the number of entries that equal the maximum, which is 0 where
-    XLA computes the operand twice and rounds differently.) In evaluation one `max_pool` gives the
-    same values, and norms can be folded through it.
+    Training uses pairwise maxima, whose gradient is faster on a CPU than the gradient of
+    `nn.max_pool`. (The gradient of `jnp.max` divides by the number of entries equal to the maximum,
+    which is 0 if XLA computes the operand twice with different rounding.) Evaluation uses one
+    `nn.max_pool`: the values are the same, and norms can be folded through it.
     """
     if not train:
         return nn.max_pool(x, (side, side), (side, side))

@@ -1,4 +1,4 @@
-"""The norms by name, all called as `norm(x, use_running_average=not train, mask=mask)`."""
+"""The norms by name. Call each as `norm(x, use_running_average=not train, mask=mask)`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,22 +25,22 @@ NORMS: dict[str, type[nn.Module]] = {
     "frn": FilterResponseNorm,
     "none": Identity,
 }
-# Those with running averages, which need more than one example a batch.
+# Norms with running averages: they need more than one example per batch.
 BATCH_NORMS = tuple(name for name, norm in NORMS.items() if issubclass(norm, BatchNorm))
-# Those that need more than one position an example: images, not vectors.
+# Norms that need more than one position per example: for images, not vectors.
 POSITION_NORMS = ("instance", "frn")
 
 
 def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
-    """Returns what makes a layer of this kind; called with `name`.
+    """Returns a factory of norm layers; call it with `name`.
 
     Args:
         norm: one of `NORMS`.
-        options: fields of these classes. Those that this norm does not have are left out, so that
-            one set of options serves every norm; what is not given is as the class has it.
+        options: fields of the classes in `NORMS`. Fields that this norm lacks are dropped, so one
+            set of options works for every norm; other fields keep their defaults.
 
     Raises:
-        ValueError: for a name that no norm has.
+        ValueError: for an unknown norm.
         TypeError: for an option that no norm has.
 
     >>> build("ghost", momentum=0.75, virtual_batch=16, groups=5)(name="norm").virtual_batch
@@ -56,5 +56,5 @@ def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
 
 
 def _options(norm: type[nn.Module]) -> set[str]:
-    """Returns the fields of a norm's class without the two that every linen module has."""
+    """Returns the fields of a norm, without the two of every linen module."""
     return {field.name for field in dataclasses.fields(norm)} - {"name", "parent"}

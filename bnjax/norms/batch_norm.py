@@ -25,45 +25,45 @@ from bnjax.types import Array
 class BatchNorm(nn.Module):
     """Batch normalization: y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each channel.
 
-    Constructor, call and leaves are those of `flax.linen.BatchNorm`, so code and checkpoints are
-    interchangeable: `scale` and `bias` under "params", `mean` and `var` under "batch_stats".
-    Statistics are at least float32 in training and in evaluation.
+    A drop-in replacement for `flax.linen.BatchNorm` with the same constructor, call and variables:
+    `scale` and `bias` in "params", `mean` and `var` in "batch_stats". Statistics are computed in at
+    least float32, in training and in evaluation.
 
     Attributes:
-        use_running_average: False normalises by the batch and updates the averages, True normalises
-            by the averages; here or in the call.
-        axis: the axes of the channels; the others are reduced.
+        use_running_average: False normalises by the batch and updates the running averages; True
+            normalises by the running averages. Give it here or in the call.
+        axis: the channel axes; the other axes are reduced.
         momentum: the fraction of the old average that an update keeps; or a function of the number
             of updates so far; or None for the plain mean of all batches.
         epsilon: added to the variance.
-        dtype: of the result; if None that of the input and the parameters.
-        param_dtype: of scale and bias.
+        dtype: the dtype of the result; None: promoted from the input and the parameters.
+        param_dtype: the dtype of scale and bias.
         use_bias, use_scale, bias_init, scale_init: the learnt shift and scale.
         axis_name: the mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` over which
-            statistics are taken; None under plain `jax.jit`, where they are global whatever the
+            statistics are computed; None under plain `jax.jit`, where statistics are global for any
             sharding.
-        axis_index_groups: divides the axis into groups with statistics of their own.
-        use_fast_variance, force_float32_reductions: taken so that calls written for Flax work, and
-            without effect: the accurate way is as fast, and nothing below float32 is ever right.
-        variance: what the running average stores: divided by n ("biased": Flax, Keras) or by n - 1
-            ("unbiased": PyTorch and TensorFlow's fused kernel). The batch is normalised by the
-            biased one always.
-        average_dtype: the precision that the averages are rounded to after each update; their
-            dtype stays. None: no rounding. For studies of averages in bfloat16, where rounding
-            loses small updates.
-        debias: leaves the initial mean 0 and variance 1 out of the averages, so that they are right
-            from the first update on.
-        statistics: "batch" or "running" statistics normalise, whatever use_running_average says;
-            None: use_running_average decides.
-        update_average: False never updates; True updates whenever "batch_stats" is mutable, also
-            while the averages normalise; None: updates if use_running_average is False.
-        train_affine: False gives scale and bias no gradient.
-        average_axis_name: a further mapped axis (or axes) over which the running averages are
+        axis_index_groups: divides the axis into groups with separate statistics.
+        use_fast_variance, force_float32_reductions: accepted for compatibility with Flax, without
+            effect: the accurate variance is as fast, and reductions are always at least float32.
+        variance: the divisor of the stored running variance: n ("biased": Flax, Keras) or n - 1
+            ("unbiased": PyTorch and TensorFlow's fused kernel). The biased variance always
+            normalises the batch.
+        average_dtype: round the averages to the precision of this dtype after each update; they
+            keep their own dtype. None: no rounding. For studies of averages in bfloat16, where
+            rounding loses small updates.
+        debias: give the initial mean 0 and variance 1 no weight in the averages, so they are
+            unbiased from the first update.
+        statistics: always normalise by "batch" or "running" statistics; None: as
+            `use_running_average` says.
+        update_average: False: never update; True: update whenever "batch_stats" is mutable, also
+            when normalising by the averages; None: update if `use_running_average` is False.
+        train_affine: False: no gradient for scale and bias.
+        average_axis_name: an additional mapped axis (or axes) over which the running averages are
             merged by counts. Each device, or group of devices, normalises by its own values, and
             the averages are the same everywhere.
 
-    The number of updates is stored as `count` [] int32 beside `mean` and `var`, only if momentum or
-    debias need it.
+    If momentum or debias need it, the number of updates is stored as `count` [] int32 beside `mean`
+    and `var`.
 
     >>> import jax, jax.numpy as jnp
     >>> norm, x = BatchNorm(momentum=0.5), jnp.array([[1.0], [3.0]])
@@ -102,16 +102,16 @@ class BatchNorm(nn.Module):
         """Returns the normalised input, of the same shape.
 
         Args:
-            x: float, at least 2 values per channel (over all devices of the axis) if the statistics
-                of the batch are needed.
-            use_running_average: see the class; given either here or in the constructor.
-            mask: bool [n], one for each example, or of x's rank and broadcastable; False is
-                padding, counts for nothing and gives `bias`. With fewer than 2 real values per
-                channel the averages stay as they are.
+            x: float; batch statistics need at least 2 values per channel, over all devices of the
+                axis.
+            use_running_average: see the class; give it here or in the constructor.
+            mask: bool [n], one per example, or of x's rank and broadcastable. False is padding,
+                which is excluded from the statistics and returns `bias`. With fewer than 2 real
+                values per channel the averages are not updated.
 
         Raises:
-            ValueError: if the shape leaves fewer than 2 values per channel, an option is unknown,
-                or the mask does not fit.
+            ValueError: if there are fewer than 2 values per channel, an option is invalid, or the
+                mask has the wrong shape.
             NameError: if `axis_name` is not bound.
         """
         for name, allowed in (
@@ -137,8 +137,7 @@ class BatchNorm(nn.Module):
         ):
             raise ValueError(
                 f"{self._label()} got an input of dtype {given.dtype} and shape {given.shape} for "
-                f"axis = {self.axis}: it takes real numbers, and the axis of the channels has to "
-                "be one of the input's."
+                f"axis = {self.axis}: it needs real numbers, and an axis of the input."
             )
         wanted = jnp.promote_types(given.dtype, self.dtype or jnp.float32)
         x = given.astype(jnp.promote_types(wanted, jnp.float32))
@@ -154,7 +153,7 @@ class BatchNorm(nn.Module):
             raise ValueError(
                 f"{self._label()} has momentum = {self.momentum} and debias = {self.debias}, which "
                 "need the number of updates, but batch_stats has no `count` beside `mean` and "
-                "`var`. Add an int32 [] `count`; 0 restarts the averages."
+                "`var`. Add `count`, int32 []; 0 restarts the averages."
             )
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
         running_mean, running_var = (
@@ -166,11 +165,11 @@ class BatchNorm(nn.Module):
             mask = full_mask(mask, x.shape, axes)
             if counted and any(mask.shape[axis] > 1 for axis in channels):
                 raise ValueError(
-                    f"{self._label()} counts its updates once for all channels, and the mask of "
-                    f"shape {mask.shape} differs between them. Give the mask one entry along the "
-                    "channels, or use a constant momentum without debias."
+                    f"{self._label()} has one count of updates for all channels, but the mask of "
+                    f"shape {mask.shape} differs between channels. Use a mask with size 1 along "
+                    "the channels, or a constant momentum without debias."
                 )
-            # NaN in padding would come back through the gradient as 0 * NaN.
+            # NaN in padding would enter the gradient as 0 * NaN.
             x = jnp.where(mask, x, 0)
         if by_batch or update:
             batch = self._batch_moments(x, axes, mask)
@@ -202,8 +201,8 @@ class BatchNorm(nn.Module):
             inverse = inverse * scale.reshape(per_channel)
         deviation = x - center
         if mask is not None:
-            # With one real value, or none, `inverse` is 1 / sqrt(epsilon): layer after layer would
-            # blow the padding up to infinity.
+            # With one real value or none, `inverse` is 1 / sqrt(epsilon): padding would grow to
+            # infinity over several layers.
             deviation = jnp.where(mask, deviation, 0)
         y = deviation * inverse
         if bias is not None:
@@ -216,7 +215,7 @@ class BatchNorm(nn.Module):
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
     ) -> tuple[Any, Any]:
-        """Returns the center and the inverse deviation of training; variants override this."""
+        """Returns the mean and the inverse deviation for training; variants override this."""
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
     def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
@@ -227,14 +226,14 @@ class BatchNorm(nn.Module):
             raise ValueError(
                 f"{self._label()} got an input of shape {x.shape}, which has fewer than 2 values "
                 "per channel: the variance would be 0 and the output the same for every input. Use "
-                "a larger batch, leave out an incomplete last one, take the statistics over "
+                "a larger batch, drop an incomplete last batch, compute the statistics over "
                 "several devices with axis_name, evaluate with use_running_average=True, or use a "
-                "norm that needs no batch, as layer or group normalization."
+                "norm that needs no batch, such as layer or group normalization."
             )
         return moments(x, axes, mask, total_over(self.axis_name, self.axis_index_groups))
 
     def _devices(self) -> int:
-        """Returns how many devices share statistics: the size of the smallest group."""
+        """Returns the number of devices that share statistics: the size of the smallest group."""
         if self.axis_name is None:
             return 1
         for name in (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name:

@@ -1,6 +1,6 @@
 """Mean and variance of a batch, and the running averages of both.
 
-Right for masks, for many devices and for means far from zero.
+Exact with masks, over several devices and for means far from zero.
 """
 
 import functools
@@ -15,10 +15,10 @@ from jax import lax
 from bnjax.types import Array
 
 AxisName = str | tuple[str, ...]
-# Sums over the devices; the identity on one device.
+# The sum over the devices; the identity on one device.
 Total = Callable[[Any], Any]
-# The fraction of the old average that an update keeps; the same as a function of the number of
-# updates so far; or None for the mean of all batches.
+# The fraction of the old average that an update keeps; or a function of the number of updates so
+# far; or None for the mean of all batches.
 Momentum = float | Callable[[Any], Any] | None
 
 
@@ -26,9 +26,9 @@ class Moments(NamedTuple):
     """Mean, variance and count of the values of each channel; shapes broadcast against the batch.
 
     Attributes:
-        mean: of the real values; 0 if there is none.
-        var: the mean squared deviation from it (divided by n, not n - 1).
-        count: n, the number of real values per channel, over all devices.
+        mean: the mean of the real values; 0 without real values.
+        var: the biased variance (divided by n, not n - 1).
+        count: n, the number of real values per channel over all devices.
     """
 
     mean: Array
@@ -39,14 +39,14 @@ class Moments(NamedTuple):
 def moments(
     x: Array, axes: tuple[int, ...], mask: Array | None = None, total: Total = lambda part: part
 ) -> Moments:
-    """Returns the moments of `x` over `axes`, and over the devices that `total` sums over.
+    """Returns the moments of `x` over `axes` and over the devices of `total`.
 
     Two passes: the mean over all devices, then the squared deviations from it. A mean of the
-    devices' means would be wrong for unequal shards, and E[x^2] - E[x]^2 loses its digits where the
-    mean is large.
+    devices' means would be wrong for unequal shards, and E[x^2] - E[x]^2 loses digits if the mean
+    is large.
 
     Args:
-        x: float; the arithmetic has its dtype.
+        x: float; the arithmetic is in its dtype.
         axes: the axes to reduce.
         mask: bool, of x's rank and broadcastable to it; False is padding.
         total: sums over devices.
@@ -76,10 +76,10 @@ def _mean_and_var(
 
 @_mean_and_var.defjvp
 def _(axes: tuple[int, ...], total: Total, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """Returns the derivative without the reduction that autodiff would add.
+    """Computes the derivative without a reduction that autodiff would add.
 
     Deviations sum to zero, so a change of the mean does not change the variance. The reduction is
-    a fifth of the layer's time on a CPU. A jvp serves forward mode, reverse mode and second
+    a fifth of the layer's time on a CPU. A JVP supports forward mode, reverse mode and second
     derivatives.
     """
     (x, mask, count), (dx, *_) = primals, tangents
@@ -97,9 +97,9 @@ def _size(x: Array, axes: tuple[int, ...]) -> int:
 
 
 def merge(mine: Moments, its: Moments) -> Moments:
-    """Returns the moments of two sets of values together (Chan et al., 1979).
+    """Returns the moments of the union of two sets of values (Chan et al., 1979).
 
-    Exact for any counts, also for empty sets.
+    Exact for any counts, including empty sets.
 
     >>> both = merge(Moments(1.0, 0.0, 1.0), Moments(4.0, 1.0, 2.0))  # of 1, 3 and 5
     >>> print(*[round(float(value), 4) for value in both])
@@ -116,8 +116,8 @@ def merge_over(mine: Moments, total: Total) -> Moments:
     """Returns the moments of the values of all devices together.
 
     Args:
-        mine: the moments of this device, or of the devices that already share them.
-        total: sums over the devices with other values.
+        mine: the moments of this device, or of its group of devices with shared moments.
+        total: sums over the devices with different values.
     """
     count = jnp.broadcast_to(jnp.asarray(mine.count, mine.mean.dtype), mine.mean.shape)
     all_values = total(count)
@@ -130,13 +130,13 @@ def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
     """Returns the mask as bool of full rank.
 
     Args:
-        mask: one value for each example [n], or of full rank and broadcastable to `shape`; True or
-            1 is a real value.
+        mask: one value per example [n], or of full rank and broadcastable to `shape`; True or 1 is
+            a real value.
         shape: the shape of the masked array.
-        axes: the axes that will be reduced; the first is the axis of the examples.
+        axes: the axes to reduce; the first is the axis of the examples.
 
     Raises:
-        ValueError: if the mask has another shape.
+        ValueError: if the mask has a different shape.
 
     >>> full_mask(jnp.array([True, False]), (2, 8, 8, 3), (0, 1, 2)).shape
     (2, 1, 1, 1)
@@ -149,14 +149,14 @@ def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Arr
     ):
         raise ValueError(
             f"a mask of shape {mask.shape} does not fit values of shape {shape}. Give one value "
-            f"for each example, [{shape[axes[0]]}], or one of rank {len(shape)} that broadcasts, "
-            "for instance mask[:, None, None, None] for images."
+            f"per example, [{shape[axes[0]]}], or a mask of rank {len(shape)} that broadcasts, for "
+            "instance mask[:, None, None, None] for images."
         )
     return mask
 
 
 def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | None = None) -> Total:
-    """Returns the function that sums over the devices of an axis, or of each group of them.
+    """Returns a function that sums over the devices of an axis, or over each group of devices.
 
     Args:
         axis_name: the mapped axis or axes; None for no sum.
@@ -173,17 +173,17 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
     size = lax.axis_size(axis_name)
     if sorted(index for group in groups for index in group) != list(range(size)):
         raise ValueError(
-            f"axis_index_groups = {groups} does not divide up the axis {axis_name!r}, which has "
-            f"{size} devices: each index from 0 to {size - 1} has to be in exactly one group."
+            f"axis_index_groups = {groups} does not divide the axis {axis_name!r} of {size} "
+            f"devices: each index from 0 to {size - 1} has to be in exactly one group."
         )
     group_of = {index: number for number, group in enumerate(groups) for index in group}
     numbers = [group_of[index] for index in range(size)]
 
     def total(part: Any) -> Array:
-        # Looked up in here, since the derivative's rule is traced at another time.
+        # Looked up here because the rule of the derivative is traced at a different time.
         own = jnp.array(numbers)[lax.axis_index(axis_name)]
-        # A slot for each group works under vmap and under shard_map's vma check, where psum's own
-        # axis_index_groups does not exist.
+        # One slot per group also works under vmap and under shard_map's vma check, which do not
+        # support psum's axis_index_groups.
         slots = jnp.where(jnp.arange(len(groups)) == own, jnp.asarray(part)[..., None], 0)
         return lax.psum(slots, axis_name)[..., own]
 
@@ -193,17 +193,17 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
 def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp.float32) -> Any:
     """Returns the fraction of the old average that update number `count` (from 0) keeps.
 
-    The new value gets the rest. With `debias` the initial value has weight 0, and the weights of
-    the batches, powers of the momentum m, sum to 1 after every update:
+    The new value has weight 1 - k. With `debias` the initial value has weight 0, and the weights
+    of the batches, powers of the momentum m, sum to 1 after every update:
     k(t) = m (1 - m^t) / (1 - m^(t+1)). This is Adam's correction (Kingma & Ba, 2015, section 3),
-    applied when storing instead of when reading. The current value of a schedule stands for all
-    earlier updates.
+    applied when storing instead of when reading. With a momentum schedule, the current value is
+    used for all earlier updates.
 
     Args:
         momentum: as for `BatchNorm`.
-        debias: whether the initial value is left out.
+        debias: whether the initial value has weight 0.
         count: int [], the number of updates so far; ignored for a fixed momentum without `debias`.
-        dtype: of the result, unless it is a Python number.
+        dtype: the dtype of the result, unless it is a Python number.
 
     Raises:
         ValueError: for a momentum outside 0 to 1.
@@ -215,8 +215,8 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     """
     if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
         raise ValueError(
-            f"momentum = {momentum} is not possible: it is the fraction of the old average that is "
-            "kept, from 0 to 1. PyTorch's momentum is one minus this."
+            f"momentum = {momentum} is invalid: it is the fraction of the old average that is "
+            "kept, from 0 to 1; PyTorch's momentum is one minus this."
         )
     if momentum is None:
         return jnp.asarray(count, dtype) / (jnp.asarray(count, dtype) + 1)
@@ -224,21 +224,21 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     if not debias:
         return kept
     count = jnp.asarray(count, dtype)
-    # The ends of 0 to 1 would give 0 / 0.
+    # 0 and 1 would give 0 / 0.
     rate = jnp.log(jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6))
     return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
 
 
 def blend(old: Array, new: Array, kept: Any) -> Array:
-    """Returns the updated average in the dtype of the old one, though at least float32."""
+    """Returns the updated average in the dtype of the old average, at least float32."""
     return (kept * old + (1 - kept) * new).astype(jnp.promote_types(old.dtype, jnp.float32))
 
 
 def rounded(average: Array, dtype: Any) -> Array:
-    """Returns an average rounded to the precision of `dtype`, in its own dtype."""
+    """Returns an average rounded to the precision of `dtype`, without a change of its dtype."""
     if dtype is None or jnp.promote_types(average.dtype, dtype) == dtype:
         return average
-    # XLA may remove a cast there and back.
+    # XLA may remove a pair of casts.
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(average, info.nexp, info.nmant)
 
@@ -255,21 +255,22 @@ def updated_average(
     *,
     masked: bool,
 ) -> tuple[Array, Array, Any]:
-    """Returns the running mean, variance and count of updates once a batch has been added.
+    """Returns the running mean, the running variance and the number of updates after a batch.
 
     Args:
-        mean, var: the old averages, one value for each channel.
-        count: int, the number of updates so far; for stacked layers one each; None if not counted.
+        mean, var: the old averages, one value per channel.
+        count: int, the number of updates so far; one per stacked layer; None if not counted.
         batch: the moments of the batch, of the same size.
         momentum, debias, variance: as for `BatchNorm`.
         dtype: `average_dtype` of `BatchNorm`.
-        masked: whether a channel may have fewer than 2 real values; its averages then stay.
+        masked: whether a channel may have fewer than 2 real values; its averages then stay
+            unchanged.
     """
     kept = kept_fraction(momentum, debias, count, batch.mean.dtype)
     stored = batch.var
     if variance == "unbiased":
         stored = stored * (batch.count / jnp.maximum(batch.count - 1, 1))
-    if jnp.ndim(kept):  # one for each stacked layer, before the axis of the channels
+    if jnp.ndim(kept):  # one per stacked layer, before the channel axis
         kept = kept.reshape(*kept.shape, *[1] * (mean.ndim - kept.ndim))
     enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape).reshape(mean.shape)
     averages = []

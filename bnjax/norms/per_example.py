@@ -1,4 +1,4 @@
-"""Norms of one example at a time, without averages, and weight standardization beside them."""
+"""Norms with statistics of single examples, and weight standardization."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ from bnjax.types import Array
 
 
 class PerExampleNorm(nn.Module):
-    """Base of the norms with statistics of each example [n, ..., c] alone.
+    """Base class of the norms with statistics of single examples [n, ..., c].
 
-    They are called like `BatchNorm`; `use_running_average` has no effect.
+    Call them like `BatchNorm`; `use_running_average` has no effect.
 
     Attributes:
         epsilon: added to the variance.
-        use_scale, use_bias: whether a scale and a shift are learnt for each channel.
-        scale_init: what the scale starts as.
+        use_scale, use_bias: whether each channel has a learnt scale and shift.
+        scale_init: the initializer of the scale.
     """
 
     epsilon: float = 1e-6
@@ -35,23 +35,23 @@ class PerExampleNorm(nn.Module):
         """Returns the normalised input, with one scale and one shift per channel.
 
         Raises:
-            ValueError: if the groups do not divide the channels, or, except at initialisation, if
-                instance or filter response normalization gets one position only.
+            ValueError: if the number of groups does not divide the number of channels; or, except
+                at initialisation, if instance or filter response normalization gets one position.
         """
         return self._normalised(x, _real_positions(mask, x))
 
     def _normalised(self, x: Array, where: Any) -> Array:
-        """Returns the normalised input; `where` is True at the values that count."""
+        """Returns the normalised input; `where` is True at real values."""
         raise NotImplementedError
 
     def _flax(self, norm: Callable[..., nn.Module], **fields: Any) -> nn.Module:
-        """Returns a Flax norm with these attributes, which shares this module's parameters."""
+        """Returns a Flax norm with the attributes and parameters of this module."""
         made = norm(
             epsilon=self.epsilon,
             use_scale=self.use_scale,
             use_bias=self.use_bias,
             scale_init=self.scale_init,
-            use_fast_variance=False,  # the fast one is wrong where the mean is large
+            use_fast_variance=False,  # the fast variance is wrong if the mean is large
             **fields,
         )
         nn.share_scope(self, made)
@@ -70,7 +70,7 @@ class GroupNorm(PerExampleNorm):
     """Normalises each group of channels of each example (Wu & He, 2018, equation 7).
 
     Attributes:
-        groups: how many there are; has to divide the number of channels.
+        groups: the number of groups; has to divide the number of channels.
     """
 
     groups: int = 32
@@ -79,8 +79,8 @@ class GroupNorm(PerExampleNorm):
         if self.groups < 1 or x.shape[-1] % self.groups:
             raise ValueError(
                 f"GroupNorm {'/'.join(self.path)}: {self.groups} groups do not divide the "
-                f"{x.shape[-1]} channels. Choose a number of groups that divides the channels of "
-                "every layer."
+                f"{x.shape[-1]} channels. Choose a number of groups that divides the number of "
+                "channels of every layer."
             )
         norm = self._flax(nn.GroupNorm, num_groups=self.groups)
         return norm(x, mask=where)
@@ -98,7 +98,7 @@ class InstanceNorm(PerExampleNorm):
 class RMSNorm(PerExampleNorm):
     """Divides each example by its root mean square (Zhang & Sennrich, 2019, equation 4).
 
-    The mean is not subtracted and there is no shift; `use_bias` adds one, off by default.
+    The mean is not subtracted. There is no shift unless `use_bias` is True.
     """
 
     use_bias: bool = False
@@ -120,8 +120,8 @@ class RMSNorm(PerExampleNorm):
 class FilterResponseNorm(PerExampleNorm):
     """Divides each channel of each example by its root mean square nu (Singh & Krishnan, 2020).
 
-    y = scale * x / sqrt(nu^2 + epsilon) + bias (equation 1). The mean is not subtracted; the
-    activation that follows has to be a `ThresholdedLinear`, whose threshold makes up for it.
+    y = scale * x / sqrt(nu^2 + epsilon) + bias (equation 1). The mean is not subtracted; use a
+    `ThresholdedLinear` activation after the norm, whose threshold compensates for it.
     """
 
     def _normalised(self, x: Array, where: Any) -> Array:
@@ -138,7 +138,7 @@ class FilterResponseNorm(PerExampleNorm):
 
 
 class ThresholdedLinear(nn.Module):
-    """The activation max(x, tau), tau learnt for each channel from 0 (Singh & Krishnan, 2020)."""
+    """The activation max(x, tau), with tau learnt per channel (Singh & Krishnan, 2020)."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -148,7 +148,7 @@ class ThresholdedLinear(nn.Module):
 
 
 class Identity(nn.Module):
-    """Returns its input, in the place of a norm."""
+    """Returns its input; stands in for a norm."""
 
     @nn.compact
     def __call__(
@@ -159,10 +159,10 @@ class Identity(nn.Module):
 
 
 def _real_positions(mask: Array | None, x: Array) -> jax.Array | None:
-    """Returns which values of `x` count, bool of its shape, or None if masking cannot matter.
+    """Returns a mask of the real values of `x`, of its shape, or None if masking has no effect.
 
-    An example's padding cannot reach the others. Where a mask has nothing of an example, all of it
-    counts, so that its output is finite.
+    A masked example does not affect the others. A fully masked example counts as real, so that its
+    output is finite.
     """
     axes = tuple(range(1, x.ndim))
     if mask is None or (mask := full_mask(mask, x.shape, (0,))).size == mask.shape[0]:
@@ -171,29 +171,26 @@ def _real_positions(mask: Array | None, x: Array) -> jax.Array | None:
 
 
 def _per_channel(values: Array, rank: int) -> Array:
-    """Returns values [c] as [1, ..., c] of this rank."""
+    """Reshapes values [c] to [1, ..., c] of this rank."""
     return values.reshape((1,) * (rank - 1) + (-1,))
 
 
 def _check_positions(norm: PerExampleNorm, x: Array) -> None:
-    """Raises ValueError if each channel of an example has one value only: nothing to divide by.
-
-    At initialisation that does no harm.
-    """
+    """Rejects inputs with one value per channel and example, except at initialisation."""
     if x[0, ..., 0].size < 2 and not norm.is_initializing():
         raise ValueError(
             f"{type(norm).__name__} {'/'.join(norm.path)} normalises each channel of each example "
-            f"by itself, and an input of shape {x.shape} has one value there: the output would not "
-            "depend on how large it is. Use it on images only (leave it out of the dense layers), "
-            "or use layer, group or rms normalization."
+            f"separately, but an input of shape {x.shape} has one value per channel: the output "
+            "would not depend on its size. Use this norm on images only (leave it out of the dense "
+            "layers), or use layer, group or rms normalization."
         )
 
 
 class StandardizedConv(nn.Conv):
     """A convolution with weight standardization (Qiao et al., 2019, equation 7).
 
-    Its kernel has mean 0 and variance 1 for each output channel. The kernel [h, w, in, out] before
-    that is stored and trained, under the same names as in `flax.linen.Conv`.
+    The kernel of each output channel has mean 0 and variance 1. The stored and trained parameter is
+    the unstandardised kernel [h, w, in, out], with the name that `flax.linen.Conv` gives it.
     """
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +200,7 @@ class StandardizedConv(nn.Conv):
 
 
 def standardize(kernel: Array) -> Array:
-    """Returns the kernel with mean 0 and variance 1 over all axes but the last.
+    """Standardises a kernel to mean 0 and variance 1 over all axes but the last.
 
     >>> print(standardize(jnp.array([[1.0], [3.0]])).round(3).ravel())
     [-1.  1.]

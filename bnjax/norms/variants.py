@@ -18,11 +18,11 @@ Limit = float | Callable[[Any], Any]
 class GhostBatchNorm(BatchNorm):
     """Batch normalization of virtual batches within a batch (Hoffer et al., 2017).
 
-    A large batch keeps the noise of small ones. The running averages are those of `BatchNorm`: mean
-    and variance of the whole batch, over all devices, so evaluation does not depend on the division
-    (the paper averages the statistics of the virtual batches). Virtual batches take real examples
-    in order and stay within one device. The last one may be smaller; a single vector joins the
-    virtual batch before it.
+    Training on large batches keeps the noise of small batches. The running averages are as in
+    `BatchNorm`: mean and variance of the whole batch over all devices, so evaluation does not
+    depend on `virtual_batch` (the paper averages the statistics of the virtual batches). Virtual
+    batches take real examples in order, within one device. The last virtual batch may be smaller; a
+    single remaining vector joins the previous virtual batch.
 
     Attributes:
         virtual_batch: the number of examples in a virtual batch, at least 2.
@@ -35,7 +35,7 @@ class GhostBatchNorm(BatchNorm):
     ) -> tuple[Any, Any]:
         if self.virtual_batch < 2:
             raise ValueError(
-                f"virtual_batch = {self.virtual_batch} is not possible: a variance needs 2 "
+                f"virtual_batch = {self.virtual_batch} is invalid: a variance needs 2 "
                 "examples or more."
             )
         examples, *within = axes
@@ -46,14 +46,14 @@ class GhostBatchNorm(BatchNorm):
             others = tuple(axis for axis in range(x.ndim) if axis != examples)
             real = jnp.broadcast_to(mask.any(others), (size,))
         owner = jnp.maximum(jnp.cumsum(real) - 1, 0) // self.virtual_batch
-        if not within:  # a vector that is left over has no variance by itself
+        if not within:  # a single remaining vector has no variance
             is_alone = (owner == real.sum() // self.virtual_batch) & (
                 real.sum() % self.virtual_batch == 1
             )
             owner = jnp.maximum(owner - is_alone, 0)
 
         def total(values: Array) -> Array:
-            """Sums over each virtual batch; every example gets the sum of its virtual batch."""
+            """Returns, for every example, the sum over its virtual batch."""
             sums = jnp.moveaxis(jnp.sum(values, within, where=mask, keepdims=True), examples, 0)
             sums = jax.ops.segment_sum(sums, owner, num_segments=-(-size // self.virtual_batch))
             return jnp.moveaxis(sums[owner], 0, examples)
@@ -68,15 +68,15 @@ class BatchRenorm(BatchNorm):
 
     For small batches and batches of correlated examples. The normalised value is
     (x - mean_B) / std_B * r + d, where r = clip(std_B / std, 1 / r_max, r_max) and
-    d = clip((mean_B - mean) / std, -d_max, d_max) get no gradient (the paper's algorithm 1). With
-    r_max = 1 and d_max = 0 it is batch normalization; where neither limit binds, training
-    normalises as evaluation does. The averages are those of `BatchNorm`: of the variance (the
-    paper averages the standard deviation), with the count of updates beside them.
+    d = clip((mean_B - mean) / std, -d_max, d_max) have no gradient (the paper's algorithm 1).
+    r_max = 1 and d_max = 0 give batch normalization; if neither limit is reached, training
+    normalises exactly like evaluation. The averages are as in `BatchNorm`, of the variance (the
+    paper averages the standard deviation), with the number of updates.
 
     Attributes:
         r_max, d_max: the limits: numbers, functions of the number of updates, or None for
             `paper_limits`.
-        renorm_steps: the number of updates after which `paper_limits` stay constant.
+        renorm_steps: the number of updates after which `paper_limits` are constant.
     """
 
     r_max: Limit | None = None
@@ -111,8 +111,8 @@ class BatchRenorm(BatchNorm):
 def paper_limits(steps: int) -> tuple[Limit, Limit]:
     """Returns r_max and d_max as functions of the number of updates (Ioffe, 2017, section 4).
 
-    The paper's 40,000 steps are scaled to `steps`. The limits stay at 1 and 0 for the first
-    eighth; then r_max grows to 3 at the end, and d_max to 5 at five eighths.
+    The paper's 40,000 steps are scaled to `steps`. The limits are 1 and 0 for the first eighth;
+    then r_max grows linearly to 3 at the end, and d_max to 5 at five eighths.
 
     >>> r_max, d_max = paper_limits(40_000)
     >>> [(float(r_max(step)), float(d_max(step))) for step in (5_000, 25_000, 40_000)]

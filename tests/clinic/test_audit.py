@@ -216,7 +216,7 @@ def test_padding_counts_for_nothing():
 
 def test_a_batch_of_nothing_is_refused():
     patient = plain(0)
-    with pytest.raises(ValueError, match="nothing to audit with"):
+    with pytest.raises(ValueError, match="at least two examples"):
         audit(Network(patient.params, patient.batch_stats, patient.model), [])
 
 
@@ -226,9 +226,9 @@ def test_the_result_as_text_and_as_json():
     assert content["healthy"] is False
     assert content["findings"][0]["id"] == "invalid-statistics"
     assert content["layers"][0]["found"] == ["invalid-statistics"]
-    assert "to mend it: skip steps that are not finite" in str(findings)
+    assert "to fix it: skip non-finite steps" in str(findings)
     assert max(map(len, str(findings).splitlines())) <= 120
-    assert "healthy: nothing was found" in str(findings_of("plain"))
+    assert "healthy: nothing found" in str(findings_of("plain"))
 
 
 def test_a_fingerprint_is_of_every_bit_name_and_shape():

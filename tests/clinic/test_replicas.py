@@ -73,7 +73,7 @@ def test_a_pmap_loop_whose_norms_do_not_sync():
 
 def test_what_does_not_go_together_is_refused():
     _, stats = replicas((2, 2))
-    for counts, words in (([1, 2, 3], "have to be 2 numbers"), ([0, 0], "not all 0")):
+    for counts, words in (([1, 2, 3], "have to be 2 non-negative numbers"), ([0, 0], "not all 0")):
         with pytest.raises(ValueError, match=words):
             merge_replicas(stats, np.array(counts))
     for other in (jnp.zeros(()), jnp.zeros((3, 1))):

@@ -38,7 +38,7 @@ def test_a_healthy_run_exits_with_0(bnjax, runs):
     code, out, _ = bnjax("audit", "--workdir", runs / "0.5", "--images", 512)
     assert code == 0, out
     assert f"checkpoint of step {STEPS}, digits" in out
-    assert "healthy: nothing was found" in out
+    assert "healthy: nothing found" in out
     assert "not checked" not in out  # a run's folder knows everything
 
 
@@ -93,5 +93,5 @@ def test_a_run_without_batch_norm_is_not_called_healthy(bnjax, tmp_path):
     train(tmp_path, 2, norm="none")
     code, out, _ = bnjax("audit", "--workdir", tmp_path)
     assert code == 2, out
-    assert "all else: a batch norm of Flax's or bnjax's in the model" in out
+    assert "all other checks: a batch norm of Flax or bnjax in the model" in out
     assert "healthy" not in out

@@ -135,7 +135,7 @@ REFUSED = {
     "bright.npy": (npy(RGB.astype(np.float32)), "between 0 and 255; floats have to be from 0 to 1"),
     "int.npy": (npy(RGB.astype(np.int64)), "int64, neither"),
     "flat.npy": (npy(GREY[0]), r"\(32,\) is not \[h, w\]"),
-    "channels.npy": (npy(np.zeros((8, 8, 5), np.uint8)), "5 channels and the network takes 3"),
+    "channels.npy": (npy(np.zeros((8, 8, 5), np.uint8)), "5 channels, but the network needs 3"),
 }
 
 

@@ -111,7 +111,7 @@ def test_resuming_is_going_on_whatever_reads_ahead_and_a_lost_worker_ends_it(pho
     items = host_feed(processes, 4, shuffle=True).items(3, 3)
     assert_same([*itertools.islice(items, 6)], whole[3:])
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(WorkerError, match="The same command goes on from the last checkpoint"):
+    with pytest.raises(WorkerError, match="The same command resumes from the last checkpoint"):
         [*itertools.islice(items, 20)]
 
 
@@ -190,7 +190,7 @@ HIGHER = encode(picture(np.zeros((9, 8, 3), np.uint8)), 0)
 
 DAMAGED = {
     "truncated": (GOOD[:-40], "record 1 of the train records in .* cannot be read"),
-    "empty": (b"", "it holds nothing and has to be a tf.train.Example with an 'image'"),
+    "empty": (b"", "it contains nothing and has to be a tf.train.Example with an 'image'"),
     "no image": (encode(b"GIF89a", 0), "record 1 .* cannot identify image"),
     "half an image": (encode(BLACK[:45], 0), "record 1 .* cannot"),
     "another size": (HIGHER, r"not all of one size .*image_size=N"),
@@ -230,12 +230,14 @@ def test_files_that_are_empty_or_damaged_are_named(tmp_path):
     with pytest.raises(DataError, match="the files are empty"):
         load(folder)
     (folder / "train.array_record").write_bytes(b"nothing" * 100)
-    with pytest.raises(DataError, match=r"train.array_record .* is no whole array_record file"):
+    with pytest.raises(
+        DataError, match=r"train.array_record .* is not a complete array_record file"
+    ):
         load(folder)
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"config.data.dir = '' is not possible"):
+    with pytest.raises(ConfigError, match=r"config.data.dir = '' is invalid"):
         datasets.load("records", stream=PLAIN)
     with pytest.raises(DataError, match="has not been prepared"):
         datasets.load("mnist", str(tmp_path), stream=PLAIN)

@@ -160,7 +160,7 @@ def test_a_damaged_copy_is_named_and_no_fallback_hides_it(prepared, tmp_path):
     (record,) = folder.rglob("*train*")
     content = record.read_bytes()
     for damaged, message in (
-        (content[:-70_000], f"{tmp_path}/greys.* is no whole .*[Pp]repare them again"),
+        (content[:-70_000], f"{tmp_path}/greys.* is not a complete .*[Pp]repare them again"),
         (content.replace(b"label", b"lapel"), "record 0 of the train records .* cannot be read"),
     ):
         record.write_bytes(damaged)
@@ -198,7 +198,7 @@ def test_a_set_that_is_not_prepared(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("cifar_10", "cifar10"), ("fashion-mnist", "fashion_mnist"), ("../etc", "Known")],
+    [("cifar_10", "cifar10"), ("fashion-mnist", "fashion_mnist"), ("../etc", "Allowed")],
 )
 def test_an_unknown_name_is_refused_with_a_hint_and_no_fallback_hides_it(name, hint):
     with pytest.raises(DataError, match=hint) as error:

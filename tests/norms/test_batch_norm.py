@@ -340,7 +340,7 @@ def test_groups_under_remat_have_the_gradient_without_it():
             BatchNorm(debias=True),
             np.ones((4, 2), np.float32),
             np.array([[True, False]] * 4),
-            "once for all channels",
+            "one count of updates for all channels",
         ),
     ],
 )
@@ -524,7 +524,7 @@ def test_the_state_can_be_carried_through_a_scan():
         (
             {"momentum": 1.5},
             {},
-            "momentum = 1.5 is not possible.*fraction of the old average that is kept",
+            "momentum = 1.5 is invalid.*fraction of the old average that is kept",
         ),
         ({"variance": "sample"}, {}, "variance = 'sample'.*'biased', 'unbiased'"),
         ({"statistics": "moving"}, {}, "statistics = 'moving'.*'batch', 'running'"),

@@ -72,7 +72,8 @@ def test_vectors_have_no_positions_to_normalise_over(name):
     norm = norms.build(name)()
     variables = norm.init(jax.random.key(0), X[:, 0, 0], use_running_average=True)
     with pytest.raises(
-        ValueError, match=r"input of shape \(6, 8\) has one value there.*use layer, group or rms"
+        ValueError,
+        match=r"input of shape \(6, 8\) has one value per channel.*use layer, group or rms",
     ):
         norm.apply(variables, X[:, 0, 0], use_running_average=True)
 
@@ -112,7 +113,7 @@ def test_ghost_with_one_virtual_batch_is_batch_norm():
         apply(norm, X) for norm in (norms.GhostBatchNorm(virtual_batch=6), norms.BatchNorm())
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ghost, batch)
-    with pytest.raises(ValueError, match="virtual_batch = 1 is not possible"):
+    with pytest.raises(ValueError, match="virtual_batch = 1 is invalid"):
         apply(norms.GhostBatchNorm(virtual_batch=1), X)
 
 
