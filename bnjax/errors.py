@@ -42,7 +42,7 @@ class NonFiniteError(UserError):
 
 
 class WorkerError(UserError):
-    """Data loading processes died repeatedly."""
+    """A data loading process died."""
 
     exit_code = 1
 

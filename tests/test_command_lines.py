@@ -221,7 +221,7 @@ def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
     assert "\r" not in done.stdout + done.stderr
     again = inside(*command)
     assert again.returncode == 0, again.stderr
-    assert "4 of 4 runs finished before" in again.stdout
+    assert "4 of 4 runs are already finished" in again.stdout
     assert again.stdout.partition("Are slow")[2] == done.stdout.partition("Are slow")[2]
     other = inside(*command, "--config.model.epsilon=0.1")
     assert other.returncode == 2

@@ -1,4 +1,4 @@
-"""One training step over micro-batches."""
+"""A training step with gradient accumulation over micro-batches."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from bnjax.train_step import (
 )
 from bnjax.types import Array, Batch, BatchStats, Params
 
-# The norms that update their averages, by the path of their leaves.
+# The norms with updated averages, by the path of their leaves.
 Norms = dict[tuple[str, ...], Any]
 # The fields that only `bnjax.norms.BatchNorm` has, as Flax's norm behaves.
 CONVENTIONS: dict[str, Any] = {"debias": False, "variance": "biased", "average_dtype": None}
@@ -54,28 +54,28 @@ def accumulated_step(
     axis_name: AxisName = None,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Takes one step as `train_step` does, with the activations of one micro-batch in memory.
+    """Takes a step like `train_step`, with the activations of only one micro-batch in memory.
 
     The gradient is the mean over all real examples of the batch, and metrics are sums over it. Each
-    micro-batch is normalised by itself (over all devices that its norms reduce over), so the
-    gradient is not that of the whole batch at once: norms see n / micro_batches examples. The
+    micro-batch is normalised separately (over all devices that its norms reduce over), so norms see
+    n / micro_batches examples and the gradient differs from the gradient of the whole batch. The
     running averages are updated once, by the mean and variance of the inputs of all micro-batches
     together.
 
-    Micro-batch i has the examples i, i + k, i + 2 k, …: examples that are divided up over devices
-    stay where they are, and every wrapper makes the same micro-batches. Its dropped units are drawn
-    from `fold_in(key of the step, i)`. With one micro-batch this is `train_step`, to the bit.
+    Micro-batch i has the examples i, i + k, i + 2 k, …, so sharded examples stay on their devices
+    and the micro-batches are the same under every wrapper. Its dropout key is `fold_in(key of the
+    step, i)`. With one micro-batch the result equals `train_step` bit for bit.
 
     Args:
         state, batch_stats, model, tx, loss_fn, axis_name, skip_nonfinite: as for `train_step`.
-            Statistics of norms other than Flax's and bnjax's BatchNorm become the mean, by counts,
-            of the updates by each micro-batch; whole numbers that of the last one.
+            Statistics of norms other than Flax's and bnjax's BatchNorm become the mean of their
+            updates over the micro-batches, weighted by counts; integers take the last update.
         batch: as for `train_step`; on each shard of `axis_name` a multiple of `micro_batches`
             examples.
-        micro_batches: k.
+        micro_batches: the number k of micro-batches.
 
     Raises:
-        ValueError: if the micro-batches do not divide the batch.
+        ValueError: if `micro_batches` does not divide the batch.
     """
     rows = batch["label"].shape[0]
     if micro_batches < 1 or rows % micro_batches:
@@ -101,12 +101,12 @@ def accumulated_step(
         return _Found(grads, metrics, written, seen, count_of(micro, axis_name))
 
     def more(i: Any, found: _Found) -> _Found:
-        # As far as XLA can see, the next examples depend on the gradients so far: otherwise it
-        # would run all micro-batches side by side, and keep every activation.
+        # A false dependency of the next examples on the gradients so far: without it XLA would run
+        # all micro-batches in parallel, and keep all activations.
         done = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(found.grads))
         return found.merge(one(params, jnp.where(done < -jnp.inf, 0, i)))
 
-    # The first one says what the loop carries. Loops are slow on CPUs.
+    # The first result is the initial carry of the loop. Loops are slow on CPUs.
     unroll = jax.default_backend() == "cpu"
     found = jax.lax.fori_loop(1, micro_batches, more, one(params, 0), unroll=unroll)
     stats = _updated(batch_stats, found, norms)
@@ -119,11 +119,11 @@ class _Found:
     """The results of one or several micro-batches.
 
     Attributes:
-        grads: of the sum of the losses over the count of the whole batch.
-        metrics: sums.
-        stats: the updates of the old statistics, their mean by counts.
+        grads: the gradient of the sum of the losses divided by the count of the whole batch.
+        metrics: the metrics.
+        stats: the mean of the updated statistics, weighted by counts.
         seen: the moments of the inputs of norms that update their averages.
-        count: of real examples, over all devices.
+        count: the number of real examples over all devices.
     """
 
     grads: Params
@@ -133,7 +133,7 @@ class _Found:
     count: Any
 
     def merge(self, other: "_Found") -> "_Found":
-        """Returns the results of both together."""
+        """Merges the results of different micro-batches."""
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)
 
@@ -141,7 +141,7 @@ class _Found:
             if not jnp.issubdtype(its.dtype, jnp.inexact):
                 return its
             both = mine + (its - mine) * share.astype(its.dtype)
-            # Padding alone may have made NaN.
+            # A micro-batch of padding may give NaN.
             return jnp.where(share == 0, mine, jnp.where(share == 1, its, both))
 
         return _Found(
@@ -161,7 +161,7 @@ def _micro_batch(leaf: Any, i: Any, micro_batches: int) -> Any:
 def _watch(
     norms: Norms, norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any
 ) -> Array:
-    """Calls a norm, and keeps the moments of its input if it updates its averages."""
+    """Calls a norm, and stores the moments of its input if it updates its averages."""
     if (before := seen_by(norm)) is None:
         return call(x, *args, **kwargs)
     average = norm.get_variable("batch_stats", "mean")
@@ -174,7 +174,7 @@ def _watch(
 
 
 def _updated(batch_stats: BatchStats, found: _Found, norms: Norms) -> BatchStats:
-    """Returns the old statistics, updated once by all micro-batches."""
+    """Returns the old statistics after one update by all micro-batches together."""
     old, new = flatten_dict(batch_stats), flatten_dict(found.stats)
     leaves = {path: new[path] for path in old}
     for path, norm in norms.items():

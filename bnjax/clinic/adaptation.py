@@ -1,4 +1,4 @@
-"""Adaptation of batch norms to shifted images."""
+"""Adaptation of batch norms to images from a different distribution."""
 
 import dataclasses
 import functools
@@ -25,19 +25,19 @@ def tent(
     patterns: Sequence[str] = ("*",),
     jit: Callable[..., Any] = jax.jit,
 ) -> Network:
-    """Returns the network with scales and biases that lower the entropy of its predictions.
+    """Adapts scales and biases of norms to lower the entropy of the predictions.
 
-    One `tent_step` for each batch, in order, `epochs` times (TENT: Wang et al., 2021, section 3);
-    then the precise statistics of the new images under the adapted weights, so that predictions do
-    not depend on the batch. (The paper evaluates by the batch.)
+    Takes one `tent_step` for each batch, in order, `epochs` times (TENT: Wang et al., 2021, section
+    3), then computes the precise statistics of the new images with the adapted weights, so that
+    predictions do not depend on the batch. (The paper evaluates with batch statistics.)
 
     Args:
         network: a network whose norms are Flax's or bnjax's BatchNorm.
-        batches: of the new images, as for `precise`, in an iterable that can be iterated several
-            times. Batches of 128 images or more.
+        batches: a repeatable iterable of batches of the new images, as for `precise`; each with 128
+            images or more.
         tx: the optimizer of scale and bias; the paper uses `optax.adam(1e-3)` for CIFAR-10.
         epochs: the number of passes over the images.
-        patterns: the norms whose scale and bias are adapted, as for `affine_mask`.
+        patterns: the norms to adapt, as for `affine_mask`.
         jit: compiles a function.
 
     Raises:
@@ -63,11 +63,11 @@ def tent_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
 ) -> tuple[Params, optax.OptState, Logits, Leaf]:
-    """Takes one step; returns weights and optimizer state, and logits and mean entropy before it.
+    """Takes one step; returns new weights and optimizer state, and old logits and mean entropy.
 
-    Every norm normalises by the batch, no unit is dropped, and the gradient of the mean entropy of
-    the real examples passes through the statistics of the batch. The logits are predictions for a
-    stream of images.
+    Every norm normalises by the batch, without dropout. The gradient of the mean entropy of the
+    real examples includes the gradient through the batch statistics. The logits are the predictions
+    for a stream of images.
 
     Args:
         params: the weights.
@@ -82,7 +82,7 @@ def tent_step(
         seen = nothing_seen(batch_stats)
         logits, _ = observe(params, batch_stats, seen, batch, model=model, mode="batch")
         real = jnp.asarray(batch.get("mask", jnp.ones(len(logits), bool)))
-        # Blank padding first: its logits may be NaN, and 0 * NaN is NaN.
+        # The logits of padding may be NaN, and 0 * NaN is NaN.
         entropies = entropy(jnp.where(real[:, None], logits, 0))
         return jnp.sum(entropies, where=real) / jnp.maximum(real.sum(), 1), logits
 
@@ -95,7 +95,7 @@ def tent_step(
 def affine_only(
     tx: optax.GradientTransformation, params: Params, batch_stats: BatchStats, *patterns: str
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that updates the scales and biases of norms only.
+    """Returns an optimizer that updates only scales and biases of norms.
 
     Arguments and errors as for `bnjax.clinic.freezing.affine_mask`.
     """
@@ -106,7 +106,7 @@ def affine_only(
 def entropy(logits: Logits) -> Losses:
     """Returns the entropy of the predictions, in nats and at least float32.
 
-    H = - sum over the classes of p log p, where p is the softmax of the logits.
+    H = -sum(p log p) over the classes, where p is the softmax of the logits.
 
     >>> [round(float(nats), 3) for nats in entropy(jnp.array([[0.0, 0.0], [3.0, 0.0]]))]
     [0.693, 0.191]

@@ -1,4 +1,4 @@
-"""Averages of weights, and their statistics."""
+"""Averages of weights as an Optax transformation."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -13,12 +13,12 @@ Kind = Literal["ema", "swa"]
 
 
 class WeightAverageState(NamedTuple):
-    """An average of weights.
+    """The state of an average of weights.
 
     Attributes:
         updates: the number of updates of the weights, int32 [].
-        averaged: the number of weights in the average, int32 [].
-        average: float32 or wider; the weights themselves as long as nothing was averaged.
+        averaged: the number of averaged iterates, int32 [].
+        average: the average, at least float32; equal to the weights before update `start`.
     """
 
     updates: Leaf
@@ -35,29 +35,29 @@ def weight_average(
     start: int = 1,
     every: int = 1,
 ) -> optax.GradientTransformation:
-    """Returns an optimizer whose state also holds an average of the weights; updates are as before.
+    """Returns an optimizer that also keeps an average of the weights; updates are unchanged.
 
     With p(t) the weights after update t, the weights at t = start, start + every, … are averaged.
-    After the n-th of them the average is
+    After n of them the average is
 
         "ema": m = d m + (1 - d) p, d the decay (Polyak & Juditsky, 1992; Tarvainen & Valpola, 2017)
         "swa": the mean of all n (Izmailov et al., 2018)
 
-    `debias` leaves out the value that an EMA starts from: the factors of the p, powers of d, are
+    `debias` gives the initial value of an EMA no weight: the weights of the p, powers of d, are
     scaled to the sum 1, so the first average is the first p. Without it m starts from the weights
-    before update `start`. Read it with `averaged_params`.
+    before update `start`. Read the average with `averaged_params`.
 
     Args:
-        tx: the optimizer; None: nothing, for the end of an `optax.chain`. Every transformation that
-            changes updates has to come before.
-        kind: which average.
-        decay: the fraction of an EMA that is kept, 0 up to but not including 1.
+        tx: the optimizer; None to use the result as the last element of an `optax.chain`. No
+            transformation after it may change the updates.
+        kind: the kind of average.
+        decay: the fraction of the old EMA that an update keeps, in [0, 1).
         debias: see above; for "ema".
-        start: the first update whose weights count, 1 or above.
-        every: the distance between two updates that count, 1 or above.
+        start: the first update whose weights are averaged, 1 or above.
+        every: the number of updates between two averaged weights, 1 or above.
 
     Raises:
-        ValueError: for an impossible argument.
+        ValueError: for an invalid argument.
 
     >>> tx = weight_average(optax.sgd(1.0), kind="swa")
     >>> params = {"w": jnp.array(0.0)}
@@ -75,7 +75,7 @@ def weight_average(
         )
 
     def init(params: Params) -> WeightAverageState:
-        # A copy: the weights' own buffers may be donated to a step.
+        # A copy, because the buffers of the weights may be donated to a step.
         average = jax.tree.map(
             lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True),
             params,
@@ -90,7 +90,7 @@ def weight_average(
         kept = kept_fraction(
             None if kind == "swa" else decay, kind == "ema" and debias, state.averaged
         )
-        # Nothing is averaged before `start`: the average is the weights, kept 0.
+        # Before `start` the average equals the weights (kept = 0).
         kept = jnp.where(counts, kept, jnp.where(number < start, 0.0, 1.0))
         average = jax.tree.map(
             lambda old, new: blend(old, new.astype(old.dtype), kept.astype(old.dtype)),
@@ -106,20 +106,20 @@ def weight_average(
 def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
     """Returns the averaged weights in an optimizer's state.
 
-    Under `jax.vmap` or `jax.pmap`, with whatever further axes both have.
+    Both arguments may have additional leading axes, from `jax.vmap` or `jax.pmap`.
 
     Args:
-        opt_state: of an optimizer with one `weight_average` in it, however deep.
-        params: the weights; they give the dtypes.
+        opt_state: the state of an optimizer with exactly one `weight_average`, at any depth.
+        params: the weights, for the dtypes.
 
     Raises:
-        ValueError: if there is not exactly one.
+        ValueError: if there is not exactly one average.
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, WeightAverageState))
     found = [node for node in nodes if isinstance(node, WeightAverageState)]
     if len(found) != 1:
         raise ValueError(
-            f"the optimizer's state holds {len(found)} averages of the weights, not one. Wrap the "
-            "optimizer in bnjax.clinic.averaging.weight_average, once."
+            f"the optimizer's state has {len(found)} averages of the weights, not one. Wrap the "
+            "optimizer in bnjax.clinic.averaging.weight_average exactly once."
         )
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found[0].average, params)

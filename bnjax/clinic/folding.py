@@ -1,4 +1,4 @@
-"""Folding batch norms into the layers beside them."""
+"""Folds batch norms into neighbouring layers."""
 
 import dataclasses
 import inspect
@@ -21,21 +21,21 @@ from bnjax.norms import StandardizedConv
 from bnjax.norms.per_example import standardize
 from bnjax.types import Array, Images, Logits, Mask
 
-# By their exact types: a subclass may do something else with its kernel.
+# Exact types: a subclass may use its kernel differently.
 LAYERS = (nn.Conv, nn.Dense, StandardizedConv)
-# Where the norm stands: after the layer, or before it.
+# The position of the norm: after or before the layer.
 Place = Literal["after", "before"]
 
 
 class Folded(nn.Module):
-    """A network without the norms that were folded into its layers.
+    """A network with norms folded into its layers.
 
-    Its parameters keep their names. Folded norms return their input and have no leaves; their
-    layers have a bias, and use a standardised kernel as it is stored.
+    Parameters keep their names. Folded norms return their input and have no leaves; their layers
+    have a bias, and do not standardise their kernel again.
 
     Attributes:
         unfolded: the network with its norms.
-        pairs: the paths of each folded norm and of the layer that has it now.
+        pairs: the paths of each folded norm and of its layer.
     """
 
     unfolded: nn.Module
@@ -44,7 +44,7 @@ class Folded(nn.Module):
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]."""
-        # In this module's own scope, so that the leaves keep their names.
+        # In the scope of this module, so that the variables keep their names.
         model = self.unfolded.copy(parent=self.scope, name=None)
         norms, layers = ({tuple(path) for path in side} for side in zip(*self.pairs, strict=True))
 
@@ -63,7 +63,7 @@ class Folded(nn.Module):
 
 
 def _unchanged(norm: Any, x: Array, *_: Any, **__: Any) -> Array:
-    """Returns the input in the dtype that the norm's output had."""
+    """Returns the input in the dtype of the norm's output."""
     affine = [jnp.zeros((), norm.param_dtype)] if norm.use_scale or norm.use_bias else []
     return x.astype(canonicalize_dtype(x, *affine, dtype=norm.dtype))
 
@@ -73,7 +73,7 @@ def _lacks_bias(layer: Any) -> bool:
 
 
 def _with_bias(layer: Any) -> nn.Module:
-    """Returns the layer with a bias and without standardisation, in the same place."""
+    """Returns the layer with a bias and without standardisation, in the same scope."""
     kind: Callable[..., nn.Module] = nn.Dense if isinstance(layer, nn.Dense) else nn.Conv
     fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
     return kind(**fields | {"use_bias": True, "name": None, "parent": layer.scope})
@@ -91,22 +91,22 @@ def fold_pair(
     norm: Place,
     groups: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns kernel and bias of one layer that replaces layer and norm in evaluation.
+    """Returns kernel and bias of a layer that replaces a layer and its norm in evaluation.
 
     With the gain g = scale / sqrt(var + epsilon), a norm after the layer gives
-    kernel' = kernel g and bias' = (bias - mean) g + shift, over the outputs; one before it gives
+    kernel' = kernel g and bias' = (bias - mean) g + shift, over the outputs; a norm before it gives
     kernel' = g kernel and bias' = bias + the sum of kernel (shift - mean g), over the inputs. The
     latter is exact only if the layer does not pad.
 
     Args:
-        kernel: [..., in / groups, out], as Flax has it.
+        kernel: [..., in / groups, out], as in Flax.
         bias: [out]; None for 0.
-        scale, shift: of the norm, [c]; None for 1 and 0.
-        mean, var: likewise; the variance is the one that the norm divides by.
+        scale, shift: the affine parameters of the norm, [c]; None for 1 and 0.
+        mean, var: the running statistics of the norm, [c].
         epsilon: added to the variance.
-        norm: where the norm stands. "after": c = out. "before": c = in, or divides it where
-            positions were flattened into channels, channels last: input j is of channel j mod c.
-        groups: of a convolution, its `feature_group_count`.
+        norm: the position of the norm. "after": c = out. "before": c = in, or c divides it if
+            positions were flattened into channels, channels last: input j has channel j mod c.
+        groups: `feature_group_count` of a convolution.
 
     Returns:
         Both in the dtype of the kernel, computed in float64.
@@ -148,13 +148,13 @@ def fold_pair(
 
 
 class NormFold(NamedTuple):
-    """What became of one norm.
+    """The result of folding one norm.
 
     Attributes:
-        norm: its path.
-        layer: the path of the layer that it was folded into, None if it stays.
-        place: where it stood.
-        reason: why it stays.
+        norm: the path of the norm.
+        layer: the path of the layer with the folded norm; None if the norm stays.
+        place: the position of the norm.
+        reason: why the norm stays.
     """
 
     norm: Path
@@ -164,36 +164,36 @@ class NormFold(NamedTuple):
 
 
 class Folding(NamedTuple):
-    """A folded network, and what became of each of its norms, in the order of their calls."""
+    """A folded network, and the result for each of its norms, in the order of their calls."""
 
     network: Network
     norms: tuple[NormFold, ...]
 
     @property
     def pairs(self) -> Sequence[tuple[Path, Path]]:
-        """The paths of all folded norms and of the layers that have them now."""
+        """The paths of all folded norms and of their layers."""
         return self.network.model.pairs if isinstance(self.network.model, Folded) else ()
 
 
 def fold(network: Network, images: Images) -> Network:
-    """Returns the network with its batch norms folded into its layers where that is exact.
+    """Folds the batch norms of a network into its layers where that is exact.
 
-    Arguments as for `plan`, which also returns what became of each norm.
+    Arguments as for `plan`, which also returns the result for each norm.
     """
     return plan(network, images).network
 
 
 def plan(network: Network, images: Images) -> Folding:
-    """Returns the folded network, and for each norm the layer that has it or why it stays.
+    """Returns the folded network, and for each norm its layer or why it stays.
 
     The operations between a norm and a layer are read from the traced program. A norm is folded
-    into the layer before it if nothing else reads that layer's output and only sums or maxima of
-    one channel's values lie between; else into the layer after it under the same conditions. It
-    stays where an activation, zero padding of a convolution, or a maximum with a negative gain
-    lies between. Computed in float64 on the host.
+    into the layer before it if nothing else reads the output of that layer and there are only sums
+    or maxima within a channel between them; otherwise into the layer after it, under the same
+    conditions. An activation, zero padding of a convolution, or a maximum with a negative gain
+    between them prevents folding. Computed in float64 on the host.
 
     In evaluation the logits are the same except for rounding; `difference` measures it. Measure it
-    where a module reads the kernel of another, as with tied weights, which is not noticed here.
+    if a module reads the kernel of a different module (tied weights), which `plan` does not detect.
 
     Args:
         network: from `bnjax.clinic.linen`.
@@ -253,7 +253,7 @@ def plan(network: Network, images: Images) -> Folding:
 def difference(logits: Logits, others: Logits) -> float:
     """Returns the largest difference between two sets of logits, in units of the largest logit.
 
-    0 where both are 0, as of a network whose last layer was not trained.
+    0 if all logits are 0, for instance with an untrained last layer.
 
     >>> difference(np.array([[4.0, -8.0]]), np.array([[4.0, -6.0]]))
     0.25
@@ -266,7 +266,7 @@ def difference(logits: Logits, others: Logits) -> float:
 
 
 def _is_of_interest(module: Any) -> bool:
-    if isinstance(module, NORMS):  # one that was folded before has no leaves
+    if isinstance(module, NORMS):  # an already folded norm has no leaves
         return module.has_variable("batch_stats", "mean")
     return isinstance(module, LAYERS)
 
@@ -275,26 +275,26 @@ def _hindrance(nodes: list[Node], about: NormLayer) -> str:
     """Returns why a norm cannot be folded into any layer; empty if it can."""
     norm = nodes[0].module
     if about.by_batch:
-        return "it normalises by the batch in evaluation too"
+        return "it also normalises by the batch in evaluation"
     if any(node.has_computed for node in nodes):
-        return "it does not use its parameters as they are stored"
+        return "it transforms its stored parameters"
     if type(norm).__call__ not in [kind.__call__ for kind in NORMS]:
-        return f"it is a {type(norm).__name__}, which may do something else in evaluation"
+        return f"it is a {type(norm).__name__}, which may behave differently in evaluation"
     last = len(about.shape) - 1
-    return "" if about.axes == tuple(range(last)) else "its channels are not the last axis alone"
+    return "" if about.axes == tuple(range(last)) else "its channels are not only the last axis"
 
 
 class Origin(NamedTuple):
-    """The module whose output reaches the input of another, which alone reads it.
+    """The module whose output is the input of a single other module.
 
-    On the way values may be summed and maxima taken of values of one channel, so that with a gain
-    a >= 0 and a shift b for each channel a * x + b becomes a * way(x) + factor * b.
+    In between there may be sums and maxima within a channel: f(x). With a gain a >= 0 and a shift b
+    per channel, f(a * x + b) = a * f(x) + factor * b.
 
     Attributes:
-        path: of the module; None if there is none.
+        path: the path of the module; None if there is none.
         factor: see above.
-        has_maxima: whether a maximum is taken; without one, any gain will do.
-        reason: why there is none.
+        has_maxima: whether f has a maximum; without a maximum the gain may be negative.
+        reason: why there is no such module.
     """
 
     path: Path | None = None
@@ -309,11 +309,11 @@ def _origin(node: Node) -> Origin:
     while len(node.inputs) == 1:
         (node,) = node.inputs
         if node.module is None and node.equation is None:
-            return Origin(reason="is that of the network")
+            return Origin(reason="is the input of the network")
         if len(node.readers) > 1:
             places = f"goes to several places ({_readers(node)})"
             return Origin(reason=f"comes from {_name(node)}, which {places}")
-        # Under nn.vmap there is an axis more than the module sees, at a place that is not known.
+        # Under nn.vmap there is an additional axis at an unknown position.
         if node.module is not None and (not kind or node.shape == node.returned):
             return Origin(node.path, factor, has_maxima)
         step = None if node.module is not None else _step(node.equation)
@@ -334,7 +334,7 @@ def _readers(node: Node) -> str:
 def _neighbour(
     calls: dict[Path, list[Node]], origins: dict[Path, Origin], norm: Path, place: Place
 ) -> tuple[Node, Origin]:
-    """Returns the layer beside a norm, and the way between them; ValueError says why none fits."""
+    """Returns the layer next to a norm and its origin; raises ValueError if it cannot be folded."""
     if place == "after":
         origin, path = origins[norm], origins[norm].path
         if path is None:
@@ -343,19 +343,19 @@ def _neighbour(
         path = next((path for path, one in origins.items() if one.path == norm), None)
         if path is None:
             readers = _readers(calls[norm][0])
-            raise ValueError(f"no layer alone reads its output, which goes to {readers}")
+            raise ValueError(f"its output is not the input of one layer: it goes to {readers}")
         origin = origins[path]
     layer = calls[path][0]
     if len(calls[path]) != len(calls[norm]):
         raise ValueError(f"{_name(layer)} is called with and without it")
     if any(node.has_computed for node in calls[path]):
-        raise ValueError(f"{_name(layer)} does not use its parameters as they are stored")
+        raise ValueError(f"{_name(layer)} transforms its stored parameters")
     if type(layer.module) not in LAYERS or getattr(layer.module, "mask", None) is not None:
-        raise ValueError(f"beside it is {_name(layer)}, a {layer.kind}")
+        raise ValueError(f"its neighbour {_name(layer)} is a {layer.kind}")
     return layer, origin
 
 
-# An operation that only moves values.
+# The result of `_step` for an operation that only moves values.
 MOVED = (1.0, False)
 
 
@@ -395,7 +395,7 @@ def _step(equation: Any) -> tuple[float, bool] | None:
     elif kind in ("reduce_window_sum", "reduce_window_max"):
         window, padding = params["window_dimensions"], params["padding"]
         steps = (window[-1], params["window_strides"][-1], *params["base_dilation"])
-        # Padding is 0 in a sum, and does not count in a maximum.
+        # Padding adds 0 to a sum, and does not affect a maximum.
         padded = any(map(any, padding if kind == "reduce_window_sum" else padding[-1:]))
         if padded or any(step != 1 for step in steps):
             return None
@@ -405,14 +405,14 @@ def _step(equation: Any) -> tuple[float, bool] | None:
     return (1.0, True) if kind.endswith("max") else (float(count), False)
 
 
-# Kernel and bias of a layer, in float64.
+# The kernel and bias of a layer, float64.
 Weights = tuple[np.ndarray, np.ndarray]
 
 
 def _with_norm(
     weights: Weights, layer: Node, norm: Node, place: Place, origin: Origin, stored: dict[Path, Any]
 ) -> Weights:
-    """Returns weights of a layer with a norm folded in; ValueError says why that is not exact."""
+    """Returns the weights with a norm folded in; raises ValueError if that is not exact."""
     name, module = ".".join(layer.path), layer.module
     kernel, bias = map(np.copy, weights)
     var = np.asarray(stored[*norm.path, "var"])
@@ -421,14 +421,14 @@ def _with_norm(
         np.asarray(stored.get((*norm.path, leaf), default), np.float64)
         for leaf, default in defaults.items()
     )
-    # Under nn.scan and nn.vmap the first axes are of several norms and as many layers.
+    # Under nn.scan and nn.vmap the first axes enumerate norms and layers.
     stack, many = var.shape[:-1], kernel.shape[: kernel.ndim - _rank(module)]
     if stack != many:
-        raise ValueError(f"there are {[*stack]} norms and {[*many]} times {name}")
+        raise ValueError(f"there are {[*stack]} norms, but {[*many]} times {name}")
     if origin.has_maxima and (scale < 0).any():
-        raise ValueError(f"between {name} and it a maximum is taken, and some gains are negative")
+        raise ValueError(f"there is a maximum between {name} and it, and some gains are negative")
     if place == "before" and (shift.any() or mean.any()) and _adds_zeros(module):
-        raise ValueError(f"{name} adds zeros to its input, which before the norm are not zeros")
+        raise ValueError(f"{name} adds zeros to its input, which are not zeros before the norm")
     factor = origin.factor if place == "before" else 1 / origin.factor
     for index in np.ndindex(stack):
         kernel[index], bias[index] = fold_pair(
@@ -446,7 +446,7 @@ def _with_norm(
 
 
 def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
-    """Returns the kernel that a layer uses, and its bias, 0 if it has none."""
+    """Returns the kernel of a layer, standardised if it does so, and its bias or zeros."""
     kernel, bias = stored[*layer.path, "kernel"], stored.get((*layer.path, "bias"))
     many = kernel.shape[: kernel.ndim - _rank(layer.module)]
     if isinstance(layer.module, StandardizedConv):
@@ -459,12 +459,12 @@ def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
 
 
 def _rank(layer: Any) -> int:
-    """Returns how many axes the kernel of one layer has."""
+    """Returns the rank of the kernel of one layer."""
     return 2 if isinstance(layer, nn.Dense) else 2 + np.size(layer.kernel_size)
 
 
 def _adds_zeros(layer: Any) -> bool:
-    """Returns whether a layer puts zeros around its input or between the values."""
+    """Returns whether a layer adds zeros around its input or between the values."""
     if isinstance(layer, nn.Dense):
         return False
     padding = canonicalize_padding(layer.padding, _rank(layer) - 2)

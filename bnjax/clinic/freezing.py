@@ -16,22 +16,20 @@ from bnjax.types import Array, BatchStats, Params, Tree
 
 
 def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
-    """Returns the model with the statistics of some norms frozen: a model like any other.
+    """Returns the model with frozen statistics of some norms.
 
-    In training too these norms normalise by their running statistics, which are constants to the
-    gradient, and leave them as they are; their scale and bias still train. Everything else is the
-    model's own: fields, parameters, statistics, and the arguments of `__call__`, so that
-    checkpoints fit both and `train_step` passes a mask to both or to none.
+    In training these norms also normalise by their running statistics, constants for the gradient,
+    and do not update them; scale and bias are still trained. Fields, parameters, statistics and the
+    arguments of `__call__` are unchanged, so checkpoints and masks work as before.
 
     Args:
-        model: any linen module whose norms are Flax's or bnjax's BatchNorm, under `nn.scan`,
-            `nn.remat` and `nn.vmap` too.
-        patterns: of the names that `bnjax.clinic.Network.norms` gives, as for a shell:
+        model: any linen module whose norms are Flax's or bnjax's BatchNorm, also under `nn.scan`,
+            `nn.remat` and `nn.vmap`.
+        patterns: shell patterns for the names from `bnjax.clinic.Network.norms`:
             "BasicBlock_0.*", "*.norm_proj", "*" for all.
 
     Raises:
-        ValueError: from the first call of the model on, if a pattern matches no norm that it
-            calls; the names are listed.
+        ValueError: in a call of the model, if a pattern matches no norm; lists the names.
 
     >>> from bnjax.models.convnet import ConvNet
     >>> from bnjax.train_step import forward, init_variables
@@ -47,8 +45,8 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     """
     kind = type(model)
 
-    # A new class, since Flax and `train_step` look at the class. Flax has wrapped the method that
-    # this one calls, and must not wrap it again.
+    # A new class, because Flax and `train_step` inspect the class. Flax has already wrapped the
+    # inner method, and must not wrap this one.
     @nn.nowrap
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         names: dict[str, None] = {}
@@ -59,7 +57,7 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
             if not matches(name, patterns):
                 return call(x, *args, **kwargs)
             object.__setattr__(norm, FROZEN, True)
-            # `use_running_average` may be given in one place only: here in the call.
+            # `use_running_average` may be given in one place only, here in the call.
             fields = {"use_running_average": None, "statistics": "running", "update_average": False}
             with with_fields(norm, **fields):
                 return call(x, **{**kwargs, "use_running_average": True})
@@ -80,17 +78,17 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
 
 
 def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree:
-    """Returns a tree of bools like `params`: True at scale and bias of the norms that match.
+    """Returns a tree of bools like `params`: True at scale and bias of the matching norms.
 
     It is a mask for `optax.masked` and for `without_frozen`.
 
     Args:
         params: the weights, or their shapes.
-        batch_stats: the running statistics, or their shapes; they say which are the norms.
+        batch_stats: the running statistics, or their shapes; they identify the norms.
         patterns: as for `freeze_statistics`.
 
     Raises:
-        ValueError: if a pattern matches no norm; the names are listed.
+        ValueError: if a pattern matches no norm; lists the names.
 
     >>> params = {"dense": {"kernel": 1, "bias": 2}, "norm": {"scale": 3, "bias": 4}}
     >>> affine_mask(params, {"norm": {"mean": jax.numpy.zeros(2), "var": jax.numpy.ones(2)}}, "*")
@@ -103,13 +101,13 @@ def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree
 
 
 def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.GradientTransformation:
-    """Returns an optimizer that leaves parameters alone where the mask is True.
+    """Returns an optimizer that does not update parameters where the mask is True.
 
-    `tx` neither sees nor keeps anything of them: no decay moves them, and a norm of all gradients
-    is that of the others. (`optax.transforms.freeze` only sets updates to 0.)
+    `tx` gets only the other parameters: no weight decay of masked parameters, and a global gradient
+    norm excludes them. (`optax.transforms.freeze` only sets updates to 0.)
 
     Args:
-        tx: the optimizer of the others.
+        tx: the optimizer of the other parameters.
         mask: a tree of bools like the parameters, for instance from `affine_mask`.
 
     >>> import jax.numpy as jnp
@@ -125,10 +123,10 @@ def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.Gradie
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """Returns the names that at least one pattern matches, in their order.
+    """Returns the names that match at least one pattern, in their order.
 
     Raises:
-        ValueError: if there is no pattern, or one that matches nothing.
+        ValueError: if there is no pattern, or a pattern matches no name.
 
     >>> matching(["conv0_norm", "conv1_norm", "head.norm"], ["conv*", "*.norm"])
     ['conv0_norm', 'conv1_norm', 'head.norm']
@@ -136,14 +134,14 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     names, patterns = [*names], [*patterns]
     idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if idle or not patterns:
-        which = f"no norm is called {' or '.join(map(repr, idle))}" if idle else "there is no name"
+        which = f"no norm matches {' or '.join(map(repr, idle))}" if idle else "there is no name"
         raise ValueError(
-            f"{which}. The norms of this model are: {', '.join(names) or 'none'}. Name them, or "
-            "use patterns as for a shell: '*' is any number of characters, dots too."
+            f"{which}. The norms of this model are: {', '.join(names) or 'none'}. Use their names "
+            "or shell patterns: '*' matches any characters, including dots."
         )
     return [name for name in names if matches(name, patterns)]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Returns whether a pattern matches the name."""
+    """Returns whether the name matches a pattern."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Traced programs: a walker over their equations, and the graph of a network's layers."""
+"""A walker over the equations of traced programs, and the graph of a network's layers."""
 
 import dataclasses
 import re
@@ -14,9 +14,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from bnjax.clinic.linen import Network, run_unsynced
 
 Path = tuple[str, ...]
-# An equation and a value of any kind for each of its operands, to one for each of its results.
+# (equation, *values of its operands) -> values of its results; values of any kind.
 Rule = Callable[..., Sequence[Any]]
-# Equations that only call a program.
+# Primitives that only call a program.
 CALLS = {
     "pjit",
     "jit",
@@ -32,7 +32,7 @@ CALLS = {
 
 
 def traced(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns the closed jaxpr of a function, without what its results do not depend on."""
+    """Returns the closed jaxpr of a function, without dead code."""
     program = jax.make_jaxpr(function)(*arguments)
     jaxpr, _ = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars), instantiate=True)
     return core.ClosedJaxpr(jaxpr, program.consts)
@@ -41,13 +41,13 @@ def traced(function: Callable[..., Any], *arguments: Any) -> Any:
 def evaluate(
     program: Any, inputs: Sequence[Any], rule: Rule, inlined: Callable[[Any], bool] = lambda _: True
 ) -> list[Any]:
-    """Returns the results of a program, computed by a rule from values of any kind.
+    """Evaluates a program with a rule for its equations, on values of any kind.
 
     Args:
         program: from `traced`.
         inputs: a value for each input. Constants and literals are arrays.
         rule: computes the results of an equation.
-        inlined: whether to inline a called program; if not, the rule is given the call.
+        inlined: whether to inline a called program; otherwise the rule gets the call.
     """
     jaxpr = program.jaxpr
     values = dict(zip(jaxpr.constvars, program.consts, strict=True))
@@ -69,11 +69,11 @@ def evaluate(
 
 
 def programs(equation: Any) -> list[Any]:
-    """Returns the programs that an equation calls, repeats or chooses from, as closed jaxprs."""
+    """Returns the programs in an equation (calls, loops, branches), as closed jaxprs."""
     found = []
     for value in equation.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(inner, core.ClosedJaxpr):  # since JAX 0.12 the two are one class
+            if isinstance(inner, core.ClosedJaxpr):  # one class with Jaxpr since JAX 0.12
                 found.append(inner)
             elif isinstance(inner, core.Jaxpr):
                 found.append(core.ClosedJaxpr(inner, ()))
@@ -85,15 +85,15 @@ class Node:
     """A call of a module, or an operation outside of such calls.
 
     Attributes:
-        path: of the module; of an operation that of the module around it, and its own name.
+        path: the path of the module; for an operation, the path of its module and its name.
         kind: the class of the module, or the name of the operation.
-        module: its fields; None for an operation.
-        returned: the shape of the module's output, as the module sees it.
-        shape: the shape of the output in the program; under `nn.vmap` it has one axis more.
+        module: the module; None for an operation.
+        returned: the shape of the output inside the module.
+        shape: the shape of the output in the program; under `nn.vmap` it has an additional axis.
         equation: the operation.
-        inputs: the nodes that it computes from, each once.
-        readers: the nodes that compute from it, each once.
-        has_computed: whether it uses parameters that are computed from the stored ones.
+        inputs: the nodes of its inputs, each once.
+        readers: the nodes that use its output, each once.
+        has_computed: whether it uses parameters that are computed from the stored parameters.
     """
 
     path: Path
@@ -107,7 +107,7 @@ class Node:
     has_computed: bool = False
 
     def read(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
-        """Notes the nodes among the values that this node computes from."""
+        """Adds the nodes among the values to the inputs."""
         for variable, value in zip(variables, values, strict=True):
             if isinstance(value, Node) and value is not self:
                 value.shape = tuple(variable.aval.shape)
@@ -117,12 +117,12 @@ class Node:
 
 
 class _Parameter(NamedTuple):
-    """A parameter, or what the call with this number computes from some; None: as stored."""
+    """A stored parameter, or one computed from stored parameters in the call with this index."""
 
     computed_in: int | None
 
 
-# The name of the scope in which call 3 computes is "@3@".
+# The name scope of call 3 is "@3@".
 _MARK = re.compile("@([0-9]+)@")
 
 
@@ -134,18 +134,18 @@ def layers(
     dropout: Any = None,
     chosen: Callable[[Any], bool] = lambda module: True,
 ) -> list[Node]:
-    """Returns the graph of a network: nodes in the order of their computation; computes nothing.
+    """Returns the graph of a network as nodes in the order of computation, by tracing only.
 
-    The first node is the images, the last one the logits. What depends on no image, and what the
-    logits do not depend on, is left out. A loop or a branch with modules inside is an operation
-    before and another after its body.
+    The first node is the images, the last the logits. Operations that do not depend on the images,
+    or do not affect the logits, are omitted. A loop or branch with modules inside has one operation
+    before and one after its body.
 
     Args:
-        network: its variables, or their shapes.
+        network: a network; the variables may be shapes.
         batch: `image` [n, h, w, c], or its shape.
-        train: trace training, or evaluation.
-        dropout: the key of the dropped units.
-        chosen: whether a bound module is a node if it calls no other one.
+        train: whether to trace training instead of evaluation.
+        dropout: the key for dropout.
+        chosen: whether a bound module without submodule calls is a node.
     """
     calls: list[Node] = []
     split: set[int] = set()  # calls of modules that are not nodes
@@ -173,7 +173,7 @@ def layers(
 
     program = traced(logits, (network.params, network.batch_stats), batch["image"])
     images = Node(("images",), "Placeholder", shape=batch["image"].shape)
-    found = {images: None}  # in their order
+    found = {images: None}  # an ordered set
 
     def rule(equation: Any, *values: Any) -> list[Any]:
         marks = _MARK.findall(str(equation.source_info.name_stack))
@@ -209,7 +209,7 @@ def layers(
 
 
 def name_of(equation: Any) -> str:
-    """Returns the name of an operation; of a function the one that its author gave it."""
+    """Returns the name of an operation; for a function call, the name of the function."""
     if "name" in equation.params:
         return str(equation.params["name"])
     inner = [one.jaxpr.eqns for one in programs(equation) if len(one.jaxpr.eqns) == 1]

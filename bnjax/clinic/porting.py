@@ -1,4 +1,4 @@
-"""Weights and statistics of torch and Keras, there and back."""
+"""Converts weights and statistics to and from torch and Keras."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from bnjax.types import Array, BatchStats, Params
 
 Framework = Literal["torch", "keras"]
 Arrays = dict[str, np.ndarray]
-# The running variance of each: divided by n or by n - 1. Keras 3; the fused kernel of TensorFlow,
-# which Keras 2 uses for images, has the unbiased one, as torch.
+# The divisor of the running variance: n or n - 1. For Keras 3; Keras 2 uses TensorFlow's fused
+# kernel for images, with the unbiased variance as in torch.
 STORED = {"torch": "unbiased", "keras": "biased"}
 SEPARATOR = {"torch": ".", "keras": "/"}
-# Their names of our leaves.
+# The framework's names of our leaves.
 LEAVES: dict[str, dict[str, str]] = {
     "torch": {
         "kernel": "weight",
@@ -36,7 +36,7 @@ LEAVES: dict[str, dict[str, str]] = {
     },
     "keras": {
         "kernel": "kernel",
-        "bias": "bias",  # of a norm "beta"
+        "bias": "bias",  # "beta" in a norm
         "scale": "gamma",
         "mean": "moving_mean",
         "var": "moving_variance",
@@ -45,7 +45,7 @@ LEAVES: dict[str, dict[str, str]] = {
 
 
 def converted_momentum(framework: Framework, momentum: float) -> float:
-    """Returns their momentum for ours, or ours for theirs: torch's is one minus the fraction kept.
+    """Converts a momentum to or from a framework's convention: torch's is one minus ours.
 
     >>> converted_momentum("torch", 0.9), converted_momentum("keras", 0.9)
     (0.1, 0.9)
@@ -55,21 +55,21 @@ def converted_momentum(framework: Framework, momentum: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The layers of ours and theirs that correspond.
+    """The mapping between our layers and the framework's layers.
 
     Attributes:
-        names: our path of a layer, with dots, to their name of it. `{word}` stands for a part of
-            one element of the path, the same on both sides, and the first row that fits counts:
-            {"layer{s}_{b}.{name}": "layer{s}.{b}.{name}"}. None: all have the same names.
-        flattened: our path of each layer whose input is flattened images, a dense one or a norm, to
-            their shape [h, w, c]: torch has the channels first there, Flax and Keras last.
+        names: our dotted layer path -> the framework's name. `{word}` matches a part of one path
+            element, the same on both sides; the first matching row applies:
+            {"layer{s}_{b}.{name}": "layer{s}.{b}.{name}"}. None: the names are equal.
+        flattened: our path of each dense layer or norm with flattened images as input -> their
+            shape [h, w, c]: torch flattens with channels first, Flax and Keras with channels last.
     """
 
     names: Mapping[str, str] | None = None
     flattened: Mapping[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
 
     def name(self, layer: str, framework: Framework) -> str | None:
-        """Returns their name of a layer of ours; None if no row fits.
+        """Returns the framework's name of our layer; None if no row matches.
 
         >>> Table({"block{i}.{name}": "features.{i}.{name}"}).name("block3.conv", "torch")
         'features.3.conv'
@@ -87,10 +87,10 @@ SAME_NAMES = Table()
 
 
 def read_table(file: Path) -> Table:
-    """Returns the table in a JSON file: an object with the attributes of `Table`, each optional.
+    """Reads a table from a JSON file: an object with the attributes of `Table`, each optional.
 
     Raises:
-        UserError: if the file is no such table.
+        UserError: if the file is not a valid table.
     """
     try:
         content = json.loads(file.read_text())
@@ -101,16 +101,13 @@ def read_table(file: Path) -> Table:
         return Table(names, shapes, **content)
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise UserError(
-            f"{file} is no table of layers ({error}). It is JSON, for instance "
+            f"{file} is not a valid table of layers ({error}). Write JSON, for instance "
             '{"names": {"conv{i}": "features.{i}"}, "flattened": {"dense0": [4, 4, 64]}}.'
         ) from error
 
 
 def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
-    """Returns the table of a network whose layers have the same names there.
-
-    It says which layers are given flattened images [h, w, c].
-    """
+    """Returns the table of a network with equal layer names and its flattened layers."""
     first = "dense0" if model.dense else "logits"
     layers = [first]
     if model.placement == "pre" and model.norm is not None:
@@ -124,13 +121,13 @@ def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
 
 
 class _Entry(NamedTuple):
-    """The place of a leaf of ours in their network.
+    """The layout of one of our leaves in the framework.
 
     Attributes:
-        path: ours, the collection first.
-        rows: their order of our first axis, where that is flattened images.
-        axes: ours in their order.
-        shape: theirs.
+        path: our path, starting with the collection.
+        rows: the framework's order of our first axis, for flattened images.
+        axes: our axes in the framework's order.
+        shape: the framework's shape.
     """
 
     path: tuple[str, ...]
@@ -139,7 +136,7 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
     def to(self, ours: np.ndarray) -> np.ndarray:
-        """Returns the leaf in their layout, in new memory."""
+        """Returns a copy of the leaf in the framework's layout."""
         dtype = np.int64 if self.path[-1] == "count" else None
         return np.array(ours[self.rows].transpose(self.axes), dtype, order="C")
 
@@ -150,9 +147,9 @@ class _Entry(NamedTuple):
         return jnp.asarray(ours)
 
     def fits(self, theirs: tuple[int, ...], framework: Framework) -> bool:
-        """Returns whether a leaf of theirs with this shape is this one."""
+        """Returns whether the framework's leaf of this shape fits."""
         if framework == "keras" and len(theirs) == 4 and self.shape[2:3] == (1,):
-            # A depthwise kernel is [h, w, 1, c * multiplier] here and [h, w, c, multiplier] there.
+            # A depthwise kernel: [h, w, 1, c * multiplier] here, [h, w, c, multiplier] in Keras.
             return theirs[:2] == self.shape[:2] and theirs[2] * theirs[3] == self.shape[3]
         return theirs == self.shape
 
@@ -160,11 +157,7 @@ class _Entry(NamedTuple):
 def _entries(
     framework: Framework, params: Params, batch_stats: BatchStats, table: Table
 ) -> dict[str, _Entry]:
-    """Returns each leaf's place in their network by its key there.
-
-    Raises:
-        UserError: if a layer has no name there, a leaf no counterpart, or two leaves the same.
-    """
+    """Returns the layout of each leaf, by the framework's key."""
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats})
     kernels = {path[1:-1] for path in leaves if path[-1] == "kernel"}
     layers = {".".join(path[1:-1]) for path in leaves}
@@ -175,12 +168,12 @@ def _entries(
         shape, rank, name, layer = tuple(leaf.shape), leaf.ndim, path[-1], ".".join(path[1:-1])
         theirs, there = LEAVES[framework].get(name), table.name(layer, framework)
         if there is None:
-            raise UserError(f"no row of names in the table fits the layer {layer}.")
+            raise UserError(f"no row of names in the table matches the layer {layer}.")
         if theirs is None or rank not in {"kernel": (2, 3, 4, 5), "count": (0,)}.get(name, (1,)):
             raise UserError(
                 f"{'.'.join(path)}, of shape {list(shape)}, has no counterpart in {framework}. "
-                f"What can be ported: {', '.join(LEAVES[framework])} of single layers; those that "
-                "nn.scan or nn.vmap have stacked have to be taken apart first."
+                f"Supported leaves: {', '.join(LEAVES[framework])} of single layers; split layers "
+                "stacked by nn.scan or nn.vmap first."
             )
         is_norm = path[1:-1] not in kernels
         if framework == "keras" and name == "bias" and is_norm:
@@ -191,13 +184,13 @@ def _entries(
         image = table.flattened.get(layer)
         if framework == "torch" and image and rank and (name == "kernel" or is_norm):
             if math.prod(image) != shape[0]:
-                raise UserError(f"{'.'.join(path)} {list(shape)} takes no images {list(image)}.")
-            # Flattened images have the channels first there.
+                raise UserError(f"{'.'.join(path)} {list(shape)} does not fit {list(image)}.")
+            # torch flattens images with the channels first.
             rows = np.arange(math.prod(image)).reshape(image).transpose(2, 0, 1).ravel()
         key = f"{there}{SEPARATOR[framework]}{theirs}" if there else theirs
         if key in found:
             raise UserError(
-                f"{'.'.join(path)} and {'.'.join(found[key].path)} would both be {key}: give the "
+                f"{'.'.join(path)} and {'.'.join(found[key].path)} would both be {key}. Give the "
                 "layers different names in the table."
             )
         found[key] = _Entry(path, rows, axes, tuple(shape[i] for i in axes))
@@ -205,9 +198,9 @@ def _entries(
 
 
 def _implied(framework: Framework, places: Mapping[str, _Entry]) -> list[Arrays]:
-    """Returns, for each batch norm, the leaves of torch's without effect that ours does not have.
+    """Returns, for each batch norm, neutral values of torch's leaves that ours lacks.
 
-    A norm of torch has both scale and bias, or (affine=False) none.
+    A norm in torch has both scale and bias, or (affine=False) neither.
     """
     found = []
     for key, entry in places.items():
@@ -225,20 +218,21 @@ def _implied(framework: Framework, places: Mapping[str, _Entry]) -> list[Arrays]
 def port_to(
     framework: Framework, params: Params, batch_stats: BatchStats, table: Table = SAME_NAMES
 ) -> Arrays:
-    """Returns the leaves of a network by their keys and in their layout.
+    """Returns the leaves of a network with the framework's keys and layouts.
 
-    "torch": a `state_dict`. `num_batches_tracked` is the norm's `count`, or 0 if it has none: torch
-    uses it only where its momentum is None. A norm with a scale or a bias alone gets the other one,
-    as ones or zeros. "keras": arrays by "layer/variable", the paths of Keras' variables.
+    "torch": a `state_dict`. `num_batches_tracked` is the norm's `count`, or 0 without a count:
+    torch uses it only if its momentum is None. A norm with only a scale or a bias also gets the
+    other, as ones or zeros. "keras": arrays by "layer/variable", the paths of Keras variables.
 
     Args:
-        framework: theirs.
+        framework: the target.
         params: the weights.
-        batch_stats: the running statistics; perhaps empty.
+        batch_stats: the running statistics; may be empty.
         table: the names of the layers.
 
     Raises:
-        UserError: if a layer has no name there, a leaf no counterpart, or two leaves the same.
+        UserError: if a layer has no name or a leaf no counterpart in the framework, or two leaves
+            have the same key.
 
     >>> dense = {"logits": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)}}
     >>> {key: value.shape for key, value in port_to("torch", dense, {}).items()}
@@ -259,20 +253,20 @@ def port_from(
     like: tuple[Params, BatchStats],
     table: Table = SAME_NAMES,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters and running statistics of a network of theirs.
+    """Returns the parameters and running statistics from a framework's arrays.
 
-    Numbers get the dtype that the leaf has here. `num_batches_tracked` becomes the norm's `count`,
-    and is not needed where the norm has none; nor is a scale of ones or a bias of zeros where the
-    norm has no such leaf.
+    Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`; it is
+    ignored if the norm has no count, as are a scale of ones and a bias of zeros if the norm has no
+    such leaf.
 
     Args:
-        framework: theirs.
-        arrays: by key, as `port_to` returns them.
-        like: params and batch_stats of the network here, as arrays or as their shapes.
+        framework: the source.
+        arrays: arrays by key, as returned by `port_to`.
+        like: params and batch_stats of the network, as arrays or shapes.
         table: the names of the layers.
 
     Raises:
-        UserError: if keys are left over on either side or shapes differ; all are listed.
+        UserError: if keys are missing or unused, or shapes differ; lists all.
     """
     places = _entries(framework, *like, table)
     neutral = {key: value for one in _implied(framework, places) for key, value in one.items()}
@@ -285,17 +279,17 @@ def port_from(
         and not (key in neutral and np.array_equal(arrays[key], neutral[key]))
     ]
     shapes = [
-        f"{key} is {list(np.shape(arrays[key]))} and has to be {list(entry.shape)}"
+        f"{key} is {list(np.shape(arrays[key]))}, but has to be {list(entry.shape)}"
         for key, entry in places.items()
         if key in arrays and not entry.fits(np.shape(arrays[key]), framework)
     ]
     if lacking or left or shapes:
         raise UserError(
             "the two networks do not have the same layers."
-            + _listed("Needed here, and not there", lacking)
-            + _listed("There, and not needed here", left)
-            + _listed("Of another shape", shapes)
-            + "\nMend the table of names, or the network."
+            + _listed("Missing in the arrays", lacking)
+            + _listed("Not in this network", left)
+            + _listed("Different shapes", shapes)
+            + "\nCorrect the table of names, or the network."
         )
     leaves = flatten_dict({"params": like[0], "batch_stats": like[1]})
     trees = unflatten_dict(
@@ -308,10 +302,10 @@ def port_from(
 
 
 def read(file: Path) -> Arrays:
-    """Returns the arrays of a safetensors file by name; nothing is unpickled.
+    """Reads the arrays of a safetensors file by name, without pickle.
 
     Raises:
-        UserError: if it is missing, another file, or damaged.
+        UserError: if the file is missing, damaged, or of a different format.
     """
     if not file.is_file():
         raise UserError(f"there is no file {file}.")
@@ -320,8 +314,8 @@ def read(file: Path) -> Arrays:
             return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
-            f"{file} is no safetensors file, or damaged ({brief(error)}). Other "
-            "files may run code when they are read; bnjax port --help says how to save this one."
+            f"{file} is not a safetensors file, or is damaged ({brief(error)}). Other formats may "
+            "run code when they are read; bnjax port --help shows how to save this one."
         ) from error
 
 
@@ -333,7 +327,7 @@ def write(file: Path, arrays: Arrays) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # safetensors writes memory as it lies, whatever the strides are.
+        # safetensors writes the raw memory and ignores strides.
         solid = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         safetensors.numpy.save_file(solid, file, {"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:

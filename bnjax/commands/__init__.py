@@ -1,15 +1,15 @@
-"""The commands: each module has a function `run`, from whose signature tyro makes its options."""
+"""The commands: each module has a function `run`; tyro makes the options from its signature."""
 
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
-# Options of several commands.
+# Shared options.
 Workdir = Annotated[Path, arg(metavar="DIR", help="the folder of the run")]
-Checkpoint = Annotated[str, arg(metavar="best|last|STEP", help="which of its checkpoints")]
+Checkpoint = Annotated[str, arg(metavar="best|last|STEP", help="the checkpoint to use")]
 DataDir = Annotated[
-    str | None, arg(metavar="DIR", help="where the data lie, if not where they lay in training")
+    str | None, arg(metavar="DIR", help="the folder of the data; default: as in training")
 ]
-Out = Annotated[Path | None, arg(metavar="DIR", help="the folder to write the new network into")]
-Json = Annotated[bool, arg(help="print one JSON object, not a table")]
+Out = Annotated[Path | None, arg(metavar="DIR", help="the output folder for the new network")]
+Json = Annotated[bool, arg(help="print one JSON object instead of a table")]

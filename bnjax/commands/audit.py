@@ -1,4 +1,4 @@
-"""`bnjax audit`: what is wrong with the running statistics of a trained network."""
+"""`bnjax audit`: finds faults in the running statistics of a trained network."""
 
 import functools
 import html
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bnjax.data.batches import Examples
     from bnjax.types import Batch
 
-LEAST_BATCHES = 4  # to see how much batches differ
+LEAST_BATCHES = 4  # to measure the differences between batches
 LEAST_IMAGES = 2048
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>
@@ -34,17 +34,19 @@ def run(
     data_dir: DataDir = None,
     images: Annotated[
         int | None,
-        arg(metavar="N", help="how many training images; four batches, and 2,048 at least"),
+        arg(
+            metavar="N", help="the number of training images; default: four batches, at least 2,048"
+        ),
     ] = None,
     json: Json = False,
     out: Annotated[
         Path | None,
-        arg(metavar="DIR", help="also write audit.html, with a chart, into this folder"),
+        arg(metavar="DIR", help="also write audit.html with a chart into this folder"),
     ] = None,
 ) -> int:
-    """Find what is wrong with the running statistics of a trained network, and why.
+    """Find faults in the running statistics of a trained network, with causes and fixes.
 
-    Exits with 0 if nothing was found, 1 if something was, and 2 if there was nothing to audit.
+    Exits with 0 for no findings, 1 for findings, and 2 if there was nothing to audit.
     """
     if images is not None and images < 8:
         raise UserError(f"--images {images} is too few: give 8 or above.")
@@ -60,7 +62,7 @@ def run(
     prepare()
     try:
         if out:
-            reports()  # before the audit takes its time
+            reports()  # fails before the slow audit
             out.mkdir(parents=True, exist_ok=True)
         trained = Trained(workdir, checkpoint)
         batch_size = trained.config.train.batch_size
@@ -89,14 +91,14 @@ def run(
             page = PAGE.format(title=title, text=text, chart=_chart(findings))
             (out / "audit.html").write_text(page, encoding="utf-8")
             print(f"\nwritten: {out / 'audit.html'}", file=sys.stderr)
-    except OSError as error:  # an exit code of 1 would say that something is wrong with the network
+    except OSError as error:  # exit code 1 means findings
         where = error.filename or "a file"
         raise UserError(f"{where} cannot be read: {error.strerror or error}.") from error
     return 0 if findings.healthy else 1 if findings.found else 2
 
 
 def audit_batches(split: "Examples", batch_size: int, images: int | None) -> "list[Batch]":
-    """Returns four or more batches of different images in random order, at most of training's size.
+    """Returns four or more batches of distinct random images, at most of the training batch size.
 
     >>> import numpy as np
     >>> from bnjax.data.datasets import Split
@@ -113,7 +115,7 @@ def audit_batches(split: "Examples", batch_size: int, images: int | None) -> "li
 
 
 def _chart(findings: "Findings") -> Any:
-    """Returns the drift of each layer's mean and variance as HTML."""
+    """Returns a chart of the drift of each layer's mean and variance, as HTML."""
     import altair as alt
 
     if not findings.layers:

@@ -1,4 +1,4 @@
-"""`bnjax compare`: configs, or the variants of a claim, over the same seeds."""
+"""`bnjax compare`: compares configs, or the variants of a claim, over the same seeds."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from bnjax.errors import UserError
 if TYPE_CHECKING:
     from bnjax.compare.runs import Run
 
-MAX_SEEDS = 100_000  # each is a run
+MAX_SEEDS = 100_000  # one run per seed
 
 
 def run(
@@ -21,19 +21,19 @@ def run(
     claim: Annotated[
         str | None, arg(metavar="FILE", help="a claim file or name, for instance momentum")
     ] = None,
-    full: Annotated[bool, arg(help="with --claim: its full size, not its small one")] = False,
+    full: Annotated[bool, arg(help="with --claim: use its full instead of its small size")] = False,
     seeds: Annotated[
-        int | None, arg(metavar="N", help="how many seeds, from 0; as the claim says, or 5")
+        int | None, arg(metavar="N", help="the number of seeds, from 0; default: the claim's, or 5")
     ] = None,
     workdir: Annotated[
         Path | None,
-        arg(metavar="DIR", help="the comparison's folder; runs/ and the claim's name or compare"),
+        arg(metavar="DIR", help="the comparison's folder; default: runs/CLAIM or runs/compare"),
     ] = None,
     at_once: Annotated[
         Literal["one", "vmap", "devices"] | None,
         arg(
-            help="train the seeds one after another, in one program, or one on each device; what "
-            "is fast here"
+            help="train the seeds one after another, in one program, or one on each device; "
+            "default: the fastest way on this machine"
         ),
     ] = None,
     overrides: Suppress[tuple[str, ...]] = (),
@@ -41,13 +41,13 @@ def run(
 ) -> int:
     """Train several configs, or the variants of a claim, over the same seeds and compare them.
 
-    The same command continues and repeats nothing; with more --seeds it adds runs. Any key can be
-    set for all variants: --config.train.steps=200. Exits with 1 if a run broke down.
+    The same command resumes, and with more --seeds adds runs. Any key can be set for all variants:
+    --config.train.steps=200. Exits with 1 if a run failed.
     """
     if bool(configs) == bool(claim):
         raise UserError("give either --configs or --claim.")
     if full and not claim:
-        raise UserError("--full is of a claim: give one with --claim.")
+        raise UserError("--full needs a claim: give it with --claim.")
     if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
         raise UserError(f"--seeds {seeds} is not a number from 1 to {MAX_SEEDS:,}.")
 
@@ -71,14 +71,14 @@ def run(
         datasets = grid.load_datasets(comparison)
         failures = grid.run(comparison, datasets, folder, at_once or grid.fast_way())
     except (Stopped, KeyboardInterrupt) as stopped:
-        print(f"\n{str(stopped) or 'stopped'}; everything is saved. To go on:\n    {again}")
+        print(f"\n{str(stopped) or 'stopped'}; everything is saved. To resume:\n    {again}")
         return 128 + stopped.signal if isinstance(stopped, Stopped) else 130
     print(as_text(comparison, runs.finished_runs(folder, comparison)))
     try:
         from bnjax.commands.report import reports
 
         print(f"\nreport: {reports().write([folder], folder)[0]}")
-    except UserError as error:  # the results above stand without it
+    except UserError as error:  # the results above are valid without a report
         print(f"\nno report: {error}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
@@ -88,7 +88,7 @@ def run(
 def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
     """Returns each variant with its intervals, then each verdict.
 
-    Where nothing was claimed each variant is compared with the first one.
+    Without statements, each variant is compared with the first.
     """
     from bnjax.compare import claims, intervals, runs
 
@@ -106,10 +106,10 @@ def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
             taken = intervals.mean([run.seconds[int(run.train.step[-1])] for run in mine])
             target = variant["config"]["train"]["target_loss"]
             times = runs.times(mine, "steps_to_loss", target)
-            there = f"{sum(times.reached)} of {len(mine)} runs got there"
+            there = f"{sum(times.reached)} of {len(mine)} runs reached it"
             lines += [
                 f"  test accuracy {last} at the end, {best} at its best, in {taken} s of training "
-                "a run",
+                "per run",
                 f"  steps to training loss {target:g}: median {intervals.median(times)}; {there} "
                 f"in {max(times.values):g} steps",
             ]

@@ -1,4 +1,4 @@
-"""`bnjax export`: a trained network as files that run without bnjax."""
+"""`bnjax export`: writes a trained network as files that run without bnjax."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,20 +10,18 @@ from bnjax.commands import Checkpoint, DataDir, Workdir
 
 def run(
     workdir: Workdir,
-    out: Annotated[
-        Path, arg(metavar="DIR", help="the folder to write into; bnjax predict --model takes it")
-    ],
+    out: Annotated[Path, arg(metavar="DIR", help="the output folder, for bnjax predict --model")],
     checkpoint: Checkpoint = "last",
     data_dir: DataDir = None,
     no_fold: Annotated[
-        bool, arg(help="leave the batch norms; by default they are folded where that is exact")
+        bool, arg(help="keep the batch norms; by default they are folded where that is exact")
     ] = False,
-    onnx: Annotated[bool, arg(help="write ONNX as well")] = False,
+    onnx: Annotated[bool, arg(help="also write ONNX")] = False,
 ) -> int:
     """Write a trained network as files that run without bnjax.
 
-    From images of 8 bits to logits: a StableHLO program for CPUs, GPUs and TPUs beside its weights,
-    and ONNX. The logits are compared on noise, or with --data-dir on test images.
+    From 8-bit images to logits: a StableHLO program for CPUs, GPUs and TPUs with separate weights,
+    and optionally ONNX. The logits are checked on noise, or with --data-dir on test images.
     """
     from bnjax.export.stablehlo import export_run
     from bnjax.train.cpu import prepare
@@ -41,6 +39,6 @@ def run(
     images = manifest.agreement["images"]
     for name, difference in manifest.agreement.items():
         if name != "images":
-            print(f"{name}: logits of {images} differ by {difference:.1e} of the largest")
+            print(f"{name}: logits of {images} differ by {difference:.1e} of the largest logit")
     print(f"\npredict with:    bnjax predict --model {out} IMAGE")
     return 0

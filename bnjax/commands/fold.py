@@ -1,4 +1,4 @@
-"""`bnjax fold`: the batch norms of a trained network, folded into its layers."""
+"""`bnjax fold`: folds the batch norms of a trained network into its layers."""
 
 from bnjax.commands import Checkpoint, DataDir, Out, Workdir
 
@@ -11,8 +11,8 @@ def run(
 ) -> int:
     """Fold the batch norms of a trained network into its layers where that is exact.
 
-    The logits are compared on noise, or with --data-dir on test images. Norms that stay are listed
-    with the reason. Exits with 1 if no norm can be folded.
+    The logits are checked on noise, or with --data-dir on test images. Lists norms that stay, with
+    the reason. Exits with 1 if no norm can be folded.
     """
     import jax
     import numpy as np
@@ -32,19 +32,19 @@ def run(
     rows = [
         (
             ".".join(norm),
-            f"stood {place} {'.'.join(layer)}, folded into it" if layer else f"stays: {reason}",
+            f"was {place} {'.'.join(layer)}, folded into it" if layer else f"stays: {reason}",
         )
         for norm, layer, place, reason in folding.norms
     ]
     print(text_table(rows) if rows else "the network has no batch norm")
     if not any(one.layer for one in folding.norms):
-        print("nothing was folded, and nothing is written")
+        print("no norm was folded; nothing is written")
         return 1
     about = check_folded(trained, folding, data_dir)
     counts = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in (before, folding.network)]
     print(
         f"\n{counts[0]:,} numbers before, {counts[1]:,} after\n"
-        f"logits of {about['probe']} differ by {about['difference']:.1e} of the largest"
+        f"logits of {about['probe']} differ by {about['difference']:.1e} of the largest logit"
     )
     if out:
         trained.write(out, folding.network, about, folding.pairs)

@@ -1,4 +1,4 @@
-"""`bnjax port`: weights and running statistics to PyTorch or Keras, or from there."""
+"""`bnjax port`: converts weights and running statistics to or from PyTorch or Keras."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,44 +14,46 @@ if TYPE_CHECKING:
     from bnjax.train.trained import Trained
 
 PROBE_IMAGES = 8
-TOLERANCE = 1e-4  # of logits
+TOLERANCE = 1e-4  # largest difference of logits
 
 
 def run(
-    file: Annotated[Positional[Path], arg(metavar="FILE", help="the weights, as safetensors")],
+    file: Annotated[
+        Positional[Path], arg(metavar="FILE", help="the safetensors file of the weights")
+    ],
     workdir: Workdir,
     checkpoint: Checkpoint = "last",
-    to: Annotated[Literal["torch", "keras"] | None, arg(help="write FILE, from the run")] = None,
+    to: Annotated[Literal["torch", "keras"] | None, arg(help="write FILE from the run")] = None,
     source: Annotated[
-        Literal["torch", "keras"] | None, arg(name="from", help="read FILE, into --out")
+        Literal["torch", "keras"] | None, arg(name="from", help="read FILE into --out")
     ] = None,
     out: Annotated[
-        Path | None, arg(metavar="DIR", help="--from: the folder of the new run")
+        Path | None, arg(metavar="DIR", help="with --from: the folder of the new run")
     ] = None,
     table: Annotated[
-        Path | None, arg(metavar="JSON", help="the names of the layers there; by default as here")
+        Path | None, arg(metavar="JSON", help="the framework's layer names; default: our names")
     ] = None,
     probe: Annotated[
         Path | None,
         arg(
             metavar="FILE",
-            help="a file with `image` and `logits`: --to writes one; --from refuses weights whose "
+            help="a file with `image` and `logits`: --to writes it; --from rejects weights whose "
             "logits differ by more than 1e-4",
         ),
     ] = None,
 ) -> int:
-    """Take a run's weights and running statistics to PyTorch or Keras, or from there into a run.
+    """Convert a run's weights and running statistics to PyTorch or Keras, or from there to a run.
 
-    Files are safetensors; nothing is unpickled. In torch: save_file(network.state_dict(), FILE) and
+    Files are safetensors, without pickle. In torch: save_file(network.state_dict(), FILE) and
     network.load_state_dict(load_file(FILE)) of safetensors.torch. In Keras 3: save_file({v.path:
     v.numpy() for v in network.weights}, FILE) of safetensors.numpy, and v.assign(load_file(FILE)
-    [v.path]). The network has to have the layers and the epsilon of that in --workdir. A table of
+    [v.path]). The network needs the same layers and epsilon as the network in --workdir. A table of
     names is JSON, our layers first: {"names": {"conv{i}": "features.{i}", "{layer}": "{layer}"}}.
     """
     if bool(to) == bool(source):
         raise UserError("give either --to or --from.")
     if bool(source) != bool(out):
-        raise UserError("--from makes a new run, in the folder that --out names; --to makes none.")
+        raise UserError("--from makes a new run and needs its folder as --out; --to makes none.")
     from bnjax.train.cpu import prepare
     from bnjax.train.trained import Trained
 
@@ -68,7 +70,7 @@ def run(
 def _export(
     trained: "Trained", framework: "Framework", file: Path, table: "Table", probe: Path | None
 ) -> None:
-    """Writes FILE and the probe batch."""
+    """Writes the file and the probe batch."""
     import numpy as np
 
     from bnjax.clinic import porting
@@ -81,20 +83,20 @@ def _export(
         momentum = porting.converted_momentum(framework, norm.module.momentum)
         print(
             f"norms in {framework}: epsilon {norm.module.epsilon:g}, momentum {momentum:g}; the "
-            f"variances are {norm.variance}, and {framework} averages {porting.STORED[framework]} "
-            "ones"
+            f"variances are {norm.variance}; {framework} averages {porting.STORED[framework]} "
+            "variances"
         )
     if getattr(trained.model, "mean", ()):
         mean, std = (tuple(trained.config.model[key]) for key in ("mean", "std"))
         print(
-            "before its first layer the network standardises pixels: "
-            f"(x - {mean}) / {std} for each channel, white 1"
+            "the network first standardises pixels from 0 to 1: "
+            f"(x - {mean}) / {std} for each channel"
         )
     if probe is not None:
         images = np.random.default_rng(0).random((PROBE_IMAGES, *shape), np.float32)
         there = images.transpose(0, 3, 1, 2) if framework == "torch" else images
         porting.write(probe, {"image": there, "logits": _logits(network, images)})
-        print(f"{probe}: {PROBE_IMAGES} images and the logits of the network")
+        print(f"{probe}: {PROBE_IMAGES} images and their logits")
 
 
 def _import(
@@ -105,7 +107,7 @@ def _import(
     probe: Path | None,
     out: Path,
 ) -> None:
-    """Makes a run's folder of FILE, at step 0."""
+    """Makes a run's folder at step 0 from the file."""
     import jax
     import jax.numpy as jnp
 
@@ -125,22 +127,22 @@ def _import(
     state = TrainState(jnp.int32(0), params, build.optimizer(config, 1).init(params), rng)
     with rundir.locked(out):
         if (out / "config.json").exists():
-            raise UserError(f"{out} holds a run already. Choose another folder with --out.")
+            raise UserError(f"{out} already holds a run. Choose a different folder with --out.")
         rundir.take(out, config, trained.data)
         about: dict[str, Any] = {"config": config.to_dict(), "versions": rundir.versions()}
         about["ported_from"] = framework
         with Checkpoints(out / "checkpoints") as checkpoints:
             checkpoints.save(state, stats, None, about)
     print(
-        f"{out}: {file}, {len(arrays)} arrays, all accounted for\n"
-        f"norms: epsilon {config.model.epsilon:g}, momentum {config.model.momentum:g} (the "
-        f"fraction that is kept), variance {config.model.variance}\n"
+        f"{out}: {file}, {len(arrays)} arrays, all used\n"
+        f"norms: epsilon {config.model.epsilon:g}, momentum {config.model.momentum:g} (the kept "
+        f"fraction), variance {config.model.variance}\n"
         f"\npredict with:    bnjax predict --workdir {out} --split test"
     )
 
 
 def _logits(network: "Network", images: Any) -> Any:
-    """Returns the logits in evaluation; products are of float32, whatever the device prefers."""
+    """Returns the logits in evaluation, with float32 products on every device."""
     import jax
     import numpy as np
 
@@ -157,7 +159,7 @@ def _logits(network: "Network", images: Any) -> Any:
 def _check(
     probe: Any, framework: "Framework", network: "Network", shape: tuple[int, int, int]
 ) -> None:
-    """Compares the network's logits with those of the probe batch."""
+    """Compares the network's logits with the logits of the probe batch."""
     import numpy as np
 
     images, logits = probe.get("image", np.empty(0)), probe.get("logits", np.empty(0))
@@ -172,12 +174,12 @@ def _check(
     difference = np.abs(found - logits).max() if found.shape == logits.shape else np.inf
     if not difference <= TOLERANCE:
         raise UserError(
-            f"the logits of the probe batch differ by up to {difference:.2g}, and at most "
-            f"{TOLERANCE:g} is accepted. Usual reasons: another epsilon (1e-5 in torch, 1e-3 in "
-            "Keras); another padding; a dense layer after flattened images that the table does not "
-            "name under flattened; images on another scale; logits of training mode."
+            f"the logits of the probe batch differ by up to {difference:.2g}, more than "
+            f"{TOLERANCE:g}. Common causes: a different epsilon (1e-5 in torch, 1e-3 in Keras); "
+            "different padding; a dense layer after flattened images that is missing under "
+            "`flattened` in the table; a different scale of the images; logits of training mode."
         )
-    print(f"the logits of {len(images)} images differ by {difference:.1e} at most")
+    print(f"the logits of {len(images)} images differ by at most {difference:.1e}")
 
 
 def _table(trained: "Trained", file: Path | None) -> "Table":
@@ -193,8 +195,8 @@ def _table(trained: "Trained", file: Path | None) -> "Table":
         own = Table(TORCHVISION if isinstance(trained.model, ResNet) else None)
     else:
         raise UserError(
-            f"the run's network is {type(trained.model).__name__}, which the command does not "
-            "port: use the run that is not folded. bnjax.clinic.porting takes any linen model."
+            f"the run's network is {type(trained.model).__name__}, which the command cannot port: "
+            "use the run before folding. bnjax.clinic.porting supports any linen model."
         )
     if file is None:
         return own

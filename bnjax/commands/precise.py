@@ -1,4 +1,4 @@
-"""`bnjax precise`: the running statistics of a trained network, recomputed."""
+"""`bnjax precise`: recomputes the running statistics of a trained network."""
 
 import functools
 import json as json_
@@ -19,12 +19,12 @@ def run(
     workdir: Workdir,
     checkpoint: Checkpoint = "last",
     data_dir: DataDir = None,
-    images: Annotated[int, arg(metavar="N", help="how many training images")] = 10_000,
+    images: Annotated[int, arg(metavar="N", help="the number of training images")] = 10_000,
     by: Annotated[
         Literal["batch", "population"],
         arg(
-            help="the statistics that normalise the layers before a norm: each batch's own, in one "
-            "pass, or the recomputed ones, in several passes"
+            help="the statistics that normalise the layers before a norm: of the batch (one pass), "
+            "or the recomputed statistics (several passes)"
         ),
     ] = "batch",
     out: Out = None,
@@ -32,8 +32,8 @@ def run(
 ) -> int:
     """Recompute the running statistics of a trained network from training images.
 
-    Prints test loss and accuracy under the stored and under the recomputed statistics. The run
-    stays as it is.
+    Prints test loss and accuracy under the stored and under the recomputed statistics. The run is
+    not changed.
     """
     if images < 2:
         raise UserError(f"--images {images} is too few: give 2 or above.")
@@ -79,15 +79,15 @@ def run(
     else:
         rows = [[name, *(f"{one[key]:.4f}" for key in ("loss", "accuracy"))]
                 for name, one in tests.items()]  # fmt: skip
-        how = "its batch" if by == "batch" else "the precise statistics"
+        how = "batch statistics" if by == "batch" else "the precise statistics"
         print(
             f"{workdir}, checkpoint of step {trained.step}: {len(dataset.test):,} test images of "
             f"{dataset.label}"
         )
         print(text_table([["statistics", "loss", "accuracy"], *rows], right=(1, 2)))
         print(
-            f"precise: of {images:,} training images, the layers before each norm normalised by "
-            f"{how}"
+            f"precise: statistics of {images:,} training images; the layers before each norm were "
+            f"normalised by {how}"
         )
     if out:
         trained.write(out, network, result | tests, trained.folded)

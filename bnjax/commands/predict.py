@@ -1,4 +1,4 @@
-"""`bnjax predict`: classes and scores of images, from a run's network or an exported one."""
+"""`bnjax predict`: classifies images with the network of a run or an exported network."""
 
 import functools
 import json as json_
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnjax.train.trained import Trained
     from bnjax.types import Batch
 
-MAX_BATCH = 256  # pictures at once
+MAX_BATCH = 256  # images per batch
 
 
 def run(
@@ -39,20 +39,20 @@ def run(
     data_dir: DataDir = None,
     model: Annotated[
         Path | None,
-        arg(metavar="DIR", help="the folder of an exported network, which takes pixels of 8 bits"),
+        arg(metavar="DIR", help="the folder of an exported network (8-bit pixels)"),
     ] = None,
     views: Annotated[
         Literal[1, 2, 6] | None,
         arg(
-            help="views of each image, whose logits are averaged: 2, with its mirror image; 6, "
-            "also shifted by a pixel; by default as the run was evaluated"
+            help="average the logits over views of each image: 2: with its mirror image; 6: also "
+            "shifted by a pixel; default: as in the run's evaluation"
         ),
     ] = None,
     json: Json = False,
 ) -> int:
-    """Classify images, or a whole split, with a trained network.
+    """Classify images or a whole split with a trained network.
 
-    Exits with 1 if an image could not be read.
+    Exits with 1 if an image cannot be read.
     """
     if bool(images) == bool(split):
         raise UserError("give either images or --split.")
@@ -60,8 +60,8 @@ def run(
         raise UserError("give either --workdir, the folder of a run, or --model.")
     if model and (split or data_dir or views or checkpoint != "last"):
         raise UserError(
-            "--split, --data-dir, --views and --checkpoint are of a run: give its folder with "
-            "--workdir. An exported network has no data and one set of weights."
+            "--split, --data-dir, --views and --checkpoint need a run: give its folder with "
+            "--workdir. An exported network has no data and only one set of weights."
         )
     import numpy as np
 
@@ -104,7 +104,7 @@ def run(
 def of_split(
     trained: "Trained", split: str, views: int | None = None, data_dir: str | None = None
 ) -> dict[str, Any]:
-    """Returns predictions, loss and accuracy of a run's network for a split of its data."""
+    """Returns predictions, loss and accuracy of a run's network on a split of its data."""
     import numpy as np
 
     from bnjax.data.feed import every_batch
@@ -139,7 +139,7 @@ def of_images(
     classes: Sequence[str],
     logits_of: "Callable[[np.ndarray], np.ndarray]",
 ) -> dict[str, Any]:
-    """Returns predictions for image files; under "errors" those that cannot be read."""
+    """Returns predictions for image files, and under "errors" the unreadable files."""
     import numpy as np
 
     from bnjax.data.pictures import read_pictures
@@ -162,7 +162,7 @@ def of_images(
 
 
 def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, Any]]:
-    """Returns the model over views of each image, by default those of the run, and its facts."""
+    """Returns the model with averaged views (default: the run's), and facts for the result."""
     from bnjax.models.layers import with_views
 
     evaluation = trained.config.eval
@@ -201,7 +201,7 @@ def _logits(
 def _predictions(
     names: Sequence[str], classes: Sequence[str], logits: "np.ndarray"
 ) -> list[dict[str, Any]]:
-    """Returns an object for each image."""
+    """Returns class and scores of each image."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""`bnjax report`: one page about runs and comparisons."""
+"""`bnjax report`: writes one page about runs and comparisons."""
 
 import sys
 from pathlib import Path
@@ -15,10 +15,10 @@ def run(
         arg(metavar="RUN", help="the folder of a run or a comparison"),
     ],
     out: Annotated[
-        Path | None, arg(metavar="DIR", help="the folder to write into; that of the first run")
+        Path | None, arg(metavar="DIR", help="the output folder; default: the first RUN")
     ] = None,
 ) -> int:
-    """Write report.html and report.md about runs and comparisons, from their folders alone."""
+    """Write report.html and report.md about runs and comparisons."""
     if not folders:
         raise UserError("give at least one folder of a run or a comparison.")
     page, problems = reports().write(folders, out or folders[0])
@@ -29,7 +29,7 @@ def run(
 
 
 def reports() -> Any:
-    """Returns the module that draws reports.
+    """Returns the module `bnjax.compare.report`.
 
     Raises:
         UserError: if the extra `report` is not installed.

@@ -1,4 +1,4 @@
-"""`bnjax serve`: a page on this machine to try a network with your own images."""
+"""`bnjax serve`: serves a page that scores images with a trained network."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,20 +16,20 @@ def run(
         Path | None, arg(metavar="DIR", help="the folder of an exported network")
     ] = None,
     host: Annotated[
-        str, arg(metavar="ADDRESS", help="the address to listen at; by default this machine alone")
+        str, arg(metavar="ADDRESS", help="the address to listen on; default: this machine only")
     ] = "127.0.0.1",
-    port: Annotated[int, arg(metavar="N", help="the port to listen at; 0 takes a free one")] = 7860,
+    port: Annotated[int, arg(metavar="N", help="the port to listen on; 0: any free port")] = 7860,
 ) -> int:
     """Try a trained network in the browser, until Ctrl-C.
 
     The page scores images under stored, batch and no statistics of the batch norms, and shows the
-    drift of each norm; programs use its endpoint /predict (gradio_client). There is no password:
-    everyone who reaches the port can use it.
+    drift of each norm; programs can use its endpoint /predict (gradio_client). There is no
+    password: anyone with access to the port can use it.
     """
     if bool(workdir) == bool(model):
         raise UserError("give either --workdir, the folder of a run, or --model.")
     if model and checkpoint != "last":
-        raise UserError("--checkpoint is of a run: give its folder with --workdir.")
+        raise UserError("--checkpoint needs a run: give its folder with --workdir.")
     try:
         from bnjax.export import page
     except ModuleNotFoundError as error:
@@ -53,10 +53,10 @@ def run(
         url = page.launch(demo, host, port or None)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"bnjax serve cannot listen at {host}, port {port}: {error}. Choose a free port with "
-            "--port, 0 for any; --host has to be an address of this machine."
+            f"bnjax serve cannot listen on {host}, port {port}: {error}. Choose a free port with "
+            "--port (0 for any); --host has to be an address of this machine."
         ) from error
-    print(f"{model or workdir} is served at {url} (Ctrl-C ends it)", flush=True)
+    print(f"{model or workdir} is served at {url} (Ctrl-C to stop)", flush=True)
     demo.block_thread()  # until Ctrl-C
-    print("\nended")
+    print("\nstopped")
     return 0

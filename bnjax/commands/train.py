@@ -1,4 +1,4 @@
-"""`bnjax train`: train and evaluate one config."""
+"""`bnjax train`: trains and evaluates one config."""
 
 import os
 import sys
@@ -11,22 +11,27 @@ from tyro.conf import Suppress, arg
 def run(
     config: Annotated[str, arg(metavar="FILE", help="a config file or name, for instance bn")],
     workdir: Annotated[
-        Path | None, arg(metavar="DIR", help="the run's folder; runs/ and the config's name")
+        Path | None, arg(metavar="DIR", help="the run's folder; default: runs/NAME of the config")
     ] = None,
     hosts: Annotated[
-        bool, arg(help="train with the processes that Slurm, Open MPI or a TPU pod started")
+        bool, arg(help="train with all processes started by Slurm, Open MPI or a TPU pod")
     ] = False,
     coordinator: Annotated[
-        str | None, arg(metavar="HOST:PORT", help="train with other processes: where process 0 is")
+        str | None,
+        arg(metavar="HOST:PORT", help="train with other processes: the address of process 0"),
     ] = None,
-    processes: Annotated[int | None, arg(metavar="N", help="how many, with --coordinator")] = None,
-    process: Annotated[int | None, arg(metavar="I", help="which of them this is, from 0")] = None,
+    processes: Annotated[
+        int | None, arg(metavar="N", help="with --coordinator: their number")
+    ] = None,
+    process: Annotated[
+        int | None, arg(metavar="I", help="the index of this process, from 0")
+    ] = None,
     overrides: Suppress[tuple[str, ...]] = (),
     again: Suppress[str] = "",
 ) -> int:
     """Train and evaluate one config.
 
-    The same command continues an interrupted run. Any key of the config can be set, for instance
+    The same command resumes an interrupted run. Any key of the config can be set, for instance
     --config.model.momentum=0.9 --config.train.steps=200.
     """
     from bnjax.train import build, parsing
@@ -36,7 +41,7 @@ def run(
         _join(coordinator, processes, process)
     from bnjax.train.cpu import prepare
 
-    prepare(training=True)  # before anything asks which backend there is
+    prepare(training=True)  # before JAX initialises its backend
     build.check(settings)
 
     from bnjax.train import rundir
@@ -52,23 +57,23 @@ def run(
         rundir.take(folder, settings, rundir.DataFacts.of(dataset))
         print(
             f"{folder} is finished: {folder / 'summary.json'} has the result. "
-            "Train anew in another folder with --workdir."
+            "Use a different folder with --workdir to train again."
         )
         return 0
     try:
         result = train_and_evaluate(settings, folder, dataset)
     except Stopped as stopped:
-        print(f"\n{stopped}; everything is saved. To go on:\n    {again}")
+        print(f"\n{stopped}; everything is saved. To resume:\n    {again}")
         return 128 + stopped.signal
-    if result:  # of several processes the first has it
+    if result:  # only on the first of several processes
         print(rundir.as_text(result))
         print(f"\npredict with:    bnjax predict --workdir {folder} --split test")
-        print(f"look at curves:  pip install tensorboard && tensorboard --logdir {folder.parent}")
+        print(f"view curves:     pip install tensorboard && tensorboard --logdir {folder.parent}")
     return 0
 
 
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Meets the other processes; only the first one prints, except errors."""
+    """Joins the other processes; only the first prints, except errors."""
     import jax
 
     from bnjax.train.devices import join_processes
@@ -76,7 +81,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
     join_processes(coordinator, processes, process)
     if jax.process_index() > 0:
         os.environ["TQDM_DISABLE"] = "1"
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 open until the process ends
 
 
 def _warn_of_fallback(wanted: str, dataset: Any, batch_size: int) -> None:

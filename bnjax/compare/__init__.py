@@ -1,1 +1,1 @@
-"""How many runs are compared."""
+"""Comparisons of several runs."""

@@ -1,4 +1,4 @@
-"""Claims that are written down before the runs, and the verdicts on them, without JAX."""
+"""Claims, written before the runs, and their verdicts; without JAX."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ DIRECTIONS = ("greater", "less", "equal")
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """One claim: how a quantity of one variant compares with that of another.
+    """A claim about a quantity of two variants.
 
     Values are compared by their difference, `of - against`; times by their ratio,
     `of / against`, on the log scale.
@@ -25,17 +25,18 @@ class Statement:
     Attributes:
         quantity: one of `VALUES` (loss and accuracy of a step's batch, or of all test images) or
             of `TIMES` (training loss of a step, accuracy on the test images).
-        at: of a value "first", "last", "best" or a step; of a time what has to be reached.
+        at: for a value: "first", "last", "best" or a step; for a time: the loss or accuracy to
+            reach.
         of, against: the names of the variants.
-        direction: "greater": the difference is greater than `margin`, or the ratio than this
-            factor; "less": less than minus the margin, or one over the factor; "equal": within the
-            margin either way.
-        margin: 0 or above; of a ratio 1 or above.
-        source: who says so, where, with which figures.
-        expected: the claimed difference or ratio, if it is not 0 or 1.
+        direction: "greater": the difference or ratio is above `margin`; "less": the difference is
+            below -margin, or the ratio below 1 / margin; "equal": within the margin. With
+            `expected`, relative to it.
+        margin: a difference, 0 or above, or a factor, 1 or above.
+        source: the source of the claim, with its figures.
+        expected: the claimed difference or ratio; None for 0 or 1.
 
     Raises:
-        ValueError: if one of these is invalid.
+        ValueError: if a field is invalid.
     """
 
     quantity: str
@@ -56,18 +57,18 @@ class Statement:
             f"direction: {', '.join(DIRECTIONS)}": self.direction in DIRECTIONS,
             f"margin: {self.neutral} or above": _is_number(self.margin)
             and self.margin >= self.neutral,
-            "expected: a number, of a ratio above 0": _is_number(self.about)
+            "expected: a number, above 0 for a ratio": _is_number(self.about)
             and (self.about > 0 or not self.is_time),
-            "source: who says so": isinstance(self.source, str) and self.source != "",
+            "source: a text": isinstance(self.source, str) and self.source != "",
         }
         if wrong := [allowed for allowed, holds in checks.items() if not holds]:
             raise ValueError(
-                f"{dataclasses.asdict(self)} is invalid; allowed is for {'; for '.join(wrong)}"
+                f"{dataclasses.asdict(self)} is invalid; allowed for {'; for '.join(wrong)}"
             )
 
     @property
     def is_time(self) -> bool:
-        """Whether times are compared, by their ratio."""
+        """Whether the quantity is a time, compared by the ratio."""
         return self.quantity in TIMES
 
     @property
@@ -77,7 +78,7 @@ class Statement:
 
     @property
     def about(self) -> float:
-        """The difference or ratio from which the margin is measured."""
+        """The expected difference or ratio, the reference of the margin."""
         return self.neutral if self.expected is None else self.expected
 
     def __str__(self) -> str:
@@ -108,15 +109,15 @@ def _is_number(x: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The outcome of a statement.
+    """The verdict on a statement.
 
     Attributes:
-        statement: what was claimed.
+        statement: the claim.
         outcome: "reproduced", "not reproduced" or "inconclusive".
-        reason: in words.
-        effect: the difference or ratio with its 95 % interval; None if there is no pair of runs.
-        of, against: the variants on their own: mean, or Kaplan-Meier median of times; or None.
-        logrank: p value of the log-rank test, where some runs did not get there; None elsewhere.
+        reason: the reason in words.
+        effect: the difference or ratio with its 95 % interval; None without pairs of runs.
+        of, against: the mean, or the Kaplan-Meier median time, of each variant; or None.
+        logrank: the p value of the log-rank test if some runs did not reach the goal; else None.
     """
 
     statement: Statement
@@ -136,7 +137,7 @@ class Verdict:
             lines.append(f"  found {effect} in {effect.n} pairs of runs; alone: {alone}")
         if self.logrank is not None:
             p = f"{self.logrank:.2g}"
-            lines.append(f"  some runs did not get there; log-rank test of the two: p = {p}")
+            lines.append(f"  some runs did not reach the goal; log-rank test: p = {p}")
         return "\n".join([*lines, f"  claimed by: {statement.source}"])
 
 
@@ -145,12 +146,12 @@ class Claim:
     """The content of a claim file: `get_claim` returns these fields as a dict.
 
     Attributes:
-        question: in words.
-        variants: {name: (config file, as seen from the claim's folder, {key: value})}.
+        question: the question in words.
+        variants: {name: (config file relative to the claim's folder, {key: value})}.
         statements: dicts with the fields of `Statement`.
-        seeds: how many it takes, 2 or more.
+        seeds: the required number of seeds, 2 or more.
         full: {key: value} for all variants.
-        small: the same for a small version, which is run by default if there is one.
+        small: the same for a small version, the default if it is given.
     """
 
     question: str
@@ -162,10 +163,10 @@ class Claim:
 
 
 def load(path: str) -> Claim:
-    """Returns the claim of a file, with the paths of its configs from the working directory.
+    """Loads a claim file; config paths become relative to the working directory.
 
     Raises:
-        UserError: if the file cannot be run or something in it is missing or impossible.
+        UserError: if the file cannot be run or its content is invalid.
     """
     file = parsing.find(path, "claim")
     try:
@@ -178,27 +179,27 @@ def load(path: str) -> Claim:
             raise ValueError("a claim needs a variant and two seeds")
         for statement in [Statement(**fields) for fields in claim.statements]:
             if unknown := {statement.of, statement.against} - {*variants}:
-                raise ValueError(f"{statement} names no variant: {', '.join(sorted(unknown))}")
+                raise ValueError(f"{statement} has unknown variants: {', '.join(sorted(unknown))}")
         small = claim.small if claim.small is None else dict(claim.small)
         return dataclasses.replace(claim, variants=variants, full=dict(claim.full), small=small)
     except (Exception, SystemExit) as error:
         found = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(
-            f"the claim file {path} does not work: {found}. bnjax/compare/claims.py says what it "
-            "has to hold."
+            f"the claim file {path} does not work: {found}. bnjax/compare/claims.py describes its "
+            "content."
         ) from error
 
 
 def of_configs(files: Sequence[str]) -> Claim:
-    """Returns a claim that compares config files and states nothing.
+    """Returns a claim that compares config files, without statements.
 
     Raises:
-        UserError: if a config cannot be loaded, or two have one name.
+        UserError: if a config cannot be loaded, or two have the same name.
     """
     names = [parsing.load(file, []).name for file in files]
     if len({*names}) < len(files):
         raise UserError(
-            f"two configs have the same name: {', '.join(names)}. Give each its own config.name."
+            f"two configs have the same name: {', '.join(names)}. Give each a unique config.name."
         )
     named: Any = {name: (file, {}) for name, file in zip(names, files, strict=True)}
     return Claim("", named, [], seeds=0, full={})
@@ -208,17 +209,17 @@ def verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[Verdic
     """Returns a verdict for each statement of a comparison from its finished runs.
 
     Runs are compared at equal seeds. A statement is reproduced if the 95 % interval of the
-    difference, or of the ratio, lies wholly within what is claimed; not reproduced if it lies
-    wholly outside; inconclusive otherwise, and always with fewer seeds than the claim asks for or
-    with unfinished runs. Each statement is judged for itself: of twenty intervals one is expected
-    to miss the truth.
+    difference or ratio lies completely within the claimed range; not reproduced if it lies
+    completely outside; inconclusive otherwise, and always with too few seeds or unfinished runs.
+    There is no correction for multiple comparisons: one of twenty intervals is expected to miss the
+    truth.
     """
     statements = [Statement(**fields) for fields in comparison["statements"]]
     return [_verdict(statement, comparison, finished) for statement in statements]
 
 
 def as_text(found: Sequence[Verdict]) -> str:
-    """Returns verdicts as lines of text, and last the methods."""
+    """Returns verdicts as lines of text, followed by the methods."""
     estimates = [one for verdict in found for one in (verdict.effect, verdict.of, verdict.against)]
     methods = sorted({one.method for one in estimates if one})
     return "\n".join([*map(str, found), *([f"Methods: {'; '.join(methods)}."] if methods else [])])
@@ -234,7 +235,7 @@ def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequenc
     problems = [f"unfinished: {', '.join(missing)}"] if missing else []
     if len(seeds) < comparison["seeds_needed"]:
         problems.append(
-            f"{len(seeds)} of the {comparison['seeds_needed']} seeds that the claim asks for"
+            f"{len(seeds)} of the {comparison['seeds_needed']} seeds that the claim requires"
         )
     if not seeds:
         return Verdict(statement, "inconclusive", "; ".join(problems))
@@ -259,7 +260,7 @@ def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequenc
 
 
 def decide(statement: Statement, effect: Estimate) -> tuple[str, str]:
-    """Returns the outcome of a statement for this difference or ratio, and the reason."""
+    """Returns the outcome of a statement for a difference or ratio, and the reason."""
     scale: Callable[[float], float] = _log if statement.is_time else float
     shift, margin = scale(statement.about), scale(statement.margin)
     low, high = scale(effect.low) - shift, scale(effect.high) - shift
@@ -269,12 +270,12 @@ def decide(statement: Statement, effect: Estimate) -> tuple[str, str]:
         "equal": (-margin <= low and high <= margin, low > margin or high < -margin),
     }[statement.direction]
     if holds:
-        return "reproduced", "the 95 % interval lies wholly within what is claimed"
+        return "reproduced", "the 95 % interval lies completely within the claimed range"
     if fails:
-        return "not reproduced", "the 95 % interval lies wholly outside what is claimed"
+        return "not reproduced", "the 95 % interval lies completely outside the claimed range"
     if effect.n < 2:
         return "inconclusive", "one seed has no interval"
-    return "inconclusive", "the 95 % interval lies partly within what is claimed"
+    return "inconclusive", "the 95 % interval lies partly within the claimed range"
 
 
 def _log(x: float) -> float:

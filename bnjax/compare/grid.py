@@ -1,4 +1,4 @@
-"""Variants trained over the same seeds."""
+"""Trains variants over the same seeds."""
 
 import functools
 import json
@@ -36,10 +36,10 @@ SMALL = {
 
 
 def fast_way() -> str:
-    """Returns the way that is fast on the default backend.
+    """Returns the fastest way for the default backend.
 
-    On a CPU convolutions under `jax.vmap` are far slower than one run after the other; an
-    accelerator is kept busier by them, and several are kept busier still by runs of their own.
+    On a CPU convolutions under `jax.vmap` are much slower than sequential runs; on an accelerator
+    they are faster. On several accelerators one run per device is the fastest.
     """
     if jax.default_backend() == "cpu":
         return "one"
@@ -47,27 +47,27 @@ def fast_way() -> str:
 
 
 def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any]:
-    """Returns what comparison.json holds, but for the seeds, the command and the data sets.
+    """Returns the content of comparison.json, without the seeds, the command and the data sets.
 
-    A claim's small version is taken, if it has one, unless `full`. `words` are overrides for all
-    variants, and stronger than the claim's.
+    Uses the claim's small version, if it has one, unless `full`. `words` are overrides for all
+    variants, and take precedence over the claim's overrides.
 
     Raises:
-        UserError: if a config cannot be loaded or is impossible.
+        UserError: if a config cannot be loaded or is invalid.
     """
     common = claim.full if full or claim.small is None else claim.small
     variants: dict[str, Any] = {}
     for name, (file, own) in claim.variants.items():
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(
-                f"a variant cannot be called {name!r}: its runs get a folder of that name. "
+                f"a variant cannot be called {name!r}: it is the name of a folder. "
                 "Use letters, digits, _ . + -."
             )
         pairs = {**common, **own}.items()
         overrides = [*(f"--config.{key}={value}" for key, value in pairs), *words]
         if any(word.startswith("--config.seed") for word in overrides):
             raise UserError(
-                "config.seed differs from run to run in a comparison. Say how many with --seeds."
+                "config.seed differs between the runs of a comparison. Use --seeds instead."
             )
         config = parsing.load(file, overrides)
         config.name = name
@@ -84,10 +84,10 @@ def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any
 
 
 def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
-    """Loads the data set of each variant, equal ones once, and notes its label in the variant.
+    """Loads the data set of each variant, each set once, and stores its label in the variant.
 
     Raises:
-        UserError: if data cannot be had or a variant cannot be trained on them.
+        UserError: if a data set is unavailable or a variant cannot be trained on it.
     """
     loaded: dict[str, Dataset] = {}
     found = {}
@@ -106,10 +106,11 @@ def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
 
 
 def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
-    """Writes comparison.json, or checks that it is of this comparison; seeds may be added.
+    """Writes comparison.json, or checks that it belongs to this comparison; seeds may be added.
 
     Raises:
-        UserError: if it holds something else, or another comparison (the difference is shown).
+        UserError: if the folder has other content, or a different comparison (the error shows the
+            difference).
     """
     if (folder / COMPARISON).exists():
         there = read_comparison(folder)
@@ -126,8 +127,8 @@ def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
 
         if lines := rundir.differences(fixed(there), fixed(comparison)):
             raise UserError(
-                f"{folder} belongs to another comparison:{lines}\n"
-                "Choose another folder with --workdir, or remove that one."
+                f"{folder} belongs to a different comparison:{lines}\n"
+                "Choose a different folder with --workdir, or remove this one."
             )
     elif leftovers := [path.name for path in folder.iterdir() if path.name not in rundir.OURS]:
         raise UserError(
@@ -146,21 +147,21 @@ def run(
 ) -> list[str]:
     """Trains the missing runs, variant by variant; returns the failures.
 
-    Equal seeds have equal data order and, where the shapes agree, equal initial values. Under
-    "vmap" and on other devices a run is that of `train_and_evaluate` but for rounding: the compiler
-    orders sums differently. Of a finished run the best and the last checkpoint are kept.
+    Equal seeds have equal data order and, for equal shapes, equal initial values. Under "vmap" and
+    on other devices a run equals `train_and_evaluate` except for rounding: the compiler orders sums
+    differently. Keeps the best and the last checkpoint of a finished run.
 
     Args:
         comparison: from `plan`, with its `seeds` and `command`.
-        datasets: of each variant.
-        folder: created if need be.
-        way: "one": one run after the other; "vmap": the seeds of a variant in one program;
-            "devices": each device trains one run at a time.
+        datasets: the data set of each variant.
+        folder: created if needed.
+        way: "one": one run after another; "vmap": the seeds of a variant in one program; "devices":
+            each device trains one run at a time.
         trainer: makes the trainer of a config.
 
     Raises:
-        UserError: if the folder belongs to another comparison or process, or the disk fails.
-        Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM, when the runs of the moment are saved.
+        UserError: if the folder belongs to a different comparison or process, or the disk fails.
+        Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM, with the current runs saved.
     """
     with rundir.locked(folder), StopRequest() as stop:
         take_folder(folder, comparison)
@@ -168,7 +169,7 @@ def run(
         missing = [run for run in runs if not (run / "summary.json").exists()]
         progress = Progress(len(missing))
         if len(missing) < len(runs):
-            progress.say(f"{len(runs) - len(missing)} of {len(runs)} runs finished before")
+            progress.say(f"{len(runs) - len(missing)} of {len(runs)} runs are already finished")
         jobs = [(run.parent.name, {int(run.name): run}) for run in missing]
         if way == "vmap":
             together: dict[str, dict[int, Path]] = {}
@@ -176,7 +177,7 @@ def run(
                 together.setdefault(name, {}).update(folders)
             jobs = [*together.items()]
 
-        # What a trainer compiles is for its device.
+        # A trainer compiles for one device.
         @functools.lru_cache(jax.local_device_count() if way == "devices" else 1)
         def trainer_of(name: str, _: jax.Device | None) -> Trainer:
             (folder / name).mkdir(exist_ok=True)
@@ -193,7 +194,7 @@ def run(
             for job in jobs:
                 train(None, *job)
         for run in runs:
-            # A failed run keeps them all: it may be continued from any.
+            # A failed run keeps all its checkpoints, to continue from any of them.
             if (run / "summary.json").exists():
                 with rundir.locked(run):
                     checkpoint.keep_best_and_last(run / "checkpoints")
@@ -203,10 +204,10 @@ def run(
 def on_devices(
     train: Callable[..., None], jobs: Sequence[tuple[Any, ...]], stop: StopRequest
 ) -> None:
-    """Calls `train(device, *job)` for each job, in threads, one at a time for each device.
+    """Calls `train(device, *job)` for each job, in threads, one job at a time per device.
 
     Raises:
-        Exception: the first cause that ended a job; the others are stopped.
+        Exception: the first error of a job; the other jobs are stopped.
     """
     free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
     for device in jax.local_devices():
@@ -233,20 +234,20 @@ def on_devices(
 
 
 class Progress:
-    """Announces runs, with the time that the rest will take; several threads may use it.
+    """Prints the progress of runs and the remaining time; thread-safe.
 
     Attributes:
-        failures: in words.
+        failures: the failures in words.
     """
 
     def __init__(self, runs: int):
-        """Starts before the first of so many runs."""
+        """Starts the clock, before the first of `runs` runs."""
         self.failures: list[str] = []
         self._lock, self._start = threading.Lock(), time.monotonic()
         self._runs, self._begun, self._done = runs, 0, 0
 
     def begin(self, variant: str, seeds: Sequence[int]) -> None:
-        """Announces the runs of these seeds."""
+        """Prints that the runs of these seeds start."""
         with self._lock:
             self._begun += len(seeds)
             to_go = ""
@@ -257,7 +258,7 @@ class Progress:
             self.say(f"[{self._begun}/{self._runs}] {variant}, {which}{to_go}")
 
     def end(self, variant: str, results: Mapping[int, Summary | NonFiniteError]) -> None:
-        """Counts runs, and says which of them failed."""
+        """Counts finished runs and prints failures."""
         with self._lock:
             self._done += len(results)
             for seed, result in results.items():
@@ -266,6 +267,6 @@ class Progress:
                     self.say(f"{variant}, seed {seed} failed: {result}")
 
     def say(self, what: str) -> None:
-        """Prints a line above the bars."""
+        """Prints a line above the progress bars."""
         tqdm.tqdm.write(what)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Means, differences, ratios and medians over a few runs, each with a 95 % interval."""
+"""Means, differences, ratios and medians over a few runs, with 95 % intervals."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ LEVEL = 0.95
 class Estimate:
     """A value with its 95 % interval.
 
-    An end that the runs do not bound is infinite, or 0 for a time or a ratio.
+    An unbounded end is infinite, or 0 as the lower end of a time or ratio.
 
     Attributes:
-        value: the estimate itself; infinite for a time that was never reached.
+        value: the estimate; infinite for a goal that was never reached.
         low, high: the ends of the interval.
         n: the number of runs or pairs of runs.
-        method: in words, for a footnote.
-        bound: "at least" or "at most" where the value is a bound only, "unknown" where it says
-            nothing, else empty.
+        method: the method in words, for a footnote.
+        bound: "at least" or "at most" if the value is only a bound, "unknown" if it is
+            meaningless, else empty.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Estimate:
     bound: str = ""
 
     def __str__(self) -> str:
-        """Returns the value with its interval; an unbounded end is shown as dots.
+        """Returns the value with its interval, and dots for an unbounded end.
 
         >>> print(mean([1.0, 2.0, 3.0]))
         2 [-0.4841 to 4.484]
@@ -56,7 +56,7 @@ class Estimate:
 class Times:
     """One or more right-censored times, above 0.
 
-    `reached[i]` is False for a run that ended after `values[i]` without getting there.
+    `reached[i]` is False if a run ended after `values[i]` without reaching the goal.
     """
 
     values: tuple[int | float, ...]
@@ -67,7 +67,7 @@ class Times:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Returns the mean of at least one value and Student's t interval; one value has none.
+    """Returns the mean and Student's t interval; a single value has an infinite interval.
 
     >>> found = mean([1.0, 2.0, 3.0])
     >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
@@ -81,11 +81,11 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def mean_accuracy(values: Sequence[float]) -> Estimate:
-    """Returns the mean of accuracies and a t interval on the logit scale, so within 0 and 1.
+    """Returns the mean of accuracies and a t interval on the logit scale, within 0 and 1.
 
     With the mean m, its standard error s and Student's t of n - 1 degrees of freedom, the ends are
-    those of logit(m) ± t s / (m (1 - m)), taken back: `method="xlogit"` of `svyciprop` in R's
-    package survey. Where m is 0 or 1 all values are, and the interval has no width.
+    expit(logit(m) ± t s / (m (1 - m))): `method="xlogit"` of `svyciprop` in R's package survey. If
+    m is 0 or 1, all values are equal, and the interval has no width.
 
     >>> print(mean_accuracy([0.88, 0.91, 0.97]))
     0.92 [0.7101 to 0.9818]
@@ -100,7 +100,7 @@ def mean_accuracy(values: Sequence[float]) -> Estimate:
 
 
 def difference(of: Sequence[float], against: Sequence[float]) -> Estimate:
-    """Returns the mean of `of - against`, pair by pair, and the t interval of these differences."""
+    """Returns the mean of the paired differences `of - against` and its t interval."""
     found = mean([a - b for a, b in zip(of, against, strict=True)])
     if found.n < 2:
         return found
@@ -108,13 +108,12 @@ def difference(of: Sequence[float], against: Sequence[float]) -> Estimate:
 
 
 def ratio(of: Times, against: Times) -> Estimate:
-    """Returns the geometric mean of `of / against`, pair by pair, and its t interval.
+    """Returns the geometric mean of the paired ratios `of / against` and its t interval.
 
-    The interval is that of the logarithms, taken back. Where a time was not reached, the time
-    until the run ended stands in for it. If that happened in `of` only, each such ratio is too
-    small: the value is a lower bound, the lower end a confidence bound, and the upper end
-    infinite. If it happened in `against` only, the other way round; if in both, nothing is known
-    of the true ratio.
+    The interval is computed for the logarithms. A run that did not reach the goal enters with the
+    time of its end. If there are such runs only in `of`, their ratios are too small: the value is a
+    lower bound, the lower end a confidence bound, and the upper end infinite. If only in `against`,
+    the reverse; if in both, the true ratio is unknown.
 
     >>> found = ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True)))
     >>> round(found.value, 2), round(found.low, 2), found.high
@@ -128,21 +127,20 @@ def ratio(of: Times, against: Times) -> Estimate:
     low, high = low if all(against.reached) else 0.0, high if all(of.reached) else math.inf
     method = "geometric mean of the ratios at equal seeds, t interval of their logarithms"
     if bound:
-        method += ", a bound where some runs never got there"
+        method += ", a bound if some runs did not reach the goal"
     return Estimate(value, low, high, logs.n, method, bound)
 
 
 def median(times: Times) -> Estimate:
-    """Returns the Kaplan-Meier median, infinite if half the runs never got there, and its interval.
+    """Returns the Kaplan-Meier median and its interval; infinite if half the runs miss the goal.
 
-    The interval (Brookmeyer & Crowley, 1982) holds the times at which the log-log interval of the
-    survival function, with Greenwood's variance, includes one half. Its upper end is infinite where
-    the runs do not bound it, as is usual for a few; of three runs it holds the median in 88 % of
-    cases only.
+    The interval (Brookmeyer & Crowley, 1982) contains the times at which the log-log interval of
+    the survival function, with Greenwood's variance, includes 1/2. Its upper end is often infinite
+    for a few runs; for three runs its coverage is only 88 %.
     """
     curve = stats.ecdf(times._censored()).sf
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # SciPy divides by 0 where all runs or none got there; its NaN are replaced below.
+        # SciPy divides by 0 if all runs or none reached the goal; its NaN are replaced below.
         warnings.simplefilter("ignore", RuntimeWarning)
         ends = curve.confidence_interval(LEVEL, method="log-log")
     low, high = ends.low.probabilities, ends.high.probabilities
@@ -156,19 +154,19 @@ def median(times: Times) -> Estimate:
         return Estimate(value, 0.0, math.inf, n, "one run, no interval")
     first = first_half(np.where(np.isnan(low), curve.probabilities, low))
     last = first_half(np.where(np.isnan(high), 1.0, high))
-    # The lower end may be later, but no run went on for longer.
+    # The true lower end may be later, but no run was that long.
     known = float(max(times.values)) if any(times.reached) else 0.0
     return Estimate(value, min(first, known), last, n, "Kaplan-Meier median, log-log interval")
 
 
 def logrank(of: Times, against: Times) -> float:
-    """Returns the p value of the log-rank test of equal times, which ignores the pairs.
+    """Returns the p value of the (unpaired) log-rank test of equal times.
 
-    1 where nothing is known: no run got there, or none of one arm was still on its way when the
-    first of the other did.
+    Returns 1 without information: if no run reached the goal, or all runs of one variant had ended
+    when the first run of the other reached it.
     """
     if not any((*of.reached, *against.reached)):
         return 1.0
-    with np.errstate(invalid="ignore"):  # then 0 / 0
+    with np.errstate(invalid="ignore"):  # 0 / 0 without information
         found = float(stats.logrank(of._censored(), against._censored()).pvalue)
     return 1.0 if math.isnan(found) else found

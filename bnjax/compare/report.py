@@ -1,4 +1,4 @@
-"""One report about many runs, from their folders alone, without JAX."""
+"""Writes one report about many runs from their folders, without JAX."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ from bnjax.compare import claims, intervals, runs
 from bnjax.compare.runs import Run, Study
 from bnjax.errors import UserError
 
-MARK = "<!-- made by bnjax.report -->"  # at the top of what is written
+MARK = "<!-- made by bnjax.report -->"  # at the top of each report
 PICTURES = "report_files"
 VERSION = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]  # of Vega-Lite
-MAX_POINTS = 300  # of one curve
+MAX_POINTS = 300  # in one curve
 MAX_COLUMNS = 12  # evaluations in a picture of histograms
 MAX_LAYERS = 16
 
-# Variants are told apart by hue, dash pattern and marker, so that greyscale is enough.
+# Variants differ in hue, dash pattern and marker, so they are distinct in greyscale too.
 COLOURS = ["#2a78b5", "#d55e00", "#1a9873", "#b8579a", "#c58a00", "#6a7be0", "#7f7f7f", "#a3562a"]
 STYLE: dict[str, Any] = {
     "background": "white",
@@ -48,18 +48,18 @@ Points = tuple[np.ndarray, np.ndarray]  # x and y
 
 
 def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
-    """Writes `report.html`, one file that needs nothing else; returns its path, and its problems.
+    """Writes a self-contained `report.html`; returns its path, and the problems of the runs.
 
-    Beside it are `report.md` and its pictures in `report_files`. Problems, of runs that could not
-    be read for instance, are in the report too.
+    Also writes `report.md` with its pictures in `report_files`. The report lists the problems too,
+    for instance unreadable runs.
 
     Args:
-        folders: of runs and of comparisons.
-        out: the folder to write into, created if need be.
+        folders: the folders of runs and comparisons.
+        out: the output folder, created if needed.
 
     Raises:
-        UserError: if nothing there can be reported, `out` cannot be written or has a report of
-            somebody else's.
+        UserError: if there is no readable run, `out` cannot be written, or it contains a report by
+            a different program.
     """
     study = runs.read_study(folders)
     page, text = out / "report.html", out / "report.md"
@@ -68,12 +68,12 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         for file in (page, text):
             if file.exists() and MARK not in file.read_text("utf-8", errors="replace")[:200]:
                 raise UserError(
-                    f"{file} was not made by bnjax.report, and is not overwritten. "
-                    "Choose another folder with --out."
+                    f"{file} was not made by bnjax.report and is not overwritten. "
+                    "Choose a different folder with --out."
                 )
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written: {error.strerror or error}. Choose another folder with --out."
+            f"{out} cannot be written: {error.strerror or error}. Choose another with --out."
         ) from error
     figures = [
         curves(study),
@@ -107,7 +107,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         "commands": commands(study),
         "config": whole_config(study),
         "library": _library(),
-        # A name may hold "</script>" or "<!--".
+        # A name may contain "</script>" or "<!--".
         "specs": json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c"),
     }
     templates = jinja2.Environment(
@@ -124,7 +124,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
 
 @functools.cache
 def _library() -> str:
-    """Returns what draws the charts in a browser, as JavaScript for a script element."""
+    """Returns the JavaScript of Vega-Embed, for a script element."""
     code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
     return str(code).replace("</script", "<\\/script")
 
@@ -134,7 +134,7 @@ def _library() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text, with a caption that says how it was made."""
+    """A table of text with a caption about its method."""
 
     title: str
     columns: list[str]
@@ -143,7 +143,7 @@ class Table:
 
 
 def verdict_table(study: Study) -> Table | None:
-    """Returns the verdict on each statement of the comparisons, None if nothing was claimed."""
+    """Returns the verdict on each statement of the comparisons; None without statements."""
     rows, methods = [], set()
     for comparison, finished in study.comparisons.values():
         question = f"{comparison['question']} ({comparison['size']} size)"
@@ -157,7 +157,7 @@ def verdict_table(study: Study) -> Table | None:
     if not rows:
         return None
     caption = (
-        "Of 95 % intervals one in twenty is expected to miss. "
+        "One in twenty 95 % intervals is expected to miss the true value. "
         f"Found: {'; '.join(sorted(methods)) or 'nothing'}."
     )
     columns = ["question", "claim", "verdict", "found", "because", "source"]
@@ -181,7 +181,7 @@ def results(study: Study) -> Table:
         median, there = intervals.median(times).value, sum(times.reached)
         to_loss = f"{median:g}" if median < float("inf") else "not reached"
         if 0 < there < len(counted):
-            to_loss += f" ({there} of {len(counted)} got there)"
+            to_loss += f" ({there} of {len(counted)} reached it)"
         means = [
             _mean([runs.value(run, quantity, at) for run in counted], digits, quantity)
             for quantity, at, digits in columns.values()
@@ -190,10 +190,10 @@ def results(study: Study) -> Table:
         steps = _list({int(run.train.step[-1]) for run in counted})
         rows.append([variant, number, steps, *means, to_loss])
     caption = (
-        "Mean over the seeds [95 % interval by Student's t; of accuracies on the logit scale, so "
-        "that it stays within 0 and 1]. Where runs of a variant are finished, the others do not "
-        "count. The best is each run's own, over all its evaluations: it is chosen on the test "
-        "images. Steps to a loss: the Kaplan-Meier median."
+        "Mean over the seeds [95 % interval by Student's t; for accuracies on the logit scale, "
+        "within 0 and 1]. If a variant has finished runs, unfinished runs are excluded. The best "
+        "value of each run over all its evaluations is selected on the test images. Steps to a "
+        "loss: the Kaplan-Meier median."
     )
     targets = _list({run.target_loss for run in study.runs})
     head = ["variant", "runs", "steps", *columns, f"steps to training loss {targets}"]
@@ -201,7 +201,7 @@ def results(study: Study) -> Table:
 
 
 def speed(study: Study) -> Table:
-    """Returns how long training took, and on what."""
+    """Returns training times, speeds and devices."""
     rows = []
     for variant, siblings in study.variants.items():
         timed = [run for run in siblings if len(run.seconds) > 1]
@@ -214,14 +214,14 @@ def speed(study: Study) -> Table:
         devices = {str(run.summary.get("device", "not known yet")) for run in siblings}
         rows.append([variant, _mean(seconds, 1), _mean(rates, 0), _list(devices)])
     caption = (
-        "Of training, without compiling, evaluations and checkpoints. "
-        "Images a second: the median step of each run, its first left out."
+        "Training only, without compilation, evaluations and checkpoints. "
+        "Images per second: from the median step of each run, without the first step."
     )
-    return Table("Time", ["variant", "seconds", "images a second", "device"], rows, caption)
+    return Table("Time", ["variant", "seconds", "images per second", "device"], rows, caption)
 
 
 def origins(study: Study) -> Table:
-    """Returns data, versions and revisions, on which a result depends."""
+    """Returns data sets, package versions and git revisions."""
     rows = []
     for variant, siblings in study.variants.items():
         summaries = [run.summary for run in siblings if run.summary]
@@ -245,14 +245,14 @@ def pixels(run: Run) -> str:
 
 
 def differences(study: Study) -> Table:
-    """Returns the keys of the configs that are not the same for all variants."""
+    """Returns the config keys with different values between variants."""
     configs = {variant: siblings[0].config for variant, siblings in study.variants.items()}
     rows = []
     for key in dict.fromkeys(key for config in configs.values() for key in config):
         values = [_plain(config.get(key, "—")) for config in configs.values()]
         if key != "config.seed" and len({*values}) > 1:
             rows.append([key.removeprefix("config."), *values])
-    return Table("What differs between the variants", ["key", *configs], rows)
+    return Table("Differences between the variants", ["key", *configs], rows)
 
 
 def whole_config(study: Study) -> Table:
@@ -263,7 +263,7 @@ def whole_config(study: Study) -> Table:
 
 
 def commands(study: Study) -> list[str]:
-    """Returns the commands that make these runs again: a comparison's own, or one for each run."""
+    """Returns the commands that train these runs again: of each comparison or single run."""
     others = [run for run in study.runs if run.folder.parent.parent not in study.comparisons]
     lines = [shlex.join([*runs.command(run), "--workdir", str(run.folder)]) for run in others]
     return [*(comparison["command"] for comparison, _ in study.comparisons.values()), *lines]
@@ -293,13 +293,13 @@ def _list(values: set[Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Charts that belong together, with a caption.
+    """A group of charts with a caption.
 
     Attributes:
-        name: of its file.
-        title, caption: words around it.
+        name: the name of its file.
+        title, caption: the text above and below it.
         panels: the charts, 300 pixels wide.
-        details: whether the page hides it at first.
+        details: whether the page initially hides it.
     """
 
     name: str
@@ -320,15 +320,15 @@ def curves(study: Study) -> Figure:
             panels += lines(study.variants, rows, title, scale, markers=rows is test)
     caption = (
         "Line: mean over the seeds. Band: from the lowest to the highest seed. The training loss "
-        "is that of each batch before its step; the test images are evaluated with the running "
-        f"statistics. Curves of more than {MAX_POINTS} steps are averaged over neighbours, and "
-        "their bands hold all the neighbours' values."
+        "is the loss of each batch before its step; test images are evaluated with the running "
+        f"statistics. Curves of more than {MAX_POINTS} steps are averaged over neighbouring steps; "
+        "their bands contain all values of these steps."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
 
 
 def steps_to_loss(study: Study) -> Figure:
-    """Returns the step at which each run first reached its target loss, if it did."""
+    """Returns the first step at the target loss for each run, or its last step."""
     states = ["reached", "not reached so far"]
     rows = []
     for variant, siblings in study.variants.items():
@@ -349,9 +349,8 @@ def steps_to_loss(study: Study) -> Figure:
     ).properties(width=300, height=max(60, 34 * len(names)))
     targets = _list({run.target_loss for run in study.runs})
     caption = (
-        f"One mark for each seed: the first step whose batch had a training loss of {targets} or "
-        "less. A triangle stands at the last step of a run that never got there; its true number "
-        "is larger."
+        f"One mark per seed: the first step with a training loss of {targets} or less. A triangle "
+        "marks the last step of a run that did not reach this loss; its true number is larger."
     )
     return Figure("steps_to_loss", f"Steps to a training loss of {targets}", caption, [chart])
 
@@ -374,7 +373,7 @@ def gap(study: Study) -> Figure:
 
 def against_time(study: Study) -> Figure:
     """Returns loss and accuracy over the seconds of training."""
-    # Every run has its own seconds.
+    # The times differ between runs, so they cannot be averaged per step.
     first = {variant: siblings[:1] for variant, siblings in study.variants.items()}
     study = dataclasses.replace(study, variants=first)
     loss, accuracy = (
@@ -384,14 +383,14 @@ def against_time(study: Study) -> Figure:
     panels = lines(first, loss, "loss, training batches", scale, x="seconds", markers=False)
     panels += lines(first, accuracy, "accuracy, test images", x="seconds")
     caption = (
-        "The first seed of each variant. Compilation in the first step counts; evaluations and "
-        "checkpoints do not."
+        "The first seed of each variant. Includes the compilation in the first step, not "
+        "evaluations and checkpoints."
     )
     return Figure("time", "Against time", caption, panels)
 
 
 def averages_figures(study: Study) -> Iterator[Figure]:
-    """Yields the cost for all variants, and the drift of each norm for the first seed of each."""
+    """Yields the cost of the averages for all variants, and the drift for each first seed."""
     panels = []
     for key, sign in (("loss", 1), ("accuracy", -1)):
 
@@ -403,14 +402,13 @@ def averages_figures(study: Study) -> Iterator[Figure]:
 
         panels += lines(study.variants, bands(study, lost), f"{key} lost by the stored statistics")
     caption = (
-        "The same training images, evaluated with the running averages and with the statistics of "
-        "their own batch: by how much the loss is higher and the accuracy lower with the former. "
-        "Near 0 the averages are right; what then is left between training and test is not batch "
-        "norm's."
+        "The same training images, evaluated with the running averages and with batch statistics: "
+        "the increase of the loss and the decrease of the accuracy with the running averages. Near "
+        "0 the averages are right, and any gap between training and test has a different cause."
     )
-    yield Figure("averages", "What the running averages cost", caption, panels)
+    yield Figure("averages", "The cost of the running averages", caption, panels)
     words = {
-        "drift_mean": "mean, standard deviations off",
+        "drift_mean": "error of the mean, in standard deviations",
         "drift_variance": "variance, log(stored / true)",
     }
     for variant, siblings in study.variants.items():
@@ -425,9 +423,9 @@ def averages_figures(study: Study) -> Iterator[Figure]:
                 ]
                 panels += lines(dict.fromkeys(row["variant"] for row in rows), rows, title)
             caption = (
-                "Of each norm, the stored mean and variance beside those of the same training "
-                "images at the same weights; 0 is right. A variance above 0 makes the norm's "
-                "output too small in evaluation, one below 0 too large."
+                "The stored mean and variance of each norm, compared with the statistics of the "
+                "same training images and weights; 0 is right. A variance above 0 makes the norm's "
+                "output too small in evaluation, below 0 too large."
             )
             heading = f"Drift of the running averages: {variant}, seed {run.seed}"
             yield Figure(_file_name("drift", variant), heading, caption, panels, details=True)
@@ -444,8 +442,8 @@ def inside_figures(study: Study) -> Iterator[Figure]:
             names = _names(run, "statistic", f".{leaf}")
             panels = [panel for name in names for panel in _fan(run, name)]
             caption = (
-                f"The {title} of the channels: line: the median channel; dark band: the middle "
-                "half; light band: from 5 to 95 %."
+                f"The {title} over the channels. Line: median; dark band: middle half; light band: "
+                "from 5 to 95 %."
             )
             heading = f"{title.capitalize()}: {of}"
             yield Figure(_file_name(title, variant), heading, caption, panels, details=True)
@@ -455,9 +453,9 @@ def inside_figures(study: Study) -> Iterator[Figure]:
         ):
             panels = [_heat(run, kind, name) for name in _names(run, kind, end)]
             caption = (
-                f"{sentence}, on a fixed small batch of training images. The stronger the colour, "
-                "the more of the values; each column adds up to 100 %. What lies beyond the range "
-                "(1 % of a column at most) is counted at its ends."
+                f"{sentence}, on a fixed small batch of training images. A stronger colour means "
+                "more values; each column adds up to 100 %. Values beyond the range (at most 1 % "
+                "of a column) are counted at its ends."
             )
             heading = f"{kind.capitalize()}s: {of}"
             yield Figure(_file_name(kind, variant), heading, caption, panels, details=True)
@@ -468,7 +466,7 @@ def _file_name(title: str, variant: str) -> str:
 
 
 def _names(run: Run, kind: str, end: str = "") -> list[str]:
-    """Returns the names of at most `MAX_LAYERS` histograms, at equal distances."""
+    """Returns the names of at most `MAX_LAYERS` histograms, evenly spaced."""
     every = dict.fromkeys(name for line in run.histograms for name in line[kind])
     names = [name for name in every if name.endswith(end)]
     count = min(len(names), MAX_LAYERS)
@@ -486,7 +484,7 @@ def _fan(run: Run, name: str) -> list[Panel]:
 
 
 def _heat(run: Run, kind: str, name: str) -> Panel:
-    """Returns a column of shaded bins for each of a few evaluations."""
+    """Returns a heat map with a column of bins for each of up to `MAX_COLUMNS` evaluations."""
     found = [line for line in run.histograms if name in line[kind]]
     count = min(len(found), MAX_COLUMNS)
     rows = []
@@ -513,7 +511,7 @@ def _heat(run: Run, kind: str, name: str) -> Panel:
 
 
 def _chart(rows: list[Row]) -> alt.Chart:
-    # As a plain dict: an InlineData would be checked value by value.
+    # A plain dict, because Altair validates each value of an InlineData.
     return alt.Chart({"values": rows})
 
 
@@ -527,7 +525,7 @@ def _curves(study: Study, split: str, quantity: str, x: str = "step") -> list[Ro
 
 
 def bands(study: Study, points: Callable[[Run], Points], x: str = "step") -> list[Row]:
-    """Returns mean, lowest and highest value over a variant's seeds at each x of their points."""
+    """Returns the mean, minimum and maximum over the seeds of each variant at each x."""
     rows = []
     for variant, siblings in study.variants.items():
         found: dict[float, list[float]] = {}
@@ -550,7 +548,7 @@ def _rounded(row: Row) -> Row:
 
 
 def _scale(rows: list[Row], *, log: bool = False) -> alt.Scale:
-    """Returns a scale that holds the bands; logarithmic where they span a lot."""
+    """Returns a scale that contains the bands; logarithmic for a range above a factor of 5."""
     ends = [row[end] for row in rows for end in ("low", "high")] or [0.0]
     kind: Any = "log" if log and 0 < 5 * min(ends) < max(ends) else "linear"
     return alt.Scale(type=kind, domain=[min(ends), max(ends)], nice=kind == "linear", zero=False)
@@ -566,10 +564,10 @@ def lines(
     markers: bool = True,
     height: int = 230,
 ) -> list[Panel]:
-    """Returns a chart with a line for each variant, none without rows.
+    """Returns a list with one chart, with a line for each variant; empty without rows.
 
-    A row has `variant`, `value`, and `step` or another key named by `x`; optionally `low` and
-    `high`, the ends of a light band, and `lower` and `upper`, those of a dark one.
+    A row has `variant`, `value`, and the key `x`; optionally `low` and `high`, the ends of a light
+    band, and `lower` and `upper`, the ends of a dark band.
     """
     if not rows:
         return []
@@ -597,7 +595,7 @@ def lines(
 
 
 def _png(figure: Figure) -> bytes:
-    """Returns the panels of a figure on white, in few colours: a tenth of the bytes."""
+    """Returns the panels of a figure on white, in 128 colours for a tenth of the size."""
     columns = 1 if len(figure.panels) == 1 else 2 if len(figure.panels) <= 4 else 3
     spec = {**alt.concat(*figure.panels, columns=columns).to_dict(validate=False), "config": STYLE}
     png = vl_convert.vegalite_to_png(spec, vl_version=VERSION, scale=1.5)

@@ -1,4 +1,4 @@
-"""Runs and comparisons, read from their folders without JAX."""
+"""Reads runs and comparisons from their folders, without JAX."""
 
 import dataclasses
 import functools
@@ -14,19 +14,19 @@ from bnjax.errors import UserError
 from bnjax.train import parsing, rundir
 from bnjax.train.config import default_config
 
-# Values at one point of a run: its first, last or best evaluation (or training step), or a step.
+# Values at one point of a run: the first, last or best evaluation (or training step), or a step.
 VALUES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-# Times until something was first reached, which may not have happened.
+# Times until a run first reaches a goal; a run may not reach it.
 TIMES = ("steps_to_loss", "steps_to_accuracy", "seconds_to_accuracy")
 POINTS = ("first", "last", "best")
-COMPARISON = "comparison.json"  # of a folder of many runs
-# Two runs that differ in nothing else are of the same variant.
+COMPARISON = "comparison.json"  # in a folder of many runs
+# The keys that may differ between runs of the same variant.
 NO_VARIANT = ("config.seed", "config.data.dir")
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points of one split: `step` int [n], `loss` and `accuracy` float [n], NaN if not finite."""
+    """One split's points: `step` int [n], `loss` and `accuracy` float [n]; NaN if not finite."""
 
     step: np.ndarray
     loss: np.ndarray
@@ -38,13 +38,13 @@ class Run:
     """One run, finished or not.
 
     Attributes:
-        folder: where it lies; in a comparison `<comparison>/<variant>/<seed>`.
+        folder: its folder; in a comparison `<comparison>/<variant>/<seed>`.
         variant: its name in a comparison, the same for all seeds.
-        seed: of the config.
-        config: the values by key, "config.seed" for instance.
+        seed: the seed of the config.
+        config: the values by dotted key, such as "config.seed".
         data: facts about its data set.
         metrics: the lines of metrics.jsonl.
-        seconds: of training, after each step.
+        seconds: the training time after each step.
         summary: the content of summary.json; empty if the run is not finished.
     """
 
@@ -59,22 +59,22 @@ class Run:
 
     @functools.cached_property
     def train(self) -> Curve:
-        """The batch of each training step."""
+        """Loss and accuracy of the batch of each training step."""
         return self._curve("train")
 
     @functools.cached_property
     def test(self) -> Curve:
-        """The test images at each evaluation."""
+        """Loss and accuracy of the test images at each evaluation."""
         return self._curve("test")
 
     @functools.cached_property
     def gaps(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that compare stored and batch statistics."""
+        """The lines of metrics.jsonl with the comparison of stored and batch statistics."""
         return [line for line in self.metrics if line["split"] == "gap"]
 
     @functools.cached_property
     def histograms(self) -> list[dict[str, Any]]:
-        """The lines of histograms.jsonl, read when they are asked for."""
+        """The lines of histograms.jsonl, read on first access."""
         return rundir.read_lines(self.folder / "histograms.jsonl")
 
     def _curve(self, split: str) -> Curve:
@@ -87,12 +87,12 @@ class Run:
 
     @property
     def target_loss(self) -> float:
-        """The training loss that the run was to reach."""
+        """The target training loss of the run."""
         return float(self.config["config.train.target_loss"])
 
 
 def value(run: Run, quantity: str, at: str | float | int) -> float | None:
-    """Returns one of `VALUES`; None if that step is missing or its loss was not finite."""
+    """Returns one of `VALUES`; None if the step is missing or its loss is not finite."""
     split, key = quantity.split("_")
     curve: Curve = getattr(run, split)
     values: np.ndarray = getattr(curve, key)
@@ -106,9 +106,9 @@ def value(run: Run, quantity: str, at: str | float | int) -> float | None:
 
 
 def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
-    """Returns one of `TIMES` of several runs: how long each took, or went on without reaching it.
+    """Returns one of `TIMES` for several runs: the time to the goal, or to the end of the run.
 
-    0.001 seconds, the resolution of the file, at least.
+    At least 0.001 seconds, the resolution of the file.
     """
     values, reached = [], []
     for run in runs:
@@ -123,10 +123,10 @@ def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
-    """Returns the comparison that a folder holds, as `bnjax.compare.grid` wrote it.
+    """Reads the comparison of a folder, as written by `bnjax.compare.grid`.
 
     Raises:
-        UserError: if there is none or it is damaged.
+        UserError: if it is missing or damaged.
     """
     with rundir.reading(folder / COMPARISON):
         found: dict[str, Any] = json.loads((folder / COMPARISON).read_text())
@@ -134,17 +134,17 @@ def read_comparison(folder: Path) -> dict[str, Any]:
 
 
 def listed(folder: Path, comparison: dict[str, Any]) -> list[Path]:
-    """Returns the folders of a comparison's runs, whether they are there or not."""
+    """Returns the folders of a comparison's runs, existing or not."""
     return [
         folder / name / str(seed) for name in comparison["variants"] for seed in comparison["seeds"]
     ]
 
 
 def finished_runs(folder: Path, comparison: dict[str, Any]) -> list[Run]:
-    """Returns the finished runs of a comparison, variants and seeds in their order.
+    """Reads the finished runs of a comparison, in the order of variants and seeds.
 
     Raises:
-        UserError: if the files of one are damaged or do not agree.
+        UserError: if the files of a run are damaged or inconsistent.
     """
     there = [run for run in listed(folder, comparison) if (run / "summary.json").exists()]
     return [read_run(run) for run in there]
@@ -154,7 +154,7 @@ def read_run(folder: Path) -> Run:
     """Reads the folder of a run.
 
     Raises:
-        UserError: if there is no run, it has no step yet, or its files are damaged or do not agree.
+        UserError: if there is no run, it has no step yet, or its files are damaged or inconsistent.
     """
     config, data = rundir.read(folder)
     metrics = rundir.read_lines(folder / "metrics.jsonl")
@@ -168,9 +168,9 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"the run in {folder} has no training step yet.")
     if summary and (summary["steps"] != steps[-1] or not {*steps} <= {*seconds}):
         raise UserError(
-            f"the run in {folder} is damaged: summary.json, metrics.jsonl and timing.jsonl are not "
-            "of the same steps. Restore them from a copy, or remove that folder, and the same "
-            "command trains it anew."
+            f"the run in {folder} is damaged: summary.json, metrics.jsonl and timing.jsonl have "
+            "different steps. Restore them from a copy; or remove the folder, and train it again "
+            "with the same command."
         )
     flat = parsing.flat({"config": config.to_dict()})
     return Run(folder, folder.parent.name, config.seed, flat, data, metrics, seconds, summary)
@@ -181,10 +181,10 @@ class Study:
     """The runs and comparisons of one report.
 
     Attributes:
-        variants: the runs that could be read, by the name of their config; where one name stands
-            for several configs, also by a folder.
-        problems: what could not be read, or is not complete, in words.
-        comparisons: by folder, what comparison.json holds, and the finished runs.
+        variants: the readable runs by the name of their config; if different configs have the same
+            name, by name and folder.
+        problems: descriptions of unreadable or incomplete runs.
+        comparisons: by folder, the content of comparison.json and the finished runs.
     """
 
     variants: dict[str, list[Run]]
@@ -200,14 +200,14 @@ class Study:
 def read_study(folders: Sequence[Path]) -> Study:
     """Reads folders of runs and comparisons.
 
-    A run of the same config and seed as another would count twice as evidence, and is left out.
+    A second run of the same config and seed is skipped, because it is no independent evidence.
 
     Raises:
-        UserError: if there is no readable run at all.
+        UserError: if no run is readable.
     """
     problems: list[str] = []
     comparisons: dict[Path, tuple[dict[str, Any], list[Run]]] = {}
-    found: dict[tuple[str, str], dict[int, Run]] = {}  # by name, and what else the seeds share
+    found: dict[tuple[str, str], dict[int, Run]] = {}  # by name and config without seed
     for folder in folders:
         members = [folder]
         if (folder / COMPARISON).exists():
@@ -216,7 +216,7 @@ def read_study(folders: Sequence[Path]) -> Study:
             members = [run for run in wanted if (run / "config.json").exists()]
             missing = [f"{run.parent.name}/{run.name}" for run in wanted if run not in members]
             if missing:
-                problems.append(f"the comparison {folder} has not begun {', '.join(missing)}.")
+                problems.append(f"the comparison {folder} has not started {', '.join(missing)}.")
         for member in members:
             try:
                 run = read_run(member)
@@ -230,11 +230,11 @@ def read_study(folders: Sequence[Path]) -> Study:
             other = found.setdefault(identity, {}).setdefault(run.seed, run)
             if other is not run:
                 problems.append(
-                    f"{member} is of the same config and seed as {other.folder}, which is shown."
+                    f"{member} has the same config and seed as {other.folder} and is skipped."
                 )
             elif not run.summary:
                 after = f"after {run.train.step[-1]} steps"
-                problems.append(f"{member} is not finished: what it had {after} is shown.")
+                problems.append(f"{member} is not finished: its results {after} are shown.")
     if not found:
         raise UserError(
             f"there is no run to report. {' '.join(problems)} "
@@ -250,10 +250,10 @@ def read_study(folders: Sequence[Path]) -> Study:
 
 
 def command(run: Run) -> list[str]:
-    """Returns the words of a command that trains a run again, from the defaults."""
+    """Returns the words of a command that trains the same run, with all differences to defaults."""
     config, standard = dict(run.config), parsing.flat({"config": default_config().to_dict()})
     if run.data.name == config["config.data.fallback"] != config["config.data.name"]:
-        # The command adds the name of the set that stands in.
+        # The command appends the name of the fallback set.
         config["config.name"] = config["config.name"].removesuffix(f"-{run.data.name}")
     words = [f"--{key}={value}" for key, value in config.items() if value != standard.get(key)]
     return ["python", "-m", "bnjax.main", "--config", "bnjax/train/config.py", *words]

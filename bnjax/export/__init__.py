@@ -1,1 +1,1 @@
-"""How a trained network leaves: programs and models that run without bnjax."""
+"""Exports trained networks as programs and models that run without bnjax."""

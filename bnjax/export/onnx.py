@@ -1,4 +1,4 @@
-"""A network as ONNX, translated from its traced program."""
+"""Translates the traced program of a network to ONNX."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from bnjax.errors import UserError
 from bnjax.train_step import forward
 from bnjax.types import BatchStats, Params
 
-# Any onnxruntime since 1.14 (2023) runs these.
+# Supported by onnxruntime 1.14 (2023) and newer.
 OPSET = 18
 IR_VERSION = 8
 IMAGES, LOGITS = "images", "logits"
-# A value of the program: an array that depends on no image, or the name of a node's output.
+# A value of the program: an array if it does not depend on the images, else a node output's name.
 Value = np.ndarray | str
 
 
@@ -39,15 +39,15 @@ def onnx_model(
     """Returns the network in evaluation: `images` [batch, h, w, c] to `logits` [batch, classes].
 
     Args:
-        model: any linen module with `__call__(x, train=...)`, whose arithmetic is in float32.
+        model: any linen module with `__call__(x, train=...)` and float32 arithmetic.
         params: its weights.
         batch_stats: its running statistics.
-        image_shape: of one image, [h, w, c].
-        notes: what else the file is to say (`metadata_props`).
-        image_dtype: of the images; uint8 is divided by 255, floats pass unchanged.
+        image_shape: [h, w, c] of one image.
+        notes: additional metadata for the file (`metadata_props`).
+        image_dtype: the dtype of the images; uint8 is divided by 255, floats pass unchanged.
 
     Raises:
-        UserError: if the network uses an operation that is not known here; it is named.
+        UserError: if the network uses an unsupported operation.
     """
 
     def logits(images: Any) -> Any:
@@ -77,16 +77,16 @@ def onnx_model(
 
 
 class Graph:
-    """The nodes of an ONNX graph in the order of their computation, and the arrays they read."""
+    """The nodes of an ONNX graph in the order of computation, and its constants."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.arrays: list[TensorProto] = []
-        self._names: dict[Any, str] = {}  # of the arrays, by their content
+        self._names: dict[Any, str] = {}  # the names of the arrays, by content
         self._count: Counter[str] = Counter()
 
     def add(self, op: str, *inputs: Value, **attributes: Any) -> str:
-        """Adds a node, and returns the name of its output."""
+        """Adds a node and returns the name of its output."""
         self._count[op] += 1
         name = f"{op.lower()}_{self._count[op]}"
         given = [self.name(value) for value in inputs]
@@ -104,7 +104,7 @@ class Graph:
         return self._names[content]
 
     def write(self, equation: Any, *inputs: Any) -> list[Value]:
-        """Adds an operation, and returns its results: now, or the names of what computes them."""
+        """Adds an operation; returns its results, as arrays if constant, else as node outputs."""
         primitive, params = equation.primitive, equation.params
         known = [value if isinstance(value, str) else np.asarray(value) for value in inputs]
         is_constant = not any(isinstance(value, str) for value in known)
@@ -117,14 +117,14 @@ class Graph:
         except NotImplementedError as error:
             what = f"{primitive.name} {error}".strip()
             raise UserError(
-                f"the network uses the operation {what}, which bnjax does not write as ONNX "
-                "(bnjax/export/onnx.py has those that it does). Export without --onnx: the "
-                "StableHLO program takes every operation."
+                f"the network uses the operation {what}, which bnjax cannot write as ONNX "
+                "(bnjax/export/onnx.py lists the supported operations). Export without --onnx: the "
+                "StableHLO program supports every operation."
             ) from error
         return results if isinstance(results, list) else [results]
 
 
-# Given the graph, an equation and its inputs, it returns the output, or a list of the outputs.
+# (graph, equation, *inputs) -> the output, or a list of the outputs.
 Rule = Callable[..., Value | list[Value]]
 
 
@@ -139,7 +139,7 @@ def _is_symbolic(size: Any) -> bool:
 
 
 def _integers(values: Iterable[Any]) -> np.ndarray:
-    """Returns numbers as ONNX wants axes and sizes, int64 [n]; -1 for a symbolic size."""
+    """Returns axes or sizes in ONNX's form, int64 [n]; -1 for a symbolic size."""
     return np.array([-1 if _is_symbolic(one) else int(one) for one in values], np.int64)
 
 
@@ -189,7 +189,7 @@ def _broadcast(graph: Graph, equation: Any, x: Value, *_: Value) -> Value:
     for place, size in zip(equation.params["broadcast_dimensions"], old, strict=True):
         middle[place] = size
     x = x if tuple(middle) == tuple(old) else _reshaped(graph, x, middle)
-    # Expand leaves an axis as it is where it is asked for 1.
+    # Expand does not change an axis with target size 1.
     wanted = [1 if mine == its else its for mine, its in zip(middle, shape, strict=True)]
     if all(size == 1 for size in wanted):
         return x
@@ -245,7 +245,7 @@ def _pooling(op: str, **options: int) -> Rule:
         _check(dilations <= {1}, "with a dilated input or window")
         about = [*zip(window, steps, padding, strict=True)]
         still = [axis for axis, one in enumerate(about) if one == (1, 1, (0, 0))]
-        # Operators pool all axes but the first two.
+        # ONNX pools all axes except the first two.
         _check(len(still) >= 2 and len(about) >= 3, "over more axes than ONNX pools")
         pooled = [axis for axis in range(len(about)) if axis not in (still[0], still[-1])]
         order = [still[0], still[-1], *pooled]
@@ -257,7 +257,7 @@ def _pooling(op: str, **options: int) -> Rule:
             pads=[padding[axis][side] for side in (0, 1) for axis in pooled],
             **options,
         )
-        if op == "AveragePool":  # of a window with the zeros of the padding
+        if op == "AveragePool":  # the mean includes the zeros of the padding
             out = graph.add("Mul", out, _number(equation, math.prod(window)))
         return _transposed(graph, out, _inverse(order))
 
@@ -275,7 +275,7 @@ def _slice(graph: Graph, equation: Any, x: Value) -> Value:
 
 
 def _reverse(graph: Graph, equation: Any, x: Value) -> Value:
-    """Slices from the last value of an axis to before its first."""
+    """Reverses axes by slices with step -1."""
     axes = equation.params["dimensions"]
     back, end = [-1] * len(axes), [np.iinfo(np.int64).min] * len(axes)
     return graph.add("Slice", x, *map(_integers, (back, end, axes, back)))
@@ -290,12 +290,12 @@ def _split(graph: Graph, equation: Any, x: Value) -> list[Value]:
 def _pad(graph: Graph, equation: Any, x: Value, filling: Value) -> Value:
     config = equation.params["padding_config"]
     fits = all(low >= 0 and high >= 0 and inner == 0 for low, high, inner in config)
-    _check(fits, "between the values or by less than nothing")
+    _check(fits, "between the values or with negative padding")
     return graph.add("Pad", x, _integers(one[side] for side in (0, 1) for one in config), filling)
 
 
 def _gather(graph: Graph, equation: Any, x: Value, places: Value) -> Value:
-    """Takes the same places of each image, by their numbers in an image."""
+    """Gathers the same positions of each image, by their flat indices in an image."""
     shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
     _check(isinstance(places, np.ndarray), "by values")
     of, to = (
@@ -324,7 +324,7 @@ def _select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
 
 def _maximum(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
     for one, other in ((x, y), (y, x)):
-        if isinstance(other, np.ndarray) and not other.any():  # runtimes fuse it into convolutions
+        if isinstance(other, np.ndarray) and not other.any():  # runtimes fuse Relu
             return graph.add("Relu", one)
     return graph.add("Max", x, y)
 

@@ -1,4 +1,4 @@
-"""A page to try a network on, made with Gradio: images in, scores out."""
+"""A Gradio page that scores images with a network."""
 
 import functools
 import os
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio looks when it is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import of Gradio
 
 import gradio
 import jax
@@ -23,26 +23,26 @@ from bnjax.train.trained import Trained
 from bnjax.train_step import classes_and_scores
 from bnjax.types import BatchStats, Images
 
-MAX_IMAGES = 32  # at once; smaller batches are padded
-MAX_BYTES = 8_000_000  # of one file
-MAX_PIXELS = 24_000_000  # of an image, before it is resized
+MAX_IMAGES = 32  # per request; smaller batches are padded
+MAX_BYTES = 8_000_000  # per file
+MAX_PIXELS = 24_000_000  # per image, before resizing
 MAX_WAITING = 16  # requests
-# The statistics that the batch norms of a run can normalise by.
+# The statistics for the batch norms of a run.
 STORED, BATCH, NONE = "stored", "batch", "no"
 
 
 class Scores:
-    """The scores of a run's network under stored, batch and no statistics.
+    """Computes the scores of a run's network under stored, batch and no statistics.
 
     Attributes:
-        name: of the config.
-        classes: their names, in the order of the scores.
+        name: the name of the config.
+        classes: the class names, in the order of the scores.
         image_shape: [h, w, c].
-        statistics: the statistics that there are.
+        statistics: the available statistics.
     """
 
     def __init__(self, trained: Trained):
-        """Compiles nothing yet."""
+        """Prepares the network; compiles at the first call."""
         self.name, self.classes = trained.config.name, trained.data.classes
         self.image_shape = trained.data.image_shape
         self._network = trained.network
@@ -79,26 +79,26 @@ class Scores:
 
 
 class ExportedScores:
-    """The scores of an exported network, under stored statistics only; see `Scores`."""
+    """Computes the scores of an exported network, under stored statistics only; see `Scores`."""
 
     statistics = (STORED,)
 
     def __init__(self, exported: Exported):
-        """Compiles nothing yet."""
+        """Prepares the network; compiles at the first call."""
         about = exported.manifest
         self.name, self.classes = about.name, tuple(about.classes)
         self.image_shape = tuple(about.image_shape)
         self._exported = exported
 
     def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Returns the scores of images whose pixels are rounded to 8 bits."""
+        """Returns the scores of images, with pixels rounded to 8 bits."""
         logits = self._exported.logits(images, MAX_IMAGES)
         score = classes_and_scores(jnp.asarray(logits))["score"]
         return {STORED: np.asarray(score)}, {}
 
 
 def without_statistics(batch_stats: BatchStats) -> BatchStats:
-    """Returns running statistics that change nothing: means of 0 and variances of 1."""
+    """Returns running statistics without effect: means of 0 and variances of 1."""
     blank = {"mean": jnp.zeros_like, "var": jnp.ones_like}
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: blank.get(path[-1].key, jnp.asarray)(leaf), batch_stats
@@ -106,7 +106,7 @@ def without_statistics(batch_stats: BatchStats) -> BatchStats:
 
 
 def page(scores: Scores | ExportedScores) -> gradio.Blocks:
-    """Returns the page of a network; its endpoint /predict does the same for programs."""
+    """Returns the page of a network; programs can use its endpoint /predict."""
     import pandas
 
     height, width, _ = scores.image_shape
@@ -130,8 +130,8 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
     with gradio.Blocks(title=f"bnjax: {scores.name}") as demo:
         gradio.Markdown(
             f"# {scores.name}\nUp to {MAX_IMAGES} PNG or JPEG images, resized to {width}x{height}. "
-            "The batch norms normalise by the stored running statistics, by those of these images "
-            "together, or not at all."
+            "The batch norms normalise by the stored running statistics, by the statistics of "
+            "these images together, or not at all."
         )
         files = gradio.File(
             file_count="multiple", file_types=[".png", ".jpg", ".jpeg"], label="Images"
@@ -148,7 +148,7 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
         plot = gradio.BarPlot(
             x="norm",
             y="drift",
-            title="Stored minus these images' mean, in standard deviations (RMS over channels)",
+            title="Stored mean minus mean of these images, in standard deviations (RMS)",
             sort=None,
             visible=len(scores.statistics) > 1,
         )
@@ -158,9 +158,9 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
 
 
 def _read(files: Sequence[str], shape: Sequence[int]) -> list[np.ndarray]:
-    """Returns the images of uploaded files, within the limits."""
+    """Reads uploaded files within the limits."""
     if not 1 <= len(files) <= MAX_IMAGES:
-        raise gradio.Error(f"Give 1 to {MAX_IMAGES} images; these are {len(files)}.")
+        raise gradio.Error(f"Give 1 to {MAX_IMAGES} images, not {len(files)}.")
     height, width, channels = shape
     try:
         pictures = [
@@ -179,7 +179,7 @@ def _best(score: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def launch(demo: gradio.Blocks, host: str, port: int | None) -> str:
-    """Starts the server of a page in a thread, without a network; returns its address."""
+    """Starts the server of a page in a thread, without internet access; returns its address."""
     _, url, _ = demo.launch(
         server_name=host,
         server_port=port,

@@ -1,4 +1,4 @@
-"""A network as a StableHLO program with its weights beside it, written and read."""
+"""Writes and reads a network as a StableHLO program with separate weights."""
 
 import dataclasses
 import datetime
@@ -34,22 +34,22 @@ Weights = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The facts of an exported model.
+    """Facts about an exported model.
 
     Attributes:
-        name: of the run's config.
-        step: of its checkpoint.
-        dataset: that it was trained on.
-        classes: their names, in the order of the logits.
-        image_shape: of one image, [h, w, c].
+        name: the name of the run's config.
+        step: the step of its checkpoint.
+        dataset: its training data set.
+        classes: the class names, in the order of the logits.
+        image_shape: [h, w, c] of one image.
         arithmetic: the dtype of the layers' arithmetic; ONNX computes in float32.
-        folded: the folded norms and the layers that have them, by path.
-        kept: the other norms, and why they stay.
-        exported: the day.
-        versions: of Python and the packages that wrote it.
-        platforms: that the StableHLO program is for.
-        agreement: the images, and the differences of the logits from the run's.
-        files: the SHA-256 of each.
+        folded: the path of each folded norm -> the path of its layer.
+        kept: the path of each other norm -> why it stays.
+        exported: the date.
+        versions: the versions of Python and the packages.
+        platforms: the platforms of the StableHLO program.
+        agreement: the test images, and the differences from the run's logits.
+        files: the SHA-256 of each file.
     """
 
     name: str
@@ -77,19 +77,19 @@ def export_run(
     data_dir: str | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> Manifest:
-    """Writes a run's network into a new folder, after comparing its logits; returns the manifest.
+    """Compares the logits, then writes a run's network into a new folder; returns the manifest.
 
     Args:
         trained: the network.
         out: the folder, new or empty.
-        folded: whether batch norms are folded where that is exact.
-        onnx: whether to write ONNX as well.
-        data_dir: the folder of the data whose test images the logits are compared on; None: noise.
-        platforms: of the StableHLO program, of those that `jax.export` knows.
+        folded: whether to fold batch norms where that is exact.
+        onnx: whether to write ONNX too.
+        data_dir: the folder of the data; compares the logits on test images. None: on noise.
+        platforms: the platforms of the StableHLO program, as for `jax.export`.
 
     Raises:
         UserError: if the folder is neither new nor empty, the logits differ, a package is missing,
-            or ONNX has no operator for the network.
+            or the network has no ONNX form.
     """
     rundir.check_is_free(out)
     shape, classes = trained.data.image_shape, [*trained.data.classes]
@@ -100,7 +100,7 @@ def export_run(
             check_folded(trained, folding, data_dir)
     else:
         norms = trained.network.norms({"image": like})
-        stay = tuple(NormFold(one.path, reason="folding was not asked for") for one in norms)
+        stay = tuple(NormFold(one.path, reason="folding was not requested") for one in norms)
         folding = Folding(trained.network, stay)
     network = folding.network
     variables = (network.params, network.batch_stats)
@@ -114,7 +114,7 @@ def export_run(
         call = jax.jit(export.deserialize(bytearray(content[PROGRAM])).call)
         found = difference(call(named(*variables), images), logits(trained.network, images))
         agreement["stablehlo"] = found
-        # The rounding of bfloat16 differs from one program to the next.
+        # The rounding of bfloat16 differs between programs.
         if not trained.is_low:
             _check("StableHLO program", found)
     if onnx:
@@ -155,20 +155,20 @@ def export_run(
     out.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
         (out / name).write_bytes(data)
-    write_json(out / MANIFEST, vars(manifest))  # last, since it makes the folder a model's
+    write_json(out / MANIFEST, vars(manifest))  # last: it marks the folder as complete
     return manifest
 
 
 def _check(what: str, found: float) -> None:
     if not found <= TOLERANCE:
         raise UserError(
-            f"the logits of the {what} differ from the run's by {found:.1e} of the largest, more "
-            f"than {TOLERANCE}, and nothing is written."
+            f"the logits of the {what} differ from the run's by {found:.1e} of the largest logit, "
+            f"more than {TOLERANCE}; nothing is written."
         )
 
 
 def named(params: Params, batch_stats: BatchStats) -> Weights:
-    """Returns weights and statistics by name, "params.conv0.kernel" for instance, on the host."""
+    """Returns weights and statistics on the host by name, such as "params.conv0.kernel"."""
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
     return {name: np.array(leaf, order="C") for name, leaf in leaves.items()}
 
@@ -181,7 +181,7 @@ def program(
     platforms: Sequence[str] = PLATFORMS,
     image_dtype: Any = np.uint8,
 ) -> bytes:
-    """Returns the evaluation of a network as `jax.export.deserialize` takes it.
+    """Returns the evaluation of a network, serialised for `jax.export.deserialize`.
 
     Its `call(weights, images)` takes the arrays of `named` and images [n, h, w, c], and returns the
     logits [n, classes], for any n.
@@ -189,9 +189,9 @@ def program(
     Args:
         model: any linen module with `__call__(x, train=...)`.
         params, batch_stats: its variables, or their shapes.
-        image_shape: of one image.
-        platforms: that it is for.
-        image_dtype: of the images; uint8 is divided by 255, floats pass unchanged.
+        image_shape: [h, w, c] of one image.
+        platforms: the target platforms.
+        image_dtype: the dtype of the images; uint8 is divided by 255, floats pass unchanged.
     """
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
     like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
@@ -207,11 +207,11 @@ def program(
 
 
 class Exported:
-    """A model that `export_run` wrote, read back.
+    """An exported model, read from its folder.
 
     Attributes:
         folder: its folder.
-        manifest: its facts.
+        manifest: facts about it.
         weights: the first argument of the program.
     """
 
@@ -219,8 +219,8 @@ class Exported:
         """Reads and checks the files.
 
         Raises:
-            UserError: if they are missing, damaged, of another version or for another platform, or
-                if this version of JAX does not load the program.
+            UserError: if they are missing, damaged, or from a different version of bnjax, or JAX
+                cannot load the program on this platform.
         """
         if not (folder / MANIFEST).is_file():
             run = " It holds a run: give it with --workdir." * (folder / "config.json").exists()
@@ -238,29 +238,29 @@ class Exported:
                     raise ValueError(f"the SHA-256 of {name} differs")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"the exported model in {folder} is damaged, or from another version of bnjax "
+                f"the exported model in {folder} is damaged or from a different version of bnjax "
                 f"({error}). Export the run again."
             ) from error
         self.folder = folder
         self.weights = jax.device_put(safetensors.numpy.load(content[WEIGHTS]))
         try:
             self._program = export.deserialize(bytearray(content[PROGRAM]))
-        except Exception as error:  # of several types, by version
+        except Exception as error:  # the type depends on the version
             raise self._does_not_load(error) from error
         here = export.default_export_platform()
         if here not in self._program.platforms:
             raise UserError(
-                f"the program in {folder} is for {', '.join(self._program.platforms)}, and JAX "
-                f"computes on {here} here. Choose another with JAX_PLATFORMS, for instance "
-                "JAX_PLATFORMS=cpu, or export the run for this one."
+                f"the program in {folder} is for {', '.join(self._program.platforms)}, but JAX "
+                f"runs on {here} here. Choose a different platform with JAX_PLATFORMS, for "
+                "instance JAX_PLATFORMS=cpu, or export the run for this one."
             )
 
     def logits(self, images: Images, batch_size: int) -> np.ndarray:
-        """Returns the logits, float32 [n, classes], of images.
+        """Returns the logits of images, float32 [n, classes].
 
         Args:
             images: uint8 [n, h, w, c], n > 0, or floats from 0 to 1, which are rounded to 8 bits.
-            batch_size: of the compiled program.
+            batch_size: the batch size of the compiled program.
 
         Raises:
             UserError: if this version of JAX cannot compile the program.
@@ -282,7 +282,7 @@ class Exported:
         call = jax.jit(self._program.call, compiler_options=compiler_options(batch_size))
         try:
             return call.lower(self.weights, images).compile()
-        except Exception as error:  # likewise
+        except Exception as error:  # the type depends on the version
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise self._does_not_load(error) from error
@@ -290,8 +290,8 @@ class Exported:
     def _does_not_load(self, error: Exception) -> UserError:
         reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         return UserError(
-            f"JAX {versions()['jax']} does not load the program in {self.folder}, which JAX "
-            f"{self.manifest.versions['jax']} wrote on {self.manifest.exported}: "
+            f"JAX {versions()['jax']} cannot load the program in {self.folder}, written by JAX "
+            f"{self.manifest.versions['jax']} on {self.manifest.exported}: "
             f"{reason.rstrip('.')}. JAX loads programs of versions up to 6 months older and 3 "
             "weeks newer than itself. Use such a version, or export the run again with this one."
         )

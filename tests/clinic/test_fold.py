@@ -101,7 +101,7 @@ def test_networks_of_other_people(name):
     assert found["BatchNorm_1"] == ("after", "Conv_1")
     assert found["BatchNorm_3"] == ("after", "Conv_3")
     assert "Conv_0, which goes to several places (BatchNorm_0, add)" in stay["BatchNorm_0"]
-    assert all("its output, which goes to relu" in reason for reason in stay.values())
+    assert all("one layer: it goes to relu" in reason for reason in stay.values())
     assert set(done.batch_stats) == set(stay) == {"BatchNorm_0", "BatchNorm_2", "last"}
 
 
@@ -209,11 +209,11 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
 @pytest.mark.parametrize(
     ("net", "said"),
     [
-        (Net(("layer", nn.relu, "norm")), "its input comes from relu; no layer"),
-        (Net(("norm", nn.sigmoid, "layer")), "its input is that of the network"),
-        (Net(("norm", lambda x: 1 / x, "layer")), "its output, which goes to div"),
-        (Net(("norm", lambda x: x - 1, "layer")), "its output, which goes to sub"),
-        (Net(("norm", lambda x: -2 * x, "layer")), "its output, which goes to mul"),
+        (Net(("layer", nn.relu, "norm")), "its input comes from relu; its output"),
+        (Net(("norm", nn.sigmoid, "layer")), "its input is the input of the network"),
+        (Net(("norm", lambda x: 1 / x, "layer")), "one layer: it goes to div"),
+        (Net(("norm", lambda x: x - 1, "layer")), "one layer: it goes to sub"),
+        (Net(("norm", lambda x: -2 * x, "layer")), "one layer: it goes to mul"),
         (Net(("norm", lambda x: x * x, "layer")), "goes to mul"),
         (Net(("layer", lambda x: x + nn.relu(x), "norm")), "comes from add"),
         (Net(("norm", lambda x: x[..., ::-1], "layer")), "goes to rev"),
@@ -226,12 +226,12 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
         (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3))), "adds zeros to its input"),
         (Net(("norm", "layer"), layer=PADDED), "adds zeros to its input"),
         (Net(("norm", "layer"), layer=TRANSPOSED), "adds zeros to its input"),
-        (Net(("norm", "layer"), layer=nn.Conv(4, (1, 1), mask=MASK)), "beside it is layer, a Conv"),
-        (Net(("norm", MAX, "layer")), "a maximum is taken, and"),
-        (Net(("layer", lambda x: x.max((1, 2)), "norm")), "a maximum is taken, and"),
-        (Net(("layer", "norm"), layer=SpecialConv(4, (1, 1))), "beside it is layer, a SpecialConv"),
+        (Net(("norm", "layer"), layer=nn.Conv(4, (1, 1), mask=MASK)), "neighbour layer is a Conv"),
+        (Net(("norm", MAX, "layer")), "there is a maximum between"),
+        (Net(("layer", lambda x: x.max((1, 2)), "norm")), "there is a maximum between"),
+        (Net(("layer", "norm"), layer=SpecialConv(4, (1, 1))), "neighbour layer is a SpecialConv"),
         (Net(("layer", "norm"), SpecialNorm(True)), "it is a SpecialNorm"),
-        (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "not the last axis alone"),
+        (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "not only the last axis"),
         (Net(("layer", "norm"), norms.BatchNorm(True, statistics="batch")), "by the batch"),
     ],
 )  # fmt: skip
@@ -326,7 +326,7 @@ def test_a_kernel_that_is_computed_from_the_stored_one_takes_no_norm(kind):
     if kind == "stored":
         assert found.layer == ("conv",)
     else:
-        assert "conv does not use its parameters as they are stored" in found.reason
+        assert "conv transforms its stored parameters" in found.reason
 
 
 class Rematerialised(nn.Module):

@@ -175,4 +175,4 @@ def test_a_model_of_nnx_trains_and_what_cannot_be_checked_is_said():
     (entry,) = findings.not_checked
     assert not findings.healthy
     assert str(findings).endswith("nothing to audit")
-    assert "a batch norm of Flax's or bnjax's in the model" in entry.missing
+    assert "a batch norm of Flax or bnjax in the model" in entry.missing

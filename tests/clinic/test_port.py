@@ -146,12 +146,12 @@ def test_every_key_is_accounted_for():
         port_from("torch", arrays, like, table)
     said = [line.strip() for line in str(refused.value).splitlines()]
     assert said[1:7] == [
-        "Needed here, and not there:",
+        "Missing in the arrays:",
         "layer2.0.downsample.1.running_var (batch_stats.BasicBlock_2.norm_proj.var)",
-        "There, and not needed here:",
+        "Not in this network:",
         "layer9.weight",
-        "Of another shape:",
-        "fc.weight is [64, 10] and has to be [10, 64]",
+        "Different shapes:",
+        "fc.weight is [64, 10], but has to be [10, 64]",
     ]
 
 
@@ -161,12 +161,12 @@ TWO = {"a": {"kernel": np.ones((2, 2))}, "b": {"kernel": np.ones((2, 2))}}
 @pytest.mark.parametrize(
     ("params", "table", "words"),
     [
-        (TWO, Table({"a": "x"}), "fits the layer b"),
+        (TWO, Table({"a": "x"}), "matches the layer b"),
         (TWO, Table({"{any}": "x"}), r"would both be x\.weight"),
         (TWO, Table(flattened={"c": (1, 1, 2)}), "c is not in the network"),
-        (TWO, Table(flattened={"a": (2, 2, 2)}), r"takes no images \[2, 2, 2\]"),
+        (TWO, Table(flattened={"a": (2, 2, 2)}), r"does not fit \[2, 2, 2\]"),
         ({"a": {"threshold": np.ones(3)}}, Table(), r"params\.a\.threshold.*no counterpart"),
-        ({"a": {"scale": np.ones((3, 3))}}, Table(), "taken apart first"),  # under nn.scan
+        ({"a": {"scale": np.ones((3, 3))}}, Table(), "split layers stacked"),  # under nn.scan
     ],
 )
 def test_what_does_not_fit_is_refused(params, table, words):
@@ -181,7 +181,7 @@ def test_a_table_is_json(tmp_path):
     assert read_table(file).flattened == {"x": (1, 2, 3)}
     for wrong in ('{"names": {"{a}": "{b}"}}', '{"nam": {}}', "[]", "{", '{"flattened": {"x": 1}}'):
         file.write_text(wrong)
-        with pytest.raises(UserError, match="is no table of layers"):
+        with pytest.raises(UserError, match="is not a valid table of layers"):
             read_table(file)
 
 
@@ -210,7 +210,7 @@ def test_a_norm_with_a_shift_alone_has_a_scale_of_ones_in_torch():
     back, _ = port_from("torch", arrays, (params, stats))
     np.testing.assert_array_equal(back["n"]["bias"], [2, 2, 2])
     arrays["n.weight"][1] = 0.5
-    with pytest.raises(UserError, match=r"not needed here:\s+n\.weight"):
+    with pytest.raises(UserError, match=r"Not in this network:\s+n\.weight"):
         port_from("torch", arrays, (params, stats))
 
 
@@ -243,7 +243,7 @@ def test_other_files_are_refused_and_never_run(tmp_path):
     porting.write(file, {"x": np.ones(3)})
     for damaged in (pickle.dumps(_Trap(ran)), file.read_bytes()[:-3], b"\x89HDF\r\n\x1a\n", b""):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match="or damaged"):
+        with pytest.raises(UserError, match="or is damaged"):
             porting.read(file)
     assert not ran.exists()
     with pytest.raises(UserError, match="there is no file"):

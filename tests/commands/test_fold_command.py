@@ -25,7 +25,7 @@ def test_predictions_of_the_folded_network_are_those_of_the_run(plain, bnjax, tm
     folded = tmp_path / "folded"
     code, out, err = bnjax("fold", "--workdir", plain, "--out", folded)
     assert code == 0, err
-    assert "conv0_norm   stood before conv0, folded into it" in out
+    assert "conv0_norm   was before conv0, folded into it" in out
     before, after = Trained(plain, "last").network, Trained(folded, "last").network
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in (before, after)]
     assert f"{sizes[0]:,} numbers before, {sizes[1]:,} after" in out

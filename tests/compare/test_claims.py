@@ -78,7 +78,7 @@ def test_the_interval_decides(values, direction, margin, wanted):
 def test_too_few_seeds_and_unfinished_runs_are_inconclusive_whatever_the_interval():
     a = accuracies("a", 0.60, 0.61, 0.62)
     for arm, b, more, reason in (
-        (a, B, {"needed": 5}, "3 of the 5 seeds that the claim asks for"),
+        (a, B, {"needed": 5}, "3 of the 5 seeds that the claim requires"),
         ([a[0], a[2]], B, {"needed": 2}, "unfinished: a/1"),
         (a[:1], B[:1], {"seeds": 1, "needed": 1}, "one seed has no interval"),
         (
@@ -122,7 +122,7 @@ def test_ratios_of_steps_are_bounds_where_runs_never_got_there():
     for words in (
         "REPRODUCED: steps to loss 0.5: a / b is greater than 1",
         "found at least 5.503 [",
-        "log-rank test of the two: p = 0.0",
+        "log-rank test: p = 0.0",
         "a not reached by half the runs",
         "claimed by: me",
     ):
@@ -186,7 +186,7 @@ def test_a_verdict_agrees_with_every_value_in_the_interval(
         ({"margin": -0.1}, "margin: 0 or above"),
         ({"quantity": "steps_to_loss", "at": 0.2, "margin": 0.5}, "margin: 1 or above"),
         ({"quantity": "steps_to_loss"}, "at: a number"),
-        ({"source": ""}, "source: who says so"),
+        ({"source": ""}, "source: a text"),
         ({"expected": math.inf}, "expected: a number"),
     ],
 )
@@ -211,7 +211,7 @@ GOOD = {
         ("raise SystemExit(0)", "SystemExit"),
         (GOOD | {"seeds": 1}, "a claim needs a variant and two seeds"),
         (GOOD | {"tiny": {}}, "unexpected keyword argument 'tiny'"),
-        (GOOD | {"variants": {"a": ("a.py", {})}}, "names no variant: b"),
+        (GOOD | {"variants": {"a": ("a.py", {})}}, "unknown variants: b"),
         (GOOD | {"full": None}, "TypeError"),
     ],
 )

@@ -128,7 +128,7 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
     assert compare(folder, both(files), 2, counting(trained)) == []
     assert len(trained) == 2
     said = capsys.readouterr().out
-    assert "2 of 4 runs finished before\n[1/2] no_bn, seed 0\n" in said
+    assert "2 of 4 runs are already finished\n[1/2] no_bn, seed 0\n" in said
     assert "[2/2] no_bn, seed 1, about" in said
     mine, its = (run / "metrics.jsonl" for run in (folder / "bn" / "1", solo))
     assert mine.read_bytes() == its.read_bytes()
@@ -282,7 +282,7 @@ def test_the_command_says_which_run_broke_down(files, bnjax, monkeypatch):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("--config.seed=3", "Say how many with --seeds"),
+        ("--config.seed=3", "Use --seeds instead"),
         ("--config.train.batch_size=4000", "bn cannot be trained: config.train.batch_size = 4000"),
     ],
 )
@@ -312,4 +312,4 @@ def test_ctrl_c_is_no_error(files, monkeypatch, bnjax, stopped):
     monkeypatch.setattr(grid, "run", interrupted)
     code, said, _ = bnjax("compare", "--configs", files / "bn.py", "--workdir", files / "runs")
     assert code == 130
-    assert "everything is saved. To go on:\n    bnjax compare --configs" in said
+    assert "everything is saved. To resume:\n    bnjax compare --configs" in said

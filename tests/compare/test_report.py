@@ -63,7 +63,7 @@ def test_results_are_means_with_student_intervals(study, made, tmp_path):
     study = read_study([*made, tmp_path / "3", young])
     table = cells(report.results(study))
     assert table["bn"]["runs"] == "4 of 5 finished"
-    assert table["bn"]["steps to training loss 0.2"] == "5 (3 of 4 got there)"
+    assert table["bn"]["steps to training loss 0.2"] == "5 (3 of 4 reached it)"
     assert table["no_bn"]["steps to training loss 0.2"] == "not reached"
     (panel,) = report.steps_to_loss(study).panels
     marks = [(row["variant"], row["step"], row["reached"]) for row in rows_of(panel)]
@@ -115,7 +115,7 @@ def test_what_the_averages_cost_is_stored_minus_batch(tmp_path):
 
 def test_time_and_rate(study):
     row = cells(report.speed(study))["bn"]
-    assert (row["seconds"], row["images a second"]) == ("13.0 [13.0 to 13.0]", "5 [5 to 5]")
+    assert (row["seconds"], row["images per second"]) == ("13.0 [13.0 to 13.0]", "5 [5 to 5]")
     loss, _ = report.against_time(study).panels
     found = [(row["seconds"], row["value"]) for row in rows_of(loss, "no_bn")]
     assert found == [(5, 3.0), (7, 2.0), (9, 1.9), (11, 1.5)]
@@ -194,8 +194,8 @@ def test_comparisons_have_their_order_commands_and_verdicts(tmp_path):
     (tmp_path / "first" / "comparison.json").write_text(json.dumps(plain))
     again = read_study([tmp_path / "first", tmp_path / "first" / "b" / "1"])
     missing, twice = again.problems
-    assert missing == f"the comparison {tmp_path / 'first'} has not begun b/2, a/2."
-    assert f"{tmp_path / 'first' / 'b' / '1'} is of the same config and seed" in twice
+    assert missing == f"the comparison {tmp_path / 'first'} has not started b/2, a/2."
+    assert f"{tmp_path / 'first' / 'b' / '1'} has the same config and seed" in twice
     assert report.verdict_table(again) is None
 
 
@@ -205,7 +205,7 @@ def test_files_that_do_not_agree_are_no_finished_run(tmp_path):
     assert run.summary["steps"] == 5
     lines = (folder / "timing.jsonl").read_text().splitlines(keepends=True)
     (folder / "timing.jsonl").write_text("".join(lines[:3]))  # as if the disk had lost the rest
-    with pytest.raises(UserError, match="are not of the same steps"):
+    with pytest.raises(UserError, match="have different steps"):
         read_run(folder)
     (folder / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json is damaged"):
@@ -224,7 +224,7 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(made, tmp_path):
         study.problems,
         (
             f"there is no run in {tmp_path / 'empty'}",
-            f"{young} is not finished: what it had after 5 steps is shown",
+            f"{young} is not finished: its results after 5 steps are shown",
             f"{damaged / 'metrics.jsonl'} is damaged",
             f"the run in {not_begun} has no training step yet",
         ),

@@ -107,7 +107,7 @@ def test_predictions_are_the_runs(run, exported, capsys, tmp_path):
 def test_norms_are_left_if_asked(run, capsys, tmp_path):
     words = ["export", "--workdir", str(run), "--out", str(tmp_path / "model"), "--no-fold"]
     assert main.main(words) == 0
-    assert "conv0_norm stays: folding was not asked for" in capsys.readouterr().out
+    assert "conv0_norm stays: folding was not requested" in capsys.readouterr().out
     about = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert (about["folded"], len(about["kept"])) == ({}, 5)
     assert "batch_stats.conv0_norm.mean" in Exported(tmp_path / "model").weights
@@ -169,11 +169,11 @@ SPOILT = {
     "missing": (lambda folder: (folder / "model.onnx").unlink(), r"damaged.*model\.onnx"),
     "no JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "damaged"),
     "older": (lambda folder: edited(folder, format=1), "format 1, not 2"),
-    "newer": (lambda folder: edited(folder, unheard_of=1), "from another version"),
+    "newer": (lambda folder: edited(folder, unheard_of=1), "from a different version"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "no exported model"),
     "newer JAX": (
         spoil_program,
-        "does not load the program .* which JAX 0.1.2 wrote on 2020-01-02: .* 6 months older",
+        "cannot load the program .* written by JAX 0.1.2 on 2020-01-02: .* 6 months older",
     ),
 }
 
@@ -191,7 +191,7 @@ def test_a_run_and_a_program_for_another_platform_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="It holds a run: give it with --workdir"):
         Exported(run)
     export_run(Trained(run, "last"), tmp_path / "model", platforms=["tpu"])
-    with pytest.raises(UserError, match="is for tpu, and JAX computes on cpu here"):
+    with pytest.raises(UserError, match="is for tpu, but JAX runs on cpu here"):
         Exported(tmp_path / "model")
 
 
