@@ -140,7 +140,7 @@ def loss_of(
     dropout: jax.Array,
     count: Any,
 ) -> Callable[[Params], tuple[jax.Array, Written]]:
-    """Returns the function from weights to the loss of training, new statistics and metrics.
+    """Returns the training loss as a function of the weights, with new statistics and metrics.
 
     Args:
         batch_stats, batch, model, loss_fn: as for `train_step`.

@@ -132,7 +132,7 @@ def test_mistakes_are_one_paragraph_and_exit_with_2(tmp_path, arguments, said):
     ("words", "said"),
     [
         (["trian", "--config", CONFIG], "Did you mean train?"),
-        (["compare", "--configs", f"{CONFIG},bn", "--full"], "--full is of a claim"),
+        (["compare", "--configs", f"{CONFIG},bn", "--full"], "--full needs a claim"),
     ],
 )
 def test_mistaken_commands_say_what_there_is(words, said):

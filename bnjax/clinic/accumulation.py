@@ -38,7 +38,7 @@ from bnjax.types import Array, Batch, BatchStats, Params
 
 # The norms with updated averages, by the path of their leaves.
 Norms = dict[tuple[str, ...], Any]
-# The fields that only `bnjax.norms.BatchNorm` has, as Flax's norm behaves.
+# Defaults for fields that Flax's BatchNorm lacks; they reproduce its behaviour.
 CONVENTIONS: dict[str, Any] = {"debias": False, "variance": "biased", "average_dtype": None}
 
 

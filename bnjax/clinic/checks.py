@@ -297,7 +297,7 @@ SHIFT = 0.1  # absolute log ratio of the variances: the scale of the outputs is 
     "clinic.precise",
 )
 def variance_shift(case: Case, one: Evidence) -> str | None:
-    """Finds norms whose inputs have another variance while units are dropped."""
+    """Finds norms whose input variance changes when dropout is active."""
     if not one.random or case.whole < 2:
         return None
     mean, error = one.shifts.mean(), one.shifts.std(ddof=1) / len(one.shifts) ** 0.5

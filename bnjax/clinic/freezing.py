@@ -80,7 +80,7 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
 def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree:
     """Returns a tree of bools like `params`: True at scale and bias of the matching norms.
 
-    It is a mask for `optax.masked` and for `without_frozen`.
+    Use it as the mask of `optax.masked` or `without_frozen`.
 
     Args:
         params: the weights, or their shapes.

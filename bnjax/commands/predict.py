@@ -32,7 +32,7 @@ def run(
     ] = (),
     split: Annotated[
         Literal["train", "test"] | None,
-        arg(help="classify this split; ends with loss, accuracy and accuracy per class"),
+        arg(help="classify this split and print loss, accuracy and accuracy per class"),
     ] = None,
     workdir: Annotated[Path | None, arg(metavar="DIR", help="the folder of the run")] = None,
     checkpoint: Checkpoint = "last",

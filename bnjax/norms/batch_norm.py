@@ -1,4 +1,4 @@
-"""Batch normalization (Ioffe & Szegedy, 2015), the reference implementation."""
+"""Batch normalization (Ioffe & Szegedy, 2015)."""
 
 import math
 from collections.abc import Sequence

@@ -120,7 +120,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, read_only: bool = False):
         """Opens the folder.
 
-        Unless `read_only`, it is created and what a killed process was writing is removed.
+        Unless `read_only`, creates it and deletes unfinished checkpoints of a killed process.
         """
         # It reports its own settings as warnings, and as errors what is raised here as well.
         drop_logs("orbax", below=logging.CRITICAL)

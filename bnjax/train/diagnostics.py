@@ -1,4 +1,4 @@
-"""What goes on inside a network in training: histograms, gap, pictures, the first bad layer."""
+"""Observes a network in training: histograms, gap, pictures, the first non-finite layer."""
 
 import functools
 import math
@@ -36,10 +36,10 @@ from bnjax.types import Array, Batch, BatchStats, Logits, Params, Tree, named_le
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
-MAX_VALUES = 1 << 16  # values that are looked at of one array; more would change no picture
+MAX_VALUES = 1 << 16  # per array; more values would not change a histogram visibly
 
-# By kind ("statistic", "activation", "gradient") and name, in the order of the computation. JAX
-# sorts the keys of other dicts.
+# By kind ("statistic", "activation", "gradient") and name, in the order of computation. JAX sorts
+# the keys of other dicts.
 Samples = OrderedDict[str, OrderedDict[str, Array]]
 
 
@@ -53,9 +53,9 @@ def sample(
 ) -> Samples:
     """Returns values of every running statistic, layer output and gradient of a training step.
 
-    The outputs are those of the innermost modules (dropout left out), the gradients those of the
-    mean loss. Of an array with more than 65,536 values, as many are taken at equal distances.
-    Nothing is updated: whether and when this is called changes no training.
+    The outputs are from the innermost modules (without dropout layers), the gradients from the mean
+    loss. Arrays with more than 65,536 values are subsampled at equal distances. There are no
+    updates, so a call does not affect training.
 
     Args:
         state: as before the step.
@@ -83,7 +83,7 @@ def sample(
     place = {name: i for i, name in enumerate(outputs)}
 
     def in_order(tree: Tree) -> OrderedDict[str, Array]:
-        """Returns the leaves in the order of their layers; those of no layer come last."""
+        """Returns the leaves in the order of their layers; leaves without a layer come last."""
         leaves = named_leaves(tree).items()
         return OrderedDict(
             sorted(leaves, key=lambda item: place.get(item[0].rpartition(".")[0], len(place)))
@@ -115,7 +115,7 @@ def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str,
                 continue
             quantiles = [float(f"{value:.6g}") for value in np.quantile(values, QUANTILES)]
             low, high = quantiles[1], quantiles[-2]
-            if low == high:  # it stands in the middle
+            if low == high:  # it is the centre of the range
                 low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
             counts, _ = np.histogram(np.clip(values, low, high), BINS, (low, high))
             found[kind][name] = {
@@ -130,7 +130,7 @@ def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str,
 def _thin(values: Array) -> Array:
     """Returns at most `MAX_VALUES` of the values, at equal distances, float32 [count]."""
     stride = -(-values.size // MAX_VALUES) or 1
-    while math.gcd(stride, values.size) > 1:  # it would meet some channels only
+    while math.gcd(stride, values.size) > 1:  # it would skip some channels
         stride += 1
     return jnp.asarray(values, jnp.float32).reshape(-1)[::stride]
 
@@ -155,10 +155,10 @@ def _layer(name: str) -> str:
 
 
 class Observer:
-    """Shows what goes on in a network beside its metrics; training stays as it is."""
+    """Records observations of a network in addition to its metrics; does not affect training."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
-        """Chooses the images, spread evenly over each split; compiles nothing yet."""
+        """Chooses images, evenly spaced over each split; compiles at the first use."""
         self._classes = dataset.classes
         self._train = evenly_spaced(dataset.train, experiment.histograms)
         self._test = evenly_spaced(dataset.test, experiment.pictures)
@@ -174,7 +174,7 @@ class Observer:
         self._gap = jax.jit(gap, compiler_options=compiler_options() | init_options())
 
     def introduce(self, writer: RunWriter, config: ConfigDict) -> None:
-        """Shows the graph of the model and the hyperparameters."""
+        """Writes the graph of the model and the hyperparameters."""
         writer.board.graph(graph_def(self._model, self._shape))
         values, standard = flat(config.to_dict()), flat(default_config().to_dict())
         # TensorBoard shows the first few columns: what is special about this run.
@@ -190,7 +190,7 @@ class Observer:
         batch_stats: BatchStats,
         evaluated: Variables,
     ) -> None:
-        """Records the gap, the histograms and the predictions after so many steps.
+        """Records the gap, the histograms and the predictions after `step` steps.
 
         The predictions are of what is evaluated; all else is of what training has.
         """
@@ -230,7 +230,7 @@ def first_nonfinite(
     model: nn.Module,
     loss_fn: LossFn = softmax_cross_entropy,
 ) -> str | None:
-    """Returns in words what in a training step is not finite first; None if all is finite.
+    """Describes the first non-finite value of a training step; None if all is finite.
 
     Looks at the images, the parameters, the statistics, the output of each layer, the new
     statistics, the losses and the gradients. The forward pass is not compiled, so that the layers
@@ -270,7 +270,7 @@ def first_nonfinite(
 
 
 def _bad_leaves(tree: Any) -> list[str]:
-    """Returns the names of the leaves that are not finite, in the tree's order."""
+    """Returns the names of the non-finite leaves, in the order of the tree."""
     leaves = named_leaves(tree).items()
     bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float32)).all()]
     return [_layer(name) for name in bad]

@@ -1,4 +1,4 @@
-"""Training with everything around it: `train_and_evaluate(config, workdir, dataset)`."""
+"""Trains and evaluates a run: `train_and_evaluate(config, workdir, dataset)`."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ Summary = dict[str, Any]
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM came; everything up to `step` is saved (None: between two runs)."""
+    """Training stopped on Ctrl-C or SIGTERM; saved up to `step` (None: between two runs)."""
 
     def __init__(self, step: int | None, received: signal.Signals):
         """Keeps the last complete step and the signal."""
@@ -35,19 +35,19 @@ class Stopped(Exception):
 def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> Summary:
     """Trains and evaluates, fills the run's folder and returns its summary.
 
-    Resumes an interrupted run. Of several processes only the first has a summary; the others
+    Resumes an interrupted run. Only the first of several processes returns a summary; the others
     return an empty dict.
 
     Args:
-        config: as `bnjax.train.config.default_config` lays it out.
+        config: a config with the keys of `bnjax.train.config.default_config`.
         workdir: the run's folder, created if it does not exist.
         dataset: from `bnjax.data.datasets.load`.
 
     Raises:
-        UserError: if the config is impossible, the folder belongs to another run or process, or
+        UserError: if the config is invalid, the folder belongs to a different run or process, or
             the disk fails.
-        NonFiniteError: if more steps in a row than the config allows are not finite.
-        Stopped: after Ctrl-C or SIGTERM, when the last complete step has been saved.
+        NonFiniteError: if more consecutive steps than the config allows are not finite.
+        Stopped: after Ctrl-C or SIGTERM, with the last complete step saved.
     """
     with StopRequest() as stop:
         (result,) = Trainer(config, dataset).train({config.seed: workdir}, stop).values()
@@ -57,13 +57,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> S
 
 
 class Trainer:
-    """Trains a config with any seeds; what is compiled for one seed is used for the next."""
+    """Trains a config with any seeds, and reuses the compiled functions."""
 
     def __init__(self, config: ConfigDict, dataset: Dataset, feed: Feed | None = None):
-        """Compiles nothing yet.
+        """Prepares the experiment; compiles at the first step.
 
         Raises:
-            ConfigError: if the config is impossible.
+            ConfigError: if the config is invalid.
         """
         self._config, self._dataset = config, dataset
         self._experiment = build.experiment(config, dataset)
@@ -76,17 +76,17 @@ class Trainer:
     ) -> dict[int, Summary | NonFiniteError]:
         """Takes the missing steps of each seed, all seeds in one program; returns their results.
 
-        After an interruption seeds may stand at different steps: those at one step form a group,
-        and the groups train one after the other. The size of a group changes results by rounding
-        only. The seconds of a step are divided evenly among the seeds of the group.
+        After an interruption seeds may be at different steps: seeds at the same step form a group,
+        and the groups train one after another. The size of a group changes results only by
+        rounding. The seconds of a step are divided evenly among the seeds of the group.
 
         Args:
-            folders: of each seed.
-            stop: is looked at after each step.
+            folders: the folder of each seed.
+            stop: checked after each step.
 
         Raises:
-            UserError: if a folder belongs to another run or process, or the disk fails.
-            Stopped: after Ctrl-C or SIGTERM, when the last complete step has been saved.
+            UserError: if a folder belongs to a different run or process, or the disk fails.
+            Stopped: after Ctrl-C or SIGTERM, with the last complete step saved.
         """
         for warning in self._experiment.warnings:
             print(f"\nWARNING: {warning}\n", flush=True)
@@ -115,15 +115,15 @@ class Trainer:
 
 
 def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
-    """Trains seeds that stand at the same step until each has ended."""
+    """Trains seeds that are at the same step, until all have ended."""
     step, feed, experiment = run.start, steps.feed, steps.experiment
     items = zip(*(feed.items(seed.number, step) for seed in run.seeds), strict=True)
     state, batch_stats, bad_steps = run.begin()
     pending: Any = None  # the latest steps; their metrics are on the device
     agree = Agreement(experiment.parallel)
     while not run.ended:
-        # One step on a CPU, several on an accelerator; none is past an evaluation or a save. On the
-        # device each takes `feed.batch(resident, item)`, augments it, and calls `train_step`.
+        # One step on a CPU, several on an accelerator, up to the next evaluation or save. On the
+        # device each step augments `feed.batch(resident, item)` and calls `train_step`.
         dispatch = [next(items) for _ in range(run.dispatch_size(step))]
         state, batch_stats, bad_steps, metrics = steps.train(
             state, batch_stats, bad_steps, dispatch
@@ -133,7 +133,7 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
         pending = step + 1, dispatch, metrics
         step += len(dispatch)
 
-        # Read once: a signal that comes later is for the next step.
+        # Read once: a later signal is handled after the next step.
         received, overdue = agree(stop.signal or 0, run.is_overdue())
         evaluates = step % experiment.eval_every == 0 or step == experiment.steps
         every = experiment.save_every

@@ -37,19 +37,19 @@ from bnjax.train.rundir import (
 )
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 
-# Long beside the host's own work, short beside a user's Ctrl-C.
+# Long compared with the work of the host, short enough to respond to Ctrl-C.
 DISPATCH_SECONDS = 0.5
 
 
 class Run:
-    """The seeds of one config that train together; their arrays share a leading axis.
+    """The seeds of one config that train together, as a leading axis of all arrays.
 
     Attributes:
         seeds: all at the same step, `start`.
     """
 
     def __init__(self, seeds: Sequence["Seed"], steps: Steps, observer: Observer):
-        """Shows the progress on a terminal until it is closed."""
+        """Shows a progress bar on a terminal until it is closed."""
         self.seeds, self.start = seeds, seeds[0].start
         self._steps, self._experiment, self._observer = steps, steps.experiment, observer
         self._step_seconds = float("inf")
@@ -85,23 +85,23 @@ class Run:
         return begun
 
     def dispatch_size(self, step: int) -> int:
-        """Returns how many of the next steps may go into one program."""
+        """Returns the number of steps for the next program."""
         experiment = self._experiment
         if experiment.stop_at_loss:  # each loss decides whether there is a next step
             return 1
         intervals = [experiment.eval_every, experiment.save_every or experiment.steps]
         to_next = min(experiment.steps - step, *(every - step % every for every in intervals))
-        if jax.process_count() == 1:  # clocks of several would disagree
+        if jax.process_count() == 1:  # the clocks of several processes differ
             to_next = min(to_next, max(1, int(DISPATCH_SECONDS / self._step_seconds)))
         return min(to_next, self._steps.feed.max_steps)
 
     def log(
         self, both: State, first: int, dispatch: list[tuple[Item, ...]], metrics: Metrics
     ) -> None:
-        """Writes the metrics of the steps from `first` on; waits until they are there.
+        """Writes the metrics of the steps from `first` on; waits for the device.
 
-        A seed with too many bad steps in a row fails. Its state in `both` is the one before the
-        first of them, because the device has dropped every step since.
+        A seed with too many consecutive bad steps fails. Its state in `both` is the state before
+        the first of them, because the device drops all later steps.
         """
         experiment = self._experiment
         each = unstack(metrics, len(dispatch), len(self.seeds))
@@ -139,7 +139,7 @@ class Run:
                 self._bar.update()
 
     def _fail(self, seed: "Seed", step: int, before: State, item: Item) -> None:
-        """Ends a seed at a bad step; `before` is the state before it but for `state.step`."""
+        """Ends a seed at a bad step; `before` is the previous state, except for `state.step`."""
         if seed.writer:
             seed.writer.flush()
         experiment, feed, (state, batch_stats) = self._experiment, self._steps.feed, before
@@ -164,7 +164,7 @@ class Run:
         seed.ended, self._since = True, time.perf_counter()
 
     def is_overdue(self) -> bool:
-        """Returns whether the last checkpoint is as old as the config allows."""
+        """Returns whether the last checkpoint is older than the config allows."""
         minutes = self._experiment.save_every_minutes
         return minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
 
@@ -188,7 +188,7 @@ class Run:
         """Saves every seed, or only those that have taken their last step, which end."""
         for i, seed in self._going_on(everyone):
             if seed.writer:
-                seed.writer.flush()  # first, so that a checkpoint never knows more than the files
+                seed.writer.flush()  # first: a checkpoint must not be ahead of the files
             about = {
                 "config": seed.config.to_dict(),
                 "versions": versions(),
@@ -222,21 +222,21 @@ class Run:
 
 
 class Seed:
-    """One seed, its open folder, and where it stands.
+    """One seed, its open folder and its progress.
 
     Attributes:
         number: the seed.
-        config, dataset: of the run; the config has this seed.
+        config, dataset: the config (with this seed) and the data set of the run.
         start: the last step of the newest intact checkpoint; 0 if there is none.
         is_new: whether there is no checkpoint.
-        bad_steps: how many of the latest steps in a row were dropped because they were not finite.
-        seconds: of training so far.
-        accuracy: of the latest step, if it was evaluated.
+        bad_steps: the number of consecutive latest steps that were dropped as not finite.
+        seconds: the training time so far.
+        accuracy: the test accuracy of the latest step, if it was evaluated.
         is_finishing: whether the latest step was the last one.
         ended: whether it takes no more steps.
-        failure: why it broke down, or None.
-        checkpoints: each process saves its part.
-        writer: of all other files; None but in the first process.
+        failure: the error that ended it, or None.
+        checkpoints: the checkpoints; each process saves its part.
+        writer: the writer of all other files; None except in the first process.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Seed:
         """Locks and opens the folder until `stack` closes, in all processes.
 
         Raises:
-            UserError: if it belongs to another config or process, all its checkpoints are damaged,
+            UserError: if it belongs to a different config or process, all checkpoints are damaged,
                 or its files lack steps.
         """
         self.config, self.number, self.dataset = config, config.seed, dataset
@@ -300,7 +300,7 @@ class Seed:
         return self.checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
     def finish(self) -> dict[str, Any]:
-        """Writes and returns the summary, once everything else is on disk."""
+        """Writes and returns the summary, after all other files."""
         self.checkpoints.wait()
         if self.writer is None:
             return {}
@@ -332,22 +332,22 @@ def _so_far(workdir: Path, step: int) -> tuple[float, int]:
 
 
 def _say(text: str) -> None:
-    tqdm.tqdm.write(text)  # above the bars
+    tqdm.tqdm.write(text)  # above the progress bars
     sys.stdout.flush()
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`; a second ends the program.
+    """A context in which the first SIGINT or SIGTERM only sets `signal`; a second ends the program.
 
-    An exception in the middle of a step would leave its donated inputs without its outputs. In a
-    thread other than the main one, where Python allows no handlers, nothing changes.
+    An exception during a step would lose both its donated inputs and its outputs. Outside of the
+    main thread, where Python allows no signal handlers, it has no effect.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: the received signal, or None.
     """
 
     def __init__(self) -> None:
-        """Has received nothing yet."""
+        """Starts without a signal."""
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The compiled functions of an experiment, which all its runs share."""
+"""The compiled functions of an experiment, shared by all its runs."""
 
 import dataclasses
 import functools
@@ -34,9 +34,9 @@ from bnjax.train_step import (
 )
 from bnjax.types import Batch, BatchStats, Params
 
-MAX_STEPS = 100  # a dispatch
-AUGMENTATION = 1  # folded into the key of a step, which by itself is for dropout
-RESIDENT_SHARE = 0.25  # of a device's memory, for the training images
+MAX_STEPS = 100  # per dispatch
+AUGMENTATION = 1  # folded into the key of a step; the key itself is for dropout
+RESIDENT_SHARE = 0.25  # the fraction of a device's memory for the training images
 
 State = tuple[TrainState, BatchStats]
 Variables = tuple[Params, BatchStats]
@@ -44,7 +44,7 @@ Both = TypeVar("Both", State, Variables)
 
 
 def default_feed(experiment: Experiment, split: Examples) -> Feed:
-    """Returns the feed that is fast on the default backend.
+    """Returns the fastest feed for the default backend.
 
     A CPU takes one step a dispatch: many in one program are ten times slower there
     (jax-ml/jax#12868). An accelerator would wait for the host between steps: it takes many a
@@ -59,7 +59,7 @@ def default_feed(experiment: Experiment, split: Examples) -> Feed:
 
 
 class Steps:
-    """The compiled functions of an experiment, for one seed or several side by side.
+    """The compiled functions of an experiment, for one seed or several in parallel.
 
     With several seeds all arrays of state and statistics have a leading axis.
 

@@ -114,7 +114,7 @@ class Trained:
             out: the folder.
             network: the new network.
             about: facts about it, as JSON values.
-            folded: as `self.folded`, of the new network.
+            folded: pairs for the new network, in the format of `self.folded`.
 
         Raises:
             UserError: if the folder is neither new nor empty.

@@ -81,7 +81,7 @@ def test_the_table_says_what_was_done(bnjax, workdir):
         found[by] = out.splitlines()
     assert found["batch"][2] == found["population"][2]  # the stored ones
     assert found["batch"][3] != found["population"][3]
-    assert "its batch" in found["batch"][-1]
+    assert "batch statistics" in found["batch"][-1]
     assert "the precise statistics" in found["population"][-1]
 
 
