@@ -67,6 +67,9 @@ def run(
         trained = Trained(workdir, checkpoint)
         batch_size = trained.config.train.batch_size
         batches = audit_batches(trained.dataset(data_dir).train, batch_size, images)
+        if sys.stderr.isatty():
+            examples = sum(len(batch["image"]) for batch in batches)
+            print(f"auditing {examples:,} training images …", file=sys.stderr)
         options = compiler_options(len(batches[0]["image"]))
         jit = functools.partial(jax.jit, compiler_options=options)
         evaluate = jit(functools.partial(forward, model=trained.model, train=False))

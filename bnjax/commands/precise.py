@@ -42,10 +42,10 @@ def run(
 
     from bnjax.clinic import precise
     from bnjax.clinic.linen import nothing_seen
-    from bnjax.data.batches import eval_batches, evenly_spaced
     from bnjax.text import text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare
+    from bnjax.train.steps import precise_batches
     from bnjax.train.trained import Trained
 
     prepare()
@@ -56,11 +56,9 @@ def run(
         raise UserError(f"the network in {workdir} has no running statistics.")
     dataset = trained.dataset(data_dir)
     images = min(images, len(dataset.train))
-    chosen, batch_size = evenly_spaced(dataset.train, images), trained.config.train.batch_size
-    size = -(-images // -(-images // batch_size))
-    batches = [*eval_batches(chosen.image, chosen.label, size)]
+    batches = [*precise_batches(dataset.train, images, trained.config.train.batch_size)]
     shown = tqdm.tqdm(batches, "statistics", unit="batch", disable=not sys.stderr.isatty())
-    jit = functools.partial(jax.jit, compiler_options=compiler_options(size))
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(len(batches[0]["label"])))
     network = precise(trained.network, shown if by == "batch" else batches, by=by, jit=jit)
     result = {
         "workdir": str(workdir),

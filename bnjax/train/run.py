@@ -280,12 +280,12 @@ class Seed:
         self.is_new, self.ended = map(bool, flags)
 
     def _take(self, stack: contextlib.ExitStack) -> None:
-        refused: UserError | None = None
+        refused: UserError | OSError | None = None
         if jax.process_index() == 0:
             try:
                 stack.enter_context(rundir.locked(self._folder))
                 rundir.take(self._folder, self.config, rundir.DataFacts.of(self.dataset))
-            except UserError as error:
+            except (UserError, OSError) as error:  # the others wait for the answer
                 refused = error
         (failed,) = from_first(refused is not None)
         if failed:

@@ -190,8 +190,11 @@ class Steps:
             params = averaged_params(state.opt_state, params)
         if not experiment.precise_images:
             return params, batch_stats
-        parts = map(self._parallel.part.of, precise_batches(self._dataset.train, experiment))
-        batches = [self._parallel.put(part, 0) for part in parts]
+        images, batch_size = experiment.precise_images, experiment.batch_size
+        batches = [
+            self._parallel.put(self._parallel.part.of(batch), 0)
+            for batch in precise_batches(self._dataset.train, images, batch_size)
+        ]
         networks = [
             Network(*self.of_seed((params, batch_stats), i), experiment.model)
             for i in range(self._seeds)
@@ -208,14 +211,13 @@ class Steps:
         return of_seeds
 
 
-def precise_batches(split: Examples, experiment: Experiment) -> Iterator[Batch]:
-    """Yields evenly spaced training images, in batches of about one size, at most training's.
+def precise_batches(split: Examples, images: int, batch_size: int) -> Iterator[Batch]:
+    """Yields evenly spaced images in batches of about one size, at most `batch_size`.
 
     A small last batch would be normalised by few images.
     """
-    images = experiment.precise_images
     chosen = evenly_spaced(split, images)
-    size = -(-images // -(-images // experiment.batch_size))
+    size = -(-images // -(-images // batch_size))
     return eval_batches(chosen.image, chosen.label, size)
 
 

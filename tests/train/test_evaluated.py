@@ -142,7 +142,8 @@ def test_a_network_without_running_statistics_can_be_averaged_and_has_no_gap(tmp
 )
 def test_batches_for_the_statistics_are_as_alike_as_can_be(images, sizes):
     chosen = config(eval__statistics="precise", eval__precise_images=images)
-    batches = precise_batches(DATA.train, build.experiment(chosen, DATA))
+    made = build.experiment(chosen, DATA)
+    batches = precise_batches(DATA.train, made.precise_images, made.batch_size)
     whole = [batch.get("mask", np.ones(len(batch["label"]))).sum() for batch in batches]
     assert whole == sizes
 
