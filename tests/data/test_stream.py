@@ -7,10 +7,14 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import small_digits
 import synthetic
 from PIL import Image
 from records_folder import encode, picture, write_dataset, write_file, write_folder
@@ -286,3 +290,57 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
     assert [row["label"] for row in predicted["predictions"]] == labels
     memory, stopped = (tmp_path / name / "metrics.jsonl" for name in ("memory", "stopped"))
     assert stopped.read_text() == memory.read_text()
+
+
+def command(folder, workdir, workers):
+    words = small_digits.steps(20, **small_digits.STREAMED, data__dir=folder, data__workers=workers)
+    config = small_digits.CONFIG
+    start = [sys.executable, "-m", "bnjax.main", "--config", config, "--workdir", workdir]
+    return subprocess.Popen([*start, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def workers_of(process):
+    """Its processes that read ahead; a thread of Grain's starts them."""
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    found = [int(pid) for task in tasks for pid in task.read_text().split()]
+    return [pid for pid in found if is_worker(pid)]
+
+
+def is_worker(pid):
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers in /proc")
+def test_kills_change_nothing(tmp_path):
+    """A worker is killed, then all of it; each time the same command resumes."""
+    folder = write_dataset(tmp_path / "digits", datasets.load("digits"))
+    with command(folder, tmp_path / "whole", 0) as whole:
+        assert whole.wait(300) == 0, whole.stdout.read()
+    workdir = tmp_path / "killed"
+    with command(folder, workdir, 2) as process:
+        wait_for(lambda: len(workers_of(process)) == 2)
+        os.kill(workers_of(process)[1], signal.SIGKILL)
+        assert process.wait(300) == 1, process.stdout.read()
+    with command(folder, workdir, 2) as process:
+        wait_for(lambda: list((workdir / "checkpoints").glob("1*")))
+        workers = workers_of(process)
+        process.kill()
+        process.wait(60)
+        assert workers
+    assert len(read_lines(workdir / "metrics.jsonl")) < 20
+    wait_for(lambda: not any(map(is_worker, workers)))  # no orphans
+    with command(folder, workdir, 1) as process:
+        assert process.wait(300) == 0, process.stdout.read()
+    expected = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (workdir / "metrics.jsonl").read_text() == expected
