@@ -83,6 +83,8 @@ def _code_of(main: Callable[[], int]) -> int:
         print("\ninterrupted", file=sys.stderr)
         _leave(130)  # XLA compiles in threads that would crash in a normal exit
     except Exception as error:
+        if isinstance(error, ImportError) and isinstance(error.__context__, KeyboardInterrupt):
+            _leave(130)  # Ctrl-C while an extension was imported
         # Recognised by its text, because --help should not import JAX for the type.
         if any(words in str(error) for words in LOST_PROCESS):
             print(

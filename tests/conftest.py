@@ -87,3 +87,19 @@ def bnjax(capsys):
         return left.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+# Runs that several commands are tried on; each worker trains them once.
+@pytest.fixture(scope="session")
+def healthy(tmp_path_factory):
+    from digit_runs import train
+
+    return train(tmp_path_factory.mktemp("runs") / "healthy", momentum=0.5)
+
+
+@pytest.fixture(scope="session")
+def unready(tmp_path_factory):
+    """The averages of this one still remember their initial values."""
+    from digit_runs import train
+
+    return train(tmp_path_factory.mktemp("runs") / "unready", momentum=0.99)

@@ -57,7 +57,8 @@ MISSING_STATISTICS = _illness(
     "missing-statistics",
     "the checkpoint has no running statistics",
     "the norms have nothing to normalise by in evaluation",
-    "save batch_stats beside params; for these weights, recompute it with clinic.precise",
+    "save batch_stats beside params; for these weights, recompute those of model.init with "
+    "clinic.precise",
 )
 UNMATCHED_LEAVES = _illness(
     "unmatched-leaves",

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,13 @@ def precise(
         ValueError: if there is no example, a norm has no real value, `keep` is invalid, or
             `batches` is not repeatable.
     """
+    if by not in get_args(By):
+        raise ValueError(f"by = {by!r} is invalid: it is 'batch' or 'population'")
+    if not network.batch_stats:
+        raise ValueError(
+            "the network has no running statistics. For a model with batch norms, give it those of "
+            "model.init: clinic.linen(model, params, batch_stats)."
+        )
     if not 0 <= keep <= 1:
         raise ValueError(f"keep = {keep} is invalid: it is a fraction from 0 to 1")
     remaining = iter(batches)

@@ -74,7 +74,7 @@ def run(
         jit = functools.partial(jax.jit, compiler_options=options)
         evaluate = jit(functools.partial(forward, model=trained.model, train=False))
         known = Run(
-            steps=trained.step,
+            steps=trained.step or None,  # 0: ported, with averages that another program updated
             batch_size=batch_size,
             weights=trained.weights,
             tx=optimizer(trained.config, max(trained.step, 1)),

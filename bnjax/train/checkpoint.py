@@ -309,7 +309,12 @@ class Checkpoints:
         return restored["params"], restored["batch_stats"]
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        self.verify(step)  # first: TensorStore would return changed bytes without a word
+        try:
+            self.verify(step)  # first: TensorStore would return changed bytes without a word
+        except CheckpointError as error:
+            others = [str(one) for one in sorted(self._records) if one != step]
+            hint = f" There are others: --checkpoint {' or '.join(others)}." if others else ""
+            raise CheckpointError(f"{error}{hint}") from error
         folder, saved = self.folder / str(step), self._records[step]["leaves"]
         wanted = leaves_of(items)
         there = {name: leaf for name, leaf in saved.items() if name.partition(".")[0] in items}

@@ -104,8 +104,8 @@ class Trainer:
         except OSError as error:
             raise UserError(
                 f"{', '.join(map(str, folders.values()))} cannot be written: "
-                f"{error.strerror or error}. Earlier checkpoints are intact: free some space or "
-                "mend the folder, and the same command goes on from the last checkpoint."
+                f"{error.strerror or error}. Saved checkpoints are intact: free some space or mend "
+                "the folder, and the same command goes on from the last checkpoint."
             ) from error
 
     def _open(self, seed: int, folder: Path, stack: contextlib.ExitStack) -> Seed:

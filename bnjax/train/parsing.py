@@ -45,6 +45,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
             f"the config file {path} gives no config: take bnjax.train.config.default_config(), "
             "change it and return it."
         )
+    config = from_dict(config.to_dict())  # refuses keys and types that there are not
     given = dict(pairs(overrides))
     for name, text in given.items():
         override(config, name, text)
@@ -97,8 +98,9 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
         for key, value in values.items():
             is_section = key in section and isinstance(section[key], ConfigDict)
             if key not in section or is_section != isinstance(value, dict):
-                now = RENAMED.get(path + key)
-                hint = f" It is called config.{now} now." if now else ""
+                now, close = RENAMED.get(path + key), difflib.get_close_matches(key, section, 1)
+                hint = f" Did you mean config.{path}{close[0]}?" if close else ""
+                hint = f" It is called config.{now} now." if now else hint
                 raise UserError(f"there is no key config.{path}{key} of this kind.{hint}")
             if is_section:
                 fill(section[key], value, f"{path}{key}.")

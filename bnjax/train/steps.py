@@ -188,7 +188,7 @@ class Steps:
         params = state.params
         if experiment.averages:
             params = averaged_params(state.opt_state, params)
-        if not experiment.precise_images:
+        if not experiment.precise_images or not batch_stats:
             return params, batch_stats
         images, batch_size = experiment.precise_images, experiment.batch_size
         batches = [

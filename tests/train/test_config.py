@@ -178,6 +178,22 @@ def test_a_key_that_there_is_not_is_refused_with_what_there_is(word, said):
         parsing.load("bn", [word])
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("c.model.momentun = 0.9", r"config\.model\.momentun .* mean config\.model\.momentum"),
+        ("c.model.scale = False", r"called config\.model\.use_scale now"),
+    ],
+)
+def test_a_config_file_has_the_same_keys(tmp_path, line, said):
+    (tmp_path / "mine.py").write_text(
+        "from bnjax.train.config import default_config as get\n"
+        f"def get_config():\n    c = get()\n    {line}\n    return c\n"
+    )
+    with pytest.raises(UserError, match=said):
+        parsing.load(str(tmp_path / "mine.py"), [])
+
+
 def test_an_old_name_in_a_saved_config_is_refused_with_the_new_one():
     values = default_config().to_dict()
     values["model"]["shift"] = values["model"].pop("use_bias")

@@ -129,7 +129,7 @@ def test_its_weights_go_to_torch_and_back(run, command, tmp_path):
     file = tmp_path / "net.safetensors"
     code, said, _ = command("port", "--workdir", run, "--to", "torch", file)
     assert code == 0
-    assert "standardises pixels: (x - (" in said
+    assert "standardises pixels from 0 to 1: (x - (" in said
     arrays = porting.read(file)
     if run.name == "resnet20":  # torchvision's names
         assert arrays["layer2.0.conv1.weight"].shape == (32, 16, 3, 3)
