@@ -275,6 +275,7 @@ def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, tmp
         (["--workdir", "nowhere", "x.png"], "there is no run in nowhere"),
         (["--workdir", "RUN", "--checkpoint", "77", "x.png"], "no checkpoint '77'"),
         (["--workdir", "RUN"], "give either images or --split"),
+        (["--model", "RUN", "--split", "test"], "need a run"),
     ],
 )
 def test_predict_says_what_is_missing(run, arguments, said):

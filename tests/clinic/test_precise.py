@@ -244,6 +244,8 @@ def test_what_cannot_be_done_is_refused():
     params, stats = variables_of(model)
     with pytest.raises(ValueError, match="no batch"):
         precise(model, params, [], stats)
+    with pytest.raises(ValueError, match="no running statistics"):
+        precise(model, params, as_batches(UNEVEN), {})
     with pytest.raises(ValueError, match="several times"):
         precise(model, params, iter(as_batches(UNEVEN)), stats, by="population")
     nobody = [{"image": IMAGES, "mask": np.zeros(16, bool)}]

@@ -46,6 +46,15 @@ def test_there_and_back_is_the_same_network(run, bnjax, tmp_path, framework):
     assert "already holds a run" in err
 
 
+def test_ported_averages_are_not_taken_for_fresh_ones(healthy, bnjax, tmp_path):
+    file, new = tmp_path / "net.safetensors", tmp_path / "new"
+    bnjax("port", "--workdir", healthy, "--to", "torch", file)
+    bnjax("port", "--workdir", healthy, "--from", "torch", file, "--out", new)
+    _, out, _ = bnjax("audit", "--workdir", new)
+    assert "conv0_norm" in out
+    assert "not-converged:" not in out
+
+
 def test_training_goes_on_with_the_weights(run, bnjax, tmp_path):
     file, new = tmp_path / "net.safetensors", tmp_path / "new"
     bnjax("port", "--workdir", run, "--to", "keras", file)
