@@ -472,7 +472,7 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
     if early := [one for one in layers if _is_early(one, one.initial_share)]:
         worst = max(early, key=lambda one: one.initial_share)
         share, after = worst.initial_share, f" after {worst.updates:,} updates"
-        yield _not_converged(early, worst, share, "momentum ** updates is", after)
+        yield _not_converged(early, worst, share, "momentum ** updates", after)
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
@@ -513,7 +513,7 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
         return
     share = fitted_share(judged, beyond)
     if share is not None and any(_is_early(one, share) for one in judged):
-        yield _not_converged(judged, judged[0], share, "they fit best for")
+        yield _not_converged(judged, judged[0], share, "by the best fit")
         return
     worst = max(beyond, key=lambda one: max(one.z_scores))
     cause = "the weights change faster than the averages follow"
@@ -570,7 +570,7 @@ def _not_converged(
     layers: list[Evidence], worst: Evidence, share: float, how: str, after: str = ""
 ) -> Finding:
     momentum, apart = worst.momentum, worst.distance_from_zero
-    text = f"{how} a weight of {share:.1%} for the starting values{after}"
+    text = f"the starting values have a weight of {share:.1%} ({how}){after}"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
         text += (
