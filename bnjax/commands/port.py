@@ -108,13 +108,16 @@ def _import(
     out: Path,
 ) -> None:
     """Makes a run's folder at step 0 from the file."""
-    import jax
-    import jax.numpy as jnp
+    import dataclasses
+
+    import numpy as np
 
     from bnjax.clinic import Network, porting
-    from bnjax.train import build, rundir
+    from bnjax.train import rundir
     from bnjax.train.checkpoint import Checkpoints
-    from bnjax.train_step import TrainState
+    from bnjax.train.optimizers import optimizer
+    from bnjax.train.steps import key_of
+    from bnjax.train_step import init_state
 
     arrays, config = porting.read(file), trained.config.copy_and_resolve_references()
     config.model.variance = porting.STORED[framework]
@@ -123,8 +126,10 @@ def _import(
     if probe is not None:
         network = Network(params, stats, trained.model)
         _check(porting.read(probe), framework, network, trained.data.image_shape)
-    rng = jax.random.split(jax.random.key(config.seed))[1]
-    state = TrainState(jnp.int32(0), params, build.optimizer(config, 1).init(params), rng)
+    tx = optimizer(config, 1)
+    images = np.zeros((1, *trained.data.image_shape), np.uint8)
+    untrained, _ = init_state(trained.model, tx, key_of(config.seed), images)
+    state = dataclasses.replace(untrained, params=params, opt_state=tx.init(params))
     with rundir.locked(out):
         if (out / "config.json").exists():
             raise UserError(f"{out} already holds a run. Choose a different folder with --out.")

@@ -131,9 +131,8 @@ class Steps:
         return found
 
     def init(self, seed: int) -> State:
-        """Returns one untrained seed; the only place where a seed becomes keys."""
-        key, _ = jax.random.split(jax.random.key(seed))
-        return self._init(key, self._first_images())
+        """Returns one untrained seed."""
+        return self._init(key_of(seed), self._first_images())
 
     def _first_images(self) -> np.ndarray:
         """Returns the images that initialise the network; for most only their shape matters."""
@@ -209,6 +208,11 @@ class Steps:
         total = functools.reduce(Metrics.merge, jax.device_get(metrics))
         (of_seeds,) = unstack(total, 1, self._seeds)
         return of_seeds
+
+
+def key_of(seed: int) -> jax.Array:
+    """Returns the key of `init_state` for a seed; the only place where a seed becomes a key."""
+    return jax.random.split(jax.random.key(seed))[0]
 
 
 def precise_batches(split: Examples, images: int, batch_size: int) -> Iterator[Batch]:
