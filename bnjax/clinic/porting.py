@@ -287,7 +287,7 @@ def port_from(
         raise UserError(
             "the two networks do not have the same layers."
             + _listed("Missing in the arrays", lacking)
-            + _listed("Not in this network", left)
+            + _listed("Not in this network", sorted(left))
             + _listed("Different shapes", shapes)
             + "\nCorrect the table of names, or the network."
         )
@@ -310,8 +310,7 @@ def read(file: Path) -> Arrays:
     if not file.is_file():
         raise UserError(f"there is no file {file}.")
     try:
-        with safetensors.safe_open(file, "np") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{file} is not a safetensors file, or is damaged ({brief(error)}). Other formats may "

@@ -391,9 +391,12 @@ class Key(NamedTuple):
 def _declared(section: str, kind: type) -> Iterator[Key]:
     """Yields the keys of a class: its annotated fields, each with a text on the next line."""
     hints = get_type_hints(kind, include_extras=True)
-    _, *body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+    (declaration,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(declaration, ast.ClassDef)
+    _, *body = declaration.body
     for field, text in zip(body[::2], body[1::2], strict=True):
-        name = field.target.id
+        assert isinstance(field, ast.AnnAssign)
+        name = ast.unparse(field.target)
         extra = {type(one): one for one in get_args(hints[name])[1:]}
         any_value = "any text" if isinstance(getattr(kind, name), str) else "True or False"
         yield Key(
@@ -401,7 +404,7 @@ def _declared(section: str, kind: type) -> Iterator[Key]:
             getattr(kind, name),
             extra.get(Check, Check(any_value, lambda value: True)),
             extra.get(Only),
-            " ".join(text.value.value.split()),
+            " ".join(ast.literal_eval(ast.unparse(text)).split()),
         )
 
 

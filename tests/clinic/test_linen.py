@@ -142,8 +142,9 @@ def test_flags_of_other_names(flag):
     if flag == "phase":
         with pytest.raises(ValueError, match="none of the arguments train"):
             clinic.linen(model, **variables)
-        call = lambda model, x, train: model(x, phase=train)  # noqa: E731
-        network = clinic.linen(model, **variables, call=call)
+        network = clinic.linen(
+            model, **variables, call=lambda model, x, train: model(x, phase=train)
+        )
     else:
         network = clinic.linen(model, **variables)
     for train in (False, True):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import operator
 from pathlib import Path
 
 import flax.linen as nn
@@ -475,10 +476,10 @@ def test_linen_transforms(transform):
     runs = 1 if transform == "jit" else 2
     layer_input = x
     for i in range(runs):
-        own = variables if transform == "jit" else jax.tree.map(lambda leaf: leaf[i], variables)  # noqa: B023
+        own = variables if transform == "jit" else jax.tree.map(operator.itemgetter(i), variables)
         layer_input = x[i] if transform == "vmap" else layer_input
         (expected, _), expected_update = Block().apply(own, layer_input, mutable=["batch_stats"])
-        actual = updated if transform == "jit" else jax.tree.map(lambda leaf: leaf[i], updated)  # noqa: B023
+        actual = updated if transform == "jit" else jax.tree.map(operator.itemgetter(i), updated)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
             actual,

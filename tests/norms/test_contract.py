@@ -1,6 +1,7 @@
 """What every norm has to do, whatever its name."""
 
 import functools
+import operator
 from functools import partial
 
 import jax
@@ -96,7 +97,7 @@ def test_vmap_over_runs_gives_each_run_its_own(name):
     x = jnp.stack([images(5), images(6)])
     y, updated = jax.vmap(lambda variables, x: step(norm, variables, x))(both, x)
     for i in range(2):
-        own, found = (jax.tree.map(lambda leaf: leaf[i], tree) for tree in (both, (y, updated)))  # noqa: B023
+        own, found = jax.tree.map(operator.itemgetter(i), (both, (y, updated)))
         close(found, step(norm, own, x[i]))
 
 
