@@ -63,8 +63,9 @@ def tent_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
 ) -> tuple[Params, optax.OptState, Logits, Leaf]:
-    """Takes one step; returns new weights and optimizer state, and old logits and mean entropy.
+    """Updates the weights once to lower the entropy of the predictions for a batch.
 
+    Returns the new weights and optimizer state, and the logits and mean entropy before the update.
     Every norm normalises by the batch, without dropout. The gradient of the mean entropy of the
     real examples includes the gradient through the batch statistics. The logits are the predictions
     for a stream of images.

@@ -78,7 +78,7 @@ REPLICAS = 1e-4
 
 
 def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]:
-    """Returns the network with the variables of one replica in the model's structure.
+    """Returns the network with one replica's variables, arranged as the model expects them.
 
     Also returns the findings, and whether the model can run with these variables.
 
@@ -445,9 +445,9 @@ STALE = _illness(
 )
 INITIAL_SHARE = 0.01  # momentum ** updates, the weight of the starting values in the averages
 INITIAL_SHIFT = 0.1  # this weight times |mean| / std: outputs shift by 0.1 standard deviations
-# Stored minus expected statistics in standard errors, RMS over channels. Each statistic of a
-# healthy layer exceeds it with probability 6e-5, even if its channels are fully correlated: 1 of 80
-# networks with 100 norms.
+# The limit of stored minus expected statistics, in standard errors (RMS over channels).
+# The mean or the variance of a healthy layer is above it with probability 6e-5, if all channels are
+# correlated, which is the worst case. That is one false finding in 80 networks with 100 norms.
 STANDARD_ERRORS = 4.0
 # Total variation distance of predictions under stored and expected statistics: a tolerance.
 MOVED = 0.1
@@ -459,7 +459,7 @@ EXPLAINED = 0.5  # R^2 of the fit by a weight of the starting values
 def unfinished_or_stale(case: Case, before: Found) -> Outcome:
     """Finds averages that have not converged or belong to other weights; at most one of the two.
 
-    Skips layers with an earlier finding that explains wrong statistics.
+    Skips each layer whose wrong statistics are already explained by an earlier finding.
     """
     names, explained = [one.layer.name for one in case.layers], set[str]()
     for one in before:

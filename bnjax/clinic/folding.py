@@ -459,7 +459,7 @@ def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
 
 
 def _rank(layer: Any) -> int:
-    """Returns the rank of the kernel of one layer."""
+    """Returns the number of axes of a layer's kernel."""
     return 2 if isinstance(layer, nn.Dense) else 2 + np.size(layer.kernel_size)
 
 

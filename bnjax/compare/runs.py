@@ -250,7 +250,7 @@ def read_study(folders: Sequence[Path]) -> Study:
 
 
 def command(run: Run) -> list[str]:
-    """Returns the words of a command that trains the same run, with all differences to defaults."""
+    """Returns the command that repeats a run, with each value that is not a default."""
     config, standard = dict(run.config), parsing.flat({"config": default_config().to_dict()})
     if run.data.name == config["config.data.fallback"] != config["config.data.name"]:
         # The command appends the name of the fallback set.

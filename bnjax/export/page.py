@@ -42,7 +42,7 @@ class Scores:
     """
 
     def __init__(self, trained: Trained):
-        """Prepares the network; compiles at the first call."""
+        """Keeps the network; the first call compiles it."""
         self.name, self.classes = trained.config.name, trained.data.classes
         self.image_shape = trained.data.image_shape
         self._network = trained.network
@@ -84,7 +84,7 @@ class ExportedScores:
     statistics = (STORED,)
 
     def __init__(self, exported: Exported):
-        """Prepares the network; compiles at the first call."""
+        """Keeps the network; the first call compiles it."""
         about = exported.manifest
         self.name, self.classes = about.name, tuple(about.classes)
         self.image_shape = tuple(about.image_shape)

@@ -43,7 +43,7 @@ class _Layers(nn.Module):
     dtype: Any = None
 
     def _convolve(self, x: Array, width: int, side: int, stride: int, name: str) -> Array:
-        """Convolves with zero padding of half the kernel size on each side, as in torch."""
+        """Convolves; pads each side with zeros, half the kernel size, as torch does."""
         padding = ((side // 2, side // 2),) * 2
         sizes: dict[str, Any] = {"kernel_size": (side, side), "strides": (stride, stride)}
         is_zero = self.zero_last and self.placement == "pre" and name == self._last

@@ -226,7 +226,7 @@ def test_tensorboard_gets_test_images_with_predictions(values):
     assert sheet.size == (4 * TILE, 3 * (TILE + CAPTION))
     tiles = np.asarray(sheet).reshape(3, TILE + CAPTION, 4, TILE, 3).swapaxes(1, 2)
     for tile, image in zip(tiles.reshape(12, -1, TILE, 3), range(12), strict=True):
-        # The middle of each pixel of an 8x8 image, 15 by 15 on the sheet.
+        # The sheet shows each pixel of an 8x8 image as a square of 15 pixels: compare the centres.
         middles = tile[11:124:15, 11:124:15]
         np.testing.assert_array_equal(middles, DATA.test.image[image * 20 // 12].repeat(3, axis=-1))
         assert (tile[TILE:] < 100).any()  # the caption
