@@ -32,7 +32,8 @@ from bnjax.data.feed import resident_feed
 from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.cpu import compiler_options, keep_freed_memory
-from bnjax.train.steps import Steps, default_feed, unstack
+from bnjax.train.dispatch import default_feed
+from bnjax.train.steps import Steps, unstack
 from bnjax.train_step import train_step
 
 WARM_UP = 2

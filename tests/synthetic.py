@@ -12,9 +12,9 @@ from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import NonFiniteError
 from bnjax.train import build, parsing
 from bnjax.train.config import default_config
+from bnjax.train.dispatch import default_feed
 from bnjax.train.loop import Trainer
 from bnjax.train.run import StopRequest
-from bnjax.train.steps import default_feed
 
 
 def dataset(train=48, test=20):

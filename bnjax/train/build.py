@@ -222,7 +222,7 @@ class Experiment:
     pictures: int  # test images
     shuffle: bool
     most_skipped: int  # consecutive bad steps that may be dropped
-    save_every: int | None  # steps, beside the evaluations
+    save_every: int  # steps; each evaluation and the last step are followed by a save as well
     save_every_minutes: float | None
     warnings: tuple[str, ...]
 
@@ -252,7 +252,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     low_precision = "bfloat16" in (dtype_of(config.model), config.model.dense_product)
     images, batch_size, saves = len(dataset.train), config.train.batch_size, config.checkpoint
     steps = duration(config.train, "", "train", batch_size, images)
-    save_every = None
+    save_every = steps
     if saves.every_steps or saves.every_epochs:
         save_every = duration(saves, "every_", "checkpoint", batch_size, images)
     parallel = spread_over(config)

@@ -16,8 +16,9 @@ from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build
 from bnjax.train.devices import Agreement
 from bnjax.train.diagnostics import Observer
+from bnjax.train.dispatch import default_feed, dispatch_size
 from bnjax.train.run import Run, Seed, StopRequest
-from bnjax.train.steps import Steps, default_feed
+from bnjax.train.steps import Steps
 
 Summary = dict[str, Any]
 
@@ -124,7 +125,8 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
     while not run.ended:
         # One step on a CPU, several on an accelerator, up to the next evaluation or save. On the
         # device each step augments `feed.batch(resident, item)` and calls `train_step`.
-        dispatch = [next(items) for _ in range(run.dispatch_size(step))]
+        size = dispatch_size(experiment, feed, step, run.step_seconds)
+        dispatch = [next(items) for _ in range(size)]
         state, batch_stats, bad_steps, metrics = steps.train(
             state, batch_stats, bad_steps, dispatch
         )
@@ -136,8 +138,7 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
         # Read once: a later signal is handled after the next step.
         received, overdue = agree(stop.signal or 0, run.is_overdue())
         evaluates = step % experiment.eval_every == 0 or step == experiment.steps
-        every = experiment.save_every
-        saves = bool(overdue or received or (every and step % every == 0))
+        saves = bool(overdue or received) or step % experiment.save_every == 0
         if evaluates or saves or experiment.stop_at_loss:
             run.log((state, batch_stats), *pending)
             pending = None

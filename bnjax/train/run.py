@@ -37,22 +37,20 @@ from bnjax.train.rundir import (
 )
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 
-# Long compared with the work of the host, short enough to respond to Ctrl-C.
-DISPATCH_SECONDS = 0.5
-
 
 class Run:
     """The seeds of one config that train together, as a leading axis of all arrays.
 
     Attributes:
         seeds: all at the same step, `start`.
+        step_seconds: the seconds of the latest steps, each; infinite at first.
     """
 
     def __init__(self, seeds: Sequence["Seed"], steps: Steps, observer: Observer):
         """Shows a progress bar on a terminal until it is closed."""
         self.seeds, self.start = seeds, seeds[0].start
         self._steps, self._experiment, self._observer = steps, steps.experiment, observer
-        self._step_seconds = float("inf")
+        self.step_seconds = float("inf")
         self._bar = tqdm.tqdm(
             total=steps.experiment.steps,
             initial=self.start,
@@ -84,17 +82,6 @@ class Run:
         self._trimmed_at = self._saved_at = self._since = time.perf_counter()
         return begun
 
-    def dispatch_size(self, step: int) -> int:
-        """Returns the number of steps for the next program."""
-        experiment = self._experiment
-        if experiment.stop_at_loss:  # each loss decides whether there is a next step
-            return 1
-        intervals = [experiment.eval_every, experiment.save_every or experiment.steps]
-        to_next = min(experiment.steps - step, *(every - step % every for every in intervals))
-        if jax.process_count() == 1:  # the clocks of several processes differ
-            to_next = min(to_next, max(1, int(DISPATCH_SECONDS / self._step_seconds)))
-        return min(to_next, self._steps.feed.max_steps)
-
     def log(
         self, both: State, first: int, dispatch: list[tuple[Item, ...]], metrics: Metrics
     ) -> None:
@@ -106,7 +93,7 @@ class Run:
         experiment = self._experiment
         each = unstack(metrics, len(dispatch), len(self.seeds))
         now, compiling = time.perf_counter(), self._steps.compile_seconds - self._compiled
-        seconds = self._step_seconds = max(now - self._since - compiling, 1e-6) / len(dispatch)
+        seconds = self.step_seconds = max(now - self._since - compiling, 1e-6) / len(dispatch)
         self._since, self._compiled = now, self._compiled + compiling
         if compiling > 1:
             _say(f"compiled in {compiling:.0f} s, which the seconds leave out")

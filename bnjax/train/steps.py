@@ -18,8 +18,7 @@ from bnjax.clinic.statistics import precise
 from bnjax.compat import vmap
 from bnjax.data.batches import Examples, eval_batches, evenly_spaced
 from bnjax.data.datasets import Dataset
-from bnjax.data.feed import Feed, Item, every_batch, host_feed, resident_feed, ship
-from bnjax.data.stream import Records
+from bnjax.data.feed import Feed, Item, every_batch, ship
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
@@ -34,28 +33,11 @@ from bnjax.train_step import (
 )
 from bnjax.types import Batch, BatchStats, Params
 
-MAX_STEPS = 100  # per dispatch
 AUGMENTATION = 1  # folded into the key of a step; the key itself is for dropout
-RESIDENT_SHARE = 0.25  # the fraction of a device's memory for the training images
 
 State = tuple[TrainState, BatchStats]
 Variables = tuple[Params, BatchStats]
 Both = TypeVar("Both", State, Variables)
-
-
-def default_feed(experiment: Experiment, split: Examples) -> Feed:
-    """Returns the fastest feed for the default backend.
-
-    A CPU takes one step a dispatch: many in one program are ten times slower there
-    (jax-ml/jax#12868). An accelerator would wait for the host between steps: it takes many a
-    dispatch, of images that lie on it. Records are streamed.
-    """
-    batch_size, part = experiment.batch_size, experiment.part
-    shuffle, room = experiment.shuffle, RESIDENT_SHARE * (memory() or float("inf"))
-    on_cpu = jax.default_backend() == "cpu"
-    if isinstance(split, Records) or on_cpu or split.image.nbytes > room:
-        return host_feed(split, batch_size, shuffle=shuffle, part=part)
-    return resident_feed(split, batch_size, shuffle=shuffle, max_steps=MAX_STEPS, part=part)
 
 
 class Steps:

@@ -9,8 +9,9 @@ import synthetic
 
 from bnjax.clinic import porting
 from bnjax.train import build
+from bnjax.train.dispatch import default_feed
 from bnjax.train.run import Seed
-from bnjax.train.steps import Steps, default_feed
+from bnjax.train.steps import Steps
 from bnjax.train.trained import Trained
 
 

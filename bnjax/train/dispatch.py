@@ -1,0 +1,47 @@
+"""Decides how many steps go into one program: one on a CPU, up to 100 on an accelerator."""
+
+import jax
+
+from bnjax.data.batches import Examples
+from bnjax.data.feed import Feed, host_feed, resident_feed
+from bnjax.data.stream import Records
+from bnjax.train.build import Experiment
+from bnjax.train.cpu import memory
+
+MAX_STEPS = 100
+# Long compared with the work of the host, short enough to respond to Ctrl-C.
+MAX_SECONDS = 0.5
+RESIDENT_SHARE = 0.25  # the fraction of a device's memory for the training images
+
+
+def default_feed(experiment: Experiment, split: Examples) -> Feed:
+    """Returns the fastest feed for the default backend.
+
+    A CPU gets one step per program: many in one program are ten times slower there
+    (jax-ml/jax#12868). An accelerator would wait for the host between steps: it gets many per
+    program, and the training images stay on it. Records are streamed.
+    """
+    batch_size, part = experiment.batch_size, experiment.part
+    shuffle, room = experiment.shuffle, RESIDENT_SHARE * (memory() or float("inf"))
+    on_cpu = jax.default_backend() == "cpu"
+    if isinstance(split, Records) or on_cpu or split.image.nbytes > room:
+        return host_feed(split, batch_size, shuffle=shuffle, part=part)
+    return resident_feed(split, batch_size, shuffle=shuffle, max_steps=MAX_STEPS, part=part)
+
+
+def dispatch_size(experiment: Experiment, feed: Feed, step: int, step_seconds: float) -> int:
+    """Returns the number of steps for the next program, up to an evaluation or a save.
+
+    Args:
+        experiment: has the intervals.
+        feed: has the maximum of a program.
+        step: the number of steps so far.
+        step_seconds: the seconds of one step, infinite if not known yet.
+    """
+    if experiment.stop_at_loss:  # each loss decides whether there is a next step
+        return 1
+    ends = (experiment.eval_every, experiment.save_every)
+    size = min(feed.max_steps, experiment.steps - step, *(every - step % every for every in ends))
+    if jax.process_count() > 1:  # the clocks of several processes differ
+        return size
+    return min(size, max(1, int(MAX_SECONDS / step_seconds)))
