@@ -56,7 +56,7 @@ from bnjax.data.batches import eval_batches
 from bnjax.data.datasets import Split
 from bnjax.metrics import Metrics
 from bnjax.train.cpu import compiler_options, prepare
-from bnjax.train.rundir import write_json
+from bnjax.train.jsonl import write_json
 from bnjax.train.trained import Trained
 from bnjax.train_step import eval_step
 from bnjax.types import Batch, BatchStats

@@ -35,7 +35,7 @@ import numpy as np
 import tqdm
 
 from bnjax.data.datasets import cache_dir
-from bnjax.train.rundir import versions
+from bnjax.train.summary import versions
 
 ROOT = Path(__file__).parents[1]
 STEP = [sys.executable, str(ROOT / "scripts" / "bench_step.py")]

@@ -20,7 +20,7 @@ import numpy as np
 
 from bnjax.export.stablehlo import ONNX, Exported
 from bnjax.train.cpu import compiler_options, prepare
-from bnjax.train.rundir import versions
+from bnjax.train.summary import versions
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from bnjax.train.checkpoint import RECORD
-from bnjax.train.rundir import read_lines
+from bnjax.train.jsonl import read_lines
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.py"
 

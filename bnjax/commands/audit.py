@@ -40,8 +40,7 @@ def run(
     ] = None,
     json: Json = False,
     out: Annotated[
-        Path | None,
-        arg(metavar="DIR", help="also write audit.html with a chart into this folder"),
+        Path | None, arg(metavar="DIR", help="also write audit.html with a chart into this folder")
     ] = None,
 ) -> int:
     """Find faults in the running statistics of a trained network, with causes and fixes.

@@ -4,10 +4,7 @@ from bnjax.commands import Checkpoint, DataDir, Out, Workdir
 
 
 def run(
-    workdir: Workdir,
-    checkpoint: Checkpoint = "last",
-    data_dir: DataDir = None,
-    out: Out = None,
+    workdir: Workdir, checkpoint: Checkpoint = "last", data_dir: DataDir = None, out: Out = None
 ) -> int:
     """Fold the batch norms of a trained network into its layers where that is exact.
 

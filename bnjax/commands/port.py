@@ -113,7 +113,7 @@ def _import(
     import numpy as np
 
     from bnjax.clinic import Network, porting
-    from bnjax.train import rundir
+    from bnjax.train import rundir, summary
     from bnjax.train.checkpoint import Checkpoints
     from bnjax.train.optimizers import optimizer
     from bnjax.train.steps import key_of
@@ -134,7 +134,7 @@ def _import(
         if (out / "config.json").exists():
             raise UserError(f"{out} already holds a run. Choose a different folder with --out.")
         rundir.take(out, config, trained.data)
-        about: dict[str, Any] = {"config": config.to_dict(), "versions": rundir.versions()}
+        about: dict[str, Any] = {"config": config.to_dict(), "versions": summary.versions()}
         about["ported_from"] = framework
         with Checkpoints(out / "checkpoints") as checkpoints:
             checkpoints.save(state, stats, None, about)

@@ -38,8 +38,7 @@ def run(
     checkpoint: Checkpoint = "last",
     data_dir: DataDir = None,
     model: Annotated[
-        Path | None,
-        arg(metavar="DIR", help="the folder of an exported network (8-bit pixels)"),
+        Path | None, arg(metavar="DIR", help="the folder of an exported network (8-bit pixels)")
     ] = None,
     views: Annotated[
         Literal[1, 2, 6] | None,

@@ -11,8 +11,7 @@ from bnjax.errors import UserError
 
 def run(
     folders: Annotated[
-        Positional[tuple[Path, ...]],
-        arg(metavar="RUN", help="the folder of a run or a comparison"),
+        Positional[tuple[Path, ...]], arg(metavar="RUN", help="the folder of a run or a comparison")
     ],
     out: Annotated[
         Path | None, arg(metavar="DIR", help="the output folder; default: the first RUN")

@@ -44,7 +44,7 @@ def run(
     prepare(training=True)  # before JAX initialises its backend
     build.check(settings)
 
-    from bnjax.train import rundir
+    from bnjax.train import rundir, summary
     from bnjax.train.loop import Stopped, train_and_evaluate
 
     dataset = build.dataset(settings)
@@ -66,7 +66,7 @@ def run(
         print(f"\n{stopped}; everything is saved. To resume:\n    {again}")
         return 128 + stopped.signal
     if result:  # only on the first of several processes
-        print(rundir.as_text(result))
+        print(summary.as_text(result))
         print(f"\npredict with:    bnjax predict --workdir {folder} --split test")
         print(f"view curves:     pip install tensorboard && tensorboard --logdir {folder.parent}")
     return 0

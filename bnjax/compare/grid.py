@@ -21,7 +21,7 @@ from bnjax.compare.claims import Claim
 from bnjax.compare.runs import COMPARISON, listed, read_comparison
 from bnjax.data.datasets import Dataset
 from bnjax.errors import NonFiniteError, UserError
-from bnjax.train import build, checkpoint, parsing, rundir
+from bnjax.train import build, checkpoint, jsonl, parsing, rundir
 from bnjax.train.loop import Stopped, Summary, Trainer
 from bnjax.train.run import StopRequest
 
@@ -135,7 +135,7 @@ def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
             f"{folder} holds {', '.join(sorted(leftovers)[:5])} but no comparison. "
             "Choose an empty or new folder with --workdir."
         )
-    rundir.write_json(folder / COMPARISON, comparison)
+    jsonl.write_json(folder / COMPARISON, comparison)
 
 
 def run(

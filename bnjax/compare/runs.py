@@ -11,7 +11,7 @@ import numpy as np
 
 from bnjax.compare.intervals import Times
 from bnjax.errors import UserError
-from bnjax.train import parsing, rundir
+from bnjax.train import jsonl, parsing, rundir
 from bnjax.train.config import default_config
 
 # Values at one point of a run: the first, last or best evaluation (or training step), or a step.
@@ -75,7 +75,7 @@ class Run:
     @functools.cached_property
     def histograms(self) -> list[dict[str, Any]]:
         """The lines of histograms.jsonl, read on first access."""
-        return rundir.read_lines(self.folder / "histograms.jsonl")
+        return jsonl.read_lines(self.folder / "histograms.jsonl")
 
     def _curve(self, split: str) -> Curve:
         lines = [line for line in self.metrics if line["split"] == split]
@@ -113,7 +113,7 @@ def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
     values, reached = [], []
     for run in runs:
         if quantity == "steps_to_loss":
-            step = rundir.first_at_or_below(run.metrics, goal)
+            step = jsonl.first_at_or_below(run.metrics, goal)
         else:
             step = next(iter(run.test.step[run.test.accuracy >= goal].tolist()), None)
         end = step or int(run.train.step[-1])
@@ -128,7 +128,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing or damaged.
     """
-    with rundir.reading(folder / COMPARISON):
+    with jsonl.reading(folder / COMPARISON):
         found: dict[str, Any] = json.loads((folder / COMPARISON).read_text())
         return found
 
@@ -157,11 +157,11 @@ def read_run(folder: Path) -> Run:
         UserError: if there is no run, it has no step yet, or its files are damaged or inconsistent.
     """
     config, data = rundir.read(folder)
-    metrics = rundir.read_lines(folder / "metrics.jsonl")
-    seconds = {line["step"]: line["seconds"] for line in rundir.read_lines(folder / "timing.jsonl")}
+    metrics = jsonl.read_lines(folder / "metrics.jsonl")
+    seconds = {line["step"]: line["seconds"] for line in jsonl.read_lines(folder / "timing.jsonl")}
     file, summary = folder / "summary.json", {}
     if file.exists():
-        with rundir.reading(file):
+        with jsonl.reading(file):
             summary = json.loads(file.read_text())
     steps = [line["step"] for line in metrics if line["split"] == "train"]
     if not steps:

@@ -19,7 +19,8 @@ from bnjax.clinic.folding import Folded, Folding, NormFold, difference, plan
 from bnjax.errors import UserError
 from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options
-from bnjax.train.rundir import versions, write_json
+from bnjax.train.jsonl import write_json
+from bnjax.train.summary import versions
 from bnjax.train.trained import Trained, check_folded, in_float32, logits, probe
 from bnjax.train_step import forward
 from bnjax.types import BatchStats, Images, Params

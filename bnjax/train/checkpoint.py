@@ -271,12 +271,7 @@ class Checkpoints:
         )
         try:
             leaves = leaves_of({"variables": variables, "training": training})
-            self._saving = {
-                "step": step,
-                "accuracy": accuracy,
-                "about": about,
-                "leaves": leaves,
-            }
+            self._saving = {"step": step, "accuracy": accuracy, "about": about, "leaves": leaves}
             self._records[step] = self._saving
             with _ONE_SAVE:
                 self._manager.save(step, args=args)

@@ -201,8 +201,7 @@ class Model(Norm):
     dropout: Annotated[Rates, CONVNET] = (0.0, 0.0)
     "the fraction that is dropped after each hidden dense layer"
     norm: Annotated[
-        str,
-        one_of("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none"),
+        str, one_of("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none")
     ] = "batch"
     "which normalisation"
     norm_dense: Annotated[Flags, CONVNET] = (True, True)

@@ -20,8 +20,8 @@ from bnjax.train.build import Experiment
 from bnjax.train.config import default_config
 from bnjax.train.cpu import compiler_options, init_options
 from bnjax.train.graph import graph_def
+from bnjax.train.jsonl import RunWriter
 from bnjax.train.parsing import flat
-from bnjax.train.rundir import RunWriter
 from bnjax.train.steps import Variables
 from bnjax.train.tensorboard import contact_sheet
 from bnjax.train_step import (

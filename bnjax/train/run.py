@@ -27,15 +27,9 @@ from bnjax.train.build import Experiment
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.devices import from_first
 from bnjax.train.diagnostics import Observer, first_nonfinite
-from bnjax.train.rundir import (
-    RunWriter,
-    first_at_or_below,
-    read_lines,
-    summarise,
-    versions,
-    write_json,
-)
+from bnjax.train.jsonl import RunWriter, first_at_or_below, read_lines, write_json
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
+from bnjax.train.summary import summarise, versions
 
 
 class Run:
@@ -176,10 +170,7 @@ class Run:
         for i, seed in self._going_on(everyone):
             if seed.writer:
                 seed.writer.flush()  # first: a checkpoint must not be ahead of the files
-            about = {
-                "config": seed.config.to_dict(),
-                "versions": versions(),
-            }
+            about = {"config": seed.config.to_dict(), "versions": versions()}
             own, shown = self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i)
             apart = shown if self._experiment.is_apart else None
             seed.checkpoints.save(*own, seed.accuracy, about, evaluated=apart)

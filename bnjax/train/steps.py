@@ -23,14 +23,7 @@ from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import compiler_options, init_options, memory
-from bnjax.train_step import (
-    AxisName,
-    TrainState,
-    dropout_key,
-    eval_step,
-    init_state,
-    train_step,
-)
+from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
 
 AUGMENTATION = 1  # folded into the key of a step; the key itself is for dropout

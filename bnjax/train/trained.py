@@ -19,7 +19,8 @@ from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
 from bnjax.train.cpu import compiler_options
-from bnjax.train.rundir import FOLDED, check_is_free, folded_pairs, read, write_json
+from bnjax.train.jsonl import write_json
+from bnjax.train.rundir import FOLDED, check_is_free, folded_pairs, read
 from bnjax.train_step import TrainState, forward, init_variables
 from bnjax.types import BatchStats, Images, Params
 

@@ -9,7 +9,7 @@ import pytest
 from digit_runs import STEPS
 
 from bnjax.data.batches import evenly_spaced
-from bnjax.train.rundir import read_lines
+from bnjax.train.jsonl import read_lines
 from bnjax.train.trained import Trained
 from bnjax.train_step import eval_step, forward
 

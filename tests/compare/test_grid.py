@@ -19,9 +19,9 @@ from bnjax.compare.runs import finished_runs, read_comparison
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.run import StopRequest
-from bnjax.train.rundir import read_lines
 from bnjax.train_step import init_state
 
 CONFIG = """

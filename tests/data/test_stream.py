@@ -26,8 +26,8 @@ from bnjax.data.feed import every_batch, host_feed
 from bnjax.data.stream import Reading
 from bnjax.errors import ConfigError, DataError, UserError, WorkerError
 from bnjax.train import build
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import read_lines
 from bnjax.train.trained import Trained
 
 MEMORY = synthetic.dataset()

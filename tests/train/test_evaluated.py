@@ -12,8 +12,8 @@ from bnjax.clinic.statistics import precise
 from bnjax.data.batches import evenly_spaced
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped
-from bnjax.train.rundir import read_lines
 from bnjax.train.steps import precise_batches
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward, init_state, softmax_cross_entropy

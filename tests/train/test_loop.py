@@ -15,11 +15,11 @@ import synthetic
 
 from bnjax.data.feed import resident_feed
 from bnjax.errors import NonFiniteError, UserError
-from bnjax.train import build, rundir, tensorboard
+from bnjax.train import build, jsonl, tensorboard
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped, Trainer
 from bnjax.train.run import StopRequest
-from bnjax.train.rundir import read_lines
 from bnjax.train_step import init_state
 
 SLOW = pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("of", "name", "after"),
-    [(rundir.RunWriter, "flush", 0), (tensorboard.EventsWriter, "write_event", 8)],
+    [(jsonl.RunWriter, "flush", 0), (tensorboard.EventsWriter, "write_event", 8)],
 )
 def test_a_disk_that_fills_up_is_a_clear_error(tmp_path, monkeypatch, of, name, after):
     calls = itertools.count()

@@ -12,8 +12,8 @@ from bnjax.clinic import porting
 from bnjax.commands.predict import of_split
 from bnjax.data.datasets import Dataset, Split
 from bnjax.train import build, parsing
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import train_and_evaluate
-from bnjax.train.rundir import read_lines
 from bnjax.train.trained import Trained
 from bnjax.train_step import predict_step
 

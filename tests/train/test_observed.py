@@ -20,7 +20,7 @@ from bnjax.data.batches import evenly_spaced
 from bnjax.norms import BatchNorm
 from bnjax.train import build, parsing
 from bnjax.train.graph import graph_def
-from bnjax.train.rundir import RunWriter, read_lines
+from bnjax.train.jsonl import RunWriter, read_lines
 from bnjax.train.tensorboard import CAPTION, TILE, Board
 from bnjax.train.trained import Trained
 from bnjax.train_step import eval_step, forward, init_variables, softmax_cross_entropy

@@ -12,8 +12,8 @@ from bnjax.data.feed import host_feed, resident_feed
 from bnjax.errors import ConfigError
 from bnjax.train import build
 from bnjax.train.devices import spread
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped
-from bnjax.train.rundir import read_lines
 from bnjax.train.steps import Steps
 from bnjax.train_step import TrainState
 

@@ -6,8 +6,8 @@ import pytest
 from events import read_values
 
 from bnjax.errors import UserError
-from bnjax.train import rundir
-from bnjax.train.rundir import Lines, RunWriter, read_lines
+from bnjax.train import rundir, summary
+from bnjax.train.jsonl import Lines, RunWriter, read_lines
 
 
 def test_a_torn_last_line_is_left_out_and_later_steps_are_dropped(tmp_path):
@@ -55,8 +55,8 @@ def test_the_revision_is_that_of_a_repository_which_tracks_the_package(tmp_path)
         (tmp_path / name / "__init__.py").write_text("")
     git(tmp_path, "add", "other")
     git(tmp_path, "commit", "-m", "other")
-    assert rundir._git_revision(tmp_path / "bnjax") is None
+    assert summary._git_revision(tmp_path / "bnjax") is None
     git(tmp_path, "add", "bnjax")
     git(tmp_path, "commit", "-m", "own")
-    assert rundir._git_revision(tmp_path / "bnjax")
-    assert rundir._git_revision(tmp_path / "nowhere") is None
+    assert summary._git_revision(tmp_path / "bnjax")
+    assert summary._git_revision(tmp_path / "nowhere") is None

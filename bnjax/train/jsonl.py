@@ -1,0 +1,169 @@
+"""Writes and reads the JSON files of a run, most with one object a line, and its curves."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnjax.errors import UserError
+from bnjax.train.tensorboard import Board
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Reports whatever goes wrong while a file of a run is read as one `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged, or from another version of bnjax ({type(error).__name__}: "
+            f"{error}). Restore it from a copy, or train anew in another folder with --workdir."
+        ) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one JSON object a line, each with a `step`.
+
+    A torn last line is left out; without a file there are none.
+
+    Each line of a metrics.jsonl has `split`, `loss` (None if not finite) and `accuracy`. The split
+    is "train", the batch of a step; "test", an evaluation; or "gap": training images under the
+    running statistics, with `batch_loss` and `batch_accuracy` of the same under their own, and for
+    each norm in `drift_mean` and `drift_variance` what `bnjax.clinic.statistics.Drift` says.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not path.exists():
+        return []
+    with reading(path):
+        *whole, _ = path.read_text().split("\n")
+        lines = [json.loads(line) for line in whole]
+        if not all(line["step"] > 0 for line in lines):
+            raise ValueError("a step is not above 0")
+    return lines
+
+
+def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
+    """Returns the first step whose training loss was that low, None if none was."""
+    train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
+    return next((line["step"] for line in train if line["loss"] <= loss), None)
+
+
+def _finite(value: Any) -> Any:
+    """Returns None for a float that is not finite, also in dicts."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Lines:
+    """A file with one JSON object a line."""
+
+    def __init__(self, path: Path, *, keep_up_to: int):
+        """Opens the file to append, without the lines whose `step` is above `keep_up_to`."""
+        kept = [line for line in read_lines(path) if line["step"] <= keep_up_to]
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(draft, path)
+        self._file = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one object."""
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Waits until everything written so far is on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class RunWriter:
+    """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/.
+
+    A context manager.
+
+    Only timing.jsonl and tensorboard/ depend on the clock.
+    """
+
+    def __init__(self, workdir: Path, *, start: int):
+        """Opens the files.
+
+        Lines of an interrupted run past step `start` are dropped: the run writes them again.
+        """
+        with contextlib.ExitStack() as stack:  # closes the others if one cannot be opened
+
+            def opened(name: str) -> Lines:
+                lines = Lines(workdir / f"{name}.jsonl", keep_up_to=start)
+                return stack.enter_context(contextlib.closing(lines))
+
+            self._metrics, self._timing = opened("metrics"), opened("timing")
+            self._histograms = opened("histograms")
+            self.board = Board(workdir / "tensorboard", start=start)
+            stack.callback(self.board.close)
+            self._open = stack.pop_all()
+
+    def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Records metrics under the keys that `read_lines` describes.
+
+        Args:
+            step: counted from 1.
+            split: "train", "test" or "gap".
+            values: floats, and dicts of floats, are curves too, and null where not finite.
+        """
+        finite = _finite(values)
+        self._metrics.write({"step": step, "split": split, **finite})
+        groups = {split: finite}
+        groups |= {key: value for key, value in finite.items() if isinstance(value, dict)}
+        for group, curves in groups.items():
+            for name, number in curves.items():
+                if isinstance(number, float):
+                    self.board.scalar(f"{group}/{name}", number, step)
+
+    def timing(self, step: int, seconds: float, images_per_s: float) -> None:
+        """Records the seconds since training began and the current rate."""
+        self._timing.write(
+            {"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)}
+        )
+        self.board.scalar("train/images_per_s", images_per_s, step)
+
+    def histograms(self, step: int, samples: Any, summaries: dict[str, dict[str, Any]]) -> None:
+        """Records the samples and summaries of `bnjax.train.diagnostics`."""
+        self._histograms.write({"step": step, **summaries})
+        for kind, group in summaries.items():
+            for name, numbers in group.items():
+                edges = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
+                self.board.histogram(f"{kind}/{name}", samples[kind][name], edges, step)
+
+    def pictures(self, step: int, sheet: np.ndarray) -> None:
+        """Shows a picture of predictions for a few test images, uint8 [h, w, 3]."""
+        self.board.picture("test/predictions", sheet, step)
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system."""
+        for file in (self._metrics, self._timing, self._histograms, self.board):
+            file.flush()
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()

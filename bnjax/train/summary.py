@@ -1,0 +1,96 @@
+"""The summary of a run: its result, and the versions and the device that it depends on."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from bnjax.data.datasets import Dataset
+from bnjax.train.build import Experiment
+from bnjax.train.jsonl import first_at_or_below, read_lines
+
+
+def summarise(
+    config: ConfigDict, workdir: Path, dataset: Dataset, experiment: Experiment, seconds: float
+) -> dict[str, Any]:
+    """Returns the summary of a run, from its metrics.jsonl."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    train = [line for line in lines if line["split"] == "train"]
+    tests = [line for line in lines if line["split"] == "test"]
+    steps = train[-1]["step"]
+    best = max(tests, key=lambda line: line["accuracy"])
+    result = ("step", "loss", "accuracy", "count")
+    return {
+        "name": config.name,
+        "dataset": dataset.label,
+        "official_pixels": dataset.official,
+        "fallback_reason": dataset.fallback_reason,
+        "steps": steps,
+        "ended": "all steps taken"
+        if steps == experiment.steps
+        else f"training loss at or below {experiment.stop_at_loss:g}",
+        "skipped_steps": sum(line.get("skipped", 0) for line in train),
+        "batch_size": experiment.batch_size,
+        "steps_to_loss": {
+            f"{config.train.target_loss:g}": first_at_or_below(lines, config.train.target_loss)
+        },
+        "final_train": {key: train[-1][key] for key in ("loss", "accuracy")},
+        "final_test": {key: tests[-1][key] for key in result},
+        "best_test": {key: best[key] for key in result},
+        "seconds": round(seconds, 1),
+        "images_per_s": round(steps * experiment.batch_size / max(seconds, 1e-3), 1),
+        "versions": versions(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "git": _git_revision(),
+    }
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """Returns the result of a run as a few lines of text."""
+    target, reached = next(iter(summary["steps_to_loss"].items()))
+    best, last = summary["best_test"], summary["final_test"]
+    first = "not reached" if reached is None else f"first at step {reached}"
+    return "\n".join(
+        [
+            f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of "
+            f"{summary['batch_size']} images:",
+            f"  training loss at or below {target}: {first}",
+            f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
+            f"all {last['count']:,} test images",
+            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
+            f"{best['step']}",
+            f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s "
+            f"on {summary['device']}",
+        ]
+    )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a result depends on."""
+    packages = ("bnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # bnjax itself, run from a clone
+        return "not installed"
+
+
+def _git_revision(package: Path = Path(__file__).parents[1]) -> str | None:
+    """Returns the git revision of the package, None if no repository tracks it.
+
+    An installed package may lie within another project's repository.
+    """
+    git = ["git", "-C", str(package)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True, check=True)
+        command = [*git, "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
