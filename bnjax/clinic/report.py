@@ -131,7 +131,7 @@ class Findings:
         """Returns the names of the illnesses of one layer."""
         return tuple(finding.id for finding in self.found if layer in finding.layers)
 
-    def as_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns all fields as JSON values; NaN and infinity as text."""
         content = {
             "healthy": self.healthy,

@@ -85,7 +85,7 @@ def run(
         title = f"{workdir}, checkpoint of step {trained.step}, {trained.data.label}"
         if json:
             about = {"workdir": str(workdir), "step": trained.step, "dataset": trained.data.label}
-            print(json_.dumps(about | findings.as_json()))
+            print(json_.dumps(about | findings.to_dict()))
         else:
             print(f"{title}\n\n{findings}")
         if out:
@@ -128,7 +128,7 @@ def _chart(findings: "Findings") -> Any:
     }
     rows = [
         row | {"found": ", ".join(row["found"]) or "nothing"}
-        for row in findings.as_json()["layers"]
+        for row in findings.to_dict()["layers"]
     ]
     bars = alt.Chart({"values": rows}).mark_bar().encode(
         y=alt.Y("name:N", sort=None, title=None), color=alt.Color("found:N")
