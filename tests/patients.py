@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from foreign import NETWORKS, ResNet
+from foreign import NETWORKS, ResNet, SharedNet
 
 from bnjax import norms
-from bnjax.clinic import Run
+from bnjax.clinic import Network, Run
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import forward, init_state, train_step
 from bnjax.types import fingerprint
@@ -149,8 +149,13 @@ def plain(seed):
 
 
 HEALTHY = {
-    **{name: functools.partial(trained, model) for name, model in NETWORKS.items()},
+    **{
+        name: functools.partial(trained, model)
+        for name, model in NETWORKS.items()
+        if name != "shared"
+    },
     "plain": plain,
+    "plain, frozen and stepped": lambda seed: frozen(seed, plain(seed)).knowing(step=step(1)),
     "plain, batches of 256": functools.partial(trained, Plain(), size=256),
     "plain, batches of 24": functools.partial(trained, Plain(), size=24),
     "plain, 300 steps": functools.partial(trained, Plain(), steps=300),
@@ -250,6 +255,27 @@ def one_more(stats):
     return stats | {"third": stats["first"]}
 
 
+def frozen(seed, before):
+    """One of the norms of a network, compared with what it was."""
+    variables = (before.params, before.batch_stats, before.model)
+    return plain(seed).knowing(before=Network(*variables), frozen=("first",))
+
+
+def step(passes):
+    """A step with one or two passes through the network, of different images, that donates."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(network, batch):
+        for i in range(passes):
+            image = batch["image"][:: 1 - 2 * i] // (1 + i)
+            variables = network.params, network.batch_stats, {"image": image}
+            _, written = forward(*variables, model=network.model, train=True)
+            network = network.replace(batch_stats=written["batch_stats"])
+        return network
+
+    return run
+
+
 # The id, and what has it.
 ILL = {
     "no collection": ("missing-statistics", with_stats(lambda stats: {})),
@@ -277,6 +303,9 @@ ILL = {
     "AdamW on all": ("weight-decay", optimized(lambda: optax.adamw(1e-3))),
     "LARS on all": ("layerwise-rate", optimized(lars)),
     "dropout before a norm": ("variance-shift", ready(dropout=0.5)),
+    "frozen in name": ("moved-while-frozen", lambda seed: frozen(seed, ready(momentum=0.8)(seed))),
+    "one norm, called twice": ("updated-twice", functools.partial(trained, SharedNet())),
+    "two passes in a step": ("updated-twice", lambda seed: plain(seed).knowing(step=step(2))),
     "batches of 4": ("small-batch", lambda seed: trained(Plain(), seed, size=4)),
 }
 

@@ -80,7 +80,7 @@ def test_the_clinic_looks_at_a_network(capsys):
 
 
 def test_the_page_names_what_the_audit_finds():
-    named = set(re.findall(r"`([a-z]+-[a-z]+)`", EVALUATION)) | {"stale"}
+    named = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", EVALUATION)) | {"stale"}
     assert named == set(ILLNESSES)
 
 

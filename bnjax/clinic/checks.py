@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bnjax.clinic.freezing import moved
 from bnjax.clinic.linen import Network
 from bnjax.clinic.measure import DEAD, Case, Evidence, Run, distance, measure, real_examples, rms
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
@@ -430,6 +431,93 @@ def batch_dependent(case: Case, before: Found) -> Outcome:
         yield Finding(BATCH_DEPENDENT, names, text)
 
 
+MOVED_WHILE_FROZEN = _illness(
+    "moved-while-frozen",
+    "frozen norms changed",
+    "an optimizer that skips scale and bias does not freeze the averages: every pass in training "
+    "mode updates them, and the other frozen layers no longer fit",
+    "restore them from before; freeze the averages with freezing.freeze_statistics, or run these "
+    "norms in evaluation mode; freeze scale and bias with freezing.without_frozen",
+)
+
+
+def moved_while_frozen(case: Case, before: Found) -> Outcome:
+    """Compares frozen norms with those before the training."""
+    run = case.run
+    if run.frozen and run.before is None:
+        yield NotChecked("moved-while-frozen", "the network before the training: Run(before=…)")
+    elif run.before is not None and (
+        names := moved(run.before, case.network, run.frozen or ("*",))
+    ):
+        layers, _, leaves = zip(*(name.rpartition(".") for name in names), strict=True)
+        text = f"{', '.join(dict.fromkeys(leaves))} changed"
+        yield Finding(MOVED_WHILE_FROZEN, tuple(dict.fromkeys(layers)), text)
+
+
+UPDATED_TWICE = _illness(
+    "updated-twice",
+    "a step updates the averages of a norm more than once",
+    "after k updates, momentum ** k of the old averages remains; the averages mix the inputs of "
+    "all calls, while training normalises each call by its own",
+    "give each call of a shared layer its own norm; of several passes in a step, keep the "
+    "statistics of one",
+)
+FAR = 100.0  # standard deviations: dropout keys that differ between two steps have no effect
+
+
+def updated_twice(case: Case, before: Found) -> Outcome:
+    """Finds norms with several calls in a pass, or several updates in the training step."""
+    texts = {
+        one.layer.name: f"{one.calls} calls in one pass" for one in case.layers if one.calls > 1
+    }
+    if case.run.step is not None:
+        kept = kept_by(case.run.step, case)
+        for name, (share, momentum) in kept.items():
+            updates = math.log(max(share, 1e-12)) / math.log(momentum)
+            if updates > 1.5:
+                texts[name] = (
+                    f"{updates:.0f} updates in a step, which keeps {share:.2%} of the old averages "
+                    f"at momentum {momentum:g}"
+                )
+        if other := [one.layer.name for one in case.layers if one.layer.name not in kept]:
+            missing = f"norms with a constant momentum and no debias: not {', '.join(other)}"
+            yield NotChecked("updated-twice in your step", missing)
+    if texts:
+        yield Finding(UPDATED_TWICE, tuple(texts), "; ".join(dict.fromkeys(texts.values())))
+
+
+def kept_by(
+    step: Callable[[Network, Batch], Network], case: Case
+) -> dict[str, tuple[float, float]]:
+    """Returns by norm the share of the old means that a step keeps, and the momentum.
+
+    Compares a step with one from means that are shifted by 100 standard deviations: in training,
+    batches alone determine what is added.
+    """
+    layers = [
+        one
+        for one in case.layers
+        if isinstance(one.momentum, float)
+        and 0 < one.momentum < 1
+        and not getattr(one.layer.module, "debias", False)
+    ]
+    shifts = {(*one.layer.path, "mean"): FAR * one.std.reshape(one.shape) for one in layers}
+
+    def after(far: bool) -> Leaves:
+        leaves = flatten_dict(dict(case.network.batch_stats))
+        for path, shift in shifts.items():
+            leaves[path] = jnp.asarray(leaves[path] + far * shift, leaves[path].dtype)
+        start = dataclasses.replace(case.network, batch_stats=unflatten_dict(leaves))
+        # A step may donate its arguments.
+        return flatten_dict(dict(step(jax.tree.map(jnp.copy, start), case.batches[0]).batch_stats))
+
+    near, far = after(False), after(True)
+    return {
+        one.layer.name: (float(np.sum(far[path] - near[path]) / shift.sum()), one.momentum)
+        for one, (path, shift) in zip(layers, shifts.items(), strict=True)
+    }
+
+
 NOT_CONVERGED = _illness(
     "not-converged",
     "the averages still remember their starting values",
@@ -626,7 +714,8 @@ def audit(
         return Findings(tuple(found), (NotChecked("all other checks", missing),))
     case = measure(network, kept, run, jit)
     not_checked = [*unknown(case)]
-    for check in (*LAYER_CHECKS, decay, batch_dependent, unfinished_or_stale):
+    others = decay, batch_dependent, moved_while_frozen, updated_twice, unfinished_or_stale
+    for check in (*LAYER_CHECKS, *others):
         for outcome in check(case, tuple(found)):
             if isinstance(outcome, NotChecked):
                 not_checked.append(outcome)

@@ -8,10 +8,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.linen import FROZEN, nothing_seen, only_norms, with_fields
+from bnjax.clinic.linen import FROZEN, Network, nothing_seen, only_norms, with_fields
 from bnjax.types import Array, BatchStats, Params, Tree
 
 
@@ -120,6 +121,40 @@ def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.Gradie
     """
     labels = jax.tree.map(lambda frozen: "frozen" if frozen else "trained", mask)
     return optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> tuple[str, ...]:
+    """Returns the names of the statistics, scales and biases that differ in any bit.
+
+    Args:
+        before: a network.
+        after: the same network later.
+        patterns: as for `freeze_statistics`: which norms are compared.
+
+    Raises:
+        ValueError: if a pattern matches no norm, or the networks have different leaves.
+
+    >>> def network(mean):
+    ...     norm = {"mean": jax.numpy.full(2, mean), "var": jax.numpy.ones(2)}
+    ...     return Network({}, {"norm": norm}, nn.Dense(1))
+    >>> moved(network(0.0), network(0.5))
+    ('norm.mean',)
+    """
+    norms = {".".join(path): path for path in nothing_seen(after.batch_stats)}
+    chosen = {norms[name] for name in matching(norms, patterns)}
+    old, new = (
+        {
+            path: np.asarray(leaf)
+            for tree in (network.batch_stats, network.params)
+            for path, leaf in flatten_dict(dict(tree)).items()
+            if path[:-1] in chosen
+        }
+        for network in (before, after)
+    )
+    if old.keys() != new.keys():
+        names = ", ".join(".".join(path) for path in sorted(old.keys() ^ new.keys()))
+        raise ValueError(f"the two networks have different leaves: {names} is in one of them only")
+    return tuple(".".join(path) for path in new if old[path].tobytes() != new[path].tobytes())
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

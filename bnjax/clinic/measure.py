@@ -36,6 +36,9 @@ class Run:
         tx: the optimizer, with `init` and `update` as in Optax; it is tried on small arrays.
         predict: the evaluation function, images [n, h, w, c] -> logits [n, classes]; None for
             `train=False`.
+        step: a training step, (network, batch) -> the network after it; it is called with copies.
+        before: the network before the training, with frozen norms.
+        frozen: shell patterns for their names; empty: all norms, if there is `before`.
     """
 
     steps: int | None = None
@@ -43,6 +46,9 @@ class Run:
     weights: str | None = None
     tx: Any = None
     predict: Callable[[Images], Logits] | None = None
+    step: Callable[[Network, Batch], Network] | None = None
+    before: Network | None = None
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from foreign import NETWORKS, drawn, shapes
 
-from bnjax.clinic.freezing import affine_mask, freeze_statistics, without_frozen
+from bnjax.clinic.freezing import affine_mask, freeze_statistics, moved, without_frozen
 from bnjax.clinic.linen import Network
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
@@ -64,7 +64,10 @@ def test_frozen_statistics_stay_and_the_others_move(name):
         (*first, "mean"),
         (*first, "var"),
     }
-    assert not any(same(state.params, once.params)[*first, leaf] for leaf in ("scale", "bias"))
+    names = (f"{'.'.join(first)}.{leaf}" for leaf in ("scale", "bias"))
+    networks = Network(params, stats, frozen), Network(once.params, after, frozen)
+    assert {*moved(*networks, [".".join(first)])} == {*names}
+    assert ".".join(first) + ".mean" not in moved(*networks)
 
 
 @pytest.mark.parametrize("name", ["scan", SLOW("preact")])
