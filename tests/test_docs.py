@@ -117,6 +117,14 @@ def test_what_was_moved_is_where_the_changelog_says():
         pkgutil.resolve_name(name)
 
 
+def test_what_decides_is_where_contributors_are_told():
+    rows = re.findall(r"^\| [^|]+\? \| `([\w/]+)\.py` \| (.+) \|$", CONTRIBUTING, re.MULTILINE)
+    assert len(rows) > 20
+    for file, names in rows:
+        for name in re.findall(r"`(.+?)`", names):
+            pkgutil.resolve_name(f"bnjax.{file.replace('/', '.')}:{name}")
+
+
 @EVERY_PAGE
 def test_lines_have_100_columns_but_for_tables_and_code(page):
     text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
