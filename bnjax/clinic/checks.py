@@ -541,6 +541,14 @@ STANDARD_ERRORS = 4.0
 MOVED = 0.1
 # RMS of drift, and of the log ratio of variances, for one batch of 16 independent values.
 MISFIT_MEAN, MISFIT_VAR = 0.25, math.sqrt(2 / 16)
+# Of the columns of a report; a layer is ill only if the check of the column finds it.
+LIMITS = {
+    "drift": MISFIT_MEAN,
+    "log_ratio": MISFIT_VAR,
+    "noise": NOISE,
+    "shift": SHIFT,
+    "dead": CHANNELS,
+}
 EXPLAINED = 0.5  # R^2 of the fit by a weight of the starting values
 
 
@@ -741,4 +749,4 @@ def audit(
         for one in case.layers
     )
     examples = sum(map(real_examples, kept))
-    return Findings(tuple(found), tuple(not_checked), rows, evaluation, examples)
+    return Findings(tuple(found), tuple(not_checked), rows, evaluation, examples, LIMITS)

@@ -1,9 +1,10 @@
-"""The findings of an audit, as text and as JSON."""
+"""The findings of an audit: as text, as a table in a notebook, and as JSON."""
 
 import dataclasses
+import html
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,12 @@ import jax
 from bnjax.text import text_table
 
 WIDTH = 100
+HEAD = ("layer", "shape", "drift", "log var", "noise", "train/eval", "dead", "n", "found")
 COLUMNS = """\
 drift: stored minus expected mean in standard deviations, RMS over live channels; log var:
 log(stored / expected variance); noise: of a training batch's mean; train/eval: ratio of variances
 with and without dropout; n: values per channel and batch"""
+PAGE = "docs/findings/{}.md"  # of a finding
 
 
 class Illness(NamedTuple):
@@ -52,17 +55,22 @@ class Finding:
         """The name of the illness."""
         return self.illness.id
 
-    def __str__(self) -> str:
-        """The finding with its cause and cure."""
+    @property
+    def texts(self) -> dict[str, str]:
+        """What was measured, why it matters and the cure."""
         more = f" and {len(self.layers) - 6} more" if len(self.layers) > 6 else ""
         where = f"{', '.join(self.layers[:6])}{more}: " if self.layers else ""
-        lines = [
-            f"{self.id}: {self.illness.title}",
-            f"  measured: {where}{self.measured}",
-            f"  why it matters: {self.illness.why}",
-            f"  to fix it: {self.illness.cure}",
-        ]
-        return "\n".join(map(_wrap, lines))
+        return {
+            "measured": where + self.measured,
+            "why it matters": self.illness.why,
+            "to fix it": self.illness.cure,
+        }
+
+    def __str__(self) -> str:
+        """The finding with its cause and cure."""
+        texts = self.texts | {"more": PAGE.format(self.id)}
+        lines = [f"  {name}: {text}" for name, text in texts.items()]
+        return "\n".join(map(_wrap, [f"{self.id}: {self.illness.title}", *lines]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +117,8 @@ class Findings:
         evaluation: "stored", "precise" and "batch" statistics -> `loss`, `accuracy` and `moved`,
             the mean total variation distance from the predictions under precise statistics.
         examples: the number of audited examples.
+        limits: for fields of a row, the absolute value at which a layer is ill; of dead channels,
+            the fraction.
     """
 
     found: tuple[Finding, ...]
@@ -116,6 +126,7 @@ class Findings:
     layers: tuple[Row, ...] = ()
     evaluation: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     examples: int = 0
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -145,6 +156,7 @@ class Findings:
                 dataclasses.asdict(row) | {"found": self.ids_of(row.name)} for row in self.layers
             ],
             "evaluation": self.evaluation,
+            "limits": self.limits,
         }
         return jax.tree.map(
             lambda leaf: leaf if not isinstance(leaf, float) or math.isfinite(leaf) else str(leaf),
@@ -155,9 +167,8 @@ class Findings:
         """The table of layers, the evaluations, and each finding with its cause and cure."""
         parts = []
         if self.layers:
-            head = ("layer", "shape", "drift", "log var", "noise", "train/eval", "dead", "n")
             rows = [(*_cells(row), ", ".join(self.ids_of(row.name))) for row in self.layers]
-            parts.append(f"{text_table([(*head, 'found'), *rows])}\n{COLUMNS}")
+            parts.append(f"{text_table([HEAD, *rows])}\n{COLUMNS}")
             rows = [
                 (f"  {name} statistics:", ", ".join(f"{key} {x:.4f}" for key, x in of.items()))
                 for name, of in self.evaluation.items()
@@ -167,13 +178,66 @@ class Findings:
         if self.not_checked:
             lines = [f"  {entry.id}: {entry.missing}" for entry in self.not_checked]
             parts.append("\n".join(["not checked:", *map(_wrap, lines)]))
+        return "\n\n".join([*parts, self._summary])
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook; cells are coloured by their distance from the limit."""
+        parts = []
+        if self.layers:
+            rows = [[_html_cell(f"<b>{name}</b>") for name in HEAD]]
+            for row in self.layers:
+                cells = map(_html_cell, map(html.escape, _cells(row)), self._styles(row))
+                rows.append([*cells, _html_cell(" ".join(map(_link, self.ids_of(row.name))))])
+            parts += [_html_table(rows), f"<p><small>{html.escape(COLUMNS)}</small>"]
+            rows = [
+                [_html_cell(text) for text in (name, *(f"{key} {x:.4f}" for key, x in of.items()))]
+                for name, of in self.evaluation.items()
+            ]
+            parts += [f"<p>{self.examples:,} examples, normalised by", _html_table(rows)]
+        for one in self.found:
+            lines = [f"<i>{name}</i>: {html.escape(text)}" for name, text in one.texts.items()]
+            title = f"<b>{_link(one.id)}: {html.escape(one.illness.title)}</b>"
+            parts.append(f"<p>{'<br>'.join([title, *lines])}")
+        if self.not_checked:
+            lines = [html.escape(f"{one.id}: {one.missing}") for one in self.not_checked]
+            parts.append(f"<details><summary>not checked</summary>{'<br>'.join(lines)}</details>")
+        parts.append(f"<p>{html.escape(self._summary)}")
+        return "\n".join(parts)
+
+    def _styles(self, row: Row) -> list[str]:
+        """Returns the CSS of each cell, fit for light and dark notebooks: green to red at twice."""
+        values = dataclasses.asdict(row) | {"dead": row.dead / math.prod(row.shape)}
+        styles = ["", ""]
+        for field in ("drift", "log_ratio", "noise", "shift", "dead"):
+            value, limit = values[field], self.limits.get(field)
+            if value is None or limit is None:
+                styles.append("")
+                continue
+            far = min(2.0, abs(value) / limit)  # NaN is 2
+            weight = "bold" if far >= 1 else "normal"
+            hue = 120 - 60 * far
+            styles.append(f"background: hsla({hue:.0f}, 80%, 45%, 0.35); font-weight: {weight}")
+        return [*styles, ""]
+
+    @property
+    def _summary(self) -> str:
         if self.found:
             count = len(self.found)
-            parts.append(f"{count} finding{'s' * (count != 1)}: {', '.join(self.ids)}")
-        else:
-            nothing = "healthy: nothing found" if self.healthy else "nothing to audit"
-            parts.append(nothing)
-        return "\n\n".join(parts)
+            return f"{count} finding{'s' * (count != 1)}: {', '.join(self.ids)}"
+        return "healthy: nothing found" if self.healthy else "nothing to audit"
+
+
+def _html_cell(content: str, style: str = "") -> str:
+    return f'<td style="text-align: left; padding: 2px 8px; {style}">{content}'
+
+
+def _html_table(rows: Iterable[Iterable[str]]) -> str:
+    lines = "\n".join(f"<tr>{''.join(row)}" for row in rows)
+    return f"<table>{lines}</table>"
+
+
+def _link(id_: str) -> str:
+    return f'<a style="color: inherit" href="{PAGE.format(id_)}">{id_}</a>'
 
 
 def _cells(row: Row) -> list[str]:

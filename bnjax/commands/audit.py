@@ -5,7 +5,7 @@ import html
 import json as json_
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
@@ -13,18 +13,17 @@ from bnjax.commands import Checkpoint, DataDir, Json, Workdir
 from bnjax.errors import UserError
 
 if TYPE_CHECKING:
-    from bnjax.clinic import Findings
     from bnjax.data.batches import Examples
     from bnjax.types import Batch
 
 LEAST_BATCHES = 4  # to measure the differences between batches
 LEAST_IMAGES = 2048
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>
+<html lang="en" style="color-scheme: light dark">
+<head><meta charset="utf-8"><title>{title}</title></head>
 <body style="font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 76rem">
 <h1>{title}</h1>
-{chart}
-<pre style="white-space: pre-wrap">{text}</pre></body></html>
+{table}</body></html>
 """
 
 
@@ -40,7 +39,7 @@ def run(
     ] = None,
     json: Json = False,
     out: Annotated[
-        Path | None, arg(metavar="DIR", help="also write audit.html with a chart into this folder")
+        Path | None, arg(metavar="DIR", help="also write audit.html into this folder")
     ] = None,
 ) -> int:
     """Find faults in the running statistics of a trained network, with causes and fixes.
@@ -52,7 +51,6 @@ def run(
     import jax
 
     from bnjax.clinic import Run, audit
-    from bnjax.commands.report import reports
     from bnjax.train.cpu import compiler_options, prepare
     from bnjax.train.optimizers import optimizer
     from bnjax.train.trained import Trained
@@ -61,7 +59,6 @@ def run(
     prepare()
     try:
         if out:
-            reports()  # fails before the slow audit
             out.mkdir(parents=True, exist_ok=True)
         trained = Trained(workdir, checkpoint)
         batch_size = trained.config.train.batch_size
@@ -89,8 +86,7 @@ def run(
         else:
             print(f"{title}\n\n{findings}")
         if out:
-            title, text = html.escape(title), html.escape(str(findings))
-            page = PAGE.format(title=title, text=text, chart=_chart(findings))
+            page = PAGE.format(title=html.escape(title), table=findings._repr_html_())
             (out / "audit.html").write_text(page, encoding="utf-8")
             print(f"\nwritten: {out / 'audit.html'}", file=sys.stderr)
     except OSError as error:  # exit code 1 means findings
@@ -114,24 +110,3 @@ def audit_batches(split: "Examples", batch_size: int, images: int | None) -> "li
     size = max(2, min(batch_size, wanted // LEAST_BATCHES))
     rows = TrainRows(len(split), min(size, len(split)), seed=0)
     return [take(split, rows(step)) for step in range(max(1, wanted // size))]
-
-
-def _chart(findings: "Findings") -> Any:
-    """Returns a chart of the drift of each layer's mean and variance, as HTML."""
-    import altair as alt
-
-    if not findings.layers:
-        return ""
-    titles = {
-        "drift": "stored minus expected mean, in standard deviations",
-        "log_ratio": "log of stored over expected variance",
-    }
-    rows = [
-        row | {"found": ", ".join(row["found"]) or "nothing"}
-        for row in findings.to_dict()["layers"]
-    ]
-    bars = alt.Chart({"values": rows}).mark_bar().encode(
-        y=alt.Y("name:N", sort=None, title=None), color=alt.Color("found:N")
-    )  # fmt: skip
-    panels = [bars.encode(x=f"{name}:Q").properties(title=title) for name, title in titles.items()]
-    return alt.hconcat(*panels).to_html(inline=True, fullhtml=False, output_div="layers")

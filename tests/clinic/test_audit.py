@@ -1,5 +1,6 @@
 """The audit: every illness is found in a network that has it, and none in healthy ones."""
 
+import dataclasses
 import functools
 import json
 
@@ -231,6 +232,24 @@ def test_the_result_as_text_and_to_dict():
     assert "to fix it: skip non-finite steps" in str(findings)
     assert max(map(len, str(findings).splitlines())) <= 120
     assert "healthy: nothing found" in str(findings_of("plain"))
+
+
+def test_the_table_for_a_notebook_has_colours_links_and_no_markup_of_the_user():
+    findings = findings_of("scales of 0")
+    page = findings._repr_html_()
+    rows = [row for row in page.split("<tr>") if ">second" in row]
+    assert [">16" in row for row in rows] == [True]
+    # 4 of 16 channels are dead, more than twice the limit of 10 %: red; in the first none: green.
+    assert 'hsla(0, 80%, 45%, 0.35); font-weight: bold">4' in rows[0]
+    assert 'hsla(120, 80%, 45%, 0.35); font-weight: normal">0' in page
+    assert 'href="docs/findings/dead-channels.md">dead-channels</a>' in rows[0]
+    assert "<i>to fix it</i>: lower the learning rate" in page
+    marked = dataclasses.replace(findings.layers[0], name="<script>", drift=np.nan)
+    page = dataclasses.replace(findings, layers=(marked,))._repr_html_()
+    assert "&lt;script&gt;" in page
+    assert "<script>" not in page
+    assert 'bold">nan' in page
+    assert "nothing to audit" in dataclasses.replace(findings, layers=(), found=())._repr_html_()
 
 
 def test_a_fingerprint_is_of_every_bit_name_and_shape():
