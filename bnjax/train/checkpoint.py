@@ -20,8 +20,8 @@ from bnjax.train_step import TrainState
 from bnjax.types import BatchStats, Params, fingerprint, named_leaves
 
 ITEMS = ("variables", "training")
-# Beside what Orbax writes, and in place before a checkpoint gets its final name: it is intact while
-# it agrees with this.
+# Added to Orbax's files before a checkpoint gets its final name; the checkpoint is intact if its
+# files agree with this record.
 RECORD = "bnjax.json"
 
 
@@ -32,7 +32,7 @@ class CheckpointError(UserError):
 def items(
     state: TrainState, batch_stats: BatchStats, evaluated: tuple[Params, BatchStats] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what a checkpoint holds as "variables" and as "training"."""
+    """Returns the items of a checkpoint, "variables" and "training"."""
     training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
     own = {"params": state.params, "batch_stats": batch_stats}
     if evaluated is None:
@@ -41,7 +41,7 @@ def items(
 
 
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:
-    """Returns the record of each checkpoint by its step, an empty one where it is damaged."""
+    """Returns the record of each checkpoint by its step; empty if the record is damaged."""
     found = {}
     for path in folder.glob("*"):
         if path.name.isdecimal():
@@ -53,10 +53,10 @@ def read_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
-    """Returns size and CRC-32 of every file that Orbax keeps arrays in, by its path."""
+    """Returns size and CRC-32 of each of Orbax's files in the items, by its path."""
     found = {}
     for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
-        # One file of Orbax comes and goes with the final name.
+        # Orbax adds or removes this file together with the final name.
         if path.is_file() and path.name != "commit_success.txt":
             size = checksum = 0
             with path.open("rb") as file:
@@ -78,7 +78,7 @@ class NewestTwoAndBest(preservation_policy.PreservationPolicy):
     records: dict[int, dict[str, Any]]
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Returns which of them stay."""
+        """Returns for each checkpoint whether it is kept."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         return [step in (*steps[-2:], best(self.records, steps)) for step in steps]
 
@@ -94,7 +94,7 @@ def best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
 
 
 def keep_best_and_last(folder: Path) -> None:
-    """Removes the other checkpoints of a run that has ended; its folder has to be locked."""
+    """Removes all other checkpoints of a finished run; the caller has to lock its folder."""
     records = read_records(folder)
     steps = sorted(records)
     for step in {*steps[:-1]} - {best(records, steps)}:
@@ -106,15 +106,13 @@ _ONE_SAVE = threading.Lock()
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder with one subfolder a step.
+    """The checkpoints of one run, in a folder with one subfolder per step.
 
-    The newest two and the best are kept.
-
-    Each holds two items: "variables" (params, batch_stats), all that evaluation needs, and
-    "training" (opt_state, step, rng; also params and batch_stats where evaluation has others), and
-    a record: the test accuracy, whatever `about` says with a fingerprint of the weights, and a
-    checksum of every file. Saving happens in the background; leaving the context waits until
-    everything is on disk.
+    Keeps the newest two and the best. Each has two items: "variables" (params and batch_stats for
+    evaluation) and "training" (opt_state, step, rng; also params and batch_stats if evaluation uses
+    different ones); and a record: the test accuracy, the facts in `about`, a fingerprint of the
+    weights, and a checksum of every file. Saving happens in the background; leaving the context
+    waits until everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -122,7 +120,7 @@ class Checkpoints:
 
         Unless `read_only`, creates it and deletes unfinished checkpoints of a killed process.
         """
-        # It reports its own settings as warnings, and as errors what is raised here as well.
+        # Orbax logs its settings as warnings, and logs errors that it also raises.
         drop_logs("orbax", below=logging.CRITICAL)
         self.folder = folder
         if not read_only and jax.process_index() == 0:
@@ -150,15 +148,15 @@ class Checkpoints:
             self._manager.close()
 
     def reload(self) -> None:
-        """Takes note of what another process has changed in the folder."""
+        """Reads the folder again, after another process has changed it."""
         self._records.clear()
         self._records.update(read_records(self.folder))
         self._manager.reload()
 
     def steps(self) -> list[int]:
-        """Returns the steps that there are checkpoints of, in ascending order.
+        """Returns the steps of the checkpoints, in ascending order.
 
-        Waits for one that is being saved.
+        Waits for a checkpoint that is being saved.
         """
         self.wait()
         return sorted(step for step in self._records if (self.folder / str(step)).is_dir())
@@ -185,17 +183,17 @@ class Checkpoints:
         )
 
     def about(self, step: int) -> dict[str, Any]:
-        """Returns what was worth knowing when a step was saved; empty if that is not known."""
+        """Returns the facts that were saved with a step; empty if there are none."""
         return self._records[step].get("about", {})
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
-        """Returns the newest intact step, None if there is none, and what is wrong with later ones.
+        """Returns the newest intact step or None, and a message for each damaged later one.
 
-        Those that are damaged are moved to `damaged` beside the folder, since their steps come
+        Moves damaged checkpoints to `damaged` next to the folder, because their steps are taken
         again.
 
         Raises:
-            CheckpointError: if all are damaged; nothing is moved then.
+            CheckpointError: if all checkpoints are damaged; then none is moved.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -254,12 +252,12 @@ class Checkpoints:
         Args:
             accuracy: on the test images; decides which is the best. None for a step that was not
                 evaluated.
-            evaluated: the weights and statistics that evaluation used, if they are not training's.
-            about: anything worth knowing beside it that is JSON: config, versions, conventions.
+            about: facts to save with it, as JSON values: config, versions, conventions.
+            evaluated: the weights and statistics for evaluation, if they differ from training's.
 
         Raises:
-            CheckpointError: if the disk is full or cannot be written, now or while saving the one
-                before.
+            CheckpointError: if the disk is full or cannot be written, now or during the previous
+                save.
         """
         step = int(state.step)
         if step in self.steps():
@@ -275,7 +273,7 @@ class Checkpoints:
             self._records[step] = self._saving
             with _ONE_SAVE:
                 self._manager.save(step, args=args)
-        except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+        except Exception as error:  # Orbax, TensorStore and the file system raise many types
             raise self._unsaved(error) from error
 
     def restore(
@@ -283,20 +281,22 @@ class Checkpoints:
     ) -> tuple[TrainState, BatchStats]:
         """Returns the state and the statistics of a step, on the default device.
 
-        `like` gives the tree, the shapes and the dtypes; `apart` says that `save` had `evaluated`.
+        `like` has the tree, the shapes and the dtypes; `apart`: whether `save` got `evaluated`.
         """
         state, batch_stats = like
         evaluated = (state.params, batch_stats) if apart else None
         variables, training = items(state, batch_stats, evaluated)
         restored = self._restore(step, {"variables": variables, "training": training})
-        found = restored["variables"] | restored["training"]  # training's own, where both have them
+        found = (
+            restored["variables"] | restored["training"]
+        )  # the entries of "training" have priority
         batch_stats = found.pop("batch_stats")
         return TrainState(**found), batch_stats
 
     def restore_variables(
         self, step: int, like: tuple[Params, BatchStats]
     ) -> tuple[Params, BatchStats]:
-        """Returns only what evaluation needs: params and batch_stats."""
+        """Returns params and batch_stats for evaluation, without the rest."""
         params, batch_stats = like
         restored = self._restore(
             step, {"variables": {"params": params, "batch_stats": batch_stats}}
@@ -305,7 +305,7 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         try:
-            self.verify(step)  # first: TensorStore would return changed bytes without a word
+            self.verify(step)  # first, because TensorStore does not detect changed bytes
         except CheckpointError as error:
             others = [str(one) for one in sorted(self._records) if one != step]
             hint = f" There are others: --checkpoint {' or '.join(others)}." if others else ""
@@ -326,7 +326,9 @@ class Checkpoints:
                 "trained with."
             )
         (default,) = jax.numpy.zeros(()).devices()
-        here = jax.sharding.SingleDeviceSharding(default)  # whatever devices it was saved on
+        here = jax.sharding.SingleDeviceSharding(
+            default
+        )  # independent of the devices that saved it
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), items
         )
@@ -347,7 +349,9 @@ class Checkpoints:
     def _write_record(self) -> None:
         if jax.process_index() > 0:
             return
-        (folder,) = self.folder.glob(f"{self._saving['step']}.*")  # Orbax's draft of it
+        (folder,) = self.folder.glob(
+            f"{self._saving['step']}.*"
+        )  # Orbax's temporary folder of this step
         self._saving["files"] = checksums(folder)
         (folder / RECORD).write_text(json.dumps(self._saving))
 

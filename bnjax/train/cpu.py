@@ -16,34 +16,35 @@ from bnjax.errors import UserError
 Options = dict[str, str | bool | int]
 
 # Measured with jaxlib 0.10.2 and 0.12.0.1, the tutorial's network, batches of 512 and 5000. By
-# default convolutions go to YNNPACK as well, whose gradients of them are slow: 830 to 910 images/s
-# instead of 1,490 on AVX-512 cores, worse on AVX2 ones. So it gets matrix products (INDIVIDUAL_DOT)
-# and reductions (REDUCE: 5 %); with ELTWISE a step takes 13 % longer. Without the analysis of
-# regions XLA copies what Adam remembers of the largest layer, twice 102 MB in each step (5 %; the
-# bits are the same).
+# default YNNPACK also computes convolutions, and its gradients of them are slow: 830 to 910
+# images/s instead of 1,490 on AVX-512 cores, and fewer on AVX2 cores. These options limit it to
+# matrix products (INDIVIDUAL_DOT) and reductions (REDUCE: 5 % faster); with ELTWISE a step takes
+# 13 % longer. Without the region analysis XLA copies Adam's averages for the largest layer in each
+# step, twice 102 MB (5 % slower; the results have the same bits).
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 CPU_OPTIONS: Options = {
     FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_copy_insertion_use_region_analysis": True,
 }
-# On AVX-512 cores 1 to 4 %; on AVX2 cores this one costs a fifth.
+# On AVX-512 cores 1 to 4 % faster; on AVX2 cores a fifth slower.
 AVX512_OPTIONS: Options = {"xla_cpu_prefer_vector_width": "512"}
-# There Eigen multiplies many rows of float32 faster than YNNPACK does (batch 5000: a step takes 9
-# to 12 % less), and fewer rows not (batch 512: 3 to 6 % more); bfloat16 only YNNPACK is fast at.
+# On AVX-512 cores Eigen multiplies many rows of float32 faster than YNNPACK (batch 5000: 9 to 12 %
+# less time per step), and few rows slower (batch 512: 3 to 6 % more). For bfloat16 only YNNPACK is
+# fast.
 AVX512_LARGE_BATCH_OPTIONS: Options = AVX512_OPTIONS | {FUSIONS: "LIBRARY_FUSION_TYPE_REDUCE"}
 LARGE_BATCH = 2048
 
-# Initial values are computed once, and their random numbers are a lot of code: of the tutorial's
-# network 1.5 s of compiling instead of 5.1, and as fast to run; of the network for the digits 1.4 s
-# instead of 3.8.
+# The program for the initial values runs once and has much code for random numbers. With this
+# option it compiles in 1.5 s instead of 5.1 s for the tutorial's network, in 1.4 s instead of 3.8 s
+# for the digits, and runs as fast.
 CPU_INIT_OPTIONS: Options = {"xla_backend_optimization_level": 1}
 
-# Of glibc's mallopt: how much free memory goes back to the kernel, how many allocations are
-# mappings of their own, how many heaps.
+# Parameters and values for glibc's mallopt: never return free memory to the kernel, no separate
+# mappings for large allocations, one heap.
 KEEP_FREED_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 MADV_HUGEPAGE = 14
 LEAST_MEMORY = 8 << 30  # bytes that have to be available
-# The share of the machine's memory that stays available. Kept memory can grow to several times the
+# The fraction of the machine's memory to leave available. Kept memory can grow to several times the
 # need of a step (18.7 GB instead of 4.9): glibc does not reuse a large freed block for an aligned
 # one of the same size once a small block lies behind it.
 SPARE_MEMORY = 0.25
@@ -56,10 +57,10 @@ def prepare(*, training: bool = False) -> None:
     """Prepares this process for a command that computes; has to be called before any computation.
 
     Args:
-        training: whether the command trains; then freed memory is kept where JAX will use a CPU.
+        training: whether the command trains; if so, and JAX will use a CPU, keeps freed memory.
 
     Raises:
-        UserError: if JAX was told to use a platform that it has no device of.
+        UserError: if JAX_PLATFORMS selects a platform without a device.
     """
     if training and will_use_cpu():
         keep_freed_memory()
@@ -77,8 +78,8 @@ def prepare(*, training: bool = False) -> None:
 def will_use_cpu() -> bool:
     """Returns whether JAX will choose a CPU.
 
-    JAX is not asked: once its threads have started, `keep_freed_memory` is too late, and a step
-    takes 35 % longer.
+    Does not call JAX: after JAX has started its threads, `keep_freed_memory` has no effect, and a
+    step takes 35 % longer.
     """
     if platforms := jax.config.values["jax_platforms"]:
         return platforms.split(",")[0] == "cpu"
@@ -101,14 +102,14 @@ def compiler_options(batch_size: int = 1, product: str = "float32") -> Options:
 
 
 def init_options() -> Options:
-    """Returns the options, likewise, for a large program that runs once."""
+    """Returns the compiler options for a large program that runs once."""
     return usable(CPU_INIT_OPTIONS)
 
 
 def usable(cpu_options: Options) -> Options:
     """Drops the options that this jaxlib does not know or that the user set in XLA_FLAGS.
 
-    None are left on other backends.
+    Drops all of them on other backends.
     """
     candidates = cpu_options if jax.default_backend() == "cpu" else {}
     flags = os.environ.get("XLA_FLAGS", "")
@@ -160,7 +161,7 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> bool:
     """Returns kept memory to the kernel if little else is left; returns whether it did.
 
-    To be called between steps, about once a second. Does nothing on other backends.
+    Call it between steps, about once a second. Does nothing on other backends.
     """
     if jax.default_backend() != "cpu":
         return False

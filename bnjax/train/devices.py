@@ -16,9 +16,9 @@ from bnjax.errors import UserError, brief
 
 # The axes of the mesh: devices that share batch statistics, and groups of such devices.
 MEMBERS, GROUPS = "members", "groups"
-# A process that is silent for so long counts as lost, and the others end.
+# A process without a heartbeat for this long counts as lost, and the others end.
 HEARTBEAT_SECONDS = 30
-# The devices that share batch statistics: all, none, or so many each.
+# The devices that share batch statistics: all, none, or groups of this many.
 Over = Literal["global", "per_device"] | int
 
 
@@ -26,8 +26,8 @@ Over = Literal["global", "per_device"] | int
 class Parallel:
     """Spreads a step over devices, each with an equal part of the batch.
 
-    Without groups the batch norms see the whole batch: the step is compiled by `jax.jit` with
-    shardings. With groups, `jax.shard_map` maps it over the parts.
+    Without groups the batch norms normalise over the whole batch, and the step is compiled by
+    `jax.jit` with shardings. With groups, `jax.shard_map` maps it over the parts.
 
     Attributes:
         mesh: the devices; its axes are `MEMBERS`, `GROUPS`, or both.
@@ -79,14 +79,15 @@ class Parallel:
         return jax.jit(mapped, **options)
 
     def put(self, tree: Any, axis: int | None) -> Any:
-        """Puts arrays on the devices, divided along an axis, or whole on each if it is None.
+        """Puts arrays on the devices.
 
         Args:
-            tree: arrays of this process's part; of several processes each gives its own.
-            axis: of the examples.
+            tree: the arrays of this process; each of several processes gives a different part.
+            axis: the axis of the examples, which is divided among the devices; None puts all of
+                the arrays on each device.
         """
         if self.mesh.size == 1:
-            return jax.device_put(tree)  # the default device, and not bound to it
+            return jax.device_put(tree)  # on the default device, uncommitted
         sharding = NamedSharding(self.mesh, self._spec(axis))
         if jax.process_count() == 1:
             return jax.device_put(tree, sharding)
@@ -127,7 +128,7 @@ def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
         )
     sizes = {GROUPS: len(devices) // size, MEMBERS: size}
     axes = {name: count for name, count in sizes.items() if count > 1} or {MEMBERS: 1}
-    # Auto: the compiler finds the shardings that are not given, as it does with one device.
+    # Auto: the compiler chooses all other shardings, as with one device.
     return Parallel(Mesh(np.array(devices).reshape(*axes.values()), tuple(axes)))
 
 
@@ -142,7 +143,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
         process: the index of this one.
 
     Raises:
-        UserError: if the processes do not meet.
+        UserError: if the processes cannot connect.
     """
     try:
         jax.distributed.initialize(
@@ -168,8 +169,8 @@ def from_first(*numbers: int) -> tuple[int, ...]:
 class Agreement:
     """Lets all processes stop or save after the same step.
 
-    Never blocks: with several processes the answer is for the numbers of the previous call, which
-    the devices have compared since.
+    Never blocks: with several processes it returns the maxima of the previous call, which the
+    devices have computed in the meantime.
     """
 
     def __init__(self, parallel: Parallel):

@@ -23,7 +23,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Reports whatever goes wrong while a file of a run is read as one `UserError`."""
+    """Turns any error while a file of a run is read into one `UserError`."""
     try:
         yield
     except UserError:
@@ -36,14 +36,15 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file with one JSON object a line, each with a `step`.
+    """Returns the objects of a file with one JSON object per line, each with a `step`.
 
-    A torn last line is left out; without a file there are none.
+    Omits an incomplete last line; returns an empty list if there is no file.
 
-    Each line of a metrics.jsonl has `split`, `loss` (None if not finite) and `accuracy`. The split
-    is "train", the batch of a step; "test", an evaluation; or "gap": training images under the
-    running statistics, with `batch_loss` and `batch_accuracy` of the same under their own, and for
-    each norm in `drift_mean` and `drift_variance` what `bnjax.clinic.statistics.Drift` says.
+    Each line of metrics.jsonl has `split`, `loss` (None if not finite) and `accuracy`. The split is
+    "train" for the batch of a step, "test" for an evaluation, or "gap" for training images under
+    the running statistics. A "gap" line also has `batch_loss` and `batch_accuracy` of these images
+    under their batch statistics, and for each norm `drift_mean` and `drift_variance`, the fields of
+    `bnjax.clinic.statistics.Drift`.
 
     Raises:
         UserError: if the file is damaged.
@@ -59,13 +60,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
-    """Returns the first step whose training loss was that low, None if none was."""
+    """Returns the first step with a training loss of at most `loss`; None if there is none."""
     train = (line for line in lines if line["split"] == "train" and line["loss"] is not None)
     return next((line["step"] for line in train if line["loss"] <= loss), None)
 
 
 def _finite(value: Any) -> Any:
-    """Returns None for a float that is not finite, also in dicts."""
+    """Returns the value with None for each float that is not finite, also in dicts."""
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -75,7 +76,7 @@ class Lines:
     """A file with one JSON object a line."""
 
     def __init__(self, path: Path, *, keep_up_to: int):
-        """Opens the file to append, without the lines whose `step` is above `keep_up_to`."""
+        """Opens the file to append, and removes lines with a `step` above `keep_up_to`."""
         kept = [line for line in read_lines(path) if line["step"] <= keep_up_to]
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -99,15 +100,13 @@ class Lines:
 class RunWriter:
     """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/.
 
-    A context manager.
-
-    Only timing.jsonl and tensorboard/ depend on the clock.
+    A context manager. Only timing.jsonl and tensorboard/ depend on the clock.
     """
 
     def __init__(self, workdir: Path, *, start: int):
         """Opens the files.
 
-        Lines of an interrupted run past step `start` are dropped: the run writes them again.
+        Removes lines of an interrupted run after step `start`, because the run writes them again.
         """
         with contextlib.ExitStack() as stack:  # closes the others if one cannot be opened
 
@@ -122,12 +121,12 @@ class RunWriter:
             self._open = stack.pop_all()
 
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Records metrics under the keys that `read_lines` describes.
+        """Records metrics; `read_lines` describes the keys.
 
         Args:
             step: counted from 1.
             split: "train", "test" or "gap".
-            values: floats, and dicts of floats, are curves too, and null where not finite.
+            values: floats and dicts of floats are also shown as curves; null if not finite.
         """
         finite = _finite(values)
         self._metrics.write({"step": step, "split": split, **finite})
@@ -158,7 +157,7 @@ class RunWriter:
         self.board.picture("test/predictions", sheet, step)
 
     def flush(self) -> None:
-        """Hands everything written so far to the operating system."""
+        """Flushes all files."""
         for file in (self._metrics, self._timing, self._histograms, self.board):
             file.flush()
 

@@ -1,4 +1,4 @@
-"""Records a run, or several seeds of it, while it trains: files, checkpoints, progress."""
+"""Records one or several seeds during training: files, checkpoints, progress."""
 
 import contextlib
 import dataclasses
@@ -33,15 +33,15 @@ from bnjax.train.summary import summarise, versions
 
 
 class Run:
-    """The seeds of one config that train together, as a leading axis of all arrays.
+    """The seeds of one config that train in one program, the leading axis of all arrays.
 
     Attributes:
         seeds: all at the same step, `start`.
-        step_seconds: the seconds of the latest steps, each; infinite at first.
+        step_seconds: the seconds of a step in the latest dispatch; infinite at first.
     """
 
     def __init__(self, seeds: Sequence["Seed"], steps: Steps, observer: Observer):
-        """Shows a progress bar on a terminal until it is closed."""
+        """Shows a progress bar on a terminal until `close` is called."""
         self.seeds, self.start = seeds, seeds[0].start
         self._steps, self._experiment, self._observer = steps, steps.experiment, observer
         self.step_seconds = float("inf")
@@ -65,7 +65,7 @@ class Run:
         return any(seed.is_finishing and not seed.ended for seed in self.seeds)
 
     def begin(self) -> tuple[Any, Any, Any]:
-        """Returns state, statistics and bad steps in a row, new or from checkpoints."""
+        """Returns state, statistics and bad steps of all seeds, new or from checkpoints."""
         states = [seed.restore(self._steps) for seed in self.seeds]
         _say(self._banner(states[0][0].params))
         for seed in self.seeds:
@@ -166,7 +166,7 @@ class Run:
             )
 
     def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
-        """Saves every seed, or only those that have taken their last step, which end."""
+        """Saves every seed, or only those that have taken their last step; these end."""
         for i, seed in self._going_on(everyone):
             if seed.writer:
                 seed.writer.flush()  # first: a checkpoint must not be ahead of the files
@@ -263,7 +263,7 @@ class Seed:
             try:
                 stack.enter_context(rundir.locked(self._folder))
                 rundir.take(self._folder, self.config, rundir.DataFacts.of(self.dataset))
-            except (UserError, OSError) as error:  # the others wait for the answer
+            except (UserError, OSError) as error:  # raised below, after the other processes know
                 refused = error
         (failed,) = from_first(refused is not None)
         if failed:
@@ -274,7 +274,7 @@ class Seed:
         like = steps.like()
         if self.is_new:
             return steps.init(self.number)
-        self.checkpoints.reload()  # the first process may have moved damaged ones
+        self.checkpoints.reload()  # the first process may have moved damaged checkpoints
         return self.checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
     def finish(self) -> dict[str, Any]:
@@ -290,7 +290,7 @@ class Seed:
 
 
 def _so_far(workdir: Path, step: int) -> tuple[float, int]:
-    """Returns the seconds of training up to a step, and the bad steps in a row before the next.
+    """Returns the seconds of training up to a step, and the consecutive bad steps at its end.
 
     Raises:
         UserError: if metrics.jsonl or timing.jsonl ends before the step.

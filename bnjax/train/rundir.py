@@ -1,4 +1,4 @@
-"""A run's folder: the config and data that it belongs to, and the process that may use it."""
+"""The ownership of a run's folder: its config, its data, and the process that may use it."""
 
 import contextlib
 import dataclasses
@@ -16,9 +16,9 @@ from bnjax.train import parsing
 from bnjax.train.jsonl import reading, write_json
 
 LOCK, FOLDED = ".lock", "folded.json"
-# Left by a process that died, or met a full disk, at its start.
+# Files that a process leaves if it dies, or the disk is full, at its start.
 OURS = (LOCK, "config.json.tmp", "comparison.json.tmp")
-# May differ between the parts of one run: the data may be moved, other devices and cores be free.
+# Keys that may change when a run resumes, for instance after the data were moved.
 PLACES = ("config.data.dir", "config.data.workers", "config.devices")
 
 
@@ -33,13 +33,13 @@ class DataFacts:
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataFacts":
-        """Returns those of a data set."""
+        """Returns the facts of a data set."""
         return cls(dataset.name, dataset.label, dataset.train.image_shape, dataset.classes)
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Locks the folder against other processes that train; the end of this process frees it.
+    """Locks the folder against other processes that train, until the context or process ends.
 
     Raises:
         UserError: if another process trains there.
@@ -63,10 +63,11 @@ def check_is_free(out: Path) -> None:
 
 
 def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
-    """Makes the folder this config's, or checks that it is.
+    """Assigns the folder to this config, or checks that it belongs to this config.
 
     Raises:
-        UserError: if it holds something else; of another config's run the difference is shown.
+        UserError: if it has other content, or a run of a different config (the error shows the
+            difference).
     """
     file = workdir / "config.json"
     mine = {"config": config.to_dict(), "data": dataclasses.asdict(data)}
@@ -94,9 +95,9 @@ def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    r"""Returns a line for each entry of two trees that differs, and nothing if they agree.
+    r"""Returns a line for each entry that differs between two trees; empty if they agree.
 
-    Where the data lie is no difference.
+    Ignores the keys in `PLACES`.
 
     >>> differences({"a": {"b": 1, "c": (2,)}}, {"a": {"b": 3, "c": [2]}})
     '\n    a.b: 1 there, 3 now'

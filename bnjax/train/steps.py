@@ -26,7 +26,7 @@ from bnjax.train.cpu import compiler_options, init_options, memory
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
 
-AUGMENTATION = 1  # folded into the key of a step; the key itself is for dropout
+AUGMENTATION = 1  # folded into the key of a step; dropout uses the key itself
 
 State = tuple[TrainState, BatchStats]
 Variables = tuple[Params, BatchStats]
@@ -39,9 +39,9 @@ class Steps:
     With several seeds all arrays of state and statistics have a leading axis.
 
     Attributes:
-        experiment: what is computed.
-        feed: where the batches come from.
-        compile_seconds: what compiling `train` took so far.
+        experiment: the experiment to compute.
+        feed: the source of the training batches.
+        compile_seconds: the seconds spent on compiling `train` so far.
     """
 
     def __init__(self, experiment: Experiment, dataset: Dataset, feed: Feed, seeds: int = 1):
@@ -51,7 +51,7 @@ class Steps:
         self._parallel = parallel = experiment.parallel
         self.feed, self.compile_seconds = feed, 0.0
         self._resident = parallel.put(feed.resident, None)
-        examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in a shipment
+        examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in the result of `ship`
         self._shipped = (examples,) if feed.max_steps == 1 else (examples, None)
         self._init = jax.jit(
             functools.partial(init_state, model, experiment.tx), compiler_options=init_options()
@@ -65,7 +65,7 @@ class Steps:
             ),
         )
         self._program: Any = None
-        # Filled up, so that each device takes as many.
+        # Padded, so that all devices get equally many images.
         devices = parallel.mesh.size
         self._test_size = -(-experiment.eval_batch_size // devices) * devices
 
@@ -87,11 +87,11 @@ class Steps:
         )
 
     def like(self) -> State:
-        """Returns the shapes and dtypes of one seed.
+        """Returns the shapes and dtypes of the state and statistics of one seed.
 
         Raises:
-            UserError: if they do not fit into the device's memory for all seeds. XLA would say so
-                late, or hang.
+            UserError: if those of all seeds exceed the device's memory. XLA would report this late,
+                or hang.
         """
         found = jax.eval_shape(self._init, jax.random.key(0), self._first_images())
         leaves = jax.tree.leaves(found)
@@ -114,7 +114,7 @@ class Steps:
         return self._dataset.train.select(np.arange(self.experiment.init_images)).image
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
-        """Returns state, statistics and bad steps in a row of all seeds, on all devices."""
+        """Returns state, statistics and bad steps (see `train`) of all seeds, on all devices."""
         bad = self._stack([np.int32(count) for count in bad_steps])
         return self._parallel.put((*self._stack(states), bad), None)
 
@@ -126,16 +126,16 @@ class Steps:
     def train(
         self, state: Any, batch_stats: Any, bad_steps: Any, dispatch: Sequence[Sequence[Item]]
     ) -> tuple[Any, Any, Any, Metrics]:
-        """Takes several steps, whose metrics are for `unstack`; the first call compiles.
+        """Takes several steps and returns their metrics for `unstack`; the first call compiles.
 
         State and statistics are donated.
 
         Args:
             state, batch_stats: of all seeds.
-            bad_steps: how many of the latest steps in a row were not finite, int [seeds]. Once it
-                is above the experiment's limit every step is dropped, so that state and statistics
-                stay as they were before the first of these steps, but for `state.step`.
-            dispatch: the items of each step and, in it, each seed.
+            bad_steps: the number of consecutive latest steps that were not finite, int [seeds].
+                Above the experiment's limit every step is dropped, so that state and statistics,
+                except `state.step`, are the ones before the first bad step.
+            dispatch: for each step, the item of each seed.
         """
         shipment = map(self._parallel.put, ship(self.feed, dispatch), self._shipped)
         arguments = (state, batch_stats, bad_steps, self._resident, *shipment)
@@ -154,7 +154,7 @@ class Steps:
         return self._parallel.local(self.of_seed(tree, i))
 
     def evaluated(self, state: TrainState, batch_stats: BatchStats) -> Variables:
-        """Returns the weights and statistics to evaluate and predict with.
+        """Returns the weights and statistics for evaluation and prediction.
 
         By default those of training; otherwise averaged weights, or precise statistics.
         """
@@ -191,9 +191,9 @@ def key_of(seed: int) -> jax.Array:
 
 
 def precise_batches(split: Examples, images: int, batch_size: int) -> Iterator[Batch]:
-    """Yields evenly spaced images in batches of about one size, at most `batch_size`.
+    """Yields evenly spaced images in batches of nearly equal size, at most `batch_size`.
 
-    A small last batch would be normalised by few images.
+    A small last batch would have inaccurate batch statistics.
     """
     chosen = evenly_spaced(split, images)
     size = -(-images // -(-images // batch_size))
@@ -205,7 +205,7 @@ def training_program(
 ) -> Any:
     """Returns the program of `Steps.train`; with `axis_name`, for the part of one device.
 
-    The `skipped` of its metrics counts the bad steps in a row.
+    In its metrics `skipped` is the number of consecutive bad steps.
     """
     take_step: Any = train_step
     if (parts := experiment.micro_batches) > 1:
@@ -213,8 +213,9 @@ def training_program(
 
     def one(state: Any, batch_stats: Any, bad_steps: Any, resident: Any, item: Any) -> Any:
         def loss_fn(logits: Any, label: Any) -> Any:
-            # After too many bad steps all later ones are made bad, and so change nothing: the
-            # host learns of it when others have been dispatched, and needs the state before.
+            # After too many bad steps all later losses become NaN, so that later steps change
+            # nothing: the host notices only after it has dispatched more steps, and needs the
+            # state before the first bad step.
             losses = experiment.loss_fn(logits, label)
             return jnp.where(bad_steps > experiment.most_skipped, jnp.nan, losses)
 
@@ -235,8 +236,8 @@ def training_program(
     if feed.max_steps == 1:
         return step
 
-    # The number of steps is an argument of the program, so that it is compiled once, and a step's
-    # bits do not depend on how many others it was dispatched with.
+    # The number of steps is an argument of the program, so that it is compiled once, and the bits
+    # of a step do not depend on the number of steps in its dispatch.
     def several(
         state: Any, batch_stats: Any, bad_steps: Any, resident: Any, items: Any, n: Any
     ) -> Any:
@@ -258,18 +259,18 @@ def training_program(
 
 
 def over_seeds(step: Any, in_axes: tuple[int | None, ...], seeds: int) -> Any:
-    """Returns a step of one seed as the step of several."""
+    """Returns a step for several seeds, made from the step of one seed."""
     return vmap(step, in_axes) if seeds > 1 else step
 
 
 def training_batch(
     experiment: Experiment, state: TrainState, batch: Batch, axis_name: AxisName = None
 ) -> Batch:
-    """Returns a batch of the feed, augmented, with the keys that `train_step` takes.
+    """Returns a batch of the feed, augmented, with only the entries for `train_step`.
 
     Args:
         experiment: has the augmentation.
-        state: before the step.
+        state: the state before the step.
         batch: from the feed.
         axis_name: as for `train_step`.
     """
@@ -280,7 +281,7 @@ def training_batch(
 
 
 def unstack(metrics: Metrics, steps: int, seeds: int) -> list[list[Metrics]]:
-    """Returns the metrics of each step and, in it, each seed, on the host; waits for the device."""
+    """Returns for each step the metrics of each seed, on the host; waits for the device."""
     every = jax.tree.map(lambda leaf: leaf.reshape(-1, seeds), jax.device_get(metrics))
     return [
         [jax.tree.map(lambda leaf, at=(i, j): leaf[at], every) for j in range(seeds)]
