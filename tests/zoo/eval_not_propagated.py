@@ -1,0 +1,16 @@
+import flax.linen as nn
+
+from zoo import kit
+
+NAME = "a norm that evaluation mode does not reach"
+CAUSE = "One norm stays in training mode whatever the network is set to."
+SOURCE = "https://github.com/pytorch/pytorch/issues/20875"
+FINDS = ("batch-dependent",)
+
+
+def stuck(use_running_average, **options):
+    return nn.BatchNorm(use_running_average=False, momentum=0.9, **options)
+
+
+def linen(sick):
+    return kit.fit(kit.Net(norm=stuck)) if sick else kit.healthy()

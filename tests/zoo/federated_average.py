@@ -1,0 +1,20 @@
+import jax
+import numpy as np
+
+from zoo import kit
+
+NAME = "federated average with the statistics of one client"
+CAUSE = "Only parameters are averaged on the server; the statistics are those of the first client."
+SOURCE = "https://github.com/TsingZ0/PFLlib/issues/260"
+FINDS = ("stale",)
+
+
+def linen(sick):
+    start, of = kit.healthy(), kit.examples()
+    clients = []
+    for mine in (of["label"] < 2, of["label"] >= 2):
+        seen = kit.batches(20, of={name: leaf[mine] for name, leaf in of.items()})
+        clients.append(kit.fit(start=start, seen=seen).network)
+    params = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(one.params for one in clients))
+    patient = start.but(params=params, batch_stats=clients[0].batch_stats)
+    return patient if sick else patient.recomputed()

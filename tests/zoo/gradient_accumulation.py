@@ -1,0 +1,15 @@
+import optax
+
+from zoo import kit
+
+NAME = "gradients of micro-batches, statistics too"
+CAUSE = "Gradients are accumulated over 16 micro-batches of 4; each norm still sees 4 examples."
+SOURCE = "https://github.com/pytorch/pytorch/issues/46516"
+FINDS = ("small-batch",)
+
+
+def linen(sick):
+    size, every = (4, 16) if sick else (kit.SIZE, 1)
+    steps = 256 if sick else kit.STEPS
+    tx = optax.MultiSteps(kit.sgd(steps=steps // every), every)
+    return kit.fit(tx=tx, steps=steps, size=size)

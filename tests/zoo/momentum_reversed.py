@@ -1,0 +1,19 @@
+import functools
+
+from zoo import kit
+
+NAME = "momentum in another framework's sense"
+CAUSE = (
+    "The share that is meant to be kept is replaced: the averages are hardly more than the last"
+    " batch."
+)
+SOURCE = "https://github.com/eriklindernoren/PyTorch-YOLOv3/issues/230"
+FINDS = ("stale",)
+REASON = (
+    "a batch of 64 is no worse than a small batch is allowed to be, and predictions move by 4 %"
+)
+MISSED = {"linen": REASON}
+
+
+def linen(sick):
+    return kit.fit(kit.Net(norm=functools.partial(kit.norm, momentum=0.1 if sick else 0.9)))

@@ -1,0 +1,10 @@
+from zoo import kit
+
+NAME = "evaluation of a network that was never trained"
+CAUSE = "The network was built and evaluated: its statistics are the initial ones."
+SOURCE = "https://github.com/pytorch/pytorch/issues/5406"
+FINDS = ("never-updated",)
+
+
+def linen(sick):
+    return kit.fit(seen=[] if sick else None)

@@ -1,0 +1,12 @@
+import functools
+
+from zoo import kit
+
+NAME = "too few steps for the momentum"
+CAUSE = "Momentum 0.99 keeps half of the initial statistics over 60 steps."
+SOURCE = "https://github.com/tensorflow/tensorflow/issues/1122"
+FINDS = ("not-converged",)
+
+
+def linen(sick):
+    return kit.fit(kit.Net(norm=functools.partial(kit.norm, momentum=0.99 if sick else 0.9)))

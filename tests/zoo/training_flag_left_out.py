@@ -1,0 +1,12 @@
+import functools
+
+from zoo import kit
+
+NAME = "training flag left out of a custom loop"
+CAUSE = "The loop calls the network without training=True, so nothing updates the statistics."
+SOURCE = "https://github.com/keras-team/keras/issues/20378"
+FINDS = ("never-updated",)
+
+
+def linen(sick):
+    return kit.fit(loss=functools.partial(kit.loss, train=not sick))
