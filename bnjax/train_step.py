@@ -247,7 +247,7 @@ def forward(
             modules as `intermediates`.
         mutable: the mutable collections; None: `batch_stats` in training, none in evaluation.
     """
-    images, options = _model_inputs(model, batch)
+    images, options = model_inputs(model, batch)
     variables = {"params": params, "batch_stats": batch_stats}
     if mutable is None:
         mutable = ["batch_stats"] if train else []
@@ -280,7 +280,7 @@ def to_float(images: Images) -> Images:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def _model_inputs(model: nn.Module, batch: Batch) -> tuple[Images, dict[str, Any]]:
+def model_inputs(model: Any, batch: Batch) -> tuple[Images, dict[str, Any]]:
     """Returns the images as floats, with zeros as padding, and `mask` if the model takes it."""
     images, mask = to_float(batch["image"]), batch.get("mask")
     if mask is None:

@@ -32,7 +32,7 @@ import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from foreign import ResNet
 
-from bnjax.clinic import Network, Run, audit
+from bnjax.clinic import Run, audit, linen
 from bnjax.clinic.statistics import precise
 from bnjax.commands.audit import audit_batches
 from bnjax.data import datasets
@@ -99,10 +99,10 @@ def main():
     test = [*eval_batches(data.test.image, data.test.label, 500)]
     for name, (net, weights, statistics, run) in cases.items():
         began = time.perf_counter()
-        findings = audit(Network(weights, statistics, net), batches, run, jit=jit)
+        findings = audit(linen(net, weights, statistics), batches, run, jit=jit)
         seconds = time.perf_counter() - began
         step = jit(functools.partial(eval_step, model=net))
-        exact = precise(Network(weights, statistics, net), batches, jit=jit).batch_stats
+        exact = precise(linen(net, weights, statistics), batches, jit=jit).batch_stats
         accuracy = [
             functools.reduce(Metrics.merge, [step(weights, of, batch) for batch in test]).means()
             for of in (statistics, exact)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tqdm
 from patients import HEALTHY, ILL, shared_jit
 
-from bnjax.clinic import Network, audit
+from bnjax.clinic import audit, linen
 from bnjax.clinic.checks import ILLNESSES
 
 
@@ -36,7 +36,7 @@ def main():
         found = collections.Counter()
         for seed in range(seeds):
             it = make(seed)
-            network = Network(it.params, it.batch_stats, it.model)
+            network = linen(it.model, it.params, it.batch_stats)
             ids = audit(network, it.batches, it.run, jit=shared_jit).ids
             found.update(ids or ["nothing"])
             missed.update({has} - {*ids, ""})

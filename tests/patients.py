@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet, SharedNet
 
 from bnjax import norms
-from bnjax.clinic import Network, Run
+from bnjax.clinic import Run, linen
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import forward, init_state, train_step
 from bnjax.types import fingerprint
@@ -257,8 +257,8 @@ def one_more(stats):
 
 def frozen(seed, before):
     """One of the norms of a network, compared with what it was."""
-    variables = (before.params, before.batch_stats, before.model)
-    return plain(seed).knowing(before=Network(*variables), frozen=("first",))
+    network = linen(before.model, before.params, before.batch_stats)
+    return plain(seed).knowing(before=network, frozen=("first",))
 
 
 def step(passes):

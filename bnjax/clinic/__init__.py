@@ -5,9 +5,10 @@ from bnjax.clinic.adaptation import tent as tent
 from bnjax.clinic.checks import audit as audit
 from bnjax.clinic.folding import fold as fold
 from bnjax.clinic.freezing import moved as moved
-from bnjax.clinic.linen import Network as Network
 from bnjax.clinic.linen import linen as linen
 from bnjax.clinic.measure import Run as Run
+from bnjax.clinic.network import Network as Network
+from bnjax.clinic.nnx import nnx as nnx
 from bnjax.clinic.report import Findings as Findings
 from bnjax.clinic.statistics import gap as gap
 from bnjax.clinic.statistics import merge_replicas as merge_replicas

@@ -1,7 +1,6 @@
 """A training step with gradient accumulation over micro-batches."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,15 +10,8 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.linen import (
-    moments_given,
-    nothing_seen,
-    only_norms,
-    put_seen,
-    seen_by,
-    seen_in,
-    with_seen,
-)
+from bnjax.clinic.linen import intercepting
+from bnjax.clinic.network import Call, nothing_seen, seen_in, with_seen
 from bnjax.compat import varying
 from bnjax.metrics import Metrics
 from bnjax.norms.moments import Moments, merge, merge_over, total_over, updated_average
@@ -34,7 +26,7 @@ from bnjax.train_step import (
     softmax_cross_entropy,
     train_step,
 )
-from bnjax.types import Array, Batch, BatchStats, Params
+from bnjax.types import Batch, BatchStats, Params
 
 # The norms with updated averages, by the path of their leaves.
 Norms = dict[tuple[str, ...], Any]
@@ -95,7 +87,7 @@ def accumulated_step(
     def one(params: Params, i: Any) -> _Found:
         micro = {name: _micro_batch(leaf, i, micro_batches) for name, leaf in batch.items()}
         loss = loss_of(start, micro, model, loss_fn, jax.random.fold_in(key, i), total)
-        with nn.intercept_methods(only_norms(functools.partial(_watch, norms))):
+        with nn.intercept_methods(intercepting(functools.partial(_watch, norms))):
             grads, (written, metrics) = jax.grad(loss, has_aux=True)(params)
         seen = seen_in(written, nothing)
         return _Found(grads, metrics, written, seen, count_of(micro, axis_name))
@@ -158,18 +150,15 @@ def _micro_batch(leaf: Any, i: Any, micro_batches: int) -> Any:
     return jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
 
 
-def _watch(
-    norms: Norms, norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any
-) -> Array:
+def _watch(norms: Norms, call: Call) -> Any:
     """Calls a norm, and stores the moments of its input if it updates its averages."""
-    if (before := seen_by(norm)) is None:
-        return call(x, *args, **kwargs)
-    average = norm.get_variable("batch_stats", "mean")
-    y = call(x, *args, **kwargs)
-    if norm.get_variable("batch_stats", "mean") is not average:
-        norms[norm.path] = norm.clone(parent=None, name=None)
-        given = moments_given(norm, jax.lax.stop_gradient(x), kwargs.get("mask"))
-        put_seen(norm, merge(before, given))
+    if (before := call.seen) is None:
+        return call()
+    average = call.get("mean")
+    y = call()
+    if call.get("mean") is not average:
+        norms[call.path] = call.module.clone(parent=None, name=None)
+        call.see(merge(before, jax.lax.stop_gradient(call.moments())))
     return y
 
 

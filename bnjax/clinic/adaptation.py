@@ -5,26 +5,25 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from bnjax.clinic.freezing import affine_mask, without_frozen
-from bnjax.clinic.linen import Network, nothing_seen, observe
+from bnjax.clinic.network import SameNetwork, nothing_seen
 from bnjax.clinic.statistics import precise
 from bnjax.types import Batch, BatchStats, Leaf, Logits, Losses, Params
 
 
 def tent(
-    network: Network,
+    network: SameNetwork,
     batches: Iterable[Batch],
     *,
     tx: optax.GradientTransformation,
     epochs: int = 1,
     patterns: Sequence[str] = ("*",),
     jit: Callable[..., Any] = jax.jit,
-) -> Network:
+) -> SameNetwork:
     """Adapts scales and biases of norms to lower the entropy of the predictions.
 
     Takes one `tent_step` for each batch, in order, `epochs` times (TENT: Wang et al., 2021, section
@@ -46,51 +45,48 @@ def tent(
     if iter(batches) is batches:
         raise ValueError("the batches are iterated several times: give a list, not an iterator")
     tx = affine_only(tx, network.params, network.batch_stats, *patterns)
-    step = jit(functools.partial(tent_step, model=network.model, tx=tx))
-    params, opt_state = network.params, tx.init(network.params)
+    step = jit(functools.partial(tent_step, tx=tx))
+    opt_state = tx.init(network.params)
     for _ in range(epochs):
         for batch in batches:
-            params, opt_state, _, _ = step(params, opt_state, network.batch_stats, batch)
-    return precise(dataclasses.replace(network, params=params), batches, jit=jit)
+            network, opt_state, _, _ = step(network, opt_state, batch)
+    return precise(network, batches, jit=jit)
 
 
 def tent_step(
-    params: Params,
+    network: SameNetwork,
     opt_state: optax.OptState,
-    batch_stats: BatchStats,
     batch: Batch,
     *,
-    model: nn.Module,
     tx: optax.GradientTransformation,
-) -> tuple[Params, optax.OptState, Logits, Leaf]:
+) -> tuple[SameNetwork, optax.OptState, Logits, Leaf]:
     """Updates the weights once to lower the entropy of the predictions for a batch.
 
-    Returns the new weights and optimizer state, and the logits and mean entropy before the update.
+    Returns the new network and optimizer state, and the logits and mean entropy before the update.
     Every norm normalises by the batch, without dropout. The gradient of the mean entropy of the
     real examples includes the gradient through the batch statistics. The logits are the predictions
     for a stream of images.
 
     Args:
-        params: the weights.
+        network: the network; of its running statistics only the shapes matter.
         opt_state: the state of `tx`.
-        batch_stats: the running statistics; only their shapes matter.
         batch: `image` [n, h, w, c] and optionally `mask` bool [n].
-        model: any linen module whose norms are Flax's or bnjax's BatchNorm.
         tx: from `affine_only`.
     """
 
     def loss(params: Params) -> tuple[jax.Array, Logits]:
-        seen = nothing_seen(batch_stats)
-        logits, _ = observe(params, batch_stats, seen, batch, model=model, mode="batch")
+        seen = nothing_seen(network.batch_stats)
+        logits, _ = dataclasses.replace(network, params=params).observe(seen, batch, mode="batch")
         real = jnp.asarray(batch.get("mask", jnp.ones(len(logits), bool)))
         # The logits of padding may be NaN, and 0 * NaN is NaN.
         entropies = entropy(jnp.where(real[:, None], logits, 0))
         return jnp.sum(entropies, where=real) / jnp.maximum(real.sum(), 1), logits
 
-    (mean, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (mean, logits), grads = jax.value_and_grad(loss, has_aux=True)(network.params)
     # The updates of other weights are 0, so XLA does not compute their gradients.
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, logits, mean
+    updates, opt_state = tx.update(grads, opt_state, network.params)
+    params = optax.apply_updates(network.params, updates)
+    return dataclasses.replace(network, params=params), opt_state, logits, mean
 
 
 def affine_only(

@@ -4,23 +4,19 @@ Sources of the limits: docs/evaluation.md.
 """
 
 import dataclasses
-import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.freezing import moved
-from bnjax.clinic.linen import Network
 from bnjax.clinic.measure import DEAD, Case, Evidence, Run, distance, measure, real_examples, rms
+from bnjax.clinic.network import Network
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
-from bnjax.train_step import init_variables
 from bnjax.types import Batch, Params, fingerprint
 
 Found = tuple[Finding, ...]
@@ -88,10 +84,8 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
             one tree per replica, or replicated arrays whose copies differ.
         batch: a batch; only shape and dtype of `image` matter.
     """
-    init = functools.partial(init_variables, network.model, jax.random.key(0))
-    params, stats = (
-        flatten_dict(dict(tree)) for tree in jax.eval_shape(init, np.asarray(batch["image"][:1]))
-    )
+    expected = network.shapes(np.asarray(batch["image"][:1]))
+    params, stats = (flatten_dict(dict(tree)) for tree in expected)
     its_params, *_ = _replicas(network.params, params)
     replicas = _replicas(network.batch_stats, stats)
     if stats and not replicas[0]:
@@ -220,8 +214,9 @@ def low_precision(case: Case, one: Evidence) -> str | None:
     dtype, module = jnp.dtype(one.layer.dtype), one.layer.module
     eps = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
     errors = [(ratio**2 * eps**2 / 12, f"inputs in {dtype.name}")]
-    if isinstance(module, nn.BatchNorm) and module.use_fast_variance:
-        dtype = jnp.promote_types(dtype, jnp.float32) if module.force_float32_reductions else dtype
+    if getattr(module, "use_fast_variance", False):  # of Flax
+        promotes = getattr(module, "force_float32_reductions", True)
+        dtype = jnp.promote_types(dtype, jnp.float32) if promotes else dtype
         errors.append((ratio**2 * float(jnp.finfo(dtype).eps), f"E[x^2] - E[x]^2 in {dtype.name}"))
     error, how = max(errors)
     text = f"|mean| / std up to {ratio:.3g}, {how}: {error:.1%} rounding error"
@@ -708,11 +703,10 @@ def audit(
     kept, run = sorted(batches, key=real_examples, reverse=True), run or Run()
     if not kept or len(kept[0]["image"]) < 2:
         raise ValueError("the audit needs a batch of at least two examples")
-    model = type(network.model)
-    if "mask" in kept[0] and "mask" not in inspect.signature(model.__call__).parameters:
+    if "mask" in kept[0] and not network.takes_mask:
         raise ValueError(
-            f"the batches are padded, but {model.__name__}.__call__ takes no `mask`, so its norms "
-            "would include the padding in training. Give batches without padding."
+            "the batches are padded, but the model takes no `mask`, so its norms would include the "
+            "padding in training. Give batches without padding."
         )
     network, found, usable = match(network, kept[0])
     missing = "a checkpoint that fits the model" if not usable else ""

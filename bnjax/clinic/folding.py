@@ -1,82 +1,25 @@
 """Folds batch norms into neighbouring layers."""
 
-import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import canonicalize_dtype
 from flax.linen.linear import canonicalize_padding
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend import core
 
 from bnjax.clinic.jaxpr import Node, Path, layers
-from bnjax.clinic.linen import NORMS, Network, NormLayer
+from bnjax.clinic.linen import Folded
+from bnjax.clinic.network import Call, Network, NormLayer, SameNetwork
 from bnjax.norms import StandardizedConv
 from bnjax.norms.per_example import standardize
-from bnjax.types import Array, Images, Logits, Mask
+from bnjax.types import Array, Images, Logits
 
-# Exact types: a subclass may use its kernel differently.
-LAYERS = (nn.Conv, nn.Dense, StandardizedConv)
 # The position of the norm: after or before the layer.
 Place = Literal["after", "before"]
-
-
-class Folded(nn.Module):
-    """A network with norms folded into its layers.
-
-    Parameters keep their names. Folded norms return their input and have no leaves; their layers
-    have a bias, and do not standardise their kernel again.
-
-    Attributes:
-        unfolded: the network with its norms.
-        pairs: the paths of each folded norm and of its layer.
-    """
-
-    unfolded: nn.Module
-    pairs: Sequence[tuple[Path, Path]]
-
-    @nn.compact
-    def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]."""
-        # In the scope of this module, so that the variables keep their names.
-        model = self.unfolded.copy(parent=self.scope, name=None)
-        norms, layers = ({tuple(path) for path in side} for side in zip(*self.pairs, strict=True))
-
-        def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module, path = context.module, context.module.path[len(self.path) :]
-            if context.method_name == "__call__" and path in norms and isinstance(module, NORMS):
-                return _unchanged(module, *args, **kwargs)
-            if context.method_name == "__call__" and path in layers and _lacks_bias(module):
-                return _with_bias(module)(*args, **kwargs)
-            return call(*args, **kwargs)
-
-        takes_mask = "mask" in inspect.signature(type(self.unfolded).__call__).parameters
-        options = {"mask": mask} if takes_mask else {}
-        with nn.intercept_methods(intercept):
-            return model(x, train=train, **options)
-
-
-def _unchanged(norm: Any, x: Array, *_: Any, **__: Any) -> Array:
-    """Returns the input in the dtype of the norm's output."""
-    affine = [jnp.zeros((), norm.param_dtype)] if norm.use_scale or norm.use_bias else []
-    return x.astype(canonicalize_dtype(x, *affine, dtype=norm.dtype))
-
-
-def _lacks_bias(layer: Any) -> bool:
-    return type(layer) in LAYERS and (isinstance(layer, StandardizedConv) or not layer.use_bias)
-
-
-def _with_bias(layer: Any) -> nn.Module:
-    """Returns the layer with a bias and without standardisation, in the same scope."""
-    kind: Callable[..., nn.Module] = nn.Dense if isinstance(layer, nn.Dense) else nn.Conv
-    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-    return kind(**fields | {"use_bias": True, "name": None, "parent": layer.scope})
 
 
 def fold_pair(
@@ -166,7 +109,7 @@ class NormFold(NamedTuple):
 class Folding(NamedTuple):
     """A folded network, and the result for each of its norms, in the order of their calls."""
 
-    network: Network
+    network: Any
     norms: tuple[NormFold, ...]
 
     @property
@@ -175,7 +118,7 @@ class Folding(NamedTuple):
         return self.network.model.pairs if isinstance(self.network.model, Folded) else ()
 
 
-def fold(network: Network, images: Images) -> Network:
+def fold(network: SameNetwork, images: Images) -> SameNetwork:
     """Folds the batch norms of a network into its layers where that is exact.
 
     Arguments as for `plan`, which also returns the result for each norm.
@@ -202,7 +145,7 @@ def plan(network: Network, images: Images) -> Folding:
     batch = {"image": images}
     calls: dict[Path, list[Node]] = {}
     for node in layers(network, batch, train=False, chosen=_is_of_interest):
-        if node.module is not None:
+        if node.call is not None:
             calls.setdefault(node.path, []).append(node)
     origins = {}
     for path, nodes in calls.items():
@@ -215,7 +158,7 @@ def plan(network: Network, images: Images) -> Folding:
     norms = []
     for path, nodes in calls.items():
         norm = nodes[0]
-        if not isinstance(norm.module, NORMS):
+        if not norm.call.is_norm:
             continue
         reasons = [_hindrance(nodes, about[path])]
         places: tuple[Place, ...] = () if reasons[0] else ("after", "before")
@@ -244,10 +187,7 @@ def plan(network: Network, images: Images) -> Folding:
         unflatten_dict({path: leaf for path, leaf in tree.items() if path[:-1] not in gone})
         for tree in (leaves, stats)
     )
-    model = network.model
-    if isinstance(model, Folded):
-        model, pairs = model.unfolded, (*model.pairs, *pairs)
-    return Folding(Network(params, batch_stats, Folded(model, pairs)), tuple(norms))
+    return Folding(network.folded(params, batch_stats, pairs), tuple(norms))
 
 
 def difference(logits: Logits, others: Logits) -> float:
@@ -265,21 +205,20 @@ def difference(logits: Logits, others: Logits) -> float:
     return apart / size if size else apart and np.inf
 
 
-def _is_of_interest(module: Any) -> bool:
-    if isinstance(module, NORMS):  # an already folded norm has no leaves
-        return module.has_variable("batch_stats", "mean")
-    return isinstance(module, LAYERS)
+def _is_of_interest(call: Call) -> bool:
+    # An already folded norm has no leaves.
+    return call.get("mean") is not None if call.is_norm else call.is_layer
 
 
 def _hindrance(nodes: list[Node], about: NormLayer) -> str:
     """Returns why a norm cannot be folded into any layer; empty if it can."""
-    norm = nodes[0].module
+    norm = nodes[0].call
     if about.by_batch:
         return "it also normalises by the batch in evaluation"
     if any(node.has_computed for node in nodes):
         return "it transforms its stored parameters"
-    if type(norm).__call__ not in [kind.__call__ for kind in NORMS]:
-        return f"it is a {type(norm).__name__}, which may behave differently in evaluation"
+    if not norm.is_standard:
+        return f"it is a {norm.kind.__name__}, which may behave differently in evaluation"
     last = len(about.shape) - 1
     return "" if about.axes == tuple(range(last)) else "its channels are not only the last axis"
 
@@ -308,15 +247,15 @@ def _origin(node: Node) -> Origin:
     factor, has_maxima, kind = 1.0, False, ""
     while len(node.inputs) == 1:
         (node,) = node.inputs
-        if node.module is None and node.equation is None:
+        if node.call is None and node.equation is None:
             return Origin(reason="is the input of the network")
         if len(node.readers) > 1:
             places = f"goes to several places ({_readers(node)})"
             return Origin(reason=f"comes from {_name(node)}, which {places}")
         # Under nn.vmap there is an additional axis at an unknown position.
-        if node.module is not None and (not kind or node.shape == node.returned):
+        if node.call is not None and (not kind or node.shape == node.returned):
             return Origin(node.path, factor, has_maxima)
-        step = None if node.module is not None else _step(node.equation)
+        step = None if node.call is not None else _step(node.equation)
         if step is None:
             return Origin(reason=f"comes from {_name(node)}")
         factor, has_maxima, kind = factor * step[0], has_maxima or step[1], node.kind
@@ -324,7 +263,7 @@ def _origin(node: Node) -> Origin:
 
 
 def _name(node: Node) -> str:
-    return node.kind if node.module is None else ".".join(node.path)
+    return node.kind if node.call is None else ".".join(node.path)
 
 
 def _readers(node: Node) -> str:
@@ -350,7 +289,8 @@ def _neighbour(
         raise ValueError(f"{_name(layer)} is called with and without it")
     if any(node.has_computed for node in calls[path]):
         raise ValueError(f"{_name(layer)} transforms its stored parameters")
-    if type(layer.module) not in LAYERS or getattr(layer.module, "mask", None) is not None:
+    is_exact = layer.call.is_layer and layer.call.is_standard
+    if not is_exact or getattr(layer.call.module, "mask", None) is not None:
         raise ValueError(f"its neighbour {_name(layer)} is a {layer.kind}")
     return layer, origin
 
@@ -413,7 +353,7 @@ def _with_norm(
     weights: Weights, layer: Node, norm: Node, place: Place, origin: Origin, stored: dict[Path, Any]
 ) -> Weights:
     """Returns the weights with a norm folded in; raises ValueError if that is not exact."""
-    name, module = ".".join(layer.path), layer.module
+    name, module = ".".join(layer.path), layer.call.module
     kernel, bias = map(np.copy, weights)
     var = np.asarray(stored[*norm.path, "var"])
     defaults = {"scale": np.ones(var.shape), "bias": np.zeros(var.shape), "mean": None}
@@ -438,7 +378,7 @@ def _with_norm(
             factor * shift[index],
             factor * mean[index],
             var[index],
-            float(norm.module.epsilon),
+            float(norm.call.module.epsilon),
             norm=place,
             groups=getattr(module, "feature_group_count", 1),
         )
@@ -448,8 +388,8 @@ def _with_norm(
 def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
     """Returns the kernel of a layer, standardised if it does so, and its bias or zeros."""
     kernel, bias = stored[*layer.path, "kernel"], stored.get((*layer.path, "bias"))
-    many = kernel.shape[: kernel.ndim - _rank(layer.module)]
-    if isinstance(layer.module, StandardizedConv):
+    many = kernel.shape[: kernel.ndim - _rank(layer.call.module)]
+    if isinstance(layer.call.module, StandardizedConv):
         used = standardize
         for _ in many:
             used = jax.vmap(used)
@@ -460,12 +400,12 @@ def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
 
 def _rank(layer: Any) -> int:
     """Returns the number of axes of a layer's kernel."""
-    return 2 if isinstance(layer, nn.Dense) else 2 + np.size(layer.kernel_size)
+    return 2 + np.size(getattr(layer, "kernel_size", ()))
 
 
 def _adds_zeros(layer: Any) -> bool:
     """Returns whether a layer adds zeros around its input or between the values."""
-    if isinstance(layer, nn.Dense):
+    if not hasattr(layer, "kernel_size"):
         return False
     padding = canonicalize_padding(layer.padding, _rank(layer) - 2)
     if padding in ("SAME", "CAUSAL"):

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +12,9 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.linen import FROZEN, Network, nothing_seen, only_norms, with_fields
-from bnjax.types import Array, BatchStats, Params, Tree
+from bnjax.clinic.linen import FROZEN, intercepting, with_fields
+from bnjax.clinic.network import Call, Network, nothing_seen
+from bnjax.types import BatchStats, Params, Tree
 
 
 def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
@@ -52,18 +53,20 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         names: dict[str, None] = {}
 
-        def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
-            name = ".".join(norm.path[len(self.path) :])
+        def watch(call: Call) -> Any:
+            if not call.is_norm:
+                return call()
+            name = ".".join(call.path[len(self.path) :])
             names[name] = None
             if not matches(name, patterns):
-                return call(x, *args, **kwargs)
-            object.__setattr__(norm, FROZEN, True)
+                return call()
+            object.__setattr__(call.module, FROZEN, True)
             # `use_running_average` may be given in one place only, here in the call.
             fields = {"use_running_average": None, "statistics": "running", "update_average": False}
-            with with_fields(norm, **fields):
-                return call(x, **{**kwargs, "use_running_average": True})
+            with with_fields(call.module, **fields):
+                return call.proceed(call.x, **call.kwargs | {"use_running_average": True})
 
-        with nn.intercept_methods(only_norms(watch)):
+        with nn.intercept_methods(intercepting(watch)):
             result = kind.__call__(self, *args, **kwargs)
         matching(names, patterns)
         return result
@@ -136,7 +139,7 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
 
     >>> def network(mean):
     ...     norm = {"mean": jax.numpy.full(2, mean), "var": jax.numpy.ones(2)}
-    ...     return Network({}, {"norm": norm}, nn.Dense(1))
+    ...     return Network({}, {"norm": norm})
     >>> moved(network(0.0), network(0.5))
     ('norm.mean',)
     """

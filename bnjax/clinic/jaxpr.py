@@ -5,13 +5,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from bnjax.clinic.linen import Network, run_unsynced
+from bnjax.clinic.network import Call, Network
 
 Path = tuple[str, ...]
 # (equation, *values of its operands) -> values of its results; values of any kind.
@@ -87,7 +86,7 @@ class Node:
     Attributes:
         path: the path of the module; for an operation, the path of its module and its name.
         kind: the class of the module, or the name of the operation.
-        module: the module; None for an operation.
+        call: the call of the module; None for an operation.
         returned: the shape of the output inside the module.
         shape: the shape of the output in the program; under `nn.vmap` it has an additional axis.
         equation: the operation.
@@ -98,7 +97,7 @@ class Node:
 
     path: Path
     kind: str
-    module: Any = None
+    call: Any = None
     returned: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
     equation: Any = None
@@ -132,7 +131,7 @@ def layers(
     *,
     train: bool,
     dropout: Any = None,
-    chosen: Callable[[Any], bool] = lambda module: True,
+    chosen: Callable[[Call], bool] = lambda call: True,
 ) -> list[Node]:
     """Returns the graph of a network as nodes in the order of computation, by tracing only.
 
@@ -145,33 +144,30 @@ def layers(
         batch: `image` [n, h, w, c], or its shape.
         train: whether to trace training instead of evaluation.
         dropout: the key for dropout.
-        chosen: whether a bound module without submodule calls is a node.
+        chosen: whether the call of a module without submodule calls is a node.
     """
     calls: list[Node] = []
     split: set[int] = set()  # calls of modules that are not nodes
     open_calls: list[int] = []
 
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        module, number = context.module, len(calls)
+    def around(call: Call) -> Any:
+        number = len(calls)
         split.update(open_calls[-1:])
-        if not chosen(module):
+        if not chosen(call):
             split.add(number)
-        calls.append(Node(module.path, type(module).__name__, module))
+        calls.append(Node(call.path, call.kind.__name__, call))
         open_calls.append(number)
         with jax.named_scope(f"@{number}@"):
-            result = call(*args, **kwargs)
+            result = call()
         open_calls.pop()
         calls[number].returned = getattr(result, "shape", ())
         return result
 
-    def logits(variables: Any, images: Any) -> Any:
-        options = {"model": network.model, "train": train, "dropout": dropout}
-        with nn.intercept_methods(intercept):
-            return run_unsynced(*variables, {"image": images}, **options)[0]
+    def logits(network: Network, images: Any) -> Any:
+        options = {"train": train, "dropout": dropout, "around": around}
+        return network.run({"image": images}, **options)[0]
 
-    program = traced(logits, (network.params, network.batch_stats), batch["image"])
+    program = traced(logits, network, batch["image"])
     images = Node(("images",), "Placeholder", shape=batch["image"].shape)
     found = {images: None}  # an ordered set
 

@@ -1,4 +1,4 @@
-"""Finds the batch norms of any linen model and the moments of their inputs.
+"""Linen networks for the clinic.
 
 A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, also under `nn.scan`, `nn.remat`
 and `nn.vmap`. The model needs no change: calls are intercepted.
@@ -6,53 +6,69 @@ and `nn.vmap`. The model needs no change: calls are intercepted.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.linen.dtypes import canonicalize_dtype
 
-from bnjax.norms import BatchNorm
-from bnjax.norms.moments import (
-    AxisName,
-    Moments,
-    Total,
-    full_mask,
-    merge,
-    moments,
-    total_over,
-)
-from bnjax.train_step import forward
-from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
+from bnjax.clinic.network import FLAGS, Around, Call, Network, NormLayer, Path
+from bnjax.norms import BatchNorm, StandardizedConv
+from bnjax.train_step import forward, init_variables
+from bnjax.types import Array, Batch, BatchStats, Images, Logits, Mask, Params
 
 NORMS = (nn.BatchNorm, BatchNorm)
-# "train": as in training, with dropout; "batch": as in evaluation, but with batch statistics;
-# "running": as in evaluation.
-Mode = Literal["train", "batch", "running"]
-# The moments of the inputs of each norm so far, by the path of its leaves in `batch_stats`.
-Seen = Mapping[tuple[str, ...], Moments]
-# The leaves beside `mean` and `var` that collect these moments during a pass. They have the shape
-# of `mean`, so lifted transformations handle them like `mean`.
-_SEEN = ("seen_mean", "seen_var", "seen_count")
+# Exact types: a subclass may use its kernel differently.
+LAYERS = (nn.Conv, nn.Dense, StandardizedConv)
+
+
+class Folded(nn.Module):
+    """A network with norms folded into its layers.
+
+    Parameters keep their names. Folded norms return their input and have no leaves; their layers
+    have a bias, and do not standardise their kernel again.
+
+    Attributes:
+        unfolded: the network with its norms.
+        pairs: the paths of each folded norm and of its layer.
+    """
+
+    unfolded: nn.Module
+    pairs: Sequence[tuple[Path, Path]]
+
+    @nn.compact
+    def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
+        """Returns the logits [n, classes] of images [n, h, w, c]."""
+        # In the scope of this module, so that the variables keep their names.
+        model = self.unfolded.copy(parent=self.scope, name=None)
+        norms, layers = ({tuple(path) for path in side} for side in zip(*self.pairs, strict=True))
+
+        def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module, path = context.module, context.module.path[len(self.path) :]
+            if context.method_name == "__call__" and path in norms and isinstance(module, NORMS):
+                return _unchanged(module, *args, **kwargs)
+            if context.method_name == "__call__" and path in layers and _lacks_bias(module):
+                return _with_bias(module)(*args, **kwargs)
+            return call(*args, **kwargs)
+
+        takes_mask = "mask" in inspect.signature(type(self.unfolded).__call__).parameters
+        options = {"mask": mask} if takes_mask else {}
+        with nn.intercept_methods(intercept):
+            return model(x, train=train, **options)
+
+
 # Marks a norm with statistics frozen by `bnjax.clinic.freezing`.
 FROZEN = "statistics_are_frozen"
-# The known training flags of `__call__`, and their values in training.
-FLAGS = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
-Call = Callable[[Any, Images, bool], Any]
+Forward = Callable[[Any, Images, bool], Any]
 
 
 @struct.dataclass
-class Network:
+class Linen(Network):
     """A trained linen model; a pytree of its variables.
 
     Attributes:
@@ -61,40 +77,55 @@ class Network:
         model: a linen module with `__call__(x, train=...)`.
     """
 
-    params: Params
-    batch_stats: Any
     model: nn.Module = struct.field(pytree_node=False)
 
-    def norms(self, batch: Batch, *, train: bool = False) -> tuple["NormLayer", ...]:
-        """Returns the norms of the model in the order of their calls, without any computation.
+    def run(
+        self,
+        batch: Batch,
+        *,
+        train: bool,
+        dropout: jax.Array | None = None,
+        around: Around = lambda call: call(),
+    ) -> tuple[Logits, BatchStats]:
+        """See `Network.run`."""
 
-        A norm with several calls, or stacked by `nn.scan` or `nn.vmap`, is one entry.
+        def unsynced(call: Call) -> Any:
+            if not call.is_norm:
+                return around(call)
+            # A model trained with `axis_name` can then run outside of that axis.
+            names = "axis_name", "axis_index_groups", "average_axis_name"
+            with with_fields(call.module, **dict.fromkeys(names)):
+                return around(call)
 
-        Args:
-            batch: `image` [n, h, w, c], or its shape, and optionally `mask`.
-            train: whether to trace training instead of evaluation.
-        """
-        found: dict[tuple[str, ...], NormLayer] = {}
+        # A model that ignores its flag also writes in evaluation.
+        options: Any = {"train": train, "dropout": dropout, "mutable": ("batch_stats",)}
+        with nn.intercept_methods(intercepting(unsynced)):
+            logits, written = forward(
+                self.params, self.batch_stats, batch, model=self.model, **options
+            )
+        return logits, written.get("batch_stats", {})
 
-        def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
-            is_stored = norm.has_variable("batch_stats", "mean")  # a folded norm has no leaves
-            y = call(x, *args, **kwargs)
-            if is_stored:
-                found.setdefault(norm.path, _layer(norm, x, *args, **kwargs))
-            return y
+    def folded(
+        self, params: Params, batch_stats: BatchStats, pairs: Sequence[tuple[Path, Path]]
+    ) -> "Linen":
+        """See `Network.folded`."""
+        model = self.model
+        if isinstance(model, Folded):
+            model, pairs = model.unfolded, (*model.pairs, *pairs)
+        return Linen(params, batch_stats, Folded(model, pairs))
 
-        def run(network: Network, batch: Batch) -> Any:
-            # A model that ignores its flag also writes in evaluation.
-            options: Any = {"dropout": jax.random.key(0), "mutable": ("batch_stats",)}
-            variables = network.params, network.batch_stats, batch
-            with nn.intercept_methods(only_norms(watch)):
-                return run_unsynced(*variables, model=self.model, train=train, **options)
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the model's `__call__` has an argument `mask`."""
+        return "mask" in inspect.signature(type(self.model).__call__).parameters
 
-        jax.eval_shape(run, self, dict(batch))
-        return tuple(found.values())
+    def shapes(self, images: Images) -> tuple[Any, Any]:
+        """Returns the shapes of the variables of `model.init`."""
+        init = functools.partial(init_variables, self.model, jax.random.key(0))
+        return jax.eval_shape(init, images)
 
 
-def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None = None) -> Network:
+def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | None = None) -> Linen:
     """Returns a linen model and its variables as a network for the functions of the clinic.
 
     Args:
@@ -124,12 +155,12 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Call | None 
                 "Give a function that calls it: clinic.linen(…, call=lambda model, x, train: …)."
             )
         if flag == "train":
-            return Network(params, batch_stats, model)
+            return Linen(params, batch_stats, model)
 
         def call(module: Any, x: Images, train: bool) -> Any:
             return module(x, **{flag: train == FLAGS[flag]})
 
-    return Network(params, batch_stats, Called(model, call))
+    return Linen(params, batch_stats, Called(model, call))
 
 
 class Called(nn.Module):
@@ -141,7 +172,7 @@ class Called(nn.Module):
     """
 
     model: nn.Module
-    call: Call
+    call: Forward
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool) -> Any:
@@ -149,67 +180,57 @@ class Called(nn.Module):
         return self.call(self.model.copy(parent=self.scope, name=None), x, train)
 
 
-@dataclasses.dataclass(frozen=True)
-class NormLayer:
-    """One batch norm in one pass.
-
-    Attributes:
-        path: the path of its leaves in `batch_stats`.
-        module: an unbound copy with its fields `epsilon`, `momentum`, …
-        shape, dtype: the shape and dtype of its input.
-        axes: the reduced axes.
-        by_batch: whether this pass normalised by batch statistics.
-    """
-
-    path: tuple[str, ...]
-    module: Any
-    shape: tuple[int, ...]
-    dtype: Any
-    axes: tuple[int, ...]
-    by_batch: bool
+class LinenCall(Call):
+    """A call of a bound linen module."""
 
     @property
-    def name(self) -> str:
-        """The path with dots."""
-        return ".".join(self.path)
+    def is_layer(self) -> bool:
+        """See `Call.is_layer`."""
+        return isinstance(self.module, LAYERS)
 
     @property
-    def variance(self) -> str:
-        """The kind of variance in its average, "biased" or "unbiased"."""
-        return getattr(self.module, "variance", "biased")
+    def is_standard(self) -> bool:
+        """See `Call.is_standard`."""
+        is_norm = self.kind.__call__ in [norm.__call__ for norm in NORMS]
+        return is_norm if self.is_norm else self.kind in LAYERS
+
+    def get(self, name: str) -> Array | None:
+        """See `Call.get`."""
+        is_there = self.module.has_variable("batch_stats", name)
+        return self.module.get_variable("batch_stats", name) if is_there else None
+
+    def put(self, name: str, value: Array) -> None:
+        """See `Call.put`."""
+        dtype = self.module.get_variable("batch_stats", name).dtype
+        self.module.put_variable("batch_stats", name, value.astype(dtype))
+
+    def layer(self) -> NormLayer:
+        """See `Call.layer`."""
+        norm = self.module
+        given = self.args[1] if len(self.args) > 1 else self.kwargs.get("use_running_average")
+        by_running = nn.merge_param("use_running_average", norm.use_running_average, given)
+        chosen = "running" if getattr(norm, FROZEN, False) else getattr(norm, "statistics", None)
+        return NormLayer(
+            path=self.path,
+            module=norm.clone(parent=None, name=None),
+            shape=self.x.shape,
+            dtype=self.x.dtype,
+            axes=self.axes,
+            by_batch=not by_running if chosen is None else chosen == "batch",
+        )
 
 
-def _layer(norm: Any, x: Array, use_running_average: bool | None = None, **_: Any) -> NormLayer:
-    by_running = nn.merge_param(
-        "use_running_average", norm.use_running_average, use_running_average
-    )
-    chosen = "running" if getattr(norm, FROZEN, False) else getattr(norm, "statistics", None)
-    return NormLayer(
-        path=norm.path,
-        module=norm.clone(parent=None, name=None),
-        shape=x.shape,
-        dtype=x.dtype,
-        axes=_reduced(norm, x),
-        by_batch=not by_running if chosen is None else chosen == "batch",
-    )
-
-
-def _reduced(norm: Any, x: Array) -> tuple[int, ...]:
-    axes = [norm.axis] if isinstance(norm.axis, int) else norm.axis
-    channels = {axis % x.ndim for axis in axes}
-    return tuple(axis for axis in range(x.ndim) if axis not in channels)
-
-
-def only_norms(watch: Callable[..., Array]) -> Callable[..., Any]:
-    """Returns an interceptor that passes only the calls of norms to `watch`."""
+def intercepting(around: Around) -> Callable[..., Any]:
+    """Returns an interceptor for `nn.intercept_methods` that passes each call to `around`."""
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        norm = context.module
-        is_call = context.method_name == "__call__" and isinstance(norm, NORMS)
-        # A subclass with a different signature calls its superclass, which is intercepted.
-        if is_call and "use_running_average" in inspect.signature(context.orig_method).parameters:
-            return watch(norm, call, *args, **kwargs)
-        return call(*args, **kwargs)
+        module = context.module
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        # A norm of a subclass with a different signature calls its superclass: that is the norm.
+        names = inspect.signature(context.orig_method).parameters
+        is_norm = isinstance(module, NORMS) and "use_running_average" in names
+        return around(LinenCall(module, module.path, call, args, kwargs, is_norm))
 
     return intercept
 
@@ -230,127 +251,18 @@ def with_fields(module: nn.Module, **fields: Any) -> Iterator[None]:
             object.__setattr__(module, name, value)
 
 
-def run_unsynced(*variables: Any, **options: Any) -> tuple[Logits, dict[str, Any]]:
-    """Runs `bnjax.train_step.forward` with norms that do not sync over an axis.
-
-    A model trained with `axis_name` can then run outside of that axis.
-    """
-
-    def unsynced(norm: nn.Module, call: Callable[..., Array], *args: Any, **kwargs: Any) -> Array:
-        with with_fields(norm, axis_name=None, axis_index_groups=None, average_axis_name=None):
-            return call(*args, **kwargs)
-
-    with nn.intercept_methods(only_norms(unsynced)):
-        return forward(*variables, **options)
+def _unchanged(norm: Any, x: Array, *_: Any, **__: Any) -> Array:
+    """Returns the input in the dtype of the norm's output."""
+    affine = [jnp.zeros((), norm.param_dtype)] if norm.use_scale or norm.use_bias else []
+    return x.astype(canonicalize_dtype(x, *affine, dtype=norm.dtype))
 
 
-def observe(
-    params: Params,
-    batch_stats: BatchStats,
-    seen: Seen,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    mode: Mode,
-    dropout: jax.Array | None = None,
-    axis_name: AxisName | None = None,
-) -> tuple[Logits, Seen]:
-    """Runs a batch; returns its logits, and `seen` merged with the moments of each norm's input.
-
-    Moments are merged by count (Chan et al., 1979) in float32, and no activation is kept. Masked
-    examples are excluded, whether or not the model takes masks.
-
-    Args:
-        params: the weights.
-        batch_stats: the running statistics; "batch" uses only their shapes.
-        seen: from `nothing_seen`, or from the previous batch.
-        batch: `image` [n, h, w, c] and optionally `mask` bool [n].
-        model: any linen module with `__call__(x, train=...)`.
-        mode: how to run the network.
-        dropout: the key for dropout, for "train".
-        axis_name: the mapped axis or axes over which the moments are computed.
-
-    Raises:
-        ValueError: if a batch is padded and the input of a norm has no axis of examples.
-    """
-    mask, total = batch.get("mask"), total_over(axis_name)
-
-    def watch(norm: Any, call: Callable[..., Array], x: Array, *args: Any, **kwargs: Any):
-        if (before := seen_by(norm)) is None:
-            return call(x, *args, **kwargs)
-        given = moments_given(norm, x, kwargs.get("mask"), mask, total)
-        if mode == "batch":
-            for name in ("mean", "var"):
-                dtype = norm.get_variable("batch_stats", name).dtype
-                norm.put_variable("batch_stats", name, getattr(given, name).astype(dtype))
-        y = call(x, *args, **kwargs)
-        put_seen(norm, merge(before, given))
-        return y
-
-    options: Any = {"train": mode == "train", "dropout": dropout, "mutable": ("batch_stats",)}
-    with nn.intercept_methods(only_norms(watch)):
-        stats = with_seen(batch_stats, seen)
-        logits, written = run_unsynced(params, stats, batch, model=model, **options)
-    return logits, seen_in(written["batch_stats"], seen)
+def _lacks_bias(layer: Any) -> bool:
+    return type(layer) in LAYERS and (isinstance(layer, StandardizedConv) or not layer.use_bias)
 
 
-def nothing_seen(batch_stats: BatchStats) -> Seen:
-    """Returns empty moments for each norm, the start value of `observe`."""
-    leaves = flatten_dict(batch_stats)
-    norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
-    zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
-    return {path: Moments(zero, zero, zero) for path, zero in zeros.items()}
-
-
-def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
-    """Returns the statistics with additional leaves for the moments of a pass."""
-    leaves = flatten_dict(batch_stats)
-    for path, moments_ in seen.items():
-        leaves |= {(*path, name): leaf for name, leaf in zip(_SEEN, moments_, strict=True)}
-    return unflatten_dict(leaves)
-
-
-def seen_in(batch_stats: BatchStats, paths: Iterable[tuple[str, ...]]) -> Seen:
-    """Returns the moments in the leaves of `with_seen`, for the norms at these paths."""
-    leaves = flatten_dict(batch_stats)
-    return {path: Moments(*(leaves[*path, name] for name in _SEEN)) for path in paths}
-
-
-def seen_by(norm: nn.Module) -> Moments | None:
-    """Returns the moments of a bound norm so far; None if it has no such leaves."""
-    if not norm.has_variable("batch_stats", _SEEN[0]):
-        return None
-    return Moments(*(norm.get_variable("batch_stats", name) for name in _SEEN))
-
-
-def put_seen(norm: nn.Module, seen: Moments) -> None:
-    """Stores the moments of a bound norm; after its call, in which a superclass may store too."""
-    for name, leaf in zip(_SEEN, seen, strict=True):
-        norm.put_variable("batch_stats", name, leaf)
-
-
-def moments_given(
-    norm: Any, x: Array, mask: Any, of_batch: Any = None, total: Total = lambda part: part
-) -> Moments:
-    """Returns the moments of the input of a bound norm, float32, in the shape of its `mean`.
-
-    Args:
-        norm: the norm, during its call.
-        x: its input.
-        mask: the mask of the call, or None.
-        of_batch: the mask of the batch, used if `mask` is None.
-        total: sums over devices.
-    """
-    axes = _reduced(norm, x)
-    if mask is None and of_batch is not None:
-        if 0 not in axes or x.shape[0] != of_batch.shape[0]:
-            raise ValueError(
-                f"the batch is padded, but the input of the norm {'.'.join(norm.path)}, {x.shape}, "
-                f"does not have its {of_batch.shape[0]} examples along the first axis. Give "
-                "batches without padding, or a model whose __call__ takes `mask`."
-            )
-        mask = of_batch
-    mask = None if mask is None else full_mask(mask, x.shape, axes)
-    given = moments(jnp.asarray(x, jnp.float32), axes, mask, total)
-    shape = norm.get_variable("batch_stats", "mean").shape
-    return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+def _with_bias(layer: Any) -> nn.Module:
+    """Returns the layer with a bias and without standardisation, in the same scope."""
+    kind: Callable[..., nn.Module] = nn.Dense if isinstance(layer, nn.Dense) else nn.Conv
+    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    return kind(**fields | {"use_bias": True, "name": None, "parent": layer.scope})

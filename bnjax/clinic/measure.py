@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.linen import Mode, Network, NormLayer, nothing_seen, observe, run_unsynced
+from bnjax.clinic.network import Mode, Network, NormLayer, nothing_seen
 from bnjax.clinic.statistics import deviations, put
 from bnjax.metrics import from_losses
 from bnjax.norms.moments import Moments, merge
@@ -235,12 +235,12 @@ def measure(
         run: facts about its training.
         jit: compiles a function.
     """
-    params, stats, model = network.params, network.batch_stats, network.model
+    params, stats = network.params, network.batch_stats
     start, key = nothing_seen(stats), jax.random.key(0)
 
     def observed(mode: Mode) -> Callable[..., Any]:
-        observe_ = jit(functools.partial(observe, model=model, mode=mode))
-        return lambda *of, **key: jax.device_get(observe_(params, stats, start, *of, **key))
+        observe = jit(functools.partial(type(network).observe, mode=mode))
+        return lambda *of, **key: jax.device_get(observe(network, start, *of, **key))
 
     train, batch = observed("train"), observed("batch")
     logits, in_evaluation = zip(*map(batch, batches), strict=True)
@@ -248,10 +248,7 @@ def measure(
         train(one, dropout=jax.random.fold_in(key, i))[1] for i, one in enumerate(batches)
     ]
     again = train(batches[0], dropout=jax.random.key(1))[1]
-    # A model that ignores its flag writes in evaluation; `batch_dependent` finds it.
-    evaluate = jit(
-        functools.partial(run_unsynced, model=model, train=False, mutable=("batch_stats",))
-    )
+    evaluate = jit(functools.partial(type(network).run, train=False))
 
     whole, examples = whole_batches(batches), real_examples(batches[0])
     scales, stored = flatten_dict(dict(params)), flatten_dict(dict(stats))
@@ -299,7 +296,9 @@ def measure(
         precise=put(stats, all_seen, norms),
         expected=unflatten_dict(expected),
         batch_logits=_real(logits, batches),
-        evaluate=lambda batch_stats, batch: evaluate(params, batch_stats, batch)[0],
+        evaluate=lambda batch_stats, batch: evaluate(
+            dataclasses.replace(network, batch_stats=batch_stats), batch
+        )[0],
     )
 
 

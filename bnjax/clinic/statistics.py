@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.linen import Mode, Network, NormLayer, Seen, nothing_seen, observe
+from bnjax.clinic.network import Mode, Network, NormLayer, SameNetwork, Seen, nothing_seen
 from bnjax.metrics import Metrics, from_losses
-from bnjax.train_step import LossFn, eval_step, softmax_cross_entropy
-from bnjax.types import Array, Batch, BatchStats
+from bnjax.train_step import LossFn, softmax_cross_entropy
+from bnjax.types import Array, Batch, BatchStats, Logits
 
 By = Literal["batch", "population"]
 # Passes stop when the largest relative change is below the tolerance.
@@ -23,13 +23,13 @@ MAX_PASSES = 200
 
 
 def precise(
-    network: Network,
+    network: SameNetwork,
     batches: Iterable[Batch],
     *,
     by: By = "batch",
     keep: float = 0.0,
     jit: Callable[..., Any] = jax.jit,
-) -> Network:
+) -> SameNetwork:
     """Replaces the running averages by the mean and variance over all examples at every norm.
 
     All other leaves are unchanged (Wu & Johnson, 2021, section 3). The examples are pooled over the
@@ -71,15 +71,13 @@ def precise(
     layers, old = network.norms(first), network.batch_stats
 
     def once(batch_stats: BatchStats, mode: Mode) -> BatchStats:
-        seen = nothing_seen(old)
+        seen, now = nothing_seen(old), dataclasses.replace(network, batch_stats=batch_stats)
         for batch in batches:
-            _, seen = passes[mode](network.params, batch_stats, seen, batch)
+            _, seen = passes[mode](now, seen, batch)
         return put(old, seen, layers, keep)
 
     modes: tuple[Mode, ...] = ("batch", "running")
-    passes = {
-        mode: jit(functools.partial(observe, model=network.model, mode=mode)) for mode in modes
-    }
+    passes = {mode: jit(functools.partial(type(network).observe, mode=mode)) for mode in modes}
     found = once(old, "batch")
     if by == "population":
         # After k passes the first k layers are exact. A layer with two calls depends on itself, and
@@ -170,15 +168,13 @@ def gap(network: Network, batch: Batch, loss_fn: LossFn = softmax_cross_entropy)
     The function can be compiled. The batch has `image` [n, h, w, c], `label` int [n] and optionally
     `mask` bool [n].
     """
-    variables, model = (network.params, network.batch_stats), network.model
-    nothing = nothing_seen(network.batch_stats)
-    logits, seen = observe(*variables, nothing, batch, model=model, mode="batch")
-    losses = loss_fn(logits, batch["label"])
-    return Gap(
-        stored=eval_step(*variables, batch, model=model, loss_fn=loss_fn),
-        batch=from_losses(losses, logits, batch["label"], batch.get("mask")),
-        seen=seen,
-    )
+
+    def metrics(logits: Logits) -> Metrics:
+        losses = loss_fn(logits, batch["label"])
+        return from_losses(losses, logits, batch["label"], batch.get("mask"))
+
+    logits, seen = network.observe(nothing_seen(network.batch_stats), batch, mode="batch")
+    return Gap(metrics(network.run(batch, train=False)[0]), metrics(logits), seen)
 
 
 def deviations(mean: Any, var: Any, true_mean: Any, true_var: Any, epsilon: float) -> Any:

@@ -9,7 +9,7 @@ from bnjax.commands import Checkpoint, Workdir
 from bnjax.errors import UserError
 
 if TYPE_CHECKING:
-    from bnjax.clinic import Network
+    from bnjax.clinic.linen import Linen
     from bnjax.clinic.porting import Framework, Table
     from bnjax.train.trained import Trained
 
@@ -112,7 +112,7 @@ def _import(
 
     import numpy as np
 
-    from bnjax.clinic import Network, porting
+    from bnjax.clinic import linen, porting
     from bnjax.train import rundir, summary
     from bnjax.train.checkpoint import Checkpoints
     from bnjax.train.optimizers import optimizer
@@ -124,7 +124,7 @@ def _import(
     like = (trained.params, trained.batch_stats)
     params, stats = porting.port_from(framework, arrays, like, table)
     if probe is not None:
-        network = Network(params, stats, trained.model)
+        network = linen(trained.model, params, stats)
         _check(porting.read(probe), framework, network, trained.data.image_shape)
     tx = optimizer(config, 1)
     images = np.zeros((1, *trained.data.image_shape), np.uint8)
@@ -146,7 +146,7 @@ def _import(
     )
 
 
-def _logits(network: "Network", images: Any) -> Any:
+def _logits(network: "Linen", images: Any) -> Any:
     """Returns the logits in evaluation, with float32 products on every device."""
     import jax
     import numpy as np
@@ -162,7 +162,7 @@ def _logits(network: "Network", images: Any) -> Any:
 
 
 def _check(
-    probe: Any, framework: "Framework", network: "Network", shape: tuple[int, int, int]
+    probe: Any, framework: "Framework", network: "Linen", shape: tuple[int, int, int]
 ) -> None:
     """Compares the network's logits with the logits of the probe batch."""
     import numpy as np

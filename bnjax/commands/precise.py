@@ -11,7 +11,7 @@ from bnjax.commands import Checkpoint, DataDir, Json, Out, Workdir
 from bnjax.errors import UserError
 
 if TYPE_CHECKING:
-    from bnjax.clinic import Network
+    from bnjax.clinic.linen import Linen
     from bnjax.data.datasets import Dataset
 
 
@@ -41,7 +41,7 @@ def run(
     import tqdm
 
     from bnjax.clinic import precise
-    from bnjax.clinic.linen import nothing_seen
+    from bnjax.clinic.network import nothing_seen
     from bnjax.text import text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare
@@ -94,7 +94,7 @@ def run(
     return 0
 
 
-def _test(network: "Network", dataset: "Dataset", batch_size: int) -> dict[str, float]:
+def _test(network: "Linen", dataset: "Dataset", batch_size: int) -> dict[str, float]:
     """Returns loss and accuracy of all test images."""
     import jax
 

@@ -1,6 +1,6 @@
 """A Gradio page that scores images with a network."""
 
-import functools
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.clinic.linen import NormLayer, nothing_seen, observe
+from bnjax.clinic.network import NormLayer, nothing_seen
 from bnjax.clinic.statistics import drift, put
 from bnjax.data.pictures import read_pictures
 from bnjax.errors import DataError
@@ -50,7 +50,7 @@ class Scores:
         self._norms: Sequence[NormLayer] = self._network.norms(like)
         self.statistics = (STORED, BATCH, NONE) if self._norms else (STORED,)
         self._observe = jax.jit(
-            functools.partial(observe, model=trained.model),
+            type(self._network).observe,
             static_argnames="mode",
             compiler_options=compiler_options(MAX_IMAGES),
         )
@@ -61,7 +61,7 @@ class Scores:
         Args:
             images: float32 [n, h, w, c] from 0 to 1, n at most `MAX_IMAGES`.
         """
-        params, stored = self._network.params, self._network.batch_stats
+        stored = self._network.batch_stats
         scores, own, count = {}, stored, len(images)
         filling = np.zeros((MAX_IMAGES - count, *self.image_shape), np.float32)
         batch = {
@@ -71,7 +71,8 @@ class Scores:
         for name in self.statistics:
             stats = without_statistics(stored) if name == NONE else stored
             mode = "batch" if name == BATCH else "running"
-            logits, seen = self._observe(params, stats, nothing_seen(stats), batch, mode=mode)
+            network = dataclasses.replace(self._network, batch_stats=stats)
+            logits, seen = self._observe(network, nothing_seen(stats), batch, mode=mode)
             scores[name] = np.asarray(classes_and_scores(logits)["score"])[:count]
             if name == BATCH:
                 own = put(stored, seen, self._norms)

@@ -15,7 +15,8 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
-from bnjax.clinic.folding import Folded, Folding, NormFold, difference, plan
+from bnjax.clinic.folding import Folding, NormFold, difference, plan
+from bnjax.clinic.linen import Folded
 from bnjax.errors import UserError
 from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bnjax.clinic.linen import Network, nothing_seen
+from bnjax.clinic.linen import linen
+from bnjax.clinic.network import nothing_seen
 from bnjax.clinic.statistics import Drift, drift, gap, put
 from bnjax.data.batches import evenly_spaced
 from bnjax.data.datasets import Dataset
@@ -196,7 +197,7 @@ class Observer:
         """
         if len(self._same.label) and nothing_seen(batch_stats):
             batch = {"image": self._same.image, "label": self._same.label}
-            network = Network(state.params, batch_stats, self._model)
+            network = linen(self._model, state.params, batch_stats)
             found, layers = jax.device_get(self._gap(network, batch)), network.norms(batch)
             drifts = drift(batch_stats, put(batch_stats, found.seen, layers), layers)
             of_batch = {f"batch_{key}": mean for key, mean in found.batch.means().items()}

@@ -15,7 +15,7 @@ from tensorboardX.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboardX.proto.versions_pb2 import VersionDef
 
 from bnjax.clinic.jaxpr import Node, layers
-from bnjax.clinic.linen import Network
+from bnjax.clinic.linen import linen
 from bnjax.train_step import init_variables
 
 
@@ -33,7 +33,7 @@ def graph_def(model: nn.Module, shape: Sequence[int], dtype: Any = np.uint8) -> 
     key = jax.random.key(0)
     images = jax.ShapeDtypeStruct(tuple(shape), dtype)
     variables: Any = jax.eval_shape(lambda image: init_variables(model, key, image), images)
-    network = Network(variables[0], variables[1], model)
+    network = linen(model, *variables)
     leaves = [item for tree in variables for item in flatten_dict(tree).items()]
     names: dict[Node, str] = {}
     found = []
@@ -45,7 +45,7 @@ def graph_def(model: nn.Module, shape: Sequence[int], dtype: Any = np.uint8) -> 
         names[node] = name
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in node.shape])
         attributes = {"_output_shapes": AttrValue(list=AttrValue.ListValue(shape=[shape]))}
-        for (*own, leaf_name), leaf in leaves if node.module is not None else ():
+        for (*own, leaf_name), leaf in leaves if node.call is not None else ():
             if (*own,) == node.path:
                 attributes[leaf_name] = AttrValue(s="x".join(map(str, leaf.shape)).encode())
         inputs = [names[one] for one in node.inputs]

@@ -13,7 +13,7 @@ import numpy as np
 
 from bnjax.clinic.accumulation import accumulated_step
 from bnjax.clinic.averaging import averaged_params
-from bnjax.clinic.linen import Network, observe
+from bnjax.clinic.linen import Linen, linen
 from bnjax.clinic.statistics import precise
 from bnjax.compat import vmap
 from bnjax.data.batches import Examples, eval_batches, evenly_spaced
@@ -74,7 +74,7 @@ class Steps:
             return over_seeds(step, (0, 0, None), seeds)
 
         def watch(axis_name: Any) -> Any:
-            step = functools.partial(observe, model=model, mode="batch", axis_name=axis_name)
+            step = functools.partial(Linen.observe, mode="batch", axis_name=axis_name)
             return lambda *arguments: (None, step(*arguments)[1])
 
         self._test = parallel.compile(
@@ -82,7 +82,7 @@ class Steps:
         )
         self._observe = parallel.compile(
             watch,
-            (None, None, None, 0),
+            (None, None, 0),
             compiler_options=compiler_options(experiment.batch_size, product),
         )
 
@@ -170,7 +170,7 @@ class Steps:
             for batch in precise_batches(self._dataset.train, images, batch_size)
         ]
         networks = [
-            Network(*self.of_seed((params, batch_stats), i), experiment.model)
+            linen(experiment.model, *self.of_seed((params, batch_stats), i))
             for i in range(self._seeds)
         ]
         found = [precise(one, batches, jit=lambda _: self._observe) for one in networks]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.clinic.folding import Folded, Folding, difference
-from bnjax.clinic.linen import Network
+from bnjax.clinic.folding import Folding, difference
+from bnjax.clinic.linen import Folded, Linen, linen
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
 from bnjax.train import build
@@ -98,14 +98,14 @@ class Trained:
         return "bfloat16" in (build.dtype_of(model), model.dense_product)
 
     @property
-    def network(self) -> Network:
+    def network(self) -> Linen:
         """The network for the functions of the clinic."""
-        return Network(self.params, self.batch_stats, self.model)
+        return linen(self.model, self.params, self.batch_stats)
 
     def write(
         self,
         out: Path,
-        network: Network,
+        network: Linen,
         about: dict[str, Any],
         folded: Sequence[tuple[Sequence[str], Sequence[str]]],
     ) -> None:
@@ -161,9 +161,9 @@ def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> di
     for model in [in_float32(trained), *([trained.model] if trained.is_low else [])]:
         plain = model.unfolded if isinstance(model, Folded) else model
         after = Folded(plain, folding.pairs)
-        own = logits(Network(trained.params, trained.batch_stats, model), images)
+        own = logits(linen(model, trained.params, trained.batch_stats), images)
         variables = (folding.network.params, folding.network.batch_stats)
-        found.append(difference(own, logits(Network(*variables, after), images)))
+        found.append(difference(own, logits(linen(after, *variables), images)))
     if not found[0] <= TOLERANCE:
         raise UserError(
             f"the logits of the folded network differ on {about} by {found[0]:.1e} of the largest, "
@@ -183,7 +183,7 @@ def in_float32(trained: Trained) -> Any:
     return Folded(model, trained.folded) if trained.folded else model
 
 
-def logits(network: Network, images: Images) -> jax.Array:
+def logits(network: Linen, images: Images) -> jax.Array:
     """Returns the logits of a network in evaluation, all images at once."""
     run = jax.jit(
         functools.partial(forward, model=network.model, train=False),

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bnjax.clinic.adaptation import affine_only, tent, tent_step
-from bnjax.clinic.linen import Network
+from bnjax.clinic.linen import linen
 from bnjax.clinic.statistics import precise
 from bnjax.train_step import init_variables
 
@@ -78,7 +78,7 @@ def test_statistics_mixed_with_the_old_ones(by, keep):
     # One batch, where each layer is to be normalised by it.
     cuts = [25] if by == "batch" else [8, 16, 25]
     batches = [padded(part, 32) for part in np.split(x, cuts[:-1]) if len(part)]
-    adapted = precise(Network(params, stats, Net()), batches, keep=keep, by=by)
+    adapted = precise(linen(Net(), params, stats), batches, keep=keep, by=by)
     assert adapted.params is params
     found = adapted.batch_stats
     weights, old = double(params), double(stats)
@@ -112,9 +112,8 @@ def test_the_gradient_of_the_entropy_goes_through_the_batch():
     params, stats = network()
     x = images(7)
     tx = affine_only(optax.sgd(1.0), params, stats, "*")
-    new, _, logits, before = tent_step(
-        params, tx.init(params), stats, padded(x, 9), model=Net(), tx=tx
-    )
+    network_ = linen(Net(), params, stats)
+    new, _, logits, before = tent_step(network_, tx.init(params), padded(x, 9), tx=tx)
     assert logits.shape == (9, 4)
     close(before, mean_entropy(double(params), x))
     for norm in ("norm0", "norm1"):
@@ -126,24 +125,24 @@ def test_the_gradient_of_the_entropy_goes_through_the_batch():
                     moved[norm][leaf][i] += step
                     ends.append(mean_entropy(moved, x))
                 slope = (ends[0] - ends[1]) / 2e-5
-                close(params[norm][leaf][i] - new[norm][leaf][i], slope)
+                close(params[norm][leaf][i] - new.params[norm][leaf][i], slope)
 
 
 def test_tent_is_its_steps_and_then_precise_statistics():
     params, stats = network()
     batches, patterns = [padded(2 * images(n) + 1, 32) for n in (32, 20, 8)], ("norm1",)
     decay = optax.adamw(0.05, weight_decay=0.1)
-    old = Network(params, stats, Net())
+    old = linen(Net(), params, stats)
     new = tent(old, batches, tx=decay, epochs=3, patterns=patterns)
     tx = affine_only(decay, params, stats, *patterns)
-    step = jax.jit(partial(tent_step, model=Net(), tx=tx))
-    mine, opt_state, entropies = params, tx.init(params), []
+    step = jax.jit(partial(tent_step, tx=tx))
+    mine, opt_state, entropies = old, tx.init(params), []
     for _ in range(3):
         for batch in batches:
-            mine, opt_state, _, before = step(mine, opt_state, stats, batch)
+            mine, opt_state, _, before = step(mine, opt_state, batch)
             entropies.append(before)
-    jax.tree.map(close, new.params, mine)
-    jax.tree.map(close, new.batch_stats, precise(Network(mine, stats, Net()), batches).batch_stats)
+    jax.tree.map(close, new.params, mine.params)
+    jax.tree.map(close, new.batch_stats, precise(mine, batches).batch_stats)
     assert sum(entropies[-3:]) < 0.98 * sum(entropies[:3])
     before = flatten_dict(params)
     changed = {
@@ -155,7 +154,7 @@ def test_tent_is_its_steps_and_then_precise_statistics():
 
 
 def test_what_is_impossible_is_refused():
-    batches, old = [{"image": images(4)}], Network(*network(), Net())
+    batches, old = [{"image": images(4)}], linen(Net(), *network())
     with pytest.raises(ValueError, match="not an iterator"):
         tent(old, iter(batches), tx=optax.sgd(0.1))
     with pytest.raises(ValueError, match="no batch"):

@@ -11,7 +11,7 @@ import optax
 import pytest
 from patients import HEALTHY, ILL, Plain, images, plain, shared_jit, untold
 
-from bnjax.clinic import Network, Run, audit
+from bnjax.clinic import Run, audit, linen
 from bnjax.clinic.checks import ILLNESSES, depends, match
 from bnjax.clinic.measure import measure
 from bnjax.train_step import forward, init_variables
@@ -22,7 +22,7 @@ LONG = ("far from 0 in bfloat16", "far from 0, 60 steps", "momentum 0.99, untold
 
 
 def examined(patient):
-    network = Network(patient.params, patient.batch_stats, patient.model)
+    network = linen(patient.model, patient.params, patient.batch_stats)
     return audit(network, patient.batches, patient.run, jit=shared_jit)
 
 
@@ -164,7 +164,7 @@ def test_copies_on_devices_that_differ():
         return jax.tree.map(one, patient.batch_stats)
 
     for apart, wanted in ((0.0, []), (0.1, ["replicas-differ"])):
-        network = Network(patient.params, spread(apart), patient.model)
+        network = linen(patient.model, patient.params, spread(apart))
         _, found, _ = match(network, patient.batches[0])
         assert [one.id for one in found] == wanted
 
@@ -220,7 +220,7 @@ def test_padding_counts_for_nothing():
 def test_a_batch_of_nothing_is_refused():
     patient = plain(0)
     with pytest.raises(ValueError, match="at least two examples"):
-        audit(Network(patient.params, patient.batch_stats, patient.model), [])
+        audit(linen(patient.model, patient.params, patient.batch_stats), [])
 
 
 def test_the_result_as_text_and_to_dict():
@@ -274,7 +274,7 @@ def test_stored_statistics_stray_as_far_as_their_standard_error_says():
         stats = initial
         for batch in fresh[:60]:
             stats = update(params, stats, batch)[1]["batch_stats"]
-        network, run = Network(params, stats, model), Run(batch_size=size)
+        network, run = linen(model, params, stats), Run(batch_size=size)
         case = measure(network, fresh[60:], run, shared_jit)
         scores.append([layer.z_scores for layer in case.layers])
     # Squares of 16 repeats in at least four directions have a mean of 1 +- 0.18.

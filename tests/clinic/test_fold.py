@@ -13,7 +13,7 @@ from jax import lax
 
 from bnjax import norms
 from bnjax.clinic.folding import difference, plan
-from bnjax.clinic.linen import Network
+from bnjax.clinic.linen import linen
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import eval_step, forward
 
@@ -22,7 +22,7 @@ BATCH = {"image": IMAGES}
 
 
 def trained(model, positive=False):
-    return Network(*drawn(model, IMAGES, positive), model)
+    return linen(model, *drawn(model, IMAGES, positive))
 
 
 def logits(network):
@@ -85,7 +85,7 @@ def test_the_convnet_wherever_its_norms_stand(placement, pooling, norm_dense):
     assert found == wanted
     assert not done.batch_stats
     # The network without norms takes the parameters.
-    plain = Network(done.params, {}, model.clone(norm=None))
+    plain = linen(model.clone(norm=None), done.params, {})
     np.testing.assert_array_equal(logits(plain), logits(done))
 
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from foreign import NETWORKS, drawn, shapes
 
 from bnjax.clinic.freezing import affine_mask, freeze_statistics, moved, without_frozen
-from bnjax.clinic.linen import Network
+from bnjax.clinic.linen import linen
 from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
 from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
@@ -59,13 +59,13 @@ def test_frozen_statistics_stay_and_the_others_move(name):
     state = TrainState(jnp.int32(0), params, SGD.init(params), jax.random.key(1))
     once, after, _ = stepped(frozen, state, stats)
     kept = same(stats, after)
-    first = Network(params, stats, NETWORKS[name]).norms(BATCH)[0].path
+    first = linen(NETWORKS[name], params, stats).norms(BATCH)[0].path
     assert {path for path, unchanged in kept.items() if unchanged} == {
         (*first, "mean"),
         (*first, "var"),
     }
     names = (f"{'.'.join(first)}.{leaf}" for leaf in ("scale", "bias"))
-    networks = Network(params, stats, frozen), Network(once.params, after, frozen)
+    networks = linen(frozen, params, stats), linen(frozen, once.params, after)
     assert {*moved(*networks, [".".join(first)])} == {*names}
     assert ".".join(first) + ".mean" not in moved(*networks)
 
@@ -81,7 +81,7 @@ def test_trees_fields_and_evaluation_are_the_models_own(name):
     results = [jax.jit(partial(eval_step, model=one))(*variables, BATCH) for one in (model, frozen)]
     assert jax.tree.leaves(results[0]) == jax.tree.leaves(results[1])
     for train in (False, True):
-        layers = Network(*variables, frozen).norms(BATCH, train=train)
+        layers = linen(frozen, *variables).norms(BATCH, train=train)
         assert not any(layer.by_batch for layer in layers)
 
 
@@ -185,7 +185,7 @@ def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name):
         return params
 
     plain, ours = two_steps(tx, params), two_steps(frozen, params)
-    first = Network(params, stats, NETWORKS[name]).norms(BATCH)[0].path
+    first = linen(NETWORKS[name], params, stats).norms(BATCH)[0].path
     kept = {path for path, unchanged in same(params, ours).items() if unchanged}
     assert kept == {(*first, "scale"), (*first, "bias")}
     assert {path for path, equal in same(plain, ours).items() if not equal} == kept

@@ -13,7 +13,8 @@ from flax import nnx
 from foreign import NETWORKS, drawn
 
 from bnjax import clinic
-from bnjax.clinic.linen import Network, nothing_seen, observe
+from bnjax.clinic.linen import linen
+from bnjax.clinic.network import Network, nothing_seen
 from bnjax.norms import BatchNorm
 from bnjax.train_step import forward, init_state, init_variables, train_step
 
@@ -41,7 +42,7 @@ def test_norms_in_the_order_of_their_calls(name):
     model = NETWORKS[name]
     variables = drawn(model, IMAGES[:1])
     for train in (False, True):
-        layers = Network(*variables, model).norms({"image": IMAGES}, train=train)
+        layers = linen(model, *variables).norms({"image": IMAGES}, train=train)
         assert [layer.name for layer in layers] == NAMES[name]
         assert {layer.by_batch for layer in layers} == {train}
         assert {layer.module.momentum for layer in layers} == {0.9}
@@ -52,10 +53,11 @@ def test_a_norm_that_is_the_whole_model_and_on_another_axis(kind):
     x = np.random.default_rng(1).normal(3, 2, (5, 4, 3, 2)).astype(np.float32)
     norm = {"same signature": _Outer, "own signature": _Called}[kind](axis=1)
     params, stats = drawn(norm, x)
-    (layer,) = Network(params, stats, norm).norms({"image": x})
+    network = linen(norm, params, stats)
+    (layer,) = network.norms({"image": x})
     assert (layer.path, layer.axes) == ((), (0, 2, 3))
-    seen = jax.jit(partial(observe, model=norm, mode="running"))
-    _, seen = seen(params, stats, nothing_seen(stats), {"image": x})
+    observe = jax.jit(partial(Network.observe, mode="running"))
+    _, seen = observe(network, nothing_seen(stats), {"image": x})
     (found,) = seen.values()
     np.testing.assert_allclose(found.mean, x.mean((0, 2, 3), np.float64), rtol=1e-6)
     np.testing.assert_allclose(found.var, x.var((0, 2, 3), np.float64), rtol=1e-6)
@@ -172,7 +174,9 @@ def test_a_model_of_nnx_trains_and_what_cannot_be_checked_is_said():
     state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), image)
     _, new, _ = jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch)
     assert (np.asarray(new["norm"]["mean"]) != 0).all()
-    findings = clinic.audit(Network(state.params, new, model), [batch] * 4)
+    variables = state.params, new
+    network = linen(model, *variables, call=lambda model, x, train: model(x, train=train))
+    findings = clinic.audit(network, [batch] * 4)
     (entry,) = findings.not_checked
     assert not findings.healthy
     assert str(findings).endswith("nothing to audit")

@@ -9,9 +9,9 @@ import pytest
 from foreign import NETWORKS, drawn
 from wrappers import run
 
-from bnjax.clinic import Network
+from bnjax.clinic import linen
 from bnjax.clinic import precise as precise_network
-from bnjax.clinic.linen import nothing_seen, observe
+from bnjax.clinic.network import nothing_seen
 from bnjax.norms import BatchNorm
 from bnjax.train_step import forward
 
@@ -94,7 +94,7 @@ def precise(model, params, batches, batch_stats=None, **options):
     """The statistics alone; others stand in where none are given."""
     if batch_stats is None:
         _, batch_stats = variables_of(model)
-    return precise_network(Network(params, batch_stats, model), batches, **options).batch_stats
+    return precise_network(linen(model, params, batch_stats), batches, **options).batch_stats
 
 
 def as_batches(images):
@@ -159,9 +159,8 @@ def test_over_shards_that_hold_different_numbers_of_images(wrapper):
             params, stats = replicated
             seen = nothing_seen(stats)
             for batch in sharded:
-                logits, seen = observe(
-                    params, stats, seen, batch, model=model, mode="batch", axis_name=axis_name
-                )
+                network = linen(model, params, stats)
+                logits, seen = network.observe(seen, batch, mode="batch", axis_name=axis_name)
             return seen, logits
 
         return both

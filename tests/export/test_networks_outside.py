@@ -13,7 +13,7 @@ from foreign import PreActResNet, ResNet
 
 from bnjax import norms
 from bnjax.clinic.folding import difference, plan
-from bnjax.clinic.linen import Network
+from bnjax.clinic.linen import linen
 from bnjax.export.onnx import onnx_model
 from bnjax.export.stablehlo import named, program
 from bnjax.models.convnet import ConvNet
@@ -83,7 +83,7 @@ def expected(request, tmp_path_factory):
         )[0]
         folder, exported = tmp_path_factory.mktemp("model"), model
         if count is not None:
-            folded, norms = plan(Network(*variables, model), images[:1])
+            folded, norms = plan(linen(model, *variables), images[:1])
             assert sum(one.layer is not None for one in norms) == count, norms
             exported, variables = folded.model, (folded.params, folded.batch_stats)
         (folder / "model.stablehlo").write_bytes(program(exported, *variables, SHAPE, ["cpu"]))

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from bnjax import norms
-from bnjax.clinic import Network
+from bnjax.clinic import linen
 from bnjax.clinic.folding import difference, plan
 from bnjax.clinic.porting import Table, port_from, port_to
 from bnjax.models.resnet import RESNETS, TORCHVISION, ResNet
@@ -168,7 +168,7 @@ def test_the_published_networks_have_their_parameters(name):
 def test_the_imagenet_network_is_as_deep_and_narrow_as_in_the_paper():
     model = RESNETS["resnet50"](norm=NORM, classes=1000)
     batch = {"image": np.zeros((1, 224, 224, 3), np.float32)}
-    layers = Network(*shapes(model, batch["image"]), model).norms(batch)
+    layers = linen(model, *shapes(model, batch["image"])).norms(batch)
     assert len(layers) == 53  # with the logits 50 layers and four shortcuts
     sides = [layer.shape[1] for layer in layers]
     assert sides[0] == 112
@@ -241,7 +241,7 @@ def test_padding_counts_for_nothing(placement):
 def folded(model):
     """The names of the norms that fold and of their layers; logits stay."""
     params, stats = trained(model)
-    network, norms = plan(Network(params, stats, model), IMAGES)
+    network, norms = plan(linen(model, params, stats), IMAGES)
     after = logits(network.model, network.params, network.batch_stats)
     assert difference(logits(model, params, stats), after) < 1e-5
     return {".".join(one.norm): ".".join(one.layer) for one in norms if one.layer}
@@ -250,7 +250,7 @@ def folded(model):
 @VARIANTS
 def test_every_norm_after_a_convolution_folds(variant):
     model = ResNet(**SMALL | variant)
-    layers = Network(*trained(model), model).norms({"image": IMAGES})
+    layers = linen(model, *trained(model)).norms({"image": IMAGES})
     wanted = {layer.name: layer.name.removesuffix("_norm") for layer in layers}
     assert folded(model) == wanted
 

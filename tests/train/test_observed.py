@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboardX.proto.graph_pb2 import GraphDef
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from bnjax.clinic.linen import Network
+from bnjax.clinic.linen import linen
 from bnjax.clinic.statistics import Drift, drift, gap, put
 from bnjax.data.batches import evenly_spaced
 from bnjax.norms import BatchNorm
@@ -92,7 +92,7 @@ class Norm(nn.Module):
 def test_averages_that_were_never_updated_are_far_off():
     x = np.random.default_rng(0).normal(3, 0.1, (64, 1, 1, 2)).astype(np.float32)
     batch = {"image": x, "label": np.zeros(64, np.int32)}
-    network = Network(*init_variables(Norm(), jax.random.key(0), x), Norm())
+    network = linen(Norm(), *init_variables(Norm(), jax.random.key(0), x))
     stats, layers = network.batch_stats, network.norms(batch)
     true = put(stats, jax.jit(gap)(network, batch).seen, layers)
     (found,) = drift(stats, true, layers).values()
@@ -112,11 +112,11 @@ def test_padding_counts_for_nothing_and_what_is_true_has_no_drift():
         "label": np.concatenate([label, np.zeros(3, np.int32)]),
         "mask": np.arange(12) < 9,
     }
-    compiled, network = jax.jit(gap), Network(params, stats, Norm())
+    compiled, network = jax.jit(gap), linen(Norm(), params, stats)
     whole, masked = (compiled(network, b) for b in ({"image": x, "label": label}, padded))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
-    layers = Network(params, stats, Norm()).norms(padded)
+    layers = linen(Norm(), params, stats).norms(padded)
     true = put(stats, masked.seen, layers)
     assert drift(true, true, layers) == {"BatchNorm_0": (0.0, 0.0)}
     under_own = eval_step(params, true, padded, model=Norm())
@@ -127,7 +127,7 @@ def test_padding_counts_for_nothing_and_what_is_true_has_no_drift():
 def test_what_is_not_finite_is_null(tmp_path):
     x = np.ones((4, 1, 1, 1), np.float32)
     params, true = init_variables(Norm(), jax.random.key(0), x)
-    layers = Network(params, true, Norm()).norms({"image": x})
+    layers = linen(Norm(), params, true).norms({"image": x})
     bad = {"BatchNorm_0": {"mean": jnp.array([jnp.inf]), "var": jnp.array([-5.0])}}
     drifts = drift(bad, true, layers)
     means = {"loss": np.nan, "accuracy": 0.0, "batch_loss": np.inf, "batch_accuracy": 0.0}

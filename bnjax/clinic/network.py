@@ -1,0 +1,322 @@
+"""Networks of any library: their norms, and the moments of the norms' inputs.
+
+A library's adapter subclasses `Network` with one method, `run`, which passes each call of a module
+to a function. The model needs no change.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.norms.moments import (
+    AxisName,
+    Moments,
+    Total,
+    full_mask,
+    merge,
+    moments,
+    total_over,
+)
+from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
+
+# "train": as in training, with dropout; "batch": as in evaluation, but with batch statistics;
+# "running": as in evaluation.
+Mode = Literal["train", "batch", "running"]
+Path = tuple[str, ...]
+# The moments of the inputs of each norm so far, by the path of its leaves in `batch_stats`.
+Seen = Mapping[Path, Moments]
+# The leaves beside `mean` and `var` that collect these moments during a pass. They have the shape
+# of `mean`, so lifted transformations handle them like `mean`.
+SEEN = ("seen_mean", "seen_var", "seen_count")
+# The known training flags of `__call__`, and their values in training.
+FLAGS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NormLayer:
+    """One batch norm in one pass.
+
+    Attributes:
+        path: the path of its leaves in `batch_stats`.
+        module: its fields `epsilon`, `momentum`, …, without arrays.
+        shape, dtype: the shape and dtype of its input.
+        axes: the reduced axes.
+        by_batch: whether this pass normalised by batch statistics.
+    """
+
+    path: Path
+    module: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[int, ...]
+    by_batch: bool
+
+    @property
+    def name(self) -> str:
+        """The path with dots."""
+        return ".".join(self.path)
+
+    @property
+    def variance(self) -> str:
+        """The kind of variance in its average, "biased" or "unbiased"."""
+        return getattr(self.module, "variance", "biased")
+
+
+@dataclasses.dataclass
+class Call:
+    """A call of a module during a pass; calling it runs the module.
+
+    Attributes:
+        module: the module, with its variables.
+        path: its path.
+        proceed: (*args, **kwargs) -> the output of the module.
+        args, kwargs: its arguments.
+        is_norm: whether it is a batch norm.
+    """
+
+    module: Any
+    path: Path
+    proceed: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_norm: bool
+
+    @property
+    def kind(self) -> type:
+        """The class of the module."""
+        return type(self.module)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a dense layer or a convolution."""
+        return False
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether a norm or a layer computes what the class of its library computes."""
+        return True
+
+    def __call__(self) -> Any:
+        """Runs the module and returns its output."""
+        return self.proceed(*self.args, **self.kwargs)
+
+    @property
+    def x(self) -> Array:
+        """The input."""
+        return self.args[0] if self.args else self.kwargs["x"]
+
+    @property
+    def mask(self) -> Any:
+        """The mask given to the norm, or None."""
+        return self.kwargs.get("mask")
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the input that a norm reduces."""
+        axis, x = self.module.axis, self.x
+        channels = {one % x.ndim for one in ([axis] if isinstance(axis, int) else axis)}
+        return tuple(one for one in range(x.ndim) if one not in channels)
+
+    def get(self, name: str) -> Array | None:
+        """Returns a running statistic of a norm; None if it has no such leaf."""
+        raise NotImplementedError
+
+    def put(self, name: str, value: Array) -> None:
+        """Replaces a running statistic of a norm."""
+        raise NotImplementedError
+
+    def layer(self) -> NormLayer:
+        """Returns the facts about a norm in this pass."""
+        raise NotImplementedError
+
+    def moments(self, of_batch: Any = None, total: Total = lambda part: part) -> Moments:
+        """Returns the moments of the input of a norm, float32, in the shape of its `mean`.
+
+        Args:
+            of_batch: the mask of the batch, used if the norm gets none.
+            total: sums over devices.
+
+        Raises:
+            ValueError: if the batch is padded and the input has no axis of examples.
+        """
+        x, mask, axes = self.x, self.mask, self.axes
+        if mask is None and of_batch is not None:
+            if 0 not in axes or x.shape[0] != of_batch.shape[0]:
+                raise ValueError(
+                    f"the batch is padded, but the input of the norm {'.'.join(self.path)}, "
+                    f"{x.shape}, does not have its {of_batch.shape[0]} examples along the first "
+                    "axis. Give batches without padding, or a model whose __call__ takes `mask`."
+                )
+            mask = of_batch
+        mask = None if mask is None else full_mask(mask, x.shape, axes)
+        given = moments(jnp.asarray(x, jnp.float32), axes, mask, total)
+        shape = self.get("mean").shape  # type: ignore[union-attr]
+        return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+
+    @property
+    def seen(self) -> Moments | None:
+        """The moments of a norm's inputs so far; None if it has no leaves of `with_seen`."""
+        leaves = [self.get(name) for name in SEEN] if self.is_norm else [None]
+        return None if leaves[0] is None else Moments(*leaves)  # type: ignore[arg-type]
+
+    def see(self, seen: Moments) -> None:
+        """Stores moments; after the call, because a superclass may store some too."""
+        for name, leaf in zip(SEEN, seen, strict=True):
+            self.put(name, leaf)
+
+
+Around = Callable[[Call], Any]
+
+
+@struct.dataclass
+class Network:
+    """A trained network that knows how to run itself; a pytree of its variables.
+
+    Attributes:
+        params: the weights, by path.
+        batch_stats: the running statistics, by path: each norm has `mean` and `var`.
+    """
+
+    params: Params
+    batch_stats: Any
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        train: bool,
+        dropout: jax.Array | None = None,
+        around: Around = lambda call: call(),
+    ) -> tuple[Logits, BatchStats]:
+        """Runs a batch; returns the logits and the running statistics after it.
+
+        Norms do not sync over an axis.
+
+        Args:
+            batch: `image` [n, h, w, c] and optionally `mask` bool [n].
+            train: whether to run training instead of evaluation.
+            dropout: the key for dropout.
+            around: runs each call of a module and returns its output.
+        """
+        raise NotImplementedError
+
+    def folded(
+        self, params: Params, batch_stats: BatchStats, pairs: Sequence[tuple[Path, Path]]
+    ) -> "Network":
+        """Returns the network without some of its norms, and with these variables.
+
+        Args:
+            params, batch_stats: without leaves of these norms.
+            pairs: the path of each norm, and of a layer that gets a bias.
+        """
+        raise NotImplementedError
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the model takes a mask."""
+        raise NotImplementedError
+
+    def shapes(self, images: Images) -> tuple[Any, Any]:
+        """Returns the shapes of the model's own parameters and running statistics."""
+        return jax.eval_shape(lambda: (self.params, self.batch_stats))
+
+    def norms(self, batch: Batch, *, train: bool = False) -> tuple[NormLayer, ...]:
+        """Returns the norms of the model in the order of their calls, without any computation.
+
+        A norm with several calls, or one that is stacked by a scan or vmap, is one entry.
+
+        Args:
+            batch: `image` [n, h, w, c], or its shape, and optionally `mask`.
+            train: whether to trace training instead of evaluation.
+        """
+        found: dict[Path, NormLayer] = {}
+
+        def watch(call: Call) -> Any:
+            is_stored = call.is_norm and call.get("mean") is not None  # a folded norm has no leaves
+            y = call()
+            if is_stored:
+                found.setdefault(call.path, call.layer())
+            return y
+
+        def run(network: Network, batch: Batch) -> Any:
+            return network.run(batch, train=train, dropout=jax.random.key(0), around=watch)
+
+        jax.eval_shape(run, self, dict(batch))
+        return tuple(found.values())
+
+    def observe(
+        self,
+        seen: Seen,
+        batch: Batch,
+        *,
+        mode: Mode,
+        dropout: jax.Array | None = None,
+        axis_name: AxisName | None = None,
+    ) -> tuple[Logits, Seen]:
+        """Runs a batch; returns its logits, and `seen` merged with the moments of norms' inputs.
+
+        Moments are merged by count (Chan et al., 1979) in float32, and no activation is kept.
+        Masked examples are excluded, whether or not the model takes masks.
+
+        Args:
+            seen: from `nothing_seen`, or from the previous batch.
+            batch: `image` [n, h, w, c] and optionally `mask` bool [n].
+            mode: how to run the network; "batch" uses only the shapes of the running statistics.
+            dropout: the key for dropout, for "train".
+            axis_name: the mapped axis or axes over which the moments are computed.
+
+        Raises:
+            ValueError: if a batch is padded and the input of a norm has no axis of examples.
+        """
+        mask, total = batch.get("mask"), total_over(axis_name)
+
+        def watch(call: Call) -> Any:
+            if (before := call.seen) is None:
+                return call()
+            given = call.moments(mask, total)
+            if mode == "batch":
+                call.put("mean", given.mean)
+                call.put("var", given.var)
+            y = call()
+            call.see(merge(before, given))
+            return y
+
+        network = dataclasses.replace(self, batch_stats=with_seen(self.batch_stats, seen))
+        logits, written = network.run(batch, train=mode == "train", dropout=dropout, around=watch)
+        return logits, seen_in(written, seen)
+
+
+SameNetwork = TypeVar("SameNetwork", bound=Network)
+
+
+def nothing_seen(batch_stats: BatchStats) -> Seen:
+    """Returns empty moments for each norm, the start value of `Network.observe`."""
+    leaves = flatten_dict(batch_stats)
+    norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
+    zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
+    return {path: Moments(zero, zero, zero) for path, zero in zeros.items()}
+
+
+def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
+    """Returns the statistics with additional leaves for the moments of a pass."""
+    leaves = flatten_dict(batch_stats)
+    for path, moments_ in seen.items():
+        leaves |= {(*path, name): leaf for name, leaf in zip(SEEN, moments_, strict=True)}
+    return unflatten_dict(leaves)
+
+
+def seen_in(batch_stats: BatchStats, paths: Iterable[Path]) -> Seen:
+    """Returns the moments in the leaves of `with_seen`, for the norms at these paths."""
+    leaves = flatten_dict(batch_stats)
+    return {path: Moments(*(leaves[*path, name] for name in SEEN)) for path in paths}
