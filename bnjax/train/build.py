@@ -1,4 +1,4 @@
-"""Builds what a config describes: the network, the augmentation, the data, the experiment."""
+"""Builds the network, the augmentation, the data and the experiment of a config."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from bnjax.train_step import LossFn, softmax_cross_entropy
 
 
 def check(config: ConfigDict) -> None:
-    """Checks everything that needs no data, so that a mistake shows before a download.
+    """Checks a config as far as possible without the data, to report mistakes before a download.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
@@ -49,7 +49,7 @@ def check(config: ConfigDict) -> None:
         key, value = next(iter(given.items()))
         allowed = f"0 with the others as they are: at most one of {', '.join(given)} is above 0"
         raise ConfigError(f"checkpoint.{key}", value, allowed)
-    channels = len(config.model.mean) or 3  # not known before the images are
+    channels = len(config.model.mean) or 3  # unknown before the data are loaded
     network(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, channels))
 
 
@@ -75,13 +75,13 @@ def network(
     """Returns the network that `config.model` describes for images [h, w, c].
 
     Args:
-        config: the section `model`, whose values have been checked one by one.
+        config: the section `model`, after `check_values`.
         classes: the number of logits.
         image_shape: of one image.
-        norm_axes: the mapped axes of the batch norms, for training in parts.
+        norm_axes: the mapped axes of the batch norms, for training on groups of devices.
 
     Raises:
-        ConfigError: if values do not go together, or the images shrink to nothing.
+        ConfigError: if values are incompatible, or the images are too small for the layers.
     """
     shared: dict[str, Any] = {
         "classes": classes,
@@ -115,9 +115,11 @@ def network(
     shared |= {"mean": tuple(config.mean), "std": tuple(config.std)}
     if config.name == "speednet":
         _check_groups(config, config.filters)
-        least = 3 * 2 ** len(config.filters) + 1  # 1 is taken off, then 2s and a 3 divide the rest
+        least = (
+            3 * 2 ** len(config.filters) + 1
+        )  # the whitening removes 1 pixel; poolings divide by 2, the last by 3
         if min(image_shape[:2]) < least:
-            allowed = f"fewer groups: so many take images with sides of {least} pixels and above"
+            allowed = f"fewer groups: these need images with sides of at least {least} pixels"
             raise ConfigError("model.filters", f"{len(config.filters)} groups", allowed)
         return SpeedNet(widths=config.filters, **shared)
     if config.placement == "after":
@@ -180,7 +182,7 @@ def augmentation(config: ConfigDict, classes: int) -> augment.Augmentation | Non
 
     Args:
         config: the section `augment`.
-        classes: how many there are.
+        classes: the number of classes.
     """
     flips = {"random": augment.flip, "alternating": augment.alternating_flip}
     made: dict[str, Callable[[Any], augment.Augmentation]] = {
@@ -198,7 +200,7 @@ def augmentation(config: ConfigDict, classes: int) -> augment.Augmentation | Non
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config applied to a data set: all that the loop needs, durations in steps."""
+    """A config applied to a data set, with all durations in steps."""
 
     model: nn.Module
     training_model: nn.Module  # its batch norms are bound to the axes of `parallel`
@@ -230,14 +232,13 @@ class Experiment:
     def part(self) -> Part:
         """The rows of each batch that this process loads, a multiple of the micro-batches."""
         part, devices = self.parallel.part, self.parallel.mesh.size
-        multiple = (
-            devices * self.micro_batches if devices > 1 else 1
-        )  # one device has the whole batch
+        # A single device gets the whole batch.
+        multiple = devices * self.micro_batches if devices > 1 else 1
         return dataclasses.replace(part, multiple=multiple)
 
     @property
     def is_apart(self) -> bool:
-        """Whether evaluation has weights or statistics of its own."""
+        """Whether evaluation uses other weights or statistics than training."""
         return self.precise_images > 0
 
 
@@ -327,10 +328,10 @@ def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> Conf
 
 
 def spread_over(config: ConfigDict) -> Parallel:
-    """Returns the devices of a step, and which of them share batch statistics.
+    """Returns the devices of a step, in groups that share batch statistics.
 
     Raises:
-        ConfigError: if there are fewer devices, or they do not make whole groups.
+        ConfigError: if there are too few devices, or they cannot form equal groups.
     """
     chosen = jax.config.values["jax_default_device"]  # as under `jax.default_device`
     devices = [chosen] if chosen else jax.devices()
@@ -355,17 +356,17 @@ def spread_over(config: ConfigDict) -> Parallel:
 
 
 def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, images: int) -> int:
-    """Returns a duration in steps, at least 1; `config` holds it as steps or as epochs.
+    """Returns a duration in steps, at least 1; the config has it in steps or in epochs.
 
     Args:
         config: has the keys `<prefix>steps` and `<prefix>epochs`, exactly one of them not 0.
-        prefix: see above.
+        prefix: of the keys, for instance "every_".
         section: of the config, for errors.
-        batch_size: an epoch is images / batch_size steps and need not be whole.
-        images: in the training set.
+        batch_size: an epoch is images / batch_size steps, possibly fractional.
+        images: the number of training images.
 
     Raises:
-        ConfigError: if both or neither are given, or they are too many steps for an int32.
+        ConfigError: if both or neither are given, or the steps exceed an int32.
 
     >>> duration(ConfigDict({"steps": 0, "epochs": 2.0}), "", "train", 5000, 50_000)
     20

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
 
-MAX_SIZE = 1 << 20  # of a layer: beyond it is a slip of the finger
+MAX_SIZE = 1 << 20  # of a layer; a larger number is a typing error
 MAX_SIDE = 1 << 14  # of an image
 NETWORKS = ("convnet", "speednet", "resnet18", "resnet20", "resnet50")
 
@@ -24,14 +24,14 @@ class Check(NamedTuple):
 
 
 class Only(NamedTuple):
-    """Marks a key that exists only with some values of another one, and else has its default."""
+    """Marks a key that needs one of some values of another key, and otherwise has its default."""
 
     key: str
     values: tuple[str, ...]
 
 
 def one_of(*values: str) -> Check:
-    """Allows some texts."""
+    """Allows these texts."""
     return Check(", ".join(values), lambda value: value in values)
 
 
@@ -41,7 +41,7 @@ def whole(low: int, high: float = math.inf, words: str = "") -> Check:
 
 
 def each(words: str, holds: Callable[[Any], bool]) -> Check:
-    """Allows tuples of which each value is allowed."""
+    """Allows tuples in which `holds` is true for each value."""
     return Check(words, lambda values: all(map(holds, values)))
 
 
@@ -95,9 +95,9 @@ class Run:
     """Keys outside the sections."""
 
     name: str = ""
-    "of the run; the file's name if empty"
+    "the name of the run; empty: the name of the file"
     seed: Seed = 0
-    "of the initial weights, the order of the images, augmentation and dropout"
+    "the seed of the initial weights, the order of the images, augmentation and dropout"
     devices: Count = 0
     "the number of devices, 0: all; the batch size does not depend on it"
 
@@ -116,9 +116,9 @@ class Data:
     fallback: Annotated[
         str, Check("'digits', or '' for none", lambda value: value in ("", "digits"))
     ] = ""
-    "digits: use these real images where the named ones cannot be had; empty: fail"
+    "digits: train on these embedded images if the data set is unavailable; empty: fail"
     label: str = ""
-    "the name of the data in summaries and tables; if empty, its own"
+    "the name of the data set in summaries and tables; empty: data.name"
     train_images: Annotated[int, whole(0, words="a whole number above 0, or 0 for all")] = 0
     "train on this many images, the first ones; 0: on all"
     pipeline: Annotated[str, one_of("memory", "stream")] = "memory"
@@ -134,10 +134,10 @@ class Data:
 
 
 class Augment:
-    """The section `augment`, in the order in which training images are changed, on the device."""
+    """The section `augment`, in the order of application, which is on the device."""
 
     flip: Annotated[str, one_of("none", "random", "alternating")] = "none"
-    "mirror images: at random each time, or a random half first and then in every other epoch"
+    "mirror images: with probability 1/2, or each in every other epoch (a random half in the first)"
     translate: Pixels = 0
     "shift by up to this many pixels; edges are reflected"
     crop: Pixels = 0
@@ -162,7 +162,7 @@ class Norm:
     variance: Annotated[str, one_of("biased", "unbiased")] = "biased"
     "the variance that is averaged: divided by n, or by n - 1"
     average_dtype: Dtype = "float32"
-    "the running averages are rounded to it after each step; bfloat16 is for studies"
+    "round the running averages to this dtype after each step; bfloat16 is for studies"
     epsilon: Positive = 1e-3
     "added to variances"
     use_scale: bool = True
@@ -170,11 +170,11 @@ class Norm:
     use_bias: bool = True
     "whether norms learn a shift for each channel"
     virtual_batch: AtLeast2 = 50
-    "ghost: images of a virtual batch"
+    "ghost: the number of images in a virtual batch"
     renorm_steps: AtLeast2 = 40_000
-    "renorm: the step from which its limits are open"
+    "renorm: the step at which its limits reach their final values"
     groups: AtLeast1 = 10
-    "group: how many groups of channels"
+    "group: the number of groups of channels"
 
 
 class Model(Norm):
@@ -183,17 +183,17 @@ class Model(Norm):
     name: Annotated[str, one_of(*NETWORKS)] = "convnet"
     "the network; convnet: the tutorial's"
     mean: Annotated[Numbers, NOT_CONVNET] = ()
-    "subtracted from the pixels of each channel first; white is 1; empty: nothing"
+    "subtracted from the pixels of each channel; white is 1; empty: nothing"
     std: Annotated[Positives, NOT_CONVNET] = ()
     "the divisor of the pixels of each channel; empty: none"
     filters: Annotated[Sizes, WITH_FILTERS] = (30, 50, 60)
-    "of each convolution; speednet: of each group of two"
+    "the channels of each convolution; speednet: of each group of two convolutions"
     whiten_images: Annotated[AtLeast1, SPEEDNET] = 5000
     "training images whose 2x2 patches the first convolution whitens"
     kernels: Annotated[Sizes, CONVNET] = (3, 3, 3)
     "the sides of the convolutions' kernels"
     strides: Annotated[Sizes, CONVNET] = (2, 1, 1)
-    "of the convolutions, or of the pooling after them"
+    "the strides of the convolutions, or of the pooling after them"
     pooling: Annotated[str, one_of("none", "max", "avg"), CONVNET] = "none"
     "none: strided convolutions; max, avg: pool by the stride instead"
     dense: Annotated[Sizes, CONVNET] = (3500, 700)
@@ -203,12 +203,12 @@ class Model(Norm):
     norm: Annotated[
         str, one_of("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none")
     ] = "batch"
-    "which normalisation"
+    "the normalisation"
     norm_dense: Annotated[Flags, CONVNET] = (True, True)
     "whether the output of each hidden dense layer is normalised"
     placement: Annotated[str, one_of("pre", "before", "after"), NOT_SPEEDNET] = "pre"
-    """of the norms: pre, at the input of each layer (in a ResNet: norm, activation, convolution);
-    before or after the activation of each layer"""
+    """the place of the norms: pre: at the input of each layer (in a ResNet: norm, activation,
+    convolution); before, after: before or after the activation of each layer"""
     statistics_over: Annotated[
         str,
         Check(
@@ -216,39 +216,39 @@ class Model(Norm):
             lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
         ),
     ] = "global"
-    """batch norms normalise over the images of all devices, of each, or of groups of this many;
-    running averages are always those of all"""
+    """batch norms normalise over the images of all devices, of each device, or of groups of this
+    many devices; running averages are always over all devices"""
     activation: Annotated[str, one_of("relu", "sigmoid", "tanh", "gelu", "silu")] = "relu"
-    "of each hidden layer; norm frn brings its own"
+    "of each hidden layer; norm frn has a special one"
     weight_standardization: Annotated[bool, NOT_SPEEDNET] = False
     "standardise the kernels of the convolutions"
     dtype: Annotated[str, one_of("float32", "bfloat16", "auto")] = "float32"
-    """of the arithmetic; parameters, statistics and metrics are float32, while gradients of kernels
-    are of this dtype until they have been summed over devices; auto: bfloat16 on accelerators,
+    """the dtype of the arithmetic; parameters, statistics and metrics are float32, and gradients of
+    kernels have this dtype until they are summed over devices; auto: bfloat16 on accelerators,
     float32 on CPUs"""
     dense_product: Annotated[Dtype, CONVNET] = "float32"
-    "the operands of the dense layers' products; bfloat16 is for CPUs that are faster at it"
+    "the dtype of the operands of dense layers; bfloat16 is for CPUs that are faster with it"
 
 
 class Optimizer:
     """The section `optimizer`."""
 
     name: Annotated[str, one_of("adam", "sgd", "muon")] = "adam"
-    "which optimizer"
+    "the optimizer"
     learning_rate: Positive = 1e-3
-    "the highest over the run"
+    "the highest learning rate of the run"
     schedule: Annotated[str, one_of("constant", "linear", "cosine", "one_cycle")] = "constant"
-    """how the rate falls to 0: not at all, in a line or along a cosine; one_cycle: it rises from a
-    25th and falls along cosines"""
+    """how the rate falls to 0; constant: not at all; one_cycle: it rises from a 25th and falls, both
+    along cosines"""
     warmup: Fraction = 0.0
-    "the fraction of the steps in which the rate first rises, from 0 in a line; one_cycle: 0 is 0.3"
+    "the fraction of the steps in which the rate first rises from 0, linearly; one_cycle: 0 is 0.3"
     reduction: Annotated[str, one_of("mean", "sum")] = "mean"
-    "of a batch's losses, whose gradient rates and decay are meant for; metrics are means"
+    "the loss for the gradient: mean or sum over the batch; metrics are always means"
     weight_decay: Amount = 0.0
-    """sgd: times the weight is added to the gradient; adam: to the step, before the rate (AdamW);
-    muon: to the steps of its sgd part, as if their highest rate were 1"""
+    """sgd: this times the weight is added to the gradient; adam: to the update, before the rate
+    (AdamW); muon: to the gradients of its sgd part, divided by their highest rate"""
     weight_decay_mask: Annotated[str, one_of("kernels", "all")] = "kernels"
-    "weight_decay is for the kernels of convolutions and dense layers, or for biases and scales too"
+    "the weights that decay: kernels of convolutions and dense layers, or also biases and scales"
     b1: Fraction = 0.9
     "adam: the decay of the mean gradient"
     b2: Fraction = 0.999
@@ -256,18 +256,18 @@ class Optimizer:
     eps: Positive = 1e-8
     "adam: added to the root of the mean squared gradient"
     momentum: Fraction = 0.0
-    "sgd, also beside muon: the fraction of the last update that is kept"
+    "sgd, also within muon: the fraction of the previous update that is kept"
     nesterov: bool = False
-    "sgd: look one update ahead; beside muon it always does"
+    "sgd: Nesterov momentum; within muon always"
     average: Annotated[str, one_of("none", "ema", "swa")] = "none"
-    """evaluate and predict with this average of the weights, always under precise statistics of its
-    own (eval.precise_images); training goes on without it"""
+    """evaluate and predict with this average of the weights, always under precise statistics for it
+    (eval.precise_images); training does not use it"""
     average_decay: Fraction = 0.99
     "ema: the fraction that a step keeps"
     average_start: Step = 1
     "the first step whose weights are averaged"
     average_every: Step = 1
-    "from there on, average the weights of every such step"
+    "the interval in steps between the weights that are averaged"
 
 
 class Muon:
@@ -276,9 +276,9 @@ class Muon:
     beta: Fraction = 0.6
     "the decay of muon's mean gradient"
     bias_rate: Positive = 0.05
-    "of biases and scales, which sgd trains"
+    "the highest rate of biases and scales, which sgd trains"
     head_rate: Positive = 0.5
-    "of dense kernels, which sgd trains"
+    "the highest rate of dense kernels, which sgd trains"
     whiten_steps: Count = 0
     "speednet: the number of steps in which the bias of the whitening is trained; 0: all"
     rescale_every: Annotated[
@@ -288,74 +288,74 @@ class Muon:
             lambda value: len(value) == 2 and is_whole(value[0], 1) and is_whole(value[1], 0),
         ),
     ] = (1, 0)
-    """(a, b): kernels of convolutions are rescaled to the norm sqrt(output channels) each a steps,
-    and later more seldom: each a + int(b * the part of training that is over)"""
+    """(a, b): kernels of convolutions are rescaled to the norm sqrt(output channels) every
+    a + int(b * progress) steps, with progress from 0 to 1 over the run"""
 
 
 class Train:
     """The section `train`; exactly one of steps and epochs is not 0."""
 
     steps: Steps = 100
-    "how long to train"
+    "the duration of training in steps"
     epochs: Epochs = 0.0
-    "how long to train"
+    "the duration of training in epochs"
     batch_size: AtLeast1 = 5000
-    "images of a step"
+    "the number of images per step, over all devices"
     micro_batches: AtLeast1 = 1
-    "process a batch in this many parts, to save memory; batch norms normalise each by itself"
+    "process a batch in this many parts, to save memory; batch norms normalise each separately"
     shuffle: bool = False
     "False: the order of the files, as in the tutorial"
     label_smoothing: Fraction = 0.0
-    "the part of each label that is spread over all classes; the training loss includes it"
+    "the fraction of each label that is spread over all classes, for the training loss"
     target_loss: Positive = 0.2
-    "the summary says when the training loss first was at or below it"
+    "the summary has the first step with a training loss at or below this"
     stop_at_loss: Amount = 0.0
     "end training when the loss of a step first is at or below it; 0: take every step"
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
-    "what to do with a step whose loss or gradient is not finite"
+    "after a step with a non-finite loss, gradient or statistic: stop training, or skip the step"
     most_skipped: Count = 10
-    "skip: stop after more than this many in a row"
+    "skip: stop after more than this many consecutive steps"
 
 
 class Eval:
     """The section `eval`; each evaluation is followed by a checkpoint."""
 
     every_steps: Steps = 0
-    "how often to evaluate"
+    "the interval between evaluations in steps"
     every_epochs: Epochs = 2.0
-    "how often to evaluate"
+    "the interval between evaluations in epochs"
     batch_size: AtLeast1 = 1000
-    "images that are evaluated at once"
+    "the number of images that are evaluated at once"
     statistics: Annotated[str, one_of("running", "precise")] = "running"
-    """evaluate under training's running averages, or under the mean and variance of training
-    images, computed anew each time. A checkpoint holds the statistics that were evaluated, for
-    predict, and training's own"""
+    """evaluate under the running averages of training, or under the mean and variance of training
+    images, recomputed each time. A checkpoint has the evaluated statistics, for predict, and those
+    of training"""
     precise_images: AtLeast2 = 10_000
     """precise: the number of training images, evenly spaced in the data, in batches of about
-    train.batch_size that are normalised one by one"""
+    train.batch_size that are normalised separately"""
     views: Annotated[int, Check("1, 2 or 6", lambda value: value in (1, 2, 6))] = 1
     """average the logits of this many views of each image: 2, with its mirror image; 6, with two
     shifts by a pixel of each of these"""
     views_share: Share = 1.0
-    "the share of a batch, its least certain images, that gets all views; the others get one"
+    "the fraction of a batch that gets all views, its least certain images; the others get one view"
     gap_images: Images = 256
-    """training images that are evaluated under the running averages and under statistics of their
-    own at each evaluation: what the averages cost, and how far off each is"""
+    """the number of training images that each evaluation compares under the running averages and
+    under batch statistics, to show the error and the cost of the averages"""
     histograms: Images = 256
-    "training images whose activations and gradients are shown as histograms"
+    "the number of training images for histograms of activations and gradients"
     pictures: UpTo100 = 12
-    "test images that TensorBoard shows with their predictions at each evaluation"
+    "the number of test images that TensorBoard shows with their predictions at each evaluation"
 
 
 class Checkpoint:
-    """The section `checkpoint`, between the evaluations; at most one is not 0."""
+    """The section `checkpoint`, for saves between evaluations; at most one key is not 0."""
 
     every_steps: SaveSteps = 0
-    "how often to save"
+    "the interval between these saves in steps"
     every_epochs: SaveTime = 0.0
-    "how often to save"
+    "the interval between these saves in epochs"
     every_minutes: SaveTime = 0.0
-    "how often to save"
+    "the interval between these saves in minutes"
 
 
 SECTIONS = {
@@ -378,7 +378,7 @@ UNITS = (
 
 
 class Key(NamedTuple):
-    """One key as it is declared above; `name` has its section and a dot before it."""
+    """One key as declared above; `name` is "section.name"."""
 
     name: str
     default: Any
@@ -388,7 +388,7 @@ class Key(NamedTuple):
 
 
 def _declared(section: str, kind: type) -> Iterator[Key]:
-    """Yields the keys of a class: its annotated fields, each with a text on the next line."""
+    """Yields the keys of a class: its annotated fields, each with its purpose on the next line."""
     hints = get_type_hints(kind, include_extras=True)
     (declaration,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(declaration, ast.ClassDef)
@@ -416,7 +416,7 @@ KEYS = tuple(
 
 
 def default_config() -> ConfigDict:
-    """Returns the defaults; every key that exists is there."""
+    """Returns the defaults of all keys."""
     values: dict[str, Any] = {}
     for key in KEYS:
         section, _, name = key.name.rpartition(".")
@@ -440,7 +440,7 @@ def keys_as_text() -> str:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks each value by itself, and that keys which do not exist here have their defaults.
+    """Checks each value, and that keys which do not apply have their defaults.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.

@@ -59,11 +59,10 @@ def sample(
     updates, so a call does not affect training.
 
     Args:
-        state: as before the step.
-        batch_stats: likewise.
+        state: the state before the step.
+        batch_stats: the statistics before the step.
         batch: `image` [n, h, w, c] and `label` int [n].
-        model: any linen module, as for `bnjax.train_step.train_step`.
-        loss_fn: likewise.
+        model, loss_fn: as for `bnjax.train_step.train_step`.
     """
 
     def loss(params: Params) -> tuple[jax.Array, OrderedDict[str, Array]]:
@@ -99,7 +98,7 @@ def sample(
 def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Any]]:
     """Returns the `quantiles` and a histogram of each sample, fit for JSON.
 
-    Of the finite values; samples without any are left out. The quantiles are those at `QUANTILES`.
+    Uses the finite values, and omits samples without any. The quantiles are those at `QUANTILES`.
     The histogram has `counts` in equal bins from `low` to `high`, the quantiles 0.005 and 0.995;
     values beyond are counted in the outer bins.
 
@@ -131,7 +130,7 @@ def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str,
 def _thin(values: Array) -> Array:
     """Returns at most `MAX_VALUES` of the values, at equal distances, float32 [count]."""
     stride = -(-values.size // MAX_VALUES) or 1
-    while math.gcd(stride, values.size) > 1:  # it would skip some channels
+    while math.gcd(stride, values.size) > 1:  # a common factor would skip some channels
         stride += 1
     return jnp.asarray(values, jnp.float32).reshape(-1)[::stride]
 
@@ -171,14 +170,14 @@ class Observer:
             functools.partial(sample, model=experiment.model, loss_fn=experiment.loss_fn)
         )
         self._predict = jit(functools.partial(predict_step, model=experiment.model))
-        # Compiled in a third of the time, and as fast: it runs seldom.
+        # Compiles in a third of the time with these options, and runs as fast.
         self._gap = jax.jit(gap, compiler_options=compiler_options() | init_options())
 
     def introduce(self, writer: RunWriter, config: ConfigDict) -> None:
         """Writes the graph of the model and the hyperparameters."""
         writer.board.graph(graph_def(self._model, self._shape))
         values, standard = flat(config.to_dict()), flat(default_config().to_dict())
-        # TensorBoard shows the first few columns: what is special about this run.
+        # TensorBoard shows the first few columns, so keys without their defaults come first.
         writer.board.hyperparameters(
             dict(sorted(values.items(), key=lambda item: item[1] == standard[item[0]]))
         )
@@ -193,7 +192,7 @@ class Observer:
     ) -> None:
         """Records the gap, the histograms and the predictions after `step` steps.
 
-        The predictions are of what is evaluated; all else is of what training has.
+        The predictions use `evaluated`, all else uses `state` and `batch_stats`.
         """
         if len(self._same.label) and nothing_seen(batch_stats):
             batch = {"image": self._same.image, "label": self._same.label}
@@ -235,14 +234,13 @@ def first_nonfinite(
 
     Looks at the images, the parameters, the statistics, the output of each layer, the new
     statistics, the losses and the gradients. The forward pass is not compiled, so that the layers
-    are met in the order in which they run.
+    are checked in the order of computation.
 
     Args:
-        state: as it was before the step, `step` included, since dropout depends on it.
-        batch_stats: likewise.
+        state: the state before the step, with its `step`, because dropout depends on it.
+        batch_stats: the statistics before the step.
         batch: the batch of the step.
-        model: as for `train_step`.
-        loss_fn: as for `train_step`.
+        model, loss_fn: as for `train_step`.
     """
     bind = functools.partial(forward, model=model, train=True, dropout=dropout_key(state))
     logits, written = bind(state.params, batch_stats, batch, capture=True)

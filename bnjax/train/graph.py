@@ -22,8 +22,8 @@ from bnjax.train_step import init_variables
 def graph_def(model: nn.Module, shape: Sequence[int], dtype: Any = np.uint8) -> GraphDef:
     """Returns the graph of a training step's forward pass; computes nothing.
 
-    Modules that call no others are one node each, with the shapes of their parameters; what is
-    computed between them is a node for each operation. Names are paths with "/".
+    Each innermost module is one node, with the shapes of its parameters; each operation between
+    modules is a node too. Names are paths with "/".
 
     Args:
         model: any linen module with `__call__(x, train=...)`.

@@ -11,7 +11,7 @@ from optax import contrib
 from bnjax.clinic.averaging import weight_average
 from bnjax.types import Leaf, Params
 
-# Three of its steps, with these coefficients, bring singular values near 1 (K. Jordan, 2024).
+# Three Newton-Schulz steps with these coefficients bring singular values near 1 (K. Jordan, 2024).
 NEWTON_SCHULZ = {"ns_coeffs": (3.4576, -4.7391, 2.0843), "ns_steps": 3}
 
 
@@ -19,8 +19,8 @@ def optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """Returns the optimizer that a config describes, for the gradient of the mean loss.
 
     Args:
-        config: a whole one.
-        steps: of the run; the schedule of the rate ends there.
+        config: a whole config.
+        steps: the number of steps of the run, at which the schedule ends.
     """
     options = config.optimizer
     rate = schedule(options, options.learning_rate, steps)
@@ -53,7 +53,7 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
     Args:
         options: the section `optimizer`.
         peak: the highest rate.
-        steps: after which a rate that falls is 0.
+        steps: the number of steps after which a falling rate is 0.
 
     >>> from bnjax.train.config import default_config
     >>> options = default_config().optimizer
@@ -63,7 +63,7 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
     """
     rising = round(options.warmup * steps)
     falling = max(steps - rising, 1)
-    if options.schedule == "one_cycle":  # its divisors are those of Smith & Topin, 2018, as torch's
+    if options.schedule == "one_cycle":  # divisors as in torch and Smith & Topin, 2018
         return optax.cosine_onecycle_schedule(steps, peak, options.warmup or 0.3, 25.0, 1e4)
     if options.schedule == "linear":
         rate: Any = optax.linear_schedule(peak, 0.0, falling)
@@ -79,15 +79,15 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
 
 
 def kernels(params: Params) -> Any:
-    """Returns a mask for Optax, True at the kernels that gradients train."""
+    """Returns a mask for Optax that is True for trained kernels."""
     return jax.tree.map(lambda kind: kind in ("convolution", "dense"), kinds(params))
 
 
 def kinds(params: Params) -> Any:
     """Returns the kind of each leaf, which decides how Muon trains it.
 
-    "convolution" and "dense" are kernels, "fixed" and "whitening" kernel and bias of a
-    `bnjax.models.speednet.Whitening`; all else is "other".
+    "convolution" and "dense" are kernels; "fixed" and "whitening" are the kernel and the bias of a
+    `bnjax.models.speednet.Whitening`; all other leaves are "other".
     """
 
     def kind(path: Any, leaf: Any) -> str:
@@ -109,17 +109,19 @@ def _sgd(
 
 
 def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransformation:
-    """Returns Muon for the kernels of convolutions, and SGD with rates of its own for the rest.
+    """Returns Muon for the kernels of convolutions, and SGD with separate rates for the rest.
 
-    Optax's part makes the step orthogonal. Kernels of a fixed norm are bnjax's, and so is SGD for
-    the rest, where `optax.contrib.muon` has AdamW.
+    Optax orthogonalises the update. Unlike `optax.contrib.muon`, this gives the kernels a fixed
+    norm, and trains the rest with SGD instead of AdamW.
     """
     options, muon = config.optimizer, config.muon
     every, more = muon.rescale_every
     all_decay = options.weight_decay_mask == "all"
 
     def sgd(peak: float, steps: int, *, decays: bool) -> optax.GradientTransformation:
-        decay = options.weight_decay / peak if decays else 0.0  # per step, whatever the rate
+        decay = (
+            options.weight_decay / peak if decays else 0.0
+        )  # at the highest rate, a step decays by weight_decay
         falling = schedule(options, peak, steps)
         return _sgd(falling, options.momentum, True, decay, None)
 
@@ -164,8 +166,8 @@ def rescale(every: int, more: int, steps: int) -> optax.GradientTransformation:
     transformation of a chain.
 
     Args:
-        every, more: it is done each `every + int(more * progress)` updates.
-        steps: how many updates there are in all.
+        every, more: the interval is `every + int(more * progress)` updates.
+        steps: the total number of updates.
     """
 
     def init(params: Params) -> RescaleState:

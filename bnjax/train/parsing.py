@@ -26,7 +26,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     A duration that is given in one unit replaces those in the other units.
 
     Raises:
-        UserError: if the file cannot be run, or an override names no key or has the wrong type.
+        UserError: if the file cannot be run, or an override has an unknown key or the wrong type.
     """
     file = find(path, "config")
     try:
@@ -45,7 +45,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
             f"the config file {path} gives no config: take bnjax.train.config.default_config(), "
             "change it and return it."
         )
-    config = from_dict(config.to_dict())  # refuses keys and types that there are not
+    config = from_dict(config.to_dict())  # rejects unknown keys and wrong types
     given = dict(pairs(overrides))
     for name, text in given.items():
         override(config, name, text)
@@ -58,19 +58,19 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 
 
 def find(path: str, kind: str) -> Path:
-    """Returns a file, or the one of that name among those that come with bnjax.
+    """Returns a file by its path, or by its name among the files that come with bnjax.
 
     Args:
-        path: of the file, or the bare name of a config or a claim, "bn" for instance.
+        path: the path, or the bare name of a config or a claim, for instance "bn".
         kind: "config" or "claim".
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such file.
     """
     if Path(path).is_file():
         return Path(path)
     package = Path(__file__).parents[1]
-    # As installed they lie in the package, in a checkout beside it.
+    # They are in the package if it is installed, and next to it in a checkout.
     homes = [home for home in (package / "configs", package.parent / "configs") if home.is_dir()]
     found = {
         file.stem: file
@@ -86,11 +86,11 @@ def find(path: str, kind: str) -> Path:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Returns the config with these values, as `to_dict` gave them and JSON kept them.
+    """Returns the config with these values, from `to_dict` or from JSON.
 
     Raises:
         UserError: for an unknown key.
-        ConfigError: for a value of another type.
+        ConfigError: for a value of the wrong type.
     """
     config = default_config()
 
@@ -127,7 +127,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets one key, given as on a command line, with a value of the type that it has.
+    """Sets one key from the text of a command line, converted to the type of its value.
 
     >>> config = default_config()
     >>> override(config, "model.momentum", "0.9")
@@ -160,7 +160,7 @@ def pairs(overrides: list[str]) -> list[tuple[str, str]]:
     """Splits `--config.a.b=value` and `--config.a.b value` into names and values.
 
     Raises:
-        UserError: for other words.
+        UserError: for any other argument.
     """
     found, rest = [], list(overrides)
     while rest:
@@ -195,7 +195,7 @@ def _convert(name: str, text: str, old: Any) -> Any:
 
 
 def _of_type(name: str, value: Any, old: Any) -> Any:
-    """Returns the value as the type of `old`, where that loses nothing: an int as a float, say."""
+    """Returns the value as the type of `old` if that is exact, for instance an int as a float."""
     kind = type(old)
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(value)

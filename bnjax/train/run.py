@@ -90,7 +90,7 @@ class Run:
         seconds = self.step_seconds = max(now - self._since - compiling, 1e-6) / len(dispatch)
         self._since, self._compiled = now, self._compiled + compiling
         if compiling > 1:
-            _say(f"compiled in {compiling:.0f} s, which the seconds leave out")
+            _say(f"compiled in {compiling:.0f} s, not included in the seconds")
         if now - self._trimmed_at > 1:
             cpu.give_back_freed_memory()
             self._trimmed_at = now
@@ -129,7 +129,7 @@ class Run:
         found = first_nonfinite(
             state, batch_stats, batch, model=experiment.model, loss_fn=experiment.loss_fn
         )
-        where = "Computed again, layer by layer, everything is finite."
+        where = "Recomputed layer by layer, everything is finite."
         if found:
             where = f"The first thing that is not finite there is {found}."
         saved = seed.checkpoints.steps()
@@ -140,7 +140,7 @@ class Run:
             f"{kept}. What usually helps: a lower learning rate "
             "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, float32 instead "
             "of bfloat16, and a look at the images; --config.train.on_nonfinite=skip drops such "
-            "steps instead. Each is another config, and needs a --workdir of its own."
+            "steps instead. Each of these is a different config and needs a different --workdir."
         )
         seed.ended, self._since = True, time.perf_counter()
 
@@ -267,7 +267,7 @@ class Seed:
                 refused = error
         (failed,) = from_first(refused is not None)
         if failed:
-            raise refused or UserError("the first process cannot begin, and says why.")
+            raise refused or UserError("the first process cannot begin and reports the reason.")
 
     def restore(self, steps: Steps) -> State:
         """Returns the state and the statistics of the newest checkpoint, or new ones."""
@@ -300,10 +300,10 @@ def _so_far(workdir: Path, step: int) -> tuple[float, int]:
     for name, lines in (("metrics.jsonl", train), ("timing.jsonl", timing)):
         if not lines or lines[-1]["step"] != step:
             raise UserError(
-                f"{workdir / name} ends before step {step}, of which there is a checkpoint. "
+                f"{workdir / name} ends before step {step}, which has a checkpoint. "
                 "Restore the file from a copy, or train anew in another folder with --workdir. "
-                "A folder that `bnjax port` made of trained weights has no such file: it can be "
-                "evaluated, but not trained on."
+                "A folder made by `bnjax port` has no such file: it can be evaluated but not "
+                "trained further."
             )
     skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])
     return float(timing[-1]["seconds"]), len([*skipped])

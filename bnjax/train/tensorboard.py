@@ -1,4 +1,4 @@
-"""TensorBoard: what a run shows while it goes on."""
+"""Writes a run's files for TensorBoard."""
 
 import math
 import time
@@ -19,16 +19,16 @@ TILE, CAPTION, COLUMNS = 128, 34, 4  # pixels, pixels, pictures
 
 
 class Board:
-    """The folder of one run that TensorBoard reads.
+    """The TensorBoard folder of one run.
 
-    Every method raises OSError if it cannot be written.
+    Every method raises OSError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, *, start: int):
-        """Opens it; what an interrupted run wrote past step `start` is not shown."""
+        """Opens the folder; TensorBoard hides values of an interrupted run after step `start`."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Written by this thread: tensorboardX's SummaryWriter has one that dies of a full disk
-        # without a word, and then waits for it.
+        # Written by this thread: the thread of tensorboardX's SummaryWriter dies silently if the
+        # disk is full, and the writer then waits for it forever.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{start}")
         if start:
             self._write(start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -51,7 +51,7 @@ class Board:
         self._write(0, graph_def=graph.SerializeToString())
 
     def hyperparameters(self, values: dict[str, Any]) -> None:
-        """Enters the run in the table of hyperparameters, as going on until `finished`."""
+        """Adds the run to the table of hyperparameters, as unfinished until `finished`."""
         plain = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in values.items()
@@ -69,7 +69,7 @@ class Board:
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def flush(self) -> None:
-        """Hands everything written so far to the operating system."""
+        """Flushes the file."""
         self._events.flush()
 
     def close(self) -> None:

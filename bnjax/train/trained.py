@@ -36,7 +36,7 @@ class Trained:
         config: of the run.
         data: the facts of its data.
         step: of the checkpoint.
-        weights: the fingerprint of the weights that the statistics belong to, if it is known.
+        weights: the fingerprint of the weights of the statistics; None if unknown.
         folded: pairs of paths, of folded norms and of the layers that they were folded into.
         model: the network.
         params: its weights.
@@ -72,14 +72,14 @@ class Trained:
         """Loads the training data of the network.
 
         Args:
-            data_dir: their folder, if it is another than in training.
+            data_dir: the folder of the data; None: as in training.
 
         Raises:
             UserError: if they are not found.
         """
         config = self.config.copy_and_resolve_references()
         config.data.dir = data_dir or config.data.dir
-        # After a fallback this is another set than the config names, which may exist by now.
+        # After a fallback use the fallback set, even if the configured set is available now.
         if self.data.name != config.data.name:
             config.data = default_config().data
             config.data.name = self.data.name
@@ -93,7 +93,7 @@ class Trained:
 
     @property
     def is_low(self) -> bool:
-        """Whether some of the arithmetic is bfloat16 here."""
+        """Whether some of the arithmetic is bfloat16 on this machine."""
         model = self.config.model
         return "bfloat16" in (build.dtype_of(model), model.dense_product)
 
@@ -128,15 +128,15 @@ class Trained:
         if folded:
             pairs = [[".".join(path) for path in pair] for pair in folded]
             write_json(out / FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
-        # Last: with this file the folder counts as a network's.
+        # Last, because this file marks the folder as complete.
         shutil.copyfile(self.workdir / "config.json", out / "config.json")
 
 
 def probe(trained: Trained, data_dir: str | None) -> tuple[Images, str]:
     """Returns images to compare networks on, uint8 [n, h, w, c], and their description.
 
-    Test images if the folder of the data is given; else noise, each image with its own mean and
-    contrast.
+    Test images if the folder of the data is given; otherwise noise with a random mean and contrast
+    for each image.
     """
     if data_dir is not None:
         images = trained.dataset(data_dir).test.select(slice(PROBE)).image

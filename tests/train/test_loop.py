@@ -157,7 +157,7 @@ def test_files_that_lack_steps_before_the_checkpoint_are_not_gone_on_with(finish
     (workdir / "summary.json").unlink()
     lines = (workdir / name).read_text().splitlines(keepends=True)
     (workdir / name).write_text("".join(lines[:7]))
-    with pytest.raises(UserError, match=rf"{name} ends before step 12, of which there is a check"):
+    with pytest.raises(UserError, match=rf"{name} ends before step 12, which has a check"):
         synthetic.train(synthetic.config(), workdir)
 
 
@@ -316,7 +316,7 @@ def test_only_the_first_step_and_the_first_evaluation_compile_and_no_seconds_of_
     assert compiled[4] == compiled[1]
     assert compiled[6] > compiled[4]  # the evaluation after step 5
     assert compiled[15] == compiled[6]
-    assert "s, which the seconds leave out" in capsys.readouterr().out
+    assert "s, not included in the seconds" in capsys.readouterr().out
     assert read_lines(tmp_path / "run" / "timing.jsonl")[4]["seconds"] < 1.2
 
 
