@@ -137,7 +137,7 @@ class Augment:
     """The section `augment`, in the order of application, which is on the device."""
 
     flip: Annotated[str, one_of("none", "random", "alternating")] = "none"
-    "mirror images: with probability 1/2, or each in every other epoch (a random half in the first)"
+    "mirror images; alternating: each in every other epoch, a random half in the first"
     translate: Pixels = 0
     "shift by up to this many pixels; edges are reflected"
     crop: Pixels = 0
@@ -156,7 +156,7 @@ class Norm:
     """The keys of the section `model` that are fields of the classes in `bnjax.norms`."""
 
     momentum: Fraction = 0.75
-    "of the running averages: the fraction of the old average that a step keeps"
+    "the fraction of the old running average that a step keeps"
     debias: bool = False
     "correct the averages for their starting values"
     variance: Annotated[str, one_of("biased", "unbiased")] = "biased"
@@ -207,7 +207,7 @@ class Model(Norm):
     norm_dense: Annotated[Flags, CONVNET] = (True, True)
     "whether the output of each hidden dense layer is normalised"
     placement: Annotated[str, one_of("pre", "before", "after"), NOT_SPEEDNET] = "pre"
-    """the place of the norms: pre: at the input of each layer (in a ResNet: norm, activation,
+    """the place of the norms; pre: at the input of each layer (in a ResNet: norm, activation,
     convolution); before, after: before or after the activation of each layer"""
     statistics_over: Annotated[
         str,
@@ -219,7 +219,7 @@ class Model(Norm):
     """batch norms normalise over the images of all devices, of each device, or of groups of this
     many devices; running averages are always over all devices"""
     activation: Annotated[str, one_of("relu", "sigmoid", "tanh", "gelu", "silu")] = "relu"
-    "of each hidden layer; norm frn has a special one"
+    "the activation of each hidden layer; norm frn has a special one"
     weight_standardization: Annotated[bool, NOT_SPEEDNET] = False
     "standardise the kernels of the convolutions"
     dtype: Annotated[str, one_of("float32", "bfloat16", "auto")] = "float32"
@@ -238,8 +238,8 @@ class Optimizer:
     learning_rate: Positive = 1e-3
     "the highest learning rate of the run"
     schedule: Annotated[str, one_of("constant", "linear", "cosine", "one_cycle")] = "constant"
-    """how the rate falls to 0; constant: not at all; one_cycle: it rises from a 25th and falls, both
-    along cosines"""
+    """how the rate falls to 0; constant: not at all; one_cycle: it rises from a 25th and then
+    falls, both along cosines"""
     warmup: Fraction = 0.0
     "the fraction of the steps in which the rate first rises from 0, linearly; one_cycle: 0 is 0.3"
     reduction: Annotated[str, one_of("mean", "sum")] = "mean"
