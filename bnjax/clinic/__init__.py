@@ -13,3 +13,5 @@ from bnjax.clinic.report import Findings as Findings
 from bnjax.clinic.statistics import gap as gap
 from bnjax.clinic.statistics import merge_replicas as merge_replicas
 from bnjax.clinic.statistics import precise as precise
+from bnjax.clinic.watching import assert_healthy as assert_healthy
+from bnjax.clinic.watching import vitals as vitals

@@ -156,11 +156,13 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
             )
         if flag == "train":
             return Linen(params, batch_stats, model)
-
-        def call(module: Any, x: Images, train: bool) -> Any:
-            return module(x, **{flag: train == FLAGS[flag]})
-
+        call = _by_flag(flag)
     return Linen(params, batch_stats, Called(model, call))
+
+
+@functools.cache  # so that networks of one model are equal, and a program is compiled once
+def _by_flag(flag: str) -> Forward:
+    return lambda model, x, train: model(x, **{flag: train == FLAGS[flag]})
 
 
 class Called(nn.Module):

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from bnjax.clinic.linen import linen
 from bnjax.clinic.network import nothing_seen
-from bnjax.clinic.statistics import Drift, drift, gap, put
+from bnjax.clinic.statistics import Drift, gap
+from bnjax.clinic.watching import examine
 from bnjax.data.batches import evenly_spaced
 from bnjax.data.datasets import Dataset
 from bnjax.train.build import Experiment
@@ -197,8 +198,7 @@ class Observer:
         if len(self._same.label) and nothing_seen(batch_stats):
             batch = {"image": self._same.image, "label": self._same.label}
             network = linen(self._model, state.params, batch_stats)
-            found, layers = jax.device_get(self._gap(network, batch)), network.norms(batch)
-            drifts = drift(batch_stats, put(batch_stats, found.seen, layers), layers)
+            found, drifts = examine(network, batch, self._gap)
             of_batch = {f"batch_{key}": mean for key, mean in found.batch.means().items()}
             values: dict[str, Any] = found.stored.means() | of_batch
             values["count"] = len(self._same.label)

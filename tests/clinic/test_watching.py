@@ -1,0 +1,134 @@
+"""Vital signs agree with what precise statistics and evaluation say; the assertion asserts."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from patients import ILL, plain
+
+from bnjax import clinic
+from bnjax.train_step import eval_step
+
+
+def network_of(patient):
+    return clinic.linen(patient.model, patient.params, patient.batch_stats)
+
+
+HEALTHY, BATCHES = network_of(plain(0)), plain(0).batches
+
+
+def loss_of(network, batch):
+    variables = network.params, network.batch_stats
+    return jax.jit(lambda: eval_step(*variables, batch, model=network.model))().means()["loss"]
+
+
+def test_vital_signs_are_those_of_evaluation_with_three_statistics():
+    batch = BATCHES[0]
+    even, odd = ({name: leaf[i::2] for name, leaf in batch.items()} for i in (0, 1))
+    found = clinic.vitals(HEALTHY, batch)
+    assert all(type(value) is float for value in found.values())
+    losses = {
+        "stored": loss_of(HEALTHY, batch),
+        "batch": loss_of(clinic.precise(HEALTHY, [batch]), batch),
+        "precise": np.mean(
+            [
+                loss_of(clinic.precise(HEALTHY, [other]), half)
+                for half, other in ((even, odd), (odd, even))
+            ]
+        ),
+    }
+    for name, loss in losses.items():
+        np.testing.assert_allclose(found[f"loss/{name}"], loss, rtol=1e-4)
+    # The first norm, in NumPy.
+    dense, stored = HEALTHY.params["Dense_0"], HEALTHY.batch_stats["first"]
+    given = (batch["image"].reshape(64, -1) / 255.0) @ np.asarray(dense["kernel"], float)
+    given += dense["bias"]
+    std = np.sqrt(given.var(0) + 1e-5)
+    drift = np.sqrt(np.mean(((stored["mean"] - given.mean(0)) / std) ** 2))
+    np.testing.assert_allclose(found["drift/first.mean"], drift, rtol=1e-3)
+    ratio = np.log((stored["var"] + 1e-5) / std**2).mean()
+    np.testing.assert_allclose(found["drift/first.variance"], ratio, atol=1e-5)
+
+
+class Flagged(nn.Module):
+    @nn.compact
+    def __call__(self, x, training):
+        return nn.BatchNorm(not training)(nn.Dense(4)(x.reshape(len(x), -1)))
+
+
+class OfNnx(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.dense, self.norm = nnx.Linear(192, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.dense(x.reshape(len(x), -1)))
+
+
+def flagged(scale):
+    variables = Flagged().init(jax.random.key(0), BATCHES[0]["image"] / 255.0, training=False)
+    return clinic.linen(Flagged(), **jax.tree.map(lambda leaf: scale * leaf, variables))
+
+
+def of_nnx(scale):
+    model = OfNnx()
+    model.norm.mean[...] += scale
+    return clinic.nnx(model)
+
+
+@pytest.mark.parametrize("network", [flagged, of_nnx])
+def test_vital_signs_are_compiled_once_for_other_variables(network):
+    traced = []
+
+    def loss_fn(logits, label):
+        traced.append(logits.shape)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+    one = clinic.vitals(network(1.0), BATCHES[0], loss_fn=loss_fn)
+    programs = len(traced)
+    other = clinic.vitals(network(2.0), BATCHES[1], loss_fn=loss_fn)
+    assert len(traced) == programs
+    assert one["loss/stored"] != other["loss/stored"]
+
+
+def test_averages_that_are_wrong_show():
+    right = clinic.vitals(HEALTHY, BATCHES[0])
+    wrong = clinic.vitals(network_of(ILL["never updated"][1](0)), BATCHES[0])
+    assert right["loss/stored"] < 2 * right["loss/precise"]
+    assert wrong["loss/stored"] > 2 * wrong["loss/precise"]
+    assert wrong["drift/first.mean"] > 1 > 0.3 > right["drift/first.mean"]
+
+
+def test_an_odd_batch_is_refused():
+    with pytest.raises(ValueError, match="leave one out"):
+        clinic.vitals(HEALTHY, {name: leaf[:7] for name, leaf in BATCHES[0].items()})
+
+
+def test_a_healthy_network_passes_and_an_ill_one_is_described():
+    clinic.assert_healthy(HEALTHY, BATCHES, run=plain(0).run)
+    patient = ILL["scales of 0"][1](0)
+    with pytest.raises(AssertionError) as raised:
+        clinic.assert_healthy(network_of(patient), BATCHES)
+    for words in (
+        "dead-channels: channels with constant output",
+        "second: 4 of 16 channels",
+        "to fix it: lower the learning rate",
+        "docs/findings/dead-channels.md",
+        "allow=('dead-channels',)",
+    ):
+        assert words in str(raised.value)
+    clinic.assert_healthy(network_of(patient), BATCHES, allow="dead-channels")
+    clinic.assert_healthy(network_of(patient), BATCHES, allow=["small-batch", "dead-channels"])
+
+
+def test_what_was_not_audited_is_not_healthy():
+    network = network_of(ILL["no collection"][1](0))
+    with pytest.raises(AssertionError, match="a checkpoint that fits the model"):
+        clinic.assert_healthy(network, BATCHES, allow=["missing-statistics"])
+
+
+def test_an_unknown_finding_is_refused():
+    with pytest.raises(ValueError, match=r"\['small-batches'\] is no finding: .*small-batch"):
+        clinic.assert_healthy(HEALTHY, BATCHES, allow=["small-batches"])
