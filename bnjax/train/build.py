@@ -40,14 +40,14 @@ def check(config: ConfigDict) -> None:
     if data.name == RECORDS and data.pipeline != "stream":
         raise ConfigError("data.pipeline", data.pipeline, f"'stream' with data.name = {RECORDS!r}")
     if data.shorter_side and not 0 < data.image_size <= data.shorter_side:
-        allowed = f"config.data.image_size, {data.image_size}, or above; or 0 for as much"
+        allowed = f"at least config.data.image_size, {data.image_size}; or 0 for the same"
         raise ConfigError("data.shorter_side", data.shorter_side, allowed)
     if data.random_crop and not data.image_size:
         raise ConfigError("data.random_crop", True, "False with data.image_size = 0")
     given = {key: value for key, value in config.checkpoint.items() if value}
     if len(given) > 1:
         key, value = next(iter(given.items()))
-        allowed = f"0 with the others as they are: at most one of {', '.join(given)} is above 0"
+        allowed = f"0, because at most one of {', '.join(given)} may be above 0"
         raise ConfigError(f"checkpoint.{key}", value, allowed)
     channels = len(config.model.mean) or 3  # unknown before the data are loaded
     network(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, channels))
@@ -110,7 +110,9 @@ def network(
         raise ConfigError("model.norm", config.norm, "another norm with this model.name")
     for key in ("mean", "std"):
         if len(config[key]) != (image_shape[-1] if config.mean or config.std else 0):
-            allowed = f"{image_shape[-1]} numbers, one a channel, in mean and in std; or none"
+            allowed = (
+                f"{image_shape[-1]} numbers, one per channel, in both mean and std; or none in both"
+            )
             raise ConfigError(f"model.{key}", config[key], allowed)
     shared |= {"mean": tuple(config.mean), "std": tuple(config.std)}
     if config.name == "speednet":
@@ -140,7 +142,7 @@ def _check_convnet(config: ConfigDict, image_shape: tuple[int, int, int]) -> Non
         allowed = f"False for every layer with {norm}, which normalises images and not vectors"
         raise ConfigError("model.norm_dense", config.norm_dense, allowed)
     if config.norm == "frn" and config.placement != "before":
-        allowed = f"'before' with {norm}, which brings the activation after it"
+        allowed = f"'before' with {norm}, which includes an activation"
         raise ConfigError("model.placement", config.placement, allowed)
     if config.norm in ("instance", "group") and config.placement == "pre":
         allowed = f"'before' or 'after' with {norm}: the input of a layer may be too small for it"
@@ -148,7 +150,7 @@ def _check_convnet(config: ConfigDict, image_shape: tuple[int, int, int]) -> Non
     normed = zip(config.dense, config.norm_dense, strict=True)
     _check_groups(config, (*config.filters, *(width for width, is_normed in normed if is_normed)))
     if config.dense_product != "float32" and config.dtype != "float32":
-        allowed = f"float32 with model.dtype = {config.dtype!r}, whose products have such operands"
+        allowed = f"float32 with model.dtype = {config.dtype!r}, which already sets these operands"
         raise ConfigError("model.dense_product", config.dense_product, allowed)
     for side in image_shape[:2]:
         for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
@@ -261,7 +263,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     if config.model.norm in norms.BATCH_NORMS and batch_size // config.train.micro_batches < (
         2 * groups
     ):
-        allowed = f"a choice that leaves 2 images or more of {batch_size} for each batch norm"
+        allowed = f"groups with at least 2 images of a batch of {batch_size} for each batch norm"
         raise ConfigError("model.statistics_over", config.model.statistics_over, allowed)
     classes = len(dataset.classes)
     make = functools.partial(network, config.model, classes, dataset.train.image_shape)
@@ -339,7 +341,7 @@ def spread_over(config: ConfigDict) -> Parallel:
     count = config.devices or len(devices)
     if count > len(devices) or count % processes:
         of_each = f", equally many in each of {processes} processes" if processes > 1 else ""
-        raise ConfigError("devices", count, f"up to {len(devices)}, all there are{of_each}")
+        raise ConfigError("devices", count, f"up to {len(devices)}, the number of devices{of_each}")
     taken = [
         device
         for process in range(processes)
@@ -351,7 +353,7 @@ def spread_over(config: ConfigDict) -> Parallel:
     try:
         return spread(taken, int(over) if over.isdecimal() else over)
     except ValueError as error:
-        allowed = f"global, per_device, or a number that divides that of the devices, {count}"
+        allowed = f"global, per_device, or a number that divides the number of devices, {count}"
         raise ConfigError("model.statistics_over", over, allowed) from error
 
 

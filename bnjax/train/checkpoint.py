@@ -210,7 +210,7 @@ class Checkpoints:
                 del self._records[later]
             self._manager.reload()
             return step, [
-                f"{reason} Going on from step {step} instead; it was moved to "
+                f"{reason} Resuming from step {step} instead; it was moved to "
                 f"{self.folder.with_name('damaged')}."
                 for reason in damaged.values()
             ]
@@ -358,6 +358,6 @@ class Checkpoints:
     def _unsaved(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"a checkpoint could not be saved in {self.folder}: {brief(error)}. The earlier ones "
-            "are intact: make room or mend the folder, and the same command goes on from the last "
-            "of them."
+            "are intact: free some space or mend the folder, and the same command resumes from the "
+            "last of them."
         )

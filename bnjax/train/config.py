@@ -304,7 +304,7 @@ class Train:
     micro_batches: AtLeast1 = 1
     "process a batch in this many parts, to save memory; batch norms normalise each separately"
     shuffle: bool = False
-    "False: the order of the files, as in the tutorial"
+    "shuffle the training images in each epoch; False: as in the files and the tutorial"
     label_smoothing: Fraction = 0.0
     "the fraction of each label that is spread over all classes, for the training loss"
     target_loss: Positive = 0.2
@@ -314,7 +314,7 @@ class Train:
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
     "after a step with a non-finite loss, gradient or statistic: stop training, or skip the step"
     most_skipped: Count = 10
-    "skip: stop after more than this many consecutive steps"
+    "skip: stop after more than this many consecutive non-finite steps"
 
 
 class Eval:
@@ -351,11 +351,11 @@ class Checkpoint:
     """The section `checkpoint`, for saves between evaluations; at most one key is not 0."""
 
     every_steps: SaveSteps = 0
-    "the interval between these saves in steps"
+    "save between evaluations too, at this interval in steps"
     every_epochs: SaveTime = 0.0
-    "the interval between these saves in epochs"
+    "save between evaluations too, at this interval in epochs"
     every_minutes: SaveTime = 0.0
-    "the interval between these saves in minutes"
+    "save between evaluations too, at this interval in minutes"
 
 
 SECTIONS = {

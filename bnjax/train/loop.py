@@ -106,7 +106,7 @@ class Trainer:
             raise UserError(
                 f"{', '.join(map(str, folders.values()))} cannot be written: "
                 f"{error.strerror or error}. Saved checkpoints are intact: free some space or mend "
-                "the folder, and the same command goes on from the last checkpoint."
+                "the folder, and the same command resumes from the last checkpoint."
             ) from error
 
     def _open(self, seed: int, folder: Path, stack: contextlib.ExitStack) -> Seed:
@@ -135,7 +135,7 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
         pending = step + 1, dispatch, metrics
         step += len(dispatch)
 
-        # Read once: a later signal is handled after the next step.
+        # Decide once what follows these steps; a later signal is handled after the next steps.
         received, overdue = agree(stop.signal or 0, run.is_overdue())
         evaluates = step % experiment.eval_every == 0 or step == experiment.steps
         saves = bool(overdue or received) or step % experiment.save_every == 0

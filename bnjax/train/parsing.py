@@ -101,7 +101,8 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
                 now, close = RENAMED.get(path + key), difflib.get_close_matches(key, section, 1)
                 hint = f" Did you mean config.{path}{close[0]}?" if close else ""
                 hint = f" It is called config.{now} now." if now else hint
-                raise UserError(f"there is no key config.{path}{key} of this kind.{hint}")
+                kind = "section" if isinstance(value, dict) else "key"
+                raise UserError(f"there is no {kind} config.{path}{key}.{hint}")
             if is_section:
                 fill(section[key], value, f"{path}{key}.")
             else:
@@ -146,7 +147,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
                 hint = f" It is called config.{RENAMED[name]} now."
             raise UserError(
                 f"there is no key config.{name}.{hint} {parent} has: "
-                f"{', '.join(known) or 'no keys of its own'}."
+                f"{', '.join(known) or 'no keys'}."
             )
         if depth < len(keys) - 1:
             section = section[key]

@@ -106,7 +106,7 @@ def test_after_a_crash_and_damage_the_result_is_the_same(finished, tmp_path, cap
     file = workdir / "checkpoints" / "10" / "variables" / "manifest.ocdbt"
     file.write_bytes(file.read_bytes()[:20])
     synthetic.train(synthetic.config(), workdir)
-    assert "Going on from step 5 instead" in capsys.readouterr().out
+    assert "Resuming from step 5 instead" in capsys.readouterr().out
     assert metrics_of(workdir) == metrics_of(finished[0])
 
 
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_is_a_clear_error(tmp_path, monkeypatch, of, name, 
 
     monkeypatch.setattr(of, name, full)
     (tmp_path / "config.json.tmp").write_text("{")  # of an earlier attempt; is no obstacle
-    with pytest.raises(UserError, match=r"No space left on device.*goes on from the last check"):
+    with pytest.raises(UserError, match=r"No space left on device.*resumes from the last check"):
         synthetic.train(synthetic.config(), tmp_path)
 
 
