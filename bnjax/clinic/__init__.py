@@ -3,6 +3,7 @@
 from bnjax.clinic.accumulation import accumulated_step as accumulated_step
 from bnjax.clinic.adaptation import tent as tent
 from bnjax.clinic.checks import audit as audit
+from bnjax.clinic.equinox import equinox as equinox
 from bnjax.clinic.folding import fold as fold
 from bnjax.clinic.freezing import moved as moved
 from bnjax.clinic.linen import linen as linen

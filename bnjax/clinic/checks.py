@@ -667,7 +667,11 @@ def _not_converged(
         text += (
             f" with momentum {momentum:g}; {needed:,} updates are needed for {INITIAL_SHARE:.0%}"
         )
-    if share * apart > INITIAL_SHIFT:
+    if share > 1:
+        text += (
+            "; above 100 %: debiased as if the variance had started from 0, but it starts from 1"
+        )
+    elif share * apart > INITIAL_SHIFT:
         text += (
             f"; the mean of {worst.layer.name} is {apart:.3g} standard deviations from 0, so this "
             f"shifts it by {share * apart:.2f}"

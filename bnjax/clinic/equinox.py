@@ -1,0 +1,387 @@
+"""Equinox networks for the clinic.
+
+A norm is any `equinox.nn.BatchNorm`. Leaves have the names and layouts of Flax: `kernel` [..., in,
+out] and `bias` of a layer; `scale`, `bias`, `mean` and `var` of a norm.
+"""
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.clinic.network import SEEN, Around, Call, Network, NormLayer, Path
+from bnjax.norms.moments import Moments, Total, moments, total_over
+from bnjax.train_step import to_float
+from bnjax.types import Array, Batch, BatchStats, Images, Logits
+
+# Equinox is an extra, so it is imported in the functions.
+
+Forward = Callable[[Any, Any, Images, Any], tuple[Logits, Any]]
+
+
+class _Leaf(NamedTuple):
+    """A leaf of the model: a parameter with a path, or a static value.
+
+    Attributes:
+        path: our path of a parameter.
+        spatial: the number of spatial axes of a layer; None outside of layers.
+        value: the value of a static leaf.
+    """
+
+    path: Path | None
+    spatial: int | None
+    value: Any
+
+
+class _Norm(NamedTuple):
+    """The entries of a norm in the state.
+
+    Attributes:
+        path: the path of its leaves.
+        index: the key of its averages.
+        counter: the key of the number of updates, if the averages are debiased.
+        momentum: its momentum.
+    """
+
+    path: Path
+    index: Any
+    counter: Any
+    momentum: float
+
+
+class _Structure(NamedTuple):
+    """What a model and its state are, except for arrays."""
+
+    treedef: Any
+    leaves: tuple[_Leaf, ...]
+    norms: tuple[_Norm, ...]
+    keys: tuple[Any, ...]
+
+
+def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
+    """Returns an Equinox model and its state as a network for the functions of the clinic.
+
+    The running statistics of the network are those that inference uses; with mode="batch", the
+    averages after Equinox's debiasing. `network.model` and `network.state` are Equinox's again.
+    Training runs the model with its flags as they are if one of its norms is in training mode,
+    otherwise with all `inference` flags False; evaluation runs it in inference mode.
+
+    Args:
+        model: a module (image, state) -> (logits, state); images as in the batches. It gets a `key`
+            if its `__call__` has one.
+        state: its state, from `equinox.nn.make_with_state`.
+        call: (model, state, images, key) -> (logits, state), for a model with a different
+            signature. The default maps the model over the images, with the axis name of its norms.
+
+    Raises:
+        ImportError: if Equinox is not installed.
+    """
+    try:
+        import equinox as eqx
+    except ImportError as error:
+        raise ImportError("clinic.equinox needs Equinox: pip install 'bnjax[equinox]'") from error
+    units: dict[Path, Any] = dict(_units(model))
+    leaves, params = [], {}
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(model)
+    for keys, leaf in with_paths:
+        (*parent, name), unit = _path(keys), units.get(_path(keys[:-1]))
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            leaves.append(_Leaf(None, None, leaf))
+            continue
+        is_norm = isinstance(unit, eqx.nn.BatchNorm)
+        if name == "weight" and unit is not None:
+            name = "scale" if is_norm else "kernel"
+        spatial = None if unit is None or is_norm else getattr(unit, "num_spatial_dims", 0)
+        leaves.append(_Leaf((*parent, name), spatial, None))
+        params[*parent, name] = _to_flax(leaf, name, spatial)
+    norms = tuple(
+        _Norm(path, _averages(one).marker, getattr(one.batch_counter, "marker", None), one.momentum)
+        for path, one in units.items()
+        if isinstance(one, eqx.nn.BatchNorm)
+    )
+    entries = _entries(state)
+    structure = _Structure(treedef, tuple(leaves), norms, tuple(entries))
+    of_norms = {key for norm in norms for key in (norm.index, norm.counter)}
+    rest = {key: entry for key, entry in entries.items() if key not in of_norms}
+    return Equinox(unflatten_dict(params), _statistics(entries, norms), rest, structure, call)
+
+
+@struct.dataclass
+class Equinox(Network):
+    """An Equinox model and its state; a pytree of arrays.
+
+    Attributes:
+        params: the arrays of the model, by path.
+        batch_stats: the statistics used by inference, and `count` of debiased ones.
+        rest: all other entries of the state.
+        structure: the model and the state without arrays.
+        call: see `equinox`.
+    """
+
+    rest: Any
+    structure: _Structure = struct.field(pytree_node=False)
+    call: Forward | None = struct.field(pytree_node=False)
+
+    @property
+    def model(self) -> Any:
+        """The Equinox model with these parameters."""
+        params = flatten_dict(self.params)
+        leaves = [
+            value if path is None else _from_flax(params[path], path, spatial)
+            for path, spatial, value in self.structure.leaves
+        ]
+        return jax.tree_util.tree_unflatten(self.structure.treedef, leaves)
+
+    @property
+    def state(self) -> Any:
+        """Equinox's state with these running statistics."""
+        import equinox as eqx
+
+        stats, entries = flatten_dict(self.batch_stats), dict(self.rest)
+        for path, index, counter, momentum in self.structure.norms:
+            mean, var = stats[*path, "mean"], stats[*path, "var"]
+            count = stats.get((*path, "count"))
+            scale = _scale(count, momentum, mean)
+            entries[index] = mean * scale, var * scale
+            if counter is not None:
+                entries[counter] = count
+            if (*path, SEEN[0]) in stats:
+                entries[_seen_key(path)] = tuple(stats[*path, name] for name in SEEN)
+        keys = dict.fromkeys((*self.structure.keys, *entries))
+        return eqx.nn.State.tree_unflatten(tuple(keys), tuple(entries[key] for key in keys))
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        train: bool,
+        dropout: jax.Array | None = None,
+        around: Around = lambda call: call(),
+    ) -> tuple[Logits, BatchStats]:
+        """See `Network.run`."""
+        import equinox as eqx
+
+        model, images = self.model, to_float(batch["image"])
+        norms = [unit for _, unit in _units(model) if isinstance(unit, eqx.nn.BatchNorm)]
+        if not train or all(norm.inference for norm in norms):
+            model = eqx.nn.inference_mode(model, not train)
+        names = inspect.signature(type(model).__call__).parameters
+        model = _watched_in(model, around, self.batch_stats)
+        if self.call is not None:
+            logits, state = self.call(model, self.state, images, dropout)
+        else:
+            keys = None if dropout is None else jax.random.split(dropout, len(images))
+
+            def one(image: Array, key: Any, state: Any) -> Any:
+                return model(image, state, **({"key": key} if "key" in names else {}))
+
+            axis = norms[0].axis_name if norms else None
+            each = jax.vmap(one, (0, 0, None), (0, None), axis_name=axis)
+            logits, state = each(images, keys, self.state)
+        return logits, _statistics(_entries(state), self.structure.norms)
+
+    @property
+    def takes_mask(self) -> bool:
+        """False: Equinox's norms have no masks."""
+        return False
+
+
+@dataclasses.dataclass
+class EquinoxCall(Call):
+    """A call of an Equinox module on one example, inside of a `vmap` over the batch.
+
+    Attributes:
+        state: the state given to a norm, later the state that it returns.
+    """
+
+    state: Any = None
+
+    def __call__(self) -> Any:
+        """Runs the module; keeps the state that a norm returns, and returns its output."""
+        if not self.is_norm:
+            return super().__call__()
+        kwargs = {key: value for key, value in self.kwargs.items() if key not in ("x", "state")}
+        y, self.state = self.proceed(self.x, self.state, **kwargs)
+        return y
+
+    @property
+    def kind(self) -> type:
+        """See `Call.kind`."""
+        return self.module.kind
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The reduced axes of one example: all but the channels."""
+        return tuple(range(1, self.x.ndim))
+
+    def get(self, name: str) -> Array | None:
+        """See `Call.get`."""
+        if name in SEEN:
+            is_there = self.module.seen is not None
+            return self.state.get(self.module.seen)[SEEN.index(name)] if is_there else None
+        leaf = self.state.get(_averages(self.module))[("mean", "var").index(name)]
+        return leaf / _scale(self._count, self.module.momentum, leaf)
+
+    def put(self, name: str, value: Array) -> None:
+        """See `Call.put`."""
+        names: tuple[str, ...] = SEEN
+        index = self.module.seen
+        if name not in SEEN:
+            index, names = _averages(self.module), ("mean", "var")
+            value = value * _scale(self._count, self.module.momentum, value)
+        leaves = list(self.state.get(index))
+        leaves[names.index(name)] = value.astype(leaves[0].dtype)
+        self.state = self.state.set(index, tuple(leaves))
+
+    @property
+    def _count(self) -> Any:
+        counter = self.module.batch_counter
+        return None if counter is None else self.state.get(counter)
+
+    def layer(self) -> NormLayer:
+        """See `Call.layer`."""
+        norm, given = self.module, self.kwargs.get("inference")
+        inference = norm.inference if given is None else given
+        fields = {"epsilon": norm.eps, "momentum": norm.momentum, "debias": True}
+        return NormLayer(
+            path=self.path,
+            module=types.SimpleNamespace(**fields),
+            shape=(int(jax.lax.psum(1, norm.axis_name)), *self.x.shape),
+            dtype=self.x.dtype,
+            axes=(0, *(axis + 1 for axis in self.axes)),
+            by_batch=not inference and norm.mode == "batch",
+        )
+
+    def moments(self, of_batch: Any = None, total: Total = lambda part: part) -> Moments:
+        """See `Call.moments`."""
+        x, axis_name = jnp.asarray(self.x, jnp.float32), self.module.axis_name
+        mask = None
+        if of_batch is not None:
+            mask = jnp.asarray(of_batch)[jax.lax.axis_index(axis_name)].reshape([1] * x.ndim)
+        over_batch = total_over(axis_name)
+        given = moments(x, self.axes, mask, lambda part: total(over_batch(part)))
+        shape = self.get("mean").shape  # type: ignore[union-attr]
+        return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+
+
+def _units(model: Any) -> list[tuple[Path, Any]]:
+    """Returns the norms and layers of a model, with their paths."""
+    import equinox as eqx
+
+    kinds = (eqx.nn.BatchNorm, eqx.nn.Conv, eqx.nn.Linear)
+    found = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda one: isinstance(one, kinds))
+    return [(_path(keys), one) for keys, one in found[0] if isinstance(one, kinds)]
+
+
+def _watched_in(model: Any, around: Around, batch_stats: BatchStats) -> Any:
+    """Returns the model with norms and layers whose calls go through a function."""
+    import equinox as eqx
+
+    stats = flatten_dict(batch_stats)
+    units = {id(unit): path for path, unit in _units(model)}
+
+    def swapped(one: Any) -> Any:
+        if id(one) not in units:
+            return one
+        path, seen = units[id(one)], None
+        if (*path, SEEN[0]) in stats:
+            seen = eqx.nn.StateIndex(None)
+            object.__setattr__(seen, "marker", _seen_key(path))
+        new: Any = object.__new__(_watched(type(one)))  # type: ignore[arg-type]
+        for name, value in (vars(one) | {"watched": (path, around), "seen": seen}).items():
+            object.__setattr__(new, name, value)
+        return new
+
+    return jax.tree.map(swapped, model, is_leaf=lambda one: id(one) in units)
+
+
+@functools.cache
+def _watched(kind: Any) -> Any:
+    """Returns a subclass whose calls go through the function in its field `watched`."""
+    import equinox as eqx
+
+    class Watched(kind):
+        watched: Any = eqx.field(static=True)
+        seen: Any
+
+        @functools.wraps(kind.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            path, around = self.watched
+            is_norm = isinstance(self, eqx.nn.BatchNorm)
+            proceed = functools.partial(kind.__call__, self)
+            call = EquinoxCall(self, path, proceed, args, kwargs, is_norm)
+            if is_norm:  # a copy, because Equinox invalidates a state when it is changed
+                state = args[1] if len(args) > 1 else kwargs["state"]
+                call.state = jax.tree_util.tree_map(lambda leaf: leaf, state)
+            y = around(call)
+            return (y, call.state) if is_norm else y
+
+    Watched.kind = kind
+    return Watched
+
+
+def _averages(norm: Any) -> Any:
+    return norm.ema_state_index if norm.mode == "ema" else norm.batch_state_index
+
+
+def _entries(state: Any) -> dict[Any, Any]:
+    values, keys = state.tree_flatten()
+    return dict(zip(keys, values, strict=True))
+
+
+def _statistics(entries: dict[Any, Any], norms: tuple[_Norm, ...]) -> BatchStats:
+    """Returns the statistics that inference uses."""
+    stats = {}
+    for path, index, counter, momentum in norms:
+        count = entries.get(counter)
+        for name, leaf in zip(("mean", "var"), entries[index], strict=True):
+            stats[*path, name] = leaf / _scale(count, momentum, leaf)
+        if counter is not None:
+            stats[*path, "count"] = count
+        for name, leaf in zip(SEEN, entries.get(_seen_key(path), ()), strict=False):
+            stats[*path, name] = leaf
+    return unflatten_dict(stats)
+
+
+def _scale(count: Any, momentum: float, like: Array) -> Any:
+    """Returns the divisor of inference: 1 - momentum ** count; 1 without a count or updates."""
+    if count is None:
+        return 1
+    scale = jnp.where(count == 0, 1, 1 - momentum**count)
+    return jnp.expand_dims(scale, tuple(range(scale.ndim, like.ndim)))
+
+
+def _seen_key(path: Path) -> str:
+    return f"seen by {'.'.join(path)}"
+
+
+def _path(keys: Sequence[Any]) -> Path:
+    # GetAttrKey has a name, SequenceKey an index, DictKey and FlattenedIndexKey a key.
+    return tuple(
+        str(next(getattr(key, of) for of in ("name", "idx", "key") if hasattr(key, of)))
+        for key in keys
+    )
+
+
+def _to_flax(leaf: Array, name: str, spatial: int | None) -> Array:
+    if spatial is None:
+        return leaf
+    if name == "kernel":
+        return jnp.moveaxis(leaf, (-2 - spatial, -1 - spatial), (-1, -2))
+    return leaf.reshape(leaf.shape[: leaf.ndim - spatial])
+
+
+def _from_flax(leaf: Array, path: Path, spatial: int | None) -> Array:
+    if spatial is None:
+        return leaf
+    if path[-1] == "kernel":
+        return jnp.moveaxis(leaf, (-1, -2), (-2 - spatial, -1 - spatial))
+    return leaf.reshape(*leaf.shape, *[1] * spatial)
