@@ -21,7 +21,7 @@ def run(
         arg(metavar="HOST:PORT", help="train with other processes: the address of process 0"),
     ] = None,
     processes: Annotated[
-        int | None, arg(metavar="N", help="with --coordinator: their number")
+        int | None, arg(metavar="N", help="with --coordinator: the number of processes")
     ] = None,
     process: Annotated[
         int | None, arg(metavar="I", help="the index of this process, from 0")

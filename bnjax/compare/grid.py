@@ -71,7 +71,7 @@ def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any
             )
         config = parsing.load(file, overrides)
         config.name = name
-        config.data.fallback = ""  # other data than are asked for are no evidence
+        config.data.fallback = ""  # results on other data would be no evidence
         build.check(config)
         variants[name] = {"config": json.loads(json.dumps(config.to_dict()))}
     return {

@@ -96,7 +96,7 @@ def load(
             Datasets (TFDS); with `stream`, a TFDS set or "records", the records in `data_dir`.
         data_dir: a folder with CIFAR's binary files or archive, TFDS copies or records.
         fallback: "digits" to load the digits if the set is unavailable; "" to raise.
-        label: its name in tables, if not `name`.
+        label: its name in tables; default: `name`.
         train_images: keep only this number of training images, the first ones; 0 keeps all. A
             fallback keeps all.
         stream: how to read the images as records from disk; None loads them into memory. A fallback

@@ -30,7 +30,7 @@ class Feed:
             the entries for `train_step`, the batch may have two for augmentation: `index` int [n],
             the position of each example in the training set, and `epoch` int [n].
         resident: a tree of arrays that stay on the device for all steps.
-        max_steps: the maximum number of items per transfer.
+        max_steps: the maximum number of steps in one program.
     """
 
     items: Callable[[int, int], Iterator[Item]]

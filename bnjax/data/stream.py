@@ -201,8 +201,8 @@ def read_ahead(
 
 
 def _begin_work(index: int, count: int) -> None:
-    """Ends a worker with its parent, and not before."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    """Makes a worker process ignore Ctrl-C and end together with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

@@ -95,23 +95,23 @@ class Run:
             cpu.give_back_freed_memory()
             self._trimmed_at = now
         for step, (of_seeds, items) in enumerate(zip(each, dispatch, strict=True), first):
-            going_on = self._going_on()
-            rate = experiment.batch_size * len(going_on) / seconds
-            for i, seed in going_on:
+            active = self._active()
+            rate = experiment.batch_size * len(active) / seconds
+            for i, seed in active:
                 means, target = of_seeds[i].means(), experiment.stop_at_loss
                 seed.bad_steps = int(of_seeds[i].skipped)
                 seed.is_finishing = step == experiment.steps or (
                     target is not None and means["loss"] <= target
                 )
-                seed.seconds += seconds / len(going_on)
+                seed.seconds += seconds / len(active)
                 if seed.writer:
                     skipped = {"skipped": 1} if seed.bad_steps else {}
                     seed.writer.metrics(step, "train", means | skipped)
                     seed.writer.timing(step, seed.seconds, rate)
                 if seed.bad_steps > experiment.most_skipped:
                     self._fail(seed, step, self._steps.local(both, i), items[i])
-            if going_on:
-                total = functools.reduce(Metrics.merge, (of_seeds[i] for i, _ in going_on)).means()
+            if active:
+                total = functools.reduce(Metrics.merge, (of_seeds[i] for i, _ in active)).means()
                 self._bar.set_postfix_str(
                     f"loss {total['loss']:.3f}, accuracy {total['accuracy']:.3f}, "
                     f"{rate:,.0f} images/s",
@@ -131,7 +131,7 @@ class Run:
         )
         where = "Recomputed layer by layer, everything is finite."
         if found:
-            where = f"The first thing that is not finite there is {found}."
+            where = f"The first non-finite value there: {found}."
         saved = seed.checkpoints.steps()
         kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
         rows = f" and {seed.bad_steps - 1} before it" if seed.bad_steps > 1 else ""
@@ -152,7 +152,7 @@ class Run:
     def test(self, step: int, both: State, evaluated: Variables, *, everyone: bool) -> None:
         """Evaluates and observes every seed, or only those that have taken their last step."""
         metrics = self._steps.test(*evaluated)
-        for i, seed in self._going_on(everyone):
+        for i, seed in self._active(everyone):
             means = metrics[i].means()
             seed.accuracy = means["accuracy"]
             if seed.writer:
@@ -167,7 +167,7 @@ class Run:
 
     def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
         """Saves every seed, or only those that have taken their last step; these end."""
-        for i, seed in self._going_on(everyone):
+        for i, seed in self._active(everyone):
             if seed.writer:
                 seed.writer.flush()  # first: a checkpoint must not be ahead of the files
             about = {"config": seed.config.to_dict(), "versions": versions()}
@@ -179,7 +179,7 @@ class Run:
         if everyone:
             self._saved_at = self._since
 
-    def _going_on(self, everyone: bool = True) -> list[tuple[int, "Seed"]]:
+    def _active(self, everyone: bool = True) -> list[tuple[int, "Seed"]]:
         return [
             (i, seed)
             for i, seed in enumerate(self.seeds)
