@@ -3,7 +3,6 @@
 import ast
 import pkgutil
 import re
-import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -20,14 +19,13 @@ from bnjax.train_step import init_variables
 ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 PAGES = {path.relative_to(ROOT): path.read_text() for path in FILES}
-README, CONTRIBUTING, CHANGELOG, EVALUATION, NORMS, DEVICES = (
+README, CONTRIBUTING, CHANGELOG, EVALUATION, DEVICES = (
     PAGES[Path(name)]
     for name in (
         "README.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
         "docs/evaluation.md",
-        "docs/norms.md",
         "docs/devices.md",
     )
 )
@@ -164,9 +162,3 @@ def test_every_config_has_a_row():
 
 def test_the_front_page_is_short():
     assert len(README.splitlines()) <= 200
-
-
-def test_the_table_of_norms_is_the_scripts():
-    rows = runpy.run_path(str(ROOT / "scripts" / "compare_flax.py"))["FEATURES"].strip().split("\n")
-    for feature, test in zip(rows[::2], rows[1::2], strict=True):
-        assert f"| {feature} | `norms/{test.strip()}` |" in NORMS
