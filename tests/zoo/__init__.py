@@ -29,11 +29,7 @@ LIBRARIES = ("linen", "nnx", "equinox", "torch")
 def cases():
     """Returns the modules of all cases by name."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
-    return {
-        name: importlib.import_module(f"zoo.{name}")
-        for name in names
-        if name not in ("kit", "test_zoo")
-    }
+    return {name: importlib.import_module(f"zoo.{name}") for name in names if "kit" not in name}
 
 
 def variants():

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -20,3 +21,22 @@ def linen(sick):
     )
     patient = patient.but(params=jax.device_get(average))
     return patient if sick else patient.recomputed()
+
+
+def torch(sick):
+    from torch.optim import SGD
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+    from zoo import kit_torch
+
+    model = kit_torch.net()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
+    patient = kit_torch.fit(
+        model,
+        optimizer=lambda model: SGD(model.parameters(), 0.5),
+        watch=average.update_parameters,
+    )
+    average.module.load_state_dict(dict(model.named_buffers()), strict=False)
+    if not sick:
+        update_bn(map(kit_torch.images, patient.batches), average)
+    return dataclasses.replace(patient, network=average.module.eval())

@@ -14,3 +14,10 @@ def linen(sick):
         return network.model.apply(variables, images, sick, mutable=["batch_stats"])[0]
 
     return kit.healthy().knowing(predict=predict)
+
+
+def torch(sick):
+    from zoo import kit_torch
+
+    patient = kit_torch.healthy()
+    return patient.knowing(predict=kit_torch.predicting(patient.network, train=sick))

@@ -14,3 +14,16 @@ def stuck(use_running_average, **options):
 
 def linen(sick):
     return kit.fit(kit.Net(norm=stuck)) if sick else kit.healthy()
+
+
+def torch(sick):
+    from torch.nn import BatchNorm1d
+
+    from zoo import kit_torch
+
+    class Stuck(BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    patient = kit_torch.fit(kit_torch.net(Stuck if sick else BatchNorm1d))
+    return patient.knowing(predict=kit_torch.predicting(patient.network))

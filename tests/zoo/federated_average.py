@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -18,3 +21,21 @@ def linen(sick):
     params = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(one.params for one in clients))
     patient = start.but(params=params, batch_stats=clients[0].batch_stats)
     return patient if sick else patient.recomputed()
+
+
+def torch(sick):
+    from torch.optim.swa_utils import AveragedModel, update_bn
+
+    from zoo import kit_torch
+
+    start, of = kit_torch.healthy(), kit.examples()
+    clients = []
+    for mine in (of["label"] < 2, of["label"] >= 2):
+        seen = kit.batches(20, of={name: leaf[mine] for name, leaf in of.items()})
+        clients.append(kit_torch.fit(copy.deepcopy(start.network), seen=seen).network)
+    average = AveragedModel(clients[0])
+    for client in clients:
+        average.update_parameters(client)
+    if not sick:
+        update_bn(map(kit_torch.images, start.batches), average)
+    return dataclasses.replace(start, network=average.module.eval())

@@ -13,3 +13,19 @@ def linen(sick):
     steps = 256 if sick else kit.STEPS
     tx = optax.MultiSteps(kit.sgd(steps=steps // every), every)
     return kit.fit(tx=tx, steps=steps, size=size)
+
+
+def torch(sick):
+    from zoo import kit_torch
+
+    if not sick:
+        return kit_torch.healthy()
+
+    def step(model, optimizer, batch):
+        kit_torch.loss(model.train(), batch).backward()
+        optimizer.count = getattr(optimizer, "count", 0) + 1
+        if optimizer.count % 16 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return kit_torch.fit(step=step, seen=kit.batches(256, 4), batch_size=4)

@@ -20,11 +20,16 @@ norm = functools.partial(nn.BatchNorm, momentum=0.9)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patient:
-    """What an audit takes; in torch, `network` is a module."""
+    """What an audit takes.
+
+    In torch, `network` is a module, and `like` is the linen network to port it into, if it is not
+    like `Net`.
+    """
 
     network: Any
     batches: Sequence[Any]
     run: Run
+    like: Any = None
 
     def but(self, **changes: Any) -> "Patient":
         return dataclasses.replace(self, network=dataclasses.replace(self.network, **changes))
@@ -39,6 +44,10 @@ class Patient:
 @functools.cache
 def ids(patient):
     """Returns the findings of bnjax's audit."""
+    if hasattr(patient.network, "state_dict"):
+        from zoo import kit_torch
+
+        patient = kit_torch.ported(patient)
     return clinic.audit(patient.network, patient.batches, patient.run, jit=shared_jit).ids
 
 

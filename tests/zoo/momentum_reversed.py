@@ -12,8 +12,17 @@ FINDS = ("stale",)
 REASON = (
     "a batch of 64 is no worse than a small batch is allowed to be, and predictions move by 4 %"
 )
-MISSED = {"linen": REASON}
+MISSED = {"linen": REASON, "torch": REASON}
 
 
 def linen(sick):
     return kit.fit(kit.Net(norm=functools.partial(kit.norm, momentum=0.1 if sick else 0.9)))
+
+
+def torch(sick):
+    from torch.nn import BatchNorm1d
+
+    from zoo import kit_torch
+
+    norm = functools.partial(BatchNorm1d, momentum=0.9 if sick else 0.1)
+    return kit_torch.fit(kit_torch.net(norm))

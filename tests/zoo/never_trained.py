@@ -8,3 +8,9 @@ FINDS = ("never-updated",)
 
 def linen(sick):
     return kit.fit(seen=[] if sick else None)
+
+
+def torch(sick):
+    from zoo import kit_torch
+
+    return kit_torch.fit(seen=[] if sick else None)

@@ -23,3 +23,19 @@ def linen(sick):
     for batch in patient.batches:
         _, stats = kit.loss(network.params, stats, batch, jax.random.key(0), model=keeping)
     return patient.but(batch_stats=jax.device_get(stats))
+
+
+def torch(sick):
+    from zoo import kit_torch
+
+    patient = kit_torch.healthy()
+    norms = patient.network.norm0, patient.network.norm1
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 0.0 if sick else None
+    patient.network.train()
+    for batch in patient.batches:
+        patient.network(kit_torch.images(batch))
+    for norm in norms:
+        norm.momentum = 0.1
+    return patient

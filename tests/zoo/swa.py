@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -8,6 +11,7 @@ NAME = "stochastic weight averaging without bn_update"
 CAUSE = "Averaged weights were never run, so the stored statistics are those of other weights."
 SOURCE = "https://github.com/timgaripov/swa/issues/7"
 FINDS = ("stale",)
+MISSED = {"torch": "the loss is a third higher, but predictions move by 2 % only"}
 
 
 def linen(sick):
@@ -16,3 +20,23 @@ def linen(sick):
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *weights[9::10])
     patient = start.but(params=mean)
     return patient if sick else patient.recomputed()
+
+
+def torch(sick):
+    from torch.optim import SGD
+    from torch.optim.swa_utils import AveragedModel, update_bn
+
+    from zoo import kit_torch
+
+    start, models = kit_torch.healthy(), []
+    average = AveragedModel(start.network)
+    kit_torch.fit(
+        start.network,
+        optimizer=lambda model: SGD(model.parameters(), 1.0),
+        watch=lambda model: models.append(copy.deepcopy(model)),
+    )
+    for model in models[9::10]:
+        average.update_parameters(model)
+    if not sick:
+        update_bn(map(kit_torch.images, start.batches), average)
+    return dataclasses.replace(start, network=average.module.eval())

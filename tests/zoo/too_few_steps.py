@@ -10,3 +10,12 @@ FINDS = ("not-converged",)
 
 def linen(sick):
     return kit.fit(kit.Net(norm=functools.partial(kit.norm, momentum=0.99 if sick else 0.9)))
+
+
+def torch(sick):
+    from torch.nn import BatchNorm1d
+
+    from zoo import kit_torch
+
+    norm = functools.partial(BatchNorm1d, momentum=0.01 if sick else 0.1)
+    return kit_torch.fit(kit_torch.net(norm))

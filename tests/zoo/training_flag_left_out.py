@@ -10,3 +10,9 @@ FINDS = ("never-updated",)
 
 def linen(sick):
     return kit.fit(loss=functools.partial(kit.loss, train=not sick))
+
+
+def torch(sick):
+    from zoo import kit_torch
+
+    return kit_torch.fit(step=functools.partial(kit_torch.step, train=not sick))
