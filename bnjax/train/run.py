@@ -131,7 +131,7 @@ class Run:
         )
         where = "Recomputed layer by layer, everything is finite."
         if found:
-            where = f"The first non-finite value there: {found}."
+            where = f"The first non-finite value there is {found}."
         saved = seed.checkpoints.steps()
         kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
         rows = f" and {seed.bad_steps - 1} before it" if seed.bad_steps > 1 else ""

@@ -254,7 +254,7 @@ def test_the_shorter_side_is_no_shorter_than_the_square():
     config = synthetic.config()
     keys = {"data.pipeline": "stream", "data.image_size": 32, "data.shorter_side": 31}
     config.update_from_flattened_dict(keys)
-    with pytest.raises(ConfigError, match=r"config.data.image_size, 32, or above"):
+    with pytest.raises(ConfigError, match=r"at least config.data.image_size, 32"):
         build.check(config)
 
 
