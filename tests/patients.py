@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet, SharedNet
 
 from bnjax import norms
-from bnjax.clinic import Run, linen
+from bnjax.clinic import Run, linen, precise
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import forward, init_state, train_step
 from bnjax.types import fingerprint
@@ -155,6 +155,7 @@ HEALTHY = {
         if name != "shared"
     },
     "plain": plain,
+    "dropout before a norm, recomputed": lambda seed: recomputed(ready(dropout=0.5)(seed)),
     "plain, frozen and stepped": lambda seed: frozen(seed, plain(seed)).knowing(step=step(1)),
     "plain, batches of 256": functools.partial(trained, Plain(), size=256),
     "plain, batches of 24": functools.partial(trained, Plain(), size=24),
@@ -253,6 +254,11 @@ def lars():
 
 def one_more(stats):
     return stats | {"third": stats["first"]}
+
+
+def recomputed(patient):
+    network = linen(patient.model, patient.params, patient.batch_stats)
+    return patient.but(batch_stats=precise(network, patient.batches).batch_stats)
 
 
 def frozen(seed, before):

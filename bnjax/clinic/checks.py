@@ -295,11 +295,17 @@ SHIFT = 0.1  # absolute log ratio of the variances: the scale of the outputs is 
 )
 def variance_shift(case: Case, one: Evidence) -> str | None:
     """Finds norms whose input variance changes when dropout is active."""
-    if not one.random or case.whole < 2:
+    if not one.random or case.whole < 2 or recomputed(one):
         return None
     mean, error = one.shifts.mean(), one.shifts.std(ddof=1) / len(one.shifts) ** 0.5
     text = f"variance in training / in evaluation {np.exp(mean):.3f}"
     return text if abs(mean) > max(SHIFT, STANDARD_ERRORS * error) else None
+
+
+def recomputed(one: Evidence) -> bool:
+    """Returns whether the averages are over inputs without dropout, as from `clinic.precise`."""
+    in_evaluation = dataclasses.replace(one, train=one.batch)
+    return one.random and max(in_evaluation.z_scores) <= STANDARD_ERRORS
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:
@@ -583,7 +589,7 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
     if case.run.steps is None and any(isinstance(one.momentum, float) for one in layers):
         missing = "the number of updates: Run(steps=…); judged by the values of the averages"
         yield NotChecked("not-converged by its updates", missing)
-    judged = [one for one in layers if one.calls == 1]
+    judged = [one for one in layers if one.calls == 1 and not recomputed(one)]
     beyond = [one for one in judged if max(one.z_scores) > STANDARD_ERRORS]
     if beyond:
         yield from _of_poor_fit(case, judged, beyond)
