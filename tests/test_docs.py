@@ -17,7 +17,7 @@ from bnjax.main import COMMANDS
 from bnjax.train_step import init_variables
 
 ROOT = Path(__file__).parents[1]
-FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 PAGES = {path.relative_to(ROOT): path.read_text() for path in FILES}
 README, CONTRIBUTING, CHANGELOG, EVALUATION, DEVICES = (
     PAGES[Path(name)]
