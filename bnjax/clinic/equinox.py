@@ -17,10 +17,10 @@ import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.network import SEEN, Around, Call, Network, NormLayer, Path
+from bnjax.clinic.network import SEEN, STORED, Around, Call, Network, NormLayer, Path
 from bnjax.norms.moments import Moments, Total, moments, total_over
 from bnjax.train_step import to_float
-from bnjax.types import Array, Batch, BatchStats, Images, Logits
+from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
 # Equinox is an extra, so it is imported in the functions.
 
@@ -126,6 +126,8 @@ class Equinox(Network):
         call: see `equinox`.
     """
 
+    per_example = True
+
     rest: Any
     structure: _Structure = struct.field(pytree_node=False)
     call: Forward | None = struct.field(pytree_node=False)
@@ -169,14 +171,16 @@ class Equinox(Network):
         """See `Network.run`."""
         import equinox as eqx
 
-        model, images = self.model, to_float(batch["image"])
+        images = to_float(batch["image"])
+        with jax.named_scope(STORED):
+            model, state = self.model, self.state
         norms = [unit for _, unit in _units(model) if isinstance(unit, eqx.nn.BatchNorm)]
         if not train or all(norm.inference for norm in norms):
             model = eqx.nn.inference_mode(model, not train)
         names = inspect.signature(type(model).__call__).parameters
         model = _watched_in(model, around, self.batch_stats)
         if self.call is not None:
-            logits, state = self.call(model, self.state, images, dropout)
+            logits, state = self.call(model, state, images, dropout)
         else:
             keys = None if dropout is None else jax.random.split(dropout, len(images))
 
@@ -185,8 +189,25 @@ class Equinox(Network):
 
             axis = norms[0].axis_name if norms else None
             each = jax.vmap(one, (0, 0, None), (0, None), axis_name=axis)
-            logits, state = each(images, keys, self.state)
+            logits, state = each(images, keys, state)
         return logits, _statistics(_entries(state), self.structure.norms)
+
+    def folded(
+        self, params: Params, batch_stats: BatchStats, pairs: Sequence[tuple[Path, Path]]
+    ) -> "Equinox":
+        """See `Network.folded`."""
+        leaves, model = flatten_dict(params), self.model
+        units = _units(model)
+        norms, layers = ({*side} for side in zip(*pairs, strict=True))
+        new = {
+            id(one): _with_weights(one, leaves, path) if path in layers else _folded()()
+            for path, one in units
+            if path in norms | layers
+        }
+        model = jax.tree.map(
+            lambda one: new.get(id(one), one), model, is_leaf=lambda one: id(one) in new
+        )
+        return equinox(model, self.state, self.call)
 
     @property
     def takes_mask(self) -> bool:
@@ -216,6 +237,19 @@ class EquinoxCall(Call):
     def kind(self) -> type:
         """See `Call.kind`."""
         return self.module.kind
+
+    @property
+    def is_layer(self) -> bool:
+        """See `Call.is_layer`."""
+        return not self.is_norm
+
+    @property
+    def is_standard(self) -> bool:
+        """See `Call.is_standard`."""
+        import equinox as eqx
+
+        kinds: tuple[Any, ...] = (eqx.nn.Linear, eqx.nn.Conv, *eqx.nn.Conv.__subclasses__())
+        return self.kind is eqx.nn.BatchNorm if self.is_norm else self.kind in kinds
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -349,6 +383,33 @@ def _statistics(entries: dict[Any, Any], norms: tuple[_Norm, ...]) -> BatchStats
         for name, leaf in zip(SEEN, entries.get(_seen_key(path), ()), strict=False):
             stats[*path, name] = leaf
     return unflatten_dict(stats)
+
+
+def _with_weights(layer: Any, leaves: dict[Path, Array], path: Path) -> Any:
+    """Returns a layer with these weights and a bias."""
+    new = object.__new__(type(layer))
+    spatial = getattr(layer, "num_spatial_dims", 0)
+    given = {
+        "weight": _from_flax(leaves[*path, "kernel"], (*path, "kernel"), spatial),
+        "bias": _from_flax(leaves[*path, "bias"], (*path, "bias"), spatial),
+        "use_bias": True,
+    }
+    for name, value in (vars(layer) | given).items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+@functools.cache
+def _folded() -> Any:
+    import equinox as eqx
+
+    class Folded(eqx.nn.StatefulLayer):
+        """A norm that was folded into a layer: returns its input."""
+
+        def __call__(self, x: Array, state: Any, **_: Any) -> tuple[Array, Any]:
+            return x, state
+
+    return Folded
 
 
 def _scale(count: Any, momentum: float, like: Array) -> Any:

@@ -33,6 +33,7 @@ def fold_pair(
     *,
     norm: Place,
     groups: int = 1,
+    channels_first: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns kernel and bias of a layer that replaces a layer and its norm in evaluation.
 
@@ -48,8 +49,10 @@ def fold_pair(
         mean, var: the running statistics of the norm, [c].
         epsilon: added to the variance.
         norm: the position of the norm. "after": c = out. "before": c = in, or c divides it if
-            positions were flattened into channels, channels last: input j has channel j mod c.
+            positions were flattened into channels: input j has channel j mod c.
         groups: `feature_group_count` of a convolution.
+        channels_first: whether positions were flattened after the channels: input j then has
+            channel j // (in / c).
 
     Returns:
         Both in the dtype of the kernel, computed in float64.
@@ -82,7 +85,8 @@ def fold_pair(
 
         def of_weights(values: np.ndarray) -> np.ndarray:
             """Spreads values of the channels over [in / groups, out]: each group has its inputs."""
-            by_group = np.tile(values, inputs // channels).reshape(groups, -1).T
+            spread = np.repeat if channels_first else np.tile
+            by_group = spread(values, inputs // channels).reshape(groups, -1).T
             return np.repeat(by_group, outputs // groups, axis=1)
 
         added = exact(bias) + (weight * of_weights(offset)).reshape(-1, outputs).sum(0)
@@ -149,7 +153,7 @@ def plan(network: Network, images: Images) -> Folding:
             calls.setdefault(node.path, []).append(node)
     origins = {}
     for path, nodes in calls.items():
-        origins[path], *others = {_origin(node) for node in nodes}
+        origins[path], *others = {_origin(node, network.per_example) for node in nodes}
         if others:
             origins[path] = Origin(reason="is not the same in each call")
     about = {layer.path: layer for layer in network.norms(batch)}
@@ -160,13 +164,15 @@ def plan(network: Network, images: Images) -> Folding:
         norm = nodes[0]
         if not norm.call.is_norm:
             continue
-        reasons = [_hindrance(nodes, about[path])]
+        reasons = [_hindrance(nodes, about[path], network.per_example)]
         places: tuple[Place, ...] = () if reasons[0] else ("after", "before")
         for place in places:
             try:
                 layer, origin = _neighbour(calls, origins, path, place)
                 before = weights.get(layer.path) or _weights(layer, leaves)
-                weights[layer.path] = _with_norm(before, layer, norm, place, origin, leaves | stats)
+                weights[layer.path] = _with_norm(
+                    before, layer, norm, place, origin, leaves | stats, network.per_example
+                )
             except ValueError as error:
                 reasons.append(str(error))
             else:
@@ -210,7 +216,7 @@ def _is_of_interest(call: Call) -> bool:
     return call.get("mean") is not None if call.is_norm else call.is_layer
 
 
-def _hindrance(nodes: list[Node], about: NormLayer) -> str:
+def _hindrance(nodes: list[Node], about: NormLayer, per_example: bool) -> str:
     """Returns why a norm cannot be folded into any layer; empty if it can."""
     norm = nodes[0].call
     if about.by_batch:
@@ -219,8 +225,9 @@ def _hindrance(nodes: list[Node], about: NormLayer) -> str:
         return "it transforms its stored parameters"
     if not norm.is_standard:
         return f"it is a {norm.kind.__name__}, which may behave differently in evaluation"
-    last = len(about.shape) - 1
-    return "" if about.axes == tuple(range(last)) else "its channels are not only the last axis"
+    channels, where = (1, "second") if per_example else (len(about.shape) - 1, "last")
+    others = tuple(axis for axis in range(len(about.shape)) if axis != channels)
+    return "" if about.axes == others else f"its channels are not only the {where} axis"
 
 
 class Origin(NamedTuple):
@@ -242,7 +249,7 @@ class Origin(NamedTuple):
     reason: str = ""
 
 
-def _origin(node: Node) -> Origin:
+def _origin(node: Node, per_example: bool) -> Origin:
     """Returns the origin of the input of a call."""
     factor, has_maxima, kind = 1.0, False, ""
     while len(node.inputs) == 1:
@@ -253,9 +260,9 @@ def _origin(node: Node) -> Origin:
             places = f"goes to several places ({_readers(node)})"
             return Origin(reason=f"comes from {_name(node)}, which {places}")
         # Under nn.vmap there is an additional axis at an unknown position.
-        if node.call is not None and (not kind or node.shape == node.returned):
+        if node.call is not None and (not kind or node.shape[per_example:] == node.returned):
             return Origin(node.path, factor, has_maxima)
-        step = None if node.call is not None else _step(node.equation)
+        step = None if node.call is not None else _step(node.equation, per_example)
         if step is None:
             return Origin(reason=f"comes from {_name(node)}")
         factor, has_maxima, kind = factor * step[0], has_maxima or step[1], node.kind
@@ -299,7 +306,7 @@ def _neighbour(
 MOVED = (1.0, False)
 
 
-def _step(equation: Any) -> tuple[float, bool] | None:
+def _step(equation: Any, per_example: bool) -> tuple[float, bool] | None:
     """Returns `factor` and `has_maxima` of an operation; None if no norm can move past it.
 
     A norm can move past sums and maxima of values of one channel, products with a number above 0,
@@ -311,11 +318,12 @@ def _step(equation: Any) -> tuple[float, bool] | None:
         return None
     avals: list[Any] = [operands[0].aval, equation.outvars[0].aval]
     given, returned = (aval.shape for aval in avals)
-    last = len(given) - 1
+    # The axis of the channels; in front of it there is only the axis of the examples.
+    channels = 1 if per_example else len(given) - 1
     if kind in ("copy", "name", "convert_element_type"):
         floats = all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
         return MOVED if floats else None
-    if not given or not returned:
+    if min(len(given), len(returned)) <= per_example:
         return None
     if kind in ("mul", "div") and len(equation.invars) == 2:
         first, second = equation.invars
@@ -324,19 +332,22 @@ def _step(equation: Any) -> tuple[float, bool] | None:
         number = float((first if second is operands[0] else second).val)
         return (number if kind == "mul" else 1 / number, False) if number > 0 else None
     if kind == "transpose":
-        return MOVED if params["permutation"][last] == last else None
+        return MOVED if params["permutation"][channels] == channels else None
+    fixed = {0, 1} if per_example else {channels}
     if kind == "squeeze":
-        return MOVED if last not in params["dimensions"] else None
+        return MOVED if fixed.isdisjoint(params["dimensions"]) else None
     if kind == "reshape" and params["dimensions"] is None:
+        if per_example:
+            return MOVED if returned[0] == given[0] and returned[1] % given[1] == 0 else None
         return MOVED if returned[-1] % given[-1] == 0 else None
     # Sums and maxima over positions and examples, not over channels.
-    if kind in ("reduce_sum", "reduce_max") and last not in params["axes"]:
+    if kind in ("reduce_sum", "reduce_max") and fixed.isdisjoint(params["axes"]):
         count = math.prod(given[axis] for axis in params["axes"])
     elif kind in ("reduce_window_sum", "reduce_window_max"):
         window, padding = params["window_dimensions"], params["padding"]
-        steps = (window[-1], params["window_strides"][-1], *params["base_dilation"])
+        steps = (window[channels], params["window_strides"][channels], *params["base_dilation"])
         # Padding adds 0 to a sum, and does not affect a maximum.
-        padded = any(map(any, padding if kind == "reduce_window_sum" else padding[-1:]))
+        padded = any(map(any, padding if kind == "reduce_window_sum" else [padding[channels]]))
         if padded or any(step != 1 for step in steps):
             return None
         count = math.prod(window)
@@ -350,7 +361,13 @@ Weights = tuple[np.ndarray, np.ndarray]
 
 
 def _with_norm(
-    weights: Weights, layer: Node, norm: Node, place: Place, origin: Origin, stored: dict[Path, Any]
+    weights: Weights,
+    layer: Node,
+    norm: Node,
+    place: Place,
+    origin: Origin,
+    stored: dict[Path, Any],
+    per_example: bool,
 ) -> Weights:
     """Returns the weights with a norm folded in; raises ValueError if that is not exact."""
     name, module = ".".join(layer.path), layer.call.module
@@ -370,6 +387,7 @@ def _with_norm(
     if place == "before" and (shift.any() or mean.any()) and _adds_zeros(module):
         raise ValueError(f"{name} adds zeros to its input, which are not zeros before the norm")
     factor = origin.factor if place == "before" else 1 / origin.factor
+    epsilon = float(norm.call.module.eps if per_example else norm.call.module.epsilon)
     for index in np.ndindex(stack):
         kernel[index], bias[index] = fold_pair(
             kernel[index],
@@ -378,9 +396,10 @@ def _with_norm(
             factor * shift[index],
             factor * mean[index],
             var[index],
-            float(norm.call.module.epsilon),
+            epsilon,
             norm=place,
-            groups=getattr(module, "feature_group_count", 1),
+            groups=getattr(module, "feature_group_count", getattr(module, "groups", 1)),
+            channels_first=per_example,
         )
     return kernel, bias
 
@@ -410,5 +429,6 @@ def _adds_zeros(layer: Any) -> bool:
     padding = canonicalize_padding(layer.padding, _rank(layer) - 2)
     if padding in ("SAME", "CAUSAL"):
         padding = [tuple(np.not_equal(layer.kernel_size, 1).reshape(-1))]
-    is_dilated = bool(np.not_equal(layer.input_dilation or 1, 1).any())
+    dilation = getattr(layer, "input_dilation", None) or 1
+    is_dilated = bool(np.not_equal(dilation, 1).any())
     return is_dilated or (not isinstance(padding, str) and any(map(any, padding)))

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from bnjax.clinic.network import Call, Network
+from bnjax.clinic.network import STORED, Call, Network
 
 Path = tuple[str, ...]
 # (equation, *values of its operands) -> values of its results; values of any kind.
@@ -172,7 +172,10 @@ def layers(
     found = {images: None}  # an ordered set
 
     def rule(equation: Any, *values: Any) -> list[Any]:
-        marks = _MARK.findall(str(equation.source_info.name_stack))
+        scope = str(equation.source_info.name_stack)
+        if STORED in scope:
+            return [_Parameter(None)] * len(equation.outvars)
+        marks = _MARK.findall(scope)
         number = int(marks[-1]) if marks else -1
         parameters = [value for value in values if isinstance(value, _Parameter)]
         if marks and any(one.computed_in not in (None, number) for one in parameters):

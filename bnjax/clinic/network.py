@@ -33,6 +33,8 @@ Seen = Mapping[Path, Moments]
 # The leaves beside `mean` and `var` that collect these moments during a pass. They have the shape
 # of `mean`, so lifted transformations handle them like `mean`.
 SEEN = ("seen_mean", "seen_var", "seen_count")
+# The name scope in which `run` only rearranges variables for the library.
+STORED = "@stored@"
 # The known training flags of `__call__`, and their values in training.
 FLAGS = {
     "train": True,
@@ -190,6 +192,9 @@ class Network:
 
     params: Params
     batch_stats: Any
+
+    # Whether modules are called for each example, with the channels first.
+    per_example = False
 
     def run(
         self,
