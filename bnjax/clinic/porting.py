@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bnjax.clinic.network import Network, SameNetwork
 from bnjax.errors import UserError, brief
 from bnjax.models.convnet import ConvNet
 from bnjax.types import Array, BatchStats, Params
@@ -299,6 +300,46 @@ def port_from(
         }
     )
     return trees.get("params", {}), trees.get("batch_stats", {})
+
+
+def port_into(target: SameNetwork, source: Network, table: Table = SAME_NAMES) -> SameNetwork:
+    """Returns a network with the weights and statistics of another network, by name.
+
+    The networks may belong to different libraries: linen, NNX and Equinox.
+
+    Args:
+        target: a network, for instance an untrained one.
+        source: a network with the same layers.
+        table: the names of the layers: the path in `source` -> the path in `target`. `flattened`
+            names layers of `source` with flattened images as input; it is used if one of the
+            networks is Equinox's, which has the channels first.
+
+    Raises:
+        UserError: if leaves are missing or left over, or shapes differ; lists all.
+
+    >>> from bnjax.clinic import linen
+    >>> import flax.linen as nn
+    >>> class Net(nn.Module):
+    ...     name_of_layer: str
+    ...     @nn.compact
+    ...     def __call__(self, x, train):
+    ...         return nn.Dense(2, name=self.name_of_layer)(x.mean((1, 2)))
+    >>> one, other = (
+    ...     linen(Net(name), {name: {"kernel": np.full((3, 2), value), "bias": np.zeros(2)}}, {})
+    ...     for name, value in (("head", 1.0), ("logits", 5.0))
+    ... )
+    >>> print(port_into(one, other, Table({"logits": "head"})).params["head"]["kernel"][0])
+    [5. 5.]
+    """
+    # Only channels last need a table: torch flattens images with the channels first.
+    differ = source.per_example != target.per_example
+    of_target = {str(table.name(one, "torch")): shape for one, shape in table.flattened.items()}
+    leaving = table if differ and target.per_example else Table(table.names)
+    arriving = Table(flattened=of_target) if differ and source.per_example else SAME_NAMES
+    arrays = port_to("torch", source.params, source.batch_stats, leaving)
+    like = target.params, target.batch_stats
+    params, batch_stats = port_from("torch", arrays, like, arriving)
+    return dataclasses.replace(target, params=params, batch_stats=batch_stats)
 
 
 def read(file: Path) -> Arrays:
