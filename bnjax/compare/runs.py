@@ -108,7 +108,7 @@ def value(run: Run, quantity: str, at: str | float | int) -> float | None:
 def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
     """Returns one of `TIMES` for several runs: the time to the goal, or to the end of the run.
 
-    At least 0.001 seconds, the resolution of the file.
+    Times in seconds are at least 0.001, the resolution of the file.
     """
     values, reached = [], []
     for run in runs:

@@ -258,11 +258,11 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         if named := [word for word in words if word in found]:
             found[named[-1]].append(path)
     for files in found.values():
-        said = {int(of) for path in files for of in re.findall(r"-of-(\d+)", path.name)}
-        if said and said != {len(files)}:
+        promised = {int(of) for path in files for of in re.findall(r"-of-(\d+)", path.name)}
+        if promised and promised != {len(files)}:
             raise DataError(
                 f"{folder} has {len(files)} files like {files[0].name}, but their names promise "
-                f"{min(said)}. Copy or prepare them again."
+                f"{min(promised)}. Copy or prepare them again."
             )
     return found
 

@@ -77,7 +77,7 @@ def network(
     Args:
         config: the section `model`, after `check_values`.
         classes: the number of logits.
-        image_shape: of one image.
+        image_shape: [h, w, c] of one image.
         norm_axes: the mapped axes of the batch norms, for training on groups of devices.
 
     Raises:
@@ -226,7 +226,7 @@ class Experiment:
     pictures: int  # test images
     shuffle: bool
     most_skipped: int  # consecutive bad steps that may be dropped
-    save_every: int  # steps; each evaluation and the last step are followed by a save as well
+    save_every: int  # steps; each evaluation is followed by a save too
     save_every_minutes: float | None
     warnings: tuple[str, ...]
 
@@ -389,7 +389,7 @@ def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, ima
 
 
 def _is_precise(config: ConfigDict) -> bool:
-    """Returns whether evaluation uses precise statistics, as averaged weights always do."""
+    """Returns whether evaluation uses precise statistics; averaged weights always need them."""
     return config.eval.statistics == "precise" or config.optimizer.average != "none"
 
 

@@ -119,7 +119,7 @@ def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
         over: the devices that share batch statistics.
 
     Raises:
-        ValueError: if the devices do not make whole groups.
+        ValueError: if the devices cannot form equal groups.
     """
     size = len(devices) if over == "global" else 1 if over == "per_device" else over
     if size < 1 or len(devices) % size:
@@ -139,7 +139,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
 
     Args:
         coordinator: host and port of process 0.
-        processes: their number.
+        processes: the number of processes.
         process: the index of this one.
 
     Raises:

@@ -116,7 +116,7 @@ def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str,
                 continue
             quantiles = [float(f"{value:.6g}") for value in np.quantile(values, QUANTILES)]
             low, high = quantiles[1], quantiles[-2]
-            if low == high:  # it is the centre of the range
+            if low == high:  # then it is the centre of the range
                 low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
             counts, _ = np.histogram(np.clip(values, low, high), BINS, (low, high))
             found[kind][name] = {
@@ -178,7 +178,7 @@ class Observer:
         """Writes the graph of the model and the hyperparameters."""
         writer.board.graph(graph_def(self._model, self._shape))
         values, standard = flat(config.to_dict()), flat(default_config().to_dict())
-        # TensorBoard shows the first few columns, so keys without their defaults come first.
+        # TensorBoard shows the first few columns, so changed keys come first.
         writer.board.hyperparameters(
             dict(sorted(values.items(), key=lambda item: item[1] == standard[item[0]]))
         )

@@ -1,4 +1,4 @@
-"""Decides how many steps go into one program: one on a CPU, up to 100 on an accelerator."""
+"""Decides how many steps go into one program, and whether the images stay on the device."""
 
 import jax
 
@@ -8,9 +8,8 @@ from bnjax.data.stream import Records
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import memory
 
-MAX_STEPS = 100
-# Long compared with the work of the host, short enough to respond to Ctrl-C.
-MAX_SECONDS = 0.5
+MAX_STEPS = 100  # in one program, on an accelerator
+MAX_SECONDS = 0.5  # long compared with the work of the host, short enough to respond to Ctrl-C
 RESIDENT_SHARE = 0.25  # the fraction of a device's memory for the training images
 
 

@@ -1,4 +1,4 @@
-"""Writes and reads the JSON files of a run, most with one object a line, and its curves."""
+"""Writes and reads the JSON files of a run, most of them with one object per line."""
 
 import contextlib
 import json
@@ -73,7 +73,7 @@ def _finite(value: Any) -> Any:
 
 
 class Lines:
-    """A file with one JSON object a line."""
+    """A file with one JSON object per line."""
 
     def __init__(self, path: Path, *, keep_up_to: int):
         """Opens the file to append, and removes lines with a `step` above `keep_up_to`."""

@@ -81,7 +81,7 @@ def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
         return
     if (workdir / FOLDED).exists():
         raise UserError(
-            f"{workdir} holds a folded network, which cannot be trained on. Choose another folder "
+            f"{workdir} holds a folded network, which cannot be trained. Choose another folder "
             "with --workdir."
         )
     its, data_there = read(workdir)
@@ -90,7 +90,7 @@ def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
     ):
         raise UserError(
             f"{workdir} belongs to a run with another config:{lines}\nChoose another folder with "
-            "--workdir, or remove that one."
+            "--workdir, or remove this one."
         )
 
 
