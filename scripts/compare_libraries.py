@@ -233,7 +233,7 @@ def column(*values):
 
 
 def agree(found, expected):
-    """Returns "yes" for numbers that agree to float32, else the largest difference."""
+    """Returns "yes" for numbers that agree to 0.001, else the largest difference."""
     error = np.abs(np.subtract(found, expected)).max()
     return ["yes" if error < 1e-3 else f"off by {error:.2g}"]
 
@@ -365,8 +365,9 @@ def under_vmap(layer):
 def under_scan(layer):
     """Five steps under lax.scan learn what a loop learns."""
     xs = [layer.array(WAVE + i) for i in range(5)]
-    step = lambda stats, x: (layer.train(stats, x)[1], None)  # noqa: E731
-    stats, _ = jax.lax.scan(step, layer.init(xs[0]), layer.stack(xs))
+    stats, _ = jax.lax.scan(
+        lambda stats, x: (layer.train(stats, x)[1], None), layer.init(xs[0]), layer.stack(xs)
+    )
     return agree(layer.used(stats), layer.used(layer.fit(*xs)))
 
 

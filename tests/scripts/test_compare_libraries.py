@@ -1,6 +1,7 @@
 """The table of libraries: its cells against closed forms, and the page against the script."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -99,6 +100,17 @@ def test_haiku_with_a_policy_is_exact_in_bfloat16():
     policy = jmp.get_policy("params=float32,compute=float32,output=bfloat16")
     with hk.mixed_precision.push_policy(hk.BatchNorm, policy):
         assert values("bfloat16 input", "Haiku") == [1, "float32"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_has_the_figures_of_the_script(kind):
+    row = f"\n| {kind} {version(KINDS[kind].package)} |"
+    if row not in PAGE:
+        pytest.skip(f"the page has another version of {kind}")
+    section = PAGE[PAGE.index("## Shards") :]
+    cells = section[section.index(row) :].splitlines()[1].split(" | ")[1:]
+    for (_, *measurement), text in zip(COLUMNS["Shards"], cells, strict=True):
+        assert text.split("[^")[0].removesuffix(" |") == cell(KINDS[kind], *measurement)[0]
 
 
 def test_the_page_has_the_columns_and_rows_of_the_script():
