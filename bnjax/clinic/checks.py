@@ -163,8 +163,9 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
     "never-updated",
     "the averages are still 0 and 1",
     "evaluation does not normalise at all, while training does",
-    "make batch_stats mutable in training and pass on the updated statistics, as train_step does; "
-    "for these weights, recompute them with clinic.precise",
+    "train in training mode and keep the new statistics (linen: mutable=['batch_stats'], as "
+    "train_step does; NNX: model.train(); Equinox: the returned State); for these weights, "
+    "recompute them with clinic.precise",
 )
 def never_updated(case: Case, one: Evidence) -> str | None:
     """Finds averages that equal their initial values."""
@@ -404,7 +405,8 @@ BATCH_DEPENDENT = _illness(
     "predictions depend on the rest of the batch",
     "the prediction for an image depends on the other images in its batch, and for a single image "
     "is meaningless",
-    "evaluate with train=False (use_running_average=True), without making batch_stats mutable",
+    "evaluate in evaluation mode (linen: train=False or use_running_average=True, without mutable; "
+    "NNX: model.eval(); Equinox: eqx.nn.inference_mode(model))",
 )
 # Power of eps, relative to the largest logit: rounding keeps more than half of the digits.
 DIGITS = 0.5

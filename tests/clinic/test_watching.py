@@ -93,6 +93,26 @@ def test_vital_signs_are_compiled_once_for_other_variables(network):
     assert one["loss/stored"] != other["loss/stored"]
 
 
+def test_what_an_nnx_user_did_between_two_networks():
+    def step(passes):
+        def run(network, batch):
+            model = network.model
+            model.train()
+            for i in range(passes):
+                model(batch["image"] / (255.0 + i))
+            return clinic.nnx(model)
+
+        return run
+
+    network = clinic.precise(of_nnx(0.0), BATCHES)
+    for passes, found in ((1, ()), (2, ("updated-twice",))):
+        assert clinic.audit(network, BATCHES, clinic.Run(step=step(passes))).ids == found
+    after = step(1)(network, BATCHES[0])
+    assert clinic.moved(network, after) == ("norm.mean", "norm.var")
+    run = clinic.Run(before=network, frozen=("norm",))
+    assert clinic.audit(after, BATCHES, run).ids == ("moved-while-frozen",)
+
+
 def test_averages_that_are_wrong_show():
     right = clinic.vitals(HEALTHY, BATCHES[0])
     wrong = clinic.vitals(network_of(ILL["never updated"][1](0)), BATCHES[0])
