@@ -18,6 +18,12 @@ def linen(sick):
     return kit.fit(tx=optax.adamw(3e-3, weight_decay=1e-2, mask=None if sick else matrices))
 
 
+def nnx(sick):
+    from zoo import kit_nnx
+
+    return kit_nnx.fit(tx=optax.adamw(3e-3, weight_decay=1e-2, mask=None if sick else matrices))
+
+
 def torch(sick):
     from torch.optim import AdamW
 

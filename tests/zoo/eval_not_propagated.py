@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 
 from zoo import kit
@@ -14,6 +16,22 @@ def stuck(use_running_average, **options):
 
 def linen(sick):
     return kit.fit(kit.Net(norm=stuck)) if sick else kit.healthy()
+
+
+def nnx(sick):
+    from flax import nnx as flax_nnx
+
+    from zoo import kit_nnx
+
+    class Stuck(flax_nnx.BatchNorm):
+        def __call__(self, x):
+            return super().__call__(x, use_running_average=False)
+
+    return (
+        kit_nnx.fit(kit_nnx.Net(functools.partial(Stuck, momentum=0.9)))
+        if sick
+        else kit_nnx.healthy()
+    )
 
 
 def torch(sick):

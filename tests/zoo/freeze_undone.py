@@ -1,11 +1,24 @@
 import copy
 
-from zoo.frozen_by_gradient import other_task
+from zoo.frozen_by_gradient import is_head, other_task
 
 NAME = "a frozen norm that train() thaws"
 CAUSE = "A norm is set to evaluation mode once; model.train() of the next epoch sets it back."
 SOURCE = "https://github.com/pytorch/pytorch/issues/66073"
 FINDS = ("moved-while-frozen",)
+
+
+def nnx(sick):
+
+    from zoo import kit_nnx
+
+    before = kit_nnx.healthy()
+    model = kit_nnx.of(before)
+    model.norm0.eval()
+    if sick:
+        model.train()
+    patient = kit_nnx.fit(model, wrt=is_head, seen=other_task(), steps=80)
+    return patient.knowing(before=before.network, frozen=("norm0",))
 
 
 def torch(sick):

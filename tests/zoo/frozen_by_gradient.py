@@ -1,6 +1,7 @@
 import copy
 
 import jax
+from flax import nnx as flax_nnx
 
 from bnjax.clinic.freezing import freeze_statistics, without_frozen
 from zoo import kit
@@ -15,6 +16,10 @@ def other_task():
     return kit.batches(20, of=kit.examples() | {"label": kit.examples()["label"][::-1]})
 
 
+def is_head(path, variable):
+    return isinstance(variable, flax_nnx.Param) and path[0] not in ("dense0", "norm0")
+
+
 def linen(sick):
     before = kit.healthy()
     frozen = {
@@ -23,6 +28,18 @@ def linen(sick):
     }
     model = kit.NET if sick else freeze_statistics(kit.NET, "norm0")
     patient = kit.fit(model, start=before, seen=other_task(), tx=without_frozen(kit.sgd(), frozen))
+    return patient.knowing(before=before.network, frozen=("norm0",))
+
+
+def nnx(sick):
+
+    from zoo import kit_nnx
+
+    before = kit_nnx.healthy()
+    model = kit_nnx.of(before)
+    if not sick:
+        model.norm0.eval()
+    patient = kit_nnx.fit(model, wrt=is_head, seen=other_task(), steps=80)
     return patient.knowing(before=before.network, frozen=("norm0",))
 
 

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,3 +16,14 @@ def linen(sick):
     patient = kit.healthy()
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), patient.network.batch_stats)
     return patient.but(batch_stats=half) if sick else patient
+
+
+def nnx(sick):
+    """With `dtype=bfloat16` the averages are cast before evaluation, whatever they are kept in."""
+    from zoo import kit_nnx
+
+    dtype = jnp.bfloat16 if sick else jnp.float32
+    norm = functools.partial(kit_nnx.norm, dtype=dtype, use_fast_variance=False)
+    seen = kit.batches(200, of=kit.examples() | {"image": kit.examples()["image"] + 30})
+    patient = kit_nnx.fit(kit_nnx.Net(norm), seen=seen, tx=kit.sgd(0.01, 200))
+    return dataclasses.replace(patient, batches=seen[:6])

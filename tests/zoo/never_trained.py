@@ -10,6 +10,18 @@ def linen(sick):
     return kit.fit(seen=[] if sick else None)
 
 
+def nnx(sick):
+    from zoo import kit_nnx
+
+    return kit_nnx.fit(seen=[] if sick else None)
+
+
+def equinox(sick):
+    from zoo import kit_equinox
+
+    return kit_equinox.fit(seen=[] if sick else None)
+
+
 def torch(sick):
     from zoo import kit_torch
 

@@ -14,3 +14,12 @@ def linen(sick):
     seen = kit.batches(200, of=kit.examples() | {"image": kit.examples()["image"] + 100})
     patient = kit.fit(kit.Net(norm=norm), seen=seen, tx=kit.sgd(0.01, 200))
     return dataclasses.replace(patient, batches=seen[:6])
+
+
+def nnx(sick):
+    from zoo import kit_nnx
+
+    norm = functools.partial(kit_nnx.norm, use_fast_variance=sick)
+    seen = kit.batches(200, of=kit.examples() | {"image": kit.examples()["image"] + 100})
+    patient = kit_nnx.fit(kit_nnx.Net(norm), seen=seen, tx=kit.sgd(0.01, 200))
+    return dataclasses.replace(patient, batches=seen[:6])

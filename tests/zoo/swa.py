@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import optax
 
+from bnjax import clinic
 from zoo import kit
 
 NAME = "stochastic weight averaging without bn_update"
@@ -19,6 +20,34 @@ def linen(sick):
     kit.fit(start=start, tx=optax.sgd(1.0), watch=weights.append)
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *weights[9::10])
     patient = start.but(params=mean)
+    return patient if sick else patient.recomputed()
+
+
+def nnx(sick):
+    from flax import nnx as flax_nnx
+
+    from zoo import kit_nnx
+
+    start, weights = kit_nnx.healthy(), []
+    kit_nnx.fit(
+        kit_nnx.of(start),
+        tx=optax.sgd(1.0),
+        watch=lambda model: weights.append(jax.device_get(flax_nnx.state(model, flax_nnx.Param))),
+    )
+    average = kit_nnx.of(start)
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *weights[9::10])
+    flax_nnx.update(average, mean)
+    patient = dataclasses.replace(start, network=clinic.nnx(average))
+    return patient if sick else patient.recomputed()
+
+
+def equinox(sick):
+    from zoo import kit_equinox
+
+    start, models = kit_equinox.healthy(), []
+    kit_equinox.fit(start=start, tx=optax.sgd(1.0), watch=models.append)
+    network = clinic.equinox(kit_equinox.averaged(models[9::10]), start.network.state)
+    patient = dataclasses.replace(start, network=network)
     return patient if sick else patient.recomputed()
 
 

@@ -12,6 +12,12 @@ def linen(sick):
     return kit.fit(kit.Net(norm=functools.partial(kit.norm, momentum=0.99 if sick else 0.9)))
 
 
+def nnx(sick):
+    from zoo import kit_nnx
+
+    return kit_nnx.fit(kit_nnx.Net(functools.partial(kit_nnx.norm, momentum=0.99 if sick else 0.9)))
+
+
 def torch(sick):
     from torch.nn import BatchNorm1d
 

@@ -12,6 +12,23 @@ def linen(sick):
     return kit.fit(loss=functools.partial(kit.loss, train=not sick))
 
 
+def nnx(sick):
+    from zoo import kit_nnx
+
+    model = kit_nnx.Net()
+    model.eval() if sick else model.train()
+    return kit_nnx.fit(model)
+
+
+def equinox(sick):
+    from equinox.nn import inference_mode, make_with_state
+
+    from zoo import kit_equinox
+
+    model, state = make_with_state(kit_equinox.Net)()
+    return kit_equinox.fit((inference_mode(model, sick), state))
+
+
 def torch(sick):
     from zoo import kit_torch
 

@@ -2,6 +2,7 @@ import functools
 
 import jax
 
+from bnjax import clinic
 from zoo import kit
 
 NAME = "two forward passes in a step"
@@ -27,6 +28,24 @@ def linen(sick):
         return network.replace(batch_stats=stats)
 
     return kit.fit(loss=loss).knowing(step=step)
+
+
+def nnx(sick):
+    from flax import nnx as flax_nnx
+
+    from zoo import kit_nnx
+
+    def loss(model, batch):
+        value = kit_nnx.loss(model, batch)
+        again = model if sick else flax_nnx.clone(model)
+        return value + kit_nnx.loss(again, noisy(batch))
+
+    def step(network, batch):
+        model = network.model
+        loss(model, batch)
+        return clinic.nnx(model)
+
+    return kit_nnx.fit(loss=loss, step=step)
 
 
 def torch(sick):

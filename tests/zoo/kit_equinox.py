@@ -1,0 +1,91 @@
+"""The network of `kit` in Equinox, and its training."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnjax import clinic
+from bnjax.clinic import Run
+from zoo import kit
+
+norm = functools.partial(eqx.nn.BatchNorm, axis_name="batch", mode="batch", momentum=0.9)
+
+
+class Net(eqx.Module):
+    dense0: eqx.nn.Linear
+    norm0: eqx.nn.BatchNorm
+    before: eqx.nn.Dropout
+    dense1: eqx.nn.Linear
+    norm1: eqx.nn.BatchNorm
+    after: eqx.nn.Dropout
+    logits: eqx.nn.Linear
+
+    def __init__(self, norm=norm, dropout=(0.0, 0.0)):
+        keys = jax.random.split(jax.random.key(0), 3)
+        self.dense0, self.norm0 = eqx.nn.Linear(64, 16, key=keys[0]), norm(16)
+        self.dense1, self.norm1 = eqx.nn.Linear(16, 16, key=keys[1]), norm(16)
+        self.logits = eqx.nn.Linear(16, kit.CLASSES, key=keys[2])
+        self.before, self.after = (eqx.nn.Dropout(rate) for rate in dropout)
+
+    def __call__(self, x, state, key):
+        x, state = self.norm0(self.dense0(jnp.ravel(x)), state)
+        x = self.before(jax.nn.relu(x), key=key)
+        x, state = self.norm1(self.dense1(x), state)
+        return self.logits(self.after(jax.nn.relu(x), key=key)), state
+
+
+def loss(model, state, batch, key):
+    keys = jax.random.split(key, len(batch["label"]))
+    each = jax.vmap(model, (0, None, 0), (0, None), axis_name="batch")
+    logits, state = each(batch["image"], state, keys)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return losses.mean(), state
+
+
+def fit(model=None, loss=loss, *, tx=None, seen=None, start=None, watch=None):
+    """Trains an Equinox model; returns it with what a user can tell of the training.
+
+    Args:
+        model: the model and its state.
+        loss: (model, state, batch, key) -> (loss, state).
+        tx: the optimizer.
+        seen: the batches of the training.
+        start: the patient to go on from.
+        watch: called with the model after each step.
+    """
+    seen = kit.batches(kit.STEPS) if seen is None else seen
+    tx = tx or kit.sgd(steps=max(1, len(seen)))
+    model, state = model or eqx.nn.make_with_state(Net)()
+    steps = len(seen)
+    if start:
+        model, state, steps = start.network.model, start.network.state, start.run.steps + steps
+    opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, state, opt_state, batch, key):
+        grads, state = eqx.filter_grad(loss, has_aux=True)(model, state, batch, key)
+        updates, opt_state = tx.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), state, opt_state
+
+    for i, batch in enumerate(seen):
+        model, state, opt_state = step(model, state, opt_state, batch, jax.random.key(i))
+        if watch:
+            watch(model)
+    network = clinic.equinox(model, state)
+    return kit.Patient(network, kit.audited(), Run(steps, kit.SIZE, tx=tx))
+
+
+@functools.cache
+def healthy():
+    """The network that most twins are."""
+    return fit()
+
+
+def averaged(models):
+    """Returns a model with the mean of the weights."""
+    arrays, static = zip(*(eqx.partition(one, eqx.is_inexact_array) for one in models), strict=True)
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *arrays)
+    return eqx.combine(mean, static[0])
