@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import numpy as np
 
 from bnjax.errors import UserError
 from bnjax.train.tensorboard import Board
+
+# (step, split, values) of a line of metrics.jsonl; the values are numbers, or None if not finite.
+OnMetrics = Callable[[int, str, dict[str, Any]], None]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,6 +75,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields names and values; the name of a value in a dict is "dict/name"."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", one) for inner, one in value.items())
+        else:
+            yield name, value
+
+
 class Lines:
     """A file with one JSON object per line."""
 
@@ -103,11 +115,13 @@ class RunWriter:
     A context manager. Only timing.jsonl and tensorboard/ depend on the clock.
     """
 
-    def __init__(self, workdir: Path, *, start: int):
+    def __init__(self, workdir: Path, *, start: int, on_metrics: OnMetrics | None = None):
         """Opens the files.
 
         Removes lines of an interrupted run after step `start`, because the run writes them again.
+        `on_metrics` is called with each line of metrics.jsonl.
         """
+        self._on_metrics = on_metrics
         with contextlib.ExitStack() as stack:  # closes the others if one cannot be opened
 
             def opened(name: str) -> Lines:
@@ -136,6 +150,8 @@ class RunWriter:
             for name, number in curves.items():
                 if isinstance(number, float):
                     self.board.scalar(f"{group}/{name}", number, step)
+        if self._on_metrics:
+            self._on_metrics(step, split, dict(_flat(finite)))
 
     def timing(self, step: int, seconds: float, images_per_s: float) -> None:
         """Records the seconds since training began and the current rate."""

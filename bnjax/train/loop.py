@@ -17,6 +17,7 @@ from bnjax.train import build
 from bnjax.train.devices import Agreement
 from bnjax.train.diagnostics import Observer
 from bnjax.train.dispatch import default_feed, dispatch_size
+from bnjax.train.jsonl import OnMetrics
 from bnjax.train.run import Run, Seed, StopRequest
 from bnjax.train.steps import Steps
 
@@ -33,7 +34,9 @@ class Stopped(Exception):
         self.step, self.signal = step, received
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> Summary:
+def train_and_evaluate(
+    config: ConfigDict, workdir: Path, dataset: Dataset, *, on_metrics: OnMetrics | None = None
+) -> Summary:
     """Trains and evaluates, fills the run's folder and returns its summary.
 
     Resumes an interrupted run. Only the first of several processes returns a summary; the others
@@ -42,16 +45,21 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, dataset: Dataset) -> S
     Args:
         config: a config with the keys of `bnjax.train.config.default_config`.
         workdir: the run's folder, created if it does not exist.
-        dataset: from `bnjax.data.datasets.load`.
+        dataset: from `bnjax.train.build.dataset`.
+        on_metrics: (step, split, values) -> None, called as each line of metrics.jsonl is written,
+            on the first process and while the device computes. The values are numbers by name, with
+            "drift_mean/LAYER" for the norms. If it raises, the latest step is saved first.
 
     Raises:
         UserError: if the config is invalid, the folder belongs to a different run or process, or
             the disk fails.
+        Exception: of `on_metrics`.
         NonFiniteError: if more consecutive steps than the config allows are not finite.
         Stopped: after Ctrl-C or SIGTERM, with the last complete step saved.
     """
     with StopRequest() as stop:
-        (result,) = Trainer(config, dataset).train({config.seed: workdir}, stop).values()
+        trainer, folders = Trainer(config, dataset), {config.seed: workdir}
+        (result,) = trainer.train(folders, stop, on_metrics).values()
     if isinstance(result, NonFiniteError):
         raise result
     return result
@@ -73,7 +81,7 @@ class Trainer:
         self._steps = functools.cache(functools.partial(Steps, self._experiment, dataset, feed))
 
     def train(
-        self, folders: Mapping[int, Path], stop: StopRequest
+        self, folders: Mapping[int, Path], stop: StopRequest, on_metrics: OnMetrics | None = None
     ) -> dict[int, Summary | NonFiniteError]:
         """Takes the missing steps of each seed, all seeds in one program; returns their results.
 
@@ -84,16 +92,18 @@ class Trainer:
         Args:
             folders: the folder of each seed.
             stop: checked after each step.
+            on_metrics: as for `train_and_evaluate`.
 
         Raises:
             UserError: if a folder belongs to a different run or process, or the disk fails.
             Stopped: after Ctrl-C or SIGTERM, with the last complete step saved.
         """
+        hook = stop.guarding(on_metrics) if on_metrics else None
         for warning in self._experiment.warnings:
             print(f"\nWARNING: {warning}\n", flush=True)
         try:
             with contextlib.ExitStack() as stack:
-                seeds = [self._open(seed, folder, stack) for seed, folder in folders.items()]
+                seeds = [self._open(seed, folder, hook, stack) for seed, folder in folders.items()]
                 for start in sorted({seed.start for seed in seeds if not seed.ended}):
                     if stop.signal and jax.process_count() == 1:
                         raise Stopped(None, stop.signal)
@@ -101,7 +111,10 @@ class Trainer:
                     steps = self._steps(len(group))
                     with contextlib.closing(Run(group, steps, self._observer)) as run:
                         _train(run, steps, stop)
-                return {seed.number: seed.failure or seed.finish() for seed in seeds}
+                results = {seed.number: seed.failure or seed.finish() for seed in seeds}
+            if stop.failure:
+                raise stop.failure
+            return results
         except OSError as error:
             raise UserError(
                 f"{', '.join(map(str, folders.values()))} cannot be written: "
@@ -109,10 +122,12 @@ class Trainer:
                 "the folder, and the same command resumes from the last checkpoint."
             ) from error
 
-    def _open(self, seed: int, folder: Path, stack: contextlib.ExitStack) -> Seed:
+    def _open(
+        self, seed: int, folder: Path, hook: OnMetrics | None, stack: contextlib.ExitStack
+    ) -> Seed:
         config = self._config.copy_and_resolve_references()
         config.seed = seed
-        return Seed(config, folder, self._experiment, self._dataset, stack)
+        return Seed(config, folder, self._experiment, self._dataset, hook, stack)
 
 
 def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
@@ -148,4 +163,4 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
                 run.test(step, (state, batch_stats), evaluated, everyone=evaluates)
             run.save((state, batch_stats), evaluated, everyone=evaluates or saves)
         if received and not run.ended:
-            raise Stopped(step, signal.Signals(received))
+            raise stop.failure or Stopped(step, signal.Signals(received))

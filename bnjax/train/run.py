@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +27,7 @@ from bnjax.train.build import Experiment
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.devices import from_first
 from bnjax.train.diagnostics import Observer, first_nonfinite
-from bnjax.train.jsonl import RunWriter, first_at_or_below, read_lines, write_json
+from bnjax.train.jsonl import OnMetrics, RunWriter, first_at_or_below, read_lines, write_json
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 from bnjax.train.summary import summarise, versions
 
@@ -223,6 +223,7 @@ class Seed:
         folder: Path,
         experiment: Experiment,
         dataset: Dataset,
+        on_metrics: OnMetrics | None,
         stack: contextlib.ExitStack,
     ):
         """Locks and opens the folder until `stack` closes, in all processes.
@@ -245,7 +246,7 @@ class Seed:
             for note in damaged:
                 print(f"\nWARNING: {note}\n", flush=True)
             start, target = newest or 0, experiment.stop_at_loss
-            self.writer = stack.enter_context(RunWriter(folder, start=start))
+            self.writer = stack.enter_context(RunWriter(folder, start=start, on_metrics=on_metrics))
             if start:
                 self.seconds, bad_steps = _so_far(folder, start)
             ended = start == experiment.steps or (
@@ -322,11 +323,13 @@ class StopRequest:
 
     Attributes:
         signal: the received signal, or None.
+        failure: the error of a function from `guarding`, or None.
     """
 
     def __init__(self) -> None:
         """Starts without a signal."""
         self.signal: signal.Signals | None = None
+        self.failure: Exception | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -338,6 +341,18 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def guarding(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Returns the function; its first error is kept and stops training like a signal."""
+
+        def guarded(*arguments: Any) -> None:
+            try:
+                if self.failure is None:
+                    function(*arguments)
+            except Exception as error:
+                self.failure, self.signal = error, self.signal or signal.SIGTERM
+
+        return guarded
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
