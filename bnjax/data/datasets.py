@@ -58,6 +58,7 @@ class Dataset:
         label: its name in tables and summaries.
         official: whether the pixels are the published ones; None if unknown.
         train, test: its splits.
+        validation: training images that were set aside, or None.
         classes: the class names, in the order of the labels.
         fallback_reason: why the fallback replaced the requested set; empty without a fallback.
     """
@@ -69,6 +70,12 @@ class Dataset:
     test: "Split | Records"
     classes: tuple[str, ...]
     fallback_reason: str = ""
+    validation: Split | None = None
+
+    @property
+    def chosen_by(self) -> tuple[str, "Split | Records"]:
+        """The name and the images of the split that chooses the best checkpoint."""
+        return ("test", self.test) if self.validation is None else ("validation", self.validation)
 
 
 def cache_dir() -> Path:
@@ -139,6 +146,36 @@ def load(
         label=f"{found.label}, the first {train_images:,} training images",
         train=found.train.first(train_images),
     )
+
+
+def with_validation(dataset: Dataset, images: int, seed: int) -> Dataset:
+    """Sets training images aside, from each class in proportion to its size.
+
+    Args:
+        dataset: a data set in memory.
+        images: their number.
+        seed: of the choice within each class.
+
+    Raises:
+        ConfigError: if there are not more training images, or fewer are asked for than classes.
+
+    >>> data = with_validation(load("digits"), 100, seed=0)
+    >>> len(data.train), len(data.validation), np.bincount(data.validation.label).tolist()
+    (1338, 100, [11, 11, 10, 9, 10, 11, 10, 9, 9, 10])
+    """
+    train = dataset.train
+    assert isinstance(train, Split)
+    classes, counts = np.unique(train.label, return_counts=True)
+    if not len(classes) <= images < len(train):
+        allowed = f"{len(classes)}, one of each class, up to {len(train) - 1:,}; or 0 for none"
+        raise ConfigError("data.validation", images, allowed)
+    exact = counts * images / len(train)
+    taken = np.floor(exact).astype(int)
+    taken[np.argsort(taken - exact, kind="stable")[: images - taken.sum()]] += 1
+    rng, aside = np.random.default_rng(seed), np.zeros(len(train), bool)
+    for label, number in zip(classes, taken, strict=True):
+        aside[rng.permutation(np.flatnonzero(train.label == label))[:number]] = True
+    return dataclasses.replace(dataset, train=train.select(~aside), validation=train.select(aside))
 
 
 def _digits() -> Dataset:

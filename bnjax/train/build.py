@@ -213,6 +213,7 @@ class Experiment:
     loss_fn: LossFn  # of training
     tx: optax.GradientTransformation
     steps: int
+    patience: int  # evaluations in a row without a better accuracy; 0: training does not end
     stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
     eval_every: int
     batch_size: int
@@ -279,6 +280,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         loss_fn=functools.partial(softmax_cross_entropy, smoothing=config.train.label_smoothing),
         tx=optimizer(config, steps),
         steps=steps,
+        patience=config.train.patience,
         stop_at_loss=config.train.stop_at_loss or None,
         eval_every=duration(config.eval, "every_", "eval", batch_size, images),
         batch_size=batch_size,
@@ -289,7 +291,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         precise_images=min(config.eval.precise_images, images) if _is_precise(config) else 0,
         gap_images=min(config.eval.gap_images, images),
         histograms=min(config.eval.histograms, images),
-        pictures=min(config.eval.pictures, len(dataset.test)),
+        pictures=min(config.eval.pictures, len(dataset.chosen_by[1])),
         shuffle=config.train.shuffle,
         most_skipped=config.train.most_skipped if config.train.on_nonfinite == "skip" else 0,
         save_every=save_every,
@@ -303,7 +305,7 @@ def dataset(config: ConfigDict) -> Dataset:
     data, reading = config.data, None
     if data.pipeline == "stream":
         reading = Reading(data.image_size, data.shorter_side, data.random_crop, data.workers)
-    return datasets.load(
+    found = datasets.load(
         data.name,
         data.dir,
         fallback=data.fallback,
@@ -311,6 +313,11 @@ def dataset(config: ConfigDict) -> Dataset:
         train_images=data.train_images,
         stream=reading,
     )
+    if not data.validation:
+        return found
+    # The fallback is smaller: a tenth, the ratio of 5,000 images of CIFAR-10.
+    images = len(found.train) // 10 if found.fallback_reason else data.validation
+    return datasets.with_validation(found, images, data.validation_seed)
 
 
 def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> ConfigDict:

@@ -84,7 +84,7 @@ Flags = Annotated[tuple, each("True or False for each", lambda value: type(value
 Numbers = Annotated[tuple, each("numbers", math.isfinite)]
 Positives = Annotated[tuple, each("numbers above 0", lambda value: 0 < value < math.inf)]
 
-STREAM = Only("data.pipeline", ("stream",))
+MEMORY, STREAM = Only("data.pipeline", ("memory",)), Only("data.pipeline", ("stream",))
 CONVNET, SPEEDNET = Only("model.name", ("convnet",)), Only("model.name", ("speednet",))
 WITH_FILTERS = Only("model.name", ("convnet", "speednet"))
 NOT_CONVNET = Only("model.name", NETWORKS[1:])
@@ -121,6 +121,12 @@ class Data:
     "the name of the data set in summaries and tables; empty: data.name"
     train_images: Annotated[int, whole(0, words="a whole number above 0, or 0 for all")] = 0
     "train on this many images, the first ones; 0: on all"
+    validation: Annotated[Count, MEMORY] = 0
+    """set this many training images aside, from each class in proportion; the best checkpoint and
+    train.patience go by them, and the test images are evaluated once, at the end. 0: go by the test
+    images"""
+    validation_seed: Annotated[Seed, MEMORY] = 0
+    "the seed of the choice of these images; the same for all seeds of a comparison"
     pipeline: Annotated[str, one_of("memory", "stream")] = "memory"
     "memory: all images are loaded; stream: array_record files are read while training"
     image_size: Annotated[Pixels, STREAM] = 0
@@ -311,6 +317,8 @@ class Train:
     "the summary has the first step with a training loss at or below this"
     stop_at_loss: Amount = 0.0
     "end training when the loss of a step first is at or below it; 0: take every step"
+    patience: Count = 0
+    "end training after this many evaluations in a row without a better accuracy; 0: never"
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
     "after a step with a non-finite loss, gradient or statistic: stop training, or skip the step"
     most_skipped: Count = 10

@@ -162,7 +162,7 @@ class Observer:
         """Chooses images, evenly spaced over each split; compiles at the first use."""
         self._classes = dataset.classes
         self._train = evenly_spaced(dataset.train, experiment.histograms)
-        self._test = evenly_spaced(dataset.test, experiment.pictures)
+        self._test = evenly_spaced(dataset.chosen_by[1], experiment.pictures)
         self._same = evenly_spaced(dataset.train, experiment.gap_images)
         self._model = experiment.model
         self._shape = (experiment.batch_size, *dataset.train.image_shape)

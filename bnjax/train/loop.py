@@ -106,7 +106,7 @@ class Trainer:
                 seeds = [self._open(seed, folder, hook, stack) for seed, folder in folders.items()]
                 for start in sorted({seed.start for seed in seeds if not seed.ended}):
                     if stop.signal and jax.process_count() == 1:
-                        raise Stopped(None, stop.signal)
+                        raise stop.failure or Stopped(None, stop.signal)
                     group = [seed for seed in seeds if seed.start == start and not seed.ended]
                     steps = self._steps(len(group))
                     with contextlib.closing(Run(group, steps, self._observer)) as run:

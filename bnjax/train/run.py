@@ -151,19 +151,30 @@ class Run:
 
     def test(self, step: int, both: State, evaluated: Variables, *, everyone: bool) -> None:
         """Evaluates and observes every seed, or only those that have taken their last step."""
-        metrics = self._steps.test(*evaluated)
+        chosen_by, images = self.seeds[0].dataset.chosen_by
+        metrics = self._steps.test(*evaluated, images)
         for i, seed in self._active(everyone):
-            means = metrics[i].means()
-            seed.accuracy = means["accuracy"]
+            seed.accuracy = self._record(seed, step, chosen_by, metrics[i])
+            seed.judge(int(metrics[i].correct))
             if seed.writer:
-                seed.writer.metrics(step, "test", means | {"count": int(metrics[i].count)})
                 own, shown = self._steps.local(both, i), self._steps.local(evaluated, i)
                 self._observer.observe(seed.writer, step, *own, shown)
-            which = f"seed {seed.number}, " if len(self.seeds) > 1 else ""
-            _say(
-                f"{which}step {step}: test loss {means['loss']:.4f}, "
-                f"test accuracy {means['accuracy']:.4f}"
-            )
+        if chosen_by != "test" and (last := self._active(everyone=False)):
+            metrics = self._steps.test(*evaluated)
+            for i, seed in last:
+                self._record(seed, step, "test", metrics[i])
+
+    def _record(self, seed: "Seed", step: int, split: str, metrics: Metrics) -> float:
+        """Writes and prints the metrics of an evaluation, and returns the accuracy."""
+        means = metrics.means()
+        if seed.writer:
+            seed.writer.metrics(step, split, means | {"count": int(metrics.count)})
+        which = f"seed {seed.number}, " if len(self.seeds) > 1 else ""
+        _say(
+            f"{which}step {step}: {split} loss {means['loss']:.4f}, "
+            f"{split} accuracy {means['accuracy']:.4f}"
+        )
+        return means["accuracy"]
 
     def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
         """Saves every seed, or only those that have taken their last step; these end."""
@@ -209,7 +220,9 @@ class Seed:
         is_new: whether there is no checkpoint.
         bad_steps: the number of consecutive latest steps that were dropped as not finite.
         seconds: the training time so far.
-        accuracy: the test accuracy of the latest step, if it was evaluated.
+        accuracy: the accuracy of the latest step, if it was evaluated.
+        best: the most correct answers in an evaluation; -1 before the first.
+        waited: the number of evaluations after the best.
         is_finishing: whether the latest step was the last one.
         ended: whether it takes no more steps.
         failure: the error that ended it, or None.
@@ -240,7 +253,7 @@ class Seed:
         self.writer: RunWriter | None = None
         self._take(stack)
         self.checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        newest, bad_steps, ended = None, 0, False
+        newest, bad_steps, ended, self.best, self.waited = None, 0, False, -1, 0
         if jax.process_index() == 0:
             newest, damaged = self.checkpoints.newest_intact()
             for note in damaged:
@@ -249,13 +262,19 @@ class Seed:
             self.writer = stack.enter_context(RunWriter(folder, start=start, on_metrics=on_metrics))
             if start:
                 self.seconds, bad_steps = _so_far(folder, start)
-            ended = start == experiment.steps or (
-                target is not None
-                and first_at_or_below(read_lines(folder / "metrics.jsonl"), target) is not None
+            lines = read_lines(folder / "metrics.jsonl")
+            for line in lines:
+                if line["split"] == dataset.chosen_by[0]:
+                    self.judge(round(line["accuracy"] * line["count"]))
+            ended = (
+                start == experiment.steps
+                or self.is_finishing
+                or (target is not None and first_at_or_below(lines, target) is not None)
             )
-        self.start, self.bad_steps, *flags = from_first(
-            newest or 0, bad_steps, newest is None, ended
+        self.start, self.bad_steps, self.best, self.waited, *flags = from_first(
+            newest or 0, bad_steps, self.best, self.waited, newest is None, ended
         )
+        self.is_finishing = False
         self.is_new, self.ended = map(bool, flags)
 
     def _take(self, stack: contextlib.ExitStack) -> None:
@@ -269,6 +288,14 @@ class Seed:
         (failed,) = from_first(refused is not None)
         if failed:
             raise refused or UserError("the first process cannot begin and reports the reason.")
+
+    def judge(self, correct: int) -> None:
+        """Counts an evaluation; after too many without a new best the latest step is the last."""
+        self.best, self.waited = (
+            (correct, 0) if correct > self.best else (self.best, self.waited + 1)
+        )
+        if 0 < self._experiment.patience <= self.waited:
+            self.is_finishing = True
 
     def restore(self, steps: Steps) -> State:
         """Returns the state and the statistics of the newest checkpoint, or new ones."""

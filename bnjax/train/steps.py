@@ -176,9 +176,12 @@ class Steps:
         found = [precise(one, batches, jit=lambda _: self._observe) for one in networks]
         return params, self._stack([one.batch_stats for one in found])
 
-    def test(self, params: Params, batch_stats: BatchStats) -> list[Metrics]:
-        """Returns the metrics of each seed over all test images."""
-        batches = every_batch(self._dataset.test, self._test_size, self._parallel.part)
+    def test(
+        self, params: Params, batch_stats: BatchStats, split: Examples | None = None
+    ) -> list[Metrics]:
+        """Returns the metrics of each seed over all images of a split; None: the test images."""
+        split = self._dataset.test if split is None else split
+        batches = every_batch(split, self._test_size, self._parallel.part)
         metrics = [self._test(params, batch_stats, self._parallel.put(one, 0)) for one in batches]
         total = functools.reduce(Metrics.merge, jax.device_get(metrics))
         (of_seeds,) = unstack(total, 1, self._seeds)

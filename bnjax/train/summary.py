@@ -21,18 +21,22 @@ def summarise(
     lines = read_lines(workdir / "metrics.jsonl")
     train = [line for line in lines if line["split"] == "train"]
     tests = [line for line in lines if line["split"] == "test"]
-    steps = train[-1]["step"]
-    best = max(tests, key=lambda line: line["accuracy"])
+    steps, (chosen_by, _) = train[-1]["step"], dataset.chosen_by
+    judged = [line for line in lines if line["split"] == chosen_by]
+    best = max(judged, key=lambda line: line["accuracy"])
     result = ("step", "loss", "accuracy", "count")
+    ended = f"training loss at or below {experiment.stop_at_loss or 0:g}"
+    if steps == experiment.steps:
+        ended = "all steps taken"
+    elif judged.index(best) + experiment.patience < len(judged) and experiment.patience:
+        ended = f"{experiment.patience} evaluations without a better accuracy"
     return {
         "name": config.name,
         "dataset": dataset.label,
         "official_pixels": dataset.official,
         "fallback_reason": dataset.fallback_reason,
         "steps": steps,
-        "ended": "all steps taken"
-        if steps == experiment.steps
-        else f"training loss at or below {experiment.stop_at_loss:g}",
+        "ended": ended,
         "skipped_steps": sum(line.get("skipped", 0) for line in train),
         "batch_size": experiment.batch_size,
         "steps_to_loss": {
@@ -40,7 +44,8 @@ def summarise(
         },
         "final_train": {key: train[-1][key] for key in ("loss", "accuracy")},
         "final_test": {key: tests[-1][key] for key in result},
-        "best_test": {key: best[key] for key in result},
+        f"best_{chosen_by}": {key: best[key] for key in result},
+        "chosen_by": f"{chosen_by} images",
         "seconds": round(seconds, 1),
         "images_per_s": round(steps * experiment.batch_size / max(seconds, 1e-3), 1),
         "versions": versions(),
@@ -52,7 +57,8 @@ def summarise(
 def as_text(summary: dict[str, Any]) -> str:
     """Returns the result of a run as a few lines of text."""
     target, reached = next(iter(summary["steps_to_loss"].items()))
-    best, last = summary["best_test"], summary["final_test"]
+    chosen_by, last = summary["chosen_by"].split()[0], summary["final_test"]
+    best = summary[f"best_{chosen_by}"]
     first = "not reached" if reached is None else f"first at step {reached}"
     return "\n".join(
         [
@@ -61,8 +67,8 @@ def as_text(summary: dict[str, Any]) -> str:
             f"  training loss at or below {target}: {first}",
             f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
             f"all {last['count']:,} test images",
-            f"  best test accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
-            f"{best['step']}",
+            f"  best {chosen_by} accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
+            f"{best['step']}; the best checkpoint is chosen on the {summary['chosen_by']}",
             f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s "
             f"on {summary['device']}",
         ]
