@@ -82,7 +82,7 @@ class Call:
     Attributes:
         module: the module, with its variables.
         path: its path.
-        proceed: (*args, **kwargs) -> the output of the module.
+        proceed: runs the module with the arguments of its call.
         args, kwargs: its arguments.
         is_norm: whether it is a batch norm.
     """
