@@ -121,14 +121,14 @@ def fit(
     Args:
         model: the network.
         loss: (params, stats, batch, key, model=model) -> (loss, new statistics).
-        tx: the optimizer.
+        tx: the optimizer; the default one is not told, which saves the time of trying it.
         seen: the batches of the training.
         start: the patient to go on from.
         steps, size: of the training, without `seen`.
         watch: called with the weights after each step.
     """
     seen = batches(steps, size) if seen is None else seen
-    tx = tx or sgd(steps=max(1, len(seen)))
+    told, tx = tx, tx or sgd(steps=max(1, len(seen)))
     if start is None:
         params, stats = model.init(jax.random.key(0), examples()["image"][:2], False).values()
         start = Patient(clinic.linen(model, params, stats), (), Run(0))
@@ -140,7 +140,7 @@ def fit(
         if watch:
             watch(params)
     network = clinic.linen(model, *jax.device_get((params, stats)))
-    return Patient(network, audited(size), Run(start.run.steps + len(seen), size, tx=tx))
+    return Patient(network, audited(size), Run(start.run.steps + len(seen), size, tx=told))
 
 
 def _step(loss, tx):

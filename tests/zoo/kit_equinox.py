@@ -57,7 +57,7 @@ def fit(model=None, loss=loss, *, tx=None, seen=None, start=None, watch=None):
         watch: called with the model after each step.
     """
     seen = kit.batches(kit.STEPS) if seen is None else seen
-    tx = tx or kit.sgd(steps=max(1, len(seen)))
+    told, tx = tx, tx or kit.sgd(steps=max(1, len(seen)))
     model, state = model or eqx.nn.make_with_state(Net)()
     steps = len(seen)
     if start:
@@ -75,7 +75,7 @@ def fit(model=None, loss=loss, *, tx=None, seen=None, start=None, watch=None):
         if watch:
             watch(model)
     network = clinic.equinox(model, state)
-    return kit.Patient(network, kit.audited(), Run(steps, kit.SIZE, tx=tx))
+    return kit.Patient(network, kit.audited(), Run(steps, kit.SIZE, tx=told))
 
 
 @functools.cache

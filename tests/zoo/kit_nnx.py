@@ -45,7 +45,7 @@ def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None,
     """
     model = Net() if model is None else model
     seen = kit.batches(kit.STEPS) if seen is None else seen
-    tx = tx or kit.sgd(steps=max(1, len(seen)))
+    told, tx = tx, tx or kit.sgd(steps=max(1, len(seen)))
     optimizer = nnx.Optimizer(model, tx, wrt=wrt)
 
     @nnx.jit
@@ -57,7 +57,7 @@ def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None,
         step(model, optimizer, batch)
         if watch:
             watch(model)
-    facts = {"steps": len(seen), "batch_size": kit.SIZE, "tx": tx} | run
+    facts = {"steps": len(seen), "batch_size": kit.SIZE, "tx": told} | run
     return kit.Patient(clinic.nnx(model), kit.audited(facts["batch_size"]), Run(**facts))
 
 
