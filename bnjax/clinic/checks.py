@@ -169,8 +169,12 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
 )
 def never_updated(case: Case, one: Evidence) -> str | None:
     """Finds averages that equal their initial values."""
-    initial = not one.mean.any() and (one.var == 1).all()
-    return "mean 0 and variance 1 exactly" if initial else None
+    return f"mean 0 and variance {one.var[0]:g} exactly" if is_initial(one) else None
+
+
+def is_initial(one: Evidence) -> bool:
+    """Returns whether the means are 0 and the variances 1, or 0, with which Equinox starts."""
+    return not one.mean.any() and bool((one.var == 1).all() or (one.var == 0).all())
 
 
 @_layer_check(
@@ -186,7 +190,9 @@ def invalid_statistics(case: Case, one: Evidence) -> str | None:
     counts = {
         "not finite": ~finite,
         "negative": finite & (one.var < 0),
-        "0 where the data vary": finite & (one.var == 0) & (one.train.var.mean(0) > 0),
+        "0 where the data vary": (one.var == 0)
+        & (one.train.var.mean(0) > 0)
+        & (not is_initial(one)),
         "with inputs that are not finite": ~one.finite,
     }
     words = [f"{count.sum()} {word}" for word, count in counts.items() if count.any()]
@@ -460,8 +466,8 @@ def moved_while_frozen(case: Case, before: Found) -> Outcome:
 UPDATED_TWICE = _illness(
     "updated-twice",
     "a step updates the averages of a norm more than once",
-    "after k updates, momentum ** k of the old averages remains; the averages mix the inputs of "
-    "all calls, while training normalises each call by its own",
+    "k updates keep momentum ** k of the old averages, so they forget faster; and they mix the "
+    "inputs of all calls, while training normalises each call by its own",
     "give each call of a shared layer its own norm; of several passes in a step, keep the "
     "statistics of one",
 )
@@ -474,51 +480,42 @@ def updated_twice(case: Case, before: Found) -> Outcome:
         one.layer.name: f"{one.calls} calls in one pass" for one in case.layers if one.calls > 1
     }
     if case.run.step is not None:
-        kept = kept_by(case.run.step, case)
-        for name, (share, momentum) in kept.items():
-            updates = math.log(max(share, 1e-12)) / math.log(momentum)
-            if updates > 1.5:
-                texts[name] = (
-                    f"{updates:.0f} updates in a step, which keeps {share:.2%} of the old averages "
-                    f"at momentum {momentum:g}"
-                )
-        if other := [one.layer.name for one in case.layers if one.layer.name not in kept]:
-            missing = f"norms with a constant momentum and no debias: not {', '.join(other)}"
+        found = updates(case.run.step, case)
+        several = {name: round(times) for name, times in found.items() if times > 1.5}
+        texts |= {name: f"{times} updates in a step" for name, times in several.items()}
+        if other := [one.layer.name for one in case.layers if one.layer.name not in found]:
+            missing = f"norms with a constant momentum or a count: not {', '.join(other)}"
             yield NotChecked("updated-twice in your step", missing)
     if texts:
         yield Finding(UPDATED_TWICE, tuple(texts), "; ".join(dict.fromkeys(texts.values())))
 
 
-def kept_by(
-    step: Callable[[Network, Batch], Network], case: Case
-) -> dict[str, tuple[float, float]]:
-    """Returns by norm the share of the old means that a step keeps, and the momentum.
+def updates(step: Callable[[Network, Batch], Network], case: Case) -> dict[str, float]:
+    """Returns the number of updates of each norm in a step, for those where it can be measured.
 
-    Compares a step with one from means that are shifted by 100 standard deviations: in training,
-    batches alone determine what is added.
+    A norm with debias counts them. Otherwise, means that are shifted by 100 standard deviations
+    stay shifted by momentum ** updates of that, whatever the data: batches alone determine what
+    training adds.
     """
-    layers = [
-        one
-        for one in case.layers
-        if isinstance(one.momentum, float)
-        and 0 < one.momentum < 1
-        and not getattr(one.layer.module, "debias", False)
-    ]
-    shifts = {(*one.layer.path, "mean"): FAR * one.std.reshape(one.shape) for one in layers}
+    stored = flatten_dict(dict(case.network.batch_stats))
+    shifts = {(*one.layer.path, "mean"): FAR * one.std.reshape(one.shape) for one in case.layers}
 
     def after(far: bool) -> Leaves:
-        leaves = flatten_dict(dict(case.network.batch_stats))
-        for path, shift in shifts.items():
-            leaves[path] = jnp.asarray(leaves[path] + far * shift, leaves[path].dtype)
-        start = dataclasses.replace(case.network, batch_stats=unflatten_dict(leaves))
+        moved = {path: stored[path] + far * shift for path, shift in shifts.items()}
+        moved = {path: jnp.asarray(leaf, stored[path].dtype) for path, leaf in moved.items()}
+        start = dataclasses.replace(case.network, batch_stats=unflatten_dict(stored | moved))
         # A step may donate its arguments.
         return flatten_dict(dict(step(jax.tree.map(jnp.copy, start), case.batches[0]).batch_stats))
 
-    near, far = after(False), after(True)
-    return {
-        one.layer.name: (float(np.sum(far[path] - near[path]) / shift.sum()), one.momentum)
-        for one, (path, shift) in zip(layers, shifts.items(), strict=True)
-    }
+    near, far, found = after(False), after(True), {}
+    for one, (mean, shift) in zip(case.layers, shifts.items(), strict=True):
+        count = (*one.layer.path, "count")
+        if count in stored:
+            found[one.layer.name] = float(np.max(near[count] - stored[count]))
+        elif isinstance(one.momentum, float) and 0 < one.momentum < 1:
+            kept = max(float(np.sum(far[mean] - near[mean]) / shift.sum()), 1e-12)
+            found[one.layer.name] = math.log(kept) / math.log(one.momentum)
+    return found
 
 
 NOT_CONVERGED = _illness(

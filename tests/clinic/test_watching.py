@@ -1,5 +1,7 @@
 """Vital signs agree with what precise statistics and evaluation say; the assertion asserts."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -93,22 +95,49 @@ def test_vital_signs_are_compiled_once_for_other_variables(network):
     assert one["loss/stored"] != other["loss/stored"]
 
 
-def test_what_an_nnx_user_did_between_two_networks():
-    def step(passes):
-        def run(network, batch):
-            model = network.model
-            model.train()
-            for i in range(passes):
-                model(batch["image"] / (255.0 + i))
-            return clinic.nnx(model)
+def step_of_nnx(passes, network, batch):
+    model = network.model
+    model.train()
+    for i in range(passes):
+        model(batch["image"] / (255.0 + i))
+    return clinic.nnx(model)
 
-        return run
 
-    network = clinic.precise(of_nnx(0.0), BATCHES)
+def of_equinox(mode):
+    """A norm of Equinox on the pixels, and a step of it."""
+    eqx = pytest.importorskip("equinox")
+
+    class Net(eqx.Module):
+        norm: eqx.nn.BatchNorm
+
+        def __call__(self, x, state):
+            return self.norm(x.reshape(-1), state)
+
+    def step(passes, network, batch):
+        model, state = eqx.nn.inference_mode(network.model, False), network.state
+        run = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        for i in range(passes):
+            _, state = run(batch["image"] / (255.0 + i), state)
+        return clinic.equinox(model, state)
+
+    norm = eqx.nn.BatchNorm(192, axis_name="batch", mode=mode, momentum=0.9)
+    return step, clinic.equinox(*eqx.nn.make_with_state(Net)(norm))
+
+
+@pytest.mark.parametrize(
+    "user",
+    [lambda: (step_of_nnx, of_nnx(0.0)), partial(of_equinox, "ema"), partial(of_equinox, "batch")],
+    ids=["nnx", "equinox, ema", "equinox, batch"],
+)
+def test_what_a_user_did_between_two_networks(user):
+    step, initial = user()
+    assert clinic.audit(initial, BATCHES).ids == ("never-updated",)
+    network = clinic.precise(step(1, initial, BATCHES[0]), BATCHES)
     for passes, found in ((1, ()), (2, ("updated-twice",))):
-        assert clinic.audit(network, BATCHES, clinic.Run(step=step(passes))).ids == found
-    after = step(1)(network, BATCHES[0])
-    assert clinic.moved(network, after) == ("norm.mean", "norm.var")
+        run = clinic.Run(step=partial(step, passes))
+        assert clinic.audit(network, BATCHES, run).ids == found
+    after = step(1, network, BATCHES[0])
+    assert {"norm.mean", "norm.var"} <= {*clinic.moved(network, after)}
     run = clinic.Run(before=network, frozen=("norm",))
     assert clinic.audit(after, BATCHES, run).ids == ("moved-while-frozen",)
 
