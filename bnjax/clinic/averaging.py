@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnjax.norms.moments import blend, kept_fraction
+from bnjax.norms.running_average import (
+    blend,
+    kept_fraction,
+)
 from bnjax.types import Leaf, Params
 
 Kind = Literal["ema", "swa"]

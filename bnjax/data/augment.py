@@ -4,7 +4,9 @@ A batch is as for `train_step`. Images may be uint8, or float on any scale. Only
 more than the pixels. Random numbers are drawn independently for each image.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,27 @@ def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
         return batch
 
     return apply
+
+
+def in_order(options: Mapping[str, Any], classes: int) -> Augmentation | None:
+    """Returns the augmentation of training batches in the fixed order below; None if all are off.
+
+    Args:
+        options: the section `augment` of a config.
+        classes: the number of classes.
+    """
+    flips = {"random": flip, "alternating": alternating_flip}
+    made: dict[str, Callable[[Any], Augmentation]] = {
+        "flip": flips.__getitem__,
+        "translate": translate,
+        "crop": crop,
+        "brightness": brightness,
+        "contrast": contrast,
+        "cutout": cutout,
+        "mixup": functools.partial(mixup, classes=classes),
+    }
+    chosen = [make(options[key]) for key, make in made.items() if options[key] not in (0, "none")]
+    return chain(chosen) if chosen else None
 
 
 def flip(rng: jax.Array, batch: Batch) -> Batch:

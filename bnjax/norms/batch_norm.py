@@ -12,11 +12,13 @@ from jax import lax
 from bnjax.norms.moments import (
     AxisName,
     Moments,
-    Momentum,
     full_mask,
     merge_over,
     moments,
     total_over,
+)
+from bnjax.norms.running_average import (
+    Momentum,
     updated_average,
 )
 from bnjax.types import Array

@@ -1,7 +1,4 @@
-"""Mean and variance of a batch, and the running averages of both.
-
-Exact with masks, over several devices and for means far from zero.
-"""
+"""Mean and variance of a batch: exact with masks, over devices and for means far from zero."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,9 +14,6 @@ from bnjax.types import Array
 AxisName = str | tuple[str, ...]
 # The sum over the devices; the identity on one device.
 Total = Callable[[Any], Any]
-# The fraction of the old average that an update keeps; or a function of the number of updates so
-# far; or None for the mean of all batches.
-Momentum = float | Callable[[Any], Any] | None
 
 
 class Moments(NamedTuple):
@@ -188,96 +182,3 @@ def total_over(axis_name: AxisName | None, groups: Sequence[Sequence[int]] | Non
         return lax.psum(slots, axis_name)[..., own]
 
     return total
-
-
-def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp.float32) -> Any:
-    """Returns the fraction of the old average that update number `count` (from 0) keeps.
-
-    The new value has weight 1 - k. With `debias` the initial value has weight 0, and the weights
-    of the batches, powers of the momentum m, sum to 1 after every update:
-    k(t) = m (1 - m^t) / (1 - m^(t+1)). This is Adam's correction (Kingma & Ba, 2015, section 3),
-    applied when storing instead of when reading. With a momentum schedule, the current value is
-    used for all earlier updates.
-
-    Args:
-        momentum: as for `BatchNorm`.
-        debias: whether the initial value has weight 0.
-        count: int [], the number of updates so far; ignored for a fixed momentum without `debias`.
-        dtype: the dtype of the result, unless it is a Python number.
-
-    Raises:
-        ValueError: for a momentum outside 0 to 1.
-
-    >>> [round(float(kept_fraction(0.9, True, step)), 4) for step in range(3)]
-    [0.0, 0.4737, 0.631]
-    >>> [round(float(kept_fraction(None, False, step)), 4) for step in range(3)]
-    [0.0, 0.5, 0.6667]
-    """
-    if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
-        raise ValueError(
-            f"momentum = {momentum} is invalid: it is the fraction of the old average that is "
-            "kept, from 0 to 1; PyTorch's momentum is one minus this."
-        )
-    if momentum is None:
-        return jnp.asarray(count, dtype) / (jnp.asarray(count, dtype) + 1)
-    kept = momentum(count) if callable(momentum) else momentum
-    if not debias:
-        return kept
-    count = jnp.asarray(count, dtype)
-    # 0 and 1 would give 0 / 0.
-    rate = jnp.log(jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6))
-    return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
-
-
-def blend(old: Array, new: Array, kept: Any) -> Array:
-    """Returns the updated average in the dtype of the old average, at least float32."""
-    return (kept * old + (1 - kept) * new).astype(jnp.promote_types(old.dtype, jnp.float32))
-
-
-def rounded(average: Array, dtype: Any) -> Array:
-    """Returns an average rounded to the precision of `dtype`, without a change of its dtype."""
-    if dtype is None or jnp.promote_types(average.dtype, dtype) == dtype:
-        return average
-    # XLA may remove a pair of casts.
-    info = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(average, info.nexp, info.nmant)
-
-
-def updated_average(
-    mean: Array,
-    var: Array,
-    count: Any,
-    batch: Moments,
-    momentum: Momentum,
-    debias: bool,
-    variance: str,
-    dtype: Any = None,
-    *,
-    masked: bool,
-) -> tuple[Array, Array, Any]:
-    """Returns the running mean, the running variance and the number of updates after a batch.
-
-    Args:
-        mean, var: the old averages, one value per channel.
-        count: int, the number of updates so far; one per stacked layer; None if not counted.
-        batch: the moments of the batch, of the same size.
-        momentum, debias, variance: as for `BatchNorm`.
-        dtype: `average_dtype` of `BatchNorm`.
-        masked: whether a channel may have fewer than 2 real values; its averages then stay
-            unchanged.
-    """
-    kept = kept_fraction(momentum, debias, count, batch.mean.dtype)
-    stored = batch.var
-    if variance == "unbiased":
-        stored = stored * (batch.count / jnp.maximum(batch.count - 1, 1))
-    if jnp.ndim(kept):  # one per stacked layer, before the channel axis
-        kept = kept.reshape(*kept.shape, *[1] * (mean.ndim - kept.ndim))
-    enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape).reshape(mean.shape)
-    averages = []
-    for old, new in ((mean, batch.mean), (var, stored)):
-        updated = rounded(blend(old, new.reshape(old.shape), kept), dtype)
-        averages.append(jnp.where(enough, updated, old) if masked else updated)
-    if count is not None:
-        channels = tuple(range(jnp.ndim(count), mean.ndim))
-        count = count + (enough.any(channels) if masked else 1)
-    return *averages, count

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -179,27 +179,6 @@ def dtype_of(config: ConfigDict) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def augmentation(config: ConfigDict, classes: int) -> augment.Augmentation | None:
-    """Returns the augmentation of training batches, or None.
-
-    Args:
-        config: the section `augment`.
-        classes: the number of classes.
-    """
-    flips = {"random": augment.flip, "alternating": augment.alternating_flip}
-    made: dict[str, Callable[[Any], augment.Augmentation]] = {
-        "flip": flips.__getitem__,
-        "translate": augment.translate,
-        "crop": augment.crop,
-        "brightness": augment.brightness,
-        "contrast": augment.contrast,
-        "cutout": augment.cutout,
-        "mixup": functools.partial(augment.mixup, classes=classes),
-    }
-    chosen = [make(config[key]) for key, make in made.items() if config[key] not in (0, "none")]
-    return augment.chain(chosen) if chosen else None
-
-
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A config applied to a data set, with all durations in steps."""
@@ -276,7 +255,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         tested_model=with_views(model, config.eval.views, config.eval.views_share),
         parallel=parallel,
         init_images=min(config.model.whiten_images, images) if is_whitened else 1,
-        augment=augmentation(config.augment, classes),
+        augment=augment.in_order(config.augment.to_dict(), classes),
         loss_fn=functools.partial(softmax_cross_entropy, smoothing=config.train.label_smoothing),
         tx=optimizer(config, steps),
         steps=steps,

@@ -1,4 +1,4 @@
-"""Observes a network in training: histograms, gap, pictures, the first non-finite layer."""
+"""Observes a network in training: histograms, gap, pictures."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ from bnjax.train_step import (
     predict_step,
     softmax_cross_entropy,
 )
-from bnjax.types import Array, Batch, BatchStats, Logits, Params, Tree, named_leaves
+from bnjax.types import Array, Batch, BatchStats, Params, Tree, named_leaves
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
@@ -220,56 +220,3 @@ class Observer:
                 for guess, score, label in zip(predicted["class"], scores, labels, strict=True)
             ]
             writer.pictures(step, contact_sheet(self._test.image, captions))
-
-
-def first_nonfinite(
-    state: TrainState,
-    batch_stats: BatchStats,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    loss_fn: LossFn = softmax_cross_entropy,
-) -> str | None:
-    """Describes the first non-finite value of a training step; None if all is finite.
-
-    Looks at the images, the parameters, the statistics, the output of each layer, the new
-    statistics, the losses and the gradients. The forward pass is not compiled, so that the layers
-    are checked in the order of computation.
-
-    Args:
-        state: the state before the step, with its `step`, because dropout depends on it.
-        batch_stats: the statistics before the step.
-        batch: the batch of the step.
-        model, loss_fn: as for `train_step`.
-    """
-    bind = functools.partial(forward, model=model, train=True, dropout=dropout_key(state))
-    logits, written = bind(state.params, batch_stats, batch, capture=True)
-
-    def losses_of(logits: Logits) -> jax.Array:
-        return jnp.where(batch.get("mask", True), loss_fn(logits, batch["label"]), 0)
-
-    def loss(params: Params) -> jax.Array:
-        return losses_of(bind(params, batch_stats, batch)[0]).sum()
-
-    images = batch["image"] if "mask" not in batch else batch["image"][np.asarray(batch["mask"])]
-    stages = [
-        ("the image values", images),
-        ("the parameter", state.params),
-        ("the running statistic", batch_stats),
-        ("the output of layer", written["intermediates"]),
-        ("the new statistic", written.get("batch_stats", {})),
-        ("the losses", losses_of(logits)),
-    ]
-    for words, tree in stages:
-        for name in _bad_leaves(tree):
-            return f"{words} {name}".strip()
-    for name in _bad_leaves(jax.jit(jax.grad(loss))(state.params)):
-        return f"the gradient of {name}"
-    return None
-
-
-def _bad_leaves(tree: Any) -> list[str]:
-    """Returns the names of the non-finite leaves, in the order of the tree."""
-    leaves = named_leaves(tree).items()
-    bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float32)).all()]
-    return [_layer(name) for name in bad]

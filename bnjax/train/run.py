@@ -26,8 +26,9 @@ from bnjax.train import cpu, rundir
 from bnjax.train.build import Experiment
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.devices import from_first
-from bnjax.train.diagnostics import Observer, first_nonfinite
+from bnjax.train.diagnostics import Observer
 from bnjax.train.jsonl import OnMetrics, RunWriter, first_at_or_below, read_lines, write_json
+from bnjax.train.nonfinite import explained, first_nonfinite
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 from bnjax.train.summary import summarise, versions
 
@@ -126,21 +127,14 @@ class Run:
         experiment, feed, (state, batch_stats) = self._experiment, self._steps.feed, before
         state = dataclasses.replace(state, step=jnp.int32(step - 1))
         batch = training_batch(experiment, state, feed.batch(feed.resident, item))
-        found = first_nonfinite(
-            state, batch_stats, batch, model=experiment.model, loss_fn=experiment.loss_fn
-        )
-        where = "Recomputed layer by layer, everything is finite."
-        if found:
-            where = f"The first non-finite value there is {found}."
         saved = seed.checkpoints.steps()
-        kept = f"The checkpoint of step {saved[-1]} is kept" if saved else "Nothing was saved yet"
-        rows = f" and {seed.bad_steps - 1} before it" if seed.bad_steps > 1 else ""
-        seed.failure = NonFiniteError(
-            f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {where} "
-            f"{kept}. What usually helps: a lower learning rate "
-            "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, float32 instead "
-            "of bfloat16, and a look at the images; --config.train.on_nonfinite=skip drops such "
-            "steps instead. Each of these is a different config and needs a different --workdir."
+        seed.failure = explained(
+            step,
+            seed.bad_steps,
+            saved[-1] if saved else None,
+            first_nonfinite(
+                state, batch_stats, batch, model=experiment.model, loss_fn=experiment.loss_fn
+            ),
         )
         seed.ended, self._since = True, time.perf_counter()
 

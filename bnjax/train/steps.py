@@ -23,6 +23,7 @@ from bnjax.errors import UserError
 from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import compiler_options, init_options, memory
+from bnjax.train.nonfinite import until_stopped
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
 
@@ -216,11 +217,8 @@ def training_program(
 
     def one(state: Any, batch_stats: Any, bad_steps: Any, resident: Any, item: Any) -> Any:
         def loss_fn(logits: Any, label: Any) -> Any:
-            # After too many bad steps all later losses become NaN, so that later steps change
-            # nothing: the host notices only after it has dispatched more steps, and needs the
-            # state before the first bad step.
             losses = experiment.loss_fn(logits, label)
-            return jnp.where(bad_steps > experiment.most_skipped, jnp.nan, losses)
+            return until_stopped(losses, bad_steps, experiment.most_skipped)
 
         state, batch_stats, metrics = take_step(
             state,

@@ -16,7 +16,9 @@ from marks import SUMS_ONE_BY_ONE
 
 from bnjax import compat
 from bnjax.norms import BatchNorm
-from bnjax.norms.moments import kept_fraction
+from bnjax.norms.running_average import (
+    kept_fraction,
+)
 
 pytestmark = pytest.mark.lane
 

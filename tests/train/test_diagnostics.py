@@ -14,10 +14,10 @@ from bnjax.train.diagnostics import (
     BINS,
     MAX_VALUES,
     QUANTILES,
-    first_nonfinite,
     sample,
     summarise,
 )
+from bnjax.train.nonfinite import first_nonfinite
 from bnjax.train_step import init_state
 
 
