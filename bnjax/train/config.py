@@ -243,9 +243,13 @@ class Optimizer:
     "the optimizer"
     learning_rate: Positive = 1e-3
     "the highest learning rate of the run"
-    schedule: Annotated[str, one_of("constant", "linear", "cosine", "one_cycle")] = "constant"
+    schedule: Annotated[str, one_of("constant", "linear", "cosine", "one_cycle", "steps")] = (
+        "constant"
+    )
     """how the rate falls to 0; constant: not at all; one_cycle: it rises from a 25th and then
-    falls, both along cosines"""
+    falls, both along cosines; steps: it is divided by 10 at each of drops"""
+    drops: Annotated[Rates, Only("optimizer.schedule", ("steps",))] = ()
+    "the fractions of all steps after which the rate is divided by 10"
     warmup: Fraction = 0.0
     "the fraction of the steps in which the rate first rises from 0, linearly; one_cycle: 0 is 0.3"
     reduction: Annotated[str, one_of("mean", "sum")] = "mean"

@@ -69,6 +69,9 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
         rate: Any = optax.linear_schedule(peak, 0.0, falling)
     elif options.schedule == "cosine":
         rate = optax.cosine_decay_schedule(peak, falling)
+    elif options.schedule == "steps":
+        drops = {round(drop * steps) - rising: 0.1 for drop in options.drops}
+        rate = optax.piecewise_constant_schedule(peak, drops)
     else:
         rate = peak
     if not rising:
