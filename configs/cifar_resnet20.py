@@ -1,4 +1,14 @@
-"""ResNet-20 for CIFAR-10 as published (He et al., 2016): SGD for 64,000 steps of 128 images."""
+"""ResNet-20 for CIFAR-10 as published (He et al., 2016): SGD for 64,000 steps of 128 images.
+
+    python -m bnjax.main --config configs/cifar_resnet20.py
+
+Time: not measured; two AVX-512 cores of an AMD EPYC take 1.1 to 1.6 s a step, 20 to 30 hours.
+Expected: not measured. The paper has a test error of 8.75 %, an accuracy of 0.9125.
+
+Different from the paper: all 50,000 training images instead of 45,000; the mean of each channel and
+not of each pixel is subtracted, and each channel is divided by its deviation; the scale of the last
+norm of each block starts at 0.
+"""
 
 from bnjax.train.config import default_config
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a circular import at run time
     from bnjax.data.stream import Reading, Records
 
 DIGITS = "digits"
-RECORDS = "records"
+RECORDS, FOLDER = "records", "folder"  # the names of a user's own files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +100,15 @@ def load(
 
     Args:
         name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow
-            Datasets (TFDS); with `stream`, a TFDS set or "records", the records in `data_dir`.
-        data_dir: a folder with CIFAR's binary files or archive, TFDS copies or records.
+            Datasets (TFDS); with `stream`, a TFDS set, "records", the records in `data_dir`, or
+            "folder", the images in `data_dir`.
+        data_dir: a folder with CIFAR's binary files or archive, TFDS copies, records or images.
         fallback: "digits" to load the digits if the set is unavailable; "" to raise.
         label: its name in tables; default: `name`.
         train_images: keep only this number of training images, the first ones; 0 keeps all. A
             fallback keeps all.
-        stream: how to read the images as records from disk; None loads them into memory. A fallback
-            is in memory.
+        stream: how to read the images from disk; None loads them into memory. A fallback is in
+            memory.
 
     Raises:
         DataError: if the data are unavailable without a fallback, or damaged (also with one).
@@ -221,10 +222,16 @@ def _streamed(name: str, data_dir: str, label: str, reading: "Reading") -> Datas
             "config.data.pipeline = 'stream' needs Grain, which is not installed. Install it with: "
             "pip install 'bnjax[stream]'."
         )
-    if name == RECORDS and not data_dir:
-        raise ConfigError("data.dir", data_dir, "a folder with array_record files")
+    if name in (RECORDS, FOLDER) and not data_dir:
+        files = "array_record files" if name == RECORDS else "train/CLASS and test/CLASS"
+        raise ConfigError("data.dir", data_dir, f"a folder with {files}")
+    from bnjax.data.folder import open_images
     from bnjax.data.stream import open_folder
 
-    folder = Path(data_dir).expanduser() if name == RECORDS else tfds.folder(name, data_dir)
-    train, test, classes = open_folder(folder, reading)
+    folder = Path(data_dir).expanduser()
+    if name == FOLDER:
+        train, test, classes = open_images(folder, reading)
+    else:
+        found = folder if name == RECORDS else tfds.folder(name, data_dir)
+        train, test, classes = open_folder(found, reading)
     return Dataset(name, label, None, train, test, classes)

@@ -130,7 +130,7 @@ def _load(split: Examples, rows: TrainRows, part: Part, seed: int, step: int) ->
     """Returns the part's batch of a step."""
     numbers = _numbers(rows, part, step)
     index = np.asarray(numbers["index"])
-    if isinstance(split, Records) and split.reading.random_crop:
+    if isinstance(split, Records) and split.reading.crop != "centre":
         places = np.asarray(part.of({"position": _positions(rows, step)})["position"])
         # The 1 separates these keys from those of the epoch orders, which have two numbers.
         chosen = split.select(index, [np.random.default_rng([seed, i, 1]) for i in places])

@@ -1,12 +1,14 @@
-"""Reads data sets from array_record files on disk, ahead of training, with Grain.
+"""Reads images from files on disk, ahead of training, with Grain.
 
-Each record is a tf.train.Example with an `image`, the bytes of a PNG or JPEG file, and a `label`,
-an integer, as written by TensorFlow Datasets.
+The files are array_record files, in which each record is a tf.train.Example with an `image`, the
+bytes of a PNG or JPEG file, and a `label`, an integer, as written by TensorFlow Datasets; or they
+are PNG and JPEG files in a folder for each class (`bnjax.data.folder`).
 """
 
 import dataclasses
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -14,11 +16,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import absl.flags
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from bnjax.data.datasets import Split
 from bnjax.data.pictures import eight_bits
@@ -29,6 +31,8 @@ from bnjax.types import Batch
 FEATURES, LABELS = "features.json", "label.labels.txt"
 THREADS = 2  # read ahead in this process; each holds a batch
 LOST = "terminated unexpectedly"  # in Grain's error when a worker dies
+AREA, RATIO, DRAWS = (0.08, 1.0), 4 / 3, 10  # of random boxes; Szegedy et al., 2015, torchvision
+Box = tuple[int, int, int, int]  # left, upper, right and lower edge in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +42,15 @@ class Reading:
     Attributes:
         image_size: the side of the square crop; 0: no crop, all images have the same size.
         shorter_side: the shorter side after resizing, before the crop; at least `image_size`.
-        random_crop: whether training uses random crops; otherwise the crop is centred.
+        crop: of training images; the others have it in the centre. "random": at a random place of
+            the resized image; "random_resized": a random box of the original image, resized.
         workers: the number of processes that read ahead in training; 0: threads of this process.
             The results are the same.
     """
 
     image_size: int = 0
     shorter_side: int = 0
-    random_crop: bool = False
+    crop: Literal["centre", "random", "random_resized"] = "centre"
     workers: int = 0
 
 
@@ -54,15 +59,14 @@ class Records:
     """A split on disk; `bnjax.data.datasets.Split` is a split in memory.
 
     Attributes:
-        name: its name in errors.
-        source: the `ArrayRecordDataSource` of all its files.
+        source: the files; `source[row]` is the bytes of an image file and the label,
+            `source.where(row)` its name in errors. Worker processes get a copy.
         examples: the number of records in use, the first ones.
         image_shape: [h, w, c] of each image after resizing and cropping.
         classes: the number of classes.
         reading: how to read the records.
     """
 
-    name: str
     source: Any
     examples: int
     image_shape: tuple[int, int, int]
@@ -99,28 +103,59 @@ class Records:
         For CIFAR this is the order of the original files.
         """
         every = self.select(slice(None))  # before the ids: its error reports a damaged record
-        ids = [_parse(self.source[row]).get("id", 0) for row in range(len(self))]
+        ids = [self.source.features(row).get("id", 0) for row in range(len(self))]
         return every.select(np.array(sorted(range(len(self)), key=ids.__getitem__)))
 
     def _read(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
         try:
-            opened, label = decode(self.source[row], self.image_shape[2])
-            fitted = np.asarray(_square(opened, self.reading, rng))
-            image = fitted.reshape(*fitted.shape[:2], -1)
+            file, label = self.source[row]
+            opened = read_image(file, self.image_shape[2], self.reading, rng)
+            image = np.asarray(opened).reshape(opened.height, opened.width, -1)
         except Exception as error:  # Pillow and array_record raise many types
-            raise _damaged(row, self.name, error) from error
+            raise _damaged(self.source, row, error) from error
+        where = self.source.where(row)
         if image.shape != self.image_shape:
             raise DataError(
-                f"the images of {self.name} are not all of one size (record {row:,} is "
-                f"{image.shape}, the first training image {self.image_shape}). Resize and crop "
-                "them with --config.data.pipeline=stream --config.data.image_size=N."
+                f"{where} is {image.shape}, and the first training image {self.image_shape}: the "
+                "images are not all of one size. Resize and crop them with "
+                "--config.data.image_size=N --config.data.pipeline=stream."
             )
         if not 0 <= label < self.classes:
             raise DataError(
-                f"record {row:,} of {self.name} has the label {label}; labels have to be from 0 to "
-                f"{self.classes - 1}."
+                f"{where} has the label {label}; labels have to be from 0 to {self.classes - 1}."
             )
         return image, label
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ArrayRecords:
+    """The source of a split of array_record files: `records`, named `name` in errors."""
+
+    records: Any
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, row: int) -> tuple[bytes, int]:
+        found = self.features(row)
+        image, label = found.get("image"), found.get("label")
+        if not isinstance(image, bytes) or not isinstance(label, int):
+            raise ValueError(
+                f"it contains {sorted(found) or 'nothing'} and has to be a tf.train.Example with "
+                "an 'image', the bytes of a PNG or JPEG file, and a 'label', an integer"
+            )
+        return image, label
+
+    def features(self, row: int) -> dict[str, bytes | int]:
+        """Returns the first value of each feature of bytes or integers."""
+        features = example().FromString(bytes(self.records[row])).features.feature
+        values = {name: of.bytes_list.value or of.int64_list.value for name, of in features.items()}
+        return {name: found[0] for name, found in values.items() if found}
+
+    def where(self, row: int) -> str:
+        """Returns its name in errors."""
+        return f"record {row:,} of {self.name}"
 
 
 def open_folder(
@@ -142,19 +177,31 @@ def open_folder(
             f"{folder} has no array_record files of train and test (or validation), but {there}. "
             "Name them like train-00000-of-00010.array_record."
         )
-    named = {split: f"the {split} records in {folder}" for split in ("train", held_out)}
-    sources = {split: _open(files[split], name) for split, name in named.items()}
+    train, test = (
+        _ArrayRecords(_open(files[split]), f"the {split} records in {folder}")
+        for split in ("train", held_out)
+    )
+    return *splits(train, test, len(classes), reading, channels), classes
+
+
+def splits(
+    train: Any, test: Any, classes: int, reading: Reading, channels: int = 3
+) -> tuple[Records, Records]:
+    """Returns the splits of two sources; the first training image gives their shape.
+
+    Raises:
+        DataError: if that image is damaged.
+    """
     try:
-        image, _ = decode(sources["train"][0], channels)
+        image = read_image(train[0][0], channels)
     except Exception as error:
-        raise _damaged(0, named["train"], error) from error
+        raise _damaged(train, 0, error) from error
     side = reading.image_size
     shape = (side or image.height, side or image.width, channels)
-    train, test = (
-        Records(name, sources[split], len(sources[split]), shape, len(classes), reading)
-        for split, name in named.items()
+    first, second = (
+        Records(source, len(source), shape, classes, reading) for source in (train, test)
     )
-    return train, test, classes
+    return first, second
 
 
 def read_ahead(
@@ -213,41 +260,75 @@ def _begin_work(index: int, count: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def decode(record: bytes, channels: int) -> tuple[Image.Image, int]:
-    """Returns the image of a record, with 8 bits per channel, and its label."""
-    found = _parse(record)
-    image, label = found.get("image"), found.get("label")
-    if not isinstance(image, bytes) or not isinstance(label, int):
-        raise ValueError(
-            f"it contains {sorted(found) or 'nothing'} and has to be a tf.train.Example with an "
-            "'image', the bytes of a PNG or JPEG file, and a 'label', an integer"
-        )
-    with Image.open(io.BytesIO(image), formats=("PNG", "JPEG")) as opened:
-        return eight_bits(opened, channels), label
+def read_image(
+    file: bytes,
+    channels: int,
+    reading: Reading = Reading(),
+    rng: np.random.Generator | None = None,
+) -> Image.Image:
+    """Returns an image upright with 8 bits per channel, resized and cropped.
+
+    JPEG files much larger than needed are decoded at 1/2, 1/4 or 1/8 of their size, never below
+    the size after resizing. Resizing is bilinear, with antialiasing.
+
+    Args:
+        file: the bytes of a PNG or JPEG file.
+        channels: their number.
+        reading: the size and the crop.
+        rng: places a random crop; None: the crop is centred.
+    """
+    with Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as opened:
+        image: Image.Image = opened
+        side = reading.image_size
+        if not side:
+            return eight_bits(image, channels)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+            image = eight_bits(image, channels)  # decoded whole: `draft` does nothing any more
+        width, height = image.size
+        if rng is not None and reading.crop == "random_resized":
+            box, size = random_box(width, height, rng), (side, side)
+        else:
+            shorter = reading.shorter_side or side
+            scale = shorter / min(width, height)
+            box = (0, 0, width, height)
+            size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+        reduction = max(1.0, min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]))
+        least = (math.ceil(width / reduction), math.ceil(height / reduction))
+        drafted = image.draft(None, least)  # None if it is no JPEG file
+        share = drafted[1][2] / width if drafted else 1.0
+        whole = eight_bits(image, channels)
+    left, upper, right, lower = (share * edge for edge in box)
+    resized = whole.resize(size, Image.Resampling.BILINEAR, box=(left, upper, right, lower))
+    room = (size[0] - side, size[1] - side)
+    x, y = (each // 2 if rng is None else int(rng.integers(each + 1)) for each in room)
+    return resized.crop((x, y, x + side, y + side))
 
 
-def _parse(record: bytes) -> dict[str, bytes | int]:
-    """Returns the first value of each feature of bytes or integers."""
-    features = example().FromString(bytes(record)).features.feature
-    values = {name: of.bytes_list.value or of.int64_list.value for name, of in features.items()}
-    return {name: found[0] for name, found in values.items() if found}
+def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """Returns a random box with 8 to 100 % of the area and a ratio of the sides of 3/4 to 4/3.
+
+    The area is uniform and the ratio log-uniform. If the box does not fit into the image ten times,
+    it is the largest one in the centre with such a ratio. (Szegedy et al., Going deeper with
+    convolutions, 2015; as in torchvision.)
+
+    >>> random_box(300, 200, np.random.default_rng(0))
+    (31, 43, 254, 180)
+    """
+    for _ in range(DRAWS):
+        area = width * height * rng.uniform(*AREA)
+        ratio = RATIO ** rng.uniform(-1, 1)
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left, upper = (int(rng.integers(room + 1)) for room in (width - across, height - down))
+            break
+    else:
+        across, down = min(width, round(height * RATIO)), min(height, round(width * RATIO))
+        left, upper = (width - across) // 2, (height - down) // 2
+    return left, upper, left + across, upper + down
 
 
-def _square(image: Image.Image, reading: Reading, rng: np.random.Generator | None) -> Image.Image:
-    """Returns the square crop of a resized image, centred if `rng` is None."""
-    if not reading.image_size:
-        return image
-    shorter = reading.shorter_side or reading.image_size
-    scale = shorter / min(image.size)
-    width, height = (max(shorter, round(side * scale)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    room = (width - reading.image_size, height - reading.image_size)
-    left, top = (each // 2 if rng is None else int(rng.integers(each + 1)) for each in room)
-    return resized.crop((left, top, left + reading.image_size, top + reading.image_size))
-
-
-def _damaged(row: int, name: str, error: Exception) -> DataError:
-    return DataError(f"record {row:,} of {name} cannot be read: {brief(error)}.")
+def _damaged(source: Any, row: int, error: Exception) -> DataError:
+    return DataError(f"{source.where(row)} cannot be read: {brief(error)}.")
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -267,7 +348,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _open(files: list[Path], name: str) -> Any:
+def _open(files: list[Path]) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
@@ -278,7 +359,7 @@ def _open(files: list[Path], name: str) -> Any:
             f"file ({brief(error)}). Copy or prepare them again."
         ) from error
     if not len(source):
-        raise DataError(f"{name} cannot be read: the files are empty.")
+        raise DataError(f"{files[0]} cannot be read: the files are empty.")
     return source
 
 

@@ -15,7 +15,7 @@ from bnjax import norms
 from bnjax.data import augment, datasets
 from bnjax.data.augment import Augmentation
 from bnjax.data.batches import Part
-from bnjax.data.datasets import RECORDS, Dataset
+from bnjax.data.datasets import FOLDER, RECORDS, Dataset
 from bnjax.data.stream import Reading
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
@@ -37,13 +37,14 @@ def check(config: ConfigDict) -> None:
     """
     check_values(config)
     data = config.data
-    if data.name == RECORDS and data.pipeline != "stream":
-        raise ConfigError("data.pipeline", data.pipeline, f"'stream' with data.name = {RECORDS!r}")
+    if data.name in (RECORDS, FOLDER) and data.pipeline != "stream":
+        allowed = f"'stream' with data.name = {data.name!r}"
+        raise ConfigError("data.pipeline", data.pipeline, allowed)
     if data.shorter_side and not 0 < data.image_size <= data.shorter_side:
         allowed = f"at least config.data.image_size, {data.image_size}; or 0 for the same"
         raise ConfigError("data.shorter_side", data.shorter_side, allowed)
-    if data.random_crop and not data.image_size:
-        raise ConfigError("data.random_crop", True, "False with data.image_size = 0")
+    if data.crop != "centre" and not data.image_size:
+        raise ConfigError("data.crop", data.crop, "centre with data.image_size = 0")
     given = {key: value for key, value in config.checkpoint.items() if value}
     if len(given) > 1:
         key, value = next(iter(given.items()))
@@ -283,7 +284,7 @@ def dataset(config: ConfigDict) -> Dataset:
     """Returns the data set that `config.data` describes; errors as `bnjax.data.datasets.load`."""
     data, reading = config.data, None
     if data.pipeline == "stream":
-        reading = Reading(data.image_size, data.shorter_side, data.random_crop, data.workers)
+        reading = Reading(data.image_size, data.shorter_side, data.crop, data.workers)
     found = datasets.load(
         data.name,
         data.dir,

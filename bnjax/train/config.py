@@ -106,13 +106,13 @@ class Data:
     """The section `data`."""
 
     name: Annotated[
-        str, Check("cifar10, cifar100, digits, records, or the name of a TFDS set", bool)
+        str, Check("cifar10, cifar100, digits, records, folder, or the name of a TFDS set", bool)
     ] = "cifar10"
     """cifar10, cifar100, digits, or a data set of TensorFlow Datasets; records: array_record files
-    in data.dir"""
+    in data.dir; folder: images in data.dir, train/CLASS/*.jpg and test/CLASS/*.jpg"""
     dir: str = ""
-    """a folder with cifar-10-batches-bin or cifar-10-binary.tar.gz or array_record files, or a TFDS
-    data_dir"""
+    """a folder with cifar-10-batches-bin or cifar-10-binary.tar.gz, array_record files or images,
+    or a TFDS data_dir"""
     fallback: Annotated[
         str, Check("'digits', or '' for none", lambda value: value in ("", "digits"))
     ] = ""
@@ -128,13 +128,15 @@ class Data:
     validation_seed: Annotated[Seed, MEMORY] = 0
     "the seed of the choice of these images; the same for all seeds of a comparison"
     pipeline: Annotated[str, one_of("memory", "stream")] = "memory"
-    "memory: all images are loaded; stream: array_record files are read while training"
+    "memory: all images are loaded; stream: files are read while training"
     image_size: Annotated[Pixels, STREAM] = 0
     "the side of the square crop; 0: no crop"
     shorter_side: Annotated[Pixels, STREAM] = 0
     "the shorter side is first resized to this; 0: to image_size"
-    random_crop: Annotated[bool, STREAM] = False
-    "place training crops at random, not in the middle"
+    crop: Annotated[str, one_of("centre", "random", "random_resized"), STREAM] = "centre"
+    """of training images. centre, random: the square of the resized image in its centre or at a
+    random place; random_resized: a random box with 8 to 100 % of the area and a ratio of the sides
+    of 3/4 to 4/3, resized"""
     workers: Annotated[Workers, STREAM] = 0
     "processes that read ahead; 0: threads instead; results do not depend on it"
 

@@ -12,6 +12,7 @@ from bnjax.errors import ConfigError, UserError
 from bnjax.train.config import UNITS, default_config, get
 
 RENAMED = {
+    "data.random_crop": "data.crop",
     "model.scale": "model.use_scale",
     "model.shift": "model.use_bias",
     "optimizer.loss": "optimizer.reduction",

@@ -32,7 +32,7 @@ from bnjax.train.trained import Trained
 
 MEMORY = synthetic.dataset()
 SIZES = ((40, 30), (24, 24), (19, 57), (100, 21), (33, 32))
-PLAIN, RANDOM = Reading(), Reading(16, 20, random_crop=True)
+PLAIN, RANDOM = Reading(), Reading(16, 20, crop="random")
 
 
 def batches(split, batch_size, count, *, shuffle=True, seed=3, start=0, part=WHOLE):
@@ -197,7 +197,7 @@ DAMAGED = {
     "empty": (b"", "it contains nothing and has to be a tf.train.Example with an 'image'"),
     "no image": (encode(b"GIF89a", 0), "record 1 .* cannot identify image"),
     "half an image": (encode(BLACK[:45], 0), "record 1 .* cannot"),
-    "another size": (HIGHER, r"not all of one size .*image_size=N"),
+    "another size": (HIGHER, r"not all of one size.*image_size=N"),
     "too high a label": (encode(BLACK, 2), "has the label 2; .* 0 to 1"),
     "no label": (encode(BLACK, -1), "has the label -1"),
 }
@@ -268,13 +268,13 @@ def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(fold
     class Damaged:
         """Breaks when the 75th image is read."""
 
-        reads = itertools.count()
+        reads, where = itertools.count(), data.train.source.where
 
         def __len__(self):
             return 48
 
         def __getitem__(self, row):
-            return data.train.source[row] if next(self.reads) < 75 else b""
+            return data.train.source[row] if next(self.reads) < 75 else (b"", 0)
 
     broken = dataclasses.replace(data, train=dataclasses.replace(data.train, source=Damaged()))
     with pytest.raises(DataError, match="record"):

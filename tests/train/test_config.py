@@ -77,7 +77,7 @@ train.stop_at_loss=-1 | train.steps=7 train.epochs=2 | train.steps=0 | train.epo
 train.most_skipped=-1 | train.on_nonfinite=wait | eval.every_epochs=-1 | eval.batch_size=0
 eval.histograms=1 | eval.gap_images=1 | eval.pictures=101 | eval.views=3 | eval.views_share=0
 checkpoint.every_minutes=-1 | checkpoint.every_minutes=1 checkpoint.every_steps=5 | seed=-1
-data.fallback=mnist | data.train_images=-1 | data.random_crop=true data.pipeline=stream
+data.fallback=mnist | data.train_images=-1 | data.crop=random data.pipeline=stream
 data.pipeline=memory data.name=records | data.image_size=8
 optimizer.name=sgdd | optimizer.schedule=step | optimizer.learning_rate=0 | optimizer.b1=1.0
 optimizer.eps=0 | optimizer.momentum=-0.1 | muon.rescale_every=0,1 | augment.flip=always

@@ -28,7 +28,8 @@ def walk(tx, params, grads):
 
 
 def rates(name, warmup=0.0, steps=10):
-    tx = made(steps, name="sgd", learning_rate=2.0, schedule=name, warmup=warmup)
+    drops = (0.3, 0.7)
+    tx = made(steps, name="sgd", learning_rate=2.0, schedule=name, warmup=warmup, drops=drops)
     return -np.diff([float(one) for one in walk(tx, jnp.zeros(()), [jnp.ones(())] * steps)])
 
 
@@ -68,6 +69,8 @@ def along(start, end, part):
         ("constant", 0.4, [*UP, *[2.0] * 6]),
         ("linear", 0.4, [*UP, *2 * (1 - T[:6] / 6)]),
         ("cosine", 0.4, [*UP, *1 + np.cos(np.pi * T[:6] / 6)]),
+        ("steps", 0.0, [2, 2, 2, *[0.2] * 4, *[0.02] * 3]),
+        ("steps", 0.2, [0, 1, 2, *[0.2] * 4, *[0.02] * 3]),
         # Smith & Topin, 2018, with the divisors of torch's OneCycleLR.
         ("one_cycle", 0.4, [*along(0.08, 2, T[:4] / 4), *along(2, 8e-6, (T[4:] - 4) / 6)]),
     ],
