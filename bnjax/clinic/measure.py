@@ -59,7 +59,8 @@ class Evidence:
         layer: the norm in evaluation.
         mean, var: the stored statistics, [c].
         dtype, shape: the dtype and shape of the stored statistics.
-        scale: the learnt scale, [c]; ones without a scale.
+        scale: the size of the learnt scale, [c]; ones without a scale; the largest of the layers
+            of a scan that share their statistics.
         train: mean and variance of its inputs in each of k batches [k, c] in training, with
             dropout; `count` belongs to the first batch.
         batch: the same without dropout, if every norm normalises by the batch.
@@ -270,7 +271,7 @@ def measure(
                 var=_flat(stored[*path, "var"]),
                 dtype=mean.dtype,
                 shape=mean.shape,
-                scale=_flat(np.broadcast_to(scales.get((*path, "scale"), 1.0), mean.shape)),
+                scale=_largest(scales.get((*path, "scale"), np.ones(mean.shape)), mean.shape),
                 train=given,
                 batch=own,
                 random=not all(map(np.array_equal, again[path], in_training[0][path])),
@@ -338,6 +339,11 @@ def _moments(seen: Sequence[Moments], layer: NormLayer) -> Moments:
     if layer.variance == "unbiased":
         var = var * (count / np.maximum(count - 1, 1))
     return Moments(mean, var, int(count[0].max()))
+
+
+def _largest(scale: Any, shape: tuple[int, ...]) -> np.ndarray:
+    extra = tuple(range(np.ndim(scale) - len(shape)))
+    return _flat(np.broadcast_to(np.abs(np.float64(scale)).max(extra), shape))
 
 
 def _flat(leaf: Any) -> np.ndarray:

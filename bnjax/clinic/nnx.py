@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.network import FLAGS, Around, Call, Network, NormLayer, Path
+from bnjax.clinic.network import FLAGS, Around, Call, Network, NormLayer, Path, nothing_seen
 from bnjax.train_step import model_inputs
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
@@ -44,9 +44,20 @@ def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -
 
     graphdef, *states = flax_nnx.split(model, flax_nnx.Param, flax_nnx.BatchStat, ...)
     leaves = [flatten_dict(flax_nnx.to_pure_dict(state)) for state in states]
-    keys = tuple(path for tree in leaves for path in tree)
+    shapes = jax.eval_shape(lambda: leaves)
+    own = tuple(tuple(tree.items()) for tree in shapes)
     params, batch_stats, rest = (_named(tree) for tree in leaves)
-    return Nnx(params, batch_stats, rest, graphdef, keys, call)
+    modules = {
+        tuple(map(str, path))
+        for path, one in flax_nnx.iter_graph(model)
+        if isinstance(one, flax_nnx.Module)
+    }
+    if foreign := nothing_seen(batch_stats).keys() - modules:
+        raise ValueError(
+            f"the norms {', '.join(map('.'.join, sorted(foreign)))} are not modules of NNX. Give "
+            "clinic.linen the linen model that has them."
+        )
+    return Nnx(params, batch_stats, rest, type(model), graphdef, own, call)
 
 
 @struct.dataclass
@@ -57,14 +68,17 @@ class Nnx(Network):
         params: the variables of type `Param`, by path.
         batch_stats: the variables of type `BatchStat`.
         rest: all other variables, for instance keys of dropout.
+        kind: the class of the model.
         graphdef: the model without variables.
-        keys: the paths of the variables in NNX, in which elements of lists are numbers.
+        own: the paths of the variables in NNX, in which elements of lists are numbers, and their
+            shapes; of `params`, `batch_stats` and `rest`.
         call: see `nnx`.
     """
 
     rest: Any
+    kind: type = struct.field(pytree_node=False)
     graphdef: Any = struct.field(pytree_node=False)
-    keys: tuple[tuple[Any, ...], ...] = struct.field(pytree_node=False)
+    own: tuple[Any, ...] = struct.field(pytree_node=False)
     call: Callable[[Any, Images, bool], Logits] | None = struct.field(pytree_node=False)
 
     @property
@@ -75,7 +89,7 @@ class Nnx(Network):
     def _model(self, rest: Any) -> Any:
         from flax import nnx as flax_nnx
 
-        named = {tuple(map(str, key)): key for key in self.keys}
+        named = {tuple(map(str, key)): key for part in self.own for key, _ in part}
         leaves = [flatten_dict(tree) for tree in (self.params, self.batch_stats, rest)]
         state = {
             named[path]: leaf for tree in leaves for path, leaf in tree.items() if path in named
@@ -100,26 +114,26 @@ class Nnx(Network):
 
         model = self._model(self.rest if dropout is None else _with_keys(self.rest, dropout))
         images, options = model_inputs(model, batch)
-        names = inspect.signature(type(model).__call__).parameters
+        names = inspect.signature(self.kind.__call__).parameters
         options |= {
             flag: train == in_training for flag, in_training in FLAGS.items() if flag in names
         }
-        modules = [
+        kinds = flax_nnx.BatchNorm, flax_nnx.Conv, flax_nnx.Linear
+        units = [
             (tuple(map(str, path)), one)
             for path, one in flax_nnx.iter_graph(model)
-            if isinstance(one, flax_nnx.Module)
+            if isinstance(one, kinds)
         ]
-        norms = [one for _, one in modules if isinstance(one, flax_nnx.BatchNorm)]
+        norms = [one for _, one in units if isinstance(one, flax_nnx.BatchNorm)]
         if not train:
             model.eval()
         elif all(norm.use_running_average for norm in norms):
             model.train()
         for norm in norms:  # a model trained with `axis_name` can then run outside of that axis
             norm.axis_name = norm.axis_index_groups = None
-        for path, one in modules:
-            if callable(one):
-                one.watched = path, around  # type: ignore[attr-defined]
-                one.__class__ = _watched(type(one))
+        for path, one in units:
+            one.watched = path, around  # type: ignore[union-attr]
+            one.__class__ = _watched(type(one))
         logits = self.call(model, images, train) if self.call else model(images, **options)
         written = flatten_dict(flax_nnx.to_pure_dict(flax_nnx.state(model, flax_nnx.BatchStat)))
         return logits, _named(written)
@@ -144,13 +158,13 @@ class Nnx(Network):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the model's `__call__` has an argument `mask`."""
-        return "mask" in inspect.signature(self.graphdef_type.__call__).parameters
+        """Whether the model's `__call__` has an argument `mask`, and there is no `call`."""
+        return not self.call and "mask" in inspect.signature(self.kind.__call__).parameters
 
-    @property
-    def graphdef_type(self) -> type:
-        """The class of the model."""
-        return type(self.model)
+    def shapes(self, images: Images) -> tuple[Any, Any]:
+        """Returns the shapes of the variables of the model that `nnx` was given."""
+        params, batch_stats, _ = (_named(dict(part)) for part in self.own)
+        return params, batch_stats
 
 
 class NnxCall(Call):
@@ -199,7 +213,7 @@ class NnxCall(Call):
             path=self.path,
             module=types.SimpleNamespace(**fields),
             shape=self.x.shape,
-            dtype=self.x.dtype,
+            dtype=norm.dtype or self.x.dtype,  # NNX casts the input to the dtype of the output
             axes=self.axes,
             by_batch=not (norm.use_running_average if given is None else given),
         )
@@ -211,8 +225,9 @@ def _watched(kind: type) -> type:
     from flax import nnx as flax_nnx
 
     is_norm = issubclass(kind, flax_nnx.BatchNorm)
-    # A subclass of the norm calls its superclass: that is the norm.
-    base = flax_nnx.BatchNorm if is_norm else kind
+    # A subclass of the norm may change the arguments and call its superclass: that is the norm.
+    is_super = "super" in inspect.unwrap(kind.__call__).__code__.co_names
+    base = flax_nnx.BatchNorm if is_norm and is_super else kind
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

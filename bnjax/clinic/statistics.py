@@ -110,7 +110,7 @@ def put(
         if not np.all(np.asarray(count) > 0):
             raise ValueError(
                 f"the norm {layer.name} got no real value, so it has no mean. Give at least one "
-                "batch with a real example."
+                "batch with a real example, and a model that keeps the updates of its norms."
             )
         if layer.variance == "unbiased":
             var = var * (count / jnp.maximum(count - 1, 1))
