@@ -45,4 +45,5 @@ def torch(sick):
     from zoo import kit_torch
 
     patient = kit_torch.healthy()
+    patient.network.train(sick)
     return patient.knowing(predict=kit_torch.predicting(patient.network, train=sick))

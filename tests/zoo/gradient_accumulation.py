@@ -1,3 +1,5 @@
+import functools
+
 import optax
 
 from zoo import kit
@@ -28,4 +30,6 @@ def torch(sick):
             optimizer.step()
             optimizer.zero_grad()
 
-    return kit_torch.fit(step=step, seen=kit.batches(256, 4), batch_size=4)
+    optimizer = functools.partial(kit_torch.sgd, rate=0.05)  # without a schedule
+    seen = kit.batches(256, 4)
+    return kit_torch.fit(step=step, seen=seen, optimizer=optimizer, batch_size=4)

@@ -74,7 +74,7 @@ def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, **run):
         if watch:
             watch(model)
     facts = {"steps": len(seen), "batch_size": kit.SIZE, "tx": optimizer} | run
-    facts["step"] = lambda model, batch: step(model, sgd(model), batch)
+    facts["step"] = lambda model, batch, given=None: step(model, given or sgd(model), batch)
     return kit.Patient(model.eval(), kit.audited(facts["batch_size"]), Run(**facts))
 
 

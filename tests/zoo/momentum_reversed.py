@@ -16,7 +16,8 @@ MISSED = {"linen": REASON, "torch": REASON}
 
 
 def linen(sick):
-    return kit.fit(kit.Net(norm=functools.partial(kit.norm, momentum=0.1 if sick else 0.9)))
+    reversed_ = kit.Net(norm=functools.partial(kit.norm, momentum=0.1))
+    return kit.fit(reversed_) if sick else kit.healthy()
 
 
 def torch(sick):

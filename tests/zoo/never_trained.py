@@ -7,7 +7,7 @@ FINDS = ("never-updated",)
 
 
 def linen(sick):
-    return kit.fit(seen=[] if sick else None)
+    return kit.fit(seen=[]) if sick else kit.healthy()
 
 
 def nnx(sick):

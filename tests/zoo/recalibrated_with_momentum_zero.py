@@ -38,4 +38,5 @@ def torch(sick):
         patient.network(kit_torch.images(batch))
     for norm in norms:
         norm.momentum = 0.1
+    patient.network.eval()
     return patient

@@ -9,7 +9,8 @@ FINDS = ("not-converged",)
 
 
 def linen(sick):
-    return kit.fit(kit.Net(norm=functools.partial(kit.norm, momentum=0.99 if sick else 0.9)))
+    slow = kit.Net(norm=functools.partial(kit.norm, momentum=0.99))
+    return kit.fit(slow) if sick else kit.healthy()
 
 
 def nnx(sick):

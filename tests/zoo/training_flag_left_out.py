@@ -9,7 +9,7 @@ FINDS = ("never-updated",)
 
 
 def linen(sick):
-    return kit.fit(loss=functools.partial(kit.loss, train=not sick))
+    return kit.fit(loss=functools.partial(kit.loss, train=False)) if sick else kit.healthy()
 
 
 def nnx(sick):
