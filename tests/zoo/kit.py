@@ -22,14 +22,15 @@ norm = functools.partial(nn.BatchNorm, momentum=0.9)
 class Patient:
     """What an audit takes.
 
-    In torch, `network` is a module, and `like` is the linen network to port it into, if it is not
-    like `Net`.
+    In torch, `network` is a module, `before` the one before a fine-tuning, and `like` the linen
+    network to port them into, if not `Net`.
     """
 
     network: Any
     batches: Sequence[Any]
     run: Run
     like: Any = None
+    before: Any = None
 
     def but(self, **changes: Any) -> "Patient":
         return dataclasses.replace(self, network=dataclasses.replace(self.network, **changes))

@@ -51,7 +51,7 @@ def sgd(model, rate=0.05):
     return torch.optim.SGD(model.parameters(), rate, momentum=0.9)
 
 
-def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, **run):
+def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, before=None, **run):
     """Trains a torch network; returns it with what a user can tell of the training.
 
     Args:
@@ -60,6 +60,7 @@ def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, **run):
         optimizer: model -> optimizer.
         seen: the batches of the training.
         watch: called with the network after each step.
+        before: the network before a fine-tuning.
         run: facts about the training.
     """
     torch.manual_seed(1)
@@ -75,7 +76,7 @@ def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, **run):
             watch(model)
     facts = {"steps": len(seen), "batch_size": kit.SIZE, "tx": optimizer} | run
     facts["step"] = lambda model, batch, given=None: step(model, given or sgd(model), batch)
-    return kit.Patient(model.eval(), kit.audited(facts["batch_size"]), Run(**facts))
+    return kit.Patient(model.eval(), kit.audited(facts["batch_size"]), Run(**facts), before=before)
 
 
 def healthy():
@@ -114,6 +115,6 @@ def ported(patient):
         patient.run.step(copied, batch)
         return network(copied)
 
-    before = patient.run.before and network(patient.run.before)
+    before = patient.before and network(patient.before)
     ported = kit.Patient(network(module), patient.batches, patient.run)
     return ported.knowing(tx=None, step=stepped, before=before)
