@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.network import SEEN, STORED, Around, Call, Network, NormLayer, Path
 from bnjax.norms.moments import Moments, Total, moments, total_over
-from bnjax.train_step import to_float
+from bnjax.train_step import model_inputs
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
 # Equinox is an extra, so it is imported in the functions.
@@ -102,11 +102,12 @@ def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
         spatial = None if unit is None or is_norm else getattr(unit, "num_spatial_dims", 0)
         leaves.append(_Leaf((*parent, name), spatial, None))
         params[*parent, name] = _to_flax(leaf, name, spatial)
-    norms = tuple(
-        _Norm(path, _averages(one).marker, getattr(one.batch_counter, "marker", None), one.momentum)
-        for path, one in units.items()
-        if isinstance(one, eqx.nn.BatchNorm)
-    )
+    found: dict[Any, _Norm] = {}  # copies of a norm that share their averages are one norm
+    for path, one in units.items():
+        if isinstance(one, eqx.nn.BatchNorm):
+            index, counter = _averages(one).marker, getattr(one.batch_counter, "marker", None)
+            found.setdefault(index, _Norm(path, index, counter, one.momentum))
+    norms = tuple(found.values())
     entries = _entries(state)
     structure = _Structure(treedef, tuple(leaves), norms, tuple(entries))
     of_norms = {key for norm in norms for key in (norm.index, norm.counter)}
@@ -171,14 +172,14 @@ class Equinox(Network):
         """See `Network.run`."""
         import equinox as eqx
 
-        images = to_float(batch["image"])
+        images, _ = model_inputs(self, batch)
         with jax.named_scope(STORED):
             model, state = self.model, self.state
         norms = [unit for _, unit in _units(model) if isinstance(unit, eqx.nn.BatchNorm)]
         if not train or all(norm.inference for norm in norms):
             model = eqx.nn.inference_mode(model, not train)
         names = inspect.signature(type(model).__call__).parameters
-        model = _watched_in(model, around, self.batch_stats)
+        model = _watched_in(model, around, self.batch_stats, self.structure.norms)
         if self.call is not None:
             logits, state = self.call(model, state, images, dropout)
         else:
@@ -187,8 +188,10 @@ class Equinox(Network):
             def one(image: Array, key: Any, state: Any) -> Any:
                 return model(image, state, **({"key": key} if "key" in names else {}))
 
-            axis = norms[0].axis_name if norms else None
+            axis, *others = _axis_names(norms)
             each = jax.vmap(one, (0, 0, None), (0, None), axis_name=axis)
+            for name in others:  # of devices, here one
+                each = jax.vmap(each, (None, None, None), None, axis_name=name, axis_size=1)
             logits, state = each(images, keys, state)
         return logits, _statistics(_entries(state), self.structure.norms)
 
@@ -315,12 +318,17 @@ def _units(model: Any) -> list[tuple[Path, Any]]:
     return [(_path(keys), one) for keys, one in found[0] if isinstance(one, kinds)]
 
 
-def _watched_in(model: Any, around: Around, batch_stats: BatchStats) -> Any:
+def _watched_in(
+    model: Any, around: Around, batch_stats: BatchStats, norms: tuple[_Norm, ...]
+) -> Any:
     """Returns the model with norms and layers whose calls go through a function."""
     import equinox as eqx
 
-    stats = flatten_dict(batch_stats)
-    units = {id(unit): path for path, unit in _units(model)}
+    stats, paths = flatten_dict(batch_stats), {norm.index: norm.path for norm in norms}
+    units = {
+        id(unit): paths[_averages(unit).marker] if isinstance(unit, eqx.nn.BatchNorm) else path
+        for path, unit in _units(model)
+    }
 
     def swapped(one: Any) -> Any:
         if id(one) not in units:
@@ -360,6 +368,21 @@ def _watched(kind: Any) -> Any:
 
     Watched.kind = kind
     return Watched
+
+
+def _axis_names(norms: Sequence[Any]) -> list[Any]:
+    """Returns the axis name that all norms share, and all others."""
+    names = [
+        dict.fromkeys(one.axis_name if isinstance(one.axis_name, tuple | list) else [one.axis_name])
+        for one in norms
+    ]
+    shared = [name for name in names[0] if all(name in of for of in names)] if names else [None]
+    if not shared:
+        raise ValueError(
+            f"the norms have no axis name in common: {', '.join(map(str, map(list, names)))}. Give "
+            "a function that maps the model: clinic.equinox(model, state, call)."
+        )
+    return [*dict.fromkeys((shared[0], *(name for of in names for name in of)))]
 
 
 def _averages(norm: Any) -> Any:
