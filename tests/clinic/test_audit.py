@@ -20,6 +20,18 @@ from bnjax.types import fingerprint
 QUICK = ("remat", "plain", "plain, frozen and stepped", "dropout before a norm, recomputed")
 LONG = ("far from 0 in bfloat16", "far from 0, 60 steps", "momentum 0.99, untold")
 
+# The zoo has the same faults.
+IN_ZOO = (
+    "averaged weights",
+    "averages in bfloat16",
+    "batches of 4",
+    "epsilon of 10",
+    "evaluated by the batch",
+    "flag without effect",
+    "AdamW on all",
+    "LARS on all",
+)
+
 
 def examined(patient):
     network = linen(patient.model, patient.params, patient.batch_stats)
@@ -44,7 +56,7 @@ def test_nothing_is_found_in_a_healthy_network(name):
     assert findings.evaluation["stored"]["moved"] < 0.1
 
 
-@pytest.mark.parametrize("name", some(ILL, LONG))
+@pytest.mark.parametrize("name", some(ILL, LONG + IN_ZOO))
 def test_exactly_the_illness_is_found(name):
     findings = findings_of(name)
     assert findings.ids == (ILL[name][0],), str(findings)

@@ -10,7 +10,6 @@ NAME = "statistics converted to half precision"
 CAUSE = "Converting the whole network to half precision rounds its statistics too."
 SOURCE = "https://github.com/NVIDIA/apex/pull/144"
 FINDS = ("low-precision",)
-MISSED = {"nnx": "the audit goes by the dtype of the input, not of the norm; it says stale"}
 
 
 def linen(sick):
