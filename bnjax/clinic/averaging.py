@@ -125,4 +125,9 @@ def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
             f"the optimizer's state has {len(found)} averages of the weights, not one. Wrap the "
             "optimizer in bnjax.clinic.averaging.weight_average exactly once."
         )
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found[0].average, params)
+    return jax.tree.map(
+        lambda leaf, like: like if isinstance(leaf, optax.MaskedNode) else leaf.astype(like.dtype),
+        found[0].average,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # of a frozen parameter
+    )

@@ -13,6 +13,14 @@ def run(
     workdir: Annotated[
         Path | None, arg(metavar="DIR", help="the run's folder; default: runs/NAME of the config")
     ] = None,
+    start: Annotated[
+        Path | None,
+        arg(
+            name="from",
+            metavar="DIR",
+            help="start from the network in this folder of bnjax train, port or export",
+        ),
+    ] = None,
     hosts: Annotated[
         bool, arg(help="train with all processes started by Slurm, Open MPI or a TPU pod")
     ] = False,
@@ -36,6 +44,7 @@ def run(
     """
     from bnjax.train import build, parsing
 
+    overrides = (*overrides, *([f"--config.train.from={start}"] if start else []))
     settings = parsing.load(config, list(overrides))
     if hosts or coordinator:
         _join(coordinator, processes, process)

@@ -21,13 +21,14 @@ from bnjax.errors import UserError
 from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options
 from bnjax.train.jsonl import write_json
+from bnjax.train.start import WEIGHTS
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained, check_folded, in_float32, logits, probe
 from bnjax.train_step import forward
 from bnjax.types import BatchStats, Images, Params
 
 MANIFEST, FORMAT = "manifest.json", 2
-PROGRAM, WEIGHTS, ONNX = "model.stablehlo", "weights.safetensors", "model.onnx"
+PROGRAM, ONNX = "model.stablehlo", "model.onnx"
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # in units of the largest logit
 

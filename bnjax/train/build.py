@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from bnjax import norms
+from bnjax.clinic.freezing import freeze_statistics, without_frozen
 from bnjax.data import augment, datasets
 from bnjax.data.augment import Augmentation
 from bnjax.data.batches import Part
@@ -26,7 +29,8 @@ from bnjax.train import parsing
 from bnjax.train.config import MAX_SIZE, check_values, norm_options
 from bnjax.train.devices import GROUPS, Parallel, spread
 from bnjax.train.optimizers import optimizer
-from bnjax.train_step import LossFn, softmax_cross_entropy
+from bnjax.train.start import Frozen, frozen
+from bnjax.train_step import LossFn, init_variables, softmax_cross_entropy
 
 
 def check(config: ConfigDict) -> None:
@@ -186,6 +190,8 @@ class Experiment:
 
     model: nn.Module
     training_model: nn.Module  # its batch norms are bound to the axes of `parallel`
+    frozen: Frozen
+    source: Path | None  # the folder whose variables a run starts from
     tested_model: nn.Module  # averages the logits of several views of each image
     parallel: Parallel
     init_images: int  # training images for the initialisation
@@ -249,16 +255,26 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     classes = len(dataset.classes)
     make = functools.partial(network, config.model, classes, dataset.train.image_shape)
     model = make()
+    like = np.zeros((1, *dataset.train.image_shape), np.uint8)
+    shapes: Any = jax.eval_shape(functools.partial(init_variables, model, jax.random.key(0)), like)
+    stays = frozen(config.train, *shapes)
+    tx, training_model = optimizer(config, steps), make(**parallel.norm_axes)
+    if stays.params:
+        tx = without_frozen(tx, stays.mask(shapes[0]))
+    if stays.norms:
+        training_model = freeze_statistics(training_model, *stays.norms)
     is_whitened = config.model.name == "speednet"
     return Experiment(
         model=model,
-        training_model=make(**parallel.norm_axes),
+        training_model=training_model,
+        frozen=stays,
+        source=Path(config.train["from"]) if config.train["from"] else None,
         tested_model=with_views(model, config.eval.views, config.eval.views_share),
         parallel=parallel,
         init_images=min(config.model.whiten_images, images) if is_whitened else 1,
         augment=augment.in_order(config.augment.to_dict(), classes),
         loss_fn=functools.partial(softmax_cross_entropy, smoothing=config.train.label_smoothing),
-        tx=optimizer(config, steps),
+        tx=tx,
         steps=steps,
         patience=config.train.patience,
         stop_at_loss=config.train.stop_at_loss or None,
@@ -384,7 +400,8 @@ def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
     momentum = config.model.momentum
     left = momentum**steps
     is_batch = config.model.norm in norms.BATCH_NORMS
-    if not is_batch or config.model.debias or _is_precise(config) or left <= 0.01:
+    starts_ready = config.train["from"] or config.train.freeze != "none"
+    if not is_batch or starts_ready or config.model.debias or _is_precise(config) or left <= 0.01:
         return ()
     return (
         f"the running averages will not be ready. With config.model.momentum = {momentum:g} each "

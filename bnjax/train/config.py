@@ -50,6 +50,11 @@ def is_whole(value: Any, low: int) -> bool:
     return type(value) is int and low <= value <= MAX_SIZE
 
 
+def is_number(value: Any, above: float) -> bool:
+    """Returns whether a value inside a tuple is a finite number above a bound."""
+    return isinstance(value, int | float) and above < value < math.inf
+
+
 Fraction = Annotated[float, Check("0 up to but not including 1", lambda value: 0 <= value < 1)]
 Positive = Annotated[float, Check("a number above 0", lambda value: 0 < value < math.inf)]
 Amount = Annotated[float, Check("a number, 0 or above", lambda value: 0 <= value < math.inf)]
@@ -77,12 +82,13 @@ Rates = Annotated[
     tuple,
     each(
         "fractions, 0 up to but not including 1",
-        lambda rate: isinstance(rate, int | float) and 0 <= rate < 1,
+        lambda rate: rate == 0 or (is_number(rate, 0) and rate < 1),
     ),
 ]
+Patterns = Annotated[tuple, each("texts", lambda pattern: isinstance(pattern, str))]
 Flags = Annotated[tuple, each("True or False for each", lambda value: type(value) is bool)]
-Numbers = Annotated[tuple, each("numbers", math.isfinite)]
-Positives = Annotated[tuple, each("numbers above 0", lambda value: 0 < value < math.inf)]
+Numbers = Annotated[tuple, each("numbers", lambda value: is_number(value, -math.inf))]
+Positives = Annotated[tuple, each("numbers above 0", lambda value: is_number(value, 0))]
 
 MEMORY, STREAM = Only("data.pipeline", ("memory",)), Only("data.pipeline", ("stream",))
 CONVNET, SPEEDNET = Only("model.name", ("convnet",)), Only("model.name", ("speednet",))
@@ -307,6 +313,17 @@ class Muon:
 class Train:
     """The section `train`; exactly one of steps and epochs is not 0."""
 
+    from_: str = ""
+    """a folder of bnjax train, port or export: start from its parameters and statistics, by name;
+    the command line has --from"""
+    freeze: Annotated[str, one_of("none", "statistics", "norms", "backbone")] = "none"
+    """what stays as it is at the start; statistics: the running statistics of all norms, which then
+    also normalise by them in training; norms: these, and scales and biases; backbone: all but the
+    last layer"""
+    freeze_statistics: Patterns = ()
+    "patterns such as stage0.* for further norms whose statistics stay"
+    freeze_params: Patterns = ()
+    "patterns such as conv0.kernel or stage0.* for further parameters that stay"
     steps: Steps = 100
     "the duration of training in steps"
     epochs: Epochs = 0.0
@@ -409,12 +426,14 @@ def _declared(section: str, kind: type) -> Iterator[Key]:
     _, *body = declaration.body
     for field, text in zip(body[::2], body[1::2], strict=True):
         assert isinstance(field, ast.AnnAssign)
-        name = ast.unparse(field.target)
-        extra = {type(one): one for one in get_args(hints[name])[1:]}
-        any_value = "any text" if isinstance(getattr(kind, name), str) else "True or False"
+        field_name = ast.unparse(field.target)
+        name = field_name.removesuffix("_")  # `from` is a keyword
+        default = getattr(kind, field_name)
+        extra = {type(one): one for one in get_args(hints[field_name])[1:]}
+        any_value = "any text" if isinstance(default, str) else "True or False"
         yield Key(
             f"{section}.{name}".lstrip("."),
-            getattr(kind, name),
+            default,
             extra.get(Check, Check(any_value, lambda value: True)),
             extra.get(Only),
             " ".join(ast.literal_eval(ast.unparse(text)).split()),

@@ -193,6 +193,8 @@ def _convert(name: str, text: str, old: Any) -> Any:
         value = text
     if isinstance(old, tuple) and isinstance(value, int | float):
         value = (value,)
+    if isinstance(old, tuple) and isinstance(value, str):
+        value = tuple(part.strip() for part in value.split(","))
     return _of_type(name, value, old)
 
 

@@ -177,12 +177,31 @@ class Run:
                 seed.writer.flush()  # first: a checkpoint must not be ahead of the files
             about = {"config": seed.config.to_dict(), "versions": versions()}
             own, shown = self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i)
+            if seed.is_finishing and any(self._experiment.frozen):
+                seed.moved = self._moved(seed, own)
             apart = shown if self._experiment.is_apart else None
             seed.checkpoints.save(*own, seed.accuracy, about, evaluated=apart)
             seed.accuracy, seed.ended = None, seed.is_finishing
         self._since = time.perf_counter()
         if everyone:
             self._saved_at = self._since
+
+    def _moved(self, seed: "Seed", both: State) -> list[str] | None:
+        """Compares what was frozen with the start of the run, and prints the result."""
+        try:
+            (state, batch_stats), _ = self._steps.begin(seed.number)
+        except UserError as error:
+            _say(f"\nWARNING: what was frozen is not compared with the start: {error}\n")
+            return None
+        frozen, before = self._experiment.frozen, (state.params, batch_stats)
+        moved = frozen.moved(*jax.device_get((before, (both[0].params, both[1]))))
+        what = f"{len(frozen.params)} parameters and the statistics of {len(frozen.norms)} norms"
+        _say(
+            f"\nWARNING: frozen leaves moved: {', '.join(moved)}\n"
+            if moved
+            else f"frozen: {what} have the same bits as at the start"
+        )
+        return moved
 
     def _active(self, everyone: bool = True) -> list[tuple[int, "Seed"]]:
         return [
@@ -220,6 +239,7 @@ class Seed:
         is_finishing: whether the latest step was the last one.
         ended: whether it takes no more steps.
         failure: the error that ended it, or None.
+        moved: the names of frozen leaves that have moved; None if nothing was compared.
         checkpoints: the checkpoints; each process saves its part.
         writer: the writer of all other files; None except in the first process.
     """
@@ -244,6 +264,7 @@ class Seed:
         self.seconds, self.is_finishing = 0.0, False
         self.accuracy: float | None = None
         self.failure: NonFiniteError | None = None
+        self.moved: list[str] | None = None
         self.writer: RunWriter | None = None
         self._take(stack)
         self.checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
@@ -295,7 +316,11 @@ class Seed:
         """Returns the state and the statistics of the newest checkpoint, or new ones."""
         like = steps.like()
         if self.is_new:
-            return steps.init(self.number)
+            state, taken = steps.begin(self.number)
+            if taken and self.writer:
+                _say(f"seed {self.number} starts from {self._experiment.source}:\n{taken}")
+                write_json(self._folder / "start.json", taken._asdict())
+            return state
         self.checkpoints.reload()  # the first process may have moved damaged checkpoints
         return self.checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
@@ -307,6 +332,8 @@ class Seed:
         self.writer.board.finished()
         self.writer.flush()
         summary = summarise(self.config, self._folder, self.dataset, self._experiment, self.seconds)
+        if self.moved is not None:
+            summary["frozen_leaves_that_moved"] = self.moved
         write_json(self._folder / "summary.json", summary)
         return summary
 
@@ -324,8 +351,8 @@ def _so_far(workdir: Path, step: int) -> tuple[float, int]:
             raise UserError(
                 f"{workdir / name} ends before step {step}, which has a checkpoint. "
                 "Restore the file from a copy, or train anew in another folder with --workdir. "
-                "A folder made by `bnjax port` has no such file: it can be evaluated but not "
-                "trained further."
+                "A folder made by `bnjax port` has no such file: to train on from its network, "
+                "give another --workdir and this folder with --from."
             )
     skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])
     return float(timing[-1]["seconds"]), len([*skipped])

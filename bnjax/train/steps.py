@@ -24,6 +24,7 @@ from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import compiler_options, init_options, memory
 from bnjax.train.nonfinite import until_stopped
+from bnjax.train.start import Taken, read_source, take_over
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
 
@@ -109,6 +110,15 @@ class Steps:
     def init(self, seed: int) -> State:
         """Returns one untrained seed."""
         return self._init(key_of(seed), self._first_images())
+
+    def begin(self, seed: int) -> tuple[State, Taken | None]:
+        """Returns the first state of a seed, and what it took over from another network."""
+        state, batch_stats = self.init(seed)
+        if self.experiment.source is None:
+            return (state, batch_stats), None
+        source = read_source(self.experiment.source)
+        state, batch_stats, taken = take_over(state, batch_stats, source, self.experiment.tx)
+        return (state, batch_stats), taken
 
     def _first_images(self) -> np.ndarray:
         """Returns the images that initialise the network; for most only their shape matters."""

@@ -1,0 +1,201 @@
+"""How a run starts from other weights, and which of its leaves stay as they are."""
+
+import dataclasses
+import functools
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import optax
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from bnjax.clinic.freezing import matches
+from bnjax.clinic.network import nothing_seen
+from bnjax.errors import ConfigError, UserError
+from bnjax.train.jsonl import reading
+from bnjax.train_step import TrainState
+from bnjax.types import BatchStats, Params, Tree, named_leaves
+
+Variables = tuple[Params, BatchStats]
+HEAD = "logits"  # the last layer of every network in bnjax.models
+WEIGHTS = "weights.safetensors"  # in a folder of `bnjax export`
+
+
+class Taken(NamedTuple):
+    """What became of each leaf, by name, when a network took over the variables of another.
+
+    Attributes:
+        taken: leaves with the values of the source.
+        new: leaves that the source lacks or has in another shape.
+        left: leaves of the source that the network lacks.
+    """
+
+    taken: tuple[str, ...]
+    new: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line each, with the names of whole layers."""
+        lines = [f"  {what}: {_layers(names)}" for what, names in self._asdict().items()]
+        return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines)
+
+
+def take_over(
+    state: TrainState, batch_stats: BatchStats, source: Variables, tx: optax.GradientTransformation
+) -> tuple[TrainState, BatchStats, Taken]:
+    """Returns a new state that starts from the parameters and statistics of another network.
+
+    Leaves are matched by name and shape and keep the dtypes of `state`. The optimizer's state is
+    new. Statistics are taken with their `count`, if the norms have one.
+
+    Args:
+        state, batch_stats: from `bnjax.train_step.init_state`.
+        source: params and batch_stats of the other network.
+        tx: the optimizer given to `init_state`.
+
+    Raises:
+        UserError: if the two networks have no parameter in common.
+    """
+    own = flatten_dict({"params": state.params, "batch_stats": batch_stats}, sep=".")
+    theirs = flatten_dict(dict(zip(("params", "batch_stats"), source, strict=True)), sep=".")
+    taken = [name for name in own if name in theirs and theirs[name].shape == own[name].shape]
+    if not any(name.startswith("params.") for name in taken):
+        raise UserError(
+            f"the two networks have no parameter of the same name and shape: here "
+            f"{_layers(own)}; there {_layers(theirs)}. Rename the layers, for instance with the "
+            "table of bnjax port."
+        )
+    new = tuple(
+        f"{name} {[*own[name].shape]}, there {[*theirs[name].shape]}" if name in theirs else name
+        for name in own
+        if name not in taken
+    )
+    leaves = own | {name: np.asarray(theirs[name], own[name].dtype) for name in taken}
+    trees = unflatten_dict(leaves, sep=".")
+    params, stats = trees.get("params", {}), trees.get("batch_stats", {})
+    found = Taken(tuple(taken), new, tuple(sorted({*theirs} - {*own})))
+    state = dataclasses.replace(state, params=params, opt_state=tx.init(params))
+    return state, stats, found
+
+
+def _layers(names: Iterable[str], most: int = 12) -> str:
+    """Returns the layers of leaves in order, and what is added to the name of a leaf."""
+    parts = [name.partition(" ") for name in names]
+    layers = dict.fromkeys(
+        f"{name.removeprefix('batch_stats.').removeprefix('params.').rpartition('.')[0]}"
+        + (f" ({name.rpartition('.')[2]} {more})" if more else "")
+        for name, _, more in parts
+    )
+    shown = [*layers][:most]
+    more = f" and {len(layers) - most} more layers" if len(layers) > most else ""
+    return f"{len(parts)} leaves of {', '.join(shown)}{more}" if parts else "nothing"
+
+
+@functools.lru_cache(1)
+def read_source(folder: Path) -> Variables:
+    """Returns the variables of a run, a ported or folded network, or an exported one.
+
+    Of a run, those of its best checkpoint, as evaluated.
+
+    Raises:
+        UserError: if the folder holds none of these, or is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        with reading(folder / WEIGHTS):
+            leaves = safetensors.numpy.load_file(folder / WEIGHTS)
+            trees = unflatten_dict(leaves, sep=".")
+            return trees["params"], trees.get("batch_stats", {})
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--from {folder} holds neither a run nor an exported network. Give the folder of "
+            "bnjax train, port, fold, precise or export."
+        )
+    from bnjax.train.trained import Trained
+
+    trained = Trained(folder, "best")
+    return trained.params, trained.batch_stats
+
+
+class Frozen(NamedTuple):
+    """What a run does not change.
+
+    Attributes:
+        norms: the names of the norms whose statistics stay.
+        params: the names of the parameters that stay, with their layers.
+    """
+
+    norms: tuple[str, ...]
+    params: tuple[str, ...]
+
+    def mask(self, params: Params) -> Tree:
+        """Returns a tree of bools like the parameters, for `freezing.without_frozen`."""
+        return unflatten_dict(
+            {path: ".".join(path) in self.params for path in flatten_dict(params)}
+        )
+
+    def moved(self, before: Variables, after: Variables) -> list[str]:
+        """Returns the names of frozen leaves that differ in any bit."""
+        (params, stats), (new_params, new_stats) = (
+            map(named_leaves, both) for both in (before, after)
+        )
+        pairs = [(name, params[name], new_params[name]) for name in self.params]
+        pairs += [
+            (name, leaf, new_stats[name])
+            for name, leaf in stats.items()
+            if name.rpartition(".")[0] in self.norms
+        ]
+        return [
+            name
+            for name, old, new in pairs
+            if np.asarray(old).tobytes() != np.asarray(new).tobytes()
+        ]
+
+
+def frozen(config: ConfigDict, params: Params, batch_stats: BatchStats) -> Frozen:
+    """Returns what the section `train` freezes of a network.
+
+    Args:
+        config: the section `train`.
+        params, batch_stats: the variables of the network, or their shapes.
+
+    Raises:
+        ConfigError: if a pattern matches nothing, or nothing is left to train.
+    """
+    norms = [".".join(path) for path in nothing_seen(batch_stats)]
+    leaves = [".".join(path) for path in flatten_dict(params)]
+    named: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+        "none": ((), ()),
+        "statistics": (norms, ()),
+        "norms": (norms, [name for name in leaves if name.rpartition(".")[0] in norms]),
+        "backbone": (
+            norms,
+            [name for name in leaves if name.split(".")[0] != HEAD],
+        ),
+    }
+    stay, fixed = named[config.freeze]
+    chosen = []
+    for key, names, own in (
+        ("freeze_statistics", norms, stay),
+        ("freeze_params", leaves, fixed),
+    ):
+        patterns = config[key]
+        for pattern in patterns:
+            if not any(_fits(name, [pattern]) for name in names):
+                what = "norms" if key == "freeze_statistics" else "parameters"
+                allowed = f"patterns for the names of {what}: {', '.join(names) or 'none'}"
+                raise ConfigError(f"train.{key}", pattern, allowed)
+        chosen.append(tuple(name for name in names if name in own or _fits(name, patterns)))
+    if leaves and len(chosen[1]) == len(leaves):
+        allowed = "patterns that leave at least one parameter to train"
+        raise ConfigError("train.freeze_params", tuple(config.freeze_params), allowed)
+    return Frozen(*chosen)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a leaf or one of its layers matches a pattern."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[:end]), patterns) for end in range(1, len(parts) + 1))
