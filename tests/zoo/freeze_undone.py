@@ -9,7 +9,6 @@ FINDS = ("moved-while-frozen",)
 
 
 def nnx(sick):
-
     from zoo import kit_nnx
 
     before = kit_nnx.healthy()

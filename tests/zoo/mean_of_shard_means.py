@@ -21,7 +21,7 @@ MISSED = {"linen": REASON}
 
 
 def linen(sick):
-    """A quarter of the images, all of one label, weighs half."""
+    """A third of the images, all of one label, weighs half."""
     model = kit.Net(norm=functools.partial(kit.norm, axis_name="shards"))
 
     def loss(params, stats, batch, key, model):
