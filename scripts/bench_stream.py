@@ -1,15 +1,22 @@
-"""Trains from records that are larger than memory, and says what that takes.
+r"""Trains from files that are larger than memory, and says what that takes.
 
     python scripts/bench_stream.py make FOLDER --gigabytes 20
     python scripts/bench_stream.py feed FOLDER --workers 2 --batches 20
     python scripts/bench_stream.py train FOLDER --workers 2 --steps 100 --workdir RUN
 
+    python scripts/bench_stream.py make IMAGES --kind folder --gigabytes 0.1
+    python scripts/bench_stream.py feed IMAGES --image-size 224 --shorter-side 256 \
+        --crop random_resized --batch-size 32
+    python scripts/bench_stream.py train IMAGES --image-size 224 --shorter-side 256 \
+        --crop random_resized --batch-size 4 --steps 20 --config imagenet_resnet50 --workdir RUN
+
 `make` writes images of different sizes in ten classes, each with a colour and a pattern of its own:
 PNG files without compression (`--kind png`: many bytes, little work) or JPEG files (`--kind jpeg`:
-the work of photographs). `feed` measures images a second of the feed alone. `train` runs the
-command `bnjax train` with the tutorial's network and reads, each second, the memory that it and its
-workers have for themselves; it prints images a second, the seconds of a step, those of one whose
-images are in memory, and so the share of the feed. Each prints one JSON object.
+the work of photographs) as array_record files, or JPEG files in a folder for each class (`--kind
+folder`). `feed` measures images a second of the feed alone. `train` runs the command `bnjax train`
+with the tutorial's network, or that of `--config`, and reads, each second, the memory that it and
+its workers have for themselves; it prints images a second, the seconds of a step, those of one
+whose images are in memory, and so the share of the feed. Each prints one JSON object.
 """
 
 import argparse
@@ -40,8 +47,6 @@ SHARD_BYTES = 1 << 30
 DISTINCT = 20  # images of each class
 SIDES = (240, 680)
 TESTED = 500
-CONFIG = str(Path(__file__).parents[1] / "configs" / "bn.py")
-ALONE_IMAGES = 10_000
 ALONE_STEPS = 30
 
 
@@ -56,40 +61,54 @@ def picture(rng: np.random.Generator, label: int) -> Image.Image:
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def encode(image: Image.Image, kind: str, label: int) -> bytes:
-    """Returns an image and its label as a record."""
+def encode(image: Image.Image, kind: str) -> bytes:
+    """Returns an image as a file."""
     file = io.BytesIO()
     if kind == "png":
         image.save(file, "png", compress_level=0)
     else:
         image.save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
+def as_record(image: bytes, label: int) -> bytes:
+    """Returns an image file and its label as a record."""
     record = example()()
-    record.features.feature["image"].bytes_list.value.append(file.getvalue())
+    record.features.feature["image"].bytes_list.value.append(image)
     record.features.feature["label"].int64_list.value.append(label)
     return record.SerializeToString()
 
 
 def make(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the records."""
+    """Writes the files."""
     args.folder.mkdir(parents=True, exist_ok=True)
-    (args.folder / LABELS).write_text("".join(f"class {i}\n" for i in range(CLASSES)))
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(CLASSES), DISTINCT)
-    records = [encode(picture(rng, i), args.kind, int(i)) for i in labels]
+    images = [encode(picture(rng, i), args.kind) for i in labels]
     wanted, total, written = int(args.gigabytes * 1e9), 0, 0
-    shards = -(-wanted // SHARD_BYTES)
+    is_folder = args.kind == "folder"
+    if not is_folder:
+        (args.folder / LABELS).write_text("".join(f"class {i}\n" for i in range(CLASSES)))
+    shards = 1 if is_folder else -(-wanted // SHARD_BYTES)
     with tqdm.tqdm(total=wanted, unit="B", unit_scale=True, leave=False) as progress:
         for split, parts in (("test", 1), ("train", shards)):
             for part in range(parts):
                 name = f"{split}-{part:05d}-of-{parts:05d}.array_record"
-                writer = ArrayRecordWriter(str(args.folder / name), "group_size:1,uncompressed")
+                path, options = str(args.folder / name), "group_size:1,uncompressed"
+                writer = None if is_folder else ArrayRecordWriter(path, options)
                 size = count = 0
                 while count < TESTED if split == "test" else size < wanted / shards:
-                    record = records[rng.integers(len(records))]
-                    writer.write(record)
-                    size, count = size + len(record), count + 1
-                    progress.update(len(record))
-                writer.close()
+                    i = rng.integers(len(images))
+                    if writer is None:
+                        of_class = args.folder / split / f"class {labels[i]}"
+                        of_class.mkdir(parents=True, exist_ok=True)
+                        (of_class / f"{count}.jpg").write_bytes(images[i])
+                    else:
+                        writer.write(as_record(images[i], labels[i]))
+                    size, count = size + len(images[i]), count + 1
+                    progress.update(len(images[i]))
+                if writer:
+                    writer.close()
                 total, written = total + size, written + count
     return {"bytes": total, "images": written, "mean_bytes": total / written}
 
@@ -107,10 +126,15 @@ def children(process: int) -> list[int]:
     return [int(one) for task in tasks for one in task.read_text().split()]
 
 
+def kind_of(folder: Path) -> str:
+    """Returns the name of the data set."""
+    return "records" if (folder / LABELS).exists() else "folder"
+
+
 def feed(args: argparse.Namespace) -> dict[str, Any]:
     """Measures the feed alone, once its workers run."""
-    reading = Reading(args.image_size, args.shorter_side, random_crop=True, workers=args.workers)
-    records: Any = datasets.load("records", str(args.folder), stream=reading).train
+    reading = Reading(args.image_size, args.shorter_side, args.crop, args.workers)
+    records: Any = datasets.load(kind_of(args.folder), str(args.folder), stream=reading).train
     items = host_feed(records, args.batch_size, shuffle=True).items(0, 0)
     for _ in range(2 * max(1, args.workers)):  # what was read ahead
         next(items)
@@ -136,6 +160,10 @@ def training(args: argparse.Namespace, steps: int) -> list[str]:
         "train.shuffle": True,
         "eval.every_steps": steps,
         "eval.every_epochs": 0.0,
+        "eval.batch_size": args.batch_size,
+        "eval.precise_images": args.batch_size,
+        "eval.histograms": 0,
+        "eval.gap_images": 0,
     }
     return overrides(flags)
 
@@ -150,29 +178,30 @@ def network_alone(args: argparse.Namespace) -> float:
     """Returns the time of a step of the same training on as large images, all in memory."""
     prepare(training=True)
     rng = np.random.default_rng(0)
-    shape = (ALONE_IMAGES, args.image_size, args.image_size, 3)
-    images = rng.integers(0, 256, shape, np.uint8)
-    split = datasets.Split(images, rng.integers(0, CLASSES, ALONE_IMAGES))
+    count = 2 * args.batch_size
+    images = rng.integers(0, 256, (count, args.image_size, args.image_size, 3), np.uint8)
+    split = datasets.Split(images, rng.integers(0, CLASSES, count).astype(np.int32))
     names = tuple(f"class {i}" for i in range(CLASSES))
     data = datasets.Dataset("noise", "noise", None, split, split.first(TESTED), names)
     with tempfile.TemporaryDirectory() as folder:
-        train_and_evaluate(parsing.load(CONFIG, training(args, ALONE_STEPS)), Path(folder), data)
+        config = parsing.load(args.config, training(args, ALONE_STEPS))
+        train_and_evaluate(config, Path(folder), data)
         return step_seconds(Path(folder))
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Trains, and watches the memory."""
     flags = {
-        "data.name": "records",
+        "data.name": kind_of(args.folder),
         "data.dir": args.folder,
         "data.pipeline": "stream",
         "data.image_size": args.image_size,
         "data.shorter_side": args.shorter_side,
-        "data.random_crop": True,
+        "data.crop": args.crop,
         "data.workers": args.workers,
     }
     words = [*overrides(flags), *training(args, args.steps)]
-    command = ["train", "--config", CONFIG, "--workdir", str(args.workdir), *words]
+    command = ["train", "--config", args.config, "--workdir", str(args.workdir), *words]
     began, seen = time.monotonic(), []
     with subprocess.Popen([sys.executable, "-m", "bnjax.main", *command]) as process:
         while process.poll() is None:
@@ -211,16 +240,18 @@ def main() -> None:
         sub.add_argument("folder", type=Path)
         if name == "make":
             sub.add_argument("--gigabytes", type=float, default=20.0)
-            sub.add_argument("--kind", choices=("png", "jpeg"), default="png")
+            sub.add_argument("--kind", choices=("png", "jpeg", "folder"), default="png")
             continue
         sub.add_argument("--workers", type=int, default=0)
         sub.add_argument("--batch-size", type=int, default=256)
         sub.add_argument("--image-size", type=int, default=32)
         sub.add_argument("--shorter-side", type=int, default=40)
+        sub.add_argument("--crop", choices=("centre", "random", "random_resized"), default="random")
         if name == "feed":
             sub.add_argument("--batches", type=int, default=20)
         else:
             sub.add_argument("--steps", type=int, default=100)
+            sub.add_argument("--config", default="bn", help="file or name of the training (bn)")
             sub.add_argument("--workdir", type=Path, required=True)
     args = parser.parse_args()
     print(json.dumps(args.function(args), indent=1))

@@ -3,6 +3,10 @@
     pip install libtpu jax-cuda12-plugin jax-cuda12-pjrt    # these two in jaxlib's version
     python scripts/scaling.py --chip v5e --network convnet --json scaling.jsonl
     python scripts/scaling.py --chip H100 --network resnet50 --dtype bfloat16 --json scaling.jsonl
+    python scripts/scaling.py --network resnet50 --chip v5e --chip H100 --chips 8 --batch 32
+
+The networks are those of configs/bn.py and configs/imagenet_resnet50.py, with their optimizers;
+the last line prints memory and time of the latter with 256 images a step, as it is published.
 
 No chip is needed, and nothing is measured. Each program is the step that `bnjax train` runs on so
 many chips. From its text are read the all-reduces, and from the compiler memory and FLOPs; the
@@ -24,22 +28,21 @@ from chips import Gpu, Tpu, chip_of, options_of
 
 # isort: split
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tqdm
 from hlo import Reduction, reductions
 from jax.sharding import NamedSharding, PartitionSpec
 from links import BACKWARD, MACHINES, compute_seconds, step
 from scaling_cpu import measure
 
-from bnjax import norms
-from bnjax.models.resnet import RESNETS
-from bnjax.train.build import network as build_model
-from bnjax.train.config import default_config
+from bnjax.train import build, parsing
 from bnjax.train.devices import Over, Parallel, spread
+from bnjax.train.optimizers import optimizer
 from bnjax.train_step import init_state, train_step
 
+CONFIGS = {"convnet": "bn", "resnet50": "imagenet_resnet50"}
+CLASSES = {"convnet": 10, "resnet50": 1000}
+EPOCH = {"convnet": 50_000, "resnet50": 1_281_167}  # training images
 BATCHES = {"convnet": 512, "resnet50": 64}  # images a chip
 IMAGE = {"convnet": (32, 32, 3), "resnet50": (224, 224, 3)}
 COUNTS = {"v5e": (1, 4, 16, 64, 256), "v6e": (1, 4, 16, 64, 256), "H100": (1, 8)}
@@ -51,32 +54,28 @@ KEYS = ("network", "chip", "dtype", "over", "batch")
 HEADS = "network chip chips dtype BN-over gradients BN-moments BN-averages metrics most-combined"
 HEADS += " GiB-a-chip GFLOP-a-chip GB-moved"
 PARTS = "network chip dtype BN-over images-a-chip compiled-for chips compute-ms gradients-ms BN-ms"
-PARTS += " efficiency BN-costs"
+PARTS += " images/s epoch-minutes efficiency BN-costs"
 Case = dict[str, Any]
 
 
-def network(name: str, dtype: str, parallel: Parallel | None = None) -> Any:
-    """Returns a network, its batch norms bound to the axes of `parallel`."""
+def network(name: str, dtype: str, parallel: Parallel | None = None) -> tuple[Any, Any]:
+    """Returns a network, its batch norms bound to the axes of `parallel`, and its optimizer."""
+    config = parsing.load(CONFIGS[name], [f"--config.model.dtype={dtype}"])
     axes = {} if parallel is None else parallel.norm_axes
-    if name == "convnet":
-        config = default_config()
-        config.model.dtype = dtype
-        return build_model(config.model, 10, IMAGE[name], **axes)
-    own = jnp.dtype(dtype)
-    norm = norms.build("batch", momentum=0.9, dtype=own, **axes)
-    return RESNETS[name](classes=1000, norm=norm, dtype=own)
+    model = build.network(config.model, CLASSES[name], IMAGE[name], **axes)
+    return model, optimizer(config, steps=100)
 
 
 def compile_for(chip: Tpu | Gpu, case: Case) -> tuple[Any, float]:
     """Returns the compiled step, and the FLOPs of a chip by the program before compilation."""
     name, dtype, count = case["network"], case["dtype"], case["chips"]
     parallel = spread([*np.ravel(chip.devices(count))], OVER[case["over"]])
-    tx = optax.sgd(0.1, 0.9)
-    make = functools.partial(train_step, model=network(name, dtype, parallel), tx=tx)
+    bound, tx = network(name, dtype, parallel)
+    make = functools.partial(train_step, model=bound, tx=tx)
     compiled = parallel.compile(
         lambda axis: functools.partial(make, axis_name=axis), (None, None, 0), donate_argnums=(0, 1)
     )
-    plain = network(name, dtype)
+    plain, _ = network(name, dtype)
     untrained = functools.partial(init_state, plain, tx)
     image = np.zeros((1, *IMAGE[name]), np.uint8)
     state, stats = jax.eval_shape(untrained, jax.random.key(0), image)
@@ -192,8 +191,10 @@ def prediction(programs: list[Case], kept: list[Case], use: float) -> str:
         for chips in PREDICTED:
             one = predict(chips)
             parts = [f"{1e3 * part:.2f}" for part in (one.compute, one.gradients, one.norms)]
+            rate = found["batch"] * chips / one.seconds
+            speed = [f"{rate:,.0f}", f"{EPOCH[found['network']] / rate / 60:.2f}"]
             shares = [f"{one.compute / one.seconds:.0%}", f"{one.norm_share:.1%}"]
-            rows.append([*names, str(found["chips"]), f"{chips:,}", *parts, *shares])
+            rows.append([*names, str(found["chips"]), f"{chips:,}", *parts, *speed, *shares])
         above = [1 << i for i in range(1, 13) if predict(1 << i).norm_share > LIMIT]
         where = f"from {above[0]:,} chips on" if above else "nowhere up to 4,096 chips"
         limits.append(

@@ -278,6 +278,7 @@ def test_resnet50_at_full_resolution_killed_and_resumed(tmp_path):
     words = small_digits.steps(
         20,
         data__dir=tmp_path / "images",
+        devices=1,
         data__workers=1,
         train__batch_size=4,
         eval__batch_size=10,
