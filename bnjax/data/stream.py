@@ -29,7 +29,7 @@ from bnjax.errors import DataError, WorkerError, brief
 from bnjax.types import Batch
 
 FEATURES, LABELS = "features.json", "label.labels.txt"
-THREADS = 2  # read ahead in this process; each holds a batch
+THREADS = min(8, os.cpu_count() or 1)  # read ahead in this process; each holds a batch
 LOST = "terminated unexpectedly"  # in Grain's error when a worker dies
 AREA, RATIO, DRAWS = (0.08, 1.0), 4 / 3, 10  # of random boxes; Szegedy et al., 2015, torchvision
 Box = tuple[int, int, int, int]  # left, upper, right and lower edge in pixels
@@ -116,9 +116,9 @@ class Records:
         where = self.source.where(row)
         if image.shape != self.image_shape:
             raise DataError(
-                f"{where} is {image.shape}, and the first training image {self.image_shape}: the "
-                "images are not all of one size. Resize and crop them with "
-                "--config.data.image_size=N --config.data.pipeline=stream."
+                f"the images are not all of one size ({where} is {image.shape}, the first training "
+                f"image {self.image_shape}). Resize and crop them with "
+                "--config.data.pipeline=stream --config.data.image_size=N."
             )
         if not 0 <= label < self.classes:
             raise DataError(

@@ -197,7 +197,7 @@ DAMAGED = {
     "empty": (b"", "it contains nothing and has to be a tf.train.Example with an 'image'"),
     "no image": (encode(b"GIF89a", 0), "record 1 .* cannot identify image"),
     "half an image": (encode(BLACK[:45], 0), "record 1 .* cannot"),
-    "another size": (HIGHER, r"not all of one size.*image_size=N"),
+    "another size": (HIGHER, r"not all of one size .*image_size=N"),
     "too high a label": (encode(BLACK, 2), "has the label 2; .* 0 to 1"),
     "no label": (encode(BLACK, -1), "has the label -1"),
 }
