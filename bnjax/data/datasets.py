@@ -3,8 +3,9 @@
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -147,6 +148,26 @@ def load(
         label=f"{found.label}, the first {train_images:,} training images",
         train=found.train.first(train_images),
     )
+
+
+def of_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
+    """Returns the images of some classes; labels and class names stay.
+
+    Raises:
+        ConfigError: if a split has no image of one of the classes.
+
+    >>> len(of_classes(load("digits"), (0, 1)).train)
+    312
+    """
+    splits: dict[str, Any] = {}
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        assert isinstance(split, Split)
+        if missing := {*classes} - {*split.label.tolist()}:
+            allowed = f"numbers of classes with images, 0 to {len(dataset.classes) - 1}"
+            raise ConfigError("data.classes", tuple(sorted(missing)), allowed)
+        splits[name] = split.select(np.isin(split.label, classes))
+    label = f"{dataset.label}, classes {', '.join(map(str, classes))}"
+    return dataclasses.replace(dataset, label=label, **splits)
 
 
 def with_validation(dataset: Dataset, images: int, seed: int) -> Dataset:

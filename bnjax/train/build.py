@@ -309,6 +309,8 @@ def dataset(config: ConfigDict) -> Dataset:
         train_images=data.train_images,
         stream=reading,
     )
+    if data.classes:
+        found = datasets.of_classes(found, data.classes)
     if not data.validation:
         return found
     # The fallback is smaller: a tenth, the ratio of 5,000 images of CIFAR-10.

@@ -85,6 +85,7 @@ Rates = Annotated[
         lambda rate: rate == 0 or (is_number(rate, 0) and rate < 1),
     ),
 ]
+Labels = Annotated[tuple, each("whole numbers, 0 or above", lambda label: is_whole(label, 0))]
 Patterns = Annotated[tuple, each("texts", lambda pattern: isinstance(pattern, str))]
 Flags = Annotated[tuple, each("True or False for each", lambda value: type(value) is bool)]
 Numbers = Annotated[tuple, each("numbers", lambda value: is_number(value, -math.inf))]
@@ -127,6 +128,9 @@ class Data:
     "the name of the data set in summaries and tables; empty: data.name"
     train_images: Annotated[int, whole(0, words="a whole number above 0, or 0 for all")] = 0
     "train on this many images, the first ones; 0: on all"
+    classes: Annotated[Labels, MEMORY] = ()
+    """the numbers of the classes whose images are used, in training and in the test; the network
+    has outputs for all classes; empty: all"""
     validation: Annotated[Count, MEMORY] = 0
     """set this many training images aside, from each class in proportion; the best checkpoint and
     train.patience go by them, and the test images are evaluated once, at the end. 0: go by the test

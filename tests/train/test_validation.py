@@ -48,6 +48,18 @@ def test_classes_are_set_aside_in_proportion_and_nothing_is_lost():
             datasets.with_validation(whole, images, seed=0)
 
 
+def test_some_classes_alone_with_the_labels_of_all():
+    whole = datasets.load("digits")
+    made = datasets.of_classes(whole, (2, 7))
+    for split, of in ((made.train, whole.train), (made.test, whole.test)):
+        rows = (of.label == 2) | (of.label == 7)
+        np.testing.assert_array_equal(split.image, of.image[rows])
+        assert {*split.label.tolist()} == {2, 7}
+    assert made.classes == whole.classes
+    with pytest.raises(ConfigError, match=r"data.classes = \(10,\)"):
+        datasets.of_classes(whole, (2, 10))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run with validation images, and what its function was called with."""
