@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.network import FLAGS, Around, Call, Network, NormLayer, Path, nothing_seen
+from bnjax.clinic.network import FLAGS, SEEN, Around, Call, Network, NormLayer, Path, nothing_seen
 from bnjax.train_step import model_inputs
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
@@ -42,21 +42,32 @@ def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -
     """
     from flax import nnx as flax_nnx
 
+    if not isinstance(model, flax_nnx.Module):
+        raise ValueError(
+            f"clinic.nnx needs a flax.nnx.Module, not {type(model).__name__}. A model of linen is "
+            "given to clinic.linen, one of Equinox to clinic.equinox."
+        )
     graphdef, *states = flax_nnx.split(model, flax_nnx.Param, flax_nnx.BatchStat, ...)
     leaves = [flatten_dict(flax_nnx.to_pure_dict(state)) for state in states]
     shapes = jax.eval_shape(lambda: leaves)
     own = tuple(tuple(tree.items()) for tree in shapes)
     params, batch_stats, rest = (_named(tree) for tree in leaves)
     modules = {
-        tuple(map(str, path))
+        tuple(map(str, path)): one
         for path, one in flax_nnx.iter_graph(model)
         if isinstance(one, flax_nnx.Module)
     }
-    if foreign := nothing_seen(batch_stats).keys() - modules:
+    if foreign := nothing_seen(batch_stats).keys() - modules.keys():
         raise ValueError(
             f"the norms {', '.join(map('.'.join, sorted(foreign)))} are not modules of NNX. Give "
             "clinic.linen the linen model that has them."
         )
+    for path, one in modules.items():
+        if isinstance(one, flax_nnx.BatchNorm) and (names := _shared(path, one, _by_name(own))):
+            raise ValueError(
+                f"the norm {'.'.join(path)} shares {', '.join(names)} with another module. Share "
+                "the whole norm, or nothing."
+            )
     return Nnx(params, batch_stats, rest, type(model), graphdef, own, call)
 
 
@@ -89,7 +100,7 @@ class Nnx(Network):
     def _model(self, rest: Any) -> Any:
         from flax import nnx as flax_nnx
 
-        named = {tuple(map(str, key)): key for part in self.own for key, _ in part}
+        named = _by_name(self.own)
         leaves = [flatten_dict(tree) for tree in (self.params, self.batch_stats, rest)]
         state = {
             named[path]: leaf for tree in leaves for path, leaf in tree.items() if path in named
@@ -118,11 +129,13 @@ class Nnx(Network):
         options |= {
             flag: train == in_training for flag, in_training in FLAGS.items() if flag in names
         }
-        kinds = flax_nnx.BatchNorm, flax_nnx.Conv, flax_nnx.Linear
+        kinds, own = (flax_nnx.BatchNorm, flax_nnx.Conv, flax_nnx.Linear), _by_name(self.own)
         units = [
             (tuple(map(str, path)), one)
             for path, one in flax_nnx.iter_graph(model)
             if isinstance(one, kinds)
+            # A layer that shares its kernel is not one to fold into.
+            if not _shared(tuple(map(str, path)), one, own)
         ]
         norms = [one for _, one in units if isinstance(one, flax_nnx.BatchNorm)]
         if not train:
@@ -254,6 +267,19 @@ def _folded() -> type:
             return x.astype(dtype)
 
     return Folded
+
+
+def _shared(path: Path, module: Any, own: dict[Path, Any]) -> list[str]:
+    """Returns the variables of a module that NNX lists under the path of another module."""
+    from flax import nnx as flax_nnx
+
+    variables = [name for name, of in vars(module).items() if isinstance(of, flax_nnx.Variable)]
+    return [name for name in variables if name not in SEEN and (*path, name) not in own]
+
+
+def _by_name(own: Sequence[Any]) -> dict[Path, Any]:
+    """Returns the paths of variables in NNX by our paths."""
+    return {tuple(map(str, key)): key for part in own for key, _ in part}
 
 
 def _named(leaves: Any) -> Any:

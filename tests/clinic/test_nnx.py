@@ -223,6 +223,8 @@ def test_a_norm_is_seen_however_it_is_called(name):
     batches = [{"image": image} for image in (SMALL[:2, :4, :4], SMALL[2:, :4, :4])]
     (layer,) = network.norms(batches[0])
     assert (layer.name, layer.by_batch) == ("norm", False)
+    (in_training,) = network.norms(batches[0], train=True)
+    assert in_training.by_batch is (kind is not Doubled)  # which is told to be in evaluation
     assert layer.axes == ((1,) if name == "on another axis" else (0,))
     x = np.float64(SMALL[:, :4, :4].reshape(6, -1)) @ np.float64(model.dense.kernel[...]) + added
     found = clinic.precise(network, batches).batch_stats["norm"]
@@ -382,12 +384,38 @@ def dropping(model, x):
 
 
 def test_what_cannot_be_done_is_said():
+    with pytest.raises(ValueError, match=r"needs a flax\.nnx\.Module, not OfLinen"):
+        clinic.nnx(OfLinen())
+    tied = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    tied.layers[1].scale = tied.layers[0].scale
+    with pytest.raises(ValueError, match=r"layers\.1 shares scale with another module"):
+        clinic.nnx(tied)
     bridged = nnx.bridge.ToNNX(OfLinen(), rngs=nnx.Rngs(0)).lazy_init(SMALL)
     with pytest.raises(ValueError, match=r"BatchNorm_0 are not modules of NNX.*clinic\.linen"):
         clinic.nnx(bridged)
     network, batches = clinic.nnx(Wrapped(nnx.BatchNorm, dropping, nnx.Rngs(0))), [SMALL[:, :4, :4]]
     with pytest.raises(ValueError, match=r"norm got no real value.*keeps the updates"):
         clinic.precise(network, as_batches(batches))
+
+
+class Tied(nnx.Module):
+    """Layers that share a kernel; the second is followed by a norm."""
+
+    def __init__(self, rngs):
+        self.first, self.second = (nnx.Linear(48, 48, rngs=rngs) for _ in range(2))
+        self.second.kernel = self.first.kernel
+        self.norm = nnx.BatchNorm(48, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.second(nnx.relu(self.first(x.reshape(len(x), -1)))))
+
+
+def test_a_norm_behind_a_layer_that_shares_its_kernel_stays():
+    network, batch = clinic.nnx(Tied(nnx.Rngs(0))), {"image": SMALL[:, :4, :4]}
+    mended = clinic.precise(network, [batch])
+    assert [one.layer for one in plan(mended, batch["image"]).norms] == [None]
+    x = network.model.second(nnx.relu(network.model.first(batch["image"].reshape(6, -1))))
+    np.testing.assert_allclose(mended.batch_stats["norm"]["mean"], x.mean(0), atol=1e-5)
 
 
 def test_a_norm_in_bfloat16_casts_its_input():
