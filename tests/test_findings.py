@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from findings import PAGES, with_output
+from pages import FINDINGS, with_output
 
 from bnjax.clinic.checks import ILLNESSES
 
@@ -15,9 +15,9 @@ def numbers(text):
     return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
 
 
-@pytest.mark.parametrize("name", ILLNESSES)
-def test_the_page_is_what_the_audit_says(name):
-    page = (PAGES / f"{name}.md").read_text()
+@pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.stem)
+def test_the_page_is_what_the_audit_says(path):
+    name, page = path.stem, path.read_text()
     now = with_output(page)
     assert NUMBER.sub("0", now) == NUMBER.sub("0", page), now
     np.testing.assert_allclose(numbers(now), numbers(page), rtol=0.03)
@@ -29,4 +29,4 @@ def test_the_page_is_what_the_audit_says(name):
 
 
 def test_there_is_a_page_for_each_finding_and_no_other():
-    assert {path.stem for path in PAGES.glob("*.md")} == {*ILLNESSES}
+    assert {path.stem for path in FINDINGS} == {*ILLNESSES}

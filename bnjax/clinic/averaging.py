@@ -10,7 +10,7 @@ from bnjax.norms.running_average import (
     blend,
     kept_fraction,
 )
-from bnjax.types import Leaf, Params
+from bnjax.types import Leaf
 
 Kind = Literal["ema", "swa"]
 
@@ -26,7 +26,7 @@ class WeightAverageState(NamedTuple):
 
     updates: Leaf
     averaged: Leaf
-    average: Params
+    average: Any
 
 
 def weight_average(
@@ -39,6 +39,8 @@ def weight_average(
     every: int = 1,
 ) -> optax.GradientTransformation:
     """Returns an optimizer that also keeps an average of the weights; updates are unchanged.
+
+    The weights are any pytree, as in Optax: parameters of linen, or an Equinox module.
 
     With p(t) the weights after update t, the weights at t = start, start + every, … are averaged.
     After n of them the average is
@@ -77,7 +79,7 @@ def weight_average(
             "kind must be 'ema' or 'swa', 0 <= decay < 1, start >= 1, every >= 1."
         )
 
-    def init(params: Params) -> WeightAverageState:
+    def init(params: Any) -> WeightAverageState:
         # A copy, because the buffers of the weights may be donated to a step.
         average = jax.tree.map(
             lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True),
@@ -85,7 +87,7 @@ def weight_average(
         )
         return WeightAverageState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), average)
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("weight_average needs update(updates, state, params)")
         number = state.updates + 1
@@ -106,7 +108,7 @@ def weight_average(
     return average if tx is None else optax.chain(tx, average)
 
 
-def averaged_params(opt_state: optax.OptState, params: Params) -> Params:
+def averaged_params(opt_state: optax.OptState, params: Any) -> Any:
     """Returns the averaged weights in an optimizer's state.
 
     Both arguments may have additional leading axes, from `jax.vmap` or `jax.pmap`.

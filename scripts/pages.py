@@ -1,6 +1,6 @@
-"""Writes what the audit says into the pages of the findings, docs/findings/*.md.
+"""Writes what programs print into the pages of the findings and the guides.
 
-    python scripts/findings.py
+    python scripts/pages.py
 
 Runs the blocks of Python of each page, and replaces the block of text after each by its output.
 """
@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-PAGES = Path(__file__).parents[1] / "docs" / "findings"
+DOCS = Path(__file__).parents[1] / "docs"
+FINDINGS, GUIDES = (sorted((DOCS / folder).glob("*.md")) for folder in ("findings", "guides"))
 RUN = re.compile(r"(?<=```python\n)(.*?)```\n\n```text\n.*?```", re.DOTALL)
 
 
@@ -28,5 +29,5 @@ def with_output(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in PAGES.glob("*.md"):
+    for path in [*FINDINGS, *GUIDES]:
         path.write_text(with_output(path.read_text()))
