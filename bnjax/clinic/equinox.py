@@ -152,6 +152,10 @@ class Equinox(Network):
         for path, index, counter, momentum in self.structure.norms:
             mean, var = stats[*path, "mean"], stats[*path, "var"]
             count = stats.get((*path, "count"))
+            if count is not None:
+                # Statistics from elsewhere count as one update, so that a later one debiases well.
+                is_new = jnp.any((mean != 0) | (var != 1), axis=-1)
+                count = jnp.where((count == 0) & is_new, 1, count).astype(count.dtype)
             scale = _scale(count, momentum, mean)
             entries[index] = mean * scale, var * scale
             if counter is not None:

@@ -121,3 +121,19 @@ def test_other_layers_are_refused():
     made = networks()
     with pytest.raises(UserError, match="Not in this network"):
         port_into(made["linen"], made["nnx"], Table({"{name}": "other_{name}"}))
+
+
+def test_equinox_trains_on_from_precise_statistics():
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", momentum=0.9, mode="batch")
+    image = jnp.moveaxis(IMAGES, -1, 1)
+
+    def call(norm, state, images, key):
+        run = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        y, state = run(images, state)
+        return y.mean((2, 3)), state
+
+    made = clinic.precise(clinic.equinox(norm, state, call), [{"image": image}])
+    _, state = call(made.model, made.state, image, None)  # one more step, on the same images
+    after = clinic.equinox(norm, state, call).batch_stats
+    np.testing.assert_allclose(after["mean"], IMAGES.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(after["var"], IMAGES.var((0, 1, 2)), rtol=1e-5)
