@@ -29,18 +29,16 @@ from bnjax.clinic.statistics import drift
 
 # NNX has no norms of bnjax: these are trained with ghost batches, renormalisation, debiasing.
 OURS = {"convnet, ghost", "convnet, renorm", "convnet, debias, unbiased"}
+# Of one training, so that they take no time.
 QUICK = {
-    "plain, frozen and stepped",
+    "plain",
     "a leaf of another shape",
     "replicas in a list",
     "never updated",
     "evaluated by the batch",
-    "flag without effect",
     "NaN",
     "scales of 0",
     "AdamW on all",
-    "dropout before a norm",
-    "two passes in a step",
 }
 PATIENTS = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
@@ -111,8 +109,7 @@ class NetNnx(nnx.Module):
         return self.third(self.logits(self.second(x)))
 
 
-@pytest.mark.parametrize("by", ["batch", "population"])
-@pytest.mark.parametrize("form", [padded, as_batches])
+@pytest.mark.parametrize(("form", "by"), [(padded, "batch"), (as_batches, "population")])
 def test_precise_against_numpy(form, by):
     params, stats = variables_of(Net())
     network = clinic.nnx(NetNnx(nnx.Rngs(0))).replace(params=params, batch_stats=stats)
@@ -121,7 +118,7 @@ def test_precise_against_numpy(form, by):
 
 
 SMALL = np.random.default_rng(1).random((6, 8, 8, 3)).astype(np.float32)
-SLOW = ("resnet", "preact", "remat")
+SLOW = {*NETWORKS} - {"scan"}
 
 
 def close(found, wanted, tolerance=1e-6):
@@ -464,6 +461,12 @@ UNFOLDED = {
 }
 
 
+ALL_OF_TODAY = [
+    kind if kind is EfficientNetLike else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in TODAYS
+]
+
+
 @functools.cache
 def todays(kind):
     """A network with scales and biases as after training, and images in two batches."""
@@ -479,11 +482,13 @@ def todays(kind):
     return network.replace(params=params), image
 
 
-@pytest.mark.parametrize("kind", TODAYS)
+@pytest.mark.parametrize("kind", ALL_OF_TODAY)
 def test_a_network_of_today_has_the_statistics_that_nnx_computes(kind):
     """With momentum 0 the averages after one pass are the statistics of the batch."""
     network, image = todays(kind)
     assert sorted(norm.name for norm in network.norms({"image": image})) == sorted(TODAYS[kind])
+    # Also with norms that were built for evaluation.
+    assert all(norm.by_batch for norm in network.norms({"image": image}, train=True))
     model = network.model
     model.train(momentum=0.0, use_fast_variance=False)
     model.set_attributes(nnx.Dropout, deterministic=True, raise_if_not_found=False)
@@ -499,7 +504,7 @@ def test_a_network_of_today_has_the_statistics_that_nnx_computes(kind):
     assert clinic.moved(mended, clinic.nnx(mended.model)) == ()
 
 
-@pytest.mark.parametrize("kind", TODAYS)
+@pytest.mark.parametrize("kind", ALL_OF_TODAY)
 def test_a_network_of_today_folds(kind):
     network, image = todays(kind)
     mended = clinic.precise(network, [{"image": image}], jit=shared_jit)
