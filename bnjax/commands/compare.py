@@ -102,14 +102,14 @@ def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
         finals[name] = {run.seed: float(run.test.accuracy[-1]) for run in mine}
         if mine:
             last = intervals.mean_accuracy([*finals[name].values()])
-            best = intervals.mean_accuracy([run.test.accuracy.max() for run in mine])
+            best = intervals.mean_accuracy([run.judged.accuracy.max() for run in mine])
             taken = intervals.mean([run.seconds[int(run.train.step[-1])] for run in mine])
             target = variant["config"]["train"]["target_loss"]
             times = runs.times(mine, "steps_to_loss", target)
             there = f"{sum(times.reached)} of {len(mine)} runs reached it"
             lines += [
-                f"  test accuracy {last} at the end, {best} at its best, in {taken} s of training "
-                "per run",
+                f"  test accuracy {last} at the end, {mine[0].chosen_by} accuracy {best} at its "
+                f"best, in {taken} s of training per run",
                 f"  steps to training loss {target:g}: median {intervals.median(times)}; {there} "
                 f"in {max(times.values):g} steps",
             ]

@@ -166,11 +166,12 @@ def verdict_table(study: Study) -> Table | None:
 
 def results(study: Study) -> Table:
     """Returns accuracies, losses and steps of each variant."""
+    chosen_by = study.chosen_by
     columns: dict[str, tuple[str, str, int]] = {
         "final test accuracy": ("test_accuracy", "last", 4),
         "final test loss": ("test_loss", "last", 3),
-        "best test accuracy": ("test_accuracy", "best", 4),
-        "best test loss": ("test_loss", "best", 3),
+        f"best {chosen_by} accuracy": ("judged_accuracy", "best", 4),
+        f"best {chosen_by} loss": ("judged_loss", "best", 3),
         "final training loss": ("train_loss", "last", 4),
     }
     rows = []
@@ -192,8 +193,8 @@ def results(study: Study) -> Table:
     caption = (
         "Mean over the seeds [95 % interval by Student's t; for accuracies on the logit scale, "
         "within 0 and 1]. If a variant has finished runs, unfinished runs are excluded. The best "
-        "value of each run over all its evaluations is selected on the test images. Steps to a "
-        "loss: the Kaplan-Meier median."
+        f"value of each run over all its evaluations is selected on the {chosen_by} images. Steps "
+        "to a loss: the Kaplan-Meier median."
     )
     targets = _list({run.target_loss for run in study.runs})
     head = ["variant", "runs", "steps", *columns, f"steps to training loss {targets}"]
@@ -310,19 +311,20 @@ class Figure:
 
 
 def curves(study: Study) -> Figure:
-    """Returns loss and accuracy of training batches and test images, all variants on one axis."""
+    """Returns loss and accuracy of training batches and evaluations, all variants on one axis."""
+    chosen_by = study.chosen_by
     panels = []
     for quantity in ("loss", "accuracy"):
-        train, test = (_curves(study, split, quantity) for split in ("train", "test"))
+        train, test = (_curves(study, split, quantity) for split in ("train", "judged"))
         scale = _scale(train + test, log=quantity == "loss")
-        for rows, what in ((train, "training batches"), (test, "test images")):
+        for rows, what in ((train, "training batches"), (test, f"{chosen_by} images")):
             title = f"{quantity}, {what}"
             panels += lines(study.variants, rows, title, scale, markers=rows is test)
     caption = (
         "Line: mean over the seeds. Band: from the lowest to the highest seed. The training loss "
-        "is the loss of each batch before its step; test images are evaluated with the running "
-        f"statistics. Curves of more than {MAX_POINTS} steps are averaged over neighbouring steps; "
-        "their bands contain all values of these steps."
+        f"is the loss of each batch before its step; {chosen_by} images are evaluated with the "
+        f"running statistics. Curves of more than {MAX_POINTS} steps are averaged over "
+        "neighbouring steps; their bands contain all values of these steps."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
 
@@ -377,11 +379,12 @@ def against_time(study: Study) -> Figure:
     first = {variant: siblings[:1] for variant, siblings in study.variants.items()}
     study = dataclasses.replace(study, variants=first)
     loss, accuracy = (
-        _curves(study, *of, "seconds") for of in (("train", "loss"), ("test", "accuracy"))
+        _curves(study, *of, "seconds") for of in (("train", "loss"), ("judged", "accuracy"))
     )
+    chosen_by = study.chosen_by
     scale = _scale(loss, log=True)
     panels = lines(first, loss, "loss, training batches", scale, x="seconds", markers=False)
-    panels += lines(first, accuracy, "accuracy, test images", x="seconds")
+    panels += lines(first, accuracy, f"accuracy, {chosen_by} images", x="seconds")
     caption = (
         "The first seed of each variant. Includes the compilation in the first step, not "
         "evaluations and checkpoints."

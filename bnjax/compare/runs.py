@@ -15,7 +15,9 @@ from bnjax.train import jsonl, parsing, rundir
 from bnjax.train.config import default_config
 
 # Values at one point of a run: the first, last or best evaluation (or training step), or a step.
-VALUES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+VALUES = tuple(
+    f"{split}_{key}" for split in ("train", "validation", "test") for key in ("loss", "accuracy")
+)
 # Times until a run first reaches a goal; a run may not reach it.
 TIMES = ("steps_to_loss", "steps_to_accuracy", "seconds_to_accuracy")
 POINTS = ("first", "last", "best")
@@ -68,6 +70,21 @@ class Run:
         return self._curve("test")
 
     @functools.cached_property
+    def validation(self) -> Curve:
+        """Loss and accuracy of the images set aside, if there are any, at each evaluation."""
+        return self._curve("validation")
+
+    @property
+    def chosen_by(self) -> str:
+        """The split that chooses the best checkpoint, "validation" or "test"."""
+        return "validation" if self.config.get("config.data.validation") else "test"
+
+    @property
+    def judged(self) -> Curve:
+        """The curve of that split."""
+        return self.validation if self.chosen_by == "validation" else self.test
+
+    @functools.cached_property
     def gaps(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl with the comparison of stored and batch statistics."""
         return [line for line in self.metrics if line["split"] == "gap"]
@@ -115,7 +132,7 @@ def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
         if quantity == "steps_to_loss":
             step = jsonl.first_at_or_below(run.metrics, goal)
         else:
-            step = next(iter(run.test.step[run.test.accuracy >= goal].tolist()), None)
+            step = next(iter(run.judged.step[run.judged.accuracy >= goal].tolist()), None)
         end = step or int(run.train.step[-1])
         values.append(max(run.seconds[end], 0.001) if quantity.startswith("seconds") else end)
         reached.append(step is not None)
@@ -195,6 +212,11 @@ class Study:
     def runs(self) -> list[Run]:
         """All runs."""
         return [run for siblings in self.variants.values() for run in siblings]
+
+    @property
+    def chosen_by(self) -> str:
+        """The splits that choose the best checkpoints, in words."""
+        return " or ".join(sorted({run.chosen_by for run in self.runs}))
 
 
 def read_study(folders: Sequence[Path]) -> Study:

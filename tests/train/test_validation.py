@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import synthetic
 
+from bnjax.compare import report, runs
 from bnjax.data import datasets
 from bnjax.errors import ConfigError
 from bnjax.train import build
@@ -87,6 +88,17 @@ def test_the_test_images_are_evaluated_once_at_the_end(run):
         for path in folder.glob("checkpoints/*/bnjax.json")
     }
     assert max(records.values()) == best
+
+
+def test_a_report_says_which_images_chose(run):
+    study = runs.read_study([run[0]])
+    table = report.results(study)
+    assert "best validation accuracy" in table.columns
+    assert "selected on the validation images" in table.caption
+    accuracies = [line["accuracy"] for line in lines_of(run[0]) if line["split"] == "validation"]
+    (made,) = study.runs
+    assert runs.value(made, "validation_accuracy", "best") == max(accuracies)
+    np.testing.assert_array_equal(made.judged.accuracy, accuracies)
 
 
 def test_the_function_is_called_with_every_line(run):
