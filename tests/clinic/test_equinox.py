@@ -354,10 +354,10 @@ def test_the_users_model_stays_as_it_is_and_the_key_of_dropout_decides():
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     assert bits(model, state) == before
-    # The new model differs in its statistics alone: a mean and a variance of two norms.
+    # The new model differs in the mean, the variance and the count of its two norms alone.
     structure, after = bits(mended.model, mended.state)
     assert structure == before[0]
-    assert sum(map(lambda old, new: old != new, before[1], after)) == 4
+    assert sum(map(lambda old, new: old != new, before[1], after)) == 6
 
 
 def test_padding_has_no_effect_on_an_adaptation():

@@ -194,6 +194,7 @@ def normal(model, x):
 CALLS = {
     "plain": (nnx.BatchNorm, normal, 0),
     "axis_name": (functools.partial(nnx.BatchNorm, axis_name="devices"), normal, 0),
+    "in evaluation": (functools.partial(nnx.BatchNorm, use_running_average=True), normal, 0),
     "remat": (nnx.BatchNorm, nnx.remat(normal), 0),
     "jit": (nnx.BatchNorm, nnx.jit(normal), 0),
     "cond": (
