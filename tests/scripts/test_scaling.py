@@ -1,6 +1,10 @@
 """What `scripts/scaling.py` reads out of programs, and its model of time, against closed forms."""
 
 import functools
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from hlo import Reduction, reductions
 from links import BACKWARD, MACHINES, Level, all_reduce_seconds, compute_seconds, ring, step
 
 pytestmark = pytest.mark.scripts
+SCRIPT = Path(__file__).parents[2] / "scripts" / "scaling.py"
 
 # A network of two hidden layers: what its layers take and give.
 WEIGHTS = 9 * 3 * 4 + 4 + (4 * 2 * 2) * 6 + 6 + 6 * 5 + 5
@@ -162,3 +167,31 @@ def test_a_step_hides_what_it_may_and_no_more():
     assert everywhere.norms == pytest.approx(seconds(80, 64))
     assert everywhere.norm_share == pytest.approx(seconds(80, 64) / 4.0)
     assert step(machine, compute, found, 16, 1).seconds == compute
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chip", "needs"), [("v5e", "libtpu"), ("H100", "jax_cuda12_plugin")], ids=["v5e", "H100"]
+)
+def test_the_published_resnet50_fits_on_eight_chips(chip, needs, tmp_path):
+    """With 32 images a chip, normalised there: only gradients and averages are exchanged."""
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed")
+    words = ["--network", "resnet50", "--batch", "32", "--over", "per device"]
+    words += ["--chip", chip, "--chips", "8", "--dtype", "bfloat16", "--json", tmp_path / "found"]
+    own = {name for name in os.environ if name == "XLA_FLAGS" or name.startswith("JAX_")}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *words],
+        env={name: value for name, value in os.environ.items() if name not in own},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "epoch minutes" in done.stdout
+    found = json.loads((tmp_path / "found").read_text())
+    parameters, channels = 25_557_032, 26_560  # of torchvision's; the channels of all norms
+    assert 3 * 4 * parameters < found["peak_bytes"] < found["memory"] / 2
+    exchanged = [one for one in found["reductions"] if one["use"] != "metrics"]
+    assert "moments" not in {one["use"] for one in exchanged}
+    total = sum(one["bytes"] for one in exchanged)
+    assert 4 * parameters <= total <= 4 * (parameters + 3 * channels) + 64
