@@ -21,6 +21,7 @@ COMMANDS = {
     "port": "convert weights and statistics to or from PyTorch or Keras",
     "export": "write a network as files that run without bnjax",
     "serve": "try a network in the browser",
+    "info": "print versions and devices, for a bug report",
 }
 OVERRIDDEN = ("train", "compare")  # take --config.KEY=VALUE
 
@@ -28,6 +29,11 @@ OVERRIDDEN = ("train", "compare")  # take --config.KEY=VALUE
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command given by the arguments (default: `sys.argv`); returns the exit code."""
     words = sys.argv[1:] if words is None else list(words)
+    if words == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"bnjax {version('bnjax')}")
+        return 0
     if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
         words = ["train", *words]
     if not words or words[0] in ("-h", "--help"):
@@ -67,7 +73,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "bnjax COMMAND --help shows the options.",
+            "bnjax COMMAND --help shows the options, bnjax --version the version.",
+            "bnjax COMMAND --tyro-print-completion bash prints completion for bash, zsh or tcsh.",
         ]
     )
 

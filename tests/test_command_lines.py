@@ -66,7 +66,7 @@ def run(tmp_path_factory):
 def test_help_exits_with_0(command):
     done = inside(command, "--help")
     assert done.returncode == 0
-    assert {"report": "--out"}.get(command, "--workdir") in done.stdout
+    assert {"report": "--out", "info": "--json"}.get(command, "--workdir") in done.stdout
     for key in KEYS if command in ("train", "compare") else ():
         assert f"--config.{key.name}=" in done.stdout
     assert f"    {command:9}" in inside("--help").stdout

@@ -1,0 +1,52 @@
+"""`bnjax info`: what a bug report needs."""
+
+import importlib.util
+import json as json_
+import os
+import platform
+from typing import Any
+
+from bnjax.commands import Json
+
+# A module of each extra.
+EXTRAS = {
+    "stream": "grain",
+    "report": "altair",
+    "onnx": "onnxruntime",
+    "serve": "gradio",
+    "equinox": "equinox",
+}
+
+
+def run(json: Json = False) -> int:
+    """Print the versions, the devices, the folder of downloads and the installed extras."""
+    import jax
+
+    from bnjax.data.datasets import cache_dir
+    from bnjax.train.summary import versions
+
+    installed = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module)]
+    about: dict[str, Any] = {
+        **versions(),
+        "system": platform.platform(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "devices": ", ".join(f"{one.platform}:{one.id} {one.device_kind}" for one in jax.devices()),
+        "downloads": str(cache_dir()),
+        "extras": ", ".join(installed) or "none",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+    if json:
+        print(json_.dumps(about, indent=2))
+    else:
+        print("\n".join(f"{name:18}{value}" for name, value in about.items()))
+    return 0
+
+
+def _processor() -> str:
+    """Returns the name of the processor; Linux has it in a file."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

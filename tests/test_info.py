@@ -1,0 +1,33 @@
+"""`bnjax --version`, `bnjax info` and the page of the config's keys."""
+
+import json
+from importlib.metadata import version
+
+import jax
+import pages
+import pytest
+
+from bnjax import main
+from bnjax.train.config import KEYS
+
+
+def test_version(capsys):
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bnjax {version('bnjax')}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_info_names_versions_and_devices(capsys, words):
+    assert main.main(["info", *words]) == 0
+    out = capsys.readouterr().out
+    about = (
+        json.loads(out) if words else dict(line.split(None, 1) for line in out.splitlines()[:12])
+    )
+    assert about["jax"] == jax.__version__
+    assert f"cpu:0 {jax.devices()[0].device_kind}" in about["devices"]
+
+
+def test_the_page_of_the_keys_is_made_from_their_declaration():
+    page = pages.CONFIG_KEYS.read_text()
+    assert page == pages.keys_page()
+    assert all(page.count(f"| `{key.name}` |") == 1 for key in KEYS)
