@@ -164,7 +164,7 @@ def test_a_platform_without_a_device_is_one_paragraph(tmp_path, monkeypatch):
     done = bnjax("--config", CONFIG, "--workdir", tmp_path / "run", *FEW)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: JAX has no device of JAX_PLATFORMS=abacus")
+    assert done.stderr.startswith("error: JAX has no device for JAX_PLATFORMS=abacus")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

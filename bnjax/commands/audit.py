@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bnjax.data.batches import Examples
     from bnjax.types import Batch
 
-LEAST_BATCHES = 4  # to measure the differences between batches
+LEAST_BATCHES = 4  # the fewest batches between which differences are measured
 LEAST_IMAGES = 2048
 PAGE = """<!doctype html>
 <html lang="en" style="color-scheme: light dark">
@@ -34,7 +34,8 @@ def run(
     images: Annotated[
         int | None,
         arg(
-            metavar="N", help="the number of training images; default: four batches, at least 2,048"
+            metavar="N",
+            help="the number of training images; default: four batches or 2,048, whichever is more",
         ),
     ] = None,
     json: Json = False,
@@ -44,7 +45,7 @@ def run(
 ) -> int:
     """Find faults in the running statistics of a trained network, with causes and fixes.
 
-    Exits with 0 for no findings, 1 for findings, and 2 if there was nothing to audit.
+    The exit status is 0 without findings, 1 with findings, and 2 if there was nothing to audit.
     """
     if images is not None and images < 8:
         raise UserError(f"--images {images} is too few: give 8 or above.")
@@ -70,7 +71,7 @@ def run(
         jit = functools.partial(jax.jit, compiler_options=options)
         evaluate = jit(functools.partial(forward, model=trained.model, train=False))
         known = Run(
-            steps=trained.step or None,  # 0: ported, with averages that another program updated
+            steps=trained.step or None,  # at step 0 the averages come from another framework
             batch_size=batch_size,
             weights=trained.weights,
             tx=optimizer(trained.config, max(trained.step, 1)),
@@ -89,14 +90,14 @@ def run(
             page = PAGE.format(title=html.escape(title), table=findings._repr_html_())
             (out / "audit.html").write_text(page, encoding="utf-8")
             print(f"\nwritten: {out / 'audit.html'}", file=sys.stderr)
-    except OSError as error:  # exit code 1 means findings
+    except OSError as error:  # raised as UserError, because exit status 1 means findings
         where = error.filename or "a file"
         raise UserError(f"{where} cannot be read: {error.strerror or error}.") from error
     return 0 if findings.healthy else 1 if findings.found else 2
 
 
 def audit_batches(split: "Examples", batch_size: int, images: int | None) -> "list[Batch]":
-    """Returns four or more batches of distinct random images, at most of the training batch size.
+    """Returns at least four batches of distinct random images, no larger than training batches.
 
     >>> import numpy as np
     >>> from bnjax.data.datasets import Split

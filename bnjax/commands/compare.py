@@ -16,24 +16,31 @@ MAX_SEEDS = 100_000  # one run per seed
 
 def run(
     configs: Annotated[
-        str | None, arg(metavar="FILE,FILE…", help="config files or names, for instance bn,no_bn")
+        str | None,
+        arg(metavar="FILE,FILE…", help="paths or names of configs, for instance bn,no_bn"),
     ] = None,
     claim: Annotated[
-        str | None, arg(metavar="FILE", help="a claim file or name, for instance momentum")
+        str | None, arg(metavar="FILE", help="the path or name of a claim, for instance momentum")
     ] = None,
-    full: Annotated[bool, arg(help="with --claim: use its full instead of its small size")] = False,
+    full: Annotated[
+        bool, arg(help="with --claim: run its full size instead of its small one")
+    ] = False,
     seeds: Annotated[
-        int | None, arg(metavar="N", help="the number of seeds, from 0; default: the claim's, or 5")
+        int | None,
+        arg(
+            metavar="N",
+            help="the number of seeds, which count from 0; default: as in the claim, or 5",
+        ),
     ] = None,
     workdir: Annotated[
         Path | None,
-        arg(metavar="DIR", help="the comparison's folder; default: runs/CLAIM or runs/compare"),
+        arg(metavar="DIR", help="the output folder; default: runs/CLAIM or runs/compare"),
     ] = None,
     at_once: Annotated[
         Literal["one", "vmap", "devices"] | None,
         arg(
-            help="train the seeds one after another, in one program, or one on each device; "
-            "default: the fastest way on this machine"
+            help="train the seeds one after another, all in one program, or one on each device; "
+            "default: the fastest on this machine"
         ),
     ] = None,
     overrides: Suppress[tuple[str, ...]] = (),
@@ -41,8 +48,9 @@ def run(
 ) -> int:
     """Train several configs, or the variants of a claim, over the same seeds and compare them.
 
-    The same command resumes, and with more --seeds adds runs. Any key can be set for all variants:
-    --config.train.steps=200. Exits with 1 if a run failed.
+    The same command resumes an interrupted comparison; with more --seeds it adds runs. Any key of
+    the config can be set for all variants, for instance --config.train.steps=200. The exit status
+    is 1 if a run failed.
     """
     if bool(configs) == bool(claim):
         raise UserError("give either --configs or --claim.")
@@ -61,7 +69,7 @@ def run(
     else:
         files = [file.strip() for file in str(configs).split(",")]
         if not all(files):
-            raise UserError("--configs has an empty name: give files with a comma between them.")
+            raise UserError("--configs has an empty name: separate the files by commas.")
         compared = claims.of_configs(files)
     comparison = grid.plan(compared, list(overrides), full=full)
     count = seeds or comparison["seeds_needed"] or 5
@@ -78,7 +86,7 @@ def run(
         from bnjax.commands.report import reports
 
         print(f"\nreport: {reports().write([folder], folder)[0]}")
-    except UserError as error:  # the results above are valid without a report
+    except UserError as error:  # the results printed above are valid without a report
         print(f"\nno report: {error}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
@@ -86,9 +94,9 @@ def run(
 
 
 def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
-    """Returns each variant with its intervals, then each verdict.
+    """Returns text with the intervals of each variant, followed by the verdicts.
 
-    Without statements, each variant is compared with the first.
+    If the claim makes no statements, each variant is compared with the first.
     """
     from bnjax.compare import claims, intervals, runs
 

@@ -14,14 +14,15 @@ def run(
     checkpoint: Checkpoint = "last",
     data_dir: DataDir = None,
     no_fold: Annotated[
-        bool, arg(help="keep the batch norms; by default they are folded where that is exact")
+        bool, arg(help="keep all batch norms; by default they are folded where folding is exact")
     ] = False,
     onnx: Annotated[bool, arg(help="also write ONNX")] = False,
 ) -> int:
     """Write a trained network as files that run without bnjax.
 
-    From 8-bit images to logits: a StableHLO program for CPUs, GPUs and TPUs with separate weights,
-    and optionally ONNX. The logits are checked on noise, or with --data-dir on test images.
+    The files map 8-bit images to logits: a StableHLO program for CPUs, GPUs and TPUs with separate
+    weights, and optionally ONNX. The logits are checked on noise, or on test images if --data-dir
+    is given.
     """
     from bnjax.export.stablehlo import export_run
     from bnjax.train.cpu import prepare

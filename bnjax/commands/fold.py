@@ -6,10 +6,10 @@ from bnjax.commands import Checkpoint, DataDir, Out, Workdir
 def run(
     workdir: Workdir, checkpoint: Checkpoint = "last", data_dir: DataDir = None, out: Out = None
 ) -> int:
-    """Fold the batch norms of a trained network into its layers where that is exact.
+    """Fold the batch norms of a trained network into its layers where folding is exact.
 
-    The logits are checked on noise, or with --data-dir on test images. Lists norms that stay, with
-    the reason. Exits with 1 if no norm can be folded.
+    The logits are checked on noise, or on test images if --data-dir is given. Norms that cannot be
+    folded are listed with the reason. The exit status is 1 if no norm can be folded.
     """
     import jax
     import numpy as np
@@ -35,7 +35,7 @@ def run(
     ]
     print(text_table(rows) if rows else "the network has no batch norm")
     if not any(one.layer for one in folding.norms):
-        print("no norm was folded; nothing is written")
+        print("no norm was folded, so nothing was written")
         return 1
     about = check_folded(trained, folding, data_dir)
     counts = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in (before, folding.network)]

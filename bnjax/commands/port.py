@@ -14,46 +14,48 @@ if TYPE_CHECKING:
     from bnjax.train.trained import Trained
 
 PROBE_IMAGES = 8
-TOLERANCE = 1e-4  # largest difference of logits
+TOLERANCE = 1e-4  # the largest accepted difference between logits
 
 
 def run(
     file: Annotated[
-        Positional[Path], arg(metavar="FILE", help="the safetensors file of the weights")
+        Positional[Path], arg(metavar="FILE", help="the safetensors file with the weights")
     ],
     workdir: Workdir,
     checkpoint: Checkpoint = "last",
-    to: Annotated[Literal["torch", "keras"] | None, arg(help="write FILE from the run")] = None,
+    to: Annotated[Literal["torch", "keras"] | None, arg(help="write the run to FILE")] = None,
     source: Annotated[
-        Literal["torch", "keras"] | None, arg(name="from", help="read FILE into --out")
+        Literal["torch", "keras"] | None, arg(name="from", help="make a run in --out from FILE")
     ] = None,
     out: Annotated[
         Path | None, arg(metavar="DIR", help="with --from: the folder of the new run")
     ] = None,
     table: Annotated[
-        Path | None, arg(metavar="JSON", help="the framework's layer names; default: our names")
+        Path | None,
+        arg(metavar="JSON", help="the framework's layer names; default: those of bnjax"),
     ] = None,
     probe: Annotated[
         Path | None,
         arg(
             metavar="FILE",
-            help="a file with `image` and `logits`: --to writes it; --from rejects weights whose "
-            "logits differ by more than 1e-4",
+            help="a file with `image` and `logits`; --to writes the file; --from rejects weights "
+            "whose logits differ from those in the file by more than 1e-4",
         ),
     ] = None,
 ) -> int:
-    """Convert a run's weights and running statistics to PyTorch or Keras, or from there to a run.
+    """Convert weights and running statistics between a run and PyTorch or Keras.
 
-    Files are safetensors, without pickle. In torch: save_file(network.state_dict(), FILE) and
-    network.load_state_dict(load_file(FILE)) of safetensors.torch. In Keras 3: save_file({v.path:
-    v.numpy() for v in network.weights}, FILE) of safetensors.numpy, and v.assign(load_file(FILE)
-    [v.path]). The network needs the same layers and epsilon as the network in --workdir. A table of
-    names is JSON, our layers first: {"names": {"conv{i}": "features.{i}", "{layer}": "{layer}"}}.
+    Files are in the safetensors format, without pickle. In PyTorch, use safetensors.torch:
+    save_file(network.state_dict(), FILE) and network.load_state_dict(load_file(FILE)). In Keras 3,
+    use safetensors.numpy: save_file({v.path: v.numpy() for v in network.weights}, FILE) and
+    v.assign(load_file(FILE)[v.path]). The network needs the same layers and epsilon as the network
+    in --workdir. A table of names is JSON that maps the layers of bnjax to those of the framework:
+    {"names": {"conv{i}": "features.{i}", "{layer}": "{layer}"}}.
     """
     if bool(to) == bool(source):
         raise UserError("give either --to or --from.")
     if bool(source) != bool(out):
-        raise UserError("--from makes a new run and needs its folder as --out; --to makes none.")
+        raise UserError("--from makes a new run and needs a folder for it as --out; --to does not.")
     from bnjax.train.cpu import prepare
     from bnjax.train.trained import Trained
 
@@ -132,7 +134,7 @@ def _import(
     state = dataclasses.replace(untrained, params=params, opt_state=tx.init(params))
     with rundir.locked(out):
         if (out / "config.json").exists():
-            raise UserError(f"{out} already holds a run. Choose a different folder with --out.")
+            raise UserError(f"{out} already holds a run. Choose another folder with --out.")
         rundir.take(out, config, trained.data)
         about: dict[str, Any] = {"config": config.to_dict(), "versions": summary.versions()}
         about["ported_from"] = framework
@@ -147,7 +149,7 @@ def _import(
 
 
 def _logits(network: "Linen", images: Any) -> Any:
-    """Returns the logits in evaluation, with float32 products on every device."""
+    """Returns the logits computed in evaluation mode, with float32 products on every device."""
     import jax
     import numpy as np
 
@@ -164,7 +166,7 @@ def _logits(network: "Linen", images: Any) -> Any:
 def _check(
     probe: Any, framework: "Framework", network: "Linen", shape: tuple[int, int, int]
 ) -> None:
-    """Compares the network's logits with the logits of the probe batch."""
+    """Compares the network's logits with those stored in the probe batch."""
     import numpy as np
 
     images, logits = probe.get("image", np.empty(0)), probe.get("logits", np.empty(0))
@@ -172,8 +174,8 @@ def _check(
         images = images.transpose(0, 2, 3, 1)
     if images.shape[1:] != shape or not len(images) == len(logits) > 0:
         raise UserError(
-            f"the probe batch has to have images of {[*shape]} as [h, w, c], under `image`, and "
-            "their logits, under `logits`."
+            f"the probe batch needs images with the shape {[*shape]} ([h, w, c]) as `image`, and "
+            "their logits as `logits`."
         )
     found = _logits(network, images)
     difference = np.abs(found - logits).max() if found.shape == logits.shape else np.inf
@@ -182,13 +184,14 @@ def _check(
             f"the logits of the probe batch differ by up to {difference:.2g}, more than "
             f"{TOLERANCE:g}. Common causes: a different epsilon (1e-5 in torch, 1e-3 in Keras); "
             "different padding; a dense layer after flattened images that is missing under "
-            "`flattened` in the table; a different scale of the images; logits of training mode."
+            "`flattened` in the table; images on a different scale; logits computed in training "
+            "mode."
         )
     print(f"the logits of {len(images)} images differ by at most {difference:.1e}")
 
 
 def _table(trained: "Trained", file: Path | None) -> "Table":
-    """Returns the user's table of names, and the network's own flattened layers."""
+    """Returns the user's table of names, completed with the flattened layers of the network."""
     from bnjax.clinic.porting import Table, convnet_table, read_table
     from bnjax.models.convnet import ConvNet
     from bnjax.models.resnet import TORCHVISION, ResNet
@@ -200,8 +203,8 @@ def _table(trained: "Trained", file: Path | None) -> "Table":
         own = Table(TORCHVISION if isinstance(trained.model, ResNet) else None)
     else:
         raise UserError(
-            f"the run's network is {type(trained.model).__name__}, which the command cannot port: "
-            "use the run before folding. bnjax.clinic.porting supports any linen model."
+            f"the run's network is {type(trained.model).__name__}, which this command cannot port: "
+            "use the unfolded run. bnjax.clinic.porting supports any linen model."
         )
     if file is None:
         return own

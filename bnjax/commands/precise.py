@@ -23,8 +23,8 @@ def run(
     by: Annotated[
         Literal["batch", "population"],
         arg(
-            help="the statistics that normalise the layers before a norm: of the batch (one pass), "
-            "or the recomputed statistics (several passes)"
+            help="the statistics that normalise the layers before a norm: batch statistics (one "
+            "pass) or the recomputed statistics (several passes)"
         ),
     ] = "batch",
     out: Out = None,
@@ -32,8 +32,8 @@ def run(
 ) -> int:
     """Recompute the running statistics of a trained network from training images.
 
-    Prints test loss and accuracy under the stored and under the recomputed statistics. The run is
-    not changed.
+    Prints the test loss and accuracy under the stored and under the recomputed statistics. The run
+    itself is not changed.
     """
     if images < 2:
         raise UserError(f"--images {images} is too few: give 2 or above.")
@@ -95,7 +95,7 @@ def run(
 
 
 def _test(network: "Linen", dataset: "Dataset", batch_size: int) -> dict[str, float]:
-    """Returns loss and accuracy of all test images."""
+    """Returns the loss and accuracy on all test images."""
     import jax
 
     from bnjax.data.feed import every_batch

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnjax.train.trained import Trained
     from bnjax.types import Batch
 
-MAX_BATCH = 256  # images per batch
+MAX_BATCH = 256  # the largest number of images per batch
 
 
 def run(
@@ -43,15 +43,16 @@ def run(
     views: Annotated[
         Literal[1, 2, 6] | None,
         arg(
-            help="average the logits over views of each image: 2: with its mirror image; 6: also "
-            "shifted by a pixel; default: as in the run's evaluation"
+            help="average the logits over this many views of each image; 2: the image and its "
+            "mirror image; 6: also copies of both shifted by a pixel; default: as in the run's "
+            "evaluation"
         ),
     ] = None,
     json: Json = False,
 ) -> int:
     """Classify images or a whole split with a trained network.
 
-    Exits with 1 if an image cannot be read.
+    The exit status is 1 if an image cannot be read.
     """
     if bool(images) == bool(split):
         raise UserError("give either images or --split.")
@@ -60,7 +61,7 @@ def run(
     if model and (split or data_dir or views or checkpoint != "last"):
         raise UserError(
             "--split, --data-dir, --views and --checkpoint need a run: give its folder with "
-            "--workdir. An exported network has no data and only one set of weights."
+            "--workdir. An exported network has no data and a single set of weights."
         )
     import numpy as np
 
@@ -103,7 +104,7 @@ def run(
 def of_split(
     trained: "Trained", split: str, views: int | None = None, data_dir: str | None = None
 ) -> dict[str, Any]:
-    """Returns predictions, loss and accuracy of a run's network on a split of its data."""
+    """Returns the predictions, loss and accuracy of a run's network on a split of its data."""
     import numpy as np
 
     from bnjax.data.feed import every_batch
@@ -138,7 +139,7 @@ def of_images(
     classes: Sequence[str],
     logits_of: "Callable[[np.ndarray], np.ndarray]",
 ) -> dict[str, Any]:
-    """Returns predictions for image files, and under "errors" the unreadable files."""
+    """Returns predictions for image files; the key "errors" lists the unreadable files."""
     import numpy as np
 
     from bnjax.data.pictures import read_pictures
@@ -161,7 +162,10 @@ def of_images(
 
 
 def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, Any]]:
-    """Returns the model with averaged views (default: the run's), and facts for the result."""
+    """Returns the model that averages over views, and facts about it for the result.
+
+    By default, uses the views of the run's evaluation.
+    """
     from bnjax.models.layers import with_views
 
     evaluation = trained.config.eval
@@ -178,7 +182,7 @@ def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, An
 def _logits(
     trained: "Trained", model: Any, batches: "Iterable[Batch]"
 ) -> "tuple[np.ndarray, np.ndarray]":
-    """Returns logits [n, classes] and labels [n] of the real rows of batches."""
+    """Returns the logits [n, classes] and labels [n] of all rows that are not padding."""
     import jax
     import numpy as np
 
@@ -200,7 +204,7 @@ def _logits(
 def _predictions(
     names: Sequence[str], classes: Sequence[str], logits: "np.ndarray"
 ) -> list[dict[str, Any]]:
-    """Returns class and scores of each image."""
+    """Returns the class and the scores of each image."""
     import jax
     import jax.numpy as jnp
 

@@ -20,11 +20,11 @@ def run(
     ] = "127.0.0.1",
     port: Annotated[int, arg(metavar="N", help="the port to listen on; 0: any free port")] = 7860,
 ) -> int:
-    """Try a trained network in the browser, until Ctrl-C.
+    """Serve a page for trying a trained network in the browser; Ctrl-C stops the server.
 
-    The page scores images under stored, batch and no statistics of the batch norms, and shows the
-    drift of each norm; programs can use its endpoint /predict (gradio_client). There is no
-    password: anyone with access to the port can use it.
+    The page scores images with the batch norms using stored statistics, batch statistics, or mean 0
+    and variance 1, and shows the drift of each norm. Programs can use the endpoint /predict
+    (gradio_client). There is no password: anyone with access to the port can use the page.
     """
     if bool(workdir) == bool(model):
         raise UserError("give either --workdir, the folder of a run, or --model.")
@@ -57,6 +57,6 @@ def run(
             "--port (0 for any); --host has to be an address of this machine."
         ) from error
     print(f"{model or workdir} is served at {url} (Ctrl-C to stop)", flush=True)
-    demo.block_thread()  # until Ctrl-C
+    demo.block_thread()  # returns on Ctrl-C
     print("\nstopped")
     return 0

@@ -9,24 +9,29 @@ from tyro.conf import Suppress, arg
 
 
 def run(
-    config: Annotated[str, arg(metavar="FILE", help="a config file or name, for instance bn")],
+    config: Annotated[
+        str, arg(metavar="FILE", help="the path or name of a config, for instance bn")
+    ],
     workdir: Annotated[
-        Path | None, arg(metavar="DIR", help="the run's folder; default: runs/NAME of the config")
+        Path | None,
+        arg(
+            metavar="DIR", help="the run's folder; default: runs/NAME, with the name of the config"
+        ),
     ] = None,
     start: Annotated[
         Path | None,
         arg(
             name="from",
             metavar="DIR",
-            help="start from the network in this folder of bnjax train, port or export",
+            help="start from the network in this folder, written by bnjax train, port or export",
         ),
     ] = None,
     hosts: Annotated[
-        bool, arg(help="train with all processes started by Slurm, Open MPI or a TPU pod")
+        bool, arg(help="train with all processes that Slurm, Open MPI or a TPU pod started")
     ] = False,
     coordinator: Annotated[
         str | None,
-        arg(metavar="HOST:PORT", help="train with other processes: the address of process 0"),
+        arg(metavar="HOST:PORT", help="the address of process 0, to train with several processes"),
     ] = None,
     processes: Annotated[
         int | None, arg(metavar="N", help="with --coordinator: the number of processes")
@@ -74,7 +79,7 @@ def run(
     except Stopped as stopped:
         print(f"\n{stopped}; everything is saved. To resume:\n    {again}")
         return 128 + stopped.signal
-    if result:  # only on the first of several processes
+    if result:  # empty except in the first of several processes
         print(summary.as_text(result))
         print(f"\npredict with:    bnjax predict --workdir {folder} --split test")
         print(f"view curves:     pip install tensorboard && tensorboard --logdir {folder.parent}")
@@ -82,7 +87,7 @@ def run(
 
 
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Joins the other processes; only the first prints, except errors."""
+    """Joins the other processes; only the first process prints anything except errors."""
     import jax
 
     from bnjax.train.devices import join_processes
@@ -96,7 +101,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
 def _warn_of_fallback(wanted: str, dataset: Any, batch_size: int) -> None:
     bar = "!" * 100
     text = (
-        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded set {dataset.name!r} "
+        f"{bar}\n!!  NOT {wanted.upper()}: this run uses the embedded data set {dataset.name!r} "
         f"instead, in batches of {batch_size}.\n!!  {dataset.fallback_reason}\n{bar}"
     )
     print(text, file=sys.stderr, flush=True)

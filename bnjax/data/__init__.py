@@ -1,1 +1,1 @@
-"""Data sets as uint8 arrays, the order of training examples, and images from files."""
+"""Loads data sets and image files, and determines the order of training examples."""

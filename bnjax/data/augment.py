@@ -1,7 +1,7 @@
-"""Augmentation as pure functions `(rng, batch) -> batch` that run on the device.
+"""Augments batches with pure functions `(rng, batch) -> batch` that run on the device.
 
-A batch is as for `train_step`. Images may be uint8, or float on any scale. Only `mixup` changes
-more than the pixels. Random numbers are drawn independently for each image.
+Batches have the format that `train_step` takes. Images may be uint8, or float on any scale. Only
+`mixup` changes more than the pixels. Random numbers are drawn independently for each image.
 """
 
 import functools
@@ -18,7 +18,7 @@ Augmentation = Callable[[jax.Array, Batch], Batch]
 
 
 def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
-    """Returns an augmentation that applies several in order, each with a different key."""
+    """Returns an augmentation that applies the given ones in order, each with a different key."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         for i, augmentation in enumerate(augmentations):
@@ -29,10 +29,12 @@ def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
 
 
 def in_order(options: Mapping[str, Any], classes: int) -> Augmentation | None:
-    """Returns the augmentation of training batches in the fixed order below; None if all are off.
+    """Returns the augmentation that a config describes, or None if all its parts are off.
+
+    The parts are applied in the order of the code below.
 
     Args:
-        options: the section `augment` of a config.
+        options: the section `augment` of the config.
         classes: the number of classes.
     """
     flips = {"random": flip, "alternating": alternating_flip}
@@ -57,11 +59,13 @@ def flip(rng: jax.Array, batch: Batch) -> Batch:
 def alternating_flip(rng: jax.Array, batch: Batch) -> Batch:
     """Mirrors each image in every second epoch; a random half of the images starts in epoch 0.
 
-    In any two consecutive epochs the network sees both versions of each image; with independent
-    flips, of half the images (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024).
+    Any two consecutive epochs contain both versions of every image; with independent flips, they
+    contain both versions of only half the images (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds,
+    2024).
 
-    The batch needs `index` int [n], the position of each image in the training set; `epoch` int
-    [n]; and `run`, a key that is the same in all steps and selects the half. `rng` is not used.
+    The batch needs three more entries: `index` int [n], the position of each image in the training
+    data; `epoch` int [n]; and `run`, a key that is the same in all steps and selects the half that
+    starts. `rng` is not used.
     """
     del rng
 
@@ -73,23 +77,23 @@ def alternating_flip(rng: jax.Array, batch: Batch) -> Batch:
 
 
 def translate(pixels: int) -> Augmentation:
-    """Returns random shifts of up to `pixels` in height and width, with reflection padding."""
+    """Returns a random shift by up to `pixels` in height and width, with reflection padding."""
     return _shifted(pixels, mode="reflect")
 
 
 def crop(pixels: int) -> Augmentation:
-    """Returns random crops of the original size after zero padding of `pixels` on each side."""
+    """Returns a random crop to the original size, after zero padding by `pixels` on each side."""
     return _shifted(pixels, mode="constant")
 
 
 def cutout(side: int, fill: float = 0.0) -> Augmentation:
-    """Returns an augmentation that blanks a square in each image, cut off at the image edge.
+    """Returns an augmentation that blanks a square in each image; edges of images clip the square.
 
     T. DeVries and G. Taylor, Improved Regularization of CNNs with Cutout, 2017.
 
     Args:
         side: the side of the square in pixels; its centre is a random pixel.
-        fill: the value of the blank pixels, on the scale of the images.
+        fill: the value of the blanked pixels, on the scale of the images.
     """
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
@@ -109,7 +113,10 @@ def cutout(side: int, fill: float = 0.0) -> Augmentation:
 
 
 def brightness(amount: float) -> Augmentation:
-    """Adds a uniform random number in [-amount, amount] to each image; uint8 becomes 0 to 1."""
+    """Adds a uniform random number in [-amount, amount] to each image.
+
+    Images of uint8 are first divided by 255.
+    """
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         image = to_float(batch["image"])
@@ -131,14 +138,14 @@ def contrast(amount: float) -> Augmentation:
 
 
 def mixup(alpha: float, classes: int) -> Augmentation:
-    """Mixes each image and its label with a random other image of the batch.
+    """Mixes each image and its label with a random other image in the batch and its label.
 
     H. Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018. The weight of each image is
-    drawn from Beta(alpha, alpha). Images become floats and labels class probabilities [n, classes].
-    Padding is neither mixed nor mixed in.
+    drawn from Beta(alpha, alpha). Images become floats, and labels become class probabilities
+    [n, classes]. Padding takes no part in the mixing.
 
     Args:
-        alpha: above 0; small values leave most images nearly unchanged.
+        alpha: a number above 0; small values leave most images nearly unchanged.
         classes: the number of classes.
     """
 

@@ -1,4 +1,4 @@
-"""The order of training examples, and batches of a constant shape."""
+"""Determines the order of training examples, and makes batches of constant shape."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ Examples = Split | Records
 class TrainRows:
     """Returns the rows of the batch of any step, int64 [batch_size].
 
-    They depend only on the seed and the step. The examples form an endless stream of epochs, cut
-    into full batches: nothing is dropped, and each example occurs once per epoch. If the batch size
-    does not divide the number of examples, a batch may span two epochs.
+    The rows depend only on the seed and the step. The examples form an endless stream of epochs,
+    cut into full batches: nothing is dropped, and each example occurs once per epoch. If the batch
+    size does not divide the number of examples, a batch may span two epochs.
 
     Args:
         examples: the number of examples.
-        batch_size: at most `examples`.
-        seed: shuffles each epoch differently; None keeps the order of the data.
+        batch_size: the number of examples per batch, at most `examples`.
+        seed: the seed for shuffling each epoch differently; None keeps the order of the data.
 
     Raises:
-        ValueError: if a batch is larger than the data.
+        ValueError: if a batch is larger than the data set.
 
     >>> rows = TrainRows(5, 2, seed=None)
     >>> [rows(step).tolist() for step in range(3)]
@@ -39,10 +39,10 @@ class TrainRows:
                 f"{examples}"
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self._orders: dict[int, np.ndarray] = {}  # of the latest epochs
+        self._orders: dict[int, np.ndarray] = {}  # the orders of the latest epochs
 
     def __call__(self, step: int) -> np.ndarray:
-        """Returns the rows of the batch after `step` steps."""
+        """Returns the rows of the batch that follows `step` steps."""
         epoch, start = divmod(step * self.batch_size, self.examples)
         order, stop = self._order(epoch), start + self.batch_size
         if stop > self.examples:
@@ -54,7 +54,7 @@ class TrainRows:
         if found is None:
             found = np.arange(self.examples)
             if self.seed is not None:
-                # On the host: on the device it would wait for the current training step.
+                # Computed on the host: the device would first finish the current training step.
                 found = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
             near = {one: order for one, order in self._orders.items() if abs(one - epoch) < 2}
             self._orders = near | {epoch: found}
@@ -68,7 +68,7 @@ def take(split: Examples, rows: slice | np.ndarray) -> Batch:
 
 
 def evenly_spaced(split: Examples, count: int) -> Split:
-    """Returns `count` examples at equal distances, because a split may be sorted by class."""
+    """Returns `count` evenly spaced examples, which cover all classes even in a sorted split."""
     return split.select(np.arange(count) * len(split) // max(count, 1))
 
 
@@ -77,7 +77,7 @@ class Part:
     """The part of every batch that one process loads; the parts have equal sizes.
 
     Attributes:
-        multiple: batches are padded to a multiple of it; the number of devices.
+        multiple: the number of devices; batches are padded to a multiple of this number.
         index: the index of the process.
         count: the number of processes.
     """
@@ -99,14 +99,14 @@ class Part:
         return {name: rows[own] for name, rows in batch.items()}
 
 
-WHOLE = Part()  # the whole batch, on one device
+WHOLE = Part()  # the whole batch, for a single device
 
 
 def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yields every image once, in order; the last batch is padded.
+    """Yields batches with every image once, in order; the last batch is padded.
 
-    All batches have the same shapes and entries, so a step compiles once: all batches have `mask`,
-    bool [batch_size], or none if batch_size divides the number of images.
+    All batches have the same shapes and entries, so that a step is compiled only once. If
+    batch_size does not divide the number of images, all batches have `mask`, bool [batch_size].
     """
     for start in range(0, len(label), batch_size):
         rows = slice(start, start + batch_size)
@@ -117,7 +117,7 @@ def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Itera
 
 
 def _filled(batch: Batch, size: int) -> Batch:
-    """Returns a batch padded with zeros to a size; `mask` is False for padding."""
+    """Returns a batch padded with zeros to `size` examples; `mask` is False for padding."""
     real = len(next(iter(batch.values())))
     if real == size:
         return batch

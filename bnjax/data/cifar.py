@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their official binary files, without pickle."""
+"""Reads CIFAR-10 and CIFAR-100 from their official binary files, without pickle."""
 
 import dataclasses
 import gzip
@@ -14,8 +14,8 @@ import numpy as np
 from bnjax.errors import DataError, UnavailableError, brief
 
 PIXELS = 32 * 32 * 3
-STALL_SECONDS = 10.0  # without data, after which a download fails
-MEND = "Fetch the official archive again, or remove this copy to let bnjax download it."
+STALL_SECONDS = 10.0  # a download fails after this time without data
+MEND = "Download the official archive again, or remove this copy so that bnjax downloads it."
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -24,16 +24,16 @@ Arrays = tuple[np.ndarray, np.ndarray]
 class Version:
     """One of the two data sets: its archive, files and pixel sums.
 
-    `train_sums` and `test_sums` are the sums of all red, green and blue values of the official
-    pixels. They follow from the published per-channel means with 16 digits (for instance
-    0.49139967861519607 for red in CIFAR-10): times the number of pixels and 255 they are whole
-    numbers.
+    `train_sums` and `test_sums` are the sums of all red, green and blue values in the official
+    images. They follow from the published per-channel means with 16 digits (for instance
+    0.49139967861519607 for red in CIFAR-10): these means times 255 times the number of pixels are
+    whole numbers.
     """
 
     url: str
     sha256: str
     folder: str
-    train_files: dict[str, int]  # with the number of examples in each
+    train_files: dict[str, int]  # the number of examples in each file
     test_files: dict[str, int]
     label_bytes: int  # CIFAR-100 stores a coarse label before the fine one
     classes: int
@@ -76,7 +76,7 @@ VERSIONS = {
 
 
 def find(version: Version, folder: Path) -> Path | None:
-    """Returns the unpacked folder of this version (possibly `folder` itself) or its archive."""
+    """Returns the unpacked folder (possibly `folder` itself) or the archive of a data set."""
     itself = folder.absolute()
     unpacked = itself if itself.name == version.folder else itself / version.folder
     candidates = (unpacked, itself / version.archive)
@@ -84,10 +84,12 @@ def find(version: Version, folder: Path) -> Path | None:
 
 
 def download(version: Version, cache: Path) -> Path:
-    """Returns the archive in the cache folder; only a complete, verified download is stored.
+    """Returns the path of the archive in the cache folder, after downloading it if necessary.
+
+    Only a complete download with the right checksum is stored.
 
     Raises:
-        UnavailableError: if it cannot be downloaded.
+        UnavailableError: if the archive cannot be downloaded.
     """
     import pooch
 
@@ -100,16 +102,18 @@ def download(version: Version, cache: Path) -> Path:
         raise UnavailableError(
             f"{version.archive} is not on this machine, and {version.url} could not be downloaded "
             f"into {cache} ({brief(error)}). Download it on a machine with a "
-            "network, put it into a folder, and add --config.data.dir=FOLDER."
+            "network connection, copy it into a folder, and add --config.data.dir=FOLDER."
         ) from error
 
 
 def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Returns train and test, images uint8 [n, 32, 32, 3] and labels int32 [n], and the classes.
+    """Returns the training split, the test split and the class names.
+
+    A split is a pair of images, uint8 [n, 32, 32, 3], and labels, int32 [n].
 
     Args:
         version: one of the two data sets.
-        source: its unpacked folder or its archive, which is read in memory.
+        source: its unpacked folder, or its archive, which is unpacked in memory.
 
     Raises:
         DataError: if a file is missing, damaged, of the wrong size, or has a label out of range.
@@ -141,7 +145,7 @@ def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...
 
 
 def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
-    """Returns whether the pixels are the official ones, by the sum of each channel."""
+    """Returns whether the pixels are the official ones, judged by the sum of each channel."""
 
     def sums(image: np.ndarray) -> tuple[int, ...]:
         return tuple(int(total) for total in image.sum((0, 1, 2), dtype=np.int64))
@@ -150,8 +154,10 @@ def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Returns the files in an archive by file name; links are not followed."""
-    content = io.BytesIO(gzip.decompress(path.read_bytes()))  # whole, which verifies the checksum
+    """Returns the contents of the files in an archive by file name; links are not followed."""
+    content = io.BytesIO(
+        gzip.decompress(path.read_bytes())
+    )  # reads to the end, which verifies the checksum
     with tarfile.open(fileobj=content) as archive:
         files = {member.name: archive.extractfile(member) for member in archive if member.isfile()}
         return {name.rpartition("/")[2]: file.read() for name, file in files.items() if file}

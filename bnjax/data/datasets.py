@@ -12,16 +12,16 @@ import numpy as np
 from bnjax.data import cifar, tfds
 from bnjax.errors import ConfigError, DataError, UnavailableError, UserError
 
-if TYPE_CHECKING:  # a circular import at run time
+if TYPE_CHECKING:  # at run time this import would be circular
     from bnjax.data.stream import Reading, Records
 
 DIGITS = "digits"
-RECORDS, FOLDER = "records", "folder"  # the names of a user's own files
+RECORDS, FOLDER = "records", "folder"  # the values of data.name for a user's own files
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images uint8 [n, h, w, c] and their labels int32 [n]."""
+    """Images, uint8 [n, h, w, c], and their labels, int32 [n]."""
 
     image: np.ndarray
     label: np.ndarray
@@ -46,7 +46,7 @@ class Split:
         return Split(self.image[rows], self.label[rows])
 
     def first(self, examples: int) -> "Split":
-        """Returns the first examples."""
+        """Returns the first `examples` examples."""
         return self.select(slice(examples))
 
 
@@ -55,13 +55,13 @@ class Dataset:
     """A data set, in memory or as records on disk.
 
     Attributes:
-        name: the loaded set; "digits" after a fallback.
-        label: its name in tables and summaries.
+        name: the name of the loaded data set; "digits" after a fallback.
+        label: the name in tables and summaries.
         official: whether the pixels are the published ones; None if unknown.
-        train, test: its splits.
-        validation: training images that were set aside, or None.
+        train, test: the splits.
+        validation: training images held out for validation, or None.
         classes: the class names, in the order of the labels.
-        fallback_reason: why the fallback replaced the requested set; empty without a fallback.
+        fallback_reason: the reason why the fallback replaced the requested data set, or "".
     """
 
     name: str
@@ -75,7 +75,7 @@ class Dataset:
 
     @property
     def chosen_by(self) -> tuple[str, "Split | Records"]:
-        """The name and the images of the split that chooses the best checkpoint."""
+        """The name and the images of the split whose accuracy decides the best checkpoint."""
         return ("test", self.test) if self.validation is None else ("validation", self.validation)
 
 
@@ -96,23 +96,23 @@ def load(
 ) -> Dataset:
     """Returns a data set by name.
 
-    CIFAR is searched in `data_dir`, in `cache_dir()` and as an array_record copy of TFDS; otherwise
-    it is downloaded.
+    For CIFAR, searches `data_dir`, `cache_dir()` and the array_record copies of TFDS, and downloads
+    the data if they are not found.
 
     Args:
-        name: "cifar10", "cifar100", "digits", or any image classification set of TensorFlow
-            Datasets (TFDS); with `stream`, a TFDS set, "records", the records in `data_dir`, or
-            "folder", the images in `data_dir`.
+        name: "cifar10", "cifar100", "digits", or any image classification data set in TensorFlow
+            Datasets (TFDS). With `stream`: a TFDS data set, "records" for records in `data_dir`, or
+            "folder" for images in `data_dir`.
         data_dir: a folder with CIFAR's binary files or archive, TFDS copies, records or images.
-        fallback: "digits" to load the digits if the set is unavailable; "" to raise.
-        label: its name in tables; default: `name`.
-        train_images: keep only this number of training images, the first ones; 0 keeps all. A
+        fallback: "digits" to load the digits if the data set is unavailable; "" to raise an error.
+        label: the name in tables; default: `name`.
+        train_images: the number of training images to keep, from the first on; 0 keeps all. A
             fallback keeps all.
-        stream: how to read the images from disk; None loads them into memory. A fallback is in
-            memory.
+        stream: how to read the images from disk; None loads them into memory. A fallback is loaded
+            into memory.
 
     Raises:
-        DataError: if the data are unavailable without a fallback, or damaged (also with one).
+        DataError: if the data are damaged, or unavailable without a fallback.
         ConfigError: if `train_images` exceeds the number of training images.
     """
     if name == DIGITS:
@@ -151,7 +151,7 @@ def load(
 
 
 def of_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
-    """Returns the images of some classes; labels and class names stay.
+    """Returns only the images of the given classes; labels and class names are unchanged.
 
     Raises:
         ConfigError: if a split has no image of one of the classes.
@@ -171,15 +171,16 @@ def of_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
 
 
 def with_validation(dataset: Dataset, images: int, seed: int) -> Dataset:
-    """Sets training images aside, from each class in proportion to its size.
+    """Holds out training images for validation, from each class in proportion to its size.
 
     Args:
         dataset: a data set in memory.
-        images: their number.
-        seed: of the choice within each class.
+        images: the number of images to hold out.
+        seed: the seed for selecting images within each class.
 
     Raises:
-        ConfigError: if there are not more training images, or fewer are asked for than classes.
+        ConfigError: if no training images would be left, or `images` is less than the number of
+            classes.
 
     >>> data = with_validation(load("digits"), 100, seed=0)
     >>> len(data.train), len(data.validation), np.bincount(data.validation.label).tolist()
@@ -201,10 +202,11 @@ def with_validation(dataset: Dataset, images: int, seed: int) -> Dataset:
 
 
 def _digits() -> Dataset:
-    """Returns the 1,797 embedded digits as 32x32x3; every fifth is a test image.
+    """Returns the 1,797 embedded digits as 32x32x3 images; every fifth is a test image.
 
-    8x8 images with 16 levels: "Optical Recognition of Handwritten Digits" (E. Alpaydin and
-    C. Kaynak, UCI Machine Learning Repository, 1998, CC BY 4.0), its test set.
+    The originals have 8x8 pixels with 16 levels. They are the test data of "Optical Recognition of
+    Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, CC BY
+    4.0).
     """
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         levels, label = file["image"], file["label"].astype(np.int32)

@@ -1,4 +1,4 @@
-"""Feeds: how training batches reach the device."""
+"""Transfers training batches to the device."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from bnjax.data.datasets import Split
 from bnjax.data.stream import Records, read_ahead
 from bnjax.types import Batch
 
-# The input of one step from the host: a tree of arrays, with the same shapes in every step.
+# The host's input for one step: a tree of arrays, with the same shapes in every step.
 Item = Any
 
 
@@ -24,11 +24,12 @@ class Feed:
     """A source of training batches, with a host part (`items`) and a device part (`batch`).
 
     Attributes:
-        items: (seed, start) -> an endless iterator over the items of the steps from `start`. An
-            item depends only on the seed and the step, so `items(seed, start)` resumes.
-        batch: (resident, item) -> the batch of a step; pure, compiled into the step. In addition to
-            the entries for `train_step`, the batch may have two for augmentation: `index` int [n],
-            the position of each example in the training set, and `epoch` int [n].
+        items: a function (seed, start) -> an endless iterator over the items of the steps from
+            `start` on. An item depends only on the seed and the step, so that training can resume
+            with `items(seed, start)`.
+        batch: a pure function (resident, item) -> the batch of a step, compiled into the step. In
+            addition to the entries for `train_step`, the batch may have two for augmentation:
+            `index` int [n], the position of each example in the training data, and `epoch` int [n].
         resident: a tree of arrays that stay on the device for all steps.
         max_steps: the maximum number of steps in one program.
     """
@@ -44,7 +45,7 @@ def host_feed(split: Examples, batch_size: int, *, shuffle: bool, part: Part = W
 
     Records are read and decoded while the device computes. A random crop depends on the seed and on
     the position of the example in the endless stream. The order of an epoch takes 8 bytes per
-    example in each process.
+    example in the memory of each process.
 
     Args:
         split: the training split.
@@ -66,10 +67,10 @@ def host_feed(split: Examples, batch_size: int, *, shuffle: bool, part: Part = W
 def resident_feed(
     split: Split, batch_size: int, *, shuffle: bool, max_steps: int, part: Part = WHOLE
 ) -> Feed:
-    """Returns a feed that transfers indices; the images stay on the device as uint8.
+    """Returns a feed that transfers only indices; the images stay on the device as uint8.
 
-    Each image is a flat row: as [h, w, c] a TPU would pad the 3 channels and copy all images into
-    that layout in each dispatch.
+    Each image is stored as a flat row. With shape [h, w, c], a TPU would pad the 3 channels and
+    copy all images into that layout in each dispatch.
     """
     shape = split.image.shape[1:]
 
@@ -89,23 +90,24 @@ def every_batch(split: Examples, batch_size: int, part: Part = WHOLE) -> Iterato
     """Yields this process's part of batches that cover every example; see `eval_batches`."""
     if isinstance(split, Split):
         return map(part.of, eval_batches(split.image, split.label, batch_size))
-    rows = np.arange(len(split))  # row numbers instead of images: each process reads only its part
+    rows = np.arange(len(split))  # row numbers, so that each process reads only its own images
     parts = [*map(part.of, eval_batches(rows, rows, batch_size))]
 
     def load(number: int) -> Batch:
         return {**parts[number], **take(split, np.asarray(parts[number]["image"]))}
 
-    return read_ahead(load, 0, len(parts), workers=0)  # processes would start for each evaluation
+    return read_ahead(load, 0, len(parts), workers=0)  # starting processes each time would be slow
 
 
 def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
     """Returns the items of several steps as arguments of the compiled program.
 
-    With `max_steps` 1 that is one item; otherwise the items [max_steps, ...], padded, and the
-    number of steps. With several seeds the items have an axis for the seeds.
+    If `max_steps` is 1, the only argument is the item. Otherwise the arguments are the items,
+    padded to [max_steps, ...], and the number of steps. With several seeds, the items have an axis
+    for the seeds.
 
     Args:
-        feed: the feed of the items.
+        feed: the feed that the items come from.
         items: for each step, one item per seed.
     """
     joined = [_stack(of_seeds) if len(of_seeds) > 1 else of_seeds[0] for of_seeds in items]
@@ -116,23 +118,23 @@ def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
 
 
 def _numbers(rows: TrainRows, part: Part, step: int) -> Batch:
-    """Returns `index` and `epoch` of the part's examples in a step, and `mask` if padded."""
+    """Returns `index` and `epoch` for a part of the batch of a step, and `mask` if padded."""
     epoch = _positions(rows, step) // rows.examples
     return part.of({"index": rows(step).astype(np.int32), "epoch": epoch.astype(np.int32)})
 
 
 def _positions(rows: TrainRows, step: int) -> np.ndarray:
-    """Returns the positions of a step's examples in the endless stream."""
+    """Returns the positions of the examples of a step in the endless stream."""
     return np.arange(step * rows.batch_size, (step + 1) * rows.batch_size)
 
 
 def _load(split: Examples, rows: TrainRows, part: Part, seed: int, step: int) -> Batch:
-    """Returns the part's batch of a step."""
+    """Returns one part of the batch of a step."""
     numbers = _numbers(rows, part, step)
     index = np.asarray(numbers["index"])
     if isinstance(split, Records) and split.reading.crop != "centre":
         places = np.asarray(part.of({"position": _positions(rows, step)})["position"])
-        # The 1 separates these keys from those of the epoch orders, which have two numbers.
+        # The 1 makes these keys differ from the keys of the epoch orders, which have two numbers.
         chosen = split.select(index, [np.random.default_rng([seed, i, 1]) for i in places])
     else:
         chosen = split.select(index)

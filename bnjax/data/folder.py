@@ -1,4 +1,4 @@
-"""Reads PNG and JPEG files in a folder for each class: train/CLASS/*.jpg and test/CLASS/*.jpg."""
+"""Reads PNG and JPEG files from a folder per class: train/CLASS/*.jpg and test/CLASS/*.jpg."""
 
 import dataclasses
 import os
@@ -10,12 +10,12 @@ from bnjax.data.stream import Reading, Records, splits
 from bnjax.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-HELD_OUT = ("test", "val", "validation")  # the first of these folders that exists
+HELD_OUT = ("test", "val", "validation")  # the first of these that exists holds the test images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Images:
-    """The source of a split: file `name[row]`, bytes [n], of class `label[row]`, int [n]."""
+    """The files of a split: `name[row]`, bytes [n], has the class `label[row]`, int [n]."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -29,15 +29,15 @@ class _Images:
         return Path(self.where(row)).read_bytes(), int(self.label[row])
 
     def where(self, row: int) -> str:
-        """Returns its path."""
+        """Returns the path of the file."""
         return os.path.join(self.folder, self.classes[self.label[row]], os.fsdecode(self.name[row]))
 
 
 def open_images(folder: Path, reading: Reading) -> tuple[Records, Records, tuple[str, ...]]:
-    """Returns the train and test splits of a folder of images, and the classes, sorted.
+    """Returns the train and test splits of a folder of images, and the sorted class names.
 
-    The rows are the first file of each class, the second file of each class and so on, so that the
-    first rows are of all classes.
+    The rows begin with the first file of each class, followed by the second file of each class and
+    so on, so that the first rows cover all classes.
 
     Raises:
         DataError: if a split or a class is missing or empty, or the first image is damaged.
@@ -57,7 +57,7 @@ def _images(folder: Path, classes: tuple[str, ...]) -> _Images:
     if list(classes) != (found := _names(folder, is_folder=True)) or not classes:
         other = sorted({*classes} ^ {*found})[:3]
         raise DataError(
-            f"{folder} has {len(found)} folders of classes, and the training images "
+            f"{folder} has {len(found)} class folders, but the training images have "
             f"{len(classes)}. Both need the same{f'; not in both: {other}' if other else ''}."
         )
     files = [_names(folder / name, is_folder=False) for name in classes]
@@ -71,7 +71,7 @@ def _images(folder: Path, classes: tuple[str, ...]) -> _Images:
 
 
 def _names(folder: Path, *, is_folder: bool) -> list[str]:
-    """Returns the folders or the images in a folder, sorted, without hidden ones."""
+    """Returns the sorted names of the folders or images in a folder, without hidden ones."""
     with os.scandir(folder) as found:
         return sorted(
             one.name

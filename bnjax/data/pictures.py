@@ -1,4 +1,4 @@
-"""Reads PNG, JPEG and .npy files as inputs of a network."""
+"""Reads PNG, JPEG and .npy files as inputs for a network."""
 
 import dataclasses
 from pathlib import Path
@@ -14,9 +14,9 @@ class Picture:
     """An image ready for the network.
 
     Attributes:
-        name: its file, and its index if the file has several images.
+        name: the name of the file, and the index of the image if the file has several.
         image: float32 [h, w, c] from 0 to 1.
-        note: how it was resized; empty if it was not.
+        note: a description of how the image was resized, or "".
     """
 
     name: str
@@ -31,9 +31,9 @@ def read_pictures(
 
     Args:
         path: a PNG or JPEG file, or a .npy file with one or several images.
-        shape: [h, w, c] of the network's inputs.
-        name: the name for errors; default: the path.
-        max_pixels: the maximum size of an image, checked before decoding; None: Pillow's limit.
+        shape: the shape [h, w, c] of the network's inputs.
+        name: the name used in error messages; default: the path.
+        max_pixels: the maximum number of pixels, checked before decoding; None: Pillow's limit.
 
     Raises:
         DataError: if the file is missing, damaged, or not an image.
@@ -46,12 +46,12 @@ def read_pictures(
             arrays = [_read_image(path, shape[2], max_pixels)]
         names = [name] if len(arrays) == 1 else [f"{name}[{i}]" for i in range(len(arrays))]
         return [_fit(name, array, shape) for name, array in zip(names, arrays, strict=True)]
-    except Exception as error:  # Pillow and NumPy raise many types
+    except Exception as error:  # Pillow and NumPy raise many types of error
         raise DataError(f"{name} cannot be read as an image: {brief(error)}.") from error
 
 
 def eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    """Returns an image upright with 8 bits per channel: grey, RGB on white or RGBA."""
+    """Returns an upright image with 8 bits per channel: grey, RGB (on white) or RGBA."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
         image = Image.fromarray(np.round(np.asarray(image, np.float32) / 257).astype(np.uint8))
@@ -106,6 +106,6 @@ def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
 
 
 def _resize(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    # In floats, without rounding to 8 bits.
+    # Resizes floats, because resizing 8-bit pixels would round them.
     image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""Finds image classification sets prepared by TensorFlow Datasets, without TensorFlow."""
+"""Finds image classification data sets prepared by TensorFlow Datasets, without TensorFlow."""
 
 import contextlib
 import difflib
@@ -17,7 +17,7 @@ READABLE = "array_record"  # the only TFDS file format that is readable without 
 
 
 def import_tfds() -> ModuleType:
-    """Returns the package `tensorflow_datasets`, imported late because the import is slow."""
+    """Imports `tensorflow_datasets` and returns it; done only when needed, because it is slow."""
     drop_logs("tensorflow_datasets")
     import tensorflow_datasets
 
@@ -26,7 +26,7 @@ def import_tfds() -> ModuleType:
 
 @functools.cache
 def example() -> Any:
-    """Returns TFDS's class of tf.train.Example; the import takes 0.4 s."""
+    """Returns the class of TFDS for tf.train.Example; importing it takes 0.4 s."""
     import_tfds()
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -34,11 +34,11 @@ def example() -> Any:
 
 
 def copies(name: str, data_dir: str) -> list[Path]:
-    """Returns the folders of readable copies of a set, from the first root with a copy.
+    """Returns the folders of readable copies of a data set, from the first root that has a copy.
 
     Args:
         name: the TFDS name, optionally with a config and a version.
-        data_dir: searched before TFDS's default folder.
+        data_dir: a folder to search before the default folder of TFDS.
     """
     found = (
         [one for one, readable in _copies(root, name) if readable] for root in _roots(data_dir)
@@ -47,11 +47,11 @@ def copies(name: str, data_dir: str) -> list[Path]:
 
 
 def folder(name: str, data_dir: str) -> Path:
-    """Returns the folder of the newest readable copy of a set; arguments as for `copies`.
+    """Returns the folder of the newest readable copy of a data set; see `copies` for arguments.
 
     Raises:
         UnavailableError: if no copy is readable without TensorFlow.
-        DataError: if the set is unknown or has several configs.
+        DataError: if the data set is unknown or has several configs.
     """
     readable = copies(name, data_dir)
     if not readable:
@@ -59,7 +59,7 @@ def folder(name: str, data_dir: str) -> Path:
     if len({copy.parent for copy in readable}) > 1:
         configs = sorted({f"{copy.parent.parent.name}/{copy.parent.name}" for copy in readable})
         raise DataError(
-            f"the TFDS set {name!r} has several configs. Name one of them: {', '.join(configs)}."
+            f"the TFDS data set {name!r} has several configs. Choose one: {', '.join(configs)}."
         )
     return max(readable, key=lambda copy: [*map(int, re.findall(r"\d+", copy.name))])
 
@@ -70,7 +70,7 @@ def _roots(data_dir: str) -> list[Path]:
 
 
 def _copies(root: Path, name: str) -> list[tuple[Path, bool]]:
-    """Returns the folders of all copies of a set in a folder, and whether each is readable."""
+    """Returns the folders of all copies of a data set, and whether each copy is readable."""
     path, _, version = name.partition(":")
     found = []
     for file in (root / path).glob(f"**/{version or '[0-9]*'}/dataset_info.json"):
@@ -89,17 +89,17 @@ def _missing(name: str, data_dir: str) -> DataError:
         close = ", ".join(difflib.get_close_matches(base, [*known, "digits"], 3))
         return DataError(
             f"there is no data set {name!r}{f'; did you mean {close}?' if close else '.'} "
-            "Allowed: digits, cifar10, cifar100 and the sets of "
+            "Allowed: digits, cifar10, cifar100 and the data sets of "
             "https://www.tensorflow.org/datasets/catalog/overview"
         )
     root, what = roots[0], f"has not been prepared in {' or '.join(map(str, roots))}"
     for one in roots:
-        if _copies(one, name):  # TFDS refuses to prepare a second format next to it
+        if _copies(one, name):  # TFDS cannot prepare a second format in the same folder
             root, what = one / READABLE, f"in {one} is in a format that only TensorFlow reads"
     builder = f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format={READABLE!r})"
     prepare = f"{builder}.download_and_prepare()"
     return UnavailableError(
-        f"the TFDS set {name!r} {what}. To prepare it, once, on any machine:\n"
+        f"the TFDS data set {name!r} {what}. Prepare it once, on any machine:\n"
         "    pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
         f'    python -c "import tensorflow_datasets as tfds; {prepare}"\n'
         f"and then add --config.data.dir={root}. bnjax reads the result without TensorFlow."

@@ -1,4 +1,4 @@
-"""Builds the network, the augmentation, the data and the experiment of a config."""
+"""Builds the network, augmentation, data set and experiment that a config describes."""
 
 import dataclasses
 import functools
@@ -34,10 +34,10 @@ from bnjax.train_step import LossFn, init_variables, softmax_cross_entropy
 
 
 def check(config: ConfigDict) -> None:
-    """Checks a config as far as possible without the data, to report mistakes before a download.
+    """Checks everything in a config that can be checked before the data are downloaded.
 
     Raises:
-        ConfigError: naming the key, the value and what is allowed.
+        ConfigError: with the key, its value and the allowed values.
     """
     check_values(config)
     data = config.data
@@ -54,12 +54,12 @@ def check(config: ConfigDict) -> None:
         key, value = next(iter(given.items()))
         allowed = f"0, because at most one of {', '.join(given)} may be above 0"
         raise ConfigError(f"checkpoint.{key}", value, allowed)
-    channels = len(config.model.mean) or 3  # unknown before the data are loaded
+    channels = len(config.model.mean) or 3  # not known until the data are loaded
     network(config.model, classes=10, image_shape=(MAX_SIZE, MAX_SIZE, channels))
 
 
 def check_batch(config: ConfigDict, dataset: Dataset) -> None:
-    """Checks that batches have enough images for the norm, and the data set enough for a batch."""
+    """Checks that a batch has enough images for the norm, and the data set enough for a batch."""
     smallest = 2 if config.model.norm in norms.BATCH_NORMS else 1
     images, size, parts = len(dataset.train), config.train.batch_size, config.train.micro_batches
     if not smallest <= size <= images:
@@ -80,13 +80,14 @@ def network(
     """Returns the network that `config.model` describes for images [h, w, c].
 
     Args:
-        config: the section `model`, after `check_values`.
+        config: the section `model`, already checked by `check_values`.
         classes: the number of logits.
         image_shape: [h, w, c] of one image.
-        norm_axes: the mapped axes of the batch norms, for training on groups of devices.
+        norm_axes: the names of the mapped axes over which batch norms share statistics, for
+            training on groups of devices.
 
     Raises:
-        ConfigError: if values are incompatible, or the images are too small for the layers.
+        ConfigError: if values contradict each other, or the images are too small for the layers.
     """
     shared: dict[str, Any] = {
         "classes": classes,
@@ -124,7 +125,7 @@ def network(
         _check_groups(config, config.filters)
         least = (
             3 * 2 ** len(config.filters) + 1
-        )  # the whitening removes 1 pixel; poolings divide by 2, the last by 3
+        )  # whitening removes 1 pixel; each pooling divides the side by 2, the last one by 3
         if min(image_shape[:2]) < least:
             allowed = f"fewer groups: these need images with sides of at least {least} pixels"
             raise ConfigError("model.filters", f"{len(config.filters)} groups", allowed)
@@ -132,7 +133,7 @@ def network(
     if config.placement == "after":
         raise ConfigError("model.placement", config.placement, "pre or before in a ResNet")
     made = RESNETS[config.name](placement=config.placement, conv=conv, **shared)
-    _check_groups(config, (made.width,))  # the others are multiples
+    _check_groups(config, (made.width,))  # the widths of the other stages are multiples of it
     return made
 
 
@@ -144,7 +145,7 @@ def _check_convnet(config: ConfigDict, image_shape: tuple[int, int, int]) -> Non
                 raise ConfigError(f"model.{key}", config[key], allowed)
     norm = f"model.norm = {config.norm!r}"
     if config.norm in norms.POSITION_NORMS and any(config.norm_dense):
-        allowed = f"False for every layer with {norm}, which normalises images and not vectors"
+        allowed = f"False for every layer with {norm}, which normalises images but not vectors"
         raise ConfigError("model.norm_dense", config.norm_dense, allowed)
     if config.norm == "frn" and config.placement != "before":
         allowed = f"'before' with {norm}, which includes an activation"
@@ -178,7 +179,7 @@ def _check_groups(config: ConfigDict, widths: Sequence[int]) -> None:
 
 
 def dtype_of(config: ConfigDict) -> str:
-    """Returns the dtype of the arithmetic; `config` is the section `model`."""
+    """Returns the dtype used for arithmetic; `config` is the section `model`."""
     if config.dtype != "auto":
         return config.dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -189,31 +190,31 @@ class Experiment:
     """A config applied to a data set, with all durations in steps."""
 
     model: nn.Module
-    training_model: nn.Module  # its batch norms are bound to the axes of `parallel`
+    training_model: nn.Module  # its batch norms use the axis names from `parallel`
     frozen: Frozen
-    source: Path | None  # the folder whose variables a run starts from
+    source: Path | None  # the folder that the initial variables are read from
     tested_model: nn.Module  # averages the logits of several views of each image
     parallel: Parallel
-    init_images: int  # training images for the initialisation
-    augment: Augmentation | None  # of training batches
-    loss_fn: LossFn  # of training
+    init_images: int  # the number of training images used for initialisation
+    augment: Augmentation | None  # applied to training batches
+    loss_fn: LossFn  # the training loss
     tx: optax.GradientTransformation
     steps: int
-    patience: int  # evaluations in a row without a better accuracy; 0: training does not end
-    stop_at_loss: float | None  # training ends when the loss of a step first is at or below it
+    patience: int  # training ends after so many evaluations in a row without a gain; 0: never
+    stop_at_loss: float | None  # training ends at the first step with a loss this low
     eval_every: int
     batch_size: int
-    micro_batches: int  # parts of a batch, one after another
+    micro_batches: int  # the number of parts of a batch, processed one after another
     eval_batch_size: int
-    product: str  # dtype of the dense layers' operands
+    product: str  # the dtype of the operands of dense layers
     averages: bool  # whether averaged weights are evaluated
-    precise_images: int  # training images for precise statistics; 0: evaluate running ones
-    gap_images: int  # training images
-    histograms: int  # training images
-    pictures: int  # test images
+    precise_images: int  # training images for precise statistics; 0: use running statistics
+    gap_images: int  # the number of training images for the gap
+    histograms: int  # the number of training images for histograms
+    pictures: int  # the number of test images shown with their predictions
     shuffle: bool
-    most_skipped: int  # consecutive bad steps that may be dropped
-    save_every: int  # steps; each evaluation is followed by a save too
+    most_skipped: int  # the number of consecutive bad steps that may be dropped
+    save_every: int  # in steps; each evaluation is followed by a save too
     save_every_minutes: float | None
     warnings: tuple[str, ...]
 
@@ -221,7 +222,7 @@ class Experiment:
     def part(self) -> Part:
         """The rows of each batch that this process loads, a multiple of the micro-batches."""
         part, devices = self.parallel.part, self.parallel.mesh.size
-        # A single device gets the whole batch.
+        # A single device processes the whole batch.
         multiple = devices * self.micro_batches if devices > 1 else 1
         return dataclasses.replace(part, multiple=multiple)
 
@@ -232,10 +233,10 @@ class Experiment:
 
 
 def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
-    """Checks every value and builds the experiment; nothing is compiled.
+    """Checks every value of the config and builds the experiment without compiling anything.
 
     Raises:
-        ConfigError: naming the key, the value and what is allowed.
+        ConfigError: with the key, its value and the allowed values.
     """
     check(config)
     check_batch(config, dataset)
@@ -250,7 +251,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     if config.model.norm in norms.BATCH_NORMS and batch_size // config.train.micro_batches < (
         2 * groups
     ):
-        allowed = f"groups with at least 2 images of a batch of {batch_size} for each batch norm"
+        allowed = f"groups in which each batch norm has at least 2 of the {batch_size} images"
         raise ConfigError("model.statistics_over", config.model.statistics_over, allowed)
     classes = len(dataset.classes)
     make = functools.partial(network, config.model, classes, dataset.train.image_shape)
@@ -297,7 +298,10 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
 
 
 def dataset(config: ConfigDict) -> Dataset:
-    """Returns the data set that `config.data` describes; errors as `bnjax.data.datasets.load`."""
+    """Returns the data set that `config.data` describes.
+
+    Raises the same errors as `bnjax.data.datasets.load`.
+    """
     data, reading = config.data, None
     if data.pipeline == "stream":
         reading = Reading(data.image_size, data.shorter_side, data.crop, data.workers)
@@ -313,7 +317,7 @@ def dataset(config: ConfigDict) -> Dataset:
         found = datasets.of_classes(found, data.classes)
     if not data.validation:
         return found
-    # The fallback is smaller: a tenth, the ratio of 5,000 images of CIFAR-10.
+    # The fallback data set is smaller. As with 5,000 images of CIFAR-10, a batch is a tenth of it.
     images = len(found.train) // 10 if found.fallback_reason else data.validation
     return datasets.with_validation(found, images, data.validation_seed)
 
@@ -321,8 +325,8 @@ def dataset(config: ConfigDict) -> Dataset:
 def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> ConfigDict:
     """Returns the config adapted to a data set that replaces an unavailable one.
 
-    The name of the run gets the name of the data set. A batch is a tenth of the training images,
-    the tutorial's ratio, unless the command line, `overrides`, gives a size.
+    Appends the name of the data set to the name of the run. Sets the batch size to a tenth of the
+    training images, as in the tutorial, unless the command line (`overrides`) sets it.
     """
     if not dataset.fallback_reason:
         return config
@@ -335,12 +339,12 @@ def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> Conf
 
 
 def spread_over(config: ConfigDict) -> Parallel:
-    """Returns the devices of a step, in groups that share batch statistics.
+    """Returns the devices that compute a step, in groups that share batch statistics.
 
     Raises:
         ConfigError: if there are too few devices, or they cannot form equal groups.
     """
-    chosen = jax.config.values["jax_default_device"]  # as under `jax.default_device`
+    chosen = jax.config.values["jax_default_device"]  # also set by `jax.default_device`
     devices = [chosen] if chosen else jax.devices()
     processes = jax.process_count()
     count = config.devices or len(devices)
@@ -363,17 +367,17 @@ def spread_over(config: ConfigDict) -> Parallel:
 
 
 def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, images: int) -> int:
-    """Returns a duration in steps, at least 1; the config has it in steps or in epochs.
+    """Returns a duration in steps, at least 1; the config gives it in steps or in epochs.
 
     Args:
-        config: has the keys `<prefix>steps` and `<prefix>epochs`, exactly one of them not 0.
-        prefix: of the keys, for instance "every_".
-        section: of the config, for errors.
+        config: has the keys `<prefix>steps` and `<prefix>epochs`, of which exactly one is not 0.
+        prefix: the first part of the names of the keys, for instance "every_".
+        section: the name of the section, for error messages.
         batch_size: an epoch is images / batch_size steps, possibly fractional.
         images: the number of training images.
 
     Raises:
-        ConfigError: if both or neither are given, or the steps exceed an int32.
+        ConfigError: if both keys or neither are given, or the number of steps exceeds an int32.
 
     >>> duration(ConfigDict({"steps": 0, "epochs": 2.0}), "", "train", 5000, 50_000)
     20
@@ -407,9 +411,9 @@ def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
         return ()
     return (
         f"the running averages will not be ready. With config.model.momentum = {momentum:g} each "
-        f"step keeps {momentum:.0%} of the old average of means and variances, so after {steps} "
-        f"steps {left:.0%} of the averages is still their starting value (mean 0, variance 1), not "
-        "your data. Training will look fine, and evaluation, which normalises by them, will look "
+        f"step keeps {momentum:.0%} of the old average of means and variances. After {steps} steps "
+        f"their starting values (mean 0, variance 1) still have a weight of {left:.0%}. Training "
+        "will look fine, but evaluation, which normalises with these averages, will look "
         f"bad. Train longer, or lower the momentum: {0.01 ** (1 / steps):.2f} or less leaves at "
         "most 1%.",
     )

@@ -20,8 +20,8 @@ from bnjax.train_step import TrainState
 from bnjax.types import BatchStats, Params, fingerprint, named_leaves
 
 ITEMS = ("variables", "training")
-# Added to Orbax's files before a checkpoint gets its final name; the checkpoint is intact if its
-# files agree with this record.
+# This record is added to Orbax's files before the checkpoint is renamed to its final name; a
+# checkpoint is intact if its files agree with its record.
 RECORD = "bnjax.json"
 
 
@@ -32,7 +32,7 @@ class CheckpointError(UserError):
 def items(
     state: TrainState, batch_stats: BatchStats, evaluated: tuple[Params, BatchStats] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the items of a checkpoint, "variables" and "training"."""
+    """Returns the two items of a checkpoint, "variables" and "training"."""
     training = {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
     own = {"params": state.params, "batch_stats": batch_stats}
     if evaluated is None:
@@ -41,7 +41,7 @@ def items(
 
 
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:
-    """Returns the record of each checkpoint by its step; empty if the record is damaged."""
+    """Returns the record of each checkpoint by its step; damaged records are returned empty."""
     found = {}
     for path in folder.glob("*"):
         if path.name.isdecimal():
@@ -53,7 +53,7 @@ def read_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
-    """Returns size and CRC-32 of each of Orbax's files in the items, by its path."""
+    """Returns the size and the CRC-32 of each of Orbax's files in the items, by path."""
     found = {}
     for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
         # Orbax adds or removes this file together with the final name.
@@ -67,13 +67,13 @@ def checksums(folder: Path) -> dict[str, list[int]]:
 
 
 def leaves_of(items: Any) -> dict[str, str]:
-    """Returns dtype and shape of each leaf by its name."""
+    """Returns the dtype and the shape of each leaf as text, by name."""
     return {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in named_leaves(items).items()}
 
 
 @dataclasses.dataclass
 class NewestTwoAndBest(preservation_policy.PreservationPolicy):
-    """Keeps the newest two checkpoints and the best, by their records."""
+    """Keeps the newest two checkpoints and the one with the best accuracy in its record."""
 
     records: dict[int, dict[str, Any]]
 
@@ -84,9 +84,9 @@ class NewestTwoAndBest(preservation_policy.PreservationPolicy):
 
 
 def best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
-    """Returns the step with the highest accuracy, the earliest if several have it.
+    """Returns the step with the highest accuracy, or the earliest of several such steps.
 
-    None if none was evaluated.
+    Returns None if no step was evaluated.
     """
     accuracies = {step: records.get(step, {}).get("accuracy") for step in steps}
     known = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
@@ -94,33 +94,38 @@ def best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
 
 
 def keep_best_and_last(folder: Path) -> None:
-    """Removes all other checkpoints of a finished run; the caller has to lock its folder."""
+    """Removes all checkpoints of a finished run except the best and the last.
+
+    The caller has to hold the lock on the run's folder.
+    """
     records = read_records(folder)
     steps = sorted(records)
     for step in {*steps[:-1]} - {best(records, steps)}:
         shutil.rmtree(folder / str(step))
 
 
-# Orbax numbers its operations per process, so that two threads may not begin one at the same time.
+# Orbax numbers its operations per process, so two threads must not start operations at the same
+# time.
 _ONE_SAVE = threading.Lock()
 
 
 class Checkpoints:
     """The checkpoints of one run, in a folder with one subfolder per step.
 
-    Keeps the newest two and the best. Each has two items: "variables" (params and batch_stats for
-    evaluation) and "training" (opt_state, step, rng; also params and batch_stats if evaluation uses
-    different ones); and a record: the test accuracy, the facts in `about`, a fingerprint of the
-    weights, and a checksum of every file. Saving happens in the background; leaving the context
-    waits until everything is on disk.
+    Keeps the newest two and the best. Each checkpoint has two items: "variables" (params and
+    batch_stats for evaluation) and "training" (opt_state, step and rng; also params and batch_stats
+    if evaluation uses different ones). Its record has the test accuracy, the facts in `about`, a
+    fingerprint of the weights, and a checksum of every file. Saving happens in the background;
+    leaving the context waits until everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
         """Opens the folder.
 
-        Unless `read_only`, creates it and deletes unfinished checkpoints of a killed process.
+        Unless `read_only`, creates the folder and deletes unfinished checkpoints that a killed
+        process left in it.
         """
-        # Orbax logs its settings as warnings, and logs errors that it also raises.
+        # Orbax logs its settings as warnings, and it logs errors that it raises as well.
         drop_logs("orbax", below=logging.CRITICAL)
         self.folder = folder
         if not read_only and jax.process_index() == 0:
@@ -148,7 +153,7 @@ class Checkpoints:
             self._manager.close()
 
     def reload(self) -> None:
-        """Reads the folder again, after another process has changed it."""
+        """Reads the folder again after another process has changed it."""
         self._records.clear()
         self._records.update(read_records(self.folder))
         self._manager.reload()
@@ -162,10 +167,10 @@ class Checkpoints:
         return sorted(step for step in self._records if (self.folder / str(step)).is_dir())
 
     def step(self, which: str) -> int:
-        """Returns the step that `which` ("best", "last" or a number) means.
+        """Returns the step of the checkpoint `which`: "best", "last" or a step number.
 
         Raises:
-            CheckpointError: if there is none.
+            CheckpointError: if there is no such checkpoint.
         """
         steps = self.steps()
         if not steps:
@@ -183,17 +188,17 @@ class Checkpoints:
         )
 
     def about(self, step: int) -> dict[str, Any]:
-        """Returns the facts that were saved with a step; empty if there are none."""
+        """Returns the facts that were saved with a checkpoint, or an empty dict."""
         return self._records[step].get("about", {})
 
     def newest_intact(self) -> tuple[int | None, list[str]]:
-        """Returns the newest intact step or None, and a message for each damaged later one.
+        """Returns the step of the newest intact checkpoint, and messages about damaged ones.
 
-        Moves damaged checkpoints to `damaged` next to the folder, because their steps are taken
-        again.
+        The step is None if there are no checkpoints. Moves later, damaged checkpoints to `damaged`
+        next to the folder, because training repeats their steps.
 
         Raises:
-            CheckpointError: if all checkpoints are damaged; then none is moved.
+            CheckpointError: if all checkpoints are damaged; in that case none is moved.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -210,7 +215,7 @@ class Checkpoints:
                 del self._records[later]
             self._manager.reload()
             return step, [
-                f"{reason} Resuming from step {step} instead; it was moved to "
+                f"{reason} Resuming from step {step} instead; the damaged one was moved to "
                 f"{self.folder.with_name('damaged')}."
                 for reason in damaged.values()
             ]
@@ -247,17 +252,18 @@ class Checkpoints:
         about: dict[str, Any],
         evaluated: tuple[Params, BatchStats] | None = None,
     ) -> None:
-        """Saves under the state's step, in the background.
+        """Saves a checkpoint of the state's step in the background.
 
         Args:
-            accuracy: on the test images; decides which is the best. None for a step that was not
-                evaluated.
-            about: facts to save with it, as JSON values: config, versions, conventions.
-            evaluated: the weights and statistics for evaluation, if they differ from training's.
+            accuracy: the test accuracy, which decides which checkpoint is the best; None if the
+                step was not evaluated.
+            about: facts to save with the checkpoint, as JSON values: config, versions, conventions.
+            evaluated: the weights and statistics for evaluation, if they differ from those used in
+                training.
 
         Raises:
-            CheckpointError: if the disk is full or cannot be written, now or during the previous
-                save.
+            CheckpointError: if this checkpoint or the previous one cannot be written, for instance
+                because the disk is full.
         """
         step = int(state.step)
         if step in self.steps():
@@ -279,9 +285,10 @@ class Checkpoints:
     def restore(
         self, step: int, like: tuple[TrainState, BatchStats], *, apart: bool = False
     ) -> tuple[TrainState, BatchStats]:
-        """Returns the state and the statistics of a step, on the default device.
+        """Returns the saved state and statistics of a step, on the default device.
 
-        `like` has the tree, the shapes and the dtypes; `apart`: whether `save` got `evaluated`.
+        `like` gives the tree structure, shapes and dtypes; `apart` is whether `evaluated` was
+        passed to `save`.
         """
         state, batch_stats = like
         evaluated = (state.params, batch_stats) if apart else None
@@ -289,14 +296,14 @@ class Checkpoints:
         restored = self._restore(step, {"variables": variables, "training": training})
         found = (
             restored["variables"] | restored["training"]
-        )  # the entries of "training" have priority
+        )  # entries in "training" take precedence
         batch_stats = found.pop("batch_stats")
         return TrainState(**found), batch_stats
 
     def restore_variables(
         self, step: int, like: tuple[Params, BatchStats]
     ) -> tuple[Params, BatchStats]:
-        """Returns params and batch_stats for evaluation, without the rest."""
+        """Returns only the params and batch_stats for evaluation."""
         params, batch_stats = like
         restored = self._restore(
             step, {"variables": {"params": params, "batch_stats": batch_stats}}
@@ -308,7 +315,7 @@ class Checkpoints:
             self.verify(step)  # first, because TensorStore does not detect changed bytes
         except CheckpointError as error:
             others = [str(one) for one in sorted(self._records) if one != step]
-            hint = f" There are others: --checkpoint {' or '.join(others)}." if others else ""
+            hint = f" Other checkpoints: --checkpoint {' or '.join(others)}." if others else ""
             raise CheckpointError(f"{error}{hint}") from error
         folder, saved = self.folder / str(step), self._records[step]["leaves"]
         wanted = leaves_of(items)
@@ -322,8 +329,8 @@ class Checkpoints:
             more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
             raise CheckpointError(
                 f"the checkpoint {folder} is of another network or optimizer: "
-                f"{'; '.join(differences[:8])}{more}. Restore it with the config that it was "
-                "trained with."
+                f"{'; '.join(differences[:8])}{more}. Restore it with the config that was "
+                "used to train it."
             )
         (default,) = jax.numpy.zeros(()).devices()
         here = jax.sharding.SingleDeviceSharding(
@@ -336,14 +343,14 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**args))
 
     def wait(self) -> None:
-        """Waits until everything that was saved is on disk.
+        """Waits until all saved checkpoints are on disk.
 
         Raises:
-            CheckpointError: if it could not be written.
+            CheckpointError: if a checkpoint could not be written.
         """
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # of the background thread
+        except Exception as error:  # raised in the background thread
             raise self._unsaved(error) from error
 
     def _write_record(self) -> None:
@@ -357,7 +364,7 @@ class Checkpoints:
 
     def _unsaved(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"a checkpoint could not be saved in {self.folder}: {brief(error)}. The earlier ones "
-            "are intact: free some space or mend the folder, and the same command resumes from the "
-            "last of them."
+            f"a checkpoint could not be saved in {self.folder}: {brief(error)}. Earlier "
+            "checkpoints are intact: free some space or make the folder writable, and the same "
+            "command resumes training from the last one."
         )

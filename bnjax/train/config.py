@@ -1,4 +1,4 @@
-"""The config: every key with its type, the allowed values, its default and its purpose."""
+"""Declares every config key, with its type, allowed values, default and purpose."""
 
 import ast
 import inspect
@@ -11,27 +11,27 @@ from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
 
-MAX_SIZE = 1 << 20  # of a layer; a larger number is a typing error
-MAX_SIDE = 1 << 14  # of an image
+MAX_SIZE = 1 << 20  # the largest width of a layer; a larger number is taken for a typing error
+MAX_SIDE = 1 << 14  # the largest side of an image, in pixels
 NETWORKS = ("convnet", "speednet", "resnet18", "resnet20", "resnet50")
 
 
 class Check(NamedTuple):
-    """The allowed values of a key, in words and as a function of a value of the key's type."""
+    """Describes the allowed values of a key in words, and tests a value of the key's type."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
 class Only(NamedTuple):
-    """Marks a key that needs one of some values of another key, and otherwise has its default."""
+    """Marks a key that may differ from its default only with certain values of another key."""
 
     key: str
     values: tuple[str, ...]
 
 
 def one_of(*values: str) -> Check:
-    """Allows these texts."""
+    """Allows only these strings."""
     return Check(", ".join(values), lambda value: value in values)
 
 
@@ -46,12 +46,12 @@ def each(words: str, holds: Callable[[Any], bool]) -> Check:
 
 
 def is_whole(value: Any, low: int) -> bool:
-    """Returns whether a value inside a tuple is a whole number, `low` or above."""
+    """Returns whether an entry of a tuple is a whole number of at least `low`."""
     return type(value) is int and low <= value <= MAX_SIZE
 
 
 def is_number(value: Any, above: float) -> bool:
-    """Returns whether a value inside a tuple is a finite number above a bound."""
+    """Returns whether an entry of a tuple is a finite number greater than `above`."""
     return isinstance(value, int | float) and above < value < math.inf
 
 
@@ -86,7 +86,7 @@ Rates = Annotated[
     ),
 ]
 Labels = Annotated[tuple, each("whole numbers, 0 or above", lambda label: is_whole(label, 0))]
-Patterns = Annotated[tuple, each("texts", lambda pattern: isinstance(pattern, str))]
+Patterns = Annotated[tuple, each("strings", lambda pattern: isinstance(pattern, str))]
 Flags = Annotated[tuple, each("True or False for each", lambda value: type(value) is bool)]
 Numbers = Annotated[tuple, each("numbers", lambda value: is_number(value, -math.inf))]
 Positives = Annotated[tuple, each("numbers above 0", lambda value: is_number(value, 0))]
@@ -99,75 +99,76 @@ NOT_SPEEDNET = Only("model.name", tuple(name for name in NETWORKS if name != "sp
 
 
 class Run:
-    """Keys outside the sections."""
+    """The top-level keys, which belong to no section."""
 
     name: str = ""
-    "the name of the run; empty: the name of the file"
+    "the name of the run; empty: the name of the config file"
     seed: Seed = 0
-    "the seed of the initial weights, the order of the images, augmentation and dropout"
+    "the seed for initial weights, the order of the images, augmentation and dropout"
     devices: Count = 0
-    "the number of devices, 0: all; the batch size does not depend on it"
+    "the number of devices, which does not change the batch size; 0: all"
 
 
 class Data:
     """The section `data`."""
 
     name: Annotated[
-        str, Check("cifar10, cifar100, digits, records, folder, or the name of a TFDS set", bool)
+        str,
+        Check("cifar10, cifar100, digits, records, folder, or the name of a TFDS data set", bool),
     ] = "cifar10"
-    """cifar10, cifar100, digits, or a data set of TensorFlow Datasets; records: array_record files
-    in data.dir; folder: images in data.dir, train/CLASS/*.jpg and test/CLASS/*.jpg"""
+    """cifar10, cifar100, digits, or a data set in TensorFlow Datasets; records: array_record files
+    in data.dir; folder: images in data.dir, as train/CLASS/*.jpg and test/CLASS/*.jpg"""
     dir: str = ""
-    """a folder with cifar-10-batches-bin or cifar-10-binary.tar.gz, array_record files or images,
-    or a TFDS data_dir"""
+    """the folder of the data: cifar-10-batches-bin or cifar-10-binary.tar.gz, array_record files,
+    images, or a TFDS data_dir"""
     fallback: Annotated[
         str, Check("'digits', or '' for none", lambda value: value in ("", "digits"))
     ] = ""
-    "digits: train on these embedded images if the data set is unavailable; empty: fail"
+    "digits: train on the embedded digits if the data set is unavailable; empty: raise an error"
     label: str = ""
     "the name of the data set in summaries and tables; empty: data.name"
     train_images: Annotated[int, whole(0, words="a whole number above 0, or 0 for all")] = 0
-    "train on this many images, the first ones; 0: on all"
+    "train on only the first this many images; 0: on all"
     classes: Annotated[Labels, MEMORY] = ()
     """the numbers of the classes whose images are used, in training and in the test; the network
     has outputs for all classes; empty: all"""
     validation: Annotated[Count, MEMORY] = 0
-    """set this many training images aside, from each class in proportion; the best checkpoint and
-    train.patience go by them, and the test images are evaluated once, at the end. 0: go by the test
-    images"""
+    """hold out this many training images for validation, from each class in proportion; the best
+    checkpoint and train.patience depend on them, and the test images are evaluated once, at the
+    end. 0: use the test images for this"""
     validation_seed: Annotated[Seed, MEMORY] = 0
-    "the seed of the choice of these images; the same for all seeds of a comparison"
+    "the seed that selects the validation images; the same for all seeds of a comparison"
     pipeline: Annotated[str, one_of("memory", "stream")] = "memory"
     "memory: all images are loaded; stream: files are read while training"
     image_size: Annotated[Pixels, STREAM] = 0
     "the side of the square crop; 0: no crop"
     shorter_side: Annotated[Pixels, STREAM] = 0
-    "the shorter side is first resized to this; 0: to image_size"
+    "the length to which the shorter side is resized before the crop; 0: image_size"
     crop: Annotated[str, one_of("centre", "random", "random_resized"), STREAM] = "centre"
-    """of training images. centre, random: the square of the resized image in its centre or at a
-    random place; random_resized: a random box with 8 to 100 % of the area and a ratio of the sides
-    of 3/4 to 4/3, resized"""
+    """the crop of training images. centre, random: a square from the centre or from a random place
+    of the resized image; random_resized: a random box with 8 to 100 % of the area and an aspect
+    ratio from 3/4 to 4/3, resized"""
     workers: Annotated[Workers, STREAM] = 0
-    "processes that read ahead; 0: threads instead; results do not depend on it"
+    "the number of processes that read ahead, which does not affect results; 0: use threads"
 
 
 class Augment:
-    """The section `augment`, in the order of application, which is on the device."""
+    """The section `augment`: operations on the device, in the order in which they are applied."""
 
     flip: Annotated[str, one_of("none", "random", "alternating")] = "none"
-    "mirror images; alternating: each in every other epoch, a random half in the first"
+    "mirror images; alternating: each image in every other epoch, a random half in the first"
     translate: Pixels = 0
-    "shift by up to this many pixels; edges are reflected"
+    "shift images by up to this many pixels; edges are reflected"
     crop: Pixels = 0
-    "shift by up to this many pixels; the new border is black"
+    "shift images by up to this many pixels; the new border is black"
     brightness: Amount = 0.0
-    "change the brightness by up to this, either way; white is 1"
+    "raise or lower the brightness by up to this amount; white is 1"
     contrast: Amount = 0.0
-    "stretch about the mean by up to this fraction, either way"
+    "raise or lower the contrast by up to this fraction"
     cutout: Pixels = 0
     "blank a square with sides of this many pixels"
     mixup: Amount = 0.0
-    "mix two images, by shares from Beta(mixup, mixup); 0: none"
+    "mix pairs of images in proportions drawn from Beta(mixup, mixup); 0: no mixing"
 
 
 class Norm:
@@ -176,13 +177,13 @@ class Norm:
     momentum: Fraction = 0.75
     "the fraction of the old running average that a step keeps"
     debias: bool = False
-    "correct the averages for their starting values"
+    "correct the running averages for their starting values"
     variance: Annotated[str, one_of("biased", "unbiased")] = "biased"
-    "the variance that is averaged: divided by n, or by n - 1"
+    "the variance that enters the running average; biased: divided by n; unbiased: by n - 1"
     average_dtype: Dtype = "float32"
-    "round the running averages to this dtype after each step; bfloat16 is for studies"
+    "round the running averages to this dtype after each step; bfloat16 is for experiments"
     epsilon: Positive = 1e-3
-    "added to variances"
+    "the constant added to each variance before its square root is taken"
     use_scale: bool = True
     "whether norms learn a scale for each channel"
     use_bias: bool = True
@@ -190,7 +191,7 @@ class Norm:
     virtual_batch: AtLeast2 = 50
     "ghost: the number of images in a virtual batch"
     renorm_steps: AtLeast2 = 40_000
-    "renorm: the step at which its limits reach their final values"
+    "renorm: the step at which the limits of r and d reach their final values"
     groups: AtLeast1 = 10
     "group: the number of groups of channels"
 
@@ -199,33 +200,33 @@ class Model(Norm):
     """The section `model`."""
 
     name: Annotated[str, one_of(*NETWORKS)] = "convnet"
-    "the network; convnet: the tutorial's"
+    "the network; convnet: the network of the tutorial"
     mean: Annotated[Numbers, NOT_CONVNET] = ()
-    "subtracted from the pixels of each channel; white is 1; empty: nothing"
+    "the value subtracted from the pixels of each channel; white is 1; empty: subtract nothing"
     std: Annotated[Positives, NOT_CONVNET] = ()
-    "the divisor of the pixels of each channel; empty: none"
+    "the value by which the pixels of each channel are divided; empty: do not divide"
     filters: Annotated[Sizes, WITH_FILTERS] = (30, 50, 60)
-    "the channels of each convolution; speednet: of each group of two convolutions"
+    "the number of channels of each convolution; speednet: of each group of two convolutions"
     whiten_images: Annotated[AtLeast1, SPEEDNET] = 5000
-    "training images whose 2x2 patches the first convolution whitens"
+    "the number of training images whose 2x2 patches initialise the whitening convolution"
     kernels: Annotated[Sizes, CONVNET] = (3, 3, 3)
-    "the sides of the convolutions' kernels"
+    "the kernel size of each convolution, in pixels"
     strides: Annotated[Sizes, CONVNET] = (2, 1, 1)
-    "the strides of the convolutions, or of the pooling after them"
+    "the stride of each convolution, or of the pooling after it"
     pooling: Annotated[str, one_of("none", "max", "avg"), CONVNET] = "none"
-    "none: strided convolutions; max, avg: pool by the stride instead"
+    "none: convolutions are strided; max, avg: a pooling after each convolution has its stride"
     dense: Annotated[Sizes, CONVNET] = (3500, 700)
     "the widths of the hidden dense layers"
     dropout: Annotated[Rates, CONVNET] = (0.0, 0.0)
-    "the fraction that is dropped after each hidden dense layer"
+    "the dropout rate after each hidden dense layer"
     norm: Annotated[
         str, one_of("batch", "ghost", "renorm", "layer", "group", "instance", "rms", "frn", "none")
     ] = "batch"
-    "the normalisation"
+    "the normalisation layer"
     norm_dense: Annotated[Flags, CONVNET] = (True, True)
     "whether the output of each hidden dense layer is normalised"
     placement: Annotated[str, one_of("pre", "before", "after"), NOT_SPEEDNET] = "pre"
-    """the place of the norms; pre: at the input of each layer (in a ResNet: norm, activation,
+    """the position of the norms; pre: at the input of each layer (in a ResNet: norm, activation,
     convolution); before, after: before or after the activation of each layer"""
     statistics_over: Annotated[
         str,
@@ -234,18 +235,18 @@ class Model(Norm):
             lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
         ),
     ] = "global"
-    """batch norms normalise over the images of all devices, of each device, or of groups of this
-    many devices; running averages are always over all devices"""
+    """the devices over which batch norms normalise: all of them, each one separately, or groups of
+    this many; running averages are always taken over all devices"""
     activation: Annotated[str, one_of("relu", "sigmoid", "tanh", "gelu", "silu")] = "relu"
-    "the activation of each hidden layer; norm frn has a special one"
+    "the activation of each hidden layer; norm frn has its own activation"
     weight_standardization: Annotated[bool, NOT_SPEEDNET] = False
     "standardise the kernels of the convolutions"
     dtype: Annotated[str, one_of("float32", "bfloat16", "auto")] = "float32"
-    """the dtype of the arithmetic; parameters, statistics and metrics are float32, and gradients of
-    kernels have this dtype until they are summed over devices; auto: bfloat16 on accelerators,
+    """the dtype used for arithmetic; parameters, statistics and metrics are float32, and gradients
+    of kernels have this dtype until they are summed over devices; auto: bfloat16 on accelerators,
     float32 on CPUs"""
     dense_product: Annotated[Dtype, CONVNET] = "float32"
-    "the dtype of the operands of dense layers; bfloat16 is for CPUs that are faster with it"
+    "the dtype of the operands of dense layers; bfloat16 is faster on some CPUs"
 
 
 class Optimizer:
@@ -254,55 +255,56 @@ class Optimizer:
     name: Annotated[str, one_of("adam", "sgd", "muon")] = "adam"
     "the optimizer"
     learning_rate: Positive = 1e-3
-    "the highest learning rate of the run"
+    "the peak learning rate"
     schedule: Annotated[str, one_of("constant", "linear", "cosine", "one_cycle", "steps")] = (
         "constant"
     )
-    """how the rate falls to 0; constant: not at all; one_cycle: it rises from a 25th and then
-    falls, both along cosines; steps: it is divided by 10 at each of drops"""
+    """how the rate falls to 0; constant: it does not; one_cycle: it rises from 1/25 of the peak,
+    then falls, both along cosines; steps: it is divided by 10 at each entry of drops"""
     drops: Annotated[Rates, Only("optimizer.schedule", ("steps",))] = ()
-    "the fractions of all steps after which the rate is divided by 10"
+    "the points at which the rate is divided by 10, as fractions of all steps"
     warmup: Fraction = 0.0
-    "the fraction of the steps in which the rate first rises from 0, linearly; one_cycle: 0 is 0.3"
+    "the fraction of all steps in which the rate rises linearly from 0; one_cycle: 0 means 0.3"
     reduction: Annotated[str, one_of("mean", "sum")] = "mean"
-    "the loss for the gradient: mean or sum over the batch; metrics are always means"
+    "the loss that is differentiated: the mean or the sum over the batch; metrics are always means"
     weight_decay: Amount = 0.0
-    """sgd: this times the weight is added to the gradient; adam: to the update, before the rate
-    (AdamW); muon: to the gradients of its sgd part, divided by their highest rate"""
+    """the multiple of each weight that is added; sgd: to its gradient; adam: to its update, before
+    the rate is applied (AdamW); muon: to the gradients of weights that sgd trains, divided by their
+    peak rate"""
     weight_decay_mask: Annotated[str, one_of("kernels", "all")] = "kernels"
-    "the weights that decay: kernels of convolutions and dense layers, or also biases and scales"
+    "the weights that decay: kernels of convolutions and dense layers; all: biases and scales too"
     b1: Fraction = 0.9
-    "adam: the decay of the mean gradient"
+    "adam: the decay rate of the average gradient"
     b2: Fraction = 0.999
-    "adam: the decay of the mean squared gradient"
+    "adam: the decay rate of the average squared gradient"
     eps: Positive = 1e-8
-    "adam: added to the root of the mean squared gradient"
+    "adam: the constant added to the root of the average squared gradient"
     momentum: Fraction = 0.0
-    "sgd, also within muon: the fraction of the previous update that is kept"
+    "sgd (also inside muon): the fraction of the previous update that is kept"
     nesterov: bool = False
-    "sgd: Nesterov momentum; within muon always"
+    "sgd: use Nesterov momentum; muon always does"
     average: Annotated[str, one_of("none", "ema", "swa")] = "none"
-    """evaluate and predict with this average of the weights, always under precise statistics for it
-    (eval.precise_images); training does not use it"""
+    """evaluate and predict with this average of the weights, always under precise statistics
+    computed for it (eval.precise_images); training does not use the average"""
     average_decay: Fraction = 0.99
-    "ema: the fraction that a step keeps"
+    "ema: the fraction of the old average that a step keeps"
     average_start: Step = 1
-    "the first step whose weights are averaged"
+    "the first step whose weights enter the average"
     average_every: Step = 1
-    "the interval in steps between the weights that are averaged"
+    "the interval, in steps, at which weights enter the average"
 
 
 class Muon:
     """The section `muon`."""
 
     beta: Fraction = 0.6
-    "the decay of muon's mean gradient"
+    "the decay rate of the average gradient in muon"
     bias_rate: Positive = 0.05
-    "the highest rate of biases and scales, which sgd trains"
+    "the peak rate of biases and scales, which sgd trains"
     head_rate: Positive = 0.5
-    "the highest rate of dense kernels, which sgd trains"
+    "the peak rate of dense kernels, which sgd trains"
     whiten_steps: Count = 0
-    "speednet: the number of steps in which the bias of the whitening is trained; 0: all"
+    "speednet: the number of steps in which the bias of the whitening layer is trained; 0: all"
     rescale_every: Annotated[
         tuple,
         Check(
@@ -315,19 +317,19 @@ class Muon:
 
 
 class Train:
-    """The section `train`; exactly one of steps and epochs is not 0."""
+    """The section `train`; exactly one of `steps` and `epochs` is not 0."""
 
     from_: str = ""
-    """a folder of bnjax train, port or export: start from its parameters and statistics, by name;
-    the command line has --from"""
+    """a folder written by bnjax train, port or export; training starts from its parameters and
+    statistics, matched by name; the command-line option is --from"""
     freeze: Annotated[str, one_of("none", "statistics", "norms", "backbone")] = "none"
-    """what stays as it is at the start; statistics: the running statistics of all norms, which then
-    also normalise by them in training; norms: these, and scales and biases; backbone: all but the
-    last layer"""
+    """the values that training leaves unchanged; statistics: the running statistics of all norms,
+    which then normalise with them in training too; norms: the statistics, scales and biases of all
+    norms; backbone: everything except the last layer"""
     freeze_statistics: Patterns = ()
-    "patterns such as stage0.* for further norms whose statistics stay"
+    "patterns such as stage0.* that name further norms whose statistics are frozen"
     freeze_params: Patterns = ()
-    "patterns such as conv0.kernel or stage0.* for further parameters that stay"
+    "patterns such as conv0.kernel or stage0.* that name further parameters to freeze"
     steps: Steps = 100
     "the duration of training in steps"
     epochs: Epochs = 0.0
@@ -335,21 +337,21 @@ class Train:
     batch_size: AtLeast1 = 5000
     "the number of images per step, over all devices"
     micro_batches: AtLeast1 = 1
-    "process a batch in this many parts, to save memory; batch norms normalise each separately"
+    "process a batch in this many parts to save memory; batch norms normalise each part separately"
     shuffle: bool = False
-    "shuffle the training images in each epoch; False: as in the files and the tutorial"
+    "shuffle the training images in each epoch; False: keep the order of the files, as the tutorial"
     label_smoothing: Fraction = 0.0
-    "the fraction of each label that is spread over all classes, for the training loss"
+    "the fraction of each label that the training loss spreads evenly over all classes"
     target_loss: Positive = 0.2
-    "the summary has the first step with a training loss at or below this"
+    "the summary records the first step with a training loss at or below this"
     stop_at_loss: Amount = 0.0
-    "end training when the loss of a step first is at or below it; 0: take every step"
+    "end training at the first step with a loss at or below this; 0: take every step"
     patience: Count = 0
     "end training after this many evaluations in a row without a better accuracy; 0: never"
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
     "after a step with a non-finite loss, gradient or statistic: stop training, or skip the step"
     most_skipped: Count = 10
-    "skip: stop after more than this many consecutive non-finite steps"
+    "on_nonfinite = skip: stop after more than this many consecutive non-finite steps"
 
 
 class Eval:
@@ -362,20 +364,20 @@ class Eval:
     batch_size: AtLeast1 = 1000
     "the number of images that are evaluated at once"
     statistics: Annotated[str, one_of("running", "precise")] = "running"
-    """evaluate under the running averages of training, or under the mean and variance of training
-    images, recomputed each time. A checkpoint has the evaluated statistics, for predict, and those
-    of training"""
+    """evaluate under the running averages from training, or under the mean and variance of training
+    images, recomputed at each evaluation. A checkpoint stores the statistics used in evaluation and
+    those used in training"""
     precise_images: AtLeast2 = 10_000
-    """precise: the number of training images, evenly spaced in the data, in batches of about
-    train.batch_size that are normalised separately"""
+    """precise: the number of training images, evenly spaced in the data set; they are normalised in
+    separate batches of about train.batch_size"""
     views: Annotated[int, Check("1, 2 or 6", lambda value: value in (1, 2, 6))] = 1
-    """average the logits of this many views of each image: 2, with its mirror image; 6, with two
-    shifts by a pixel of each of these"""
+    """average the logits of this many views of each image; 2: the image and its mirror image; 6:
+    these two and two copies of each, shifted by a pixel"""
     views_share: Share = 1.0
-    "the fraction of a batch that gets all views, its least certain images; the others get one view"
+    "the fraction of a batch (its least certain images) evaluated in all views, others in one view"
     gap_images: Images = 256
-    """the number of training images that each evaluation compares under the running averages and
-    under batch statistics, to show the error and the cost of the averages"""
+    """the number of training images that each evaluation runs under the running averages and under
+    batch statistics, to measure the error of the averages and its effect on the loss"""
     histograms: Images = 256
     "the number of training images for histograms of activations and gradients"
     pictures: UpTo100 = 12
@@ -383,14 +385,14 @@ class Eval:
 
 
 class Checkpoint:
-    """The section `checkpoint`, for saves between evaluations; at most one key is not 0."""
+    """The section `checkpoint`: saves between evaluations; at most one key is not 0."""
 
     every_steps: SaveSteps = 0
-    "save between evaluations too, at this interval in steps"
+    "also save between evaluations, at this interval in steps"
     every_epochs: SaveTime = 0.0
-    "save between evaluations too, at this interval in epochs"
+    "also save between evaluations, at this interval in epochs"
     every_minutes: SaveTime = 0.0
-    "save between evaluations too, at this interval in minutes"
+    "also save between evaluations, at this interval in minutes"
 
 
 SECTIONS = {
@@ -404,7 +406,7 @@ SECTIONS = {
     "eval": Eval,
     "checkpoint": Checkpoint,
 }
-# Durations in several units: a command line that sets one of them sets the others to 0.
+# Durations with a key for each unit: a command line that sets one key sets the others to 0.
 UNITS = (
     ("train.steps", "train.epochs"),
     ("eval.every_steps", "eval.every_epochs"),
@@ -413,7 +415,7 @@ UNITS = (
 
 
 class Key(NamedTuple):
-    """One key as declared above; `name` is "section.name"."""
+    """One of the keys declared above; `name` includes the section, as in "model.norm"."""
 
     name: str
     default: Any
@@ -423,7 +425,7 @@ class Key(NamedTuple):
 
 
 def _declared(section: str, kind: type) -> Iterator[Key]:
-    """Yields the keys of a class: its annotated fields, each with its purpose on the next line."""
+    """Yields the keys of a class: its annotated fields, each followed by its purpose."""
     hints = get_type_hints(kind, include_extras=True)
     (declaration,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(declaration, ast.ClassDef)
@@ -434,7 +436,7 @@ def _declared(section: str, kind: type) -> Iterator[Key]:
         name = field_name.removesuffix("_")  # `from` is a keyword
         default = getattr(kind, field_name)
         extra = {type(one): one for one in get_args(hints[field_name])[1:]}
-        any_value = "any text" if isinstance(default, str) else "True or False"
+        any_value = "any string" if isinstance(default, str) else "True or False"
         yield Key(
             f"{section}.{name}".lstrip("."),
             default,
@@ -453,7 +455,7 @@ KEYS = tuple(
 
 
 def default_config() -> ConfigDict:
-    """Returns the defaults of all keys."""
+    """Returns a config in which all keys have their defaults."""
     values: dict[str, Any] = {}
     for key in KEYS:
         section, _, name = key.name.rpartition(".")
@@ -461,11 +463,11 @@ def default_config() -> ConfigDict:
     return ConfigDict(values)
 
 
-get_config = default_config  # this file is a config file too: the defaults as they are
+get_config = default_config  # this file is itself a config file, with all defaults
 
 
 def keys_as_text() -> str:
-    """Returns every key with its default, its purpose and the allowed values, for --help."""
+    """Returns the text for --help: every key with its default, purpose and allowed values."""
     lines = []
     for key in KEYS:
         default = ",".join(map(str, key.default)) if isinstance(key.default, tuple) else key.default
@@ -477,10 +479,10 @@ def keys_as_text() -> str:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks each value, and that keys which do not apply have their defaults.
+    """Checks that each value is allowed, and that keys which do not apply have their defaults.
 
     Raises:
-        ConfigError: naming the key, the value and what is allowed.
+        ConfigError: with the key, its value and the allowed values.
     """
     for key in KEYS:
         value = get(config, key.name)
@@ -494,12 +496,12 @@ def check_values(config: ConfigDict) -> None:
 
 
 def norm_options(model: ConfigDict) -> dict[str, Any]:
-    """Returns the values in the section `model` that set fields of the norms."""
+    """Returns the values in the section `model` that are fields of the norms."""
     return {name: model[name] for name in Norm.__annotations__}
 
 
 def get(config: ConfigDict, name: str) -> Any:
-    """Returns the value of a key, given with its section."""
+    """Returns the value of a key, whose name includes its section."""
     value = config
     for part in name.split("."):
         value = value[part]

@@ -1,4 +1,4 @@
-"""A step over several devices and processes; groups of devices share batch statistics."""
+"""Runs a step on several devices and processes; groups of devices share batch statistics."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bnjax.data.batches import Part
 from bnjax.errors import UserError, brief
 
-# The axes of the mesh: devices that share batch statistics, and groups of such devices.
+# The axes of the mesh: devices that share batch statistics, and the groups that they form.
 MEMBERS, GROUPS = "members", "groups"
-# A process without a heartbeat for this long counts as lost, and the others end.
+# A process that sends no heartbeat for so many seconds counts as lost, and the others end.
 HEARTBEAT_SECONDS = 30
-# The devices that share batch statistics: all, none, or groups of this many.
+# The devices that share batch statistics: all of them, none, or groups of this many.
 Over = Literal["global", "per_device"] | int
 
 
@@ -26,25 +26,25 @@ Over = Literal["global", "per_device"] | int
 class Parallel:
     """Spreads a step over devices, each with an equal part of the batch.
 
-    Without groups the batch norms normalise over the whole batch, and the step is compiled by
-    `jax.jit` with shardings. With groups, `jax.shard_map` maps it over the parts.
+    Without groups, batch norms normalise over the whole batch, and the step is compiled by
+    `jax.jit` with shardings. With groups, `jax.shard_map` maps the step over the parts.
 
     Attributes:
-        mesh: the devices; its axes are `MEMBERS`, `GROUPS`, or both.
+        mesh: the mesh of devices, whose axes are `MEMBERS`, `GROUPS`, or both.
     """
 
     mesh: Mesh
 
     @property
     def axis_name(self) -> tuple[str, ...] | None:
-        """The axes to sum over, as `train_step` takes them; None without groups."""
+        """The axes to sum over, in the form that `train_step` expects; None without groups."""
         return self.mesh.axis_names if GROUPS in self.mesh.axis_names else None
 
     @property
     def norm_axes(self) -> dict[str, str]:
-        """The axis names for the model's batch norms.
+        """The axis names for the batch norms of the model.
 
-        Members share batch statistics; running averages are taken over all groups.
+        Members of a group share batch statistics; running averages are taken over all groups.
         """
         names = {"axis_name": MEMBERS, "average_axis_name": GROUPS}
         return {key: name for key, name in names.items() if name in (self.axis_name or ())}
@@ -60,13 +60,13 @@ class Parallel:
         in_axes: Sequence[int | None],
         **options: Any,
     ) -> Any:
-        """Returns a jitted step for these devices; all of them get the same results.
+        """Returns a jitted step for these devices, whose results are equal on all of them.
 
         Args:
-            make: (axis_name) -> the step.
-            in_axes: for each argument the axis of the examples, which is divided among the
-                devices; None for an argument that is equal on all of them.
-            options: of `jax.jit`.
+            make: a function from the axis name to the step.
+            in_axes: for each argument, the axis of the examples, which is divided among the
+                devices; None for an argument that is equal on all devices.
+            options: the options of `jax.jit`.
         """
         step, specs = make(self.axis_name), tuple(map(self._spec, in_axes))
         if self.mesh.size == 1:
@@ -82,9 +82,9 @@ class Parallel:
         """Puts arrays on the devices.
 
         Args:
-            tree: the arrays of this process; each of several processes gives a different part.
-            axis: the axis of the examples, which is divided among the devices; None puts all of
-                the arrays on each device.
+            tree: the arrays of this process; each of several processes passes a different part.
+            axis: the axis of the examples, which is divided among the devices; None copies the
+                whole arrays to each device.
         """
         if self.mesh.size == 1:
             return jax.device_put(tree)  # on the default device, uncommitted
@@ -104,7 +104,7 @@ class Parallel:
 
 
 def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns the global array that the parts of all processes make."""
+    """Returns the global array made of the parts of all processes."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _joined(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -112,10 +112,10 @@ def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
-    """Returns the mesh of a step.
+    """Returns the devices of a step as a mesh.
 
     Args:
-        devices: at least one.
+        devices: at least one device.
         over: the devices that share batch statistics.
 
     Raises:
@@ -123,24 +123,22 @@ def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
     """
     size = len(devices) if over == "global" else 1 if over == "per_device" else over
     if size < 1 or len(devices) % size:
-        raise ValueError(
-            f"{len(devices)} devices do not make groups of {over} that normalise together"
-        )
+        raise ValueError(f"{len(devices)} devices cannot be divided into groups of {over}")
     sizes = {GROUPS: len(devices) // size, MEMBERS: size}
     axes = {name: count for name, count in sizes.items() if count > 1} or {MEMBERS: 1}
-    # Auto: the compiler chooses all other shardings, as with one device.
+    # Auto: the compiler chooses all other shardings, as it does with one device.
     return Parallel(Mesh(np.array(devices).reshape(*axes.values()), tuple(axes)))
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Connects this process with the others; has to be called before any computation.
 
-    Arguments that are None come from the environment of TPU pods, Slurm or Open MPI.
+    Arguments that are None are read from the environment of TPU pods, Slurm or Open MPI.
 
     Args:
-        coordinator: host and port of process 0.
+        coordinator: the host and port of process 0.
         processes: the number of processes.
-        process: the index of this one.
+        process: the index of this process.
 
     Raises:
         UserError: if the processes cannot connect.
@@ -151,15 +149,15 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the processes of this training did not meet ({brief(error)}). "
+            f"the training processes could not connect to each other ({brief(error)}). "
             "Start the same command on each host with --coordinator=HOST:PORT of process 0, "
-            "--processes=N and --process=0 to N-1, or with --hosts alone under Slurm, Open MPI or "
-            "on a TPU pod."
+            "--processes=N and --process=0 to N-1; with Slurm, Open MPI or on a TPU pod, give only "
+            "--hosts."
         ) from error
 
 
 def from_first(*numbers: int) -> tuple[int, ...]:
-    """Broadcasts the first process's numbers; every process has to call this."""
+    """Returns the numbers of the first process; every process has to call this function."""
     if jax.process_count() == 1:
         return numbers
     sent = multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32))
@@ -169,8 +167,8 @@ def from_first(*numbers: int) -> tuple[int, ...]:
 class Agreement:
     """Lets all processes stop or save after the same step.
 
-    Never blocks: with several processes it returns the maxima of the previous call, which the
-    devices have computed in the meantime.
+    A call never blocks: with several processes it returns the maxima of the previous call, which
+    the devices have computed in the meantime.
     """
 
     def __init__(self, parallel: Parallel):

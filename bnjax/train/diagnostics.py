@@ -1,4 +1,4 @@
-"""Observes a network in training: histograms, gap, pictures."""
+"""Records histograms, the gap and example predictions of a network during training."""
 
 import functools
 import math
@@ -38,10 +38,10 @@ from bnjax.types import Array, Batch, BatchStats, Params, Tree, named_leaves
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
-MAX_VALUES = 1 << 16  # per array; more values would not change a histogram visibly
+MAX_VALUES = 1 << 16  # per array; more values would not visibly change a histogram
 
-# By kind ("statistic", "activation", "gradient") and name, in the order of computation. JAX sorts
-# the keys of other dicts.
+# Arrays by kind ("statistic", "activation", "gradient") and name, in the order of computation.
+# OrderedDict keeps that order, whereas JAX sorts the keys of a plain dict.
 Samples = OrderedDict[str, OrderedDict[str, Array]]
 
 
@@ -53,11 +53,11 @@ def sample(
     model: nn.Module,
     loss_fn: LossFn = softmax_cross_entropy,
 ) -> Samples:
-    """Returns values of every running statistic, layer output and gradient of a training step.
+    """Returns values of every running statistic, layer output and gradient in a training step.
 
-    The outputs are from the innermost modules (without dropout layers), the gradients from the mean
-    loss. Arrays with more than 65,536 values are subsampled at equal distances. There are no
-    updates, so a call does not affect training.
+    The outputs are those of the innermost modules except dropout layers; the gradients are those of
+    the mean loss. Arrays with more than 65,536 values are subsampled at equal distances. Nothing is
+    updated, so a call does not affect training.
 
     Args:
         state: the state before the step.
@@ -84,7 +84,7 @@ def sample(
     place = {name: i for i, name in enumerate(outputs)}
 
     def in_order(tree: Tree) -> OrderedDict[str, Array]:
-        """Returns the leaves in the order of their layers; leaves without a layer come last."""
+        """Returns the leaves in the order of their layers; other leaves come last."""
         leaves = named_leaves(tree).items()
         return OrderedDict(
             sorted(leaves, key=lambda item: place.get(item[0].rpartition(".")[0], len(place)))
@@ -97,11 +97,11 @@ def sample(
 
 
 def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Any]]:
-    """Returns the `quantiles` and a histogram of each sample, fit for JSON.
+    """Returns the `quantiles` and a histogram of each sample as JSON values.
 
-    Uses the finite values, and omits samples without any. The quantiles are those at `QUANTILES`.
-    The histogram has `counts` in equal bins from `low` to `high`, the quantiles 0.005 and 0.995;
-    values beyond are counted in the outer bins.
+    Uses only the finite values, and omits samples without finite values. The quantiles are computed
+    at the levels in `QUANTILES`. The histogram has `counts` in equal bins from `low` to `high`, the
+    quantiles at 0.005 and 0.995; values beyond this range are counted in the outer bins.
 
     >>> numbers = summarise({"statistic": {"norm": np.arange(5.0)}})["statistic"]["norm"]
     >>> numbers["quantiles"][4], sum(numbers["counts"])
@@ -116,7 +116,7 @@ def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str,
                 continue
             quantiles = [float(f"{value:.6g}") for value in np.quantile(values, QUANTILES)]
             low, high = quantiles[1], quantiles[-2]
-            if low == high:  # then it is the centre of the range
+            if low == high:  # put this value in the centre of the range
                 low, high = low - max(0.5, abs(low) / 2), high + max(0.5, abs(high) / 2)
             counts, _ = np.histogram(np.clip(values, low, high), BINS, (low, high))
             found[kind][name] = {
@@ -131,7 +131,7 @@ def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str,
 def _thin(values: Array) -> Array:
     """Returns at most `MAX_VALUES` of the values, at equal distances, float32 [count]."""
     stride = -(-values.size // MAX_VALUES) or 1
-    while math.gcd(stride, values.size) > 1:  # a common factor would skip some channels
+    while math.gcd(stride, values.size) > 1:  # with a common factor, channels might be skipped
         stride += 1
     return jnp.asarray(values, jnp.float32).reshape(-1)[::stride]
 
@@ -151,7 +151,7 @@ def _outputs(intermediates: Tree) -> OrderedDict[str, Array]:
 
 
 def _layer(name: str) -> str:
-    """Returns the layer whose output has a name such as "conv0.__call__.0"."""
+    """Returns the layer in the name of an output, for instance in "conv0.__call__.0"."""
     return name.partition("__call__")[0].rstrip(".")
 
 
@@ -159,7 +159,7 @@ class Observer:
     """Records observations of a network in addition to its metrics; does not affect training."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
-        """Chooses images, evenly spaced over each split; compiles at the first use."""
+        """Selects images evenly spaced over each split; functions are compiled at the first use."""
         self._classes = dataset.classes
         self._train = evenly_spaced(dataset.train, experiment.histograms)
         self._test = evenly_spaced(dataset.chosen_by[1], experiment.pictures)
@@ -171,7 +171,7 @@ class Observer:
             functools.partial(sample, model=experiment.model, loss_fn=experiment.loss_fn)
         )
         self._predict = jit(functools.partial(predict_step, model=experiment.model))
-        # Compiles in a third of the time with these options, and runs as fast.
+        # With these options the program compiles in a third of the time and runs equally fast.
         self._gap = jax.jit(gap, compiler_options=compiler_options() | init_options())
 
     def introduce(self, writer: RunWriter, config: ConfigDict) -> None:
@@ -193,7 +193,7 @@ class Observer:
     ) -> None:
         """Records the gap, the histograms and the predictions after `step` steps.
 
-        The predictions use `evaluated`, all else uses `state` and `batch_stats`.
+        The predictions use `evaluated`; everything else uses `state` and `batch_stats`.
         """
         if len(self._same.label) and nothing_seen(batch_stats):
             batch = {"image": self._same.image, "label": self._same.label}

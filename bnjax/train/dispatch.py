@@ -1,4 +1,4 @@
-"""Decides how many steps go into one program, and whether the images stay on the device."""
+"""Decides how many steps one program takes, and whether the images stay on the device."""
 
 import jax
 
@@ -8,17 +8,17 @@ from bnjax.data.stream import Records
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import memory
 
-MAX_STEPS = 100  # in one program, on an accelerator
-MAX_SECONDS = 0.5  # long compared with the work of the host, short enough to respond to Ctrl-C
-RESIDENT_SHARE = 0.25  # the fraction of a device's memory for the training images
+MAX_STEPS = 100  # the largest number of steps in one program on an accelerator
+MAX_SECONDS = 0.5  # long compared with the host's work, short enough to respond to Ctrl-C
+RESIDENT_SHARE = 0.25  # the fraction of a device's memory that training images may occupy
 
 
 def default_feed(experiment: Experiment, split: Examples) -> Feed:
     """Returns the fastest feed for the default backend.
 
-    A CPU gets one step per program: many in one program are ten times slower there
-    (jax-ml/jax#12868). An accelerator would wait for the host between steps: it gets many per
-    program, and the training images stay on it. Records are streamed.
+    On a CPU a program takes one step, because a program with many steps is ten times slower there
+    (jax-ml/jax#12868). An accelerator would wait for the host between steps, so a program takes
+    many steps and the training images stay on the device. Records are streamed.
     """
     batch_size, part = experiment.batch_size, experiment.part
     shuffle, room = experiment.shuffle, RESIDENT_SHARE * (memory() or float("inf"))
@@ -32,15 +32,15 @@ def dispatch_size(experiment: Experiment, feed: Feed, step: int, step_seconds: f
     """Returns the number of steps for the next program, up to an evaluation or a save.
 
     Args:
-        experiment: has the intervals.
-        feed: has the maximum of a program.
+        experiment: determines the intervals between evaluations and saves.
+        feed: determines the largest number of steps in a program.
         step: the number of steps so far.
-        step_seconds: the seconds of one step, infinite if not known yet.
+        step_seconds: the duration of one step in seconds; infinite if not known yet.
     """
-    if experiment.stop_at_loss:  # each loss decides whether there is a next step
+    if experiment.stop_at_loss:  # the loss of each step decides whether training goes on
         return 1
     ends = (experiment.eval_every, experiment.save_every)
     size = min(feed.max_steps, experiment.steps - step, *(every - step % every for every in ends))
-    if jax.process_count() > 1:  # the clocks of several processes differ
+    if jax.process_count() > 1:  # the processes measure different times and would disagree
         return size
     return min(size, max(1, int(MAX_SECONDS / step_seconds)))

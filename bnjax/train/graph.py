@@ -1,4 +1,4 @@
-"""A linen module as a graph for TensorBoard: which layer computes from which."""
+"""Builds the graph of a linen module for TensorBoard, with the inputs of each layer."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from bnjax.train_step import init_variables
 
 
 def graph_def(model: nn.Module, shape: Sequence[int], dtype: Any = np.uint8) -> GraphDef:
-    """Returns the graph of a training step's forward pass; computes nothing.
+    """Returns the graph of the forward pass of a training step, without computing it.
 
     Each innermost module is one node, with the shapes of its parameters; each operation between
-    modules is a node too. Names are paths with "/".
+    modules is a node too. The names of nodes are paths with "/".
 
     Args:
         model: any linen module with `__call__(x, train=...)`.
-        shape: of a batch of images, (n, h, w, c).
-        dtype: of the images.
+        shape: the shape of a batch of images, (n, h, w, c).
+        dtype: the dtype of the images.
     """
     key = jax.random.key(0)
     images = jax.ShapeDtypeStruct(tuple(shape), dtype)

@@ -13,12 +13,13 @@ import numpy as np
 from bnjax.errors import UserError
 from bnjax.train.tensorboard import Board
 
-# (step, split, values) of a line of metrics.jsonl; the values are numbers, or None if not finite.
+# Called with the step, split and values of a line in metrics.jsonl; a value that is not finite is
+# None.
 OnMetrics = Callable[[int, str, dict[str, Any]], None]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(draft, path)
@@ -26,7 +27,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns any error while a file of a run is read into one `UserError`."""
+    """Turns any error raised while reading a run's file into a `UserError`."""
     try:
         yield
     except UserError:
@@ -34,20 +35,20 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"{path} is damaged, or from another version of bnjax ({type(error).__name__}: "
-            f"{error}). Restore it from a copy, or train anew in another folder with --workdir."
+            f"{error}). Restore it from a copy, or train again in another folder with --workdir."
         ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the objects of a file with one JSON object per line, each with a `step`.
 
-    Omits an incomplete last line; returns an empty list if there is no file.
+    Omits an incomplete last line; returns an empty list if the file does not exist.
 
     Each line of metrics.jsonl has `split`, `loss` (None if not finite) and `accuracy`. The split is
     "train" for the batch of a step, "test" for an evaluation, or "gap" for training images under
-    the running statistics. A "gap" line also has `batch_loss` and `batch_accuracy` of these images
-    under their batch statistics, and for each norm `drift_mean` and `drift_variance`, the fields of
-    `bnjax.clinic.statistics.Drift`.
+    the running statistics. A "gap" line also has the `batch_loss` and `batch_accuracy` of the same
+    images under their batch statistics, and for each norm the `drift_mean` and `drift_variance`
+    defined by `bnjax.clinic.statistics.Drift`.
 
     Raises:
         UserError: if the file is damaged.
@@ -69,14 +70,14 @@ def first_at_or_below(lines: list[dict[str, Any]], loss: float) -> int | None:
 
 
 def _finite(value: Any) -> Any:
-    """Returns the value with None for each float that is not finite, also in dicts."""
+    """Returns the value with each non-finite float replaced by None, also inside dicts."""
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields names and values; the name of a value in a dict is "dict/name"."""
+    """Yields names and values; a value in a nested dict is named "dict/name"."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{inner}", one) for inner, one in value.items())
@@ -88,7 +89,7 @@ class Lines:
     """A file with one JSON object per line."""
 
     def __init__(self, path: Path, *, keep_up_to: int):
-        """Opens the file to append, and removes lines with a `step` above `keep_up_to`."""
+        """Opens the file for appending, and removes lines with a `step` above `keep_up_to`."""
         kept = [line for line in read_lines(path) if line["step"] <= keep_up_to]
         draft = path.with_name(path.name + ".tmp")
         draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -96,7 +97,7 @@ class Lines:
         self._file = path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one object."""
+        """Appends an object as one line."""
         self._file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
@@ -118,11 +119,11 @@ class RunWriter:
     def __init__(self, workdir: Path, *, start: int, on_metrics: OnMetrics | None = None):
         """Opens the files.
 
-        Removes lines of an interrupted run after step `start`, because the run writes them again.
+        Removes the lines of an interrupted run after step `start`, because the run repeats them.
         `on_metrics` is called with each line of metrics.jsonl.
         """
         self._on_metrics = on_metrics
-        with contextlib.ExitStack() as stack:  # closes the others if one cannot be opened
+        with contextlib.ExitStack() as stack:  # if a file cannot be opened, closes the others
 
             def opened(name: str) -> Lines:
                 lines = Lines(workdir / f"{name}.jsonl", keep_up_to=start)
@@ -138,9 +139,10 @@ class RunWriter:
         """Records metrics; `read_lines` describes the keys.
 
         Args:
-            step: counted from 1.
+            step: the number of the step, counted from 1.
             split: "train", "test" or "gap".
-            values: floats and dicts of floats are also shown as curves; null if not finite.
+            values: the metrics. Floats and dicts of floats are also drawn as curves; non-finite
+                values are written as null.
         """
         finite = _finite(values)
         self._metrics.write({"step": step, "split": split, **finite})
@@ -154,14 +156,14 @@ class RunWriter:
             self._on_metrics(step, split, dict(_flat(finite)))
 
     def timing(self, step: int, seconds: float, images_per_s: float) -> None:
-        """Records the seconds since training began and the current rate."""
+        """Records the seconds since training began and the current images per second."""
         self._timing.write(
             {"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)}
         )
         self.board.scalar("train/images_per_s", images_per_s, step)
 
     def histograms(self, step: int, samples: Any, summaries: dict[str, dict[str, Any]]) -> None:
-        """Records the samples and summaries of `bnjax.train.diagnostics`."""
+        """Records the samples and summaries computed by `bnjax.train.diagnostics`."""
         self._histograms.write({"step": step, **summaries})
         for kind, group in summaries.items():
             for name, numbers in group.items():
@@ -169,7 +171,7 @@ class RunWriter:
                 self.board.histogram(f"{kind}/{name}", samples[kind][name], edges, step)
 
     def pictures(self, step: int, sheet: np.ndarray) -> None:
-        """Shows a picture of predictions for a few test images, uint8 [h, w, 3]."""
+        """Shows a few test images with their predictions in TensorBoard; uint8 [h, w, 3]."""
         self.board.picture("test/predictions", sheet, step)
 
     def flush(self) -> None:

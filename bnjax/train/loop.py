@@ -25,10 +25,13 @@ Summary = dict[str, Any]
 
 
 class Stopped(Exception):
-    """Training stopped on Ctrl-C or SIGTERM; saved up to `step` (None: between two runs)."""
+    """Training was stopped by Ctrl-C or SIGTERM and is saved up to `step`.
+
+    The step is None if the signal arrived between two runs.
+    """
 
     def __init__(self, step: int | None, received: signal.Signals):
-        """Keeps the last complete step and the signal."""
+        """Stores the last complete step and the signal."""
         after = "" if step is None else f" after step {step}"
         super().__init__(f"stopped by {received.name}{after}")
         self.step, self.signal = step, received
@@ -37,24 +40,25 @@ class Stopped(Exception):
 def train_and_evaluate(
     config: ConfigDict, workdir: Path, dataset: Dataset, *, on_metrics: OnMetrics | None = None
 ) -> Summary:
-    """Trains and evaluates, fills the run's folder and returns its summary.
+    """Trains and evaluates one run, writes its folder and returns its summary.
 
     Resumes an interrupted run. Only the first of several processes returns a summary; the others
     return an empty dict.
 
     Args:
-        config: a config with the keys of `bnjax.train.config.default_config`.
+        config: a config made from `bnjax.train.config.default_config`.
         workdir: the run's folder, created if it does not exist.
-        dataset: from `bnjax.train.build.dataset`.
-        on_metrics: (step, split, values) -> None, called as each line of metrics.jsonl is written,
-            on the first process and while the device computes. The values are numbers by name, with
-            "drift_mean/LAYER" for the norms. If it raises, the latest step is saved first.
+        dataset: the data set, from `bnjax.train.build.dataset`.
+        on_metrics: a function (step, split, values) -> None. The first process calls it for each
+            line that it writes to metrics.jsonl, while the device computes. The values are numbers
+            by name, with "drift_mean/LAYER" for a norm. If the function raises an error, the latest
+            step is saved before training ends.
 
     Raises:
         UserError: if the config is invalid, the folder belongs to a different run or process, or
             the disk fails.
-        Exception: of `on_metrics`.
-        NonFiniteError: if more consecutive steps than the config allows are not finite.
+        Exception: any error raised by `on_metrics`.
+        NonFiniteError: if more consecutive steps are non-finite than the config allows.
         Stopped: after Ctrl-C or SIGTERM, with the last complete step saved.
     """
     with StopRequest() as stop:
@@ -66,10 +70,10 @@ def train_and_evaluate(
 
 
 class Trainer:
-    """Trains a config with any seeds, and reuses the compiled functions."""
+    """Trains a config with any number of seeds, and reuses the compiled functions."""
 
     def __init__(self, config: ConfigDict, dataset: Dataset, feed: Feed | None = None):
-        """Prepares the experiment; compiles at the first step.
+        """Prepares the experiment; functions are compiled at the first step.
 
         Raises:
             ConfigError: if the config is invalid.
@@ -83,15 +87,15 @@ class Trainer:
     def train(
         self, folders: Mapping[int, Path], stop: StopRequest, on_metrics: OnMetrics | None = None
     ) -> dict[int, Summary | NonFiniteError]:
-        """Takes the missing steps of each seed, all seeds in one program; returns their results.
+        """Trains all seeds in one program, from the last step of each; returns their results.
 
-        After an interruption seeds may be at different steps: seeds at the same step form a group,
+        After an interruption, seeds may be at different steps. Seeds at the same step form a group,
         and the groups train one after another. The size of a group changes results only by
-        rounding. The seconds of a step are divided evenly among the seeds of the group.
+        rounding. The duration of a step is divided evenly among the seeds of a group.
 
         Args:
             folders: the folder of each seed.
-            stop: checked after each step.
+            stop: a request to stop, which is checked after each step.
             on_metrics: as for `train_and_evaluate`.
 
         Raises:
@@ -118,8 +122,8 @@ class Trainer:
         except OSError as error:
             raise UserError(
                 f"{', '.join(map(str, folders.values()))} cannot be written: "
-                f"{error.strerror or error}. Saved checkpoints are intact: free some space or mend "
-                "the folder, and the same command resumes from the last checkpoint."
+                f"{error.strerror or error}. Saved checkpoints are intact: free some space or make "
+                "the folder writable, and the same command resumes training from the last one."
             ) from error
 
     def _open(
@@ -131,15 +135,15 @@ class Trainer:
 
 
 def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
-    """Trains seeds that are at the same step, until all have ended."""
+    """Trains seeds that are at the same step until all of them have ended."""
     step, feed, experiment = run.start, steps.feed, steps.experiment
     items = zip(*(feed.items(seed.number, step) for seed in run.seeds), strict=True)
     state, batch_stats, bad_steps = run.begin()
-    pending: Any = None  # the latest steps; their metrics are on the device
+    pending: Any = None  # the latest steps, whose metrics are still on the device
     agree = Agreement(experiment.parallel)
     while not run.ended:
-        # One step on a CPU, several on an accelerator, up to the next evaluation or save. On the
-        # device each step augments `feed.batch(resident, item)` and calls `train_step`.
+        # Takes one step on a CPU, or several on an accelerator up to the next evaluation or save.
+        # On the device, each step augments `feed.batch(resident, item)` and calls `train_step`.
         size = dispatch_size(experiment, feed, step, run.step_seconds)
         dispatch = [next(items) for _ in range(size)]
         state, batch_stats, bad_steps, metrics = steps.train(
@@ -150,7 +154,7 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
         pending = step + 1, dispatch, metrics
         step += len(dispatch)
 
-        # Decide once what follows these steps; a later signal is handled after the next steps.
+        # Decides once what follows these steps; a later signal is handled after the next steps.
         received, overdue = agree(stop.signal or 0, run.is_overdue())
         evaluates = step % experiment.eval_every == 0 or step == experiment.steps
         saves = bool(overdue or received) or step % experiment.save_every == 0

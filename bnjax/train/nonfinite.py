@@ -1,7 +1,7 @@
-"""Steps with a non-finite loss, gradient or statistic: how training goes on, stops and says why.
+"""Handles steps with a non-finite loss, gradient or statistic.
 
-`train_step` drops the update of such a step. The program counts consecutive ones, and the run stops
-after more of them than the config allows.
+`train_step` drops the update of such a step. The program counts consecutive non-finite steps, and
+the run stops with an explanation if there are more than the config allows.
 """
 
 import functools
@@ -20,32 +20,32 @@ from bnjax.types import Batch, BatchStats, Logits, Losses, Params, named_leaves
 def until_stopped(losses: Losses, bad_steps: Any, most_skipped: int) -> Losses:
     """Returns the losses, or NaN after more than `most_skipped` consecutive bad steps.
 
-    With NaN all later steps change nothing. The host notices the bad steps only after it has
-    dispatched more, and needs the state before the first of them.
+    With a NaN loss, later steps change nothing. The host detects bad steps only after it has
+    dispatched more steps, and it needs the state before the first bad step.
     """
     return jnp.where(bad_steps > most_skipped, jnp.nan, losses)
 
 
 def explained(step: int, bad_steps: int, saved: int | None, where: str | None) -> NonFiniteError:
-    """Returns the error that ends a run at a bad step.
+    """Returns the error that ends a run after a bad step.
 
     Args:
-        step: the step.
-        bad_steps: the number of consecutive bad steps, this one included.
+        step: the number of the bad step.
+        bad_steps: the number of consecutive bad steps, including this one.
         saved: the step of the newest checkpoint, or None.
-        where: from `first_nonfinite`.
+        where: the result of `first_nonfinite`.
     """
-    found = "Recomputed layer by layer, everything is finite."
+    found = "When recomputed layer by layer, all values are finite."
     if where:
         found = f"The first non-finite value there is {where}."
     kept = "Nothing was saved yet" if saved is None else f"The checkpoint of step {saved} is kept"
     rows = f" and {bad_steps - 1} before it" if bad_steps > 1 else ""
     return NonFiniteError(
         f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {found} "
-        f"{kept}. What usually helps: a lower learning rate "
-        "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, float32 instead "
-        "of bfloat16, and a look at the images; --config.train.on_nonfinite=skip drops such "
-        "steps instead. Each of these is a different config and needs a different --workdir."
+        f"{kept}. Check the images, and try a lower learning rate "
+        "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, or float32 instead "
+        "of bfloat16; --config.train.on_nonfinite=skip drops such steps and trains on. A changed "
+        "config needs a different --workdir."
     )
 
 
@@ -57,14 +57,14 @@ def first_nonfinite(
     model: nn.Module,
     loss_fn: LossFn = softmax_cross_entropy,
 ) -> str | None:
-    """Describes the first non-finite value of a training step; None if all is finite.
+    """Describes the first non-finite value in a training step; None if all values are finite.
 
-    Looks at the images, the parameters, the statistics, the output of each layer, the new
-    statistics, the losses and the gradients. The forward pass is not compiled, so that the layers
-    are checked in the order of computation.
+    Checks the images, the parameters, the statistics, the output of each layer, the new statistics,
+    the losses and the gradients. The forward pass is not compiled, so that the layers are checked
+    in the order of computation.
 
     Args:
-        state: the state before the step, with its `step`, because dropout depends on it.
+        state: the state before the step; its `step` has to be right, because dropout depends on it.
         batch_stats: the statistics before the step.
         batch: the batch of the step.
         model, loss_fn: as for `train_step`.
@@ -99,5 +99,5 @@ def _bad_leaves(tree: Any) -> list[str]:
     """Returns the names of the non-finite leaves, in the order of the tree."""
     leaves = named_leaves(tree).items()
     bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float32)).all()]
-    # The output of a layer has a name such as "conv0.__call__.0".
+    # The name of a layer's output has the form "conv0.__call__.0".
     return [name.partition("__call__")[0].rstrip(".") for name in bad]

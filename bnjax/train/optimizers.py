@@ -1,4 +1,4 @@
-"""The optimizer that a config describes: Adam, SGD or Muon; schedules, and averages of weights."""
+"""Builds the optimizer of a config: Adam, SGD or Muon, with schedules and averages of weights."""
 
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ NEWTON_SCHULZ = {"ns_coeffs": (3.4576, -4.7391, 2.0843), "ns_steps": 3}
 
 
 def optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer that a config describes, for the gradient of the mean loss.
+    """Returns the optimizer that a config describes, for gradients of the mean loss.
 
     Args:
-        config: a whole config.
-        steps: the number of steps of the run, at which the schedule ends.
+        config: the whole config.
+        steps: the number of steps in the run, after which the schedule ends.
     """
     options = config.optimizer
     rate = schedule(options, options.learning_rate, steps)
@@ -53,7 +53,7 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
     Args:
         options: the section `optimizer`.
         peak: the highest rate.
-        steps: the number of steps after which a falling rate is 0.
+        steps: the number of steps after which a falling rate has reached 0.
 
     >>> from bnjax.train.config import default_config
     >>> options = default_config().optimizer
@@ -63,7 +63,7 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
     """
     rising = round(options.warmup * steps)
     falling = max(steps - rising, 1)
-    if options.schedule == "one_cycle":  # divisors as in torch and Smith & Topin, 2018
+    if options.schedule == "one_cycle":  # the divisors are those of torch and Smith & Topin, 2018
         return optax.cosine_onecycle_schedule(steps, peak, options.warmup or 0.3, 25.0, 1e4)
     if options.schedule == "linear":
         rate: Any = optax.linear_schedule(peak, 0.0, falling)
@@ -89,8 +89,8 @@ def kernels(params: Params) -> Any:
 def kinds(params: Params) -> Any:
     """Returns the kind of each leaf, which decides how Muon trains it.
 
-    "convolution" and "dense" are kernels; "fixed" and "whitening" are the kernel and the bias of a
-    `bnjax.models.speednet.Whitening`; all other leaves are "other".
+    "convolution" and "dense" mark kernels; "fixed" and "whitening" mark the kernel and the bias of
+    a `bnjax.models.speednet.Whitening`; "other" marks all other leaves.
     """
 
     def kind(path: Any, leaf: Any) -> str:
@@ -114,8 +114,8 @@ def _sgd(
 def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransformation:
     """Returns Muon for the kernels of convolutions, and SGD with separate rates for the rest.
 
-    Optax orthogonalises the update. Unlike `optax.contrib.muon`, this gives the kernels a fixed
-    norm, and trains the rest with SGD instead of AdamW.
+    Optax orthogonalises the update. Unlike `optax.contrib.muon`, this optimizer rescales kernels to
+    a fixed norm, and trains the rest with SGD instead of AdamW.
     """
     options, muon = config.optimizer, config.muon
     every, more = muon.rescale_every
@@ -124,7 +124,7 @@ def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransforma
     def sgd(peak: float, steps: int, *, decays: bool) -> optax.GradientTransformation:
         decay = (
             options.weight_decay / peak if decays else 0.0
-        )  # at the highest rate, a step decays by weight_decay
+        )  # at the peak rate, a step decays weights by the fraction weight_decay
         falling = schedule(options, peak, steps)
         return _sgd(falling, options.momentum, True, decay, None)
 
@@ -156,7 +156,7 @@ def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransforma
 
 
 class RescaleState(NamedTuple):
-    """The number of updates so far, int32 []."""
+    """The state of `rescale`: the number of updates so far, int32 []."""
 
     updates: Leaf
 
@@ -164,12 +164,12 @@ class RescaleState(NamedTuple):
 def rescale(every: int, more: int, steps: int) -> optax.GradientTransformation:
     """Rescales kernels to the norm sqrt(output channels) before an update is added.
 
-    The scale of a kernel in front of a norm has no effect, and its effective rate is the step
-    relative to its norm; with a fixed norm the schedule alone sets that rate. Has to be the last
-    transformation of a chain.
+    The scale of a kernel in front of a batch norm has no effect on the output, and the effective
+    learning rate is the size of the step relative to the norm of the kernel. With a fixed norm, the
+    schedule alone sets that rate. This has to be the last transformation in a chain.
 
     Args:
-        every, more: the interval is `every + int(more * progress)` updates.
+        every, more: kernels are rescaled every `every + int(more * progress)` updates.
         steps: the total number of updates.
     """
 

@@ -22,9 +22,9 @@ RENAMED = {
 
 
 def load(path: str, overrides: list[str]) -> ConfigDict:
-    """Returns the config of a file with `--config.key=value` overrides applied.
+    """Returns the config defined in a file, with `--config.key=value` overrides applied.
 
-    A duration that is given in one unit replaces those in the other units.
+    A duration given in one unit replaces a duration given in another unit.
 
     Raises:
         UserError: if the file cannot be run, or an override has an unknown key or the wrong type.
@@ -39,12 +39,12 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
         ) from error
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"the config file {path} does not run: {type(error).__name__}: {error}."
+            f"the config file {path} raised {type(error).__name__}: {error}."
         ) from error
     if not isinstance(config, ConfigDict) or "name" not in config:
         raise UserError(
-            f"the config file {path} gives no config: take bnjax.train.config.default_config(), "
-            "change it and return it."
+            f"get_config() in the config file {path} returned no config. Start from "
+            "bnjax.train.config.default_config(), change it and return it."
         )
     config = from_dict(config.to_dict())  # rejects unknown keys and wrong types
     given = dict(pairs(overrides))
@@ -59,10 +59,10 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 
 
 def find(path: str, kind: str) -> Path:
-    """Returns a file by its path, or by its name among the files that come with bnjax.
+    """Returns the path of a file that is given by its path or by the name of a file in bnjax.
 
     Args:
-        path: the path, or the bare name of a config or a claim, for instance "bn".
+        path: the path, or only the name of a config or claim that bnjax includes, such as "bn".
         kind: "config" or "claim".
 
     Raises:
@@ -71,7 +71,7 @@ def find(path: str, kind: str) -> Path:
     if Path(path).is_file():
         return Path(path)
     package = Path(__file__).parents[1]
-    # They are in the package if it is installed, and next to it in a checkout.
+    # These files are inside an installed package, and next to the package in a checkout.
     homes = [home for home in (package / "configs", package.parent / "configs") if home.is_dir()]
     found = {
         file.stem: file
@@ -81,13 +81,13 @@ def find(path: str, kind: str) -> Path:
     if path in found:
         return found[path]
     raise UserError(
-        f"there is no {kind} file {path}. Give the path of one, or a name of those that come with "
-        f"bnjax: {', '.join(found) or 'there are none here'}."
+        f"there is no {kind} file {path}. Give the path of a {kind} file, or the name of one that "
+        f"bnjax includes: {', '.join(found) or 'none found'}."
     )
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Returns the config with these values, from `to_dict` or from JSON.
+    """Returns the config with these values, which come from `to_dict` or from JSON.
 
     Raises:
         UserError: for an unknown key.
@@ -101,7 +101,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
             if key not in section or is_section != isinstance(value, dict):
                 now, close = RENAMED.get(path + key), difflib.get_close_matches(key, section, 1)
                 hint = f" Did you mean config.{path}{close[0]}?" if close else ""
-                hint = f" It is called config.{now} now." if now else hint
+                hint = f" It was renamed to config.{now}." if now else hint
                 kind = "section" if isinstance(value, dict) else "key"
                 raise UserError(f"there is no {kind} config.{path}{key}.{hint}")
             if is_section:
@@ -114,7 +114,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of a nested dict under keys with dots, tuples as lists, as in JSON.
+    """Returns a flat dict with dotted keys from a nested dict; tuples become lists, as in JSON.
 
     >>> flat({"model": {"dense": (100,)}, "seed": 0})
     {'model.dense': [100], 'seed': 0}
@@ -129,7 +129,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets one key from the text of a command line, converted to the type of its value.
+    """Sets one key to the text from a command line, converted to the type of the key.
 
     >>> config = default_config()
     >>> override(config, "model.momentum", "0.9")
@@ -145,7 +145,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
             parent = ".".join(["config", *keys[:depth]])
             hint = f" Did you mean {parent}.{close[0]}?" if close else ""
             if name in RENAMED:
-                hint = f" It is called config.{RENAMED[name]} now."
+                hint = f" It was renamed to config.{RENAMED[name]}."
             raise UserError(
                 f"there is no key config.{name}.{hint} {parent} has: "
                 f"{', '.join(known) or 'no keys'}."
@@ -162,7 +162,7 @@ def pairs(overrides: list[str]) -> list[tuple[str, str]]:
     """Splits `--config.a.b=value` and `--config.a.b value` into names and values.
 
     Raises:
-        UserError: for any other argument.
+        UserError: if an argument has another form.
     """
     found, rest = [], list(overrides)
     while rest:
@@ -199,7 +199,7 @@ def _convert(name: str, text: str, old: Any) -> Any:
 
 
 def _of_type(name: str, value: Any, old: Any) -> Any:
-    """Returns the value as the type of `old` if that is exact, for instance an int as a float."""
+    """Converts the value to the type of `old` if that loses nothing, for instance int to float."""
     kind = type(old)
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(value)
@@ -211,7 +211,7 @@ def _of_type(name: str, value: Any, old: Any) -> Any:
             bool: "True or False",
             int: "a whole number",
             float: "a number",
-            tuple: "values with commas between them",
+            tuple: "values separated by commas",
         }
         raise ConfigError(name, value, words[kind])
     return value

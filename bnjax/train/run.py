@@ -34,15 +34,17 @@ from bnjax.train.summary import summarise, versions
 
 
 class Run:
-    """The seeds of one config that train in one program, the leading axis of all arrays.
+    """The seeds of one config that train in one program.
+
+    The seeds are the leading axis of all arrays.
 
     Attributes:
-        seeds: all at the same step, `start`.
-        step_seconds: the seconds of a step in the latest dispatch; infinite at first.
+        seeds: the seeds, all at the same step, `start`.
+        step_seconds: the duration of a step in the latest dispatch, in seconds; infinite at first.
     """
 
     def __init__(self, seeds: Sequence["Seed"], steps: Steps, observer: Observer):
-        """Shows a progress bar on a terminal until `close` is called."""
+        """Shows a progress bar in the terminal until `close` is called."""
         self.seeds, self.start = seeds, seeds[0].start
         self._steps, self._experiment, self._observer = steps, steps.experiment, observer
         self.step_seconds = float("inf")
@@ -57,7 +59,7 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether no seed takes another step."""
+        """Whether all seeds have ended."""
         return all(seed.ended for seed in self.seeds)
 
     @property
@@ -66,7 +68,7 @@ class Run:
         return any(seed.is_finishing and not seed.ended for seed in self.seeds)
 
     def begin(self) -> tuple[Any, Any, Any]:
-        """Returns state, statistics and bad steps of all seeds, new or from checkpoints."""
+        """Returns the state, statistics and bad steps of all seeds, new or from checkpoints."""
         states = [seed.restore(self._steps) for seed in self.seeds]
         _say(self._banner(states[0][0].params))
         for seed in self.seeds:
@@ -80,10 +82,10 @@ class Run:
     def log(
         self, both: State, first: int, dispatch: list[tuple[Item, ...]], metrics: Metrics
     ) -> None:
-        """Writes the metrics of the steps from `first` on; waits for the device.
+        """Waits for the device, and writes the metrics of the steps from `first` on.
 
         A seed with too many consecutive bad steps fails. Its state in `both` is the state before
-        the first of them, because the device drops all later steps.
+        the first bad step, because the device drops all later steps.
         """
         experiment = self._experiment
         each = unstack(metrics, len(dispatch), len(self.seeds))
@@ -91,7 +93,7 @@ class Run:
         seconds = self.step_seconds = max(now - self._since - compiling, 1e-6) / len(dispatch)
         self._since, self._compiled = now, self._compiled + compiling
         if compiling > 1:
-            _say(f"compiled in {compiling:.0f} s, not included in the seconds")
+            _say(f"compiled in {compiling:.0f} s, not included in the training time")
         if now - self._trimmed_at > 1:
             cpu.give_back_freed_memory()
             self._trimmed_at = now
@@ -121,7 +123,7 @@ class Run:
                 self._bar.update()
 
     def _fail(self, seed: "Seed", step: int, before: State, item: Item) -> None:
-        """Ends a seed at a bad step; `before` is the previous state, except for `state.step`."""
+        """Ends a seed at a bad step; `before` is the state before it, except for `state.step`."""
         if seed.writer:
             seed.writer.flush()
         experiment, feed, (state, batch_stats) = self._experiment, self._steps.feed, before
@@ -139,12 +141,12 @@ class Run:
         seed.ended, self._since = True, time.perf_counter()
 
     def is_overdue(self) -> bool:
-        """Returns whether the last checkpoint is older than the config allows."""
+        """Returns whether the time since the last save exceeds the interval in the config."""
         minutes = self._experiment.save_every_minutes
         return minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
 
     def test(self, step: int, both: State, evaluated: Variables, *, everyone: bool) -> None:
-        """Evaluates and observes every seed, or only those that have taken their last step."""
+        """Evaluates and observes every seed, or only seeds that have taken their last step."""
         chosen_by, images = self.seeds[0].dataset.chosen_by
         metrics = self._steps.test(*evaluated, images)
         for i, seed in self._active(everyone):
@@ -171,10 +173,10 @@ class Run:
         return means["accuracy"]
 
     def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
-        """Saves every seed, or only those that have taken their last step; these end."""
+        """Saves every seed, or only seeds that have taken their last step; such seeds end here."""
         for i, seed in self._active(everyone):
             if seed.writer:
-                seed.writer.flush()  # first: a checkpoint must not be ahead of the files
+                seed.writer.flush()  # first, so that the files have every step of the checkpoint
             about = {"config": seed.config.to_dict(), "versions": versions()}
             own, shown = self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i)
             if seed.is_finishing and any(self._experiment.frozen):
@@ -187,11 +189,11 @@ class Run:
             self._saved_at = self._since
 
     def _moved(self, seed: "Seed", both: State) -> list[str] | None:
-        """Compares what was frozen with the start of the run, and prints the result."""
+        """Compares the frozen leaves with those at the start of the run, and prints the result."""
         try:
             (state, batch_stats), _ = self._steps.begin(seed.number)
         except UserError as error:
-            _say(f"\nWARNING: what was frozen is not compared with the start: {error}\n")
+            _say(f"\nWARNING: the frozen leaves could not be compared with the start: {error}\n")
             return None
         frozen, before = self._experiment.frozen, (state.params, batch_stats)
         moved = frozen.moved(*jax.device_get((before, (both[0].params, both[1]))))
@@ -199,7 +201,7 @@ class Run:
         _say(
             f"\nWARNING: frozen leaves moved: {', '.join(moved)}\n"
             if moved
-            else f"frozen: {what} have the same bits as at the start"
+            else f"frozen: {what} are bit-identical to the start"
         )
         return moved
 
@@ -224,24 +226,24 @@ class Run:
 
 
 class Seed:
-    """One seed, its open folder and its progress.
+    """A seed of a run, with its open folder and its progress.
 
     Attributes:
-        number: the seed.
+        number: the value of the seed.
         config, dataset: the config (with this seed) and the data set of the run.
         start: the last step of the newest intact checkpoint; 0 if there is none.
         is_new: whether there is no checkpoint.
-        bad_steps: the number of consecutive latest steps that were dropped as not finite.
+        bad_steps: the number of consecutive steps, up to the latest, dropped as non-finite.
         seconds: the training time so far.
-        accuracy: the accuracy of the latest step, if it was evaluated.
-        best: the most correct answers in an evaluation; -1 before the first.
-        waited: the number of evaluations after the best.
+        accuracy: the accuracy after the latest step, if it was evaluated.
+        best: the largest number of correct predictions in an evaluation; -1 before the first one.
+        waited: the number of evaluations since the best one.
         is_finishing: whether the latest step was the last one.
-        ended: whether it takes no more steps.
-        failure: the error that ended it, or None.
-        moved: the names of frozen leaves that have moved; None if nothing was compared.
-        checkpoints: the checkpoints; each process saves its part.
-        writer: the writer of all other files; None except in the first process.
+        ended: whether training of the seed has ended.
+        failure: the error that ended training, or None.
+        moved: the names of frozen leaves that have changed; None if nothing was compared.
+        checkpoints: the checkpoints; each process saves a part.
+        writer: the writer of all other files in the first process; None in the others.
     """
 
     def __init__(
@@ -253,11 +255,11 @@ class Seed:
         on_metrics: OnMetrics | None,
         stack: contextlib.ExitStack,
     ):
-        """Locks and opens the folder until `stack` closes, in all processes.
+        """Locks and opens the folder in all processes, until `stack` closes.
 
         Raises:
-            UserError: if it belongs to a different config or process, all checkpoints are damaged,
-                or its files lack steps.
+            UserError: if the folder belongs to a different config or process, all checkpoints are
+                damaged, or its files lack steps.
         """
         self.config, self.number, self.dataset = config, config.seed, dataset
         self._folder, self._experiment = folder, experiment
@@ -298,14 +300,14 @@ class Seed:
             try:
                 stack.enter_context(rundir.locked(self._folder))
                 rundir.take(self._folder, self.config, rundir.DataFacts.of(self.dataset))
-            except (UserError, OSError) as error:  # raised below, after the other processes know
+            except (UserError, OSError) as error:  # raised below, once all processes are informed
                 refused = error
         (failed,) = from_first(refused is not None)
         if failed:
-            raise refused or UserError("the first process cannot begin and reports the reason.")
+            raise refused or UserError("the first process could not begin; see its error message.")
 
     def judge(self, correct: int) -> None:
-        """Counts an evaluation; after too many without a new best the latest step is the last."""
+        """Counts an evaluation; ends training after too many evaluations without a new best."""
         self.best, self.waited = (
             (correct, 0) if correct > self.best else (self.best, self.waited + 1)
         )
@@ -313,7 +315,7 @@ class Seed:
             self.is_finishing = True
 
     def restore(self, steps: Steps) -> State:
-        """Returns the state and the statistics of the newest checkpoint, or new ones."""
+        """Returns the state and statistics from the newest checkpoint, or newly initialised."""
         like = steps.like()
         if self.is_new:
             state, taken = steps.begin(self.number)
@@ -325,7 +327,7 @@ class Seed:
         return self.checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
 
     def finish(self) -> dict[str, Any]:
-        """Writes and returns the summary, after all other files."""
+        """Writes the summary after all other files, and returns it."""
         self.checkpoints.wait()
         if self.writer is None:
             return {}
@@ -339,7 +341,7 @@ class Seed:
 
 
 def _so_far(workdir: Path, step: int) -> tuple[float, int]:
-    """Returns the seconds of training up to a step, and the consecutive bad steps at its end.
+    """Returns the seconds of training up to a step, and the number of bad steps that end there.
 
     Raises:
         UserError: if metrics.jsonl or timing.jsonl ends before the step.
@@ -350,32 +352,32 @@ def _so_far(workdir: Path, step: int) -> tuple[float, int]:
         if not lines or lines[-1]["step"] != step:
             raise UserError(
                 f"{workdir / name} ends before step {step}, which has a checkpoint. "
-                "Restore the file from a copy, or train anew in another folder with --workdir. "
-                "A folder made by `bnjax port` has no such file: to train on from its network, "
-                "give another --workdir and this folder with --from."
+                "Restore the file from a copy, or train again in another folder with --workdir. "
+                "A folder made by `bnjax port` has no such file: to continue training its network, "
+                "give this folder with --from and another --workdir."
             )
     skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])
     return float(timing[-1]["seconds"]), len([*skipped])
 
 
 def _say(text: str) -> None:
-    tqdm.tqdm.write(text)  # above the progress bars
+    tqdm.tqdm.write(text)  # prints above the progress bars
     sys.stdout.flush()
 
 
 class StopRequest:
     """A context in which the first SIGINT or SIGTERM only sets `signal`; a second ends the program.
 
-    An exception during a step would lose both its donated inputs and its outputs. Outside of the
-    main thread, where Python allows no signal handlers, it has no effect.
+    An exception during a step would lose both the donated inputs and the outputs of the step. The
+    context has no effect outside the main thread, where Python allows no signal handlers.
 
     Attributes:
         signal: the received signal, or None.
-        failure: the error of a function from `guarding`, or None.
+        failure: the first error raised by a function from `guarding`, or None.
     """
 
     def __init__(self) -> None:
-        """Starts without a signal."""
+        """Sets both attributes to None."""
         self.signal: signal.Signals | None = None
         self.failure: Exception | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -391,7 +393,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def guarding(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Returns the function; its first error is kept and stops training like a signal."""
+        """Wraps a function so that its first error is stored and stops training like a signal."""
 
         def guarded(*arguments: Any) -> None:
             try:

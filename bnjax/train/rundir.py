@@ -1,4 +1,4 @@
-"""The ownership of a run's folder: its config, its data, and the process that may use it."""
+"""Reads and checks a run's folder: its config, its data, and the process that may write to it."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,15 @@ from bnjax.train import parsing
 from bnjax.train.jsonl import reading, write_json
 
 LOCK, FOLDED = ".lock", "folded.json"
-# Files that a process leaves if it dies, or the disk is full, at its start.
+# Files that remain if a process dies, or the disk is full, at the start of a run.
 OURS = (LOCK, "config.json.tmp", "comparison.json.tmp")
-# Keys that may change when a run resumes, for instance after the data were moved.
+# Keys that may change before a run resumes, for instance because the data were moved.
 PLACES = ("config.data.dir", "config.data.workers", "config.devices")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """The facts of the training data that a network needs."""
+    """The facts about the training data that a network depends on."""
 
     name: str
     label: str
@@ -33,13 +33,13 @@ class DataFacts:
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataFacts":
-        """Returns the facts of a data set."""
+        """Returns the facts about a data set."""
         return cls(dataset.name, dataset.label, dataset.train.image_shape, dataset.classes)
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Locks the folder against other processes that train, until the context or process ends.
+    """Locks the folder against other training processes until the context or the process ends.
 
     Raises:
         UserError: if another process trains there.
@@ -57,17 +57,17 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def check_is_free(out: Path) -> None:
-    """Raises UserError if a folder has anything in it."""
+    """Raises UserError if a folder exists and is not empty."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already. Give an empty or new folder with --out.")
 
 
 def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
-    """Assigns the folder to this config, or checks that it belongs to this config.
+    """Assigns a new folder to this config, or checks that an existing one belongs to it.
 
     Raises:
-        UserError: if it has other content, or a run of a different config (the error shows the
-            difference).
+        UserError: if the folder has other content, or holds a run with a different config (the
+            error shows the difference).
     """
     file = workdir / "config.json"
     mine = {"config": config.to_dict(), "data": dataclasses.asdict(data)}
@@ -95,7 +95,7 @@ def take(workdir: Path, config: ConfigDict, data: DataFacts) -> None:
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    r"""Returns a line for each entry that differs between two trees; empty if they agree.
+    r"""Returns a line for each entry that differs between two trees, or "" if they agree.
 
     Ignores the keys in `PLACES`.
 
@@ -114,7 +114,7 @@ def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
-    """Returns the config that a run was started with and the facts of its data.
+    """Returns the config with which a run was started, and the facts about its data.
 
     Raises:
         UserError: if the folder holds no run, or its config.json is damaged.
@@ -136,7 +136,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
 
 
 def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """Returns pairs of paths: a folded norm, and the layer that it was folded into.
+    """Returns pairs of paths, each of a folded norm and of the layer that it was folded into.
 
     Raises:
         UserError: if the folder's folded.json is damaged.

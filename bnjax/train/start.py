@@ -1,4 +1,4 @@
-"""How a run starts from other weights, and which of its leaves stay as they are."""
+"""Starts a run from other weights, and selects the leaves that training leaves unchanged."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ from bnjax.types import BatchStats, Params, Tree, named_leaves
 
 Variables = tuple[Params, BatchStats]
 HEAD = "logits"  # the last layer of every network in bnjax.models
-WEIGHTS = "weights.safetensors"  # in a folder of `bnjax export`
+WEIGHTS = "weights.safetensors"  # in a folder written by `bnjax export`
 
 
 class Taken(NamedTuple):
-    """What became of each leaf, by name, when a network took over the variables of another.
+    """The names of the leaves that a network did and did not copy from a source network.
 
     Attributes:
-        taken: leaves with the values of the source.
+        taken: leaves that were copied from the source.
         new: leaves that the source lacks or has in another shape.
         left: leaves of the source that the network lacks.
     """
@@ -39,7 +39,7 @@ class Taken(NamedTuple):
     left: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line each, with the names of whole layers."""
+        """One line for each field, with layers instead of single leaves."""
         lines = [f"  {what}: {_layers(names)}" for what, names in self._asdict().items()]
         return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines)
 
@@ -47,14 +47,14 @@ class Taken(NamedTuple):
 def take_over(
     state: TrainState, batch_stats: BatchStats, source: Variables, tx: optax.GradientTransformation
 ) -> tuple[TrainState, BatchStats, Taken]:
-    """Returns a new state that starts from the parameters and statistics of another network.
+    """Returns a new state with parameters and statistics copied from another network.
 
-    Leaves are matched by name and shape and keep the dtypes of `state`. The optimizer's state is
-    new. Statistics are taken with their `count`, if the norms have one.
+    Leaves are matched by name and shape, and keep the dtypes of `state`. The optimizer's state is
+    new. Statistics are copied together with their `count`, if the norms have one.
 
     Args:
-        state, batch_stats: from `bnjax.train_step.init_state`.
-        source: params and batch_stats of the other network.
+        state, batch_stats: the result of `bnjax.train_step.init_state`.
+        source: the params and batch_stats of the other network.
         tx: the optimizer given to `init_state`.
 
     Raises:
@@ -65,9 +65,9 @@ def take_over(
     taken = [name for name in own if name in theirs and theirs[name].shape == own[name].shape]
     if not any(name.startswith("params.") for name in taken):
         raise UserError(
-            f"the two networks have no parameter of the same name and shape: here "
+            f"the two networks have no parameter with the same name and shape: here "
             f"{_layers(own)}; there {_layers(theirs)}. Rename the layers, for instance with the "
-            "table of bnjax port."
+            "table for bnjax port."
         )
     new = tuple(
         f"{name} {[*own[name].shape]}, there {[*theirs[name].shape]}" if name in theirs else name
@@ -83,7 +83,7 @@ def take_over(
 
 
 def _layers(names: Iterable[str], most: int = 12) -> str:
-    """Returns the layers of leaves in order, and what is added to the name of a leaf."""
+    """Returns the layers of the named leaves in order, with any remark on a leaf in brackets."""
     parts = [name.partition(" ") for name in names]
     layers = dict.fromkeys(
         f"{name.removeprefix('batch_stats.').removeprefix('params.').rpartition('.')[0]}"
@@ -97,12 +97,12 @@ def _layers(names: Iterable[str], most: int = 12) -> str:
 
 @functools.lru_cache(1)
 def read_source(folder: Path) -> Variables:
-    """Returns the variables of a run, a ported or folded network, or an exported one.
+    """Returns the variables of a run or of a ported, folded or exported network.
 
-    Of a run, those of its best checkpoint, as evaluated.
+    For a run, these are the variables for evaluation in its best checkpoint.
 
     Raises:
-        UserError: if the folder holds none of these, or is damaged.
+        UserError: if the folder holds no such network, or is damaged.
     """
     if (folder / WEIGHTS).is_file():
         with reading(folder / WEIGHTS):
@@ -121,24 +121,24 @@ def read_source(folder: Path) -> Variables:
 
 
 class Frozen(NamedTuple):
-    """What a run does not change.
+    """The parts of a network that a run does not change.
 
     Attributes:
-        norms: the names of the norms whose statistics stay.
-        params: the names of the parameters that stay, with their layers.
+        norms: the names of the norms whose statistics are frozen.
+        params: the names of the frozen parameters, including their layers.
     """
 
     norms: tuple[str, ...]
     params: tuple[str, ...]
 
     def mask(self, params: Params) -> Tree:
-        """Returns a tree of bools like the parameters, for `freezing.without_frozen`."""
+        """Returns a tree of bools in the structure of the parameters, True for frozen ones."""
         return unflatten_dict(
             {path: ".".join(path) in self.params for path in flatten_dict(params)}
         )
 
     def moved(self, before: Variables, after: Variables) -> list[str]:
-        """Returns the names of frozen leaves that differ in any bit."""
+        """Returns the names of frozen leaves that differ in any bit between the two networks."""
         (params, stats), (new_params, new_stats) = (
             map(named_leaves, both) for both in (before, after)
         )
@@ -156,10 +156,10 @@ class Frozen(NamedTuple):
 
 
 def frozen(config: ConfigDict, params: Params, batch_stats: BatchStats) -> Frozen:
-    """Returns what the section `train` freezes of a network.
+    """Returns the parts of a network that the section `train` freezes.
 
     Args:
-        config: the section `train`.
+        config: the section `train` of the config.
         params, batch_stats: the variables of the network, or their shapes.
 
     Raises:
@@ -196,6 +196,6 @@ def frozen(config: ConfigDict, params: Params, batch_stats: BatchStats) -> Froze
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
-    """Returns whether a leaf or one of its layers matches a pattern."""
+    """Returns whether the name of a leaf, or of a layer that contains it, matches a pattern."""
     parts = name.split(".")
     return any(matches(".".join(parts[:end]), patterns) for end in range(1, len(parts) + 1))

@@ -28,7 +28,7 @@ from bnjax.train.start import Taken, read_source, take_over
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
 
-AUGMENTATION = 1  # folded into the key of a step; dropout uses the key itself
+AUGMENTATION = 1  # folded into the key of a step for augmentation; dropout uses the key itself
 
 State = tuple[TrainState, BatchStats]
 Variables = tuple[Params, BatchStats]
@@ -36,14 +36,14 @@ Both = TypeVar("Both", State, Variables)
 
 
 class Steps:
-    """The compiled functions of an experiment, for one seed or several in parallel.
+    """The compiled functions of an experiment, for one seed or for several seeds in parallel.
 
-    With several seeds all arrays of state and statistics have a leading axis.
+    With several seeds, all arrays in the state and the statistics have a leading axis.
 
     Attributes:
         experiment: the experiment to compute.
-        feed: the source of the training batches.
-        compile_seconds: the seconds spent on compiling `train` so far.
+        feed: the source of training batches.
+        compile_seconds: the time spent on compiling `train` so far, in seconds.
     """
 
     def __init__(self, experiment: Experiment, dataset: Dataset, feed: Feed, seeds: int = 1):
@@ -53,7 +53,9 @@ class Steps:
         self._parallel = parallel = experiment.parallel
         self.feed, self.compile_seconds = feed, 0.0
         self._resident = parallel.put(feed.resident, None)
-        examples = (seeds > 1) + (feed.max_steps > 1)  # their axis in the result of `ship`
+        examples = (seeds > 1) + (
+            feed.max_steps > 1
+        )  # the axis of the examples in the result of `ship`
         self._shipped = (examples,) if feed.max_steps == 1 else (examples, None)
         self._init = jax.jit(
             functools.partial(init_state, model, experiment.tx), compiler_options=init_options()
@@ -67,7 +69,7 @@ class Steps:
             ),
         )
         self._program: Any = None
-        # Padded, so that all devices get equally many images.
+        # Batches are padded, so that all devices process equally many images.
         devices = parallel.mesh.size
         self._test_size = -(-experiment.eval_batch_size // devices) * devices
 
@@ -89,11 +91,11 @@ class Steps:
         )
 
     def like(self) -> State:
-        """Returns the shapes and dtypes of the state and statistics of one seed.
+        """Returns the shapes and dtypes of the state and the statistics of one seed.
 
         Raises:
-            UserError: if those of all seeds exceed the device's memory. XLA would report this late,
-                or hang.
+            UserError: if the arrays of all seeds exceed the device's memory. XLA would report this
+                late, or hang.
         """
         found = jax.eval_shape(self._init, jax.random.key(0), self._first_images())
         leaves = jax.tree.leaves(found)
@@ -108,11 +110,11 @@ class Steps:
         return found
 
     def init(self, seed: int) -> State:
-        """Returns one untrained seed."""
+        """Returns the state and the statistics of an untrained network."""
         return self._init(key_of(seed), self._first_images())
 
     def begin(self, seed: int) -> tuple[State, Taken | None]:
-        """Returns the first state of a seed, and what it took over from another network."""
+        """Returns the first state of a seed, and the leaves copied from another network."""
         state, batch_stats = self.init(seed)
         if self.experiment.source is None:
             return (state, batch_stats), None
@@ -121,11 +123,11 @@ class Steps:
         return (state, batch_stats), taken
 
     def _first_images(self) -> np.ndarray:
-        """Returns the images that initialise the network; for most only their shape matters."""
+        """Returns the images that initialise the network; most networks use only their shape."""
         return self._dataset.train.select(np.arange(self.experiment.init_images)).image
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
-        """Returns state, statistics and bad steps (see `train`) of all seeds, on all devices."""
+        """Puts the state, statistics and bad steps (see `train`) of all seeds on all devices."""
         bad = self._stack([np.int32(count) for count in bad_steps])
         return self._parallel.put((*self._stack(states), bad), None)
 
@@ -139,13 +141,13 @@ class Steps:
     ) -> tuple[Any, Any, Any, Metrics]:
         """Takes several steps and returns their metrics for `unstack`; the first call compiles.
 
-        State and statistics are donated.
+        The state and the statistics are donated.
 
         Args:
-            state, batch_stats: of all seeds.
-            bad_steps: the number of consecutive latest steps that were not finite, int [seeds].
-                Above the experiment's limit every step is dropped, so that state and statistics,
-                except `state.step`, are the ones before the first bad step.
+            state, batch_stats: the state and the statistics of all seeds.
+            bad_steps: the number of consecutive non-finite steps up to the latest, int [seeds].
+                Above the experiment's limit every step is dropped, so that the state (except
+                `state.step`) and the statistics are those before the first bad step.
             dispatch: for each step, the item of each seed.
         """
         shipment = map(self._parallel.put, ship(self.feed, dispatch), self._shipped)
@@ -161,13 +163,14 @@ class Steps:
         return tree if self._seeds == 1 else jax.tree.map(operator.itemgetter(i), tree)
 
     def local(self, tree: Both, i: int) -> Both:
-        """Returns the state or the variables of one seed on one device of this process."""
+        """Returns the state or the variables of one seed, on one device of this process."""
         return self._parallel.local(self.of_seed(tree, i))
 
     def evaluated(self, state: TrainState, batch_stats: BatchStats) -> Variables:
         """Returns the weights and statistics for evaluation and prediction.
 
-        By default those of training; otherwise averaged weights, or precise statistics.
+        By default these are the ones used in training; the config can choose averaged weights or
+        precise statistics instead.
         """
         experiment = self.experiment
         params = state.params
@@ -190,7 +193,7 @@ class Steps:
     def test(
         self, params: Params, batch_stats: BatchStats, split: Examples | None = None
     ) -> list[Metrics]:
-        """Returns the metrics of each seed over all images of a split; None: the test images."""
+        """Returns the metrics of each seed over all images in a split (None: the test images)."""
         split = self._dataset.test if split is None else split
         batches = every_batch(split, self._test_size, self._parallel.part)
         metrics = [self._test(params, batch_stats, self._parallel.put(one, 0)) for one in batches]
@@ -207,7 +210,7 @@ def key_of(seed: int) -> jax.Array:
 def precise_batches(split: Examples, images: int, batch_size: int) -> Iterator[Batch]:
     """Yields evenly spaced images in batches of nearly equal size, at most `batch_size`.
 
-    A small last batch would have inaccurate batch statistics.
+    The sizes are nearly equal because a small last batch would have inaccurate batch statistics.
     """
     chosen = evenly_spaced(split, images)
     size = -(-images // -(-images // batch_size))
@@ -217,9 +220,9 @@ def precise_batches(split: Examples, images: int, batch_size: int) -> Iterator[B
 def training_program(
     experiment: Experiment, feed: Feed, seeds: int, axis_name: tuple[str, ...] | None = None
 ) -> Any:
-    """Returns the program of `Steps.train`; with `axis_name`, for the part of one device.
+    """Returns the function that `Steps.train` compiles; with `axis_name`, for one device's part.
 
-    In its metrics `skipped` is the number of consecutive bad steps.
+    In its metrics, `skipped` is the number of consecutive bad steps.
     """
     take_step: Any = train_step
     if (parts := experiment.micro_batches) > 1:
@@ -247,8 +250,8 @@ def training_program(
     if feed.max_steps == 1:
         return step
 
-    # The number of steps is an argument of the program, so that it is compiled once, and the bits
-    # of a step do not depend on the number of steps in its dispatch.
+    # The number of steps is an argument of the program, so that the program is compiled only once
+    # and the bits of a step do not depend on the number of steps in its dispatch.
     def several(
         state: Any, batch_stats: Any, bad_steps: Any, resident: Any, items: Any, n: Any
     ) -> Any:
@@ -270,19 +273,19 @@ def training_program(
 
 
 def over_seeds(step: Any, in_axes: tuple[int | None, ...], seeds: int) -> Any:
-    """Returns a step for several seeds, made from the step of one seed."""
+    """Returns a step for several seeds, made from a step for one seed."""
     return vmap(step, in_axes) if seeds > 1 else step
 
 
 def training_batch(
     experiment: Experiment, state: TrainState, batch: Batch, axis_name: AxisName = None
 ) -> Batch:
-    """Returns a batch of the feed, augmented, with only the entries for `train_step`.
+    """Returns an augmented batch with only the entries that `train_step` uses.
 
     Args:
-        experiment: has the augmentation.
+        experiment: determines the augmentation.
         state: the state before the step.
-        batch: from the feed.
+        batch: a batch from the feed.
         axis_name: as for `train_step`.
     """
     if experiment.augment is not None:
@@ -292,7 +295,7 @@ def training_batch(
 
 
 def unstack(metrics: Metrics, steps: int, seeds: int) -> list[list[Metrics]]:
-    """Returns for each step the metrics of each seed, on the host; waits for the device."""
+    """Waits for the device, and returns the metrics of each step and seed as host values."""
     every = jax.tree.map(lambda leaf: leaf.reshape(-1, seeds), jax.device_get(metrics))
     return [
         [jax.tree.map(lambda leaf, at=(i, j): leaf[at], every) for j in range(seeds)]

@@ -1,4 +1,4 @@
-"""The summary of a run: its result, and the versions and the device that it depends on."""
+"""Writes the summary of a run: its results, and the versions and the device that produced them."""
 
 import platform
 import subprocess
@@ -17,7 +17,7 @@ from bnjax.train.jsonl import first_at_or_below, read_lines
 def summarise(
     config: ConfigDict, workdir: Path, dataset: Dataset, experiment: Experiment, seconds: float
 ) -> dict[str, Any]:
-    """Returns the summary of a run, from its metrics.jsonl."""
+    """Returns the summary of a run, computed from its metrics.jsonl."""
     lines = read_lines(workdir / "metrics.jsonl")
     train = [line for line in lines if line["split"] == "train"]
     tests = [line for line in lines if line["split"] == "test"]
@@ -55,7 +55,7 @@ def summarise(
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """Returns the result of a run as a few lines of text."""
+    """Returns the results of a run as a few lines of text."""
     target, reached = next(iter(summary["steps_to_loss"].items()))
     chosen_by, last = summary["chosen_by"].split()[0], summary["final_test"]
     best = summary[f"best_{chosen_by}"]
@@ -68,7 +68,7 @@ def as_text(summary: dict[str, Any]) -> str:
             f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
             f"all {last['count']:,} test images",
             f"  best {chosen_by} accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "
-            f"{best['step']}; the best checkpoint is chosen on the {summary['chosen_by']}",
+            f"{best['step']}; the best checkpoint is chosen by the {summary['chosen_by']}",
             f"  {summary['seconds']:,.0f} s of training, {summary['images_per_s']:,.0f} images/s "
             f"on {summary['device']}",
         ]
@@ -89,9 +89,9 @@ def _version(package: str) -> str:
 
 
 def _git_revision(package: Path = Path(__file__).parents[1]) -> str | None:
-    """Returns the git revision of the package, None if no repository tracks it.
+    """Returns the git revision of the package, or None if no repository tracks it.
 
-    An installed package may lie within another project's repository.
+    An installed package may lie inside another project's repository, which does not track it.
     """
     git = ["git", "-C", str(package)]
     try:

@@ -25,10 +25,10 @@ class Board:
     """
 
     def __init__(self, folder: Path, *, start: int):
-        """Opens the folder; TensorBoard hides values of an interrupted run after step `start`."""
+        """Opens the folder, and makes TensorBoard hide all values after step `start`."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Written by this thread: the thread of tensorboardX's SummaryWriter dies silently if the
-        # disk is full, and the writer then waits for it forever.
+        # This thread writes the events itself: the thread of tensorboardX's SummaryWriter dies
+        # silently if the disk is full, and the writer then waits for it forever.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{start}")
         if start:
             self._write(start + 1, session_log=SessionLog(status=SessionLog.START))
@@ -47,11 +47,11 @@ class Board:
         self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def graph(self, graph: GraphDef) -> None:
-        """Shows the graph of the model."""
+        """Adds the graph of the model."""
         self._write(0, graph_def=graph.SerializeToString())
 
     def hyperparameters(self, values: dict[str, Any]) -> None:
-        """Adds the run to the table of hyperparameters, as unfinished until `finished`."""
+        """Adds the run to the table of hyperparameters, unfinished until `finished` is called."""
         plain = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in values.items()
@@ -61,7 +61,7 @@ class Board:
         self._write(0, summary=begin)
 
     def finished(self) -> None:
-        """Marks the run in the table of hyperparameters as finished."""
+        """Marks the run as finished in the table of hyperparameters."""
         *_, end = summary.hparams({}, {})
         self._write(0, summary=end)
 
@@ -69,11 +69,11 @@ class Board:
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def flush(self) -> None:
-        """Flushes the file."""
+        """Flushes the event file."""
         self._events.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the event file."""
         self._events.close()
 
 
@@ -82,7 +82,7 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
 
     Args:
         images: uint8 [n, h, w, 1 or 3], n at least 1.
-        captions: of one or two lines.
+        captions: a caption of one or two lines for each image.
     """
     columns = min(COLUMNS, len(images))
     size = (columns * TILE, math.ceil(len(images) / columns) * (TILE + CAPTION))

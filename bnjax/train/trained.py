@@ -1,4 +1,4 @@
-"""Reads a trained network from the folder of its run, and compares it with its folded form."""
+"""Reads a trained network from the folder of its run, and checks it against its folded form."""
 
 import functools
 import shutil
@@ -24,30 +24,31 @@ from bnjax.train.rundir import FOLDED, check_is_free, folded_pairs, read
 from bnjax.train_step import TrainState, forward, init_variables
 from bnjax.types import BatchStats, Images, Params
 
-TOLERANCE = 1e-5  # in units of the largest logit
-PROBE = 256  # images
+TOLERANCE = 1e-5  # relative to the largest logit
+PROBE = 256  # the number of images on which networks are compared
 
 
 class Trained:
-    """A trained network and the facts of its training.
+    """A trained network and the facts about its training.
 
     Attributes:
         workdir: the run's folder.
-        config: of the run.
-        data: the facts of its data.
-        step: of the checkpoint.
-        weights: the fingerprint of the weights of the statistics; None if unknown.
-        folded: pairs of paths, of folded norms and of the layers that they were folded into.
-        model: the network.
-        params: its weights.
-        batch_stats: its running statistics.
+        config: the config of the run.
+        data: the facts about the training data.
+        step: the step of the checkpoint.
+        weights: the fingerprint of the weights with which the statistics were computed; None if
+            unknown.
+        folded: pairs of paths, each of a folded norm and of the layer that it was folded into.
+        model: the linen module.
+        params: the weights.
+        batch_stats: the running statistics.
     """
 
     def __init__(self, workdir: Path, checkpoint: str):
-        """Reads a run and one of its checkpoints, "best", "last" or a step.
+        """Reads a run and one of its checkpoints: "best", "last" or a step number.
 
         Raises:
-            UserError: if the folder has no run or no such checkpoint.
+            UserError: if the folder holds no run or no such checkpoint.
         """
         self.workdir = workdir
         self.config, self.data = read(workdir)
@@ -72,14 +73,15 @@ class Trained:
         """Loads the training data of the network.
 
         Args:
-            data_dir: the folder of the data; None: as in training.
+            data_dir: the folder of the data; None means the same folder as in training.
 
         Raises:
-            UserError: if they are not found.
+            UserError: if the data are not found.
         """
         config = self.config.copy_and_resolve_references()
         config.data.dir = data_dir or config.data.dir
-        # After a fallback use the fallback set, even if the configured set is available now.
+        # If training fell back to another data set, use that one, even if the configured data set
+        # is available now.
         if self.data.name != config.data.name:
             config.data = default_config().data
             config.data.name = self.data.name
@@ -87,19 +89,19 @@ class Trained:
         if dataset.label != self.data.label:
             raise UserError(
                 f"the run was trained on {self.data.label}, but the data found now are "
-                f"{dataset.label}. Give the folder of its data with --data-dir."
+                f"{dataset.label}. Give the folder of the training data with --data-dir."
             )
         return dataset
 
     @property
     def is_low(self) -> bool:
-        """Whether some of the arithmetic is bfloat16 on this machine."""
+        """Whether some of the arithmetic uses bfloat16 on this machine."""
         model = self.config.model
         return "bfloat16" in (build.dtype_of(model), model.dense_product)
 
     @property
     def network(self) -> Linen:
-        """The network for the functions of the clinic."""
+        """The network in the form that the clinic's functions take."""
         return linen(self.model, self.params, self.batch_stats)
 
     def write(
@@ -109,13 +111,13 @@ class Trained:
         about: dict[str, Any],
         folded: Sequence[tuple[Sequence[str], Sequence[str]]],
     ) -> None:
-        """Writes a network made from this one as a folder for `bnjax predict --workdir`.
+        """Writes a network derived from this one into a folder for `bnjax predict --workdir`.
 
         Args:
-            out: the folder.
+            out: the folder to write.
             network: the new network.
-            about: facts about it, as JSON values.
-            folded: pairs for the new network, in the format of `self.folded`.
+            about: facts about the new network, as JSON values.
+            folded: the folded pairs of the new network, in the format of `self.folded`.
 
         Raises:
             UserError: if the folder is neither new nor empty.
@@ -128,15 +130,15 @@ class Trained:
         if folded:
             pairs = [[".".join(path) for path in pair] for pair in folded]
             write_json(out / FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
-        # Last, because this file marks the folder as complete.
+        # Copied last, because this file marks the folder as complete.
         shutil.copyfile(self.workdir / "config.json", out / "config.json")
 
 
 def probe(trained: Trained, data_dir: str | None) -> tuple[Images, str]:
     """Returns images to compare networks on, uint8 [n, h, w, c], and their description.
 
-    Test images if the folder of the data is given; otherwise noise with a random mean and contrast
-    for each image.
+    Uses test images if the folder of the data is given, and otherwise noise with a random mean and
+    contrast for each image.
     """
     if data_dir is not None:
         images = trained.dataset(data_dir).test.select(slice(PROBE)).image
@@ -149,12 +151,13 @@ def probe(trained: Trained, data_dir: str | None) -> tuple[Images, str]:
 
 
 def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> dict[str, Any]:
-    """Returns the difference between the logits of the folded and of the trained network.
+    """Returns the relative difference between the logits of the folded and the trained network.
 
-    As "difference", and as "difference_in_bfloat16" with the arithmetic of a run in bfloat16.
+    The key "difference" is for arithmetic in float32. If the run uses bfloat16, the key
+    "difference_in_bfloat16" is for its own arithmetic.
 
     Raises:
-        UserError: if it is more than `TOLERANCE` with all arithmetic in float32.
+        UserError: if the difference in float32 exceeds `TOLERANCE`.
     """
     images, about = probe(trained, data_dir)
     found = []
@@ -166,17 +169,17 @@ def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> di
         found.append(difference(own, logits(linen(after, *variables), images)))
     if not found[0] <= TOLERANCE:
         raise UserError(
-            f"the logits of the folded network differ on {about} by {found[0]:.1e} of the largest, "
-            f"more than {TOLERANCE}, and nothing is written. A mean that is large compared with "
-            "its standard deviation, or statistics that were never updated, can cause it: see "
-            "bnjax audit."
+            f"on {about} the logits of the folded network differ by {found[0]:.1e} of the largest "
+            f"logit, more than {TOLERANCE}, so nothing was written. Possible causes are a mean "
+            "that is large compared with its standard deviation, and statistics that were never "
+            "updated: see bnjax audit."
         )
     low = {"difference_in_bfloat16": found[1]} if trained.is_low else {}
     return {"probe": about, "difference": found[0]} | low
 
 
 def in_float32(trained: Trained) -> Any:
-    """Returns the model of a run with arithmetic in float32."""
+    """Returns the model of a run with all arithmetic in float32."""
     config = trained.config.model.copy_and_resolve_references()
     config.dtype = config.dense_product = "float32"
     model = build.network(config, len(trained.data.classes), trained.data.image_shape)
@@ -184,7 +187,7 @@ def in_float32(trained: Trained) -> Any:
 
 
 def logits(network: Linen, images: Images) -> jax.Array:
-    """Returns the logits of a network in evaluation, all images at once."""
+    """Returns the logits computed in evaluation mode, with all images in one batch."""
     run = jax.jit(
         functools.partial(forward, model=network.model, train=False),
         compiler_options=compiler_options(),

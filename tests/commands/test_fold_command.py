@@ -62,7 +62,7 @@ def test_precise_statistics_of_a_network_that_is_folded_in_part(folded, bnjax, t
 
 def test_what_writes_nothing(run, folded, bnjax):
     for words, exit_code, said in (
-        (("fold", "--workdir", folded), 1, "nothing is written"),
+        (("fold", "--workdir", folded), 1, "nothing was written"),
         (("fold", "--workdir", run, "--out", folded), 2, "exists already"),
         (("--config", CONFIG, "--workdir", folded, *WORDS), 2, "holds a folded network"),
     ):
@@ -72,7 +72,9 @@ def test_what_writes_nothing(run, folded, bnjax):
     done = plan(trained.network, np.zeros((1, *trained.data.image_shape), np.uint8))
     assert check_folded(trained, done, None)["difference"] < 1e-5
     done.network.params["logits"]["kernel"] *= 1.01
-    with pytest.raises(errors.UserError, match=r"differ on 256 images of noise by .* is written"):
+    with pytest.raises(
+        errors.UserError, match=r"on 256 images of noise .* differ by .* was written"
+    ):
         check_folded(trained, done, None)
 
 

@@ -114,7 +114,7 @@ def test_a_network_that_computes_something_else_leaves_no_run(run, bnjax, tmp_pa
     for batch, words in (
         (good | {"logits": off}, "differ by up to 0.001"),
         (good | {"logits": off * np.nan}, "differ by up to nan"),
-        (good | {"image": good["image"][:, :, :7]}, r"has to have images of [8, 8, 1]"),
+        (good | {"image": good["image"][:, :, :7]}, r"needs images with the shape [8, 8, 1]"),
         ({"logits": off}, "under `image`"),
     ):
         porting.write(probe, batch)
@@ -130,7 +130,7 @@ def test_options_that_do_not_go_together(run, bnjax, tmp_path):
     file = tmp_path / "net.safetensors"
     for options, words in (
         (("--from", "torch"), "--out"),
-        (("--to", "torch", "--out", tmp_path / "new"), "--to makes none"),
+        (("--to", "torch", "--out", tmp_path / "new"), "--to does not"),
         ((), "either --to or --from"),
     ):
         code, _, err = bnjax("port", "--workdir", run, file, *options)

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_named_and_no_fallback_hides_it(damage, in_archive, ti
     else:
         folder = tiny.write_folder(tmp_path)
         (folder / "data_batch_2.bin").write_bytes(files["data_batch_2.bin"])
-    with pytest.raises(DataError, match=rf"data_batch_2\.bin.*{message}.*Fetch.*remove"):
+    with pytest.raises(DataError, match=rf"data_batch_2\.bin.*{message}.*Download.*remove"):
         datasets.load("cifar10", str(tmp_path), fallback="digits")
 
 

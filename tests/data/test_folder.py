@@ -193,7 +193,9 @@ def test_a_folder_that_is_no_set_says_why(tmp_path):
         load(folder)
     write_images(folder, {"train": 1, "val": 1}, (20, 30))
     (folder / "val" / "yak").mkdir()
-    with pytest.raises(DataError, match=r"val has 4 folders .* training images 3.*\['yak'\]"):
+    with pytest.raises(
+        DataError, match=r"val has 4 class folders.* training images have 3.*\['yak'\]"
+    ):
         load(folder)
     (folder / "train" / "yak").mkdir()
     with pytest.raises(DataError, match=r"yak has no files named \*\.jpg"):

@@ -131,7 +131,7 @@ def test_of_several_versions_the_newest_and_of_several_configs_none(prepared, tm
         shutil.copytree(prepared / "greys" / "3.0.2", tmp_path / copy)
     assert tfds.folder("greys", str(tmp_path)) == tmp_path / "greys" / "10.0.0"
     assert tfds.folder("greys:9.0.0", str(tmp_path)) == tmp_path / "greys" / "9.0.0"
-    with pytest.raises(DataError, match="Name one of them: mnist/one, mnist/two"):
+    with pytest.raises(DataError, match="Choose one: mnist/one, mnist/two"):
         tfds.folder("mnist", str(tmp_path))
     assert tfds.folder("mnist/two", str(tmp_path)) == tmp_path / "mnist" / "two" / "3.0.2"
 

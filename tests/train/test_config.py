@@ -168,7 +168,7 @@ def test_overrides_keep_the_type(name, text, wanted):
         ("--config.modell.momentum=1", r"Did you mean config\.model\?"),
         ("--config.seed.x=1", "seed has: no keys"),
         ("--config.model=1", "is a section"),
-        ("--config.optimizer.loss=sum", r"called config\.optimizer\.reduction now"),
+        ("--config.optimizer.loss=sum", r"renamed to config\.optimizer\.reduction"),
         ("--confg.seed=1", "Overrides look like"),
         ("--config.seed", "Overrides look like"),
     ],
@@ -185,7 +185,7 @@ def test_a_key_that_there_is_not_is_refused_with_what_there_is(word, said):
             "c.model.momentun = 0.9",
             r"config\.model\.momentun\. Did you mean config\.model\.momentum",
         ),
-        ("c.model.scale = False", r"called config\.model\.use_scale now"),
+        ("c.model.scale = False", r"renamed to config\.model\.use_scale"),
     ],
 )
 def test_a_config_file_has_the_same_keys(tmp_path, line, said):
@@ -200,7 +200,7 @@ def test_a_config_file_has_the_same_keys(tmp_path, line, said):
 def test_an_old_name_in_a_saved_config_is_refused_with_the_new_one():
     values = default_config().to_dict()
     values["model"]["shift"] = values["model"].pop("use_bias")
-    with pytest.raises(UserError, match=r"called config\.model\.use_bias now"):
+    with pytest.raises(UserError, match=r"renamed to config\.model\.use_bias"):
         parsing.from_dict(values)
 
 

@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_is_a_clear_error(tmp_path, monkeypatch, of, name, 
 
     monkeypatch.setattr(of, name, full)
     (tmp_path / "config.json.tmp").write_text("{")  # of an earlier attempt; is no obstacle
-    with pytest.raises(UserError, match=r"No space left on device.*resumes from the last check"):
+    with pytest.raises(UserError, match=r"No space left on device.*resumes training from the last"):
         synthetic.train(synthetic.config(), tmp_path)
 
 
@@ -316,7 +316,7 @@ def test_only_the_first_step_and_the_first_evaluation_compile_and_no_seconds_of_
     assert compiled[4] == compiled[1]
     assert compiled[6] > compiled[4]  # the evaluation after step 5
     assert compiled[15] == compiled[6]
-    assert "s, not included in the seconds" in capsys.readouterr().out
+    assert "s, not included in the training time" in capsys.readouterr().out
     assert read_lines(tmp_path / "run" / "timing.jsonl")[4]["seconds"] < 1.2
 
 

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_one_sentence(source, tmp_path):
     model = build.experiment(config(), DATA).model
     tx = optax.sgd(0.1)
     state, stats = init_state(model, tx, key_of(0), DATA.train.image[:1])
-    with pytest.raises(UserError, match="no parameter of the same name and shape"):
+    with pytest.raises(UserError, match="no parameter with the same name and shape"):
         take_over(state, stats, ({"other": {"kernel": np.ones((2, 2))}}, {}), tx)
     made = config()
     made.train["from"] = str(tmp_path)
