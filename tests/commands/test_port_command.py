@@ -65,7 +65,7 @@ def test_training_goes_on_with_the_weights(run, bnjax, tmp_path):
     steps = Steps(experiment, data, default_feed(experiment, data.train))
     given = Trained(run, "last")
     with contextlib.ExitStack() as stack:
-        state, batch_stats = Seed(config, new, experiment, data, stack).restore(steps)
+        state, batch_stats = Seed(config, new, experiment, data, None, stack).restore(steps)
     jax.tree.map(np.testing.assert_array_equal, state.params, given.params)
     jax.tree.map(np.testing.assert_array_equal, batch_stats, given.batch_stats)
 
