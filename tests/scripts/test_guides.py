@@ -5,6 +5,8 @@ import re
 import pytest
 from pages import GUIDES, with_output
 
+pytestmark = pytest.mark.scripts
+
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 

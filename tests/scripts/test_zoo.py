@@ -3,6 +3,8 @@
 import pytest
 from zoo import LIBRARIES, SET_ASIDE, cases, kit, variants
 
+pytestmark = pytest.mark.scripts
+
 CASES, VARIANTS = cases(), variants()
 
 

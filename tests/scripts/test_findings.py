@@ -8,6 +8,8 @@ from pages import FINDINGS, with_output
 
 from bnjax.clinic.checks import ILLNESSES
 
+pytestmark = pytest.mark.scripts
+
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 
 
