@@ -34,7 +34,7 @@ def values(title, kind):
     return function(KINDS[kind](**options), *arguments)
 
 
-@pytest.mark.parametrize("title", MEASUREMENTS.keys() - {"first steps", "one value"})
+@pytest.mark.parametrize("title", sorted(MEASUREMENTS.keys() - {"first steps", "one value"}))
 def test_bnjax_agrees_with_float64(title):
     text, error = cell(KINDS["bnjax"], *MEASUREMENTS[title])
     assert not text.startswith("**")
