@@ -1,4 +1,4 @@
-"""The clinic: audits, recomputes, adapts, folds and ports running statistics."""
+"""Functions that audit, recompute, adapt, fold and port running statistics."""
 
 from bnjax.clinic.accumulation import accumulated_step as accumulated_step
 from bnjax.clinic.adaptation import tent as tent

@@ -36,7 +36,7 @@ from bnjax.train_step import (
 )
 from bnjax.types import Batch, BatchStats, Params
 
-# The norms with updated averages, by the path of their leaves.
+# The norms that update their averages, by the path of their leaves.
 Norms = dict[tuple[str, ...], Any]
 # Defaults for fields that Flax's BatchNorm lacks; they reproduce its behaviour.
 CONVENTIONS: dict[str, Any] = {"debias": False, "variance": "biased", "average_dtype": None}
@@ -54,24 +54,24 @@ def accumulated_step(
     axis_name: AxisName = None,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Takes a step like `train_step`, with the activations of only one micro-batch in memory.
+    """Takes a step like `train_step`, with the activations of one micro-batch in memory at a time.
 
-    The gradient is the mean over all real examples of the batch, and metrics are sums over it. Each
-    micro-batch is normalised separately (over all devices that its norms reduce over), so norms see
-    n / micro_batches examples and the gradient differs from the gradient of the whole batch. The
-    running averages are updated once, by the mean and variance of the inputs of all micro-batches
-    together.
+    The gradient is the mean over all unmasked examples of the batch; metrics are sums over them.
+    Each micro-batch is normalised by its own statistics, over n / micro_batches examples on all
+    devices of `axis_name`. The gradient therefore differs from the gradient of a step on the whole
+    batch. The running averages are updated once, by the mean and variance over all micro-batches.
 
-    Micro-batch i has the examples i, i + k, i + 2 k, …, so sharded examples stay on their devices
-    and the micro-batches are the same under every wrapper. Its dropout key is `fold_in(key of the
-    step, i)`. With one micro-batch the result equals `train_step` bit for bit.
+    Micro-batch i contains the examples i, i + k, i + 2 k, …, so sharded examples stay on their
+    devices, and `jax.jit`, `jax.pmap` and `jax.shard_map` form the same micro-batches. The dropout
+    key of micro-batch i is `fold_in(key of the step, i)`. With one micro-batch the result equals
+    the result of `train_step` bit for bit.
 
     Args:
         state, batch_stats, model, tx, loss_fn, axis_name, skip_nonfinite: as for `train_step`.
-            Statistics of norms other than Flax's and bnjax's BatchNorm become the mean of their
-            updates over the micro-batches, weighted by counts; integers take the last update.
-        batch: as for `train_step`; on each shard of `axis_name` a multiple of `micro_batches`
-            examples.
+            For norms other than the BatchNorm of Flax or bnjax, the new statistics are the mean of
+            the updates by the micro-batches, weighted by counts; for integers, the last update.
+        batch: as for `train_step`; the number of examples on each shard of `axis_name` must be a
+            multiple of `micro_batches`.
         micro_batches: the number k of micro-batches.
 
     Raises:
@@ -81,7 +81,7 @@ def accumulated_step(
     if micro_batches < 1 or rows % micro_batches:
         raise ValueError(
             f"{micro_batches} micro-batches do not divide a batch of {rows} examples (on each "
-            "shard of the mapped axis). Choose a divisor, or add examples whose `mask` is False."
+            "shard of the mapped axis). Choose a divisor, or add examples with a `mask` of False."
         )
     options: Any = {"model": model, "tx": tx, "loss_fn": loss_fn, "axis_name": axis_name}
     if micro_batches == 1:
@@ -101,12 +101,12 @@ def accumulated_step(
         return _Found(grads, metrics, written, seen, count_of(micro, axis_name))
 
     def more(i: Any, found: _Found) -> _Found:
-        # A false dependency of the next examples on the gradients so far: without it XLA would run
-        # all micro-batches in parallel, and keep all activations.
+        # A false dependency of the next micro-batch on the previous gradients. Without it XLA would
+        # run all micro-batches in parallel, with all activations in memory.
         done = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(found.grads))
         return found.merge(one(params, jnp.where(done < -jnp.inf, 0, i)))
 
-    # The first result is the initial carry of the loop. Loops are slow on CPUs.
+    # The first result is the initial carry. The loop is unrolled on CPUs, where loops are slow.
     unroll = jax.default_backend() == "cpu"
     found = jax.lax.fori_loop(1, micro_batches, more, one(params, 0), unroll=unroll)
     stats = _updated(batch_stats, found, norms)
@@ -119,10 +119,10 @@ class _Found:
     """The results of one or several micro-batches.
 
     Attributes:
-        grads: the gradient of the sum of the losses divided by the count of the whole batch.
-        metrics: the metrics.
+        grads: the gradient of the sum of the losses, divided by the count of the whole batch.
+        metrics: the summed metrics.
         stats: the mean of the updated statistics, weighted by counts.
-        seen: the moments of the inputs of norms that update their averages.
+        seen: the moments of the inputs to norms that update their averages.
         count: the number of real examples over all devices.
     """
 
@@ -141,7 +141,7 @@ class _Found:
             if not jnp.issubdtype(its.dtype, jnp.inexact):
                 return its
             both = mine + (its - mine) * share.astype(its.dtype)
-            # A micro-batch of padding may give NaN.
+            # A micro-batch with only padding may give NaN.
             return jnp.where(share == 0, mine, jnp.where(share == 1, its, both))
 
         return _Found(
@@ -171,7 +171,7 @@ def _watch(norms: Norms, call: Call) -> Any:
 
 
 def _updated(batch_stats: BatchStats, found: _Found, norms: Norms) -> BatchStats:
-    """Returns the old statistics after one update by all micro-batches together."""
+    """Returns the statistics after one update by all micro-batches together."""
     old, new = flatten_dict(batch_stats), flatten_dict(found.stats)
     leaves = {path: new[path] for path in old}
     for path, norm in norms.items():

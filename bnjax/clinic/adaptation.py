@@ -1,4 +1,4 @@
-"""Adaptation of batch norms to images from a different distribution."""
+"""Adapts batch norms to images from a different distribution."""
 
 import dataclasses
 import functools
@@ -24,17 +24,17 @@ def tent(
     patterns: Sequence[str] = ("*",),
     jit: Callable[..., Any] = jax.jit,
 ) -> SameNetwork:
-    """Adapts scales and biases of norms to lower the entropy of the predictions.
+    """Adapts the scales and biases of norms to minimise the entropy of the predictions.
 
-    Takes one `tent_step` for each batch, in order, `epochs` times (TENT: Wang et al., 2021, section
-    3), then computes the precise statistics of the new images with the adapted weights, so that
-    predictions do not depend on the batch. (The paper evaluates with batch statistics.)
+    Takes one `tent_step` for each batch in each epoch (TENT: Wang et al., 2021, section 3). Then
+    computes the precise statistics of the new images with the adapted weights, so that predictions
+    do not depend on the batch. (The paper evaluates with batch statistics.)
 
     Args:
-        network: a network whose norms are Flax's or bnjax's BatchNorm.
-        batches: a repeatable iterable of batches of the new images, as for `precise`; each with 128
-            images or more.
-        tx: the optimizer of scale and bias; the paper uses `optax.adam(1e-3)` for CIFAR-10.
+        network: a network whose norms are its library's own BatchNorm or bnjax's.
+        batches: a repeatable iterable of batches of the new images, as for `precise`; better with
+            128 images or more per batch.
+        tx: the optimizer for scale and bias; the paper uses `optax.adam(1e-3)` for CIFAR-10.
         epochs: the number of passes over the images.
         patterns: the norms to adapt, as for `affine_mask`.
         jit: compiles a function.
@@ -43,7 +43,7 @@ def tent(
         ValueError: if there is no batch, no norm matches, or `batches` is an iterator.
     """
     if iter(batches) is batches:
-        raise ValueError("the batches are iterated several times: give a list, not an iterator")
+        raise ValueError("`batches` is iterated several times: give a list, not an iterator")
     tx = affine_only(tx, network.params, network.batch_stats, *patterns)
     step = jit(functools.partial(tent_step, tx=tx))
     opt_state = tx.init(network.params)
@@ -63,15 +63,15 @@ def tent_step(
     """Updates the weights once to lower the entropy of the predictions for a batch.
 
     Returns the new network and optimizer state, and the logits and mean entropy before the update.
-    Every norm normalises by the batch, without dropout. The gradient of the mean entropy of the
-    real examples includes the gradient through the batch statistics. The logits are the predictions
-    for a stream of images.
+    Every norm normalises by batch statistics, without dropout. The loss is the mean entropy over
+    unmasked examples; its gradient includes the gradient through the batch statistics. When images
+    arrive as a stream, use the returned logits as predictions.
 
     Args:
-        network: the network; of its running statistics only the shapes matter.
+        network: the network; only the shapes of its running statistics matter.
         opt_state: the state of `tx`.
         batch: `image` [n, h, w, c] and optionally `mask` bool [n].
-        tx: from `affine_only`.
+        tx: the optimizer, from `affine_only`.
     """
 
     def loss(params: Params) -> tuple[jax.Array, Logits]:
@@ -83,7 +83,7 @@ def tent_step(
         return jnp.sum(entropies, where=real) / jnp.maximum(real.sum(), 1), logits
 
     (mean, logits), grads = jax.value_and_grad(loss, has_aux=True)(network.params)
-    # The updates of other weights are 0, so XLA does not compute their gradients.
+    # XLA does not compute the gradients of other weights, because their updates are 0.
     updates, opt_state = tx.update(grads, opt_state, network.params)
     params = optax.apply_updates(network.params, updates)
     return dataclasses.replace(network, params=params), opt_state, logits, mean
@@ -92,16 +92,16 @@ def tent_step(
 def affine_only(
     tx: optax.GradientTransformation, params: Params, batch_stats: BatchStats, *patterns: str
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that updates only scales and biases of norms.
+    """Returns an optimizer that updates only the scales and biases of norms.
 
-    Arguments and errors as for `bnjax.clinic.freezing.affine_mask`.
+    Arguments and errors are as for `bnjax.clinic.freezing.affine_mask`.
     """
     affine = affine_mask(params, batch_stats, *patterns)
     return without_frozen(tx, jax.tree.map(lambda adapted: not adapted, affine))
 
 
 def entropy(logits: Logits) -> Losses:
-    """Returns the entropy of the predictions, in nats and at least float32.
+    """Returns the entropy of each prediction in nats, at least float32.
 
     H = -sum(p log p) over the classes, where p is the softmax of the logits.
 

@@ -1,4 +1,4 @@
-"""Averages of weights as an Optax transformation."""
+"""Averages weights with an Optax transformation."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ class WeightAverageState(NamedTuple):
     Attributes:
         updates: the number of updates of the weights, int32 [].
         averaged: the number of averaged iterates, int32 [].
-        average: the average, at least float32; equal to the weights before update `start`.
+        average: the average, at least float32; before update `start`, a copy of the weights.
     """
 
     updates: Leaf
@@ -40,26 +40,26 @@ def weight_average(
 ) -> optax.GradientTransformation:
     """Returns an optimizer that also keeps an average of the weights; updates are unchanged.
 
-    The weights are any pytree, as in Optax: parameters of linen, or an Equinox module.
+    The weights may be any pytree, such as linen parameters or an Equinox module.
 
-    With p(t) the weights after update t, the weights at t = start, start + every, … are averaged.
-    After n of them the average is
+    Let p(t) be the weights after update t. The average is over p(start), p(start + every), …; after
+    n of these iterates it is
 
         "ema": m = d m + (1 - d) p, d the decay (Polyak & Juditsky, 1992; Tarvainen & Valpola, 2017)
         "swa": the mean of all n (Izmailov et al., 2018)
 
-    `debias` gives the initial value of an EMA no weight: the weights of the p, powers of d, are
-    scaled to the sum 1, so the first average is the first p. Without it m starts from the weights
-    before update `start`. Read the average with `averaged_params`.
+    `debias` removes the initial value from an EMA: the coefficients of all p are scaled so that
+    their sum is 1, and the first average is the first p. Without `debias`, m starts from the
+    weights before update `start`. Read the average with `averaged_params`.
 
     Args:
-        tx: the optimizer; None to use the result as the last element of an `optax.chain`. No
-            transformation after it may change the updates.
+        tx: the optimizer; None to use the result as the last element of an `optax.chain`. Later
+            transformations must not change the updates.
         kind: the kind of average.
         decay: the fraction of the old EMA that an update keeps, in [0, 1).
-        debias: see above; for "ema".
+        debias: whether to debias an "ema", as above.
         start: the first update whose weights are averaged, 1 or above.
-        every: the number of updates between two averaged weights, 1 or above.
+        every: the number of updates from one averaged iterate to the next, 1 or above.
 
     Raises:
         ValueError: for an invalid argument.
@@ -80,7 +80,7 @@ def weight_average(
         )
 
     def init(params: Any) -> WeightAverageState:
-        # A copy, because the buffers of the weights may be donated to a step.
+        # A copy, because a step may donate the buffers of the weights.
         average = jax.tree.map(
             lambda leaf: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True),
             params,
@@ -109,16 +109,16 @@ def weight_average(
 
 
 def averaged_params(opt_state: optax.OptState, params: Any) -> Any:
-    """Returns the averaged weights in an optimizer's state.
+    """Returns the averaged weights from an optimizer's state.
 
-    Both arguments may have additional leading axes, from `jax.vmap` or `jax.pmap`.
+    Both arguments may have additional leading axes from `jax.vmap` or `jax.pmap`.
 
     Args:
         opt_state: the state of an optimizer with exactly one `weight_average`, at any depth.
-        params: the weights, for the dtypes.
+        params: the weights; only their dtypes matter, except for masked leaves.
 
     Raises:
-        ValueError: if there is not exactly one average.
+        ValueError: if the state does not have exactly one average.
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, WeightAverageState))
     found = [node for node in nodes if isinstance(node, WeightAverageState)]
@@ -131,5 +131,5 @@ def averaged_params(opt_state: optax.OptState, params: Any) -> Any:
         lambda leaf, like: like if isinstance(leaf, optax.MaskedNode) else leaf.astype(like.dtype),
         found[0].average,
         params,
-        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # of a frozen parameter
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),  # a frozen parameter
     )

@@ -1,6 +1,6 @@
-"""The audit of a trained network: each check, with its limit and the text of its finding.
+"""Audits a trained network. Each check comes with its limit and the text of its finding.
 
-Sources of the limits: docs/evaluation.md.
+docs/evaluation.md gives the sources of the limits.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def _illness(*words: str) -> Illness:
 
 
 def _layer_check(*words: str) -> Callable[[Any], Any]:
-    """Registers a check of one layer, which returns the evidence, or None for a healthy layer."""
+    """Registers a check of one layer; it returns the measurements, or None for a healthy layer."""
 
     def register(check: Callable[[Case, Evidence], str | None]) -> Any:
         illness = _illness(*words)
@@ -53,36 +53,36 @@ def _layer_check(*words: str) -> Callable[[Any], Any]:
 MISSING_STATISTICS = _illness(
     "missing-statistics",
     "the checkpoint has no running statistics",
-    "the norms have nothing to normalise by in evaluation",
-    "save batch_stats beside params; for these weights, recompute those of model.init with "
-    "clinic.precise",
+    "in evaluation the norms have no mean and variance to normalise by",
+    "save batch_stats together with params; for these weights, take batch_stats from model.init "
+    "and recompute them with clinic.precise",
 )
 UNMATCHED_LEAVES = _illness(
     "unmatched-leaves",
-    "leaves of the checkpoint and of the model do not match",
-    "leaves are silently dropped, or keep their initial values",
-    "restore into the trained model; rename or drop leaves explicitly",
+    "the leaves of the checkpoint and the model do not match",
+    "some trained values are silently dropped, or some leaves keep their initial values",
+    "restore the checkpoint into the model it was saved from; rename or drop leaves explicitly",
 )
 REPLICAS_DIFFER = _illness(
     "replicas-differ",
-    "the statistics differ between replicas",
-    "an arbitrary replica is saved, with the statistics of a fraction of the data",
-    "give the norms axis_name, or merge the statistics with clinic.merge_replicas before saving",
+    "the running statistics differ between replicas",
+    "the checkpoint has the statistics of an arbitrary replica, which saw a fraction of the data",
+    "set axis_name on the norms, or merge the statistics with clinic.merge_replicas before saving",
 )
-# Difference of replicas' means in standard deviations, or of their log variances. float32 sums over
-# up to 1,000 values in a different order differ by 1,000 * 2^-24.
+# The limit for differences between replicas, of means in standard deviations and of log variances.
+# float32 sums of up to 1,000 values differ by 1,000 * 2^-24 if the order of the values differs.
 REPLICAS = 1e-4
 
 
 def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]:
-    """Returns the network with one replica's variables, arranged as the model expects them.
+    """Returns the network with the variables of one replica, in the structure of the model.
 
     Also returns the findings, and whether the model can run with these variables.
 
     Args:
-        network: its variables may have a leading axis of devices; its statistics may be a list of
-            one tree per replica, or replicated arrays whose copies differ.
-        batch: a batch; only shape and dtype of `image` matter.
+        network: a network whose variables may have a leading axis of devices; its statistics may
+            be a list of one tree per replica, or replicated arrays whose copies differ.
+        batch: a batch; only the shape and dtype of `image` matter.
     """
     expected = network.shapes(np.asarray(batch["image"][:1]))
     params, stats = (flatten_dict(dict(tree)) for tree in expected)
@@ -115,7 +115,7 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
 
 
 def _replicas(tree: Any, wanted: Leaves) -> list[Leaves]:
-    """Returns the leaves of each replica, or one entry without replicas."""
+    """Returns the leaves of each replica; without replicas, a list with one entry."""
     if isinstance(tree, list | tuple):
         return [flatten_dict(dict(one)) for one in tree]
     leaves: Leaves = flatten_dict(dict(tree)) if isinstance(tree, Mapping) else {}
@@ -125,7 +125,7 @@ def _replicas(tree: Any, wanted: Leaves) -> list[Leaves]:
     ]
     if stacked and all(stacked):
         copies: dict[Any, Any] = jax.device_get(leaves)
-    else:  # copies of a replicated array may differ after `shard_map`
+    else:  # the copies of a replicated array may differ after `shard_map`
         copies = {
             path: [np.asarray(shard.data) for shard in leaf.addressable_shards]
             if isinstance(leaf, jax.Array) and leaf.sharding.is_fully_replicated
@@ -161,11 +161,11 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
 
 @_layer_check(
     "never-updated",
-    "the averages are still 0 and 1",
-    "evaluation does not normalise at all, while training does",
-    "train in training mode and keep the new statistics (linen: mutable=['batch_stats'], as "
-    "train_step does; NNX: model.train(); Equinox: the returned State); for these weights, "
-    "recompute them with clinic.precise",
+    "the running averages still have their initial values",
+    "the norms normalise in training, but not in evaluation",
+    "train in training mode and keep the new statistics (linen: mutable=['batch_stats'], as in "
+    "train_step; NNX: model.train(); Equinox: the returned State); for these weights, recompute "
+    "the statistics with clinic.precise",
 )
 def never_updated(case: Case, one: Evidence) -> str | None:
     """Finds averages that equal their initial values."""
@@ -173,16 +173,16 @@ def never_updated(case: Case, one: Evidence) -> str | None:
 
 
 def is_initial(one: Evidence) -> bool:
-    """Returns whether the means are 0 and the variances 1, or 0, with which Equinox starts."""
+    """Returns whether all means are 0 and all variances 1 (or 0, their start in Equinox)."""
     return not one.mean.any() and bool((one.var == 1).all() or (one.var == 0).all())
 
 
 @_layer_check(
     "invalid-statistics",
-    "a mean or variance is NaN or infinite, or a variance is negative, or 0 though the data vary",
-    "all later values are NaN, or multiplied by 1 / sqrt(epsilon)",
-    "skip non-finite steps (skip_nonfinite=True); look for a one-pass variance, a batch of padding "
-    "only, or an update that extrapolates; recompute with clinic.precise",
+    "a mean or variance is not finite, or a variance is negative or wrongly 0",
+    "the outputs of the norm are NaN, or too large by a factor of up to 1 / sqrt(epsilon)",
+    "skip non-finite steps (skip_nonfinite=True); look for a one-pass variance, a batch of only "
+    "padding, or a momentum outside of 0 to 1; recompute the statistics with clinic.precise",
 )
 def invalid_statistics(case: Case, one: Evidence) -> str | None:
     """Finds invalid statistics, and norms with non-finite inputs."""
@@ -190,13 +190,13 @@ def invalid_statistics(case: Case, one: Evidence) -> str | None:
     counts = {
         "not finite": ~finite,
         "negative": finite & (one.var < 0),
-        "0 where the data vary": (one.var == 0)
+        "0 although the inputs vary": (one.var == 0)
         & (one.train.var.mean(0) > 0)
         & (not is_initial(one)),
-        "with inputs that are not finite": ~one.finite,
+        "with non-finite inputs": ~one.finite,
     }
     words = [f"{count.sum()} {word}" for word, count in counts.items() if count.any()]
-    return f"{', '.join(words)} of {one.mean.size}" if words else None
+    return f"{', '.join(words)}, of {one.mean.size} channels" if words else None
 
 
 ROUNDING = 0.01  # relative rounding error of a variance
@@ -204,24 +204,24 @@ ROUNDING = 0.01  # relative rounding error of a variance
 
 @_layer_check(
     "low-precision",
-    "the mean is too far from 0 to compute the variance accurately",
-    "the batch is normalised by rounding errors",
+    "the mean is too far from 0 for an accurate variance, or the averages have too few bits",
+    "the norm amplifies rounding errors",
     "subtract a constant from the input, drop a bias before the norm, or compute in float32 with a "
     "two-pass variance (bnjax's BatchNorm, or use_fast_variance=False); keep statistics in float32",
 )
 def low_precision(case: Case, one: Evidence) -> str | None:
-    """Finds variances dominated by rounding errors, and averages stored with too few bits.
+    """Finds inaccurate variances, and averages stored with too few bits.
 
-    The relative error is (mean / std)^2 eps^2 / 12 from rounded inputs, and (mean / std)^2 eps from
-    E[x^2] - E[x]^2.
+    The relative error of the variance is (mean / std)^2 eps^2 / 12 for rounded inputs, and
+    (mean / std)^2 eps for a variance computed as E[x^2] - E[x]^2.
     """
     if jnp.finfo(one.dtype).bits < 32:
-        return f"averages kept in {jnp.dtype(one.dtype).name}"
+        return f"averages stored in {jnp.dtype(one.dtype).name}"
     ratio = float((np.abs(one.train.mean.mean(0)) / one.std)[one.live].max(initial=0))
     dtype, module = jnp.dtype(one.layer.dtype), one.layer.module
     eps = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
     errors = [(ratio**2 * eps**2 / 12, f"inputs in {dtype.name}")]
-    if getattr(module, "use_fast_variance", False):  # of Flax
+    if getattr(module, "use_fast_variance", False):  # a field of Flax's norm
         promotes = getattr(module, "force_float32_reductions", True)
         dtype = jnp.promote_types(dtype, jnp.float32) if promotes else dtype
         errors.append((ratio**2 * float(jnp.finfo(dtype).eps), f"E[x^2] - E[x]^2 in {dtype.name}"))
@@ -230,20 +230,22 @@ def low_precision(case: Case, one: Evidence) -> str | None:
     return text if error > ROUNDING else None
 
 
-# Largest healthy fraction of a layer's channels that are dead or have a variance below epsilon:
-# networks with ReLU have some units that are never active.
+# The largest healthy fraction of channels that are dead or have a variance below epsilon. It is
+# above 0 because networks with ReLU have some units that are never active.
 CHANNELS = 0.1
 
 
 @_layer_check(
     "dead-channels",
     "channels with constant output",
-    "they carry no information about the image, cost as much as others, and may never recover",
-    "lower the learning rate; no weight decay on scale; prune them; look at the layer before",
+    "these channels carry no information about the image, cost as much as others, and may never "
+    "recover",
+    "lower the learning rate, exclude scale from weight decay, or prune the channels; check the "
+    "layer before the norm",
 )
 def dead_channels(case: Case, one: Evidence) -> str | None:
     """Finds layers with many constant channels."""
-    dead = ~one.live & one.finite.all()  # NaN is a different illness
+    dead = ~one.live & one.finite.all()  # NaN is a different finding
     by_scale = (dead & (np.abs(one.scale) <= DEAD)).sum()
     text = f"{dead.sum()} of {dead.size} channels, {by_scale} because of their scale"
     return text if dead.mean() > CHANNELS else None
@@ -251,12 +253,12 @@ def dead_channels(case: Case, one: Evidence) -> str | None:
 
 @_layer_check(
     "epsilon-large",
-    "epsilon is above the variance",
-    "the variance of the output is below 1 and depends on the scale of the inputs",
-    "scale the inputs up, or lower epsilon to a hundredth of the smallest variance or less",
+    "epsilon is larger than the variance",
+    "the output varies too little, by an amount that depends on the scale of the inputs",
+    "scale up the inputs, or lower epsilon to at most a hundredth of the smallest variance",
 )
 def epsilon_large(case: Case, one: Evidence) -> str | None:
-    """Finds layers whose divisor is dominated by epsilon."""
+    """Finds layers in which epsilon dominates the divisor."""
     epsilon, var = one.layer.module.epsilon, one.batch.var.mean(0)[one.live]
     below = var < epsilon
     if not below.size or below.mean() <= CHANNELS:
@@ -267,56 +269,55 @@ def epsilon_large(case: Case, one: Evidence) -> str | None:
     )
 
 
-# Standard deviation of a training batch's mean, in standard deviations, for 16 independent values.
-# Below 16 examples batch norm loses accuracy (Wu & He, 2018, figure 1).
+# The standard error of the mean of 16 independent values, in standard deviations. Batch norm loses
+# accuracy with fewer than 16 examples (Wu & He, 2018, figure 1).
 NOISE = 0.25
 
 
 @_layer_check(
     "small-batch",
-    "too few values per channel and batch in training",
-    "mean and variance of a batch are mostly noise, so the network differs between training and "
-    "evaluation",
-    "larger batches; statistics over several devices with axis_name; batch renormalization; a norm "
-    "that needs no batch",
+    "training batches have too few values per channel",
+    "the statistics of a batch are noisy, so training and evaluation compute different functions",
+    "use larger batches, statistics over several devices (axis_name), batch renormalization, or a "
+    "norm without batch statistics",
 )
 def small_batch(case: Case, one: Evidence) -> str | None:
-    """Finds layers whose batch statistics are mostly noise."""
+    """Finds layers with noisy batch statistics."""
     if case.run.batch_size is None or case.whole < 2 or (noise := one.noise or 0.0) <= NOISE:
         return None
     return (
-        f"a batch's mean varies by {noise:.2f} standard deviations, like the mean of "
+        f"the mean of a batch varies by {noise:.2f} standard deviations, like the mean of "
         f"{noise**-2:.0f} independent values (n = {one.values:,})"
     )
 
 
-SHIFT = 0.1  # absolute log ratio of the variances: the scale of the outputs is wrong by 5 %
+SHIFT = 0.1  # |log ratio of the variances|; the outputs are then too large or small by 5 %
 
 
 @_layer_check(
     "variance-shift",
-    "dropout before a norm: variances differ between training and evaluation",
-    "the averages are over inputs with dropout, which evaluation does not have (Li et al., 2018)",
-    "put dropout after the last norm, lower its rate, or recompute the statistics without it with "
-    "clinic.precise",
+    "dropout before a norm changes the variance of its inputs",
+    "the averages are over inputs with dropout, but evaluation has no dropout (Li et al., 2018)",
+    "put dropout after the last norm, lower its rate, or recompute the statistics without dropout "
+    "with clinic.precise",
 )
 def variance_shift(case: Case, one: Evidence) -> str | None:
     """Finds norms whose input variance changes when dropout is active."""
     if not one.random or case.whole < 2 or recomputed(one):
         return None
     mean, error = one.shifts.mean(), one.shifts.std(ddof=1) / len(one.shifts) ** 0.5
-    text = f"variance in training / in evaluation {np.exp(mean):.3f}"
+    text = f"variance in training / variance in evaluation = {np.exp(mean):.3f}"
     return text if abs(mean) > max(SHIFT, STANDARD_ERRORS * error) else None
 
 
 def recomputed(one: Evidence) -> bool:
-    """Returns whether the averages are over inputs without dropout, as from `clinic.precise`."""
+    """Returns whether the averages are over inputs without dropout, as in `clinic.precise`."""
     in_evaluation = dataclasses.replace(one, train=one.batch)
     return one.random and max(in_evaluation.z_scores) <= STANDARD_ERRORS
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:
-    """Yields the checks with a missing input, except those of `unfinished_or_stale`."""
+    """Yields the checks with a missing input, except the checks in `unfinished_or_stale`."""
     few = "a second batch, to measure the differences between batches"
     if case.run.batch_size is None:
         missing = "the number of examples that share statistics in training: Run(batch_size=…)"
@@ -326,10 +327,10 @@ def unknown(case: Case) -> Iterator[NotChecked]:
     if case.whole < 2 and any(one.random for one in case.layers):
         yield NotChecked("variance-shift", few)
     if case.run.tx is None:
-        missing = "the optimizer: Run(tx=…); the weights do not show its effect"
+        missing = "the optimizer: Run(tx=…); its effect cannot be seen in the weights"
         yield NotChecked("weight-decay", missing)
     if case.run.predict is None:
-        missing = "your evaluation function: Run(predict=…); only train=False was tried"
+        missing = "your evaluation function: Run(predict=…); only evaluation mode was checked"
         yield NotChecked("batch-dependent in your evaluation", missing)
     if not case.has_labels:
         yield NotChecked("loss and accuracy", "labels in the batches")
@@ -338,34 +339,35 @@ def unknown(case: Case) -> Iterator[NotChecked]:
 WEIGHT_DECAY = _illness(
     "weight-decay",
     "weight decay acts on scale and bias",
-    "channels shrink without reason; weight decay is meant for kernels, where before a norm it "
-    "only changes the learning rate (van Laarhoven, 2017)",
-    "exclude them, for instance with optax.add_decayed_weights(…, mask=lambda params: jax.tree.map("
-    "lambda leaf: leaf.ndim > 1, params))",
+    "scales and biases shrink without benefit; weight decay is meant for kernels, and on a kernel "
+    "before a norm it only changes the effective learning rate (van Laarhoven, 2017)",
+    "exclude both, for instance with optax.add_decayed_weights(…, mask=lambda params: "
+    "jax.tree.map(lambda leaf: leaf.ndim > 1, params))",
 )
 LAYERWISE_RATE = _illness(
     "layerwise-rate",
     "a layer-wise learning rate (as in LARS or LAMB) acts on scale and bias",
-    "their norm is no measure of the right step: a bias near 0 hardly moves (You et al., 2017)",
-    "exclude vectors from the trust ratio: optax.lars(…, trust_ratio_mask=…), or optax.masked",
+    "the step is proportional to their L2 norm, so a bias near 0 hardly moves (You et al., 2017)",
+    "exclude both from the trust ratio with optax.lars(…, trust_ratio_mask=…) or optax.masked",
 )
 MAX_UPDATES = 64  # a schedule may start at 0, and gradients may be accumulated over several steps
 
 
 def decay(case: Case, before: Found) -> Outcome:
-    """Finds weight decay, or a layer-wise rate, on scale and bias."""
+    """Finds weight decay or a layer-wise learning rate on scale and bias."""
     if case.run.tx is None:
         return
     try:
         decayed = depends(case.run.tx, case.network.params, gradient=0.0)
         scaled = depends(case.run.tx, case.network.params, gradient=1.0) - decayed
-    except Exception as error:  # a user's optimizer may need other arguments
-        missing = f"an optimizer that runs in a test ({type(error).__name__}: {str(error)[:100]})"
+    except Exception as error:  # the user's optimizer may need other arguments
+        text = f"{type(error).__name__}: {str(error)[:100]}"
+        missing = f"an optimizer that runs on small arrays ({text})"
         yield NotChecked("weight-decay", missing)
         return
     for illness, how, found in (
-        (WEIGHT_DECAY, "shrinks", decayed),
-        (LAYERWISE_RATE, "scales with its norm the step of", scaled),
+        (WEIGHT_DECAY, "applies weight decay to", decayed),
+        (LAYERWISE_RATE, "uses a layer-wise learning rate for", scaled),
     ):
         paths = {one.layer.name: one.layer.path for one in case.layers}
         hit = {
@@ -378,11 +380,11 @@ def decay(case: Case, before: Found) -> Outcome:
 
 
 def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]:
-    """Returns the paths of the leaves whose update depends on their value, for the same gradient.
+    """Returns the paths of the leaves whose update depends on their value, at constant gradient.
 
-    With gradient 0 that is weight decay; otherwise it may be a layer-wise rate. Each leaf is
-    replaced by one number of the same rank, so masks by path or rank work; masks by the size or the
-    values of a leaf do not. `tx` has `init` and `update` as in Optax.
+    With gradient 0 the cause is weight decay; otherwise it may be a layer-wise learning rate. Each
+    leaf is replaced by an array of the same rank with one element, so masks by path or rank work,
+    but masks by the size or the values of a leaf do not. `tx` has `init` and `update` as in Optax.
 
     >>> import optax
     >>> params = {"norm": {"scale": np.ones(3)}}
@@ -409,17 +411,17 @@ def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]
 BATCH_DEPENDENT = _illness(
     "batch-dependent",
     "predictions depend on the rest of the batch",
-    "the prediction for an image depends on the other images in its batch, and for a single image "
-    "is meaningless",
+    "the same image gets different predictions in different batches, and a meaningless one on its "
+    "own",
     "evaluate in evaluation mode (linen: train=False or use_running_average=True, without mutable; "
     "NNX: model.eval(); Equinox: eqx.nn.inference_mode(model))",
 )
-# Power of eps, relative to the largest logit: rounding keeps more than half of the digits.
+# The tolerance relative to the largest logit is eps to this power: half of the digits.
 DIGITS = 0.5
 
 
 def batch_dependent(case: Case, before: Found) -> Outcome:
-    """Evaluates half a batch with two different other halves: the original one, and zeros."""
+    """Evaluates the first half of a batch twice: with the other half, and with zeros instead."""
     images = np.asarray(case.batches[0]["image"])
     half = (len(images) + 1) // 2
     others = images.copy()
@@ -434,27 +436,27 @@ def batch_dependent(case: Case, before: Found) -> Outcome:
     coarsest = max((float(jnp.finfo(layer.dtype).eps) for layer in norms), default=2.0**-23)
     if names or apart > coarsest**DIGITS * size:
         text = (
-            f"with {len(images) - half} different other images, the logits of {half} images "
-            f"change by up to {apart:.3g}; the largest logit is {size:.3g}"
+            f"replacing {len(images) - half} images in a batch changes the logits of the other "
+            f"{half} by up to {apart:.3g}; the largest logit is {size:.3g}"
         )
         yield Finding(BATCH_DEPENDENT, names, text)
 
 
 MOVED_WHILE_FROZEN = _illness(
     "moved-while-frozen",
-    "frozen norms changed",
+    "frozen norms have changed",
     "an optimizer that skips scale and bias does not freeze the averages: every pass in training "
-    "mode updates them, and the other frozen layers no longer fit",
-    "restore them from before; freeze the averages with freezing.freeze_statistics, or run these "
-    "norms in evaluation mode; freeze scale and bias with freezing.without_frozen",
+    "mode updates the averages, which then no longer fit the other frozen layers",
+    "restore the original norms; freeze averages with freezing.freeze_statistics or by evaluation "
+    "mode, scale and bias with freezing.without_frozen",
 )
 
 
 def moved_while_frozen(case: Case, before: Found) -> Outcome:
-    """Compares frozen norms with those before the training."""
+    """Compares the frozen norms with the same norms before training."""
     run = case.run
     if run.frozen and run.before is None:
-        yield NotChecked("moved-while-frozen", "the network before the training: Run(before=…)")
+        yield NotChecked("moved-while-frozen", "the network before training: Run(before=…)")
     elif run.before is not None and (
         names := moved(run.before, case.network, run.frozen or ("*",))
     ):
@@ -466,36 +468,34 @@ def moved_while_frozen(case: Case, before: Found) -> Outcome:
 UPDATED_TWICE = _illness(
     "updated-twice",
     "a step updates the averages of a norm more than once",
-    "k updates keep momentum ** k of the old averages, so they forget faster; and they mix the "
-    "inputs of all calls, while training normalises each call by its own",
-    "give each call of a shared layer its own norm; of several passes in a step, keep the "
-    "statistics of one",
+    "k updates keep only momentum ** k of the old averages; the averages also mix the inputs of "
+    "all calls, while training normalises each call by its own statistics",
+    "use a separate norm for each call of a shared layer; if a step has several passes, keep the "
+    "statistics of only one",
 )
-FAR = 100.0  # standard deviations: dropout keys that differ between two steps have no effect
+FAR = 100.0  # standard deviations; far more than the effect of different dropout keys
 
 
 def updated_twice(case: Case, before: Found) -> Outcome:
     """Finds norms with several calls in a pass, or several updates in the training step."""
-    texts = {
-        one.layer.name: f"{one.calls} calls in one pass" for one in case.layers if one.calls > 1
-    }
+    texts = {one.layer.name: f"{one.calls} calls per pass" for one in case.layers if one.calls > 1}
     if case.run.step is not None:
         found = updates(case.run.step, case)
         several = {name: round(times) for name, times in found.items() if times > 1.5}
-        texts |= {name: f"{times} updates in a step" for name, times in several.items()}
+        texts |= {name: f"{times} updates per step" for name, times in several.items()}
         if other := [one.layer.name for one in case.layers if one.layer.name not in found]:
-            missing = f"norms with a constant momentum or a count: not {', '.join(other)}"
+            missing = f"a constant momentum or a count, for {', '.join(other)}"
             yield NotChecked("updated-twice in your step", missing)
     if texts:
         yield Finding(UPDATED_TWICE, tuple(texts), "; ".join(dict.fromkeys(texts.values())))
 
 
 def updates(step: Callable[[Network, Batch], Network], case: Case) -> dict[str, float]:
-    """Returns the number of updates of each norm in a step, for those where it can be measured.
+    """Returns the number of updates per step of each norm for which it can be measured.
 
-    A norm with debias counts them. Otherwise, means that are shifted by 100 standard deviations
-    stay shifted by momentum ** updates of that, whatever the data: batches alone determine what
-    training adds.
+    A norm with debias counts its updates. For other norms, the step is run with the stored means
+    and with means shifted by 100 standard deviations. The results differ by the shift times
+    momentum ** updates, because the inputs in training do not depend on the stored means.
     """
     stored = flatten_dict(dict(case.network.batch_stats))
     shifts = {(*one.layer.path, "mean"): FAR * one.std.reshape(one.shape) for one in case.layers}
@@ -520,28 +520,28 @@ def updates(step: Callable[[Network, Batch], Network], case: Case) -> dict[str, 
 
 NOT_CONVERGED = _illness(
     "not-converged",
-    "the averages still remember their starting values",
-    "part of the running statistics is 0 and 1, not the data",
-    "train longer, lower the momentum, use debias, or recompute with clinic.precise",
+    "the averages have not converged from their initial values",
+    "the running statistics are a mixture of the data and the initial values 0 and 1",
+    "train longer, lower the momentum, use debias, or recompute the statistics with clinic.precise",
 )
 STALE = _illness(
     "stale",
     "the averages lag behind these weights, or belong to other weights",
     "evaluation normalises by statistics of different weights",
-    "recompute them with clinic.precise: always after averaging or restoring weights; while "
-    "weights change fast, before each evaluation, or lower the momentum or the learning rate",
+    "recompute the statistics with clinic.precise, always after averaging or restoring weights; if "
+    "the weights change fast, do so before each evaluation, or lower momentum or learning rate",
 )
-INITIAL_SHARE = 0.01  # momentum ** updates, the weight of the starting values in the averages
-INITIAL_SHIFT = 0.1  # this weight times |mean| / std: outputs shift by 0.1 standard deviations
-# The limit of stored minus expected statistics, in standard errors (RMS over channels).
-# The mean or the variance of a healthy layer is above it with probability 6e-5, if all channels are
-# correlated, which is the worst case. That is one false finding in 80 networks with 100 norms.
+INITIAL_SHARE = 0.01  # momentum ** updates, the weight of the initial values in the averages
+INITIAL_SHIFT = 0.1  # this weight times |mean| / std: the shift of the outputs in std
+# The limit of stored minus expected statistics, in standard errors (RMS over channels). In the
+# worst case, with fully correlated channels, the mean or variance of a healthy layer exceeds the
+# limit with probability 6e-5 each: one false finding in 80 networks with 100 norms.
 STANDARD_ERRORS = 4.0
-# Total variation distance of predictions under stored and expected statistics: a tolerance.
+# The tolerated total variation distance of predictions under stored and expected statistics.
 MOVED = 0.1
-# RMS of drift, and of the log ratio of variances, for one batch of 16 independent values.
+# The RMS errors of the mean and of the log variance of a batch of 16 independent values.
 MISFIT_MEAN, MISFIT_VAR = 0.25, math.sqrt(2 / 16)
-# Of the columns of a report; a layer is ill only if the check of the column finds it.
+# The limits for the colours in a report. A value beyond its limit alone is not a finding.
 LIMITS = {
     "drift": MISFIT_MEAN,
     "log_ratio": MISFIT_VAR,
@@ -549,21 +549,21 @@ LIMITS = {
     "shift": SHIFT,
     "dead": CHANNELS,
 }
-EXPLAINED = 0.5  # R^2 of the fit by a weight of the starting values
+EXPLAINED = 0.5  # the least R^2 of the fit of `fitted_share`
 
 
 def unfinished_or_stale(case: Case, before: Found) -> Outcome:
-    """Finds averages that have not converged or belong to other weights; at most one of the two.
+    """Finds averages that have not converged or belong to other weights (at most one finding).
 
-    Skips each layer whose wrong statistics are already explained by an earlier finding.
+    Skips layers whose wrong statistics are explained by an earlier finding.
     """
     names, explained = [one.layer.name for one in case.layers], set[str]()
     for one in before:
         if one.id in ("never-updated", "invalid-statistics", "low-precision"):
             explained |= {*one.layers}
-        if one.id == "low-precision":  # the inputs of later layers are rounding errors
+        if one.id == "low-precision":  # the inputs of later layers are wrong, too
             explained |= {*names[names.index(one.layers[0]) :]}
-            yield NotChecked("stale by fit", f"layers that do not follow {one.layers[0]}")
+            yield NotChecked("stale by fit", f"accurate inputs of all layers after {one.layers[0]}")
     layers = [one for one in case.layers if one.layer.name not in explained]
     if early := [one for one in layers if _is_early(one, one.initial_share)]:
         worst = max(early, key=lambda one: one.initial_share)
@@ -572,22 +572,23 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
-        missing = "the fingerprint of the weights that belong to the statistics: Run(weights=…)"
+        missing = "the fingerprint of the weights to which the statistics belong: Run(weights=…)"
         yield NotChecked("stale by fingerprint", missing)
     elif case.run.weights != (mine := fingerprint(case.network.params)):
-        text = f"the statistics belong to weights {case.run.weights}, but these are {mine}"
+        text = f"the statistics belong to weights {case.run.weights}, but the weights are {mine}"
         yield Finding(STALE, tuple(one.layer.name for one in layers), text)
         return
     if several := [one for one in layers if one.calls > 1]:
         calls = ", ".join(f"{one.layer.name} ({one.calls} calls per pass)" for one in several)
-        missing = f"norms with one call per pass; these average over several: {calls}"
+        missing = f"norms with one call per pass, but there are several for {calls}"
         yield NotChecked("stale by fit", missing)
     if case.whole < 2:
-        yield NotChecked("stale by fit", "a second batch, to measure the differences of batches")
+        missing = "a second batch, to measure the differences between batches"
+        yield NotChecked("stale by fit", missing)
         return
     if case.run.steps is None and any(isinstance(one.momentum, float) for one in layers):
-        missing = "the number of updates: Run(steps=…); judged by the values of the averages"
-        yield NotChecked("not-converged by its updates", missing)
+        missing = "the number of updates: Run(steps=…); only the averages themselves were checked"
+        yield NotChecked("not-converged by the number of updates", missing)
     judged = [one for one in layers if one.calls == 1 and not recomputed(one)]
     beyond = [one for one in judged if max(one.z_scores) > STANDARD_ERRORS]
     if beyond:
@@ -595,7 +596,7 @@ def unfinished_or_stale(case: Case, before: Found) -> Outcome:
 
 
 def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> Outcome:
-    """Finds statistics that are less accurate than a small batch's, or change predictions."""
+    """Finds statistics that are worse than those of a small batch, or change predictions."""
     mixed = flatten_dict(dict(case.expected))
     stored = flatten_dict(dict(case.network.batch_stats))
     own = {(*one.layer.path, name) for one in judged for name in ("mean", "var")}
@@ -609,28 +610,28 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
         return
     share = fitted_share(judged, beyond)
     if share is not None and any(_is_early(one, share) for one in judged):
-        yield _not_converged(judged, judged[0], share, "by the best fit")
+        yield _not_converged(judged, judged[0], share, "found by least squares")
         return
     worst = max(beyond, key=lambda one: max(one.z_scores))
-    cause = "the weights change faster than the averages follow"
+    cause = "the weights changed too fast for the averages"
     if case.run.weights is None:
         cause += ", or were averaged or restored"
     text = (
-        f"up to {max(worst.z_scores):.0f} standard errors from the statistics of these "
-        f"weights (in {worst.layer.name}: means by {rms(worst.drift):.2f} standard deviations, log "
-        f"variances by {rms(worst.log_ratio):.2f}); this moves {moved:.0%} of the predicted "
-        f"probability, batch statistics move {usual:.0%}: {cause}"
+        f"up to {max(worst.z_scores):.0f} standard errors from the statistics of these weights (in "
+        f"{worst.layer.name}, means differ by {rms(worst.drift):.2f} standard deviations and log "
+        f"variances by {rms(worst.log_ratio):.2f}). The error moves {moved:.0%} of the predicted "
+        f"probability; the noise of batch statistics, {usual:.0%}. Possible cause: {cause}"
     )
     yield Finding(STALE, tuple(one.layer.name for one in beyond), text)
 
 
 def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None:
-    """Returns the weight of the starting values that explains the stored statistics, or None.
+    """Returns the weight of the initial values that explains the stored statistics, or None.
 
-    Least squares over all channels of stored = share * (0, 1) + (1 - share) * expected, means in
-    standard deviations and variances in their squares. The fit has to explain more than half of the
-    difference, over all layers together and in each layer of `beyond`, and has to predict no
-    difference in the other layers.
+    Fits stored = share * (0, 1) + (1 - share) * expected by least squares over all channels, in
+    units of the standard deviation for means and of its square for variances. Returns None unless
+    the fit explains more than half of the difference (over all layers, and in each layer of
+    `beyond`) and predicts almost no difference in the other layers.
 
     Args:
         judged: layers with the same number of updates.
@@ -666,20 +667,18 @@ def _not_converged(
     layers: list[Evidence], worst: Evidence, share: float, how: str, after: str = ""
 ) -> Finding:
     momentum, apart = worst.momentum, worst.distance_from_zero
-    text = f"the starting values have a weight of {share:.1%} ({how}){after}"
+    text = f"the initial values have a weight of {share:.1%} ({how}){after}"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
-        text += (
-            f" with momentum {momentum:g}; {needed:,} updates are needed for {INITIAL_SHARE:.0%}"
-        )
+        text += f" with momentum {momentum:g}; {INITIAL_SHARE:.0%} needs {needed:,} updates"
     if share > 1:
         text += (
-            "; above 100 %: debiased as if the variance had started from 0, but it starts from 1"
+            "; a weight above 100 % comes from debiasing a variance that starts from 1 instead of 0"
         )
     elif share * apart > INITIAL_SHIFT:
         text += (
-            f"; the mean of {worst.layer.name} is {apart:.3g} standard deviations from 0, so this "
-            f"shifts it by {share * apart:.2f}"
+            f"; the mean of {worst.layer.name} is {apart:.3g} standard deviations from 0, so its "
+            f"error is {share * apart:.2f} standard deviations"
         )
     return Finding(NOT_CONVERGED, tuple(one.layer.name for one in layers), text)
 
@@ -691,23 +690,24 @@ def audit(
     *,
     jit: Callable[..., Any] = jax.jit,
 ) -> Findings:
-    """Returns the faults of the batch norms of a trained network, with measurements.
+    """Returns the faults found in the batch norms of a trained network, with measurements.
 
-    Runs the network on all batches as in training, and as in evaluation with the statistics of each
-    batch, of all batches, and the stored ones. Print the result to see the report.
+    Runs the network on all batches as in training. Also runs it as in evaluation under three
+    statistics: those of each batch, those of all batches, and the stored ones. Print the result to
+    see the report.
 
     Args:
-        network: from `linen`, with norms of Flax or bnjax. Its variables may have a leading axis of
-            devices, and its statistics may be a list of one tree per replica.
+        network: from `linen`, `nnx` or `equinox`. For linen, variables may have a leading axis of
+            devices, and statistics may be a list of one tree per replica.
         batches: training images in random order, in batches of about the size of the training
             batches: `image` [n, h, w, c], optionally `label` int [n], and `mask` bool [n] if the
-            model takes it. Two or more; four are better. All are kept in memory.
-        run: facts about the training; checks with missing facts are in `not_checked`.
+            model takes it. Give two or more batches, better four. All are kept in memory.
+        run: facts about the training run; `not_checked` lists the checks that need missing facts.
         jit: compiles a function.
 
     Raises:
-        ValueError: if no batch has two or more examples, or batches have a mask that the model does
-            not take.
+        ValueError: if no batch has two or more examples, or the batches have a mask but the model
+            takes none.
     """
     kept, run = sorted(batches, key=real_examples, reverse=True), run or Run()
     if not kept or len(kept[0]["image"]) < 2:

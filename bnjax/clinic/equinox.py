@@ -1,7 +1,7 @@
-"""Equinox networks for the clinic.
+"""Adapts Equinox networks for the functions of the clinic.
 
-A norm is any `equinox.nn.BatchNorm`. Leaves have the names and layouts of Flax: `kernel` [..., in,
-out] and `bias` of a layer; `scale`, `bias`, `mean` and `var` of a norm.
+A norm is any `equinox.nn.BatchNorm`. Leaves have the names and layouts of Flax: layers have
+`kernel` [..., in, out] and `bias`; norms have `scale`, `bias`, `mean` and `var`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from bnjax.norms.moments import Moments, Total, moments, total_over
 from bnjax.train_step import model_inputs
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
-# Equinox is an extra, so it is imported in the functions.
+# Equinox is an optional dependency, so it is imported inside the functions.
 
 Forward = Callable[[Any, Any, Images, Any], tuple[Logits, Any]]
 
@@ -31,9 +31,9 @@ class _Leaf(NamedTuple):
     """A leaf of the model: a parameter with a path, or a static value.
 
     Attributes:
-        path: our path of a parameter.
-        spatial: the number of spatial axes of a layer; None outside of layers.
-        value: the value of a static leaf.
+        path: the path of a parameter in `Equinox.params`; None for a static value.
+        spatial: the number of spatial axes of its layer; None for leaves outside of layers.
+        value: the static value.
     """
 
     path: Path | None
@@ -42,13 +42,13 @@ class _Leaf(NamedTuple):
 
 
 class _Norm(NamedTuple):
-    """The entries of a norm in the state.
+    """The keys under which the state stores the statistics of a norm.
 
     Attributes:
-        path: the path of its leaves.
+        path: the path of the norm's leaves.
         index: the key of its averages.
         counter: the key of the number of updates, if the averages are debiased.
-        momentum: its momentum.
+        momentum: the momentum of the norm.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class _Norm(NamedTuple):
 
 
 class _Structure(NamedTuple):
-    """What a model and its state are, except for arrays."""
+    """The structure of a model and its state, without arrays."""
 
     treedef: Any
     leaves: tuple[_Leaf, ...]
@@ -69,17 +69,19 @@ class _Structure(NamedTuple):
 def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
     """Returns an Equinox model and its state as a network for the functions of the clinic.
 
-    The running statistics of the network are those that inference uses; with mode="batch", the
-    averages after Equinox's debiasing. `network.model` and `network.state` are Equinox's again.
-    Training runs the model with its flags as they are if one of its norms is in training mode,
-    otherwise with all `inference` flags False; evaluation runs it in inference mode.
+    The network's running statistics are the statistics used in inference; for a norm with
+    mode="batch", they are the averages after Equinox's debiasing. `network.model` returns the
+    Equinox model, and `network.state` its state. Training leaves the model's flags unchanged if any
+    of its norms is in training mode; otherwise it sets all `inference` flags to False. Evaluation
+    runs the model in inference mode.
 
     Args:
-        model: a module (image, state) -> (logits, state); images as in the batches. It gets a `key`
-            if its `__call__` has one.
-        state: its state, from `equinox.nn.make_with_state`.
+        model: a module (image, state) -> (logits, state), for one image in the layout of
+            the batches. If
+            its `__call__` has an argument `key`, the key for dropout is passed.
+        state: the state of the model, from `equinox.nn.make_with_state`.
         call: (model, state, images, key) -> (logits, state), for a model with a different
-            signature. The default maps the model over the images, with the axis name of its norms.
+            signature. The default maps the model over the images with the axis name of its norms.
 
     Raises:
         ImportError: if Equinox is not installed.
@@ -102,7 +104,7 @@ def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
         spatial = None if unit is None or is_norm else getattr(unit, "num_spatial_dims", 0)
         leaves.append(_Leaf((*parent, name), spatial, None))
         params[*parent, name] = _to_flax(leaf, name, spatial)
-    found: dict[Any, _Norm] = {}  # copies of a norm that share their averages are one norm
+    found: dict[Any, _Norm] = {}  # norms that share their averages count as one
     for path, one in units.items():
         if isinstance(one, eqx.nn.BatchNorm):
             index, counter = _averages(one).marker, getattr(one.batch_counter, "marker", None)
@@ -121,10 +123,10 @@ class Equinox(Network):
 
     Attributes:
         params: the arrays of the model, by path.
-        batch_stats: the statistics used by inference, and `count` of debiased ones.
+        batch_stats: the statistics used in inference, with a `count` if they are debiased.
         rest: all other entries of the state.
-        structure: the model and the state without arrays.
-        call: see `equinox`.
+        structure: the structure of the model and its state.
+        call: as for `equinox`.
     """
 
     per_example = True
@@ -145,7 +147,7 @@ class Equinox(Network):
 
     @property
     def state(self) -> Any:
-        """Equinox's state with these running statistics."""
+        """The Equinox state with these running statistics."""
         import equinox as eqx
 
         stats, entries = flatten_dict(self.batch_stats), dict(self.rest)
@@ -153,7 +155,7 @@ class Equinox(Network):
             mean, var = stats[*path, "mean"], stats[*path, "var"]
             count = stats.get((*path, "count"))
             if count is not None:
-                # Statistics from elsewhere count as one update, so that a later one debiases well.
+                # Imported statistics count as one update, so that debiasing stays correct.
                 is_new = jnp.any((mean != 0) | (var != 1), axis=-1)
                 count = jnp.where((count == 0) & is_new, 1, count).astype(count.dtype)
             scale = _scale(count, momentum, mean)
@@ -194,7 +196,7 @@ class Equinox(Network):
 
             axis, *others = _axis_names(norms)
             each = jax.vmap(one, (0, 0, None), (0, None), axis_name=axis)
-            for name in others:  # of devices, here one
+            for name in others:  # names of device axes, here of size 1
                 each = jax.vmap(each, (None, None, None), None, axis_name=name, axis_size=1)
             logits, state = each(images, keys, state)
         return logits, _statistics(_entries(state), self.structure.norms)
@@ -218,22 +220,22 @@ class Equinox(Network):
 
     @property
     def takes_mask(self) -> bool:
-        """False: Equinox's norms have no masks."""
+        """False, because Equinox's norms take no mask."""
         return False
 
 
 @dataclasses.dataclass
 class EquinoxCall(Call):
-    """A call of an Equinox module on one example, inside of a `vmap` over the batch.
+    """A call of an Equinox module on one example, inside a `vmap` over the batch.
 
     Attributes:
-        state: the state given to a norm, later the state that it returns.
+        state: the state passed to a norm; after the call, the state that the norm returns.
     """
 
     state: Any = None
 
     def __call__(self) -> Any:
-        """Runs the module; keeps the state that a norm returns, and returns its output."""
+        """Runs the module and returns its output; stores the state that a norm returns."""
         if not self.is_norm:
             return super().__call__()
         kwargs = {key: value for key, value in self.kwargs.items() if key not in ("x", "state")}
@@ -260,7 +262,7 @@ class EquinoxCall(Call):
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The reduced axes of one example: all but the channels."""
+        """The axes of one example that a norm reduces: all except the channels."""
         return tuple(range(1, self.x.ndim))
 
     def get(self, name: str) -> Array | None:
@@ -314,7 +316,7 @@ class EquinoxCall(Call):
 
 
 def _units(model: Any) -> list[tuple[Path, Any]]:
-    """Returns the norms and layers of a model, with their paths."""
+    """Returns the norms and layers of a model with their paths."""
     import equinox as eqx
 
     kinds = (eqx.nn.BatchNorm, eqx.nn.Conv, eqx.nn.Linear)
@@ -325,7 +327,7 @@ def _units(model: Any) -> list[tuple[Path, Any]]:
 def _watched_in(
     model: Any, around: Around, batch_stats: BatchStats, norms: tuple[_Norm, ...]
 ) -> Any:
-    """Returns the model with norms and layers whose calls go through a function."""
+    """Returns the model with each call of a norm or layer passed to `around`."""
     import equinox as eqx
 
     stats, paths = flatten_dict(batch_stats), {norm.index: norm.path for norm in norms}
@@ -351,7 +353,7 @@ def _watched_in(
 
 @functools.cache
 def _watched(kind: Any) -> Any:
-    """Returns a subclass whose calls go through the function in its field `watched`."""
+    """Returns a subclass that passes each call to the function in its field `watched`."""
     import equinox as eqx
 
     class Watched(kind):
@@ -364,7 +366,7 @@ def _watched(kind: Any) -> Any:
             is_norm = isinstance(self, eqx.nn.BatchNorm)
             proceed = functools.partial(kind.__call__, self)
             call = EquinoxCall(self, path, proceed, args, kwargs, is_norm)
-            if is_norm:  # a copy, because Equinox invalidates a state when it is changed
+            if is_norm:  # a copy, because Equinox invalidates a state that is updated
                 state = args[1] if len(args) > 1 else kwargs["state"]
                 call.state = jax.tree_util.tree_map(lambda leaf: leaf, state)
             y = around(call)
@@ -375,7 +377,7 @@ def _watched(kind: Any) -> Any:
 
 
 def _axis_names(norms: Sequence[Any]) -> list[Any]:
-    """Returns the axis name that all norms share, and all others."""
+    """Returns an axis name that all norms share, followed by all other names."""
     names = [
         dict.fromkeys(one.axis_name if isinstance(one.axis_name, tuple | list) else [one.axis_name])
         for one in norms
@@ -384,7 +386,7 @@ def _axis_names(norms: Sequence[Any]) -> list[Any]:
     if not shared:
         raise ValueError(
             f"the norms have no axis name in common: {', '.join(map(str, map(list, names)))}. Give "
-            "a function that maps the model: clinic.equinox(model, state, call)."
+            "a function that maps the model over the images: clinic.equinox(model, state, call)."
         )
     return [*dict.fromkeys((shared[0], *(name for of in names for name in of)))]
 
@@ -399,7 +401,7 @@ def _entries(state: Any) -> dict[Any, Any]:
 
 
 def _statistics(entries: dict[Any, Any], norms: tuple[_Norm, ...]) -> BatchStats:
-    """Returns the statistics that inference uses."""
+    """Returns the statistics used in inference."""
     stats = {}
     for path, index, counter, momentum in norms:
         count = entries.get(counter)
@@ -413,7 +415,7 @@ def _statistics(entries: dict[Any, Any], norms: tuple[_Norm, ...]) -> BatchStats
 
 
 def _with_weights(layer: Any, leaves: dict[Path, Array], path: Path) -> Any:
-    """Returns a layer with these weights and a bias."""
+    """Returns the layer with the kernel and bias at this path."""
     new = object.__new__(type(layer))
     spatial = getattr(layer, "num_spatial_dims", 0)
     given = {
@@ -431,7 +433,7 @@ def _folded() -> Any:
     import equinox as eqx
 
     class Folded(eqx.nn.StatefulLayer):
-        """A norm that was folded into a layer: returns its input."""
+        """Replaces a norm that was folded into a layer; returns its input."""
 
         def __call__(self, x: Array, state: Any, **_: Any) -> tuple[Array, Any]:
             return x, state
@@ -440,7 +442,7 @@ def _folded() -> Any:
 
 
 def _scale(count: Any, momentum: float, like: Array) -> Any:
-    """Returns the divisor of inference: 1 - momentum ** count; 1 without a count or updates."""
+    """Returns 1 - momentum ** count, by which inference divides; 1 without a count or updates."""
     if count is None:
         return 1
     scale = jnp.where(count == 0, 1, 1 - momentum**count)

@@ -18,7 +18,7 @@ from bnjax.norms import StandardizedConv
 from bnjax.norms.per_example import standardize
 from bnjax.types import Array, Images, Logits
 
-# The position of the norm: after or before the layer.
+# The position of the norm relative to the layer.
 Place = Literal["after", "before"]
 
 
@@ -35,12 +35,12 @@ def fold_pair(
     groups: int = 1,
     channels_first: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns kernel and bias of a layer that replaces a layer and its norm in evaluation.
+    """Returns the kernel and bias of one layer equal to a layer and its norm in evaluation.
 
-    With the gain g = scale / sqrt(var + epsilon), a norm after the layer gives
-    kernel' = kernel g and bias' = (bias - mean) g + shift, over the outputs; a norm before it gives
-    kernel' = g kernel and bias' = bias + the sum of kernel (shift - mean g), over the inputs. The
-    latter is exact only if the layer does not pad.
+    Let g = scale / sqrt(var + epsilon). If the norm is after the layer, each output has
+    kernel' = kernel g and bias' = (bias - mean) g + shift. If the norm is before the layer, each
+    input has kernel' = g kernel, and bias' = bias + sum over inputs of kernel (shift - mean g),
+    which is exact only without padding.
 
     Args:
         kernel: [..., in / groups, out], as in Flax.
@@ -48,17 +48,17 @@ def fold_pair(
         scale, shift: the affine parameters of the norm, [c]; None for 1 and 0.
         mean, var: the running statistics of the norm, [c].
         epsilon: added to the variance.
-        norm: the position of the norm. "after": c = out. "before": c = in, or c divides it if
-            positions were flattened into channels: input j has channel j mod c.
-        groups: `feature_group_count` of a convolution.
-        channels_first: whether positions were flattened after the channels: input j then has
-            channel j // (in / c).
+        norm: the position of the norm. "after": c = out. "before": c = in, or a divisor of in if
+            positions were flattened into channels; input j then belongs to channel j mod c.
+        groups: the `feature_group_count` of a convolution.
+        channels_first: whether channels came before positions in the flattening; input j then
+            belongs to channel j // (in / c).
 
     Returns:
-        Both in the dtype of the kernel, computed in float64.
+        The kernel and the bias in the dtype of the kernel, computed in float64.
 
     Raises:
-        ValueError: if the channels do not fit, or a variance with epsilon is not above 0.
+        ValueError: if the numbers of channels do not match, or var + epsilon is not above 0.
 
     >>> one, two = np.ones(1), np.full(1, 2.0)
     >>> fold_pair(np.ones((1, 1)), None, two, one, 3 * one, one, 3.0, norm="after")
@@ -72,7 +72,7 @@ def fold_pair(
         gain = exact(scale, 1.0) / np.sqrt(exact(var) + epsilon)
         offset = exact(shift) - exact(mean) * gain
     if not np.isfinite([gain, offset]).all():
-        raise ValueError("its statistics are not finite, or a variance is negative")
+        raise ValueError("the norm's statistics are not finite, or a variance is negative")
     weight, channels = exact(kernel), len(gain)
     inputs, outputs = weight.shape[-2] * groups, weight.shape[-1]
     if norm == "after":
@@ -84,7 +84,7 @@ def fold_pair(
             raise ValueError(f"the norm has {channels} channels and the layer {inputs} inputs")
 
         def of_weights(values: np.ndarray) -> np.ndarray:
-            """Spreads values of the channels over [in / groups, out]: each group has its inputs."""
+            """Returns the values of the channels for each weight, [in / groups, out]."""
             spread = np.repeat if channels_first else np.tile
             by_group = spread(values, inputs // channels).reshape(groups, -1).T
             return np.repeat(by_group, outputs // groups, axis=1)
@@ -99,9 +99,9 @@ class NormFold(NamedTuple):
 
     Attributes:
         norm: the path of the norm.
-        layer: the path of the layer with the folded norm; None if the norm stays.
-        place: the position of the norm.
-        reason: why the norm stays.
+        layer: the path of the layer it was folded into; None if it was not folded.
+        place: the position of the norm relative to the layer.
+        reason: the reason the norm was not folded.
     """
 
     norm: Path
@@ -111,40 +111,40 @@ class NormFold(NamedTuple):
 
 
 class Folding(NamedTuple):
-    """A folded network, and the result for each of its norms, in the order of their calls."""
+    """A folded network, and the result for each norm in the order of calls."""
 
     network: Any
     norms: tuple[NormFold, ...]
 
     @property
     def pairs(self) -> Sequence[tuple[Path, Path]]:
-        """The paths of all folded norms and of their layers."""
+        """The path of each folded norm, with the path of its layer."""
         return self.network.model.pairs if isinstance(self.network.model, Folded) else ()
 
 
 def fold(network: SameNetwork, images: Images) -> SameNetwork:
-    """Folds the batch norms of a network into its layers where that is exact.
+    """Folds the batch norms of a network into its layers wherever folding is exact.
 
-    Arguments as for `plan`, which also returns the result for each norm.
+    The arguments are those of `plan`, which also returns the result for each norm.
     """
     return plan(network, images).network
 
 
 def plan(network: Network, images: Images) -> Folding:
-    """Returns the folded network, and for each norm its layer or why it stays.
+    """Returns the folded network and, for each norm, its layer or the reason it was not folded.
 
-    The operations between a norm and a layer are read from the traced program. A norm is folded
-    into the layer before it if nothing else reads the output of that layer and there are only sums
-    or maxima within a channel between them; otherwise into the layer after it, under the same
-    conditions. An activation, zero padding of a convolution, or a maximum with a negative gain
-    between them prevents folding. Computed in float64 on the host.
+    A norm is folded into the layer before it if nothing else reads the output of that layer and
+    only sums or maxima within a channel lie between the two. Otherwise it is folded into the layer
+    after it, on the same conditions. Folding is impossible across an activation, into a convolution
+    with zero padding after the norm, or across a maximum if the gain is negative. `plan` finds the
+    operations in the traced program, and computes in float64 on the host.
 
-    In evaluation the logits are the same except for rounding; `difference` measures it. Measure it
-    if a module reads the kernel of a different module (tied weights), which `plan` does not detect.
+    In evaluation the logits are the same except for rounding errors. Check with `difference` if one
+    module reads the kernel of another (tied weights), because `plan` does not detect that.
 
     Args:
-        network: from `bnjax.clinic.linen`.
-        images: [n, h, w, c]; only shape and dtype matter.
+        network: a network, for instance from `bnjax.clinic.linen`.
+        images: [n, h, w, c]; only the shape and dtype matter.
     """
     batch = {"image": images}
     calls: dict[Path, list[Node]] = {}
@@ -155,7 +155,7 @@ def plan(network: Network, images: Images) -> Folding:
     for path, nodes in calls.items():
         origins[path], *others = {_origin(node, network.per_example) for node in nodes}
         if others:
-            origins[path] = Origin(reason="is not the same in each call")
+            origins[path] = Origin(reason="differs between calls")
     about = {layer.path: layer for layer in network.norms(batch)}
     leaves, stats = flatten_dict(network.params), flatten_dict(network.batch_stats)
     weights: dict[Path, Weights] = {}
@@ -197,9 +197,9 @@ def plan(network: Network, images: Images) -> Folding:
 
 
 def difference(logits: Logits, others: Logits) -> float:
-    """Returns the largest difference between two sets of logits, in units of the largest logit.
+    """Returns the largest difference of two arrays of logits, relative to the largest logit.
 
-    0 if all logits are 0, for instance with an untrained last layer.
+    Returns 0 if all logits are 0, for instance with an untrained last layer.
 
     >>> difference(np.array([[4.0, -8.0]]), np.array([[4.0, -6.0]]))
     0.25
@@ -212,35 +212,35 @@ def difference(logits: Logits, others: Logits) -> float:
 
 
 def _is_of_interest(call: Call) -> bool:
-    # An already folded norm has no leaves.
+    # A norm that is already folded has no leaves.
     return call.get("mean") is not None if call.is_norm else call.is_layer
 
 
 def _hindrance(nodes: list[Node], about: NormLayer, per_example: bool) -> str:
-    """Returns why a norm cannot be folded into any layer; empty if it can."""
+    """Returns the reason a norm cannot be folded into any layer; empty if it can."""
     norm = nodes[0].call
     if about.by_batch:
-        return "it also normalises by the batch in evaluation"
+        return "it normalises by batch statistics in evaluation, too"
     if any(node.has_computed for node in nodes):
         return "it transforms its stored parameters"
     if not norm.is_standard:
         return f"it is a {norm.kind.__name__}, which may behave differently in evaluation"
     channels, where = (1, "second") if per_example else (len(about.shape) - 1, "last")
     others = tuple(axis for axis in range(len(about.shape)) if axis != channels)
-    return "" if about.axes == others else f"its channels are not only the {where} axis"
+    return "" if about.axes == others else f"its channel axis is not the {where} axis alone"
 
 
 class Origin(NamedTuple):
-    """The module whose output is the input of a single other module.
+    """The module that computes the input of a call, if only this call reads its output.
 
-    In between there may be sums and maxima within a channel: f(x). With a gain a >= 0 and a shift b
-    per channel, f(a * x + b) = a * f(x) + factor * b.
+    Between module and call there may be a function f of sums and maxima within a channel. With a
+    gain a >= 0 and a shift b per channel, f(a * x + b) = a * f(x) + factor * b.
 
     Attributes:
-        path: the path of the module; None if there is none.
-        factor: see above.
+        path: the path of the module; None if there is no such module.
+        factor: the factor in the equation above.
         has_maxima: whether f has a maximum; without a maximum the gain may be negative.
-        reason: why there is no such module.
+        reason: the reason there is no such module.
     """
 
     path: Path | None = None
@@ -257,16 +257,16 @@ def _origin(node: Node, per_example: bool) -> Origin:
         if node.call is None and node.equation is None:
             return Origin(reason="is the input of the network")
         if len(node.readers) > 1:
-            places = f"goes to several places ({_readers(node)})"
-            return Origin(reason=f"comes from {_name(node)}, which {places}")
-        # Under nn.vmap there is an additional axis at an unknown position.
+            readers = f"several operations read ({_readers(node)})"
+            return Origin(reason=f"is the output of {_name(node)}, which {readers}")
+        # `nn.vmap` adds an axis at an unknown position.
         if node.call is not None and (not kind or node.shape[per_example:] == node.returned):
             return Origin(node.path, factor, has_maxima)
         step = None if node.call is not None else _step(node.equation, per_example)
         if step is None:
-            return Origin(reason=f"comes from {_name(node)}")
+            return Origin(reason=f"is the output of {_name(node)}")
         factor, has_maxima, kind = factor * step[0], has_maxima or step[1], node.kind
-    return Origin(reason="is more than one value")
+    return Origin(reason="is computed from several values")
 
 
 def _name(node: Node) -> str:
@@ -280,7 +280,7 @@ def _readers(node: Node) -> str:
 def _neighbour(
     calls: dict[Path, list[Node]], origins: dict[Path, Origin], norm: Path, place: Place
 ) -> tuple[Node, Origin]:
-    """Returns the layer next to a norm and its origin; raises ValueError if it cannot be folded."""
+    """Returns the layer next to a norm, and the origin; raises ValueError if it cannot be used."""
     if place == "after":
         origin, path = origins[norm], origins[norm].path
         if path is None:
@@ -289,11 +289,13 @@ def _neighbour(
         path = next((path for path, one in origins.items() if one.path == norm), None)
         if path is None:
             readers = _readers(calls[norm][0])
-            raise ValueError(f"its output is not the input of one layer: it goes to {readers}")
+            raise ValueError(
+                f"its output is not the input of a single layer: it is read by {readers}"
+            )
         origin = origins[path]
     layer = calls[path][0]
     if len(calls[path]) != len(calls[norm]):
-        raise ValueError(f"{_name(layer)} is called with and without it")
+        raise ValueError(f"{_name(layer)} is called both with and without it")
     if any(node.has_computed for node in calls[path]):
         raise ValueError(f"{_name(layer)} transforms its stored parameters")
     is_exact = layer.call.is_layer and layer.call.is_standard
@@ -302,15 +304,15 @@ def _neighbour(
     return layer, origin
 
 
-# The result of `_step` for an operation that only moves values.
+# The result of `_step` for operations that only move values.
 MOVED = (1.0, False)
 
 
 def _step(equation: Any, per_example: bool) -> tuple[float, bool] | None:
-    """Returns `factor` and `has_maxima` of an operation; None if no norm can move past it.
+    """Returns `factor` and `has_maxima` of an operation; None if a norm cannot move past it.
 
-    A norm can move past sums and maxima of values of one channel, products with a number above 0,
-    and operations that only move values.
+    A norm can move past sums and maxima within a channel, multiplication by a constant above 0, and
+    operations that only move values.
     """
     kind, params = equation.primitive.name, equation.params
     operands = [atom for atom in equation.invars if isinstance(atom, core.Var)]
@@ -318,7 +320,7 @@ def _step(equation: Any, per_example: bool) -> tuple[float, bool] | None:
         return None
     avals: list[Any] = [operands[0].aval, equation.outvars[0].aval]
     given, returned = (aval.shape for aval in avals)
-    # The axis of the channels; in front of it there is only the axis of the examples.
+    # The channel axis. For networks called per example, only the axis of examples precedes it.
     channels = 1 if per_example else len(given) - 1
     if kind in ("copy", "name", "convert_element_type"):
         floats = all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
@@ -369,7 +371,7 @@ def _with_norm(
     stored: dict[Path, Any],
     per_example: bool,
 ) -> Weights:
-    """Returns the weights with a norm folded in; raises ValueError if that is not exact."""
+    """Returns the weights with a norm folded in; raises ValueError if folding is not exact."""
     name, module = ".".join(layer.path), layer.call.module
     kernel, bias = map(np.copy, weights)
     var = np.asarray(stored[*norm.path, "var"])
@@ -378,14 +380,16 @@ def _with_norm(
         np.asarray(stored.get((*norm.path, leaf), default), np.float64)
         for leaf, default in defaults.items()
     )
-    # Under nn.scan and nn.vmap the first axes enumerate norms and layers.
+    # With nn.scan and nn.vmap the leading axes enumerate the stacked norms and layers.
     stack, many = var.shape[:-1], kernel.shape[: kernel.ndim - _rank(module)]
     if stack != many:
-        raise ValueError(f"there are {[*stack]} norms, but {[*many]} times {name}")
+        raise ValueError(f"the norms are stacked as {[*stack]}, but {name} as {[*many]}")
     if origin.has_maxima and (scale < 0).any():
-        raise ValueError(f"there is a maximum between {name} and it, and some gains are negative")
+        raise ValueError(f"some gains are negative, and there is a maximum between it and {name}")
     if place == "before" and (shift.any() or mean.any()) and _adds_zeros(module):
-        raise ValueError(f"{name} adds zeros to its input, which are not zeros before the norm")
+        raise ValueError(
+            f"{name} adds zeros to its input, so its bias cannot absorb the norm's shift"
+        )
     factor = origin.factor if place == "before" else 1 / origin.factor
     epsilon = float(norm.call.module.eps if per_example else norm.call.module.epsilon)
     for index in np.ndindex(stack):
@@ -405,7 +409,7 @@ def _with_norm(
 
 
 def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
-    """Returns the kernel of a layer, standardised if it does so, and its bias or zeros."""
+    """Returns the kernel of a layer (standardised if the layer does so) and its bias or zeros."""
     kernel, bias = stored[*layer.path, "kernel"], stored.get((*layer.path, "bias"))
     many = kernel.shape[: kernel.ndim - _rank(layer.call.module)]
     if isinstance(layer.call.module, StandardizedConv):
@@ -423,7 +427,7 @@ def _rank(layer: Any) -> int:
 
 
 def _adds_zeros(layer: Any) -> bool:
-    """Returns whether a layer adds zeros around its input or between the values."""
+    """Returns whether a layer pads its input with zeros or dilates it."""
     if not hasattr(layer, "kernel_size"):
         return False
     padding = canonicalize_padding(layer.padding, _rank(layer) - 2)

@@ -1,4 +1,4 @@
-"""Freezing the statistics and parameters of norms."""
+"""Freezes the statistics and parameters of norms."""
 
 import dataclasses
 import fnmatch
@@ -18,20 +18,20 @@ from bnjax.types import BatchStats, Params, Tree
 
 
 def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
-    """Returns the model with frozen statistics of some norms.
+    """Returns the model with the statistics of some norms frozen.
 
-    In training these norms also normalise by their running statistics, constants for the gradient,
-    and do not update them; scale and bias are still trained. Fields, parameters, statistics and the
-    arguments of `__call__` are unchanged, so checkpoints and masks work as before.
+    In training these norms normalise by their running statistics, which are not updated and are
+    constants for the gradient. Scale and bias are still trained. Fields, parameters, statistics and
+    arguments of `__call__` are unchanged, so checkpoints and masks remain valid.
 
     Args:
-        model: any linen module whose norms are Flax's or bnjax's BatchNorm, also under `nn.scan`,
-            `nn.remat` and `nn.vmap`.
-        patterns: shell patterns for the names from `bnjax.clinic.Network.norms`:
-            "BasicBlock_0.*", "*.norm_proj", "*" for all.
+        model: any linen module whose norms are the BatchNorm of Flax or bnjax; they may be wrapped
+            in `nn.scan`, `nn.remat` or `nn.vmap`.
+        patterns: shell patterns for the names in `bnjax.clinic.Network.norms`, such as
+            "BasicBlock_0.*" or "*.norm_proj"; "*" for all.
 
     Raises:
-        ValueError: in a call of the model, if a pattern matches no norm; lists the names.
+        ValueError: when the model is called, if a pattern matches no norm; lists the names.
 
     >>> from bnjax.models.convnet import ConvNet
     >>> from bnjax.train_step import forward, init_variables
@@ -47,8 +47,8 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     """
     kind = type(model)
 
-    # A new class, because Flax and `train_step` inspect the class. Flax has already wrapped the
-    # inner method, and must not wrap this one.
+    # A new class, because Flax and `train_step` inspect the class. Flax has already wrapped
+    # `kind.__call__`, so `call` must not be wrapped.
     @nn.nowrap
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         names: dict[str, None] = {}
@@ -61,7 +61,7 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
             if not matches(name, patterns):
                 return call()
             object.__setattr__(call.module, FROZEN, True)
-            # `use_running_average` may be given in one place only, here in the call.
+            # Flax accepts `use_running_average` as a field or as an argument, not both.
             fields = {"use_running_average": None, "statistics": "running", "update_average": False}
             with with_fields(call.module, **fields):
                 return call.proceed(call.x, **call.kwargs | {"use_running_average": True})
@@ -82,9 +82,9 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
 
 
 def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree:
-    """Returns a tree of bools like `params`: True at scale and bias of the matching norms.
+    """Returns a tree of bools like `params`: True for the scale and bias of matching norms.
 
-    Use it as the mask of `optax.masked` or `without_frozen`.
+    Use the tree as the mask of `optax.masked` or `without_frozen`.
 
     Args:
         params: the weights, or their shapes.
@@ -107,11 +107,11 @@ def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree
 def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.GradientTransformation:
     """Returns an optimizer that does not update parameters where the mask is True.
 
-    `tx` gets only the other parameters: no weight decay of masked parameters, and a global gradient
-    norm excludes them. (`optax.transforms.freeze` only sets updates to 0.)
+    Only the other parameters are passed to `tx`, so masked parameters have no weight decay and are
+    excluded from a global gradient norm. (`optax.transforms.freeze` only sets updates to 0.)
 
     Args:
-        tx: the optimizer of the other parameters.
+        tx: the optimizer for the other parameters.
         mask: a tree of bools like the parameters, for instance from `affine_mask`.
 
     >>> import jax.numpy as jnp
@@ -127,12 +127,12 @@ def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.Gradie
 
 
 def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> tuple[str, ...]:
-    """Returns the names of the statistics, scales and biases that differ in any bit.
+    """Returns the names of the norms' leaves that differ between two networks in any bit.
 
     Args:
-        before: a network.
-        after: the same network later.
-        patterns: as for `freeze_statistics`: which norms are compared.
+        before: a network before training.
+        after: the same network after training.
+        patterns: the norms to compare, as for `freeze_statistics`.
 
     Raises:
         ValueError: if a pattern matches no norm, or the networks have different leaves.
@@ -156,15 +156,15 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
     )
     if old.keys() != new.keys():
         names = ", ".join(".".join(path) for path in sorted(old.keys() ^ new.keys()))
-        raise ValueError(f"the two networks have different leaves: {names} is in one of them only")
+        raise ValueError(f"the two networks have different leaves; only one of them has {names}")
     return tuple(".".join(path) for path in new if old[path].tobytes() != new[path].tobytes())
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """Returns the names that match at least one pattern, in their order.
+    """Returns the names that match at least one pattern, in the given order.
 
     Raises:
-        ValueError: if there is no pattern, or a pattern matches no name.
+        ValueError: if `patterns` is empty, or a pattern matches no name.
 
     >>> matching(["conv0_norm", "conv1_norm", "head.norm"], ["conv*", "*.norm"])
     ['conv0_norm', 'conv1_norm', 'head.norm']
@@ -172,7 +172,7 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     names, patterns = [*names], [*patterns]
     idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if idle or not patterns:
-        which = f"no norm matches {' or '.join(map(repr, idle))}" if idle else "there is no name"
+        which = f"no norm matches {' or '.join(map(repr, idle))}" if idle else "there is no pattern"
         raise ValueError(
             f"{which}. The norms of this model are: {', '.join(names) or 'none'}. Use their names "
             "or shell patterns: '*' matches any characters, including dots."
@@ -181,5 +181,5 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Returns whether the name matches a pattern."""
+    """Returns whether the name matches at least one pattern."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""A walker over the equations of traced programs, and the graph of a network's layers."""
+"""Evaluates the equations of traced programs, and builds the graph of a network's layers."""
 
 import dataclasses
 import re
@@ -13,9 +13,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from bnjax.clinic.network import STORED, Call, Network
 
 Path = tuple[str, ...]
-# (equation, *values of its operands) -> values of its results; values of any kind.
+# (equation, *values of its operands) -> values of its results. Values may have any type.
 Rule = Callable[..., Sequence[Any]]
-# Primitives that only call a program.
+# The primitives that only call another program.
 CALLS = {
     "pjit",
     "jit",
@@ -40,13 +40,13 @@ def traced(function: Callable[..., Any], *arguments: Any) -> Any:
 def evaluate(
     program: Any, inputs: Sequence[Any], rule: Rule, inlined: Callable[[Any], bool] = lambda _: True
 ) -> list[Any]:
-    """Evaluates a program with a rule for its equations, on values of any kind.
+    """Evaluates a program on values of any type, with a rule for its equations.
 
     Args:
-        program: from `traced`.
-        inputs: a value for each input. Constants and literals are arrays.
+        program: a closed jaxpr from `traced`.
+        inputs: the value of each input. Constants and literals are arrays.
         rule: computes the results of an equation.
-        inlined: whether to inline a called program; otherwise the rule gets the call.
+        inlined: whether to inline a called program; otherwise the rule evaluates the call.
     """
     jaxpr = program.jaxpr
     values = dict(zip(jaxpr.constvars, program.consts, strict=True))
@@ -68,11 +68,11 @@ def evaluate(
 
 
 def programs(equation: Any) -> list[Any]:
-    """Returns the programs in an equation (calls, loops, branches), as closed jaxprs."""
+    """Returns the programs that an equation calls (bodies of loops, branches) as closed jaxprs."""
     found = []
     for value in equation.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(inner, core.ClosedJaxpr):  # one class with Jaxpr since JAX 0.12
+            if isinstance(inner, core.ClosedJaxpr):  # since JAX 0.12 the same class as Jaxpr
                 found.append(inner)
             elif isinstance(inner, core.Jaxpr):
                 found.append(core.ClosedJaxpr(inner, ()))
@@ -81,18 +81,18 @@ def programs(equation: Any) -> list[Any]:
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """A call of a module, or an operation outside of such calls.
+    """A call of a module, or an operation outside of all such calls.
 
     Attributes:
-        path: the path of the module; for an operation, the path of its module and its name.
+        path: the path of the module; for an operation, its module's path and its own name.
         kind: the class of the module, or the name of the operation.
         call: the call of the module; None for an operation.
         returned: the shape of the output inside the module.
-        shape: the shape of the output in the program; under `nn.vmap` it has an additional axis.
-        equation: the operation.
-        inputs: the nodes of its inputs, each once.
-        readers: the nodes that use its output, each once.
-        has_computed: whether it uses parameters that are computed from the stored parameters.
+        shape: the shape of the output in the program; `nn.vmap` adds an axis.
+        equation: the equation of an operation; None for a call.
+        inputs: the nodes that compute the inputs, without duplicates.
+        readers: the nodes that read the output, without duplicates.
+        has_computed: whether the call uses parameters computed from stored parameters.
     """
 
     path: Path
@@ -106,7 +106,7 @@ class Node:
     has_computed: bool = False
 
     def read(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
-        """Adds the nodes among the values to the inputs."""
+        """Adds all values that are nodes to the inputs."""
         for variable, value in zip(variables, values, strict=True):
             if isinstance(value, Node) and value is not self:
                 value.shape = tuple(variable.aval.shape)
@@ -116,12 +116,12 @@ class Node:
 
 
 class _Parameter(NamedTuple):
-    """A stored parameter, or one computed from stored parameters in the call with this index."""
+    """A stored parameter, or one computed from stored parameters in the call of this index."""
 
     computed_in: int | None
 
 
-# The name scope of call 3 is "@3@".
+# Matches the name scope of a call: "@3@" for call 3.
 _MARK = re.compile("@([0-9]+)@")
 
 
@@ -133,21 +133,21 @@ def layers(
     dropout: Any = None,
     chosen: Callable[[Call], bool] = lambda call: True,
 ) -> list[Node]:
-    """Returns the graph of a network as nodes in the order of computation, by tracing only.
+    """Traces a network and returns its graph as a list of nodes in the order of computation.
 
-    The first node is the images, the last the logits. Operations that do not depend on the images,
-    or do not affect the logits, are omitted. A loop or branch with modules inside has one operation
-    before and one after its body.
+    The first node represents the images, and the last the logits. Operations that do not depend on
+    the images or do not affect the logits are omitted. A loop or branch that calls modules becomes
+    one node before and one node after the nodes of its body.
 
     Args:
-        network: a network; the variables may be shapes.
+        network: a network; its variables may be given as shapes.
         batch: `image` [n, h, w, c], or its shape.
         train: whether to trace training instead of evaluation.
         dropout: the key for dropout.
-        chosen: whether the call of a module without submodule calls is a node.
+        chosen: returns whether the call of a module without submodules becomes a node.
     """
     calls: list[Node] = []
-    split: set[int] = set()  # calls of modules that are not nodes
+    split: set[int] = set()  # calls that are not nodes
     open_calls: list[int] = []
 
     def around(call: Call) -> Any:
@@ -208,7 +208,7 @@ def layers(
 
 
 def name_of(equation: Any) -> str:
-    """Returns the name of an operation; for a function call, the name of the function."""
+    """Returns the name of an operation, or of the called function if the operation is a call."""
     if "name" in equation.params:
         return str(equation.params["name"])
     inner = [one.jaxpr.eqns for one in programs(equation) if len(one.jaxpr.eqns) == 1]

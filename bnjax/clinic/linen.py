@@ -1,7 +1,7 @@
-"""Linen networks for the clinic.
+"""Adapts linen networks for the functions of the clinic.
 
-A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, also under `nn.scan`, `nn.remat`
-and `nn.vmap`. The model needs no change: calls are intercepted.
+A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, also if it is wrapped in `nn.scan`,
+`nn.remat` or `nn.vmap`. Calls are intercepted, so the model needs no changes.
 """
 
 import contextlib
@@ -23,19 +23,20 @@ from bnjax.train_step import forward, init_variables
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Mask, Params
 
 NORMS = (nn.BatchNorm, BatchNorm)
-# Exact types: a subclass may use its kernel differently.
+# Subclasses are excluded, because they may use the kernel differently.
 LAYERS = (nn.Conv, nn.Dense, StandardizedConv)
 
 
 class Folded(nn.Module):
     """A network with norms folded into its layers.
 
-    Parameters keep their names. Folded norms return their input and have no leaves; their layers
-    have a bias, and do not standardise their kernel again.
+    Parameters keep their names. Folded norms have no leaves and return their input. The layers they
+    were folded into have a bias, and do not standardise their kernel, which is already
+    standardised.
 
     Attributes:
-        unfolded: the network with its norms.
-        pairs: the paths of each folded norm and of its layer.
+        unfolded: the original network.
+        pairs: the path of each folded norm, with the path of its layer.
     """
 
     unfolded: nn.Module
@@ -44,7 +45,7 @@ class Folded(nn.Module):
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]."""
-        # In the scope of this module, so that the variables keep their names.
+        # The scope of this module is reused, so that variables keep their names.
         model = self.unfolded.copy(parent=self.scope, name=None)
         norms, layers = ({tuple(path) for path in side} for side in zip(*self.pairs, strict=True))
 
@@ -62,7 +63,7 @@ class Folded(nn.Module):
             return model(x, train=train, **options)
 
 
-# Marks a norm with statistics frozen by `bnjax.clinic.freezing`.
+# The attribute that marks norms frozen by `bnjax.clinic.freezing`.
 FROZEN = "statistics_are_frozen"
 Forward = Callable[[Any, Images, bool], Any]
 
@@ -73,7 +74,7 @@ class Linen(Network):
 
     Attributes:
         params: the weights.
-        batch_stats: the running statistics; for `audit` also a list of one tree per replica.
+        batch_stats: the running statistics; for `audit`, optionally a list of one tree per replica.
         model: a linen module with `__call__(x, train=...)`.
     """
 
@@ -92,12 +93,12 @@ class Linen(Network):
         def unsynced(call: Call) -> Any:
             if not call.is_norm:
                 return around(call)
-            # A model trained with `axis_name` can then run outside of that axis.
+            # Without axis names the model can run outside of the mapped axis it was trained in.
             names = "axis_name", "axis_index_groups", "average_axis_name"
             with with_fields(call.module, **dict.fromkeys(names)):
                 return around(call)
 
-        # A model that ignores its flag also writes in evaluation.
+        # A model that ignores its training flag also writes statistics in evaluation.
         options: Any = {"train": train, "dropout": dropout, "mutable": ("batch_stats",)}
         with nn.intercept_methods(intercepting(unsynced)):
             logits, written = forward(
@@ -120,7 +121,7 @@ class Linen(Network):
         return "mask" in inspect.signature(type(self.model).__call__).parameters
 
     def shapes(self, images: Images) -> tuple[Any, Any]:
-        """Returns the shapes of the variables of `model.init`."""
+        """Returns the shapes of the variables that `model.init` creates."""
         init = functools.partial(init_variables, self.model, jax.random.key(0))
         return jax.eval_shape(init, images)
 
@@ -129,14 +130,15 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
     """Returns a linen model and its variables as a network for the functions of the clinic.
 
     Args:
-        model: any linen module. `__call__` needs one of the training flags `train`, `training`,
-            `is_training`, `deterministic` or `use_running_average`.
-        params: its weights.
-        batch_stats: its running statistics; for `audit` also statistics of several replicas.
+        model: any linen module whose `__call__` has one of the training flags `train`, `training`,
+            `is_training`, `deterministic` and `use_running_average`.
+        params: the weights of the model.
+        batch_stats: the running statistics of the model; for `audit`, optionally the statistics of
+            several replicas.
         call: (model, images, train) -> logits, for a model with a different signature.
 
     Raises:
-        ValueError: if there is no known flag and no `call`.
+        ValueError: if `__call__` has no known flag and `call` is None.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -151,7 +153,7 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
         flag = next((name for name in FLAGS if name in names), None)
         if flag is None:
             raise ValueError(
-                f"{type(model).__name__}.__call__ has none of the arguments {', '.join(FLAGS)}. "
+                f"{type(model).__name__}.__call__ has no training flag ({', '.join(FLAGS)}). "
                 "Give a function that calls it: clinic.linen(…, call=lambda model, x, train: …)."
             )
         if flag == "train":
@@ -160,13 +162,13 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
     return Linen(params, batch_stats, Called(model, call))
 
 
-@functools.cache  # so that networks of one model are equal, and a program is compiled once
+@functools.cache  # equal networks for equal models, so that programs are compiled once
 def _by_flag(flag: str) -> Forward:
     return lambda model, x, train: model(x, **{flag: train == FLAGS[flag]})
 
 
 class Called(nn.Module):
-    """Gives a model the signature `__call__(x, train=...)`; its variables keep their names.
+    """Wraps a model so that its signature is `__call__(x, train=...)`; variables keep their names.
 
     Attributes:
         model: any linen module.
@@ -229,7 +231,7 @@ def intercepting(around: Around) -> Callable[..., Any]:
         module = context.module
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        # A norm of a subclass with a different signature calls its superclass: that is the norm.
+        # If a subclass has a different signature, its call of the superclass is the norm.
         names = inspect.signature(context.orig_method).parameters
         is_norm = isinstance(module, NORMS) and "use_running_average" in names
         return around(LinenCall(module, module.path, call, args, kwargs, is_norm))
@@ -239,9 +241,9 @@ def intercepting(around: Around) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def with_fields(module: nn.Module, **fields: Any) -> Iterator[None]:
-    """Sets fields of a bound module, if it has them, until the context ends.
+    """Sets those fields that a bound module has, until the context ends.
 
-    A clone would be recorded as a second module, and bound modules reject normal assignment.
+    A clone would be recorded as a second module, and bound modules reject ordinary assignment.
     """
     before = {name: getattr(module, name) for name in fields if hasattr(module, name)}
     try:

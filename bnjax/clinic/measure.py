@@ -1,4 +1,4 @@
-"""The measurements of an audit: runs one network in several ways on the same batches."""
+"""Measures a network for an audit, by running it in several modes on the same batches."""
 
 import dataclasses
 import functools
@@ -18,10 +18,11 @@ from bnjax.norms.moments import Moments, merge
 from bnjax.train_step import softmax_cross_entropy
 from bnjax.types import Batch, BatchStats, Images, Logits
 
-# A channel is dead if the standard deviation of its output is below this fraction of the layer's
-# RMS: half a unit in the last place of bfloat16, lost in a sum with the other channels.
+# A channel is dead if the standard deviation of its output is below this fraction of the RMS over
+# the layer. The fraction is half a unit in the last place of bfloat16, which a sum of channels
+# loses.
 DEAD = 2.0**-8
-ROUNDED = 1e-6  # the difference of two statistics that agree except for rounding
+ROUNDED = 1e-6  # the difference between statistics that agree except for rounding errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +30,16 @@ class Run:
     """Facts about a training run; None if unknown.
 
     Attributes:
-        steps: the number of updates of the averages since they were 0 and 1.
-        batch_size: the number of examples that share statistics: of a step, or of one device if the
-            norms have no axis_name.
-        weights: `bnjax.types.fingerprint` of the weights that belong to the statistics.
-        tx: the optimizer, with `init` and `update` as in Optax; it is tried on small arrays.
+        steps: the number of updates of the averages since initialisation.
+        batch_size: the number of examples that share statistics: all examples of a step, or those
+            on one device if the norms have no axis_name.
+        weights: the `bnjax.types.fingerprint` of the weights to which the statistics belong.
+        tx: the optimizer, with `init` and `update` as in Optax; it is called with small arrays.
         predict: the evaluation function, images [n, h, w, c] -> logits [n, classes]; None for
-            `train=False`.
-        step: a training step, (network, batch) -> the network after it; it is called with copies.
-        before: the network before the training, with frozen norms.
-        frozen: shell patterns for their names; empty: all norms, if there is `before`.
+            evaluation mode.
+        step: a training step, (network, batch) -> updated network; it is called with copies.
+        before: the network before training, if norms were frozen.
+        frozen: shell patterns for the names of the frozen norms; empty for all norms of `before`.
     """
 
     steps: int | None = None
@@ -53,22 +54,22 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The measurements of one norm; the c channels are one axis, float64.
+    """The measurements of one norm, float64; the channels are flattened to one axis [c].
 
     Attributes:
         layer: the norm in evaluation.
         mean, var: the stored statistics, [c].
         dtype, shape: the dtype and shape of the stored statistics.
-        scale: the size of the learnt scale, [c]; ones without a scale; the largest of the layers
-            of a scan that share their statistics.
-        train: mean and variance of its inputs in each of k batches [k, c] in training, with
-            dropout; `count` belongs to the first batch.
-        batch: the same without dropout, if every norm normalises by the batch.
-        random: whether its inputs in training depend on the dropout key.
+        scale: the absolute value of the learnt scale, [c]; ones without a scale. If the layers of
+            a scan share statistics, the largest value over these layers.
+        train: mean and variance of the inputs for each of k batches [k, c] in training, with
+            dropout; `count` is that of the first batch.
+        batch: the same if every norm normalises by batch statistics, without dropout.
+        random: whether the inputs in training depend on the dropout key.
         calls: the number of calls per pass.
         examples: the number of examples in an audited batch.
-        size: the number of examples in a training batch; if unknown, in an audited batch.
-        updates: the number of updates of its averages; None if unknown.
+        size: the number of examples in a training batch; if unknown, the same as `examples`.
+        updates: the number of updates of the averages; None if unknown.
     """
 
     layer: NormLayer
@@ -99,7 +100,7 @@ class Evidence:
 
     @functools.cached_property
     def std(self) -> np.ndarray:
-        """The divisor of the norm with correct averages, [c]."""
+        """The divisor that the norm would have with correct averages, [c]."""
         return np.sqrt(self.train.var.mean(0) + self.layer.module.epsilon)
 
     @functools.cached_property
@@ -109,31 +110,31 @@ class Evidence:
 
     @property
     def drift(self) -> np.ndarray:
-        """Stored minus expected mean of the live channels, in standard deviations."""
+        """The stored minus the expected mean of live channels, in standard deviations."""
         return self._deviations[0][self.live]
 
     @property
     def log_ratio(self) -> np.ndarray:
-        """Log of stored over expected variance of the live channels."""
+        """The log of the ratio of stored to expected variance, for live channels."""
         return self._deviations[1][self.live]
 
     @property
     def distance_from_zero(self) -> float:
-        """The expected mean in standard deviations, RMS over the live channels."""
+        """The expected mean in standard deviations (RMS over live channels)."""
         return rms((self.train.mean.mean(0) / self.std)[self.live])
 
     @property
     def shifts(self) -> np.ndarray:
-        """The mean log ratio of the variances with and without dropout, for each batch [k]."""
+        """The mean log ratio of the variances with and without dropout, per batch [k]."""
         epsilon = self.layer.module.epsilon
         logs = np.log((self.train.var + epsilon) / (self.batch.var + epsilon))
         return logs[:, self.live].mean(1) if self.live.any() else np.zeros(len(logs))
 
     @property
     def noise(self) -> float | None:
-        """The standard deviation of a training batch's mean, in standard deviations.
+        """The standard error of the mean of a training batch, in standard deviations.
 
-        RMS over live channels; None for a single batch.
+        The RMS over live channels; None if there is only one batch.
         """
         if len(self.train.mean) < 2:
             return None
@@ -142,7 +143,7 @@ class Evidence:
 
     @property
     def values(self) -> int:
-        """The number n of values per channel and training batch."""
+        """The number n of values per channel in a training batch."""
         return round(self.train.count / self.calls / self.examples * self._shared)
 
     @property
@@ -151,12 +152,12 @@ class Evidence:
 
     @property
     def momentum(self) -> Any:
-        """The momentum of its averages."""
+        """The momentum of the averages."""
         return self.layer.module.momentum
 
     @property
     def initial_share(self) -> float:
-        """The weight of the starting values in the averages; 0 if unknown."""
+        """The weight of the initial values in the averages; 0 if unknown."""
         if self.updates is None or getattr(self.layer.module, "debias", False):
             return 0.0
         is_constant = isinstance(self.momentum, int | float)
@@ -164,10 +165,10 @@ class Evidence:
 
     @functools.cached_property
     def z_scores(self) -> tuple[float, float]:
-        """Stored minus expected mean and log variance, in standard errors, RMS over channels.
+        """The errors of the stored mean and log variance, in standard errors (RMS over channels).
 
-        An exponential average of independent values of variance s^2 has the variance
-        (1-m) / (1+m) s^2. The expected value is the mean of k batches, with the variance s^2 / k.
+        An exponential average of independent values with variance s^2 has the variance
+        (1-m) / (1+m) s^2. The expected value is a mean over k batches, with the variance s^2 / k.
         """
         left = 1.0 if callable(self.momentum) else 0.0
         if isinstance(self.momentum, int | float):
@@ -180,16 +181,16 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The inputs of all checks.
+    """The inputs to all checks.
 
     Attributes:
         network: the network.
         batches: the audited batches, the largest first.
-        run: facts about its training.
+        run: facts about the training run.
         layers: the measurements of each norm.
-        precise: the statistics of all examples.
-        expected: the limit of the averages for long training at constant weights.
-        batch_logits: the logits if every norm normalises by the batch.
+        precise: the statistics over all examples.
+        expected: the limit of the averages after long training at constant weights.
+        batch_logits: the logits if every norm normalises by batch statistics.
         evaluate: (batch_stats, batch) -> logits [n, classes] in evaluation.
     """
 
@@ -204,7 +205,7 @@ class Case:
 
     @property
     def whole(self) -> int:
-        """The number of batches for measuring differences between batches."""
+        """The number of batches that are large enough to measure differences between batches."""
         return whole_batches(self.batches)
 
     @property
@@ -213,11 +214,11 @@ class Case:
         return all("label" in batch for batch in self.batches)
 
     def logits_under(self, batch_stats: BatchStats) -> np.ndarray:
-        """Returns the logits of all real examples in evaluation, [n, classes]."""
+        """Returns the logits of all unmasked examples in evaluation, [n, classes]."""
         return _real([self.evaluate(batch_stats, batch) for batch in self.batches], self.batches)
 
     def means(self, logits: np.ndarray) -> dict[str, float]:
-        """Returns loss and accuracy; empty without labels."""
+        """Returns loss and accuracy; an empty dict without labels."""
         if not self.has_labels:
             return {}
         label = jnp.asarray(_real([batch["label"] for batch in self.batches], self.batches))
@@ -231,9 +232,9 @@ def measure(
     """Runs the network as in training, and as in evaluation with the statistics of each batch.
 
     Args:
-        network: its variables have the model's structure.
+        network: a network whose variables have the structure that the model expects.
         batches: the batches, the largest first.
-        run: facts about its training.
+        run: facts about the training run.
         jit: compiles a function.
     """
     params, stats = network.params, network.batch_stats
@@ -304,7 +305,7 @@ def measure(
 
 
 def distance(logits: np.ndarray, others: np.ndarray) -> float:
-    """Returns the mean total variation distance of two sets of predictions, 0 to 1; 1 for NaN.
+    """Returns the mean total variation distance between predictions, 0 to 1; NaN counts as 1.
 
     >>> distance(np.array([[0.0, 0.0]]), np.array([[0.0, np.inf]]))
     1.0
@@ -315,19 +316,19 @@ def distance(logits: np.ndarray, others: np.ndarray) -> float:
 
 
 def rms(values: Any) -> float:
-    """Returns the root mean square; 0 for no values."""
+    """Returns the root mean square; 0 for an empty array."""
     return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
 
 
 def real_examples(batch: Batch) -> int:
-    """Returns the number of examples in a batch, without padding."""
+    """Returns the number of unmasked examples in a batch."""
     return int(np.sum(batch["mask"])) if "mask" in batch else len(batch["image"])
 
 
 def whole_batches(batches: Sequence[Batch]) -> int:
     """Returns the number of batches with at least half as many examples as the first.
 
-    The mean and variance of a small last batch are noisy, and would have the same weight.
+    Smaller batches are not counted, because their statistics are noisier but have equal weight.
     """
     return sum(2 * real_examples(one) >= real_examples(batches[0]) for one in batches)
 

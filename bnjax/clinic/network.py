@@ -1,7 +1,7 @@
-"""Networks of any library: their norms, and the moments of the norms' inputs.
+"""Finds the norms in networks of any library, and the moments of the norms' inputs.
 
-A library's adapter subclasses `Network` with one method, `run`, which passes each call of a module
-to a function. The model needs no change.
+The adapter for a library subclasses `Network`. Its method `run` passes each call of a module to a
+function, so the model needs no changes.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 # "running": as in evaluation.
 Mode = Literal["train", "batch", "running"]
 Path = tuple[str, ...]
-# The moments of the inputs of each norm so far, by the path of its leaves in `batch_stats`.
+# The moments of each norm's inputs so far, by the path of its leaves in `batch_stats`.
 Seen = Mapping[Path, Moments]
-# The leaves beside `mean` and `var` that collect these moments during a pass. They have the shape
-# of `mean`, so lifted transformations handle them like `mean`.
+# Additional leaves next to `mean` and `var` that collect these moments during a pass. They have the
+# shape of `mean`, so lifted transformations treat them like `mean`.
 SEEN = ("seen_mean", "seen_var", "seen_count")
-# The name scope in which `run` only rearranges variables for the library.
+# The name scope in which `run` only converts variables to the library's layout.
 STORED = "@stored@"
-# The known training flags of `__call__`, and their values in training.
+# The known training flags of `__call__`, with their values in training.
 FLAGS = {
     "train": True,
     "training": True,
@@ -50,9 +50,9 @@ class NormLayer:
     """One batch norm in one pass.
 
     Attributes:
-        path: the path of its leaves in `batch_stats`.
-        module: its fields `epsilon`, `momentum`, …, without arrays.
-        shape, dtype: the shape and dtype of its input.
+        path: the path of the norm's leaves in `batch_stats`.
+        module: an object with the norm's fields (`epsilon`, `momentum`, …), without arrays.
+        shape, dtype: the shape and dtype of the input.
         axes: the reduced axes.
         by_batch: whether this pass normalised by batch statistics.
     """
@@ -66,12 +66,12 @@ class NormLayer:
 
     @property
     def name(self) -> str:
-        """The path with dots."""
+        """The path, joined with dots."""
         return ".".join(self.path)
 
     @property
     def variance(self) -> str:
-        """The kind of variance in its average, "biased" or "unbiased"."""
+        """The kind of variance in the average, "biased" or "unbiased"."""
         return getattr(self.module, "variance", "biased")
 
 
@@ -80,11 +80,11 @@ class Call:
     """A call of a module during a pass; calling it runs the module.
 
     Attributes:
-        module: the module, with its variables.
-        path: its path.
-        proceed: runs the module with the arguments of its call.
-        args, kwargs: its arguments.
-        is_norm: whether it is a batch norm.
+        module: the module with its variables.
+        path: the path of the module.
+        proceed: a function that runs the module with the given arguments.
+        args, kwargs: the arguments of the call.
+        is_norm: whether the module is a batch norm.
     """
 
     module: Any
@@ -101,12 +101,12 @@ class Call:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is a dense layer or a convolution."""
+        """Whether the module is a dense layer or a convolution."""
         return False
 
     @property
     def is_standard(self) -> bool:
-        """Whether a norm or a layer computes what the class of its library computes."""
+        """Whether a norm or layer computes the same as the library's own class."""
         return True
 
     def __call__(self) -> Any:
@@ -115,12 +115,12 @@ class Call:
 
     @property
     def x(self) -> Array:
-        """The input."""
+        """The input of the module."""
         return self.args[0] if self.args else self.kwargs["x"]
 
     @property
     def mask(self) -> Any:
-        """The mask given to the norm, or None."""
+        """The mask passed to a norm, or None."""
         return self.kwargs.get("mask")
 
     @property
@@ -131,7 +131,7 @@ class Call:
         return tuple(one for one in range(x.ndim) if one not in channels)
 
     def get(self, name: str) -> Array | None:
-        """Returns a running statistic of a norm; None if it has no such leaf."""
+        """Returns a running statistic of a norm, or None if the norm has no such leaf."""
         raise NotImplementedError
 
     def put(self, name: str, value: Array) -> None:
@@ -143,10 +143,10 @@ class Call:
         raise NotImplementedError
 
     def moments(self, of_batch: Any = None, total: Total = lambda part: part) -> Moments:
-        """Returns the moments of the input of a norm, float32, in the shape of its `mean`.
+        """Returns the moments of a norm's input, float32, in the shape of its `mean`.
 
         Args:
-            of_batch: the mask of the batch, used if the norm gets none.
+            of_batch: the mask of the batch, used if the norm is called without a mask.
             total: sums over devices.
 
         Raises:
@@ -156,9 +156,9 @@ class Call:
         if mask is None and of_batch is not None:
             if 0 not in axes or x.shape[0] != of_batch.shape[0]:
                 raise ValueError(
-                    f"the batch is padded, but the input of the norm {'.'.join(self.path)}, "
-                    f"{x.shape}, does not have its {of_batch.shape[0]} examples along the first "
-                    "axis. Give batches without padding, or a model whose __call__ takes `mask`."
+                    f"the batch is padded, but the input {x.shape} of {'.'.join(self.path)} "
+                    f"does not have the {of_batch.shape[0]} examples along its first axis. "
+                    "Give batches without padding, or a model whose __call__ takes `mask`."
                 )
             mask = of_batch
         mask = None if mask is None else full_mask(mask, x.shape, axes)
@@ -168,12 +168,12 @@ class Call:
 
     @property
     def seen(self) -> Moments | None:
-        """The moments of a norm's inputs so far; None if it has no leaves of `with_seen`."""
+        """The moments of a norm's inputs so far; None without the leaves added by `with_seen`."""
         leaves = [self.get(name) for name in SEEN] if self.is_norm else [None]
         return None if leaves[0] is None else Moments(*leaves)  # type: ignore[arg-type]
 
     def see(self, seen: Moments) -> None:
-        """Stores moments; after the call, because a superclass may store some too."""
+        """Stores moments. Use it after the call, because a superclass may also store some."""
         for name, leaf in zip(SEEN, seen, strict=True):
             self.put(name, leaf)
 
@@ -183,17 +183,17 @@ Around = Callable[[Call], Any]
 
 @struct.dataclass
 class Network:
-    """A trained network that knows how to run itself; a pytree of its variables.
+    """A trained network with a common interface to its library; a pytree of variables.
 
     Attributes:
-        params: the weights, by path.
-        batch_stats: the running statistics, by path: each norm has `mean` and `var`.
+        params: the weights by path.
+        batch_stats: the running statistics by path, with `mean` and `var` for each norm.
     """
 
     params: Params
     batch_stats: Any
 
-    # Whether modules are called for each example, with the channels first.
+    # Whether modules are called on single examples, with channels first.
     per_example = False
 
     def run(
@@ -204,32 +204,32 @@ class Network:
         dropout: jax.Array | None = None,
         around: Around = lambda call: call(),
     ) -> tuple[Logits, BatchStats]:
-        """Runs a batch; returns the logits and the running statistics after it.
+        """Runs a batch; returns the logits and the updated running statistics.
 
-        Norms do not sync over an axis.
+        Norms do not synchronise over mapped axes.
 
         Args:
             batch: `image` [n, h, w, c] and optionally `mask` bool [n].
             train: whether to run training instead of evaluation.
             dropout: the key for dropout.
-            around: runs each call of a module and returns its output.
+            around: a function that runs each call of a module and returns its output.
         """
         raise NotImplementedError
 
     def folded(
         self, params: Params, batch_stats: BatchStats, pairs: Sequence[tuple[Path, Path]]
     ) -> "Network":
-        """Returns the network without some of its norms, and with these variables.
+        """Returns the network with new variables, and without the folded norms.
 
         Args:
-            params, batch_stats: without leaves of these norms.
-            pairs: the path of each norm, and of a layer that gets a bias.
+            params, batch_stats: the new variables, without leaves of folded norms.
+            pairs: the path of each folded norm, with the path of its layer, which has a bias.
         """
         raise NotImplementedError
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the model takes a mask."""
+        """Whether the model accepts a mask."""
         raise NotImplementedError
 
     def shapes(self, images: Images) -> tuple[Any, Any]:
@@ -237,9 +237,9 @@ class Network:
         return jax.eval_shape(lambda: (self.params, self.batch_stats))
 
     def norms(self, batch: Batch, *, train: bool = False) -> tuple[NormLayer, ...]:
-        """Returns the norms of the model in the order of their calls, without any computation.
+        """Returns the norms of the model in the order of their calls, by tracing only.
 
-        A norm with several calls, or one that is stacked by a scan or vmap, is one entry.
+        A norm with several calls, or a stack of norms in a scan or vmap, is one entry.
 
         Args:
             batch: `image` [n, h, w, c], or its shape, and optionally `mask`.
@@ -269,16 +269,16 @@ class Network:
         dropout: jax.Array | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Logits, Seen]:
-        """Runs a batch; returns its logits, and `seen` merged with the moments of norms' inputs.
+        """Runs a batch; returns the logits, and the moments of norms' inputs merged into `seen`.
 
-        Moments are merged by count (Chan et al., 1979) in float32, and no activation is kept.
-        Masked examples are excluded, whether or not the model takes masks.
+        Moments are merged by count (Chan et al., 1979) in float32; activations are not stored.
+        Masked examples are excluded, even if the model takes no mask.
 
         Args:
-            seen: from `nothing_seen`, or from the previous batch.
+            seen: the moments so far, from `nothing_seen` or the previous batch.
             batch: `image` [n, h, w, c] and optionally `mask` bool [n].
-            mode: how to run the network; "batch" uses only the shapes of the running statistics.
-            dropout: the key for dropout, for "train".
+            mode: how to run the network; with "batch" the running statistics have no effect.
+            dropout: the key for dropout in mode "train".
             axis_name: the mapped axis or axes over which the moments are computed.
 
         Raises:
@@ -306,7 +306,7 @@ SameNetwork = TypeVar("SameNetwork", bound=Network)
 
 
 def nothing_seen(batch_stats: BatchStats) -> Seen:
-    """Returns empty moments for each norm, the start value of `Network.observe`."""
+    """Returns empty moments for each norm, the initial `seen` of `Network.observe`."""
     leaves = flatten_dict(batch_stats)
     norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
     zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
@@ -314,7 +314,7 @@ def nothing_seen(batch_stats: BatchStats) -> Seen:
 
 
 def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
-    """Returns the statistics with additional leaves for the moments of a pass."""
+    """Returns the statistics with additional leaves that hold the moments."""
     leaves = flatten_dict(batch_stats)
     for path, moments_ in seen.items():
         leaves |= {(*path, name): leaf for name, leaf in zip(SEEN, moments_, strict=True)}
@@ -322,6 +322,6 @@ def with_seen(batch_stats: BatchStats, seen: Seen) -> BatchStats:
 
 
 def seen_in(batch_stats: BatchStats, paths: Iterable[Path]) -> Seen:
-    """Returns the moments in the leaves of `with_seen`, for the norms at these paths."""
+    """Returns the moments in the leaves added by `with_seen`, for the norms at these paths."""
     leaves = flatten_dict(batch_stats)
     return {path: Moments(*(leaves[*path, name] for name in SEEN)) for path in paths}

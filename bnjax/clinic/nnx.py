@@ -1,7 +1,7 @@
-"""NNX networks for the clinic.
+"""Adapts NNX networks for the functions of the clinic.
 
-A norm is any `flax.nnx.BatchNorm` or a subclass that calls it, also under `nnx.vmap`, `nnx.scan`
-and `nnx.remat`. Everything runs on a copy of the model, so the model stays as it is.
+A norm is any `flax.nnx.BatchNorm` or a subclass that calls it, also if it is wrapped in `nnx.vmap`,
+`nnx.scan` or `nnx.remat`. All functions run a copy of the model, so the model is unchanged.
 """
 
 import functools
@@ -19,19 +19,19 @@ from bnjax.clinic.network import FLAGS, SEEN, Around, Call, Network, NormLayer, 
 from bnjax.train_step import model_inputs
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
-# NNX is imported in the functions, because it takes a third of a second.
+# NNX is imported inside the functions, because the import takes a third of a second.
 
 
 def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -> "Nnx":
     """Returns a copy of an NNX model as a network for the functions of the clinic.
 
-    Training runs the model with its flags as they are if one of its norms is in training mode,
-    otherwise after `model.train()`; evaluation runs it after `model.eval()`. A training flag of
-    `__call__` (`train`, `training`, `is_training`, `deterministic` or `use_running_average`) is set
-    too. `network.model` is an NNX model again.
+    Training leaves the model's flags unchanged if any of its norms is in training mode; otherwise
+    it calls `model.train()`. Evaluation calls `model.eval()`. A training flag of `__call__`
+    (`train`, `training`, `is_training`, `deterministic` or `use_running_average`) is also set.
+    `network.model` returns an NNX model.
 
     Args:
-        model: an NNX module whose `__call__` takes images [n, h, w, c], or what `call` passes on.
+        model: an NNX module; without `call`, its `__call__` takes images [n, h, w, c].
         call: (model, images, train) -> logits, for a model with a different signature.
 
     >>> from flax import nnx as flax_nnx
@@ -44,8 +44,8 @@ def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -
 
     if not isinstance(model, flax_nnx.Module):
         raise ValueError(
-            f"clinic.nnx needs a flax.nnx.Module, not {type(model).__name__}. A model of linen is "
-            "given to clinic.linen, one of Equinox to clinic.equinox."
+            f"clinic.nnx needs a flax.nnx.Module, not {type(model).__name__}. Use clinic.linen for "
+            "a linen model and clinic.equinox for an Equinox model."
         )
     graphdef, *states = flax_nnx.split(model, flax_nnx.Param, flax_nnx.BatchStat, ...)
     leaves = [flatten_dict(flax_nnx.to_pure_dict(state)) for state in states]
@@ -59,14 +59,14 @@ def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -
     }
     if foreign := nothing_seen(batch_stats).keys() - modules.keys():
         raise ValueError(
-            f"the norms {', '.join(map('.'.join, sorted(foreign)))} are not modules of NNX. Give "
-            "clinic.linen the linen model that has them."
+            f"the norms {', '.join(map('.'.join, sorted(foreign)))} are not NNX modules. Use "
+            "clinic.linen with the linen model that contains them."
         )
     for path, one in modules.items():
         if isinstance(one, flax_nnx.BatchNorm) and (names := _shared(path, one, _by_name(own))):
             raise ValueError(
                 f"the norm {'.'.join(path)} shares {', '.join(names)} with another module. Share "
-                "the whole norm, or nothing."
+                "the whole norm or none of its variables."
             )
     return Nnx(params, batch_stats, rest, type(model), graphdef, own, call)
 
@@ -77,13 +77,13 @@ class Nnx(Network):
 
     Attributes:
         params: the variables of type `Param`, by path.
-        batch_stats: the variables of type `BatchStat`.
-        rest: all other variables, for instance keys of dropout.
+        batch_stats: the variables of type `BatchStat`, by path.
+        rest: all other variables by path, for instance keys for dropout.
         kind: the class of the model.
         graphdef: the model without variables.
-        own: the paths of the variables in NNX, in which elements of lists are numbers, and their
-            shapes; of `params`, `batch_stats` and `rest`.
-        call: see `nnx`.
+        own: for `params`, `batch_stats` and `rest`, the NNX paths and the shapes of the variables.
+            In NNX paths, the indices of lists are integers.
+        call: as for `nnx`.
     """
 
     rest: Any
@@ -107,7 +107,7 @@ class Nnx(Network):
         }
         model = flax_nnx.merge(self.graphdef, flax_nnx.State(unflatten_dict(state)))
         modules = {tuple(map(str, path)): one for path, one in flax_nnx.iter_graph(model)}
-        for (*path, name), leaf in leaves[1].items():  # those of `with_seen`
+        for (*path, name), leaf in leaves[1].items():  # the leaves added by `with_seen`
             if (*path, name) not in named:
                 setattr(modules[*path,], name, flax_nnx.BatchStat(leaf))
         return model
@@ -134,7 +134,7 @@ class Nnx(Network):
             (tuple(map(str, path)), one)
             for path, one in flax_nnx.iter_graph(model)
             if isinstance(one, kinds)
-            # A layer that shares its kernel is not one to fold into.
+            # Norms cannot be folded into a layer that shares its kernel.
             if not _shared(tuple(map(str, path)), one, own)
         ]
         norms = [one for _, one in units if isinstance(one, flax_nnx.BatchNorm)]
@@ -142,7 +142,7 @@ class Nnx(Network):
             model.eval()
         elif all(norm.use_running_average for norm in norms):
             model.train()
-        for norm in norms:  # a model trained with `axis_name` can then run outside of that axis
+        for norm in norms:  # so that the model runs outside of the mapped axis it was trained in
             norm.axis_name = norm.axis_index_groups = None
         for path, one in units:
             one.watched = path, around  # type: ignore[union-attr]
@@ -171,11 +171,11 @@ class Nnx(Network):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the model's `__call__` has an argument `mask`, and there is no `call`."""
+        """Whether `call` is None and the model's `__call__` has an argument `mask`."""
         return not self.call and "mask" in inspect.signature(self.kind.__call__).parameters
 
     def shapes(self, images: Images) -> tuple[Any, Any]:
-        """Returns the shapes of the variables of the model that `nnx` was given."""
+        """Returns the shapes of the variables of the model passed to `nnx`."""
         params, batch_stats, _ = (_named(dict(part)) for part in self.own)
         return params, batch_stats
 
@@ -234,11 +234,11 @@ class NnxCall(Call):
 
 @functools.cache
 def _watched(kind: type) -> type:
-    """Returns a subclass whose calls go through the function in its attribute `watched`."""
+    """Returns a subclass that passes each call to the function in its attribute `watched`."""
     from flax import nnx as flax_nnx
 
     is_norm = issubclass(kind, flax_nnx.BatchNorm)
-    # A subclass of the norm may change the arguments and call its superclass: that is the norm.
+    # If a subclass of the norm calls its superclass, that inner call is the call of the norm.
     is_super = "super" in inspect.unwrap(kind.__call__).__code__.co_names
     base = flax_nnx.BatchNorm if is_norm and is_super else kind
 
@@ -257,7 +257,7 @@ def _folded() -> type:
     from flax import nnx as flax_nnx
 
     class Folded(flax_nnx.Module):
-        """A norm that was folded into a layer: returns its input in the dtype of its output."""
+        """Replaces a norm that was folded into a layer; returns its input in the norm's dtype."""
 
         dtype: Any
         param_dtype: Any
@@ -270,7 +270,7 @@ def _folded() -> type:
 
 
 def _shared(path: Path, module: Any, own: dict[Path, Any]) -> list[str]:
-    """Returns the variables of a module that NNX lists under the path of another module."""
+    """Returns the names of the variables that NNX lists at the path of another module."""
     from flax import nnx as flax_nnx
 
     variables = [name for name, of in vars(module).items() if isinstance(of, flax_nnx.Variable)]
@@ -278,7 +278,7 @@ def _shared(path: Path, module: Any, own: dict[Path, Any]) -> list[str]:
 
 
 def _by_name(own: Sequence[Any]) -> dict[Path, Any]:
-    """Returns the paths of variables in NNX by our paths."""
+    """Returns the NNX path of each variable by its path in the `Network`."""
     return {tuple(map(str, key)): key for part in own for key, _ in part}
 
 
@@ -287,7 +287,7 @@ def _named(leaves: Any) -> Any:
 
 
 def _with_keys(rest: Any, dropout: jax.Array) -> Any:
-    """Returns the variables with all random keys drawn from one key."""
+    """Returns the variables with all random keys derived from one key."""
     leaves = flatten_dict(rest)
     for i, (path, leaf) in enumerate(leaves.items()):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -1,4 +1,4 @@
-"""Precise statistics, the gap between stored and batch statistics, and merged replicas."""
+"""Computes precise statistics, compares them with stored statistics, and merges replicas."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from bnjax.train_step import LossFn, softmax_cross_entropy
 from bnjax.types import Array, Batch, BatchStats, Logits
 
 By = Literal["batch", "population"]
-# Passes stop when the largest relative change is below the tolerance.
+# The passes stop when the largest change of a statistic is below the tolerance.
 TOLERANCE = 1e-6
 MAX_PASSES = 200
 
@@ -30,40 +30,40 @@ def precise(
     keep: float = 0.0,
     jit: Callable[..., Any] = jax.jit,
 ) -> SameNetwork:
-    """Replaces the running averages by the mean and variance over all examples at every norm.
+    """Replaces the running averages of each norm by the mean and variance over all examples.
 
-    All other leaves are unchanged (Wu & Johnson, 2021, section 3). The examples are pooled over the
-    batches by count, so the division into batches has no effect except through `by`. Masked
-    examples are excluded, and there is no dropout. Memory: one batch. Averages of unbiased
-    variances get unbiased variances.
+    All other leaves are unchanged (Wu & Johnson, 2021, section 3). Batches are pooled by count, so
+    their sizes have no effect except through the batch statistics of by="batch". Masked examples
+    are excluded, and dropout is off. Only one batch at a time is in memory. An average of unbiased
+    variances is replaced by the unbiased variance.
 
     Args:
-        network: a network whose norms are Flax's or bnjax's BatchNorm.
-        batches: an iterable of `image` [n, h, w, c] and optionally `mask` bool [n]. For
-            "population" it has to be repeatable, for instance a list.
-        by: the statistics that normalise the layers before a norm. "batch": batch statistics, as in
-            training; one pass. "population": the precise statistics, as in evaluation; one pass per
-            norm of the longest chain.
+        network: a network whose norms are its library's own BatchNorm or bnjax's.
+        batches: an iterable of `image` [n, h, w, c] and optionally `mask` bool [n]; for
+            by="population" a repeatable one, such as a list.
+        by: the statistics by which the earlier norms normalise. "batch": batch statistics, as in
+            training; takes one pass. "population": the precise statistics, as in evaluation; takes
+            one pass for each norm in the longest chain.
         keep: the weight of the stored means and variances in the result, 0 to 1 (Schneider et al.,
-            2020, section 3); with "population" the mixture also normalises the layers before.
+            2020, section 3); with "population", earlier norms also normalise by the mixture.
         jit: compiles a function.
 
     Raises:
-        ValueError: if there is no example, a norm has no real value, `keep` is invalid, or
+        ValueError: if there is no example, a norm has only masked values, `keep` is invalid, or
             `batches` is not repeatable.
     """
     if by not in get_args(By):
-        raise ValueError(f"by = {by!r} is invalid: it is 'batch' or 'population'")
+        raise ValueError(f"by = {by!r} is invalid: it must be 'batch' or 'population'")
     if not network.batch_stats:
         raise ValueError(
-            "the network has no running statistics. For a model with batch norms, give it those of "
-            "model.init: clinic.linen(model, params, batch_stats)."
+            "the network has no running statistics. For a model with batch norms, take batch_stats "
+            "from model.init: clinic.linen(model, params, batch_stats)."
         )
     if not 0 <= keep <= 1:
-        raise ValueError(f"keep = {keep} is invalid: it is a fraction from 0 to 1")
+        raise ValueError(f"keep = {keep} is invalid: it must be a fraction from 0 to 1")
     remaining = iter(batches)
     if by == "population" and remaining is batches:
-        raise ValueError("by='population' iterates over the batches several times: give a list")
+        raise ValueError("by='population' iterates over `batches` several times: give a list")
     if (first := next(remaining, None)) is None:
         raise ValueError("there is no batch")
     if remaining is batches:
@@ -80,8 +80,8 @@ def precise(
     passes = {mode: jit(functools.partial(type(network).observe, mode=mode)) for mode in modes}
     found = once(old, "batch")
     if by == "population":
-        # After k passes the first k layers are exact. A layer with two calls depends on itself, and
-        # the passes converge to a fixed point.
+        # After k passes the first k norms are exact. A norm with two calls depends on itself; its
+        # statistics converge to a fixed point.
         for _ in range(MAX_PASSES):
             before, found = found, once(found, "running")
             if _change(before, found) < TOLERANCE:
@@ -95,22 +95,22 @@ def put(
     """Returns running statistics with the observed means and variances.
 
     Args:
-        batch_stats: the old statistics, for all other leaves.
-        seen: from `observe`.
-        layers: from `Network.norms`, for the kind of variance in each average.
-        keep: the weight of the old means and variances. The distance between the means does not
-            enter the variances.
+        batch_stats: the old statistics, the source of all other leaves.
+        seen: the moments from `Network.observe`.
+        layers: the norms from `Network.norms`; they define the kind of each variance.
+        keep: the weight of the old means and variances. Variances are averaged without a term for
+            the distance between the means.
 
     Raises:
-        ValueError: if a norm has no real value.
+        ValueError: if a norm has only masked values.
     """
     leaves = flatten_dict(batch_stats)
     for layer in layers:
         mean, var, count = seen[layer.path]
         if not np.all(np.asarray(count) > 0):
             raise ValueError(
-                f"the norm {layer.name} got no real value, so it has no mean. Give at least one "
-                "batch with a real example, and a model that keeps the updates of its norms."
+                f"the norm {layer.name} has no unmasked inputs, so its mean is undefined. Give at "
+                "least one unmasked example, and a model that keeps the updates of its norms."
             )
         if layer.variance == "unbiased":
             var = var * (count / jnp.maximum(count - 1, 1))
@@ -122,7 +122,7 @@ def put(
 
 
 def _change(before: BatchStats, after: BatchStats) -> float:
-    """Returns the largest change of a mean, in standard deviations, or of a log variance."""
+    """Returns the largest change of a mean (in standard deviations) or of a log variance."""
     old, new = flatten_dict(before), flatten_dict(after)
     changes = [0.0]
     for path in nothing_seen(after):
@@ -133,7 +133,7 @@ def _change(before: BatchStats, after: BatchStats) -> float:
 
 
 class Gap(NamedTuple):
-    """One batch evaluated under running and under batch statistics.
+    """The results for one batch under running statistics and under batch statistics.
 
     Attributes:
         stored: the metrics under the running statistics.
@@ -149,13 +149,13 @@ class Gap(NamedTuple):
 class Drift(NamedTuple):
     """The distance of the stored statistics of one norm from the true statistics.
 
-    Measured at the norm's output: epsilon is added to every variance. Statistics of n images have a
-    standard error; for `mean` of a dense layer it is 1/sqrt(n).
+    Epsilon is added to all variances, so the drift is the error of the norm's output. The true
+    statistics have sampling noise: over n images, `mean` of a dense layer is about 1/sqrt(n).
 
     Attributes:
         mean: the root mean square over channels of the first result of `deviations`.
-        variance: the mean over channels of the second result: above 0 the norm's output is too
-            small in evaluation, below 0 too large.
+        variance: the mean over channels of the second result of `deviations`. If it is above 0, the
+            norm's output is too small in evaluation; if it is below 0, too large.
     """
 
     mean: float
@@ -165,8 +165,8 @@ class Drift(NamedTuple):
 def gap(network: Network, batch: Batch, loss_fn: LossFn = softmax_cross_entropy) -> Gap:
     """Evaluates one batch under the running statistics and under its batch statistics.
 
-    The function can be compiled. The batch has `image` [n, h, w, c], `label` int [n] and optionally
-    `mask` bool [n].
+    This function can be compiled by `jax.jit`. The batch has `image` [n, h, w, c], `label` int [n]
+    and optionally `mask` bool [n].
     """
 
     def metrics(logits: Logits) -> Metrics:
@@ -180,8 +180,8 @@ def gap(network: Network, batch: Batch, loss_fn: LossFn = softmax_cross_entropy)
 def deviations(mean: Any, var: Any, true_mean: Any, true_var: Any, epsilon: float) -> Any:
     """Returns the errors of stored statistics for each channel, float64.
 
-    The error of the mean in true standard deviations, and the natural log of the ratio of the
-    variances; epsilon is added to both variances. A negative variance gives NaN.
+    The results are the error of the mean in true standard deviations, and the natural log of the
+    ratio of the variances. Epsilon is added to both variances. A negative variance gives NaN.
     """
     mean, var, true_mean, true_var = (
         np.asarray(leaf, np.float64) for leaf in (mean, var, true_mean, true_var)
@@ -192,12 +192,12 @@ def deviations(mean: Any, var: Any, true_mean: Any, true_var: Any, epsilon: floa
 
 
 def drift(stored: BatchStats, true: BatchStats, layers: Iterable[NormLayer]) -> dict[str, Drift]:
-    """Returns the drift of each norm by name; norms stacked by `nn.scan` or `nn.vmap` are one.
+    """Returns the drift of each norm by name; a stack of `nn.scan` or `nn.vmap` is one norm.
 
     Args:
         stored: the running statistics.
         true: the precise statistics of the same network.
-        layers: from `Network.norms`.
+        layers: the norms, from `Network.norms`.
     """
     its, own = flatten_dict(stored), flatten_dict(true)
 
@@ -210,16 +210,16 @@ def drift(stored: BatchStats, true: BatchStats, layers: Iterable[NormLayer]) -> 
 
 
 def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> BatchStats:
-    """Merges the statistics of replicas without synced statistics.
+    """Merges the running statistics of replicas that were trained without synchronisation.
 
-    Each mean is the mean of the means; each variance is the mean of the variances plus the variance
-    of the means, which `jax.lax.pmean` of the collection would omit. Other floats are averaged;
-    integers, such as the number of updates, have to be equal.
+    Each mean is the mean over replicas; each variance is the mean of the variances plus the
+    variance of the means, which `jax.lax.pmean` would omit. Other floating-point leaves are
+    averaged. Integers, such as the number of updates, must be equal.
 
     Args:
-        batch_stats: statistics with a leading axis of replicas in every leaf, as from `jax.pmap`,
-            for all processes.
-        counts: the number of real examples per replica, [replicas]; None: equal numbers.
+        batch_stats: statistics whose leaves have a leading axis of replicas, as from `jax.pmap`,
+            with the replicas of all processes.
+        counts: the number of unmasked examples per replica, [replicas]; None for equal numbers.
 
     Raises:
         ValueError: if the leaves have different numbers of replicas, `counts` has a wrong shape or
@@ -234,14 +234,14 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
     sizes = {leaf.shape[:1] for leaf in leaves.values()}
     if len(sizes) > 1 or () in sizes:
         raise ValueError(
-            "every leaf of the statistics needs a leading axis of the replicas, of the same size, "
-            f"but the sizes are {sorted(sizes)}. Give the statistics returned by jax.pmap."
+            "every leaf of the statistics needs a leading axis of replicas of the same size, but "
+            f"the sizes are {sorted(sizes)}. Give the statistics that jax.pmap returns."
         )
     size = max(sizes, default=(1,))
     shares = np.ones(size) if counts is None else np.asarray(counts, float)
     if shares.shape != size or not (shares >= 0).all() or not shares.sum() > 0:
         raise ValueError(
-            f"counts = {counts} have to be {size[0]} non-negative numbers, one per replica, not "
+            f"counts = {counts} must be {size[0]} non-negative numbers, one per replica, and not "
             "all 0"
         )
 
@@ -259,8 +259,8 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
                 found += average(np.square(means - average(means)))
         elif (leaf != (found := leaf[0])).any():
             raise ValueError(
-                f"{'.'.join(path)} differs between replicas, {np.unique(leaf)}: they have "
-                "different numbers of steps"
+                f"{'.'.join(path)} differs between replicas ({np.unique(leaf)}), so they were "
+                "trained for different numbers of steps"
             )
         merged[path] = jnp.asarray(found, leaf.dtype)
     return unflatten_dict(merged)

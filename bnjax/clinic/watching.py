@@ -1,4 +1,4 @@
-"""Watches a network: its vital signs during training, and an assertion for a test suite."""
+"""Monitors the norms of a network: metrics for a training loop, an assertion for tests."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -21,25 +21,25 @@ def vitals(
     """Returns loss and accuracy under three statistics, and the drift of each norm.
 
     The keys are "loss/stored", "loss/batch", "loss/precise", the same with "accuracy", and for each
-    norm "drift/NAME.mean" and "drift/NAME.variance", see `bnjax.clinic.statistics.Drift`. "precise"
-    evaluates each half of the batch, its even and its odd rows, with the statistics of the other
-    half. Stored above precise: the averages are wrong. Precise above batch: the predictions depend
-    on the other examples of a batch.
+    norm "drift/NAME.mean" and "drift/NAME.variance" (see `bnjax.clinic.statistics.Drift`). For
+    "precise", the even rows of the batch are evaluated with the statistics of the odd rows, and
+    vice versa. If the stored loss is above the precise loss, the averages are wrong. If the precise
+    loss is above the batch loss, predictions depend on the rest of the batch.
 
-    Six passes without gradients, as long as two training steps. The program is compiled once for
-    each model, shape of a batch and `loss_fn`; other weights and statistics use the same program.
+    Takes six passes without gradients, about the time of two training steps. The program is
+    compiled once for each model, batch shape and `loss_fn`, whatever the weights and statistics.
 
     Args:
-        network: its norms may have any statistics.
-        batch: training data of even size: `image` [n, h, w, c], `label` int [n], and optionally
-            `mask` bool [n].
+        network: a network.
+        batch: training data, n even: `image` [n, h, w, c], `label` int [n], and optionally `mask`
+            bool [n].
         loss_fn: as for `bnjax.train_step.train_step`.
 
     Raises:
-        ValueError: if the number of examples is odd, or half of them has no real one.
+        ValueError: if the number of examples is odd, or one half has only masked examples.
     """
     if len(batch["image"]) % 2:
-        raise ValueError(f"{len(batch['image'])} examples have no two equal halves: leave one out")
+        raise ValueError(f"{len(batch['image'])} examples cannot be halved: drop one")
 
     def run(network: Network, batch: Batch) -> Gap:
         return _compiled(network, batch, loss_fn=loss_fn)
@@ -67,7 +67,7 @@ def vitals(
 def examine(
     network: Network, batch: Batch, gap: Callable[[Network, Batch], Gap]
 ) -> tuple[Gap, dict[str, Drift]]:
-    """Returns the gap of a network on a batch, on the host, and the drift of each norm.
+    """Returns the gap of a network on a batch as host values, and the drift of each norm.
 
     Args:
         network: a network.
@@ -85,28 +85,28 @@ def assert_healthy(
     allow: str | Iterable[str] = (),
     run: Run | None = None,
 ) -> None:
-    """Audits a network in a test; raises an AssertionError with what was found, and the cures.
+    """Audits a network in a test; raises an AssertionError with the findings and their cures.
 
-    All checks are made whose facts are known: the others need a `Run`, as for `audit`.
+    Checks that need facts about the training run are skipped without `run`, as in `audit`.
 
     Args:
         network: as for `audit`.
         batches: as for `audit`.
-        allow: names of findings that are accepted, such as "small-batch".
+        allow: the names of accepted findings, such as "small-batch".
         run: facts about the training.
 
     Raises:
-        AssertionError: if there is another finding, or nothing to audit.
-        ValueError: if `allow` has a name that no finding has.
+        AssertionError: if there is any other finding, or nothing to audit.
+        ValueError: if `allow` has an unknown name.
     """
     allowed = [allow] if isinstance(allow, str) else [*allow]
     if unknown := [name for name in allowed if name not in ILLNESSES]:
-        raise ValueError(f"allow = {unknown} is no finding: these are {', '.join(ILLNESSES)}")
+        raise ValueError(f"allow has unknown names {unknown}; findings are {', '.join(ILLNESSES)}")
     findings = audit(network, batches, run)
     found = [one for one in findings.found if one.id not in allowed]
     texts = [*map(str, found)]
     if not findings.layers:
-        texts += [f"nothing was audited, for want of {one.missing}" for one in findings.not_checked]
+        texts += [f"nothing was audited; missing: {one.missing}" for one in findings.not_checked]
     if texts:
         names = tuple(dict.fromkeys([*allowed, *(one.id for one in found)]))
         accept = f"To accept findings: clinic.assert_healthy(…, allow={names})." if found else ""

@@ -100,8 +100,8 @@ def test_networks_of_other_people(name):
         return
     assert found["BatchNorm_1"] == ("after", "Conv_1")
     assert found["BatchNorm_3"] == ("after", "Conv_3")
-    assert "Conv_0, which goes to several places (BatchNorm_0, add)" in stay["BatchNorm_0"]
-    assert all("one layer: it goes to relu" in reason for reason in stay.values())
+    assert "Conv_0, which several operations read (BatchNorm_0, add)" in stay["BatchNorm_0"]
+    assert all("single layer: it is read by relu" in reason for reason in stay.values())
     assert set(done.batch_stats) == set(stay) == {"BatchNorm_0", "BatchNorm_2", "last"}
 
 
@@ -209,19 +209,19 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
 @pytest.mark.parametrize(
     ("net", "said"),
     [
-        (Net(("layer", nn.relu, "norm")), "its input comes from relu; its output"),
+        (Net(("layer", nn.relu, "norm")), "its input is the output of relu; its output"),
         (Net(("norm", nn.sigmoid, "layer")), "its input is the input of the network"),
-        (Net(("norm", lambda x: 1 / x, "layer")), "one layer: it goes to div"),
-        (Net(("norm", lambda x: x - 1, "layer")), "one layer: it goes to sub"),
-        (Net(("norm", lambda x: -2 * x, "layer")), "one layer: it goes to mul"),
-        (Net(("norm", lambda x: x * x, "layer")), "goes to mul"),
-        (Net(("layer", lambda x: x + nn.relu(x), "norm")), "comes from add"),
-        (Net(("norm", lambda x: x[..., ::-1], "layer")), "goes to rev"),
+        (Net(("norm", lambda x: 1 / x, "layer")), "single layer: it is read by div"),
+        (Net(("norm", lambda x: x - 1, "layer")), "single layer: it is read by sub"),
+        (Net(("norm", lambda x: -2 * x, "layer")), "single layer: it is read by mul"),
+        (Net(("norm", lambda x: x * x, "layer")), "read by mul"),
+        (Net(("layer", lambda x: x + nn.relu(x), "norm")), "is the output of add"),
+        (Net(("norm", lambda x: x[..., ::-1], "layer")), "read by rev"),
         (Net(("norm", lambda x: x.transpose(0, 3, 1, 2), flat, "layer"), layer=DENSE), "transpose"),
-        (Net(("norm", lambda x: x.mean(3), "layer")), "goes to reduce_sum"),
-        (Net(("norm", lambda x: x.reshape(6, 8, 3, 8), "layer")), "goes to reshape"),
-        (Net(("norm", channel_max, "layer")), "goes to reduce_window_max"),
-        (Net(("norm", PADDED_AVG, "layer")), "goes to reduce_window_sum"),
+        (Net(("norm", lambda x: x.mean(3), "layer")), "read by reduce_sum"),
+        (Net(("norm", lambda x: x.reshape(6, 8, 3, 8), "layer")), "read by reshape"),
+        (Net(("norm", channel_max, "layer")), "read by reduce_window_max"),
+        (Net(("norm", PADDED_AVG, "layer")), "read by reduce_window_sum"),
         (Net(("layer", flat, "norm")), "the norm has 256 channels and the layer 4 outputs"),
         (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3))), "adds zeros to its input"),
         (Net(("norm", "layer"), layer=PADDED), "adds zeros to its input"),
@@ -231,8 +231,8 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
         (Net(("layer", lambda x: x.max((1, 2)), "norm")), "there is a maximum between"),
         (Net(("layer", "norm"), layer=SpecialConv(4, (1, 1))), "neighbour layer is a SpecialConv"),
         (Net(("layer", "norm"), SpecialNorm(True)), "it is a SpecialNorm"),
-        (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "not only the last axis"),
-        (Net(("layer", "norm"), norms.BatchNorm(True, statistics="batch")), "by the batch"),
+        (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "not the last axis alone"),
+        (Net(("layer", "norm"), norms.BatchNorm(True, statistics="batch")), "by batch statistics"),
     ],
 )  # fmt: skip
 def test_what_is_not_exact_stays_with_the_reason(net, said):

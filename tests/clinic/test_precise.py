@@ -248,7 +248,7 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(ValueError, match="several times"):
         precise(model, params, iter(as_batches(UNEVEN)), stats, by="population")
     nobody = [{"image": IMAGES, "mask": np.zeros(16, bool)}]
-    with pytest.raises(ValueError, match=r"first got no real value"):
+    with pytest.raises(ValueError, match=r"first has no unmasked inputs"):
         precise(model, params, nobody, stats)
 
 

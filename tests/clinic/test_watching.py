@@ -151,7 +151,7 @@ def test_averages_that_are_wrong_show():
 
 
 def test_an_odd_batch_is_refused():
-    with pytest.raises(ValueError, match="leave one out"):
+    with pytest.raises(ValueError, match="drop one"):
         clinic.vitals(HEALTHY, {name: leaf[:7] for name, leaf in BATCHES[0].items()})
 
 
@@ -179,5 +179,5 @@ def test_what_was_not_audited_is_not_healthy():
 
 
 def test_an_unknown_finding_is_refused():
-    with pytest.raises(ValueError, match=r"\['small-batches'\] is no finding: .*small-batch"):
+    with pytest.raises(ValueError, match=r"\['small-batches'\]; findings are .*small-batch"):
         clinic.assert_healthy(HEALTHY, BATCHES, allow=["small-batches"])
