@@ -1,4 +1,4 @@
-"""BN between each hidden layer and its activation, as Ioffe & Szegedy (2015) place it.
+"""BN between each hidden layer and its activation, as in Ioffe & Szegedy (2015).
 
     python -m bnjax.main --config configs/bn_before_activation.py
 

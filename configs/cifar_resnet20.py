@@ -2,15 +2,16 @@
 
     python -m bnjax.main --config configs/cifar_resnet20.py
 
-Time: not measured; it is for an accelerator.
-Expected: not measured. The paper has a test error of 8.75 %, an accuracy of 0.9125. A 64th of the
-    schedule (`--config.train.steps=1000`) was at accuracy 0.578, loss 1.175, after 749 steps, with
-    the rate divided by 10 once. One run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG,
-    quality 75; two AVX-512 cores of an AMD EPYC that had other work besides.
+Time: not measured; the config is meant for an accelerator.
+Expected: not measured. The paper has a test error of 8.75 %, that is, an accuracy of 0.9125. With a
+    64th of the schedule (`--config.train.steps=1000`), one run had a test accuracy of 0.578 and a
+    test loss of 1.175 after 749 steps, after the rate had been divided by 10 once. Seed 0 on
+    CIFAR-10 (JPEG): images recompressed as JPEG (quality 75); two AVX-512 cores of an AMD EPYC with
+    other load.
 
-Different from the paper: all 50,000 training images instead of 45,000; the mean of each channel and
-not of each pixel is subtracted, and each channel is divided by its deviation; the scale of the last
-norm of each block starts at 0.
+Differences from the paper: all 50,000 training images are used instead of 45,000; the mean of each
+channel is subtracted instead of the mean of each pixel, and each channel is divided by its standard
+deviation; the scale of the last norm in each block starts at 0.
 """
 
 from bnjax.train.config import default_config

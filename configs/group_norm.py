@@ -1,4 +1,4 @@
-"""Group norm before each activation, with weight standardization: no need for a batch.
+"""Group norm before each activation, with weight standardization, which needs no batch statistics.
 
     python -m bnjax.main --config configs/group_norm.py
 

@@ -1,4 +1,4 @@
-"""Max pooling takes the place of the first layer's stride.
+"""Max pooling replaces the stride of the first layer.
 
     python -m bnjax.main --config configs/pooling.py
 

@@ -1,12 +1,12 @@
-"""ResNet-18 for CIFAR-10 by the standard recipe: SGD, one cycle, crop, flip and cutout.
+"""ResNet-18 for CIFAR-10 with the standard recipe: SGD, one cycle, crop, flip and cutout.
 
     python -m bnjax.main --config configs/resnet18.py
 
-Time: not measured; it is for an accelerator.
+Time: not measured; the config is meant for an accelerator.
 Expected: not measured. ResNet-20 (`--config.model.name=resnet20 --config.train.epochs=8`) took 50
-    minutes on two AVX-512 cores of an AMD EPYC that had other work besides, and came to test
-    accuracy 0.731, loss 0.792. One run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG,
-    quality 75.
+    minutes on two AVX-512 cores of an AMD EPYC with other load, and reached a test accuracy of
+    0.731 and a test loss of 0.792. One run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG
+    (quality 75).
 """
 
 from bnjax.train.config import default_config

@@ -23,8 +23,8 @@ RUN = re.compile(r"(?<=```python\n)(.*?)```\n\n```text\n.*?```", re.DOTALL)
 INTRODUCTION = """# Config keys
 
 Set any key on the command line, for instance `--config.model.momentum=0.9`, or in a
-[config file](recipes.md). `bnjax train --help` prints the same list. A duration that is given in
-one unit replaces those in the other units."""
+[config file](recipes.md). `bnjax train --help` prints the same list. A duration given in one
+unit replaces a duration given in another unit."""
 
 
 def with_output(page: str) -> str:
@@ -43,11 +43,16 @@ def keys_page() -> str:
     """Returns docs/keys.md, made from the declaration of the keys."""
     lines = [INTRODUCTION]
     for section in SECTIONS:
-        lines += ["", f"## {section or 'Outside the sections'}", "", "| key | default | purpose |"]
+        lines += [
+            "",
+            f"## {section or 'Keys without a section'}",
+            "",
+            "| key | default | purpose |",
+        ]
         lines.append("|---|---|---|")
         for key in KEYS:
             if key.name.rpartition(".")[0] == section:
-                only = f"{key.only.key} = {' or '.join(key.only.values)}: " if key.only else ""
+                only = f"with {key.only.key} = {' or '.join(key.only.values)}: " if key.only else ""
                 text = f"{only}{key.help} ({key.allowed.words})".replace("|", r"\|")
                 lines.append(f"| `{key.name}` | `{key.default!r}` | {text} |")
     return "\n".join(lines) + "\n"

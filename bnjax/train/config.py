@@ -55,10 +55,10 @@ def is_number(value: Any, above: float) -> bool:
     return isinstance(value, int | float) and above < value < math.inf
 
 
-Fraction = Annotated[float, Check("0 up to but not including 1", lambda value: 0 <= value < 1)]
+Fraction = Annotated[float, Check("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Positive = Annotated[float, Check("a number above 0", lambda value: 0 < value < math.inf)]
 Amount = Annotated[float, Check("a number, 0 or above", lambda value: 0 <= value < math.inf)]
-Share = Annotated[float, Check("above 0 up to 1", lambda value: 0 < value <= 1)]
+Share = Annotated[float, Check("above 0, at most 1", lambda value: 0 < value <= 1)]
 # Steps are counted in int32.
 DURATION = "a number above 0 and below 2**31, or 0 "
 Steps = Annotated[int, whole(0, 2**31 - 1, f"{DURATION}to use the other unit")]
@@ -81,7 +81,7 @@ Sizes = Annotated[
 Rates = Annotated[
     tuple,
     each(
-        "fractions, 0 up to but not including 1",
+        "fractions, each at least 0 and below 1",
         lambda rate: rate == 0 or (is_number(rate, 0) and rate < 1),
     ),
 ]
@@ -128,10 +128,10 @@ class Data:
     label: str = ""
     "the name of the data set in summaries and tables; empty: data.name"
     train_images: Annotated[int, whole(0, words="a whole number above 0, or 0 for all")] = 0
-    "train on only the first this many images; 0: on all"
+    "train on this many images, starting with the first; 0: on all images"
     classes: Annotated[Labels, MEMORY] = ()
-    """the numbers of the classes whose images are used, in training and in the test; the network
-    has outputs for all classes; empty: all"""
+    """the numbers of the classes whose images are used in training and testing; the network still
+    has an output for every class; empty: all classes"""
     validation: Annotated[Count, MEMORY] = 0
     """hold out this many training images for validation, from each class in proportion; the best
     checkpoint and train.patience depend on them, and the test images are evaluated once, at the
@@ -235,8 +235,8 @@ class Model(Norm):
             lambda value: value in ("global", "per_device") or (value.isdecimal() and value > "0"),
         ),
     ] = "global"
-    """the devices over which batch norms normalise: all of them, each one separately, or groups of
-    this many; running averages are always taken over all devices"""
+    """the devices over which batch norms normalise: all of them, each one separately, or groups
+    with this number of devices; running averages are always taken over all devices"""
     activation: Annotated[str, one_of("relu", "sigmoid", "tanh", "gelu", "silu")] = "relu"
     "the activation of each hidden layer; norm frn has its own activation"
     weight_standardization: Annotated[bool, NOT_SPEEDNET] = False
@@ -339,7 +339,7 @@ class Train:
     micro_batches: AtLeast1 = 1
     "process a batch in this many parts to save memory; batch norms normalise each part separately"
     shuffle: bool = False
-    "shuffle the training images in each epoch; False: keep the order of the files, as the tutorial"
+    "shuffle the training images in each epoch; False: keep the order of the files, as in the tutorial"
     label_smoothing: Fraction = 0.0
     "the fraction of each label that the training loss spreads evenly over all classes"
     target_loss: Positive = 0.2

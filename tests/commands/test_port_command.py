@@ -115,7 +115,7 @@ def test_a_network_that_computes_something_else_leaves_no_run(run, bnjax, tmp_pa
         (good | {"logits": off}, "differ by up to 0.001"),
         (good | {"logits": off * np.nan}, "differ by up to nan"),
         (good | {"image": good["image"][:, :, :7]}, r"needs images with the shape [8, 8, 1]"),
-        ({"logits": off}, "under `image`"),
+        ({"logits": off}, "as `image`"),
     ):
         porting.write(probe, batch)
         code, _, err = bnjax(
