@@ -339,7 +339,7 @@ class Train:
     micro_batches: AtLeast1 = 1
     "process a batch in this many parts to save memory; batch norms normalise each part separately"
     shuffle: bool = False
-    "shuffle the training images in each epoch; False: keep the order of the files, as in the tutorial"
+    "shuffle the training images in each epoch; False: use the order of the files"
     label_smoothing: Fraction = 0.0
     "the fraction of each label that the training loss spreads evenly over all classes"
     target_loss: Positive = 0.2
