@@ -45,10 +45,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Omits an incomplete last line; returns an empty list if the file does not exist.
 
     Each line of metrics.jsonl has `split`, `loss` (None if not finite) and `accuracy`. The split is
-    "train" for the batch of a step, "test" for an evaluation, or "gap" for training images under
-    the running statistics. A "gap" line also has the `batch_loss` and `batch_accuracy` of the same
-    images under their batch statistics, and for each norm the `drift_mean` and `drift_variance`
-    defined by `bnjax.clinic.statistics.Drift`.
+    "train" for the batch of a step, "test" or "validation" for an evaluation, or "gap" for training
+    images under the running statistics. A "gap" line also has the `batch_loss` and `batch_accuracy`
+    of the same images under their batch statistics, and for each norm the `drift_mean` and
+    `drift_variance` defined by `bnjax.clinic.statistics.Drift`.
 
     Raises:
         UserError: if the file is damaged.
@@ -140,7 +140,7 @@ class RunWriter:
 
         Args:
             step: the number of the step, counted from 1.
-            split: "train", "test" or "gap".
+            split: "train", "validation", "test" or "gap".
             values: the metrics. Floats and dicts of floats are also drawn as curves; non-finite
                 values are written as null.
         """

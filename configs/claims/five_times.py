@@ -2,14 +2,14 @@
 
     bnjax compare --claim configs/claims/five_times.py --workdir runs/five_times
 
-Source: the tutorial of docs/results.md: a training loss of about 0.2 after about 350 steps
-    without BN and about 70 with, one run each.
-Time: 4.1 hours for six runs on two 2.4 GHz AVX2 cores that had other work besides. The full size
-    only: up to 600 steps of 5,000 images, and each run ends when it gets there.
-Found: 76, 68 and 64 steps with BN, 367, 336 and 424 without, on CIFAR-10 (JPEG): images
-    recompressed as JPEG, quality 75.
-Margin: "about 350" and "about 70" are taken as good to an eighth each, so their ratio to a factor
-    of 1.25.
+Source: the tutorial (see docs/results.md): a training loss of about 0.2 after about 350 steps
+    without BN and about 70 steps with BN, one run each.
+Time: 4.1 hours for six runs on two 2.4 GHz AVX2 cores with other load. There is only a full
+    version: up to 600 steps of 5,000 images; each run ends when it reaches the loss.
+Found: 76, 68 and 64 steps with BN, and 367, 336 and 424 steps without, on CIFAR-10 (JPEG): images
+    recompressed as JPEG (quality 75).
+Margin: "about 350" and "about 70" are each taken to be accurate to an eighth, so that their ratio
+    is accurate to a factor of 1.25.
 """
 
 

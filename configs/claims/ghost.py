@@ -1,15 +1,16 @@
-"""In large batches, normalising small ones within them generalises better.
+"""Large batches generalise better if small parts of them are normalised separately.
 
     bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost
     bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost_full --full
 
 Source: Hoffer et al. 2017 (arXiv 1705.08741, table 1): ResNet44 on CIFAR-10 with batches of 4,096
-    and a learning rate adapted to them comes to 89.30 %, and with ghost batches of 128 besides to
+    and an adapted learning rate reaches 89.30 %, and with additional ghost batches of 128 images
     90.50 %.
-Time: 4 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the
-    full size is for a GPU and not measured.
+Time: 4 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
+    the full version is meant for a GPU and was not measured.
 Margin: half of the published difference, 0.006 in test accuracy.
-bnjax evaluates with averages of the whole batch, the paper with those of the ghost batches.
+bnjax evaluates with averages of the statistics of whole batches, whereas the paper averages the
+statistics of the ghost batches.
 """
 
 from bnjax.compare.grid import SMALL

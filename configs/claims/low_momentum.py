@@ -1,14 +1,15 @@
-"""Why the fast recipes keep little of the old averages, and what else of their norms matters.
+"""The effect of the low momentum in the fast recipes, and of other settings of their norms.
 
     bnjax compare --claim configs/claims/low_momentum.py --workdir runs/low_momentum
 
-Source: K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024, has momentum 0.6 and the scale frozen at
-    1, and gives no figures for either.
-Time: 57 minutes for the small version, 24 runs, on two AVX-512 cores beside other work; the full
-    size is for a GPU and not measured.
-Margin: in test accuracy, bnjax's own: what two seeds of the recipe may differ by, or twice that;
-    0.1 where 40 steps leave two thirds of the starting values.
-The small version is two epochs of a fifth of the data, in 40 steps; the full one is the recipe.
+Source: K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024, uses momentum 0.6 and a scale fixed at 1,
+    without measuring the effect of either.
+Time: 57 minutes for the 24 runs of the small version, on two AVX-512 cores with other load; the
+    full version is meant for a GPU and was not measured.
+Margin: bnjax's own choice, in test accuracy: the possible difference between two seeds of the
+    recipe, or twice as much; 0.1 where the starting values keep a weight of two thirds.
+The small version trains for two epochs on a fifth of the data, in 40 steps; the full version is the
+recipe itself.
 """
 
 SMALL = {

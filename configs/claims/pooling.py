@@ -1,14 +1,14 @@
-"""A stride does as well as pooling.
+"""Strided convolutions do as well as pooling.
 
     bnjax compare --claim configs/claims/pooling.py --workdir runs/pooling
     bnjax compare --claim configs/claims/pooling.py --workdir runs/pooling_full --full
 
-Source: Springenberg et al. 2015 (arXiv 1412.6806, table 3), whom the tutorial follows: on CIFAR-10
-    an error of 9.74 % with max pooling and 10.19 % with strides instead (model C; in their models A
-    and B strides lose 0.99 and 0.78 points).
-Time: 7 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the
-    full size is for a GPU and not measured.
-Margin: 0.02 in test accuracy, since the published difference is 0.0045.
+Source: Springenberg et al. 2015 (arXiv 1412.6806, table 3), which the tutorial follows: on CIFAR-10
+    their model C has an error of 9.74 % with max pooling and 10.19 % with strides; in models A and
+    B, strides increase the error by 0.99 and 0.78 points.
+Time: 7 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
+    the full version is meant for a GPU and was not measured.
+Margin: 0.02 in test accuracy; the published difference is 0.0045.
 """
 
 from bnjax.compare.grid import SMALL

@@ -1,14 +1,14 @@
-"""Scale and shift make no difference where the next layer can do the same.
+"""Scale and shift make no difference where the next layer can compensate for their absence.
 
     bnjax compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift
     bnjax compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift_full --full
 
-Source: the tutorial's second notebook: test accuracy .607 with both and .608 with neither after 400
-    steps, and losses that look alike.
-Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the
-    full size is for a GPU and not measured.
-Margin: the two published runs are up to 0.043 apart in accuracy on the way (step 20) and 0.001 at
-    the end; 0.02 is between. 0.1 in training loss is bnjax's own choice.
+Source: the tutorial's second notebook: after 400 steps, a test accuracy of .607 with both and .608
+    with neither, and losses with no visible difference.
+Time: 3 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
+    the full version is meant for a GPU and was not measured.
+Margin: the accuracies of the two published runs differ by up to 0.043 during training (step 20) and
+    by 0.001 at the end; 0.02 is in between. 0.1 in training loss is bnjax's own choice.
 """
 
 from bnjax.compare.grid import SMALL
@@ -33,7 +33,7 @@ def get_claim():
                 "quantity": "train_loss",
                 "at": "last",
                 "margin": 0.1,
-                "source": f"{notebook}: no visible difference to the loss",
+                "source": f"{notebook}: no visible difference in the loss",
             },
         ],
         "seeds": 5,

@@ -1,13 +1,13 @@
-"""With BN even a network of sigmoids learns.
+"""With BN, even a network of sigmoids learns.
 
     bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid
     bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid_full --full
 
 Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at
-    chance without BN and comes to 69.8 % with, at five times the learning rate.
-Time: 3 minutes for the small version, 10 runs, on two 2.45 GHz AVX2 cores beside other work; the
-    full size is for a GPU and not measured.
-Margin: 0.1 in test accuracy, where chance is 0.1.
+    chance level without BN and reaches 69.8 % with BN and five times the learning rate.
+Time: 3 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
+    the full version is meant for a GPU and was not measured.
+Margin: 0.1 in test accuracy, where chance level is 0.1.
 """
 
 from bnjax.compare.grid import SMALL
@@ -16,7 +16,7 @@ from bnjax.compare.grid import SMALL
 def get_claim():
     sigmoid = {"model.activation": "sigmoid", "model.placement": "before"}
     return {
-        "question": "Does batch normalization make sigmoids possible?",
+        "question": "Can networks of sigmoids be trained with batch normalization?",
         "variants": {"bn": ("../bn.py", sigmoid), "no_bn": ("../no_bn.py", sigmoid)},
         "statements": [
             {
