@@ -1,1 +1,1 @@
-"""Comparisons of several runs."""
+"""Compares several runs and reports on them."""

@@ -1,4 +1,4 @@
-"""Claims, written before the runs, and their verdicts; without JAX."""
+"""Reads claims that were written before the runs, and judges them. Does not import JAX."""
 
 import dataclasses
 import math
@@ -17,23 +17,23 @@ DIRECTIONS = ("greater", "less", "equal")
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A claim about a quantity of two variants.
+    """A claim that compares one quantity of two variants.
 
-    Values are compared by their difference, `of - against`; times by their ratio,
+    Values are compared by their difference, `of - against`. Times are compared by their ratio,
     `of / against`, on the log scale.
 
     Attributes:
-        quantity: one of `VALUES` (loss and accuracy of a step's batch, or of all test images) or
-            of `TIMES` (training loss of a step, accuracy on the test images).
-        at: for a value: "first", "last", "best" or a step; for a time: the loss or accuracy to
+        quantity: one of `VALUES` (a loss or accuracy, on training batches or evaluated images) or
+            of `TIMES` (the time until a loss or accuracy is reached).
+        at: for a value, "first", "last", "best" or a step; for a time, the loss or accuracy to
             reach.
         of, against: the names of the variants.
         direction: "greater": the difference or ratio is above `margin`; "less": the difference is
-            below -margin, or the ratio below 1 / margin; "equal": within the margin. With
-            `expected`, relative to it.
-        margin: a difference, 0 or above, or a factor, 1 or above.
+            below -margin, or the ratio is below 1 / margin; "equal": it is within the margin. All
+            three are relative to `expected`.
+        margin: for a value, a difference of 0 or more; for a time, a factor of 1 or more.
         source: the source of the claim, with its figures.
-        expected: the claimed difference or ratio; None for 0 or 1.
+        expected: the claimed difference or ratio; None for no difference, or a ratio of 1.
 
     Raises:
         ValueError: if a field is invalid.
@@ -63,22 +63,22 @@ class Statement:
         }
         if wrong := [allowed for allowed, holds in checks.items() if not holds]:
             raise ValueError(
-                f"{dataclasses.asdict(self)} is invalid; allowed for {'; for '.join(wrong)}"
+                f"{dataclasses.asdict(self)} is invalid. Allowed for {'; for '.join(wrong)}"
             )
 
     @property
     def is_time(self) -> bool:
-        """Whether the quantity is a time, compared by the ratio."""
+        """Whether the quantity is a time, so that variants are compared by the ratio."""
         return self.quantity in TIMES
 
     @property
     def neutral(self) -> int:
-        """The difference or ratio of two equal variants."""
+        """The difference (0) or ratio (1) of two equal variants."""
         return 1 if self.is_time else 0
 
     @property
     def about(self) -> float:
-        """The expected difference or ratio, the reference of the margin."""
+        """The expected difference or ratio, to which the margin is relative."""
         return self.neutral if self.expected is None else self.expected
 
     def __str__(self) -> str:
@@ -114,10 +114,11 @@ class Verdict:
     Attributes:
         statement: the claim.
         outcome: "reproduced", "not reproduced" or "inconclusive".
-        reason: the reason in words.
+        reason: the reason for the outcome, in words.
         effect: the difference or ratio with its 95 % interval; None without pairs of runs.
-        of, against: the mean, or the Kaplan-Meier median time, of each variant; or None.
-        logrank: the p value of the log-rank test if some runs did not reach the goal; else None.
+        of, against: the mean value, or Kaplan-Meier median time, of each variant; None without
+            pairs of runs.
+        logrank: the p value of the log-rank test; None if all runs reached the goal.
     """
 
     statement: Statement
@@ -129,7 +130,7 @@ class Verdict:
     logrank: float | None = None
 
     def __str__(self) -> str:
-        """Returns outcome, claim, reason, figures and source as lines of text."""
+        """Returns the outcome, claim, reason, figures and source as lines of text."""
         statement, effect = self.statement, self.effect
         lines = [f"{self.outcome.upper()}: {statement}", f"  because {self.reason}"]
         if effect:
@@ -143,15 +144,16 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The content of a claim file: `get_claim` returns these fields as a dict.
+    """The content of a claim file, whose `get_claim` returns these fields as a dict.
 
     Attributes:
         question: the question in words.
-        variants: {name: (config file relative to the claim's folder, {key: value})}.
+        variants: {name: (config file, {key: value})}; the file is relative to the claim's folder.
         statements: dicts with the fields of `Statement`.
         seeds: the required number of seeds, 2 or more.
-        full: {key: value} for all variants.
-        small: the same for a small version, the default if it is given.
+        full: {key: value} for all variants in the full version.
+        small: {key: value} for all variants in the small version, which is the default; None if
+            there is no small version.
     """
 
     question: str
@@ -163,10 +165,10 @@ class Claim:
 
 
 def load(path: str) -> Claim:
-    """Loads a claim file; config paths become relative to the working directory.
+    """Loads a claim file. Config paths become relative to the working directory.
 
     Raises:
-        UserError: if the file cannot be run or its content is invalid.
+        UserError: if the file cannot be run, or its content is invalid.
     """
     file = parsing.find(path, "claim")
     try:
@@ -176,7 +178,7 @@ def load(path: str) -> Claim:
             for name, (config, overrides) in claim.variants.items()
         }
         if claim.seeds < 2 or not variants:
-            raise ValueError("a claim needs a variant and two seeds")
+            raise ValueError("a claim needs at least one variant and two seeds")
         for statement in [Statement(**fields) for fields in claim.statements]:
             if unknown := {statement.of, statement.against} - {*variants}:
                 raise ValueError(f"{statement} has unknown variants: {', '.join(sorted(unknown))}")
@@ -185,16 +187,16 @@ def load(path: str) -> Claim:
     except (Exception, SystemExit) as error:
         found = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(
-            f"the claim file {path} does not work: {found}. bnjax/compare/claims.py describes its "
-            "content."
+            f"the claim file {path} does not work: {found}. bnjax/compare/claims.py describes the "
+            "content of claim files."
         ) from error
 
 
 def of_configs(files: Sequence[str]) -> Claim:
-    """Returns a claim that compares config files, without statements.
+    """Returns a claim without statements that compares config files.
 
     Raises:
-        UserError: if a config cannot be loaded, or two have the same name.
+        UserError: if a config cannot be loaded, or two configs have the same name.
     """
     names = [parsing.load(file, []).name for file in files]
     if len({*names}) < len(files):
@@ -206,20 +208,20 @@ def of_configs(files: Sequence[str]) -> Claim:
 
 
 def verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[Verdict]:
-    """Returns a verdict for each statement of a comparison from its finished runs.
+    """Returns a verdict on each statement of a comparison, from its finished runs.
 
     Runs are compared at equal seeds. A statement is reproduced if the 95 % interval of the
-    difference or ratio lies completely within the claimed range; not reproduced if it lies
-    completely outside; inconclusive otherwise, and always with too few seeds or unfinished runs.
-    There is no correction for multiple comparisons: one of twenty intervals is expected to miss the
-    truth.
+    difference or ratio lies completely within the claimed range, and not reproduced if the interval
+    lies completely outside. Otherwise, and if there are too few seeds or unfinished runs, it is
+    inconclusive. There is no correction for multiple comparisons: one of twenty intervals is
+    expected to miss the true value.
     """
     statements = [Statement(**fields) for fields in comparison["statements"]]
     return [_verdict(statement, comparison, finished) for statement in statements]
 
 
 def as_text(found: Sequence[Verdict]) -> str:
-    """Returns verdicts as lines of text, followed by the methods."""
+    """Returns verdicts as lines of text, followed by the statistical methods."""
     estimates = [one for verdict in found for one in (verdict.effect, verdict.of, verdict.against)]
     methods = sorted({one.method for one in estimates if one})
     return "\n".join([*map(str, found), *([f"Methods: {'; '.join(methods)}."] if methods else [])])
@@ -248,7 +250,7 @@ def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequenc
         found = [[runs.value(run, statement.quantity, statement.at) for run in p] for p in pairs]
         known = [[x for x in arm if x is not None] for arm in found]
         if known != found:
-            problems.append("some runs have no finite value at that point")
+            problems.append("some runs have no finite value at this point")
             return Verdict(statement, "inconclusive", "; ".join(problems))
         of_accuracies = statement.quantity.endswith("accuracy")
         mean = intervals.mean_accuracy if of_accuracies else intervals.mean
@@ -260,7 +262,7 @@ def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequenc
 
 
 def decide(statement: Statement, effect: Estimate) -> tuple[str, str]:
-    """Returns the outcome of a statement for a difference or ratio, and the reason."""
+    """Returns the outcome of a statement and the reason, given the difference or ratio."""
     scale: Callable[[float], float] = _log if statement.is_time else float
     shift, margin = scale(statement.about), scale(statement.margin)
     low, high = scale(effect.low) - shift, scale(effect.high) - shift
@@ -274,7 +276,7 @@ def decide(statement: Statement, effect: Estimate) -> tuple[str, str]:
     if fails:
         return "not reproduced", "the 95 % interval lies completely outside the claimed range"
     if effect.n < 2:
-        return "inconclusive", "one seed has no interval"
+        return "inconclusive", "a single seed gives no interval"
     return "inconclusive", "the 95 % interval lies partly within the claimed range"
 
 

@@ -1,4 +1,4 @@
-"""Trains variants over the same seeds."""
+"""Trains several variants over the same seeds."""
 
 import functools
 import json
@@ -36,10 +36,10 @@ SMALL = {
 
 
 def fast_way() -> str:
-    """Returns the fastest way for the default backend.
+    """Returns the fastest way to train the seeds of a variant on the default backend.
 
-    On a CPU convolutions under `jax.vmap` are much slower than sequential runs; on an accelerator
-    they are faster. On several accelerators one run per device is the fastest.
+    Compared with sequential runs, convolutions in `jax.vmap` are much slower on a CPU and faster on
+    an accelerator. With several accelerators, one run per device is fastest.
     """
     if jax.default_backend() == "cpu":
         return "one"
@@ -49,8 +49,8 @@ def fast_way() -> str:
 def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any]:
     """Returns the content of comparison.json, without the seeds, the command and the data sets.
 
-    Uses the claim's small version, if it has one, unless `full`. `words` are overrides for all
-    variants, and take precedence over the claim's overrides.
+    Uses the small version of the claim if it has one and `full` is False. `words` are overrides for
+    all variants, and take precedence over the overrides of the claim.
 
     Raises:
         UserError: if a config cannot be loaded or is invalid.
@@ -60,18 +60,19 @@ def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any
     for name, (file, own) in claim.variants.items():
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(
-                f"a variant cannot be called {name!r}: it is the name of a folder. "
-                "Use letters, digits, _ . + -."
+                f"a variant cannot be called {name!r}, because its name becomes a folder name. "
+                "Use letters, digits and _ . + -."
             )
         pairs = {**common, **own}.items()
         overrides = [*(f"--config.{key}={value}" for key, value in pairs), *words]
         if any(word.startswith("--config.seed") for word in overrides):
             raise UserError(
-                "config.seed differs between the runs of a comparison. Use --seeds instead."
+                "config.seed cannot be set, because runs of a comparison have different seeds. Use "
+                "--seeds instead."
             )
         config = parsing.load(file, overrides)
         config.name = name
-        config.data.fallback = ""  # results on other data would be no evidence
+        config.data.fallback = ""  # results on other data would not be evidence
         build.check(config)
         variants[name] = {"config": json.loads(json.dumps(config.to_dict()))}
     return {
@@ -84,7 +85,7 @@ def plan(claim: Claim, words: list[str], *, full: bool = False) -> dict[str, Any
 
 
 def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
-    """Loads the data set of each variant, each set once, and stores its label in the variant.
+    """Loads each data set once, and stores its label in the variants that use it.
 
     Raises:
         UserError: if a data set is unavailable or a variant cannot be trained on it.
@@ -106,11 +107,11 @@ def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
 
 
 def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
-    """Writes comparison.json, or checks that it belongs to this comparison; seeds may be added.
+    """Writes comparison.json, or checks that an existing one matches; seeds may be added.
 
     Raises:
-        UserError: if the folder has other content, or a different comparison (the error shows the
-            difference).
+        UserError: if the folder has other content, or belongs to a different comparison (the error
+            shows the differences).
     """
     if (folder / COMPARISON).exists():
         there = read_comparison(folder)
@@ -147,21 +148,23 @@ def run(
 ) -> list[str]:
     """Trains the missing runs, variant by variant; returns the failures.
 
-    Equal seeds have equal data order and, for equal shapes, equal initial values. Under "vmap" and
-    on other devices a run equals `train_and_evaluate` except for rounding: the compiler orders sums
-    differently. Keeps the best and the last checkpoint of a finished run.
+    Equal seeds have equal data order and, for equal shapes, equal initial values. With "vmap", or
+    on different devices, a run equals `train_and_evaluate` except for rounding, because the
+    compiler changes the order of sums. Only the best and the last checkpoint of a finished run are
+    kept.
 
     Args:
-        comparison: from `plan`, with its `seeds` and `command`.
+        comparison: the content from `plan`, with `seeds` and `command` added.
         datasets: the data set of each variant.
-        folder: created if needed.
-        way: "one": one run after another; "vmap": the seeds of a variant in one program; "devices":
-            each device trains one run at a time.
-        trainer: makes the trainer of a config.
+        folder: the folder of the comparison, created if needed.
+        way: "one" trains one run after another, "vmap" trains the seeds of a variant in one
+            program, and "devices" trains one run at a time on each device.
+        trainer: returns the trainer for a config and a data set.
 
     Raises:
-        UserError: if the folder belongs to a different comparison or process, or the disk fails.
-        Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM, with the current runs saved.
+        UserError: if the folder belongs to a different comparison or is in use by another process,
+            or a file cannot be written.
+        Stopped, KeyboardInterrupt: after Ctrl-C or SIGTERM; the current runs are saved.
     """
     with rundir.locked(folder), StopRequest() as stop:
         take_folder(folder, comparison)
@@ -194,7 +197,7 @@ def run(
             for job in jobs:
                 train(None, *job)
         for run in runs:
-            # A failed run keeps all its checkpoints, to continue from any of them.
+            # All checkpoints of a failed run are kept, so that it can resume from any of them.
             if (run / "summary.json").exists():
                 with rundir.locked(run):
                     checkpoint.keep_best_and_last(run / "checkpoints")
@@ -204,7 +207,7 @@ def run(
 def on_devices(
     train: Callable[..., None], jobs: Sequence[tuple[Any, ...]], stop: StopRequest
 ) -> None:
-    """Calls `train(device, *job)` for each job, in threads, one job at a time per device.
+    """Calls `train(device, *job)` for each job in threads, with one job at a time per device.
 
     Raises:
         Exception: the first error of a job; the other jobs are stopped.
@@ -234,20 +237,20 @@ def on_devices(
 
 
 class Progress:
-    """Prints the progress of runs and the remaining time; thread-safe.
+    """Prints the progress of the runs and the remaining time; thread-safe.
 
     Attributes:
-        failures: the failures in words.
+        failures: descriptions of the failed runs.
     """
 
     def __init__(self, runs: int):
-        """Starts the clock, before the first of `runs` runs."""
+        """Starts the clock; call it before the first of `runs` runs."""
         self.failures: list[str] = []
         self._lock, self._start = threading.Lock(), time.monotonic()
         self._runs, self._begun, self._done = runs, 0, 0
 
     def begin(self, variant: str, seeds: Sequence[int]) -> None:
-        """Prints that the runs of these seeds start."""
+        """Prints that the runs with these seeds start."""
         with self._lock:
             self._begun += len(seeds)
             to_go = ""

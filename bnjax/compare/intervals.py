@@ -1,4 +1,4 @@
-"""Means, differences, ratios and medians over a few runs, with 95 % intervals."""
+"""Computes means, differences, ratios and medians over a few runs, with 95 % intervals."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ LEVEL = 0.95
 class Estimate:
     """A value with its 95 % interval.
 
-    An unbounded end is infinite, or 0 as the lower end of a time or ratio.
+    If an end of the interval is unbounded, it is infinite; for a time or ratio the lower end is 0.
 
     Attributes:
-        value: the estimate; infinite for a goal that was never reached.
+        value: the estimate; infinite for a median if too few runs reached the goal.
         low, high: the ends of the interval.
         n: the number of runs or pairs of runs.
         method: the method in words, for a footnote.
         bound: "at least" or "at most" if the value is only a bound, "unknown" if it is
-            meaningless, else empty.
+            meaningless, otherwise empty.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Estimate:
     bound: str = ""
 
     def __str__(self) -> str:
-        """Returns the value with its interval, and dots for an unbounded end.
+        """Returns the value with its interval; an unbounded end is shown as dots.
 
         >>> print(mean([1.0, 2.0, 3.0]))
         2 [-0.4841 to 4.484]
@@ -54,9 +54,9 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """One or more right-censored times, above 0.
+    """One or more right-censored times, each above 0.
 
-    `reached[i]` is False if a run ended after `values[i]` without reaching the goal.
+    `reached[i]` is False if run i ended at time `values[i]` without reaching the goal.
     """
 
     values: tuple[int | float, ...]
@@ -67,7 +67,7 @@ class Times:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Returns the mean and Student's t interval; a single value has an infinite interval.
+    """Returns the mean with Student's t interval, which is infinite for a single value.
 
     >>> found = mean([1.0, 2.0, 3.0])
     >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
@@ -81,11 +81,11 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def mean_accuracy(values: Sequence[float]) -> Estimate:
-    """Returns the mean of accuracies and a t interval on the logit scale, within 0 and 1.
+    """Returns the mean of accuracies with a t interval on the logit scale, from 0 to 1.
 
-    With the mean m, its standard error s and Student's t of n - 1 degrees of freedom, the ends are
-    expit(logit(m) ± t s / (m (1 - m))): `method="xlogit"` of `svyciprop` in R's package survey. If
-    m is 0 or 1, all values are equal, and the interval has no width.
+    With the mean m, its standard error s and Student's t for n - 1 degrees of freedom, the ends are
+    expit(logit(m) ± t s / (m (1 - m))), as in R's `survey::svyciprop` with `method="xlogit"`. If m
+    is 0 or 1, all values are equal and the interval has width 0.
 
     >>> print(mean_accuracy([0.88, 0.91, 0.97]))
     0.92 [0.7101 to 0.9818]
@@ -100,7 +100,7 @@ def mean_accuracy(values: Sequence[float]) -> Estimate:
 
 
 def difference(of: Sequence[float], against: Sequence[float]) -> Estimate:
-    """Returns the mean of the paired differences `of - against` and its t interval."""
+    """Returns the mean of the paired differences `of - against` with its t interval."""
     found = mean([a - b for a, b in zip(of, against, strict=True)])
     if found.n < 2:
         return found
@@ -108,12 +108,12 @@ def difference(of: Sequence[float], against: Sequence[float]) -> Estimate:
 
 
 def ratio(of: Times, against: Times) -> Estimate:
-    """Returns the geometric mean of the paired ratios `of / against` and its t interval.
+    """Returns the geometric mean of the paired ratios `of / against` with its t interval.
 
-    The interval is computed for the logarithms. A run that did not reach the goal enters with the
-    time of its end. If there are such runs only in `of`, their ratios are too small: the value is a
-    lower bound, the lower end a confidence bound, and the upper end infinite. If only in `against`,
-    the reverse; if in both, the true ratio is unknown.
+    The interval is computed on the logarithms. A run that did not reach the goal counts with the
+    time at which it ended. If only `of` has such runs, their ratios are too small: the value is a
+    lower bound, the lower end a confidence bound, and the upper end infinite. If only `against` has
+    such runs, the reverse holds. If both have some, the ratio is unknown.
 
     >>> found = ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True)))
     >>> round(found.value, 2), round(found.low, 2), found.high
@@ -132,15 +132,16 @@ def ratio(of: Times, against: Times) -> Estimate:
 
 
 def median(times: Times) -> Estimate:
-    """Returns the Kaplan-Meier median and its interval; infinite if half the runs miss the goal.
+    """Returns the Kaplan-Meier median with its interval.
 
-    The interval (Brookmeyer & Crowley, 1982) contains the times at which the log-log interval of
-    the survival function, with Greenwood's variance, includes 1/2. Its upper end is often infinite
-    for a few runs; for three runs its coverage is only 88 %.
+    The median is infinite if more than half of the runs miss the goal. The interval (Brookmeyer &
+    Crowley, 1982) contains the times at which the log-log interval of the survival function, with
+    Greenwood's variance, includes 1/2. With few runs the upper end is often infinite; with three
+    runs the coverage is only 88 %.
     """
     curve = stats.ecdf(times._censored()).sf
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # SciPy divides by 0 if all runs or none reached the goal; its NaN are replaced below.
+        # SciPy divides by 0 if all runs or no run reached the goal; the NaN are replaced below.
         warnings.simplefilter("ignore", RuntimeWarning)
         ends = curve.confidence_interval(LEVEL, method="log-log")
     low, high = ends.low.probabilities, ends.high.probabilities
@@ -154,16 +155,16 @@ def median(times: Times) -> Estimate:
         return Estimate(value, 0.0, math.inf, n, "one run, no interval")
     first = first_half(np.where(np.isnan(low), curve.probabilities, low))
     last = first_half(np.where(np.isnan(high), 1.0, high))
-    # The true lower end may be later, but no run was that long.
+    # The true lower end may be later than the longest run.
     known = float(max(times.values)) if any(times.reached) else 0.0
     return Estimate(value, min(first, known), last, n, "Kaplan-Meier median, log-log interval")
 
 
 def logrank(of: Times, against: Times) -> float:
-    """Returns the p value of the (unpaired) log-rank test of equal times.
+    """Returns the p value of the unpaired log-rank test for equal times.
 
-    Returns 1 without information: if no run reached the goal, or all runs of one variant had ended
-    when the first run of the other reached it.
+    Returns 1 if the runs give no information: if no run reached the goal, or all runs of one
+    variant ended before the first run of the other reached it.
     """
     if not any((*of.reached, *against.reached)):
         return 1.0

@@ -1,4 +1,4 @@
-"""Writes one report about many runs from their folders, without JAX."""
+"""Writes one report on many runs from their folders. Does not import JAX."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ MAX_POINTS = 300  # in one curve
 MAX_COLUMNS = 12  # evaluations in a picture of histograms
 MAX_LAYERS = 16
 
-# Variants differ in hue, dash pattern and marker, so they are distinct in greyscale too.
+# Variants differ in hue, dash pattern and marker, so they are also distinct in greyscale.
 COLOURS = ["#2a78b5", "#d55e00", "#1a9873", "#b8579a", "#c58a00", "#6a7be0", "#7f7f7f", "#a3562a"]
 STYLE: dict[str, Any] = {
     "background": "white",
@@ -40,7 +40,7 @@ STYLE: dict[str, Any] = {
     "legend": {"labelFontSize": 12},
 }
 STEP = alt.Axis(tickMinStep=1)
-DATA: Any = {"content": "data"}  # a tooltip with all values of a row
+DATA: Any = {"content": "data"}  # shows all values of a row as a tooltip
 
 Row = dict[str, Any]
 Panel = Any  # an Altair chart of any kind
@@ -48,18 +48,18 @@ Points = tuple[np.ndarray, np.ndarray]  # x and y
 
 
 def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
-    """Writes a self-contained `report.html`; returns its path, and the problems of the runs.
+    """Writes a self-contained `report.html`; returns its path and the problems found in the runs.
 
-    Also writes `report.md` with its pictures in `report_files`. The report lists the problems too,
-    for instance unreadable runs.
+    Also writes `report.md`, with its pictures in `report_files`. The report also lists the
+    problems, for instance unreadable runs.
 
     Args:
         folders: the folders of runs and comparisons.
         out: the output folder, created if needed.
 
     Raises:
-        UserError: if there is no readable run, `out` cannot be written, or it contains a report by
-            a different program.
+        UserError: if there is no readable run, `out` cannot be written, or a file there with the
+            same name is not a report by bnjax.
     """
     study = runs.read_study(folders)
     page, text = out / "report.html", out / "report.md"
@@ -68,12 +68,13 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         for file in (page, text):
             if file.exists() and MARK not in file.read_text("utf-8", errors="replace")[:200]:
                 raise UserError(
-                    f"{file} was not made by bnjax.report and is not overwritten. "
+                    f"{file} was not made by bnjax report, so it is not overwritten. "
                     "Choose a different folder with --out."
                 )
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written: {error.strerror or error}. Choose another with --out."
+            f"{out} cannot be written: {error.strerror or error}. Choose a different folder with "
+            "--out."
         ) from error
     figures = [
         curves(study),
@@ -107,7 +108,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         "commands": commands(study),
         "config": whole_config(study),
         "library": _library(),
-        # A name may contain "</script>" or "<!--".
+        # A variant's name may contain "</script>" or "<!--".
         "specs": json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c"),
     }
     templates = jinja2.Environment(
@@ -124,7 +125,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
 
 @functools.cache
 def _library() -> str:
-    """Returns the JavaScript of Vega-Embed, for a script element."""
+    """Returns the JavaScript code of Vega-Embed for a script element."""
     code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
     return str(code).replace("</script", "<\\/script")
 
@@ -134,7 +135,7 @@ def _library() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text with a caption about its method."""
+    """A table of text, with a caption that describes the method."""
 
     title: str
     columns: list[str]
@@ -143,7 +144,7 @@ class Table:
 
 
 def verdict_table(study: Study) -> Table | None:
-    """Returns the verdict on each statement of the comparisons; None without statements."""
+    """Returns the verdict on each statement in the comparisons; None without statements."""
     rows, methods = [], set()
     for comparison, finished in study.comparisons.values():
         question = f"{comparison['question']} ({comparison['size']} size)"
@@ -158,7 +159,7 @@ def verdict_table(study: Study) -> Table | None:
         return None
     caption = (
         "One in twenty 95 % intervals is expected to miss the true value. "
-        f"Found: {'; '.join(sorted(methods)) or 'nothing'}."
+        f'The column "found" shows: {"; ".join(sorted(methods)) or "nothing"}.'
     )
     columns = ["question", "claim", "verdict", "found", "because", "source"]
     return Table("Verdicts", columns, rows, caption)
@@ -191,10 +192,10 @@ def results(study: Study) -> Table:
         steps = _list({int(run.train.step[-1]) for run in counted})
         rows.append([variant, number, steps, *means, to_loss])
     caption = (
-        "Mean over the seeds [95 % interval by Student's t; for accuracies on the logit scale, "
-        "within 0 and 1]. If a variant has finished runs, unfinished runs are excluded. The best "
-        f"value of each run over all its evaluations is selected on the {chosen_by} images. Steps "
-        "to a loss: the Kaplan-Meier median."
+        "The mean over the seeds [95 % interval by Student's t; for accuracies on the logit scale, "
+        "from 0 to 1]. If a variant has finished runs, its unfinished runs are excluded. The best "
+        f"values are the best of all evaluations of a run, on the {chosen_by} images. The steps to "
+        "a loss are the Kaplan-Meier median."
     )
     targets = _list({run.target_loss for run in study.runs})
     head = ["variant", "runs", "steps", *columns, f"steps to training loss {targets}"]
@@ -215,14 +216,14 @@ def speed(study: Study) -> Table:
         devices = {str(run.summary.get("device", "not known yet")) for run in siblings}
         rows.append([variant, _mean(seconds, 1), _mean(rates, 0), _list(devices)])
     caption = (
-        "Training only, without compilation, evaluations and checkpoints. "
-        "Images per second: from the median step of each run, without the first step."
+        "The time of training only, without compilation, evaluations and checkpoints. "
+        "Images per second are computed from the median step of each run, without the first step."
     )
     return Table("Time", ["variant", "seconds", "images per second", "device"], rows, caption)
 
 
 def origins(study: Study) -> Table:
-    """Returns data sets, package versions and git revisions."""
+    """Returns the data sets, package versions and git revisions."""
     rows = []
     for variant, siblings in study.variants.items():
         summaries = [run.summary for run in siblings if run.summary]
@@ -236,7 +237,7 @@ def origins(study: Study) -> Table:
 
 
 def pixels(run: Run) -> str:
-    """Returns the data set of a run, in words."""
+    """Returns a description of the data set of a run."""
     official, words = run.summary.get("official_pixels"), ""
     if official is not None:
         words = f",{'' if official else ' not'} the official pixels"
@@ -246,7 +247,7 @@ def pixels(run: Run) -> str:
 
 
 def differences(study: Study) -> Table:
-    """Returns the config keys with different values between variants."""
+    """Returns the config keys whose values differ between variants."""
     configs = {variant: siblings[0].config for variant, siblings in study.variants.items()}
     rows = []
     for key in dict.fromkeys(key for config in configs.values() for key in config):
@@ -257,14 +258,14 @@ def differences(study: Study) -> Table:
 
 
 def whole_config(study: Study) -> Table:
-    """Returns all keys of the first run's config."""
+    """Returns all keys and values of the first run's config."""
     (variant, (run, *_)), *_ = study.variants.items()
     rows = [[key.removeprefix("config."), _plain(value)] for key, value in run.config.items()]
     return Table(f"The whole config of {variant}", ["key", "value"], rows)
 
 
 def commands(study: Study) -> list[str]:
-    """Returns the commands that train these runs again: of each comparison or single run."""
+    """Returns the commands that repeat each comparison and each single run."""
     others = [run for run in study.runs if run.folder.parent.parent not in study.comparisons]
     lines = [shlex.join([*runs.command(run), "--workdir", str(run.folder)]) for run in others]
     return [*(comparison["command"] for comparison, _ in study.comparisons.values()), *lines]
@@ -297,10 +298,10 @@ class Figure:
     """A group of charts with a caption.
 
     Attributes:
-        name: the name of its file.
-        title, caption: the text above and below it.
+        name: the name of its picture file.
+        title, caption: the text above and below the charts.
         panels: the charts, 300 pixels wide.
-        details: whether the page initially hides it.
+        details: whether the figure is initially collapsed on the page.
     """
 
     name: str
@@ -311,7 +312,7 @@ class Figure:
 
 
 def curves(study: Study) -> Figure:
-    """Returns loss and accuracy of training batches and evaluations, all variants on one axis."""
+    """Returns loss and accuracy in training and evaluation, with all variants in one chart."""
     chosen_by = study.chosen_by
     panels = []
     for quantity in ("loss", "accuracy"):
@@ -321,16 +322,16 @@ def curves(study: Study) -> Figure:
             title = f"{quantity}, {what}"
             panels += lines(study.variants, rows, title, scale, markers=rows is test)
     caption = (
-        "Line: mean over the seeds. Band: from the lowest to the highest seed. The training loss "
-        f"is the loss of each batch before its step; {chosen_by} images are evaluated with the "
-        f"running statistics. Curves of more than {MAX_POINTS} steps are averaged over "
-        "neighbouring steps; their bands contain all values of these steps."
+        "Lines show the mean over the seeds, bands the range from the lowest to the highest seed. "
+        f"The training loss is the loss of each batch before its step; {chosen_by} images are "
+        f"evaluated with the running statistics. Curves of more than {MAX_POINTS} steps are "
+        "averaged over neighbouring steps; their bands contain all values of these steps."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
 
 
 def steps_to_loss(study: Study) -> Figure:
-    """Returns the first step at the target loss for each run, or its last step."""
+    """Returns the step at which each run reached the target loss, or its last step."""
     states = ["reached", "not reached so far"]
     rows = []
     for variant, siblings in study.variants.items():
@@ -351,14 +352,14 @@ def steps_to_loss(study: Study) -> Figure:
     ).properties(width=300, height=max(60, 34 * len(names)))
     targets = _list({run.target_loss for run in study.runs})
     caption = (
-        f"One mark per seed: the first step with a training loss of {targets} or less. A triangle "
-        "marks the last step of a run that did not reach this loss; its true number is larger."
+        f"Each mark is one seed, at the first step with a training loss of {targets} or less. A "
+        "triangle marks the last step of a run that has not reached this loss."
     )
     return Figure("steps_to_loss", f"Steps to a training loss of {targets}", caption, [chart])
 
 
 def gap(study: Study) -> Figure:
-    """Returns the difference of test and training loss."""
+    """Returns the difference between test and training loss."""
 
     def apart(run: Run) -> Points:
         train, test = run.train, run.test
@@ -366,15 +367,15 @@ def gap(study: Study) -> Figure:
         return test.step, test.loss - np.array([train.loss[near].mean() for near in windows])
 
     caption = (
-        "Test loss minus the mean training loss of the last 10 batches before the evaluation. "
-        "Above 0 and rising: overfitting."
+        "The test loss minus the mean training loss of the last 10 batches before the evaluation. "
+        "If it is above 0 and rises, the network overfits."
     )
     panels = lines(study.variants, bands(study, apart), "test loss above training loss")
     return Figure("gap", "The gap between training and test", caption, panels)
 
 
 def against_time(study: Study) -> Figure:
-    """Returns loss and accuracy over the seconds of training."""
+    """Returns loss and accuracy against the training time in seconds."""
     # The times differ between runs, so they cannot be averaged per step.
     first = {variant: siblings[:1] for variant, siblings in study.variants.items()}
     study = dataclasses.replace(study, variants=first)
@@ -386,14 +387,14 @@ def against_time(study: Study) -> Figure:
     panels = lines(first, loss, "loss, training batches", scale, x="seconds", markers=False)
     panels += lines(first, accuracy, f"accuracy, {chosen_by} images", x="seconds")
     caption = (
-        "The first seed of each variant. Includes the compilation in the first step, not "
-        "evaluations and checkpoints."
+        "The first seed of each variant. The time includes the compilation in the first step, but "
+        "not evaluations and checkpoints."
     )
     return Figure("time", "Against time", caption, panels)
 
 
 def averages_figures(study: Study) -> Iterator[Figure]:
-    """Yields the cost of the averages for all variants, and the drift for each first seed."""
+    """Yields the cost of the running averages, and their drift for each variant's first seed."""
     panels = []
     for key, sign in (("loss", 1), ("accuracy", -1)):
 
@@ -405,9 +406,10 @@ def averages_figures(study: Study) -> Iterator[Figure]:
 
         panels += lines(study.variants, bands(study, lost), f"{key} lost by the stored statistics")
     caption = (
-        "The same training images, evaluated with the running averages and with batch statistics: "
-        "the increase of the loss and the decrease of the accuracy with the running averages. Near "
-        "0 the averages are right, and any gap between training and test has a different cause."
+        "The same training images are evaluated with the running averages and with batch "
+        "statistics. Shown are the increase of the loss and the decrease of the accuracy by the "
+        "running averages. If they are near 0, any gap between training and test has a different "
+        "cause."
     )
     yield Figure("averages", "The cost of the running averages", caption, panels)
     words = {
@@ -426,16 +428,17 @@ def averages_figures(study: Study) -> Iterator[Figure]:
                 ]
                 panels += lines(dict.fromkeys(row["variant"] for row in rows), rows, title)
             caption = (
-                "The stored mean and variance of each norm, compared with the statistics of the "
-                "same training images and weights; 0 is right. A variance above 0 makes the norm's "
-                "output too small in evaluation, below 0 too large."
+                "The stored mean and variance of each norm, compared with the statistics of a "
+                "batch of training images at the same weights; 0 is correct. If the "
+                "variance is above 0, the output of the norm is too small in evaluation; below 0, "
+                "too large."
             )
             heading = f"Drift of the running averages: {variant}, seed {run.seed}"
             yield Figure(_file_name("drift", variant), heading, caption, panels, details=True)
 
 
 def inside_figures(study: Study) -> Iterator[Figure]:
-    """Yields running statistics, activations and gradients of the first seed of each variant."""
+    """Yields running statistics, activations and gradients for each variant's first seed."""
     for variant, siblings in study.variants.items():
         run = next((run for run in siblings if run.histograms), None)
         if run is None:
@@ -445,20 +448,24 @@ def inside_figures(study: Study) -> Iterator[Figure]:
             names = _names(run, "statistic", f".{leaf}")
             panels = [panel for name in names for panel in _fan(run, name)]
             caption = (
-                f"The {title} over the channels. Line: median; dark band: middle half; light band: "
-                "from 5 to 95 %."
+                f"The distribution of the {title} over the channels. The line is the median, the "
+                "dark band the middle half, and the light band the range from 5 to 95 %."
             )
             heading = f"{title.capitalize()}: {of}"
             yield Figure(_file_name(title, variant), heading, caption, panels, details=True)
         for kind, end, sentence in (
             ("activation", "", "Outputs of each layer"),
-            ("gradient", ".kernel", "Gradients of the mean loss in each layer's kernel"),
+            (
+                "gradient",
+                ".kernel",
+                "Gradients of the mean loss with respect to each layer's kernel",
+            ),
         ):
             panels = [_heat(run, kind, name) for name in _names(run, kind, end)]
             caption = (
                 f"{sentence}, on a fixed small batch of training images. A stronger colour means "
-                "more values; each column adds up to 100 %. Values beyond the range (at most 1 % "
-                "of a column) are counted at its ends."
+                "more values; each column adds up to 100 %. Values outside of the range (at most "
+                "1 % of a column) are counted at its ends."
             )
             heading = f"{kind.capitalize()}s: {of}"
             yield Figure(_file_name(kind, variant), heading, caption, panels, details=True)
@@ -469,7 +476,7 @@ def _file_name(title: str, variant: str) -> str:
 
 
 def _names(run: Run, kind: str, end: str = "") -> list[str]:
-    """Returns the names of at most `MAX_LAYERS` histograms, evenly spaced."""
+    """Returns the names of at most `MAX_LAYERS` histograms, evenly spaced over the network."""
     every = dict.fromkeys(name for line in run.histograms for name in line[kind])
     names = [name for name in every if name.endswith(end)]
     count = min(len(names), MAX_LAYERS)
@@ -487,7 +494,7 @@ def _fan(run: Run, name: str) -> list[Panel]:
 
 
 def _heat(run: Run, kind: str, name: str) -> Panel:
-    """Returns a heat map with a column of bins for each of up to `MAX_COLUMNS` evaluations."""
+    """Returns a heat map with one column of bins for each of up to `MAX_COLUMNS` evaluations."""
     found = [line for line in run.histograms if name in line[kind]]
     count = min(len(found), MAX_COLUMNS)
     rows = []
@@ -514,7 +521,7 @@ def _heat(run: Run, kind: str, name: str) -> Panel:
 
 
 def _chart(rows: list[Row]) -> alt.Chart:
-    # A plain dict, because Altair validates each value of an InlineData.
+    # A plain dict, because Altair would validate each value of an InlineData.
     return alt.Chart({"values": rows})
 
 
@@ -551,7 +558,7 @@ def _rounded(row: Row) -> Row:
 
 
 def _scale(rows: list[Row], *, log: bool = False) -> alt.Scale:
-    """Returns a scale that contains the bands; logarithmic for a range above a factor of 5."""
+    """Returns a scale that contains the bands; logarithmic if they span a factor above 5."""
     ends = [row[end] for row in rows for end in ("low", "high")] or [0.0]
     kind: Any = "log" if log and 0 < 5 * min(ends) < max(ends) else "linear"
     return alt.Scale(type=kind, domain=[min(ends), max(ends)], nice=kind == "linear", zero=False)
@@ -567,10 +574,10 @@ def lines(
     markers: bool = True,
     height: int = 230,
 ) -> list[Panel]:
-    """Returns a list with one chart, with a line for each variant; empty without rows.
+    """Returns a list with one chart that has a line for each variant; empty without rows.
 
-    A row has `variant`, `value`, and the key `x`; optionally `low` and `high`, the ends of a light
-    band, and `lower` and `upper`, the ends of a dark band.
+    Each row has the keys `variant`, `value` and the value of `x`. Optional keys are `low` and
+    `high`, the ends of a light band, and `lower` and `upper`, the ends of a dark band.
     """
     if not rows:
         return []
@@ -598,7 +605,7 @@ def lines(
 
 
 def _png(figure: Figure) -> bytes:
-    """Returns the panels of a figure on white, in 128 colours for a tenth of the size."""
+    """Returns the panels of a figure as a PNG on white; 128 colours make it ten times smaller."""
     columns = 1 if len(figure.panels) == 1 else 2 if len(figure.panels) <= 4 else 3
     spec = {**alt.concat(*figure.panels, columns=columns).to_dict(validate=False), "config": STYLE}
     png = vl_convert.vegalite_to_png(spec, vl_version=VERSION, scale=1.5)

@@ -1,4 +1,4 @@
-"""Reads runs and comparisons from their folders, without JAX."""
+"""Reads runs and comparisons from their folders. Does not import JAX."""
 
 import dataclasses
 import functools
@@ -14,21 +14,21 @@ from bnjax.errors import UserError
 from bnjax.train import jsonl, parsing, rundir
 from bnjax.train.config import default_config
 
-# Values at one point of a run: the first, last or best evaluation (or training step), or a step.
+# Values at one point of a run: its first, last or best evaluation or training step, or any step.
 VALUES = tuple(
     f"{split}_{key}" for split in ("train", "validation", "test") for key in ("loss", "accuracy")
 )
-# Times until a run first reaches a goal; a run may not reach it.
+# Times until a run first reaches a goal, which some runs never reach.
 TIMES = ("steps_to_loss", "steps_to_accuracy", "seconds_to_accuracy")
 POINTS = ("first", "last", "best")
-COMPARISON = "comparison.json"  # in a folder of many runs
+COMPARISON = "comparison.json"  # in the folder of a comparison
 # The keys that may differ between runs of the same variant.
 NO_VARIANT = ("config.seed", "config.data.dir")
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One split's points: `step` int [n], `loss` and `accuracy` float [n]; NaN if not finite."""
+    """Loss and accuracy float [n] of one split at `step` int [n]; NaN for non-finite values."""
 
     step: np.ndarray
     loss: np.ndarray
@@ -40,11 +40,11 @@ class Run:
     """One run, finished or not.
 
     Attributes:
-        folder: its folder; in a comparison `<comparison>/<variant>/<seed>`.
-        variant: its name in a comparison, the same for all seeds.
+        folder: the folder of the run; in a comparison, `<comparison>/<variant>/<seed>`.
+        variant: the name of its variant in a comparison.
         seed: the seed of the config.
-        config: the values by dotted key, such as "config.seed".
-        data: facts about its data set.
+        config: the values of the config by dotted key, such as "config.seed".
+        data: facts about the data set.
         metrics: the lines of metrics.jsonl.
         seconds: the training time after each step.
         summary: the content of summary.json; empty if the run is not finished.
@@ -61,32 +61,32 @@ class Run:
 
     @functools.cached_property
     def train(self) -> Curve:
-        """Loss and accuracy of the batch of each training step."""
+        """Loss and accuracy of the training batch at each step."""
         return self._curve("train")
 
     @functools.cached_property
     def test(self) -> Curve:
-        """Loss and accuracy of the test images at each evaluation."""
+        """Loss and accuracy on the test images at each evaluation."""
         return self._curve("test")
 
     @functools.cached_property
     def validation(self) -> Curve:
-        """Loss and accuracy of the images set aside, if there are any, at each evaluation."""
+        """Loss and accuracy on the validation images, if there are any, at each evaluation."""
         return self._curve("validation")
 
     @property
     def chosen_by(self) -> str:
-        """The split that chooses the best checkpoint, "validation" or "test"."""
+        """The split by which the best checkpoint is chosen, "validation" or "test"."""
         return "validation" if self.config.get("config.data.validation") else "test"
 
     @property
     def judged(self) -> Curve:
-        """The curve of that split."""
+        """The curve of the split by which the best checkpoint is chosen."""
         return self.validation if self.chosen_by == "validation" else self.test
 
     @functools.cached_property
     def gaps(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl with the comparison of stored and batch statistics."""
+        """The lines of metrics.jsonl that compare stored and batch statistics."""
         return [line for line in self.metrics if line["split"] == "gap"]
 
     @functools.cached_property
@@ -123,9 +123,9 @@ def value(run: Run, quantity: str, at: str | float | int) -> float | None:
 
 
 def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
-    """Returns one of `TIMES` for several runs: the time to the goal, or to the end of the run.
+    """Returns one of `TIMES` for several runs: the time to the goal or to the end of the run.
 
-    Times in seconds are at least 0.001, the resolution of the file.
+    Times in seconds are at least 0.001, the resolution of timing.jsonl.
     """
     values, reached = [], []
     for run in runs:
@@ -140,10 +140,10 @@ def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
-    """Reads the comparison of a folder, as written by `bnjax.compare.grid`.
+    """Reads the comparison.json of a folder, as written by `bnjax.compare.grid`.
 
     Raises:
-        UserError: if it is missing or damaged.
+        UserError: if the file is missing or damaged.
     """
     with jsonl.reading(folder / COMPARISON):
         found: dict[str, Any] = json.loads((folder / COMPARISON).read_text())
@@ -151,7 +151,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
 
 
 def listed(folder: Path, comparison: dict[str, Any]) -> list[Path]:
-    """Returns the folders of a comparison's runs, existing or not."""
+    """Returns the folders of all runs in a comparison, even if they do not exist yet."""
     return [
         folder / name / str(seed) for name in comparison["variants"] for seed in comparison["seeds"]
     ]
@@ -171,7 +171,8 @@ def read_run(folder: Path) -> Run:
     """Reads the folder of a run.
 
     Raises:
-        UserError: if there is no run, it has no step yet, or its files are damaged or inconsistent.
+        UserError: if there is no run, the run has no step yet, or files are damaged or
+            inconsistent.
     """
     config, data = rundir.read(folder)
     metrics = jsonl.read_lines(folder / "metrics.jsonl")
@@ -186,8 +187,8 @@ def read_run(folder: Path) -> Run:
     if summary and (summary["steps"] != steps[-1] or not {*steps} <= {*seconds}):
         raise UserError(
             f"the run in {folder} is damaged: summary.json, metrics.jsonl and timing.jsonl have "
-            "different steps. Restore them from a copy; or remove the folder, and train it again "
-            "with the same command."
+            "different steps. Restore these files from a copy, or remove the folder and train the "
+            "run again with the same command."
         )
     flat = parsing.flat({"config": config.to_dict()})
     return Run(folder, folder.parent.name, config.seed, flat, data, metrics, seconds, summary)
@@ -198,10 +199,10 @@ class Study:
     """The runs and comparisons of one report.
 
     Attributes:
-        variants: the readable runs by the name of their config; if different configs have the same
-            name, by name and folder.
+        variants: the readable runs by config name; if different configs share a name, by name and
+            folder.
         problems: descriptions of unreadable or incomplete runs.
-        comparisons: by folder, the content of comparison.json and the finished runs.
+        comparisons: the content of comparison.json and the finished runs, by folder.
     """
 
     variants: dict[str, list[Run]]
@@ -210,26 +211,26 @@ class Study:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs."""
+        """All readable runs."""
         return [run for siblings in self.variants.values() for run in siblings]
 
     @property
     def chosen_by(self) -> str:
-        """The splits that choose the best checkpoints, in words."""
+        """The splits by which the best checkpoints are chosen, in words."""
         return " or ".join(sorted({run.chosen_by for run in self.runs}))
 
 
 def read_study(folders: Sequence[Path]) -> Study:
-    """Reads folders of runs and comparisons.
+    """Reads the folders of runs and comparisons.
 
-    A second run of the same config and seed is skipped, because it is no independent evidence.
+    A second run with the same config and seed is skipped, because it is not independent evidence.
 
     Raises:
         UserError: if no run is readable.
     """
     problems: list[str] = []
     comparisons: dict[Path, tuple[dict[str, Any], list[Run]]] = {}
-    found: dict[tuple[str, str], dict[int, Run]] = {}  # by name and config without seed
+    found: dict[tuple[str, str], dict[int, Run]] = {}  # by name, and by config without the seed
     for folder in folders:
         members = [folder]
         if (folder / COMPARISON).exists():
@@ -256,7 +257,7 @@ def read_study(folders: Sequence[Path]) -> Study:
                 )
             elif not run.summary:
                 after = f"after {run.train.step[-1]} steps"
-                problems.append(f"{member} is not finished: its results {after} are shown.")
+                problems.append(f"{member} is not finished; the report shows its results {after}.")
     if not found:
         raise UserError(
             f"there is no run to report. {' '.join(problems)} "
@@ -272,10 +273,10 @@ def read_study(folders: Sequence[Path]) -> Study:
 
 
 def command(run: Run) -> list[str]:
-    """Returns the command that repeats a run, with each value that is not a default."""
+    """Returns the command that repeats a run, with all config values that are not defaults."""
     config, standard = dict(run.config), parsing.flat({"config": default_config().to_dict()})
     if run.data.name == config["config.data.fallback"] != config["config.data.name"]:
-        # The command appends the name of the fallback set.
+        # The command appends the name of the fallback data set.
         config["config.name"] = config["config.name"].removesuffix(f"-{run.data.name}")
     words = [f"--{key}={value}" for key, value in config.items() if value != standard.get(key)]
     return ["python", "-m", "bnjax.main", "--config", "bnjax/train/config.py", *words]

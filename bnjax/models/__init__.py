@@ -1,1 +1,1 @@
-"""The networks; the norm is injected."""
+"""Networks that accept any norm layer."""

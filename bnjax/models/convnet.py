@@ -1,4 +1,4 @@
-"""The tutorial's network; norm, activation and convolution are injected."""
+"""The tutorial's network, with configurable norm, activation and convolution."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ from bnjax.types import Array, Images, Logits, Mask
 
 Placement = Literal["pre", "before", "after"]
 Pooling = Literal["none", "max", "avg"]
-# Takes `name` and returns a module that is called like `flax.linen.BatchNorm`.
+# A function that takes `name` and returns a module that is called like `flax.linen.BatchNorm`.
 NormFactory = Callable[..., nn.Module]
-# Takes `name` and returns a function of an array, for instance a module.
+# A function that takes `name` and returns a function of an array, for instance a module.
 ActivationFactory = Callable[..., Any]
 
 POOLS = {"max": nn.max_pool, "avg": nn.avg_pool}
@@ -27,30 +27,31 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class ConvNet(nn.Module):
-    """A network of convolutions and dense layers, with norms at configurable places.
+    """A network of convolutions and dense layers, with norms in configurable places.
 
-    The defaults are the tutorial's network (docs/results.md): 27.9 million parameters for 32x32x3
-    images. Images may have any size for which the last convolution has at least one pixel.
+    The defaults give the tutorial's network (docs/results.md), with 27.9 million parameters for
+    32x32x3 images. Images of any size work if the last convolution outputs at least one pixel.
 
     Attributes:
-        filters, kernels, strides: one entry per convolution (square kernels, no padding).
+        filters, kernels, strides: the output channels, kernel size and stride of each convolution.
+            Kernels are square, without padding.
         dense: the widths of the hidden dense layers.
         classes: the number of logits.
-        norm: makes a norm layer, for instance
+        norm: returns a norm layer, for instance
             `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
         placement: "pre" normalises the input of each layer, including the first convolution and
             the logits; "before" and "after" normalise before or after the activation of each hidden
             layer.
         activation: the activation of the hidden layers, a function of an array.
-        norm_activation: makes the activation directly after a norm, for norms that need a special
-            activation; None: `activation`.
-        conv: makes a convolution; called like `flax.linen.Conv`.
-        norm_dense: whether to normalise the output of each hidden dense layer, before dropout.
-        dropout: the dropout rate of each hidden dense layer.
-        pooling: "none" strides the convolutions; "max" and "avg" pool by the stride instead.
-        dtype: the dtype of the arithmetic (None: of the input); parameters are float32.
-        dense_product: the matrix product of the dense layers, called like `jax.lax.dot_general`;
-            None: `jax.lax.dot_general`.
+        norm_activation: returns the activation directly after a norm, for norms that need a special
+            one; None to use `activation`.
+        conv: returns a convolution; it is called like `flax.linen.Conv`.
+        norm_dense: for each hidden dense layer, whether to normalise its output before dropout.
+        dropout: the dropout rate after each hidden dense layer.
+        pooling: "none" uses strided convolutions; "max" and "avg" pool with the stride instead.
+        dtype: the dtype of the arithmetic; None for the dtype of the input. Parameters are float32.
+        dense_product: the matrix product of dense layers, called like `jax.lax.dot_general`; None
+            for `jax.lax.dot_general` itself.
     """
 
     filters: Sequence[int] = (30, 50, 60)
@@ -71,12 +72,12 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
 
         def normalise(x: Array, where: Placement, name: str) -> Array:
             if self.norm is None or where != self.placement:
                 return x
-            # Flax's norms need a mask of the rank of x.
+            # Flax's norms need a mask with the rank of x.
             full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
             return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
 
@@ -114,7 +115,7 @@ class ConvNet(nn.Module):
                 x = POOLS[self.pooling](x, (stride, stride), (stride, stride))
 
         x = x.reshape(x.shape[0], -1)
-        normalised, rate = True, 0.0  # of the input of the next dense layer
+        normalised, rate = True, 0.0  # for the input of the next dense layer
         for i, (width, norm_after, rate_after) in enumerate(
             zip(self.dense, self.norm_dense, self.dropout, strict=True)
         ):

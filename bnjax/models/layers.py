@@ -1,4 +1,4 @@
-"""Shared parts of networks: standardised pixels, bfloat16 products, views of an image."""
+"""Shared parts of networks: standardised pixels, bfloat16 products, several views of an image."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ from bnjax.types import Array, Images, Logits, Mask
 
 
 def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """Returns (x - mean) / std for each channel, at least float32; x if both are empty.
+    """Returns (x - mean) / std per channel, at least float32; x itself if both are empty.
 
     Args:
         x: float [n, h, w, c].
@@ -31,8 +31,8 @@ def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Arra
 def bfloat16_product(x: Array, weight: Array) -> Array:
     """Returns x @ weight, float32 [n, m], with operands rounded to bfloat16 and float32 sums.
 
-    The gradient of `x` is computed in the same way; the gradient of `weight` from float32 operands,
-    because it contracts both operands over their first axis, where bfloat16 is not faster on CPUs.
+    The gradient of `x` is computed in the same way. The gradient of `weight` uses float32 operands,
+    because it is a product over the first axis of both, for which bfloat16 is not faster on CPUs.
 
     Args:
         x: float32 [n, k].
@@ -64,10 +64,10 @@ bfloat16_product.defvjp(_forward, _backward)
 def bfloat16_dot_general(
     x: Array, weight: Array, dimension_numbers: Any, precision: Any = None
 ) -> Array:
-    """Returns `bfloat16_product` of x [n, k]; for `dot_general` of `flax.linen.Dense`.
+    """Returns `bfloat16_product`; fits the argument `dot_general` of `flax.linen.Dense`.
 
     Raises:
-        ValueError: if the input is not [n, k].
+        ValueError: if the arguments are not x [n, k] and weight [k, m].
     """
     if x.ndim != 2 or dimension_numbers != (((1,), (0,)), ((), ())):
         raise ValueError(
@@ -81,17 +81,19 @@ VIEWS = (1, 2, 6)
 
 
 class Views(nn.Module):
-    """Averages the logits of a network over several views of each image, in evaluation only.
+    """Averages the logits of a network over several views of each image, only in evaluation.
 
-    Training, parameters and statistics are the same as without the wrapper.
+    Training, parameters and statistics are the same as without this wrapper.
 
     Attributes:
         network: any linen module with `__call__(x, train=...)`.
-        views: 1: the image; 2: also its mirror image; 6: also both shifted by one pixel up and
-            left, and down and right. The four shifted views together have the same weight as the
-            two others (K. Jordan, 2024). Edges are padded by reflection.
-        share: the fraction of a batch that gets more than one view: the images with the lowest
-            maximum score. Below 1 the logits of an image depend on the rest of the batch.
+        views: the number of views. 1 is the image itself; 2 adds the mirror image; 6 adds both
+            shifted by one pixel up and left, and both shifted down and right. The four shifted
+            views together have the same weight as the other two (K. Jordan, 2024). Edges are padded
+            by reflection.
+        share: the fraction of each batch that has more than one view, which consists of the images
+            with the lowest maximum score. If it is below 1, the logits of an image depend on the
+            rest of the batch.
     """
 
     network: nn.Module
@@ -100,8 +102,8 @@ class Views(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
-        # In the scope of this module, so that the variables keep their names.
+        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
+        # The scope of this module is reused, so that variables keep their names.
         network = self.network.copy(parent=self.scope, name=None)
         takes_mask = "mask" in inspect.signature(type(self.network).__call__).parameters
 
@@ -122,7 +124,7 @@ class Views(nn.Module):
 
 
 def with_views(network: nn.Module, views: int, share: float = 1.0) -> nn.Module:
-    """Returns the network wrapped in `Views`; for one view, the network unchanged."""
+    """Returns the network wrapped in `Views`, or the network itself for one view."""
     return network if views == 1 else Views(network, views, share)
 
 
@@ -130,9 +132,9 @@ def averaged(logits: Any, x: Images, views: int) -> Array:
     """Returns the mean logits [n, classes] over views of images [n, h, w, c].
 
     Args:
-        logits: a function of images.
+        logits: a function from images to logits.
         x: the images.
-        views: 2 or 6; see `Views`.
+        views: 2 or 6, as for `Views`.
 
     Raises:
         ValueError: if `views` is invalid.

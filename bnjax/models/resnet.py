@@ -1,4 +1,4 @@
-"""Residual networks (He et al., 2016) for CIFAR and for ImageNet. The norm is injected."""
+"""Residual networks (He et al., 2016) for CIFAR and ImageNet, with any norm layer."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ Shortcut = Literal["projection", "padding"]
 Order = Literal["pre", "before"]
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
-# The layer names of torchvision; the first matching row applies.
+# Our layer names -> the names in torchvision. The first matching row applies.
 TORCHVISION: Mapping[str, str] = {
     "stem": "conv1",
     "stem_norm": "bn1",
@@ -31,7 +31,7 @@ TORCHVISION: Mapping[str, str] = {
 
 
 class _Layers(nn.Module):
-    """The shared fields of the network and its blocks; see `ResNet`."""
+    """The fields that the network and its blocks share; `ResNet` describes them."""
 
     norm: NormFactory | None = None
     shortcut: Shortcut = "projection"
@@ -43,7 +43,7 @@ class _Layers(nn.Module):
     dtype: Any = None
 
     def _convolve(self, x: Array, width: int, side: int, stride: int, name: str) -> Array:
-        """Convolves; pads each side with zeros, half the kernel size, as torch does."""
+        """Convolves after padding each side with zeros (half the kernel size), as in torch."""
         padding = ((side // 2, side // 2),) * 2
         sizes: dict[str, Any] = {"kernel_size": (side, side), "strides": (stride, stride)}
         is_zero = self.zero_last and self.placement == "pre" and name == self._last
@@ -73,10 +73,11 @@ class _Layers(nn.Module):
 
 
 class Block(_Layers):
-    """A residual block: two or three convolutions and a shortcut.
+    """A residual block of two or three convolutions and a shortcut.
 
     Attributes:
-        width: the channels of the first convolution; a bottleneck block returns four times as many.
+        width: the channels of the first convolution; the output of a bottleneck has four times as
+            many.
         stride: the stride of the first 3x3 convolution and of the shortcut.
     """
 
@@ -85,11 +86,11 @@ class Block(_Layers):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
-        """Returns the output [n, h / stride, w / stride, c]; mask [n, 1, 1, 1] or None."""
+        """Returns the output [n, h / stride, w / stride, c]; the mask is [n, 1, 1, 1] or None."""
         is_pre = self.placement == "pre"
         normalise = functools.partial(self._normalise, train=train, mask=mask)
         layers = [(self.width, 3, self.stride), (self.width, 3, 1)]
-        if self.bottleneck:  # the 3x3 convolution has the stride, as in torchvision, not the first
+        if self.bottleneck:  # as in torchvision, the 3x3 convolution is strided
             layers = [(self.width, 1, 1), (self.width, 3, self.stride), (4 * self.width, 1, 1)]
         short = x
         changes = self.stride > 1 or x.shape[-1] != layers[-1][0]
@@ -115,30 +116,33 @@ class Block(_Layers):
 class ResNet(_Layers):
     """A residual network of basic or bottleneck blocks, for images of any size.
 
-    The defaults are ResNet-18 for CIFAR; `RESNETS` has others. Each stage after the first halves
-    the height and width and doubles the channels. Convolutions have no bias, and padding as in
-    torch.
+    The defaults give ResNet-18 for CIFAR; `RESNETS` lists other networks. Each stage after the
+    first halves height and width and doubles the channels. Convolutions have no bias, and are
+    padded as in torch.
 
     Attributes:
-        norm: makes a norm layer, as for `ConvNet`; for the last norm of a block it also gets
-            `scale_init`, if it has that argument. None for no norm.
-        shortcut: for blocks that change the shape: "projection": a 1x1 convolution and its norm;
-            "padding": every second pixel, with zeros for the new channels (option A of the paper,
-            used for its CIFAR networks).
-        placement: "before": convolution, norm, activation, with the last activation after the sum.
-            "pre": norm, activation, convolution (He et al., 2016, "Identity mappings").
-        zero_last: each block starts as its shortcut (Goyal et al., 2017): the scale of its last
-            norm starts at 0; under "pre" the kernel of its last convolution does.
-        bottleneck: blocks of 1x1, 3x3 and 1x1 to four times the width, instead of 3x3 and 3x3.
+        norm: returns a norm layer, as for `ConvNet`; for the last norm of a block it is called with
+            `scale_init` if it has this argument. None for no norm.
+        shortcut: the shortcut of blocks that change the shape. "projection" is a 1x1 convolution
+            with a norm; "padding" takes every second pixel and adds channels of zeros (option A of
+            the paper, used for its CIFAR networks).
+        placement: the order in a block. "before" is convolution, norm, activation, with the last
+            activation after the sum; "pre" is norm, activation, convolution (He et al., 2016,
+            "Identity mappings").
+        zero_last: whether each block initially returns its shortcut (Goyal et al., 2017): the scale
+            of its last norm (for "pre", the kernel of its last convolution) is initialised to 0.
+        bottleneck: whether a block has 1x1, 3x3 and 1x1 convolutions, the last with four times the
+            width, instead of two 3x3 convolutions.
         activation: a function of an array.
-        conv: makes a convolution; called like `flax.linen.Conv`.
-        dtype: the dtype of convolutions and logits (None: of the input). Parameters are float32.
+        conv: returns a convolution; it is called like `flax.linen.Conv`.
+        dtype: the dtype of convolutions and logits; None for the dtype of the input. Parameters are
+            float32.
         stages: the number of blocks in each stage.
         width: the channels of the first stage.
         classes: the number of logits.
-        stem: "cifar": a 3x3 convolution; "imagenet": a 7x7 convolution with stride 2 and a 3x3
-            max-pool.
-        mean, std: standardise the pixels of each channel first; empty: no standardisation.
+        stem: the first layer, "cifar" for a 3x3 convolution, "imagenet" for a 7x7 convolution with
+            stride 2 and a 3x3 max-pool.
+        mean, std: the values by which pixels are standardised per channel; empty for none.
     """
 
     stages: Sequence[int] = (2, 2, 2, 2)
@@ -150,7 +154,7 @@ class ResNet(_Layers):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
         x = standardised(x, self.mean, self.std)
         full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
         normalise = functools.partial(self._normalise, train=train, mask=full_mask)
@@ -176,7 +180,7 @@ class ResNet(_Layers):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-# The networks by name; each accepts the other fields of `ResNet`.
+# The networks by name. Each accepts the remaining fields of `ResNet` as arguments.
 RESNETS: Mapping[str, Callable[..., ResNet]] = {
     "resnet20": functools.partial(ResNet, stages=(3, 3, 3), width=16, shortcut="padding"),
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2), width=64),

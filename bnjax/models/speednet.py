@@ -12,33 +12,34 @@ from bnjax.models.convnet import ACTIVATIONS, NormFactory
 from bnjax.models.layers import standardised
 from bnjax.types import Array, Images, Logits, Mask
 
-SIDE = 2  # pixels, of the whitened patches
+SIDE = 2  # of the whitened patches, in pixels
 WHITENING_EPSILON = 5e-4
 
-# torch's default for convolutions and dense layers: uniform up to 1 / sqrt(fan in).
+# torch's default for convolutions and dense layers, uniform within ±1 / sqrt(fan in).
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class SpeedNet(nn.Module):
-    """A network of whitened 2x2 patches and groups of two convolutions.
+    """A network that whitens 2x2 patches, followed by groups of two convolutions.
 
-    A group: 3x3 convolution, 2x2 max-pool, norm, activation, 3x3 convolution, norm, activation.
-    A 3x3 max-pool and a dense layer follow; the logits are divided by the width. The convolutions
-    of the groups have no bias and are initialised by `dirac`. Three groups need images of at least
-    25x25 pixels.
+    A group consists of a 3x3 convolution, 2x2 max-pool, norm, activation, 3x3 convolution, norm and
+    activation. After the groups come a 3x3 max-pool and a dense layer, whose logits are divided by
+    the width. The convolutions of the groups have no bias and are initialised by `dirac`. With
+    three groups, images need at least 25x25 pixels.
 
-    The filters of the first convolution are the `whitening` of the images given at
-    *initialisation*, and have no gradient: give `init_state` some thousand training images. The
-    bias is trained.
+    The filters of the first convolution are computed by `whitening` from the images that are passed
+    at initialisation, and are not trained; its bias is trained. Pass a few thousand training images
+    to `init_state`.
 
     Attributes:
-        norm: makes a norm layer, as for `bnjax.models.convnet.ConvNet`; None for no norm.
+        norm: returns a norm layer, as for `bnjax.models.convnet.ConvNet`; None for no norm.
         widths: the channels of each group.
         activation: the activation of the groups, a function of an array; the whitening always uses
             GELU.
         classes: the number of logits.
-        mean, std: standardise the pixels of each channel first; empty: no standardisation.
-        dtype: the dtype of convolutions and logits (None: of the input). Parameters are float32.
+        mean, std: the values by which pixels are standardised per channel; empty for none.
+        dtype: the dtype of convolutions and logits; None for the dtype of the input. Parameters are
+            float32.
     """
 
     norm: NormFactory | None = None
@@ -51,7 +52,7 @@ class SpeedNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` False [n] is padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
         full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
 
         def activate(x: Array, name: str) -> Array:
@@ -85,7 +86,7 @@ class Whitening(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns [n, h - 1, w - 1, 8 c] of images [n, h, w, c]."""
+        """Returns the whitened patches [n, h - 1, w - 1, 8 c] of images [n, h, w, c]."""
         kernel = self.param("kernel", lambda key: whitening(x))
         bias = self.param("bias", nn.initializers.zeros, kernel.shape[-1:])
         x, kernel, bias = nn.dtypes.promote_dtype(
@@ -98,13 +99,13 @@ class Whitening(nn.Module):
 
 
 def whitening(images: Array) -> jax.Array:
-    """Returns filters [2, 2, c, 8 c] that whiten 2x2 patches, followed by their negatives.
+    """Returns filters [2, 2, c, 8 c] that whiten 2x2 patches; the second half is negated.
 
     The filters are the eigenvectors of the covariance of the patches, each divided by
     sqrt(eigenvalue + 5e-4).
 
     Args:
-        images: float [n, h, w, c], standardised.
+        images: standardised images, float [n, h, w, c].
     """
     images = jnp.asarray(images, jnp.float32)
     _, h, w, c = images.shape
@@ -142,8 +143,8 @@ def max_pool(x: Array, side: int, *, train: bool) -> Array:
 
     Training uses pairwise maxima, whose gradient is faster on a CPU than the gradient of
     `nn.max_pool`. (The gradient of `jnp.max` divides by the number of entries equal to the maximum,
-    which is 0 if XLA computes the operand twice with different rounding.) Evaluation uses one
-    `nn.max_pool`: the values are the same, and norms can be folded through it.
+    which is 0 if XLA computes the operand twice with different rounding.) Evaluation uses
+    `nn.max_pool`, which gives the same values, and across which norms can be folded.
     """
     if not train:
         return nn.max_pool(x, (side, side), (side, side))

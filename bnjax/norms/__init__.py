@@ -1,4 +1,4 @@
-"""The norms by name. Call each as `norm(x, use_running_average=not train, mask=mask)`."""
+"""The norm layers by name. Call each as `norm(x, use_running_average=not train, mask=mask)`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,36 +25,38 @@ NORMS: dict[str, type[nn.Module]] = {
     "frn": FilterResponseNorm,
     "none": Identity,
 }
-# Norms with running averages: they need more than one example per batch.
+# The norms with running averages, which need more than one example per batch.
 BATCH_NORMS = tuple(name for name, norm in NORMS.items() if issubclass(norm, BatchNorm))
-# Norms that need more than one position per example: for images, not vectors.
+# The norms that need more than one position per example, so they fit images but not vectors.
 POSITION_NORMS = ("instance", "frn")
 
 
 def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
-    """Returns a factory of norm layers; call it with `name`.
+    """Returns a factory of norm layers, to be called with `name`.
 
     Args:
-        norm: one of `NORMS`.
-        options: fields of the classes in `NORMS`. Fields that this norm lacks are dropped, so one
-            set of options works for every norm; other fields keep their defaults.
+        norm: a key of `NORMS`.
+        options: values for fields of the classes in `NORMS`. Options that the chosen norm lacks are
+            dropped, so the same options work for every norm.
 
     Raises:
-        ValueError: for an unknown norm.
-        TypeError: for an option that no norm has.
+        ValueError: if the norm is unknown.
+        TypeError: if no norm has one of the options.
 
     >>> build("ghost", momentum=0.75, virtual_batch=16, groups=5)(name="norm").virtual_batch
     16
     """
     if norm not in NORMS:
-        raise ValueError(f"there is no norm named {norm!r}; there are {', '.join(NORMS)}")
+        raise ValueError(f"there is no norm named {norm!r}; the norms are {', '.join(NORMS)}")
     known = set().union(*(_options(kind) for kind in NORMS.values()))
     if unknown := sorted(set(options) - known):
-        raise TypeError(f"no norm has the options {unknown}; there are {', '.join(sorted(known))}")
+        raise TypeError(
+            f"no norm has the options {unknown}; the options are {', '.join(sorted(known))}"
+        )
     own = _options(NORMS[norm])
     return partial(NORMS[norm], **{key: value for key, value in options.items() if key in own})
 
 
 def _options(norm: type[nn.Module]) -> set[str]:
-    """Returns the fields of a norm, without the two of every linen module."""
+    """Returns the fields of a norm, except the two that every linen module has."""
     return {field.name for field in dataclasses.fields(norm)} - {"name", "parent"}

@@ -25,47 +25,47 @@ from bnjax.types import Array
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization: y = (x - mean) / sqrt(var + epsilon) * scale + bias, for each channel.
+    """Batch normalization, y = (x - mean) / sqrt(var + epsilon) * scale + bias for each channel.
 
-    A drop-in replacement for `flax.linen.BatchNorm` with the same constructor, call and variables:
-    `scale` and `bias` in "params", `mean` and `var` in "batch_stats". Statistics are computed in at
-    least float32, in training and in evaluation.
+    A drop-in replacement for `flax.linen.BatchNorm` with the same constructor, call and variables
+    (`scale` and `bias` in "params", `mean` and `var` in "batch_stats"). Statistics are computed in
+    float32 or higher precision, in training and in evaluation.
 
     Attributes:
-        use_running_average: False normalises by the batch and updates the running averages; True
-            normalises by the running averages. Give it here or in the call.
-        axis: the channel axes; the other axes are reduced.
-        momentum: the fraction of the old average that an update keeps; or a function of the number
-            of updates so far; or None for the plain mean of all batches.
-        epsilon: added to the variance.
-        dtype: the dtype of the result; None: promoted from the input and the parameters.
+        use_running_average: False to normalise by batch statistics and update the running averages;
+            True to normalise by the running averages. Set it here or in the call.
+        axis: the channel axes; all other axes are reduced.
+        momentum: the fraction of the old average that an update keeps, or a function from the
+            number of updates so far to this fraction. None for the plain mean over all batches.
+        epsilon: a small constant added to the variance.
+        dtype: the dtype of the result; None to promote the dtypes of the input and parameters.
         param_dtype: the dtype of scale and bias.
         use_bias, use_scale, bias_init, scale_init: the learnt shift and scale.
         axis_name: the mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` over which
-            statistics are computed; None under plain `jax.jit`, where statistics are global for any
+            statistics are computed. None for plain `jax.jit`, where statistics are global for any
             sharding.
-        axis_index_groups: divides the axis into groups with separate statistics.
-        use_fast_variance, force_float32_reductions: accepted for compatibility with Flax, without
-            effect: the accurate variance is as fast, and reductions are always at least float32.
-        variance: the divisor of the stored running variance: n ("biased": Flax, Keras) or n - 1
-            ("unbiased": PyTorch and TensorFlow's fused kernel). The biased variance always
-            normalises the batch.
-        average_dtype: round the averages to the precision of this dtype after each update; they
-            keep their own dtype. None: no rounding. For studies of averages in bfloat16, where
-            rounding loses small updates.
-        debias: give the initial mean 0 and variance 1 no weight in the averages, so they are
-            unbiased from the first update.
-        statistics: always normalise by "batch" or "running" statistics; None: as
-            `use_running_average` says.
-        update_average: False: never update; True: update whenever "batch_stats" is mutable, also
-            when normalising by the averages; None: update if `use_running_average` is False.
-        train_affine: False: no gradient for scale and bias.
-        average_axis_name: an additional mapped axis (or axes) over which the running averages are
-            merged by counts. Each device, or group of devices, normalises by its own values, and
-            the averages are the same everywhere.
+        axis_index_groups: groups of indices along the axis; each group has its own statistics.
+        use_fast_variance, force_float32_reductions: accepted for compatibility with Flax, but
+            ignored. The accurate variance is as fast, and reductions always use float32 or higher.
+        variance: the divisor of the stored running variance, n ("biased", as in Flax and Keras) or
+            n - 1 ("unbiased", as in PyTorch and TensorFlow's fused kernel). In training, inputs are
+            always normalised by the biased variance.
+        average_dtype: the dtype to whose precision the averages are rounded after each update, for
+            studies of averages in bfloat16, where rounding loses small updates. The averages keep
+            their own dtype. None for no rounding.
+        debias: whether the initial mean 0 and variance 1 have no weight in the averages, so that
+            the averages are unbiased from the first update.
+        statistics: "batch" or "running" to always normalise by these statistics; None to follow
+            `use_running_average`.
+        update_average: whether to update the averages. True updates them whenever "batch_stats" is
+            mutable, False never, and None if `use_running_average` is False.
+        train_affine: whether scale and bias have a gradient.
+        average_axis_name: an additional mapped axis (or axes) over which only the running averages
+            are merged, weighted by counts. Each device or group of devices normalises by its own
+            statistics, but the averages are the same everywhere.
 
-    If momentum or debias need it, the number of updates is stored as `count` [] int32 beside `mean`
-    and `var`.
+    If momentum or debias needs the number of updates, it is stored as `count` [] int32 next to
+    `mean` and `var`.
 
     >>> import jax, jax.numpy as jnp
     >>> norm, x = BatchNorm(momentum=0.5), jnp.array([[1.0], [3.0]])
@@ -104,12 +104,12 @@ class BatchNorm(nn.Module):
         """Returns the normalised input, of the same shape.
 
         Args:
-            x: float; batch statistics need at least 2 values per channel, over all devices of the
-                axis.
-            use_running_average: see the class; give it here or in the constructor.
-            mask: bool [n], one per example, or of x's rank and broadcastable. False is padding,
-                which is excluded from the statistics and returns `bias`. With fewer than 2 real
-                values per channel the averages are not updated.
+            x: the input, float. Batch statistics need at least 2 values per channel over all
+                devices of the axis.
+            use_running_average: as in the constructor; set it in one of the two places.
+            mask: bool [n], or an array of the rank of x that broadcasts to x. False marks padding,
+                which is excluded from the statistics and whose output is `bias`. The averages are
+                not updated if a channel has fewer than 2 unmasked values.
 
         Raises:
             ValueError: if there are fewer than 2 values per channel, an option is invalid, or the
@@ -138,8 +138,8 @@ class BatchNorm(nn.Module):
             not -given.ndim <= axis < given.ndim for axis in axis_list
         ):
             raise ValueError(
-                f"{self._label()} got an input of dtype {given.dtype} and shape {given.shape} for "
-                f"axis = {self.axis}: it needs real numbers, and an axis of the input."
+                f"{self._label()} cannot normalise an input of dtype {given.dtype} and shape "
+                f"{given.shape} with axis = {self.axis}: it needs real numbers and existing axes."
             )
         wanted = jnp.promote_types(given.dtype, self.dtype or jnp.float32)
         x = given.astype(jnp.promote_types(wanted, jnp.float32))
@@ -154,7 +154,7 @@ class BatchNorm(nn.Module):
         if counted and not self.is_initializing() and not self.has_variable("batch_stats", "count"):
             raise ValueError(
                 f"{self._label()} has momentum = {self.momentum} and debias = {self.debias}, which "
-                "need the number of updates, but batch_stats has no `count` beside `mean` and "
+                "need the number of updates, but batch_stats has no `count` next to `mean` and "
                 "`var`. Add `count`, int32 []; 0 restarts the averages."
             )
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
@@ -203,8 +203,8 @@ class BatchNorm(nn.Module):
             inverse = inverse * scale.reshape(per_channel)
         deviation = x - center
         if mask is not None:
-            # With one real value or none, `inverse` is 1 / sqrt(epsilon): padding would grow to
-            # infinity over several layers.
+            # With fewer than 2 unmasked values, `inverse` is 1 / sqrt(epsilon), so padding would
+            # grow to infinity over several layers.
             deviation = jnp.where(mask, deviation, 0)
         y = deviation * inverse
         if bias is not None:
@@ -217,11 +217,11 @@ class BatchNorm(nn.Module):
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
     ) -> tuple[Any, Any]:
-        """Returns the mean and the inverse deviation for training; variants override this."""
+        """Returns the mean and 1 / sqrt(var + epsilon) for training; subclasses override this."""
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
     def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
-        if self.is_initializing():  # may run on one example and without the axis
+        if self.is_initializing():  # `init` may run on one example and outside of the mapped axis
             return moments(x, axes, mask)
         devices = self._devices()
         if math.prod(x.shape[axis] for axis in axes) * devices < 2:
@@ -230,12 +230,12 @@ class BatchNorm(nn.Module):
                 "per channel: the variance would be 0 and the output the same for every input. Use "
                 "a larger batch, drop an incomplete last batch, compute the statistics over "
                 "several devices with axis_name, evaluate with use_running_average=True, or use a "
-                "norm that needs no batch, such as layer or group normalization."
+                "norm without batch statistics, such as layer or group normalization."
             )
         return moments(x, axes, mask, total_over(self.axis_name, self.axis_index_groups))
 
     def _devices(self) -> int:
-        """Returns the number of devices that share statistics: the size of the smallest group."""
+        """Returns the number of devices that share statistics (in the smallest group)."""
         if self.axis_name is None:
             return 1
         for name in (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name:
@@ -246,8 +246,8 @@ class BatchNorm(nn.Module):
                     f"{self._label()} has axis_name = {name!r}, but there is no mapped axis "
                     f"{name!r} here. Run it inside jax.pmap(..., axis_name={name!r}), "
                     f"jax.vmap(..., axis_name={name!r}) or jax.shard_map over a mesh with that "
-                    "axis. Under plain jax.jit use axis_name=None: there the statistics are "
-                    "global, however the batch is sharded."
+                    "axis. With plain jax.jit use axis_name=None, because statistics are then "
+                    "global for any sharding of the batch."
                 ) from error
         if self.axis_index_groups:
             return min(map(len, self.axis_index_groups))

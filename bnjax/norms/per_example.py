@@ -1,4 +1,4 @@
-"""Norms with statistics of single examples, and weight standardization."""
+"""Norms that normalise each example separately, and weight standardization."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +13,12 @@ from bnjax.types import Array
 
 
 class PerExampleNorm(nn.Module):
-    """Base class of the norms with statistics of single examples [n, ..., c].
+    """Base class of norms that normalise each example of x [n, ..., c] separately.
 
-    Call them like `BatchNorm`; `use_running_average` has no effect.
+    They are called like `BatchNorm`; `use_running_average` has no effect.
 
     Attributes:
-        epsilon: added to the variance.
+        epsilon: a small constant added to the variance.
         use_scale, use_bias: whether each channel has a learnt scale and shift.
         scale_init: the initializer of the scale.
     """
@@ -35,23 +35,24 @@ class PerExampleNorm(nn.Module):
         """Returns the normalised input, with one scale and one shift per channel.
 
         Raises:
-            ValueError: if the number of groups does not divide the number of channels; or, except
-                at initialisation, if instance or filter response normalization gets one position.
+            ValueError: if the number of groups does not divide the number of channels, or (except
+                at initialisation) if instance or filter response normalization has an input
+                with one position.
         """
         return self._normalised(x, _real_positions(mask, x))
 
     def _normalised(self, x: Array, where: Any) -> Array:
-        """Returns the normalised input; `where` is True at real values."""
+        """Returns the normalised input; `where` is True for unmasked values."""
         raise NotImplementedError
 
     def _flax(self, norm: Callable[..., nn.Module], **fields: Any) -> nn.Module:
-        """Returns a Flax norm with the attributes and parameters of this module."""
+        """Returns a Flax norm that shares the attributes and parameters of this module."""
         made = norm(
             epsilon=self.epsilon,
             use_scale=self.use_scale,
             use_bias=self.use_bias,
             scale_init=self.scale_init,
-            use_fast_variance=False,  # the fast variance is wrong if the mean is large
+            use_fast_variance=False,  # the fast variance is inaccurate if the mean is large
             **fields,
         )
         nn.share_scope(self, made)
@@ -70,7 +71,7 @@ class GroupNorm(PerExampleNorm):
     """Normalises each group of channels of each example (Wu & He, 2018, equation 7).
 
     Attributes:
-        groups: the number of groups; has to divide the number of channels.
+        groups: the number of groups, a divisor of the number of channels.
     """
 
     groups: int = 32
@@ -120,8 +121,8 @@ class RMSNorm(PerExampleNorm):
 class FilterResponseNorm(PerExampleNorm):
     """Divides each channel of each example by its root mean square nu (Singh & Krishnan, 2020).
 
-    y = scale * x / sqrt(nu^2 + epsilon) + bias (equation 1). The mean is not subtracted; use a
-    `ThresholdedLinear` activation after the norm, whose threshold compensates for it.
+    y = scale * x / sqrt(nu^2 + epsilon) + bias (equation 1). The mean is not subtracted. To
+    compensate, use the activation `ThresholdedLinear` after the norm.
     """
 
     def _normalised(self, x: Array, where: Any) -> Array:
@@ -138,7 +139,7 @@ class FilterResponseNorm(PerExampleNorm):
 
 
 class ThresholdedLinear(nn.Module):
-    """The activation max(x, tau), with tau learnt per channel (Singh & Krishnan, 2020)."""
+    """The activation max(x, tau) with a learnt tau per channel (Singh & Krishnan, 2020)."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -148,7 +149,7 @@ class ThresholdedLinear(nn.Module):
 
 
 class Identity(nn.Module):
-    """Returns its input; stands in for a norm."""
+    """Returns its input; a placeholder for a norm."""
 
     @nn.compact
     def __call__(
@@ -159,10 +160,10 @@ class Identity(nn.Module):
 
 
 def _real_positions(mask: Array | None, x: Array) -> jax.Array | None:
-    """Returns a mask of the real values of `x`, of its shape, or None if masking has no effect.
+    """Returns a mask of the shape of `x`, True for unmasked values; None if masking has no effect.
 
-    A masked example does not affect the others. A fully masked example counts as real, so that its
-    output is finite.
+    Masking whole examples has no effect on other examples. A fully masked example counts as
+    unmasked, so that its output is finite.
     """
     axes = tuple(range(1, x.ndim))
     if mask is None or (mask := full_mask(mask, x.shape, (0,))).size == mask.shape[0]:
@@ -176,12 +177,12 @@ def _per_channel(values: Array, rank: int) -> Array:
 
 
 def _check_positions(norm: PerExampleNorm, x: Array) -> None:
-    """Rejects inputs with one value per channel and example, except at initialisation."""
+    """Rejects inputs with a single value per channel and example, except at initialisation."""
     if x[0, ..., 0].size < 2 and not norm.is_initializing():
         raise ValueError(
             f"{type(norm).__name__} {'/'.join(norm.path)} normalises each channel of each example "
             f"separately, but an input of shape {x.shape} has one value per channel: the output "
-            "would not depend on its size. Use this norm on images only (leave it out of the dense "
+            "would not depend on its magnitude. Use this norm only on images (not in dense "
             "layers), or use layer, group or rms normalization."
         )
 
@@ -189,18 +190,18 @@ def _check_positions(norm: PerExampleNorm, x: Array) -> None:
 class StandardizedConv(nn.Conv):
     """A convolution with weight standardization (Qiao et al., 2019, equation 7).
 
-    The kernel of each output channel has mean 0 and variance 1. The stored and trained parameter is
-    the unstandardised kernel [h, w, in, out], with the name that `flax.linen.Conv` gives it.
+    The kernel of each output channel is standardised to mean 0 and variance 1. The parameter that
+    is stored and trained is the original kernel [h, w, in, out], named as in `flax.linen.Conv`.
     """
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Returns a parameter, standardised if it is the kernel."""
+        """Returns a parameter; the kernel is standardised."""
         value = super().param(name, *args, **kwargs)
         return standardize(value) if name == "kernel" else value
 
 
 def standardize(kernel: Array) -> Array:
-    """Standardises a kernel to mean 0 and variance 1 over all axes but the last.
+    """Standardises a kernel to mean 0 and variance 1 over all axes except the last.
 
     >>> print(standardize(jnp.array([[1.0], [3.0]])).round(3).ravel())
     [-1.  1.]

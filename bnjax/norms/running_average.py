@@ -1,4 +1,4 @@
-"""The running averages of mean and variance: momentum, debiasing, rounding."""
+"""Updates the running averages of mean and variance, with momentum, debiasing and rounding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,28 +9,29 @@ import jax.numpy as jnp
 from bnjax.norms.moments import Moments
 from bnjax.types import Array
 
-# The fraction of the old average that an update keeps; or a function of the number of updates so
-# far; or None for the mean of all batches.
+# The fraction of the old average that an update keeps, a function from the number of updates so far
+# to this fraction, or None for the plain mean over all batches.
 Momentum = float | Callable[[Any], Any] | None
 
 
 def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp.float32) -> Any:
-    """Returns the fraction of the old average that update number `count` (from 0) keeps.
+    """Returns the fraction k of the old average that update number `count` (from 0) keeps.
 
-    The new value has weight 1 - k. With `debias` the initial value has weight 0, and the weights
-    of the batches, powers of the momentum m, sum to 1 after every update:
-    k(t) = m (1 - m^t) / (1 - m^(t+1)). This is Adam's correction (Kingma & Ba, 2015, section 3),
-    applied when storing instead of when reading. With a momentum schedule, the current value is
-    used for all earlier updates.
+    The new value has weight 1 - k. With `debias` the initial value has weight 0, and the weights of
+    all batches sum to 1 after every update: for momentum m, k(t) = m (1 - m^t) / (1 - m^(t+1)).
+    This is the bias correction of Adam (Kingma & Ba, 2015, section 3), applied when the average is
+    stored instead of when it is read. With a momentum schedule, the correction uses the current
+    momentum for all earlier updates.
 
     Args:
         momentum: as for `BatchNorm`.
         debias: whether the initial value has weight 0.
-        count: int [], the number of updates so far; ignored for a fixed momentum without `debias`.
-        dtype: the dtype of the result, unless it is a Python number.
+        count: the number of updates so far, int []; ignored for a constant momentum without
+            `debias`.
+        dtype: the dtype of the result, unless the result is a Python number.
 
     Raises:
-        ValueError: for a momentum outside 0 to 1.
+        ValueError: if the momentum is not between 0 and 1.
 
     >>> [round(float(kept_fraction(0.9, True, step)), 4) for step in range(3)]
     [0.0, 0.4737, 0.631]
@@ -40,7 +41,7 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     if isinstance(momentum, int | float) and not 0 <= momentum <= 1:
         raise ValueError(
             f"momentum = {momentum} is invalid: it is the fraction of the old average that is "
-            "kept, from 0 to 1; PyTorch's momentum is one minus this."
+            "kept, from 0 to 1. PyTorch's momentum is one minus this fraction."
         )
     if momentum is None:
         return jnp.asarray(count, dtype) / (jnp.asarray(count, dtype) + 1)
@@ -48,7 +49,7 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     if not debias:
         return kept
     count = jnp.asarray(count, dtype)
-    # 0 and 1 would give 0 / 0.
+    # A momentum of exactly 0 or 1 would give 0 / 0.
     rate = jnp.log(jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6))
     return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
 
@@ -59,10 +60,10 @@ def blend(old: Array, new: Array, kept: Any) -> Array:
 
 
 def rounded(average: Array, dtype: Any) -> Array:
-    """Returns an average rounded to the precision of `dtype`, without a change of its dtype."""
+    """Returns an average rounded to the precision of `dtype`, in its original dtype."""
     if dtype is None or jnp.promote_types(average.dtype, dtype) == dtype:
         return average
-    # XLA may remove a pair of casts.
+    # A cast to `dtype` and back is not reliable, because XLA may remove it.
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(average, info.nexp, info.nmant)
 
@@ -83,18 +84,18 @@ def updated_average(
 
     Args:
         mean, var: the old averages, one value per channel.
-        count: int, the number of updates so far; one per stacked layer; None if not counted.
-        batch: the moments of the batch, of the same size.
+        count: the number of updates so far, int, one per stacked layer; None if not counted.
+        batch: the moments of the batch, with as many values as the averages.
         momentum, debias, variance: as for `BatchNorm`.
-        dtype: `average_dtype` of `BatchNorm`.
-        masked: whether a channel may have fewer than 2 real values; its averages then stay
-            unchanged.
+        dtype: the `average_dtype` of `BatchNorm`.
+        masked: whether channels may have fewer than 2 unmasked values; the averages of such
+            channels are not updated.
     """
     kept = kept_fraction(momentum, debias, count, batch.mean.dtype)
     stored = batch.var
     if variance == "unbiased":
         stored = stored * (batch.count / jnp.maximum(batch.count - 1, 1))
-    if jnp.ndim(kept):  # one per stacked layer, before the channel axis
+    if jnp.ndim(kept):  # one value per stacked layer; the channel axis is last
         kept = kept.reshape(*kept.shape, *[1] * (mean.ndim - kept.ndim))
     enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape).reshape(mean.shape)
     averages = []

@@ -18,11 +18,11 @@ Limit = float | Callable[[Any], Any]
 class GhostBatchNorm(BatchNorm):
     """Batch normalization of virtual batches within a batch (Hoffer et al., 2017).
 
-    Training on large batches keeps the noise of small batches. The running averages are as in
-    `BatchNorm`: mean and variance of the whole batch over all devices, so evaluation does not
-    depend on `virtual_batch` (the paper averages the statistics of the virtual batches). Virtual
-    batches take real examples in order, within one device. The last virtual batch may be smaller; a
-    single remaining vector joins the previous virtual batch.
+    Training with large batches then has the noise of small batches. The running averages are those
+    of `BatchNorm` (over the whole batch on all devices), so evaluation does not depend on
+    `virtual_batch`. In the paper they are averages over the virtual batches. A virtual batch
+    consists of consecutive unmasked examples on one device. The last virtual batch may be smaller,
+    but a single remaining vector joins the previous virtual batch.
 
     Attributes:
         virtual_batch: the number of examples in a virtual batch, at least 2.
@@ -35,8 +35,8 @@ class GhostBatchNorm(BatchNorm):
     ) -> tuple[Any, Any]:
         if self.virtual_batch < 2:
             raise ValueError(
-                f"virtual_batch = {self.virtual_batch} is invalid: a variance needs 2 "
-                "examples or more."
+                f"virtual_batch = {self.virtual_batch} is invalid: a variance needs at least 2 "
+                "examples."
             )
         examples, *within = axes
         size = x.shape[examples]
@@ -53,7 +53,7 @@ class GhostBatchNorm(BatchNorm):
             owner = jnp.maximum(owner - is_alone, 0)
 
         def total(values: Array) -> Array:
-            """Returns, for every example, the sum over its virtual batch."""
+            """Returns the sum over the virtual batch of each example."""
             sums = jnp.moveaxis(jnp.sum(values, within, where=mask, keepdims=True), examples, 0)
             sums = jax.ops.segment_sum(sums, owner, num_segments=-(-size // self.virtual_batch))
             return jnp.moveaxis(sums[owner], 0, examples)
@@ -66,16 +66,16 @@ class GhostBatchNorm(BatchNorm):
 class BatchRenorm(BatchNorm):
     """Batch normalization corrected towards the running averages (Ioffe, 2017).
 
-    For small batches and batches of correlated examples. The normalised value is
+    Use it for small batches and batches of correlated examples. The normalised value is
     (x - mean_B) / std_B * r + d, where r = clip(std_B / std, 1 / r_max, r_max) and
     d = clip((mean_B - mean) / std, -d_max, d_max) have no gradient (the paper's algorithm 1).
-    r_max = 1 and d_max = 0 give batch normalization; if neither limit is reached, training
-    normalises exactly like evaluation. The averages are as in `BatchNorm`, of the variance (the
-    paper averages the standard deviation), with the number of updates.
+    With r_max = 1 and d_max = 0 it is batch normalization; if neither limit is reached, training
+    normalises exactly like evaluation. The averages are those of `BatchNorm`, plus the number of
+    updates. The paper averages the standard deviation instead of the variance.
 
     Attributes:
-        r_max, d_max: the limits: numbers, functions of the number of updates, or None for
-            `paper_limits`.
+        r_max, d_max: the limits, as numbers or functions of the number of updates; None for those
+            of `paper_limits`.
         renorm_steps: the number of updates after which `paper_limits` are constant.
     """
 
@@ -111,8 +111,9 @@ class BatchRenorm(BatchNorm):
 def paper_limits(steps: int) -> tuple[Limit, Limit]:
     """Returns r_max and d_max as functions of the number of updates (Ioffe, 2017, section 4).
 
-    The paper's 40,000 steps are scaled to `steps`. The limits are 1 and 0 for the first eighth;
-    then r_max grows linearly to 3 at the end, and d_max to 5 at five eighths.
+    The paper's schedule of 40,000 steps is scaled to `steps`. The limits are 1 and 0 for the first
+    eighth. Then r_max grows linearly to 3 at the end, and d_max grows linearly to 5 at five
+    eighths.
 
     >>> r_max, d_max = paper_limits(40_000)
     >>> [(float(r_max(step)), float(d_max(step))) for step in (5_000, 25_000, 40_000)]

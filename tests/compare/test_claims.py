@@ -80,12 +80,12 @@ def test_too_few_seeds_and_unfinished_runs_are_inconclusive_whatever_the_interva
     for arm, b, more, reason in (
         (a, B, {"needed": 5}, "3 of the 5 seeds that the claim requires"),
         ([a[0], a[2]], B, {"needed": 2}, "unfinished: a/1"),
-        (a[:1], B[:1], {"seeds": 1, "needed": 1}, "one seed has no interval"),
+        (a[:1], B[:1], {"seeds": 1, "needed": 1}, "a single seed gives no interval"),
         (
             accuracies("a", 0.6, None, 0.6),
             B,
             {},
-            "some runs have no finite value at that point",
+            "some runs have no finite value at this point",
         ),
     ):
         verdict = outcome(GREATER, arm, b, **more)
@@ -209,7 +209,7 @@ GOOD = {
     [
         ("def get_claim(): return 1 / 0", "ZeroDivisionError"),
         ("raise SystemExit(0)", "SystemExit"),
-        (GOOD | {"seeds": 1}, "a claim needs a variant and two seeds"),
+        (GOOD | {"seeds": 1}, "a claim needs at least one variant and two seeds"),
         (GOOD | {"tiny": {}}, "unexpected keyword argument 'tiny'"),
         (GOOD | {"variants": {"a": ("a.py", {})}}, "unknown variants: b"),
         (GOOD | {"full": None}, "TypeError"),

@@ -224,7 +224,7 @@ def test_what_is_wrong_is_told_and_the_others_are_reported(made, tmp_path):
         study.problems,
         (
             f"there is no run in {tmp_path / 'empty'}",
-            f"{young} is not finished: its results after 5 steps are shown",
+            f"{young} is not finished; the report shows its results after 5 steps",
             f"{damaged / 'metrics.jsonl'} is damaged",
             f"the run in {not_begun} has no training step yet",
         ),
@@ -264,7 +264,7 @@ def test_names_are_text_and_a_report_of_somebody_else_is_not_overwritten(bnjax, 
     assert html.escape(name, quote=False).split("'")[0] in text
     assert "\\|&lt;b>" in (folder / "report.md").read_text()
     (tmp_path / "report.md").write_text("# my own")
-    with pytest.raises(UserError, match=r"was not made by bnjax\.report"):
+    with pytest.raises(UserError, match="was not made by bnjax report"):
         report.write([folder], tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
         report.write([folder], folder / "config.json")

@@ -265,7 +265,7 @@ def test_count_exists_only_where_it_is_needed():
 def test_averages_without_count_are_not_thrown_away_in_silence():
     x = BATCHES[0]
     variables = start(BatchNorm(), x)
-    with pytest.raises(ValueError, match="no `count` beside `mean` and `var`"):
+    with pytest.raises(ValueError, match="no `count` next to `mean` and `var`"):
         train(BatchNorm(debias=True), variables, x)
     counted = {**variables, "batch_stats": {**variables["batch_stats"], "count": jnp.int32(0)}}
     _, updated = train(BatchNorm(debias=True), counted, x)

@@ -219,7 +219,7 @@ def test_an_option_reaches_the_norms_that_have_it(option, value, names):
 
 
 def test_unknown_names_and_options_are_refused():
-    with pytest.raises(ValueError, match="no norm named 'bach'; there are batch, ghost"):
+    with pytest.raises(ValueError, match="no norm named 'bach'; the norms are batch, ghost"):
         norms.build("bach")
     with pytest.raises(TypeError, match=r"no norm has the options \['momentun'\]; .*momentum"):
         norms.build("layer", momentun=0.9)
