@@ -89,7 +89,10 @@ def logits(name, network):
     return jax.vmap(lambda x: inference(x, state)[0], axis_name="batch")(image)
 
 
-@pytest.mark.parametrize("source", ["linen", "nnx", "equinox"])
+@pytest.mark.parametrize(
+    "source",
+    ["linen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nnx", "equinox"))],
+)
 def test_a_ported_network_has_the_same_logits_statistics_and_folds(source):
     made = networks()
     start = made[source]

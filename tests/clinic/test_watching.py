@@ -126,7 +126,11 @@ def of_equinox(mode):
 
 @pytest.mark.parametrize(
     "user",
-    [lambda: (step_of_nnx, of_nnx(0.0)), partial(of_equinox, "ema"), partial(of_equinox, "batch")],
+    [
+        lambda: (step_of_nnx, of_nnx(0.0)),
+        pytest.param(partial(of_equinox, "ema"), marks=pytest.mark.slow),
+        pytest.param(partial(of_equinox, "batch"), marks=pytest.mark.slow),
+    ],
     ids=["nnx", "equinox, ema", "equinox, batch"],
 )
 def test_what_a_user_did_between_two_networks(user):

@@ -68,8 +68,14 @@ FROZEN = {  # what each word or pattern keeps of the network of `synthetic`
 DECAYING = {"name": "adam", "weight_decay": 0.1, "weight_decay_mask": "all", "average": "ema"}
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "decay, an average and micro-batches"])
-@pytest.mark.parametrize("case", FROZEN)
+ALL = [(case, optimizer) for case in FROZEN for optimizer in ("adam", "decay, average, parts")]
+QUICK = [("backbone", "adam"), ("patterns", "adam"), ("norms", "decay, average, parts")]
+
+
+@pytest.mark.parametrize(
+    ("case", "optimizer"),
+    [one if one in QUICK else pytest.param(*one, marks=pytest.mark.slow) for one in ALL],
+)
 def test_exactly_what_is_frozen_keeps_its_bits(source, tmp_path, case, optimizer):
     train, kept = FROZEN[case]
     made = config(**train)

@@ -112,7 +112,7 @@ def test_the_function_is_called_with_every_line(run):
     assert set(gap) >= {"batch_loss", "drift_mean/dense0_norm", "drift_variance/dense0_norm"}
 
 
-@pytest.mark.parametrize("at", [3, 6])
+@pytest.mark.parametrize("at", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_an_error_of_the_function_ends_the_run_with_everything_saved(tmp_path, at):
     def fails(step, split, values):
         if step == at:
