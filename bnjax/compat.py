@@ -1,4 +1,4 @@
-"""Differences between JAX versions, detected by feature and not by version number."""
+"""Hides differences between JAX versions, which are detected by feature, not by number."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 
-_jax: Any = jax  # mypy knows the names of one version only
+_jax: Any = jax  # mypy checks against the names in one version of JAX
 
 enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimental.enable_x64
 
@@ -16,9 +16,9 @@ enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimenta
 def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
     """Marks values as different on each shard, so that `jax.grad` does not sum over the axis.
 
-    With its vma check, `jax.shard_map` sums the gradient of a replicated value over the shards; a
-    second, explicit sum would make it n times too large. An axis of `jax.pmap` or `jax.vmap` needs
-    no mark.
+    With the vma check of `jax.shard_map`, the gradient of a replicated value is summed over the
+    shards; a second, explicit sum would make the gradient n times too large. Axes of `jax.pmap` and
+    `jax.vmap` need no mark.
     """
     if axis_name is None:
         return tree
@@ -40,8 +40,8 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
 def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
     """Returns `jax.vmap` of a function, or a loop of calls if JAX lacks a batching rule.
 
-    JAX 0.7 cannot vmap the gradient of a convolution in a program over several devices. `in_axes`
-    is 0 or None for each argument.
+    JAX 0.7 cannot map the gradient of a convolution in a program for several devices. Each entry of
+    `in_axes` is 0 or None.
     """
 
     def call(*arguments: Any) -> Any:

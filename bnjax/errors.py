@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and how the command line reports them."""
+"""Errors that a user can fix, and their output on the command line."""
 
 import contextlib
 import functools
@@ -9,12 +9,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-# Words in JAX's errors when a process of a distributed training is lost.
+# Words in the errors that JAX raises when it loses a process of distributed training.
 LOST_PROCESS = ("Gloo", "coordination service", "heartbeat", "NCCL", "CoordinationService")
 
 
 class UserError(Exception):
-    """An error with its cause and its fix in one paragraph; shown without a traceback.
+    """An error whose message gives the cause and the fix; it is shown without a traceback.
 
     Attributes:
         exit_code: the exit code of the command: 2 for invalid input, 1 for a failure.
@@ -27,7 +27,7 @@ class ConfigError(UserError):
     """A config key is unknown or its value is invalid."""
 
     def __init__(self, key: str, value: object, allowed: str):
-        """Takes the key without `config.`, the given value and a description of allowed values."""
+        """Takes the key without `config.`, the value, and a description of the allowed values."""
         super().__init__(f"config.{key} = {value!r} is invalid. Allowed: {allowed}.")
 
 
@@ -58,7 +58,7 @@ def brief(error: BaseException) -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a command and exits with its code, or that of its error; 130 after Ctrl-C."""
+    """Runs a command and exits with its exit code, or the code of its error; 130 after Ctrl-C."""
     before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_send_again, before)
     try:
@@ -68,7 +68,7 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _code_of(main: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code; prints its error."""
+    """Runs a command and returns its exit code; prints any error."""
     code = 1
     try:
         return main()
@@ -81,19 +81,19 @@ def _code_of(main: Callable[[], int]) -> int:
         said = f"{error.filename or 'a file'} cannot be read or written: {brief(error)}."
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        _leave(130)  # XLA compiles in threads that would crash in a normal exit
+        _leave(130)  # XLA's compilation threads would crash in a normal exit
     except Exception as error:
         if isinstance(error, ImportError) and isinstance(error.__context__, KeyboardInterrupt):
-            _leave(130)  # Ctrl-C while an extension was imported
-        # Recognised by its text, because --help should not import JAX for the type.
+            _leave(130)  # Ctrl-C during the import of an extension module
+        # The error is recognised by its text, because its type would need an import of JAX.
         if any(words in str(error) for words in LOST_PROCESS):
             print(
-                "error: another process of this training has ended or cannot be reached "
+                "error: another process of this training run has ended or cannot be reached "
                 f"({brief(error)}). The last checkpoint is saved: start all processes again with "
                 "the same command to resume from it.",
                 file=sys.stderr,
             )
-            _leave(1)  # a normal exit waits for the lost process
+            _leave(1)  # a normal exit would wait for the lost process
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = (
@@ -106,17 +106,17 @@ def _code_of(main: Callable[[], int]) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process at once."""
+    """Ends this process immediately."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # the reader of a pipe may have exited
+        with contextlib.suppress(OSError):  # the reader of the pipe may have exited
             stream.flush()
     os._exit(code)
 
 
 def _send_again(otherwise: Callable[[Any], None], raised: Any) -> None:
-    """Sends Ctrl-C again if its KeyboardInterrupt was raised where Python cannot raise.
+    """Sends SIGINT again if a KeyboardInterrupt was raised where Python ignores exceptions.
 
-    For instance in a garbage collector callback of JAX, during its import or a compilation.
+    This happens in JAX's garbage collection callbacks, during an import or a compilation.
     """
     if issubclass(raised.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident

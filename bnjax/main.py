@@ -1,4 +1,4 @@
-"""The command `bnjax`; `python -m bnjax.main --config FILE` also trains."""
+"""The command `bnjax`. Without a command name, `python -m bnjax.main --config FILE` trains."""
 
 import difflib
 import functools
@@ -11,23 +11,23 @@ from collections.abc import Sequence
 from bnjax import errors
 
 COMMANDS = {
-    "train": "train and evaluate one config",
+    "train": "train and evaluate a network as described by a config",
     "predict": "classify images or a whole split",
     "compare": "train several configs, or the variants of a claim, over the same seeds",
-    "report": "report on runs and comparisons",
+    "report": "write a report on runs and comparisons",
     "audit": "find faults in the running statistics of a trained network",
     "precise": "recompute the running statistics from training images",
     "fold": "fold the batch norms of a trained network into its layers",
     "port": "convert weights and statistics to or from PyTorch or Keras",
     "export": "write a network as files that run without bnjax",
-    "serve": "try a network in the browser",
+    "serve": "score images with a network in the browser",
     "info": "print versions and devices, for a bug report",
 }
-OVERRIDDEN = ("train", "compare")  # take --config.KEY=VALUE
+OVERRIDDEN = ("train", "compare")  # these accept --config.KEY=VALUE
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command given by the arguments (default: `sys.argv`); returns the exit code."""
+    """Runs the command in the arguments (default: `sys.argv`) and returns its exit code."""
     words = sys.argv[1:] if words is None else list(words)
     if words == ["--version"]:
         from importlib.metadata import version
@@ -44,11 +44,11 @@ def main(words: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise errors.UserError(
-            f"there is no command {name}.{hint} There are {', '.join(COMMANDS)}."
+            f"there is no command {name}.{hint} The commands are {', '.join(COMMANDS)}."
         )
     import tyro
 
-    # Commands import their dependencies when they run, so --help is fast.
+    # Commands import their dependencies when they run, so that --help is fast.
     command = importlib.import_module(f"bnjax.commands.{name}").run
     if name in OVERRIDDEN:
         rest, overrides = _split(rest)
@@ -92,7 +92,7 @@ def _split(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def command() -> None:
-    """The console script."""
+    """Runs the console script `bnjax`."""
     errors.run(main)
 
 

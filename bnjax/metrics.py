@@ -1,4 +1,4 @@
-"""Metrics as sums and counts over examples, which merge exactly."""
+"""Metrics as sums and counts over examples, so that they can be merged exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from bnjax.types import Labels, Leaf, Logits, Losses, Mask, Shares
 
 @struct.dataclass
 class Metrics:
-    """Sums over the real examples of one or more batches.
+    """Sums over the unmasked examples in one or more batches.
 
     Attributes:
-        loss: sum of the losses, float32 [].
-        correct: number of examples whose largest logit is at the label, int32 [].
-        count: number of real examples, int32 [].
-        skipped: number of training steps dropped because of non-finite values, int32 [].
+        loss: the sum of the losses, float32 [].
+        correct: the number of examples whose largest logit is that of the label, int32 [].
+        count: the number of unmasked examples, int32 [].
+        skipped: the number of training steps dropped because of non-finite values, int32 [].
     """
 
     loss: Leaf
@@ -25,7 +25,7 @@ class Metrics:
     skipped: Leaf
 
     def merge(self, other: "Metrics") -> "Metrics":
-        """Returns the metrics of both sets of examples together."""
+        """Returns the metrics over the examples of both together."""
         return jax.tree.map(lambda mine, its: mine + its, self, other)
 
     def means(self) -> dict[str, float]:
@@ -36,7 +36,9 @@ class Metrics:
         """
         count = int(self.count)
         if count == 0:
-            raise ValueError("no mean of no examples: every row was masked, or no batch was merged")
+            raise ValueError(
+                "no mean without examples: all rows are masked, or no batch was merged"
+            )
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 
 
@@ -47,9 +49,9 @@ def softmax_cross_entropy(
 
     Args:
         logits: float [n, classes].
-        label: int [n], or the probability of each class, float [n, classes], with sum 1.
-        smoothing: the fraction of each label that is spread evenly over all classes (Szegedy et
-            al., 2016, section 7).
+        label: int [n], or class probabilities, float [n, classes], whose sum is 1.
+        smoothing: the fraction of each label that is distributed evenly over all classes (Szegedy
+            et al., 2016, section 7).
 
     >>> import jax.numpy as jnp
     >>> print(softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([1])))
@@ -69,9 +71,9 @@ def softmax_cross_entropy(
 def from_losses(
     losses: Losses, logits: Logits, label: Labels | Shares, mask: Mask | None
 ) -> Metrics:
-    """Returns the metrics of one batch; rows where `mask` is False are padding.
+    """Returns the metrics of one batch, in which `mask` is False for padding.
 
-    A mixed label counts as its largest class.
+    A mixed label counts as its most probable class.
     """
     real = jnp.ones(label.shape[:1], bool) if mask is None else jnp.asarray(mask)
     label = label.argmax(-1) if label.ndim == 2 else label

@@ -1,4 +1,4 @@
-"""Drops log messages of other libraries that a user of bnjax cannot act on."""
+"""Drops log messages of other libraries on which a user of bnjax cannot act."""
 
 import functools
 import logging
@@ -9,7 +9,7 @@ import absl.logging
 
 @functools.cache
 def drop_logs(package: str, below: int = logging.ERROR) -> None:
-    """Drops the absl log messages of one package below a level."""
+    """Drops all absl log messages of a package below a level."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return record.levelno >= below or package not in Path(record.pathname).parts

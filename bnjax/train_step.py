@@ -1,8 +1,8 @@
-"""The steps of training, evaluation and prediction: pure functions over explicit state.
+"""Steps for training, evaluation and prediction, as pure functions of explicit state.
 
-The running statistics are a value: `train_step` takes them and returns them. Nothing here compiles,
-replicates or logs. Bind the static arguments with `functools.partial` and wrap the result in
-`jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or `jax.lax.scan`.
+`train_step` takes the running statistics as an argument and returns new ones. Nothing here
+compiles, replicates or logs. Bind the static arguments with `functools.partial` and wrap the result
+in `jax.jit`, `jax.pmap`, `jax.shard_map`, `jax.vmap` or `jax.lax.scan`.
 """
 
 import dataclasses
@@ -34,19 +34,19 @@ from bnjax.types import (
 
 LossFn = Callable[[Logits, Labels], Losses]
 AxisName = str | tuple[str, ...] | None
-# The new statistics and the metrics of a step, from the shard's own examples.
+# The new statistics and the metrics of a step, computed from the examples of one shard.
 Written = tuple[BatchStats, Metrics]
 
 
 @struct.dataclass
 class TrainState:
-    """The training state except the running statistics; arrays only.
+    """The training state without the running statistics; contains only arrays.
 
     Attributes:
-        step: the number of batches seen, int32 [].
+        step: the number of batches so far, int32 [].
         params: the weights.
-        opt_state: the state of the Optax transformation.
-        rng: a constant key; a step draws from `fold_in(rng, step)`.
+        opt_state: the state of the Optax optimizer.
+        rng: a constant random key; each step uses `fold_in(rng, step)`.
     """
 
     step: Leaf
@@ -58,16 +58,16 @@ class TrainState:
 def init_state(
     model: nn.Module, tx: optax.GradientTransformation, rng: Array, images: Images
 ) -> tuple[TrainState, BatchStats]:
-    """Returns the state of an untrained network and its running statistics, which may be empty.
+    """Returns the initial training state and running statistics; the latter may be empty.
 
     Args:
         model: any linen module with `__call__(x, train=...)`.
         tx: the optimizer.
         rng: a JAX random key.
-        images: [n, h, w, c], uint8 or float; most models use only the shape and dtype.
+        images: [n, h, w, c], uint8 or float; for most models only the shape and dtype matter.
 
     Raises:
-        ValueError: if the model keeps collections other than `params` and `batch_stats`.
+        ValueError: if the model has collections other than `params` and `batch_stats`.
     """
     init_rng, step_rng = jax.random.split(rng)
     params, batch_stats = init_variables(model, init_rng, images)
@@ -75,9 +75,9 @@ def init_state(
 
 
 def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params, BatchStats]:
-    """Returns the parameters and the running statistics of an untrained network.
+    """Returns the initial parameters and running statistics of a network.
 
-    Arguments and errors as for `init_state`.
+    Arguments and errors are as for `init_state`.
     """
     params_rng, dropout_rng = jax.random.split(rng)
     variables = dict(
@@ -87,7 +87,7 @@ def init_variables(model: nn.Module, rng: Array, images: Images) -> tuple[Params
     if variables:
         raise ValueError(
             f"the model {type(model).__name__} creates the collections {sorted(variables)}, but "
-            "train_step keeps only 'params' and 'batch_stats'. Store running values under "
+            "train_step supports only 'params' and 'batch_stats'. Store running values in "
             "'batch_stats'."
         )
     return params, batch_stats
@@ -106,25 +106,25 @@ def train_step(
 ) -> tuple[TrainState, BatchStats, Metrics]:
     """Takes one step of gradient descent; returns the new state, statistics and metrics.
 
-    The loss is the mean over the real examples of the batch; with `axis_name`, over the real
-    examples of all shards, and the gradients are summed over that axis exactly once. The model
-    updates the running statistics: per replica, unless its norms reduce over the same axis. The
-    metrics are computed before the update of the weights.
+    The loss is the mean over the unmasked examples of the batch. With `axis_name` it is the mean
+    over all shards, and gradients are summed over this axis exactly once. The running statistics
+    are updated separately on each shard, unless the norms of the model reduce over the same axis.
+    The metrics are those before the update of the weights.
 
     Args:
-        state: from `init_state` or the previous step.
-        batch_stats: the running statistics from the same call.
+        state: the training state, from `init_state` or the previous step.
+        batch_stats: the running statistics, from the same call as `state`.
         batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], optionally `mask`
             bool [n].
         model: any linen module with `__call__(x, train=...)`; `mask` is passed on if its
-            `__call__` has that argument.
-        tx: the optimizer given to `init_state`.
-        loss_fn: (logits, label) -> losses [n].
-        axis_name: the mapped axis or axes under `jax.pmap`, `jax.shard_map` or `jax.vmap`; None
-            under plain `jax.jit`.
-        skip_nonfinite: drop the update if the loss, a gradient or a new statistic is not finite:
-            params, opt_state and batch_stats stay unchanged. `state.step` still counts the batch,
-            and the metrics count it as skipped.
+            `__call__` has this argument.
+        tx: the optimizer, the same as for `init_state`.
+        loss_fn: a function (logits, label) -> losses [n].
+        axis_name: the mapped axis or axes of `jax.pmap`, `jax.shard_map` or `jax.vmap`; None for
+            plain `jax.jit`.
+        skip_nonfinite: whether to leave params, opt_state and batch_stats unchanged if the loss, a
+            gradient or a new statistic is not finite. `state.step` still counts the batch, and the
+            metrics count it as skipped.
     """
     dropout, count = dropout_key(state, axis_name), count_of(batch, axis_name)
     loss = loss_of(batch_stats, batch, model, loss_fn, dropout, count)
@@ -140,7 +140,7 @@ def loss_of(
     dropout: jax.Array,
     count: Any,
 ) -> Callable[[Params], tuple[jax.Array, Written]]:
-    """Returns the training loss as a function of the weights, with new statistics and metrics.
+    """Returns a function from weights to the training loss, new statistics and metrics.
 
     Args:
         batch_stats, batch, model, loss_fn: as for `train_step`.
@@ -168,17 +168,17 @@ def descend(
     axis_name: AxisName,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Applies the gradients of all shards; arguments and results as for `train_step`.
+    """Applies the gradients of all shards; arguments and results are as for `train_step`.
 
-    `found` is the gradient of each shard's loss, with its new statistics and metrics.
+    `found` contains the gradient, the new statistics and the metrics of the shard.
     """
     grads, (new_stats, metrics) = found
     grads, metrics = _sum_over((grads, metrics), axis_name)
     updates, new_opt_state = tx.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     if skip_nonfinite:
-        # Without synced statistics they may be non-finite on one shard only; all shards must then
-        # drop the step.
+        # If statistics are not synchronised, they may be non-finite on a single shard. All shards
+        # must then drop the step.
         finite = is_finite((grads, metrics.loss, new_stats))
         bad = _sum_over((~finite).astype(jnp.int32), axis_name) > 0
         old = (state.params, state.opt_state, batch_stats)
@@ -200,8 +200,8 @@ def eval_step(
 ) -> Metrics:
     """Returns the metrics of one batch under the running statistics.
 
-    The result for an image does not depend on the other images. Arguments as for `train_step`;
-    weights and statistics may be raw, averaged, recomputed or folded.
+    The result for an image does not depend on other images. Arguments are as for `train_step`;
+    weights and statistics may be averaged, recomputed or folded.
     """
     logits, _ = forward(params, batch_stats, batch, model=model, train=False)
     metrics = from_losses(
@@ -213,13 +213,13 @@ def eval_step(
 def predict_step(
     params: Params, batch_stats: BatchStats, images: Images, *, model: nn.Module
 ) -> dict[str, jax.Array]:
-    """Returns `class` int32 [n] and `score` float32 [n, classes] for images [n, h, w, c]."""
+    """Returns the `class` int32 [n] and `score` float32 [n, classes] of images [n, h, w, c]."""
     logits, _ = forward(params, batch_stats, {"image": images}, model=model, train=False)
     return classes_and_scores(logits)
 
 
 def classes_and_scores(logits: Logits) -> dict[str, jax.Array]:
-    """Returns `class` int32 [n] and `score` float32 [n, classes], the softmax of the logits."""
+    """Returns `class` int32 [n] and `score` float32 [n, classes]; scores are softmax values."""
     scores = jax.nn.softmax(logits.astype(jnp.float32))
     return {"class": logits.argmax(-1).astype(jnp.int32), "score": scores}
 
@@ -241,11 +241,12 @@ def forward(
 
     Args:
         params, batch_stats, batch, model: as for `train_step`; the batch needs no `label`.
-        train: True normalises by the batch, applies dropout and updates `batch_stats`.
+        train: whether to normalise by batch statistics, apply dropout and update `batch_stats`.
         dropout: the key for dropout; None in evaluation.
-        capture: `capture_intermediates` of `flax.linen.Module.apply`: also return the outputs of
-            modules as `intermediates`.
-        mutable: the mutable collections; None: `batch_stats` in training, none in evaluation.
+        capture: the argument `capture_intermediates` of `flax.linen.Module.apply`, with which the
+            outputs of modules are also returned, as `intermediates`.
+        mutable: the mutable collections; None for `batch_stats` in training, and none in
+            evaluation.
     """
     images, options = model_inputs(model, batch)
     variables = {"params": params, "batch_stats": batch_stats}
@@ -262,13 +263,13 @@ def forward(
 
 
 def dropout_key(state: TrainState, axis_name: AxisName = None) -> jax.Array:
-    """Returns the dropout key of the next step, different for each shard."""
+    """Returns the dropout key for the next step, which differs between shards."""
     key = jax.random.fold_in(state.rng, state.step)
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def count_of(batch: Batch, axis_name: AxisName = None) -> Any:
-    """Returns the number of real examples of a batch over all shards, int []."""
+    """Returns the number of unmasked examples in a batch over all shards, int []."""
     mask = batch.get("mask")
     count = batch["label"].shape[0] if mask is None else mask.sum(dtype=jnp.int32)
     return _sum_over(count, axis_name)
@@ -281,7 +282,7 @@ def to_float(images: Images) -> Images:
 
 
 def model_inputs(model: Any, batch: Batch) -> tuple[Images, dict[str, Any]]:
-    """Returns the images as floats, with zeros as padding, and `mask` if the model takes it."""
+    """Returns float images with padding set to zero, and `mask` if the model accepts it."""
     images, mask = to_float(batch["image"]), batch.get("mask")
     if mask is None:
         return images, {}

@@ -1,4 +1,4 @@
-"""Types: arrays with their shapes, and trees of arrays."""
+"""Types of arrays (with their shapes) and of trees of arrays."""
 
 import zlib
 from collections.abc import Mapping
@@ -12,25 +12,25 @@ from jaxtyping import Bool, Float, Integer, Shaped
 Array = jax.Array | np.ndarray
 Images = Shaped[Array, "n h w c"]  # uint8, or float
 Labels = Integer[Array, " n"]
-Shares = Float[Array, "n classes"]  # the probability of each class in a mixed label; the sum is 1
+Shares = Float[Array, "n classes"]  # class probabilities of mixed labels, with sum 1
 Mask = Bool[Array, " n"]  # False marks padding
 Logits = Float[Array, "n classes"]
 Losses = Float[Array, " n"]
 
-# A leaf of a tree: an array, or, in a tree of the same structure, its shape or sharding.
+# A leaf of a tree: an array, or the array's shape or sharding in a tree of equal structure.
 Leaf = Any
-# A tree of arrays under string keys: one collection of variables of `flax.linen`.
+# A tree of arrays with string keys, such as a variable collection of `flax.linen`.
 Tree = Mapping[str, Any]
-# The trainable weights: the collection "params" of a linen module.
+# The trainable weights, the collection "params" of a linen module.
 Params = Tree
-# The running statistics: the collection "batch_stats" of a linen module; may be empty.
+# The running statistics, the collection "batch_stats" of a linen module; may be empty.
 BatchStats = Tree
-# `image` (Images), `label` (Labels, or Shares) and optionally `mask` (Mask).
+# A dict of `image` (Images), `label` (Labels or Shares) and optionally `mask` (Mask).
 Batch = Mapping[str, Array]
 
 
 def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Returns the leaves of a tree by dotted name, in the order of the tree.
+    """Returns the leaves of a tree by dotted name, in their order in the tree.
 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "steps": (3, 4)})
     {'dense.kernel': 1, 'dense.bias': 2, 'steps.0': 3, 'steps.1': 4}
@@ -51,9 +51,10 @@ def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def fingerprint(tree: Any) -> str:
-    """Returns a checksum (CRC-32) of the leaves of a tree with their names, shapes and dtypes.
+    """Returns a CRC-32 checksum of the leaves of a tree with their names, shapes and dtypes.
 
-    It is the same on every machine and after saving and restoring; 0.1 s for 100 MB.
+    The checksum is the same on every machine, and after saving and restoring. It takes 0.1 s for
+    100 MB.
 
     >>> fingerprint({"w": np.ones(2, np.float32)})
     'feecbf85'
@@ -68,7 +69,8 @@ def fingerprint(tree: Any) -> str:
 
 def is_finite(tree: Any) -> jax.Array:
     """Returns whether every number in the tree is finite, bool []."""
-    # The sum of x - x is 0 unless an x is infinite or NaN; XLA fuses it with other reads of x.
+    # The sum of x - x is 0 unless an element is infinite or NaN. XLA fuses it with other reads of
+    # x.
     return jnp.isfinite(
         sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
     )

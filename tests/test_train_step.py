@@ -118,7 +118,7 @@ def test_a_batch_of_nothing_but_padding_leaves_the_parameters_alone():
     )
     jax.tree.map(np.testing.assert_array_equal, state.params, after.params)
     assert int(metrics.count) == 0
-    with pytest.raises(ValueError, match="no mean of no examples"):
+    with pytest.raises(ValueError, match="no mean without examples"):
         metrics.means()
 
 

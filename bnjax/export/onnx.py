@@ -20,11 +20,11 @@ from bnjax.errors import UserError
 from bnjax.train_step import forward
 from bnjax.types import BatchStats, Params
 
-# Supported by onnxruntime 1.14 (2023) and newer.
+# These versions are supported by onnxruntime 1.14 (2023) and newer.
 OPSET = 18
 IR_VERSION = 8
 IMAGES, LOGITS = "images", "logits"
-# A value of the program: an array if it does not depend on the images, else a node output's name.
+# A value in the program: an array if it does not depend on the images, else the name of an output.
 Value = np.ndarray | str
 
 
@@ -36,15 +36,17 @@ def onnx_model(
     notes: Mapping[str, Any] | None = None,
     image_dtype: Any = np.uint8,
 ) -> onnx.ModelProto:
-    """Returns the network in evaluation: `images` [batch, h, w, c] to `logits` [batch, classes].
+    """Returns the network in evaluation as an ONNX model.
+
+    It maps `images` [batch, h, w, c] to `logits` [batch, classes].
 
     Args:
         model: any linen module with `__call__(x, train=...)` and float32 arithmetic.
-        params: its weights.
-        batch_stats: its running statistics.
-        image_shape: [h, w, c] of one image.
+        params: the weights of the model.
+        batch_stats: the running statistics of the model.
+        image_shape: the shape [h, w, c] of one image.
         notes: additional metadata for the file (`metadata_props`).
-        image_dtype: the dtype of the images; uint8 is divided by 255, floats pass unchanged.
+        image_dtype: the dtype of the images. uint8 images are divided by 255; floats are unchanged.
 
     Raises:
         UserError: if the network uses an unsupported operation.
@@ -77,12 +79,12 @@ def onnx_model(
 
 
 class Graph:
-    """The nodes of an ONNX graph in the order of computation, and its constants."""
+    """The constants of an ONNX graph, and its nodes in the order of computation."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.arrays: list[TensorProto] = []
-        self._names: dict[Any, str] = {}  # the names of the arrays, by content
+        self._names: dict[Any, str] = {}  # the names of the constants by content
         self._count: Counter[str] = Counter()
 
     def add(self, op: str, *inputs: Value, **attributes: Any) -> str:
@@ -104,7 +106,7 @@ class Graph:
         return self._names[content]
 
     def write(self, equation: Any, *inputs: Any) -> list[Value]:
-        """Adds an operation; returns its results, as arrays if constant, else as node outputs."""
+        """Adds an operation; returns its results, as arrays if they are constant, else as names."""
         primitive, params = equation.primitive, equation.params
         known = [value if isinstance(value, str) else np.asarray(value) for value in inputs]
         is_constant = not any(isinstance(value, str) for value in known)
@@ -118,13 +120,13 @@ class Graph:
             what = f"{primitive.name} {error}".strip()
             raise UserError(
                 f"the network uses the operation {what}, which bnjax cannot write as ONNX "
-                "(bnjax/export/onnx.py lists the supported operations). Export without --onnx: the "
-                "StableHLO program supports every operation."
+                "(bnjax/export/onnx.py lists the supported operations). Export without --onnx, "
+                "because the StableHLO program supports every operation."
             ) from error
         return results if isinstance(results, list) else [results]
 
 
-# (graph, equation, *inputs) -> the output, or a list of the outputs.
+# (graph, equation, *inputs) -> an output, or a list of outputs.
 Rule = Callable[..., Value | list[Value]]
 
 
@@ -139,7 +141,7 @@ def _is_symbolic(size: Any) -> bool:
 
 
 def _integers(values: Iterable[Any]) -> np.ndarray:
-    """Returns axes or sizes in ONNX's form, int64 [n]; -1 for a symbolic size."""
+    """Returns axes or sizes as ONNX expects them, int64 [n], with -1 for a symbolic size."""
     return np.array([-1 if _is_symbolic(one) else int(one) for one in values], np.int64)
 
 
@@ -189,7 +191,7 @@ def _broadcast(graph: Graph, equation: Any, x: Value, *_: Value) -> Value:
     for place, size in zip(equation.params["broadcast_dimensions"], old, strict=True):
         middle[place] = size
     x = x if tuple(middle) == tuple(old) else _reshaped(graph, x, middle)
-    # Expand does not change an axis with target size 1.
+    # Expand does not change axes whose target size is 1.
     wanted = [1 if mine == its else its for mine, its in zip(middle, shape, strict=True)]
     if all(size == 1 for size in wanted):
         return x
@@ -257,7 +259,7 @@ def _pooling(op: str, **options: int) -> Rule:
             pads=[padding[axis][side] for side in (0, 1) for axis in pooled],
             **options,
         )
-        if op == "AveragePool":  # the mean includes the zeros of the padding
+        if op == "AveragePool":  # the mean includes padded zeros
             out = graph.add("Mul", out, _number(equation, math.prod(window)))
         return _transposed(graph, out, _inverse(order))
 
@@ -275,7 +277,7 @@ def _slice(graph: Graph, equation: Any, x: Value) -> Value:
 
 
 def _reverse(graph: Graph, equation: Any, x: Value) -> Value:
-    """Reverses axes by slices with step -1."""
+    """Reverses axes with slices of step -1."""
     axes = equation.params["dimensions"]
     back, end = [-1] * len(axes), [np.iinfo(np.int64).min] * len(axes)
     return graph.add("Slice", x, *map(_integers, (back, end, axes, back)))
@@ -295,7 +297,7 @@ def _pad(graph: Graph, equation: Any, x: Value, filling: Value) -> Value:
 
 
 def _gather(graph: Graph, equation: Any, x: Value, places: Value) -> Value:
-    """Gathers the same positions of each image, by their flat indices in an image."""
+    """Gathers the same positions from each image by their flat indices."""
     shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
     _check(isinstance(places, np.ndarray), "by values")
     of, to = (

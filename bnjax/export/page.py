@@ -1,4 +1,4 @@
-"""A Gradio page that scores images with a network."""
+"""A Gradio page on which a network scores images."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import of Gradio
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
 
 import gradio
 import jax
@@ -26,23 +26,23 @@ from bnjax.types import BatchStats, Images
 MAX_IMAGES = 32  # per request; smaller batches are padded
 MAX_BYTES = 8_000_000  # per file
 MAX_PIXELS = 24_000_000  # per image, before resizing
-MAX_WAITING = 16  # requests
-# The statistics for the batch norms of a run.
+MAX_WAITING = 16  # requests in the queue
+# The names of the statistics by which batch norms can normalise.
 STORED, BATCH, NONE = "stored", "batch", "no"
 
 
 class Scores:
-    """Computes the scores of a run's network under stored, batch and no statistics.
+    """Computes the scores of a run's network under stored statistics, batch statistics and none.
 
     Attributes:
         name: the name of the config.
         classes: the class names, in the order of the scores.
-        image_shape: [h, w, c].
-        statistics: the available statistics.
+        image_shape: the shape [h, w, c] of one image.
+        statistics: the names of the available statistics.
     """
 
     def __init__(self, trained: Trained):
-        """Keeps the network; the first call compiles it."""
+        """Stores the network; it is compiled by the first call."""
         self.name, self.classes = trained.config.name, trained.data.classes
         self.image_shape = trained.data.image_shape
         self._network = trained.network
@@ -56,10 +56,10 @@ class Scores:
         )
 
     def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Returns scores [n, classes] under each kind of statistics, and the drift of each norm.
+        """Returns scores [n, classes] by the name of the statistics, and the drift of each norm.
 
         Args:
-            images: float32 [n, h, w, c] from 0 to 1, n at most `MAX_IMAGES`.
+            images: at most `MAX_IMAGES` images, float32 [n, h, w, c] from 0 to 1.
         """
         stored = self._network.batch_stats
         scores, own, count = {}, stored, len(images)
@@ -80,12 +80,12 @@ class Scores:
 
 
 class ExportedScores:
-    """Computes the scores of an exported network, under stored statistics only; see `Scores`."""
+    """Computes the scores of an exported network, which has only stored statistics."""
 
     statistics = (STORED,)
 
     def __init__(self, exported: Exported):
-        """Keeps the network; the first call compiles it."""
+        """Stores the network; it is compiled by the first call."""
         about = exported.manifest
         self.name, self.classes = about.name, tuple(about.classes)
         self.image_shape = tuple(about.image_shape)
@@ -99,7 +99,7 @@ class ExportedScores:
 
 
 def without_statistics(batch_stats: BatchStats) -> BatchStats:
-    """Returns running statistics without effect: means of 0 and variances of 1."""
+    """Returns running statistics that have no effect (means of 0 and variances of 1)."""
     blank = {"mean": jnp.zeros_like, "var": jnp.ones_like}
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: blank.get(path[-1].key, jnp.asarray)(leaf), batch_stats
@@ -107,7 +107,7 @@ def without_statistics(batch_stats: BatchStats) -> BatchStats:
 
 
 def page(scores: Scores | ExportedScores) -> gradio.Blocks:
-    """Returns the page of a network; programs can use its endpoint /predict."""
+    """Returns the page for a network; programs can use its endpoint /predict."""
     import pandas
 
     height, width, _ = scores.image_shape
@@ -130,9 +130,9 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
 
     with gradio.Blocks(title=f"bnjax: {scores.name}") as demo:
         gradio.Markdown(
-            f"# {scores.name}\nUp to {MAX_IMAGES} PNG or JPEG images, resized to {width}x{height}. "
-            "The batch norms normalise by the stored running statistics, by the statistics of "
-            "these images together, or not at all."
+            f"# {scores.name}\nUpload up to {MAX_IMAGES} PNG or JPEG images; they are resized to "
+            f"{width}x{height}. The batch norms normalise by the stored running statistics, by the "
+            "statistics of all uploaded images together, or not at all."
         )
         files = gradio.File(
             file_count="multiple", file_types=[".png", ".jpg", ".jpeg"], label="Images"
@@ -149,7 +149,7 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
         plot = gradio.BarPlot(
             x="norm",
             y="drift",
-            title="Stored mean minus mean of these images, in standard deviations (RMS)",
+            title="Stored mean minus mean over these images, in standard deviations (RMS)",
             sort=None,
             visible=len(scores.statistics) > 1,
         )
@@ -159,7 +159,7 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
 
 
 def _read(files: Sequence[str], shape: Sequence[int]) -> list[np.ndarray]:
-    """Reads uploaded files within the limits."""
+    """Reads the uploaded files; rejects files beyond the limits."""
     if not 1 <= len(files) <= MAX_IMAGES:
         raise gradio.Error(f"Give 1 to {MAX_IMAGES} images, not {len(files)}.")
     height, width, channels = shape
@@ -180,7 +180,7 @@ def _best(score: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def launch(demo: gradio.Blocks, host: str, port: int | None) -> str:
-    """Starts the server of a page in a thread, without internet access; returns its address."""
+    """Starts a server for the page in a thread, without internet access; returns its address."""
     _, url, _ = demo.launch(
         server_name=host,
         server_port=port,

@@ -30,7 +30,7 @@ from bnjax.types import BatchStats, Images, Params
 MANIFEST, FORMAT = "manifest.json", 2
 PROGRAM, ONNX = "model.stablehlo", "model.onnx"
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-4  # in units of the largest logit
+TOLERANCE = 1e-4  # relative to the largest logit
 
 Weights = dict[str, np.ndarray]
 
@@ -41,18 +41,18 @@ class Manifest:
 
     Attributes:
         name: the name of the run's config.
-        step: the step of its checkpoint.
-        dataset: its training data set.
+        step: the training step of the exported checkpoint.
+        dataset: the data set on which the network was trained.
         classes: the class names, in the order of the logits.
-        image_shape: [h, w, c] of one image.
-        arithmetic: the dtype of the layers' arithmetic; ONNX computes in float32.
-        folded: the path of each folded norm -> the path of its layer.
-        kept: the path of each other norm -> why it stays.
-        exported: the date.
-        versions: the versions of Python and the packages.
-        platforms: the platforms of the StableHLO program.
-        agreement: the test images, and the differences from the run's logits.
-        files: the SHA-256 of each file.
+        image_shape: the shape [h, w, c] of one image.
+        arithmetic: the dtype of the layers' arithmetic; the ONNX model computes in float32.
+        folded: the path of each folded norm -> the path of the layer it was folded into.
+        kept: the path of each other norm -> the reason it was not folded.
+        exported: the date of the export.
+        versions: the versions of Python and of the packages used for the export.
+        platforms: the platforms supported by the StableHLO program.
+        agreement: a description of the compared images, and the differences from the run's logits.
+        files: the SHA-256 checksum of each file.
     """
 
     name: str
@@ -80,19 +80,20 @@ def export_run(
     data_dir: str | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> Manifest:
-    """Compares the logits, then writes a run's network into a new folder; returns the manifest.
+    """Writes a run's network into a new folder after checking its logits; returns the manifest.
 
     Args:
         trained: the network.
-        out: the folder, new or empty.
-        folded: whether to fold batch norms where that is exact.
-        onnx: whether to write ONNX too.
-        data_dir: the folder of the data; compares the logits on test images. None: on noise.
-        platforms: the platforms of the StableHLO program, as for `jax.export`.
+        out: the output folder, new or empty.
+        folded: whether to fold batch norms wherever folding is exact.
+        onnx: whether to also write an ONNX model.
+        data_dir: the folder of the data set, to compare logits on test images; None to compare them
+            on noise.
+        platforms: the platforms for the StableHLO program, as in `jax.export`.
 
     Raises:
-        UserError: if the folder is neither new nor empty, the logits differ, a package is missing,
-            or the network has no ONNX form.
+        UserError: if the folder is not empty, the logits differ, a package is missing, or the
+            network cannot be written as ONNX.
     """
     rundir.check_is_free(out)
     shape, classes = trained.data.image_shape, [*trained.data.classes]
@@ -117,7 +118,7 @@ def export_run(
         call = jax.jit(export.deserialize(bytearray(content[PROGRAM])).call)
         found = difference(call(named(*variables), images), logits(trained.network, images))
         agreement["stablehlo"] = found
-        # The rounding of bfloat16 differs between programs.
+        # In bfloat16, rounding differs between programs.
         if not trained.is_low:
             _check("StableHLO program", found)
     if onnx:
@@ -165,13 +166,13 @@ def export_run(
 def _check(what: str, found: float) -> None:
     if not found <= TOLERANCE:
         raise UserError(
-            f"the logits of the {what} differ from the run's by {found:.1e} of the largest logit, "
-            f"more than {TOLERANCE}; nothing is written."
+            f"the logits of the {what} differ from the run's logits by {found:.1e} of the largest "
+            f"logit, which is more than {TOLERANCE}; nothing is written."
         )
 
 
 def named(params: Params, batch_stats: BatchStats) -> Weights:
-    """Returns weights and statistics on the host by name, such as "params.conv0.kernel"."""
+    """Returns weights and statistics as host arrays by name, such as "params.conv0.kernel"."""
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
     return {name: np.array(leaf, order="C") for name, leaf in leaves.items()}
 
@@ -184,17 +185,17 @@ def program(
     platforms: Sequence[str] = PLATFORMS,
     image_dtype: Any = np.uint8,
 ) -> bytes:
-    """Returns the evaluation of a network, serialised for `jax.export.deserialize`.
+    """Returns a network's evaluation as a program, serialised for `jax.export.deserialize`.
 
-    Its `call(weights, images)` takes the arrays of `named` and images [n, h, w, c], and returns the
-    logits [n, classes], for any n.
+    The program's `call(weights, images)` takes the arrays returned by `named` and images
+    [n, h, w, c] for any n. It returns the logits [n, classes].
 
     Args:
         model: any linen module with `__call__(x, train=...)`.
-        params, batch_stats: its variables, or their shapes.
-        image_shape: [h, w, c] of one image.
+        params, batch_stats: the variables of the model, or their shapes.
+        image_shape: the shape [h, w, c] of one image.
         platforms: the target platforms.
-        image_dtype: the dtype of the images; uint8 is divided by 255, floats pass unchanged.
+        image_dtype: the dtype of the images. uint8 images are divided by 255; floats are unchanged.
     """
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
     like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
@@ -213,22 +214,22 @@ class Exported:
     """An exported model, read from its folder.
 
     Attributes:
-        folder: its folder.
-        manifest: facts about it.
-        weights: the first argument of the program.
+        folder: the folder of the model.
+        manifest: facts about the model.
+        weights: the arrays that are the first argument of the program.
     """
 
     def __init__(self, folder: Path):
         """Reads and checks the files.
 
         Raises:
-            UserError: if they are missing, damaged, or from a different version of bnjax, or JAX
+            UserError: if files are missing, damaged or from a different version of bnjax, or JAX
                 cannot load the program on this platform.
         """
         if not (folder / MANIFEST).is_file():
-            run = " It holds a run: give it with --workdir." * (folder / "config.json").exists()
+            run = " For the run in it use --workdir." * (folder / "config.json").exists()
             raise UserError(
-                f"there is no exported model in {folder}: it has no {MANIFEST}.{run} Write one "
+                f"there is no exported model in {folder}: it has no {MANIFEST}.{run} Export a run "
                 "with bnjax export --workdir RUN --out DIR."
             )
         try:
@@ -248,22 +249,23 @@ class Exported:
         self.weights = jax.device_put(safetensors.numpy.load(content[WEIGHTS]))
         try:
             self._program = export.deserialize(bytearray(content[PROGRAM]))
-        except Exception as error:  # the type depends on the version
+        except Exception as error:  # the type depends on the version of JAX
             raise self._does_not_load(error) from error
         here = export.default_export_platform()
         if here not in self._program.platforms:
             raise UserError(
                 f"the program in {folder} is for {', '.join(self._program.platforms)}, but JAX "
-                f"runs on {here} here. Choose a different platform with JAX_PLATFORMS, for "
-                "instance JAX_PLATFORMS=cpu, or export the run for this one."
+                f"uses {here} here. Choose a different platform, for instance with "
+                "JAX_PLATFORMS=cpu, or export the run for this platform."
             )
 
     def logits(self, images: Images, batch_size: int) -> np.ndarray:
         """Returns the logits of images, float32 [n, classes].
 
         Args:
-            images: uint8 [n, h, w, c], n > 0, or floats from 0 to 1, which are rounded to 8 bits.
-            batch_size: the batch size of the compiled program.
+            images: one or more images, uint8 [n, h, w, c], or floats from 0 to 1, which are rounded
+                to 8 bits.
+            batch_size: the batch size for which the program is compiled.
 
         Raises:
             UserError: if this version of JAX cannot compile the program.
@@ -279,13 +281,13 @@ class Exported:
         return np.concatenate(found)
 
     def compiled(self, batch_size: int) -> Any:
-        """Returns the program compiled for a batch size; errors as for `logits`."""
+        """Returns the program compiled for a batch size; raises the errors of `logits`."""
         shape = (batch_size, *self.manifest.image_shape)
         images = jax.ShapeDtypeStruct(shape, np.uint8)
         call = jax.jit(self._program.call, compiler_options=compiler_options(batch_size))
         try:
             return call.lower(self.weights, images).compile()
-        except Exception as error:  # the type depends on the version
+        except Exception as error:  # the type depends on the version of JAX
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise self._does_not_load(error) from error
@@ -295,6 +297,6 @@ class Exported:
         return UserError(
             f"JAX {versions()['jax']} cannot load the program in {self.folder}, written by JAX "
             f"{self.manifest.versions['jax']} on {self.manifest.exported}: "
-            f"{reason.rstrip('.')}. JAX loads programs of versions up to 6 months older and 3 "
-            "weeks newer than itself. Use such a version, or export the run again with this one."
+            f"{reason.rstrip('.')}. JAX loads programs written by versions up to 6 months older or "
+            "3 weeks newer. Use such a version of JAX, or export the run again with this version."
         )

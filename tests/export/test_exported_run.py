@@ -188,10 +188,10 @@ def test_a_model_that_cannot_be_read_says_why(exported, how, tmp_path):
 
 
 def test_a_run_and_a_program_for_another_platform_are_refused(run, tmp_path):
-    with pytest.raises(UserError, match="It holds a run: give it with --workdir"):
+    with pytest.raises(UserError, match="For the run in it use --workdir"):
         Exported(run)
     export_run(Trained(run, "last"), tmp_path / "model", platforms=["tpu"])
-    with pytest.raises(UserError, match="is for tpu, but JAX runs on cpu here"):
+    with pytest.raises(UserError, match="is for tpu, but JAX uses cpu here"):
         Exported(tmp_path / "model")
 
 
