@@ -7,7 +7,7 @@ def text_table(rows: Sequence[Sequence[object]], right: Collection[int] = ()) ->
     """Returns rows as lines with aligned columns.
 
     Args:
-        rows: the cells of each row; all rows have equally many cells.
+        rows: the cells of each row; all rows have the same number of cells.
         right: the indices of the right-aligned columns.
 
     >>> print(text_table([["norm", "drift"], ["conv1", 0.5]], right=[1]))

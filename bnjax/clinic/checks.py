@@ -173,7 +173,7 @@ def never_updated(case: Case, one: Evidence) -> str | None:
 
 
 def is_initial(one: Evidence) -> bool:
-    """Returns whether all means are 0 and all variances 1 (or 0, their start in Equinox)."""
+    """Returns whether all means are 0 and all variances 1 (or 0, as initially in Equinox)."""
     return not one.mean.any() and bool((one.var == 1).all() or (one.var == 0).all())
 
 
@@ -380,7 +380,7 @@ def decay(case: Case, before: Found) -> Outcome:
 
 
 def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]:
-    """Returns the paths of the leaves whose update depends on their value, at constant gradient.
+    """Returns the paths of the leaves whose update depends on their value for a fixed gradient.
 
     With gradient 0 the cause is weight decay; otherwise it may be a layer-wise learning rate. Each
     leaf is replaced by an array of the same rank with one element, so masks by path or rank work,

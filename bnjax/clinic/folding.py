@@ -84,7 +84,7 @@ def fold_pair(
             raise ValueError(f"the norm has {channels} channels and the layer {inputs} inputs")
 
         def of_weights(values: np.ndarray) -> np.ndarray:
-            """Returns the values of the channels for each weight, [in / groups, out]."""
+            """Returns the value of the input channel of each weight, [in / groups, out]."""
             spread = np.repeat if channels_first else np.tile
             by_group = spread(values, inputs // channels).reshape(groups, -1).T
             return np.repeat(by_group, outputs // groups, axis=1)

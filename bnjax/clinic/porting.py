@@ -21,11 +21,11 @@ from bnjax.types import Array, BatchStats, Params
 
 Framework = Literal["torch", "keras"]
 Arrays = dict[str, np.ndarray]
-# The divisor of the running variance: n or n - 1. For Keras 3; Keras 2 uses TensorFlow's fused
-# kernel for images, with the unbiased variance as in torch.
+# The divisor of the running variance, n or n - 1. The entry for Keras is for Keras 3; for images,
+# Keras 2 uses TensorFlow's fused kernel with the unbiased variance, as in torch.
 STORED = {"torch": "unbiased", "keras": "biased"}
 SEPARATOR = {"torch": ".", "keras": "/"}
-# The framework's names of our leaves.
+# The names of our leaves in each framework.
 LEAVES: dict[str, dict[str, str]] = {
     "torch": {
         "kernel": "weight",
@@ -46,7 +46,7 @@ LEAVES: dict[str, dict[str, str]] = {
 
 
 def converted_momentum(framework: Framework, momentum: float) -> float:
-    """Converts a momentum to or from a framework's convention: torch's is one minus ours.
+    """Converts a momentum to or from a framework's convention; in torch it is one minus ours.
 
     >>> converted_momentum("torch", 0.9), converted_momentum("keras", 0.9)
     (0.1, 0.9)
@@ -56,21 +56,23 @@ def converted_momentum(framework: Framework, momentum: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The mapping between our layers and the framework's layers.
+    """The mapping from our layers to the framework's layers.
 
     Attributes:
-        names: our dotted layer path -> the framework's name. `{word}` matches a part of one path
-            element, the same on both sides; the first matching row applies:
-            {"layer{s}_{b}.{name}": "layer{s}.{b}.{name}"}. None: the names are equal.
-        flattened: our path of each dense layer or norm with flattened images as input -> their
-            shape [h, w, c]: torch flattens with channels first, Flax and Keras with channels last.
+        names: our dotted layer path -> the framework's name, for instance
+            {"layer{s}_{b}.{name}": "layer{s}.{b}.{name}"}. `{word}` matches a part of one path
+            element and stands for the same text on both sides. The first matching row applies.
+            None if the names are equal.
+        flattened: our path of each dense layer or norm whose input is flattened images -> the
+            images' shape [h, w, c]. It is needed because torch flattens channels first, but Flax
+            and Keras flatten channels last.
     """
 
     names: Mapping[str, str] | None = None
     flattened: Mapping[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
 
     def name(self, layer: str, framework: Framework) -> str | None:
-        """Returns the framework's name of our layer; None if no row matches.
+        """Returns the framework's name for our layer; None if no row matches.
 
         >>> Table({"block{i}.{name}": "features.{i}.{name}"}).name("block3.conv", "torch")
         'features.3.conv'
@@ -88,7 +90,7 @@ SAME_NAMES = Table()
 
 
 def read_table(file: Path) -> Table:
-    """Reads a table from a JSON file: an object with the attributes of `Table`, each optional.
+    """Reads a table from a JSON file, an object with the optional attributes of `Table`.
 
     Raises:
         UserError: if the file is not a valid table.
@@ -108,14 +110,14 @@ def read_table(file: Path) -> Table:
 
 
 def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
-    """Returns the table of a network with equal layer names and its flattened layers."""
+    """Returns the table for a network, with equal layer names and its flattened layers."""
     first = "dense0" if model.dense else "logits"
     layers = [first]
     if model.placement == "pre" and model.norm is not None:
         layers.append(f"{first}_norm")
     height, width, channels = image_shape
     for filters, kernel, stride in zip(model.filters, model.kernels, model.strides, strict=True):
-        shrunk = 0 if model.pooling == "none" else 1 - stride  # pooling rounds down
+        shrunk = 0 if model.pooling == "none" else 1 - stride  # pooling rounds sizes down
         height, width = ((side - kernel + shrunk) // stride + 1 for side in (height, width))
         channels = filters
     return Table(flattened=dict.fromkeys(layers, (height, width, channels)))
@@ -125,10 +127,10 @@ class _Entry(NamedTuple):
     """The layout of one of our leaves in the framework.
 
     Attributes:
-        path: our path, starting with the collection.
-        rows: the framework's order of our first axis, for flattened images.
+        path: our path of the leaf, starting with the collection.
+        rows: the indices of our first axis in the framework's order, for flattened images.
         axes: our axes in the framework's order.
-        shape: the framework's shape.
+        shape: the shape in the framework.
     """
 
     path: tuple[str, ...]
@@ -137,18 +139,18 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
     def to(self, ours: np.ndarray) -> np.ndarray:
-        """Returns a copy of the leaf in the framework's layout."""
+        """Returns a copy of our leaf in the framework's layout."""
         dtype = np.int64 if self.path[-1] == "count" else None
         return np.array(ours[self.rows].transpose(self.axes), dtype, order="C")
 
     def back(self, theirs: np.ndarray, like: Any) -> Array:
-        """Returns the leaf in our layout and dtype."""
+        """Returns the framework's leaf in our layout and dtype."""
         ours = np.empty(like.shape, like.dtype)
         ours[self.rows] = theirs.reshape(self.shape).transpose(np.argsort(self.axes))
         return jnp.asarray(ours)
 
     def fits(self, theirs: tuple[int, ...], framework: Framework) -> bool:
-        """Returns whether the framework's leaf of this shape fits."""
+        """Returns whether the framework's leaf has a suitable shape."""
         if framework == "keras" and len(theirs) == 4 and self.shape[2:3] == (1,):
             # A depthwise kernel: [h, w, 1, c * multiplier] here, [h, w, c, multiplier] in Keras.
             return theirs[:2] == self.shape[:2] and theirs[2] * theirs[3] == self.shape[3]
@@ -158,23 +160,25 @@ class _Entry(NamedTuple):
 def _entries(
     framework: Framework, params: Params, batch_stats: BatchStats, table: Table
 ) -> dict[str, _Entry]:
-    """Returns the layout of each leaf, by the framework's key."""
+    """Returns the layout of each leaf by the framework's key."""
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats})
     kernels = {path[1:-1] for path in leaves if path[-1] == "kernel"}
     layers = {".".join(path[1:-1]) for path in leaves}
     if unknown := {*table.flattened} - layers:
-        raise UserError(f"under flattened, {', '.join(unknown)} is not in the network.")
+        raise UserError(
+            f"`flattened` has layers that are not in the network: {', '.join(unknown)}."
+        )
     found: dict[str, _Entry] = {}
     for path, leaf in leaves.items():
         shape, rank, name, layer = tuple(leaf.shape), leaf.ndim, path[-1], ".".join(path[1:-1])
         theirs, there = LEAVES[framework].get(name), table.name(layer, framework)
         if there is None:
-            raise UserError(f"no row of names in the table matches the layer {layer}.")
+            raise UserError(f"no row under `names` in the table matches the layer {layer}.")
         if theirs is None or rank not in {"kernel": (2, 3, 4, 5), "count": (0,)}.get(name, (1,)):
             raise UserError(
                 f"{'.'.join(path)}, of shape {list(shape)}, has no counterpart in {framework}. "
-                f"Supported leaves: {', '.join(LEAVES[framework])} of single layers; split layers "
-                "stacked by nn.scan or nn.vmap first."
+                f"Supported leaves are {', '.join(LEAVES[framework])} of single layers; split "
+                "layers that are stacked by nn.scan or nn.vmap first."
             )
         is_norm = path[1:-1] not in kernels
         if framework == "keras" and name == "bias" and is_norm:
@@ -186,7 +190,7 @@ def _entries(
         if framework == "torch" and image and rank and (name == "kernel" or is_norm):
             if math.prod(image) != shape[0]:
                 raise UserError(f"{'.'.join(path)} {list(shape)} does not fit {list(image)}.")
-            # torch flattens images with the channels first.
+            # torch flattens images with channels first.
             rows = np.arange(math.prod(image)).reshape(image).transpose(2, 0, 1).ravel()
         key = f"{there}{SEPARATOR[framework]}{theirs}" if there else theirs
         if key in found:
@@ -199,9 +203,9 @@ def _entries(
 
 
 def _implied(framework: Framework, places: Mapping[str, _Entry]) -> list[Arrays]:
-    """Returns, for each batch norm, neutral values of torch's leaves that ours lacks.
+    """Returns neutral values of the leaves that torch's norms have and ours lack, for each norm.
 
-    A norm in torch has both scale and bias, or (affine=False) neither.
+    A norm in torch has both scale and bias, or neither if affine=False.
     """
     found = []
     for key, entry in places.items():
@@ -221,18 +225,19 @@ def port_to(
 ) -> Arrays:
     """Returns the leaves of a network with the framework's keys and layouts.
 
-    "torch": a `state_dict`. `num_batches_tracked` is the norm's `count`, or 0 without a count:
-    torch uses it only if its momentum is None. A norm with only a scale or a bias also gets the
-    other, as ones or zeros. "keras": arrays by "layer/variable", the paths of Keras variables.
+    For "torch" the result is a `state_dict`. `num_batches_tracked` is the norm's `count`, or 0
+    without a count; torch uses it only if the momentum is None. If a norm has only a scale or only
+    a bias, the other is added as ones or zeros. For "keras" the keys are the paths of Keras
+    variables, "layer/variable".
 
     Args:
-        framework: the target.
+        framework: the target framework.
         params: the weights.
         batch_stats: the running statistics; may be empty.
         table: the names of the layers.
 
     Raises:
-        UserError: if a layer has no name or a leaf no counterpart in the framework, or two leaves
+        UserError: if a layer has no name in the framework, a leaf has no counterpart, or two leaves
             have the same key.
 
     >>> dense = {"logits": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)}}
@@ -256,18 +261,17 @@ def port_from(
 ) -> tuple[Params, BatchStats]:
     """Returns the parameters and running statistics from a framework's arrays.
 
-    Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`; it is
-    ignored if the norm has no count, as are a scale of ones and a bias of zeros if the norm has no
-    such leaf.
+    Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`. If the norm
+    has no such leaf, `num_batches_tracked`, a scale of ones and a bias of zeros are ignored.
 
     Args:
-        framework: the source.
-        arrays: arrays by key, as returned by `port_to`.
-        like: params and batch_stats of the network, as arrays or shapes.
+        framework: the source framework.
+        arrays: the arrays by key, as returned by `port_to`.
+        like: the params and batch_stats of the network, as arrays or shapes.
         table: the names of the layers.
 
     Raises:
-        UserError: if keys are missing or unused, or shapes differ; lists all.
+        UserError: if keys are missing or unused, or shapes differ; lists all of these keys.
     """
     places = _entries(framework, *like, table)
     neutral = {key: value for one in _implied(framework, places) for key, value in one.items()}
@@ -280,7 +284,7 @@ def port_from(
         and not (key in neutral and np.array_equal(arrays[key], neutral[key]))
     ]
     shapes = [
-        f"{key} is {list(np.shape(arrays[key]))}, but has to be {list(entry.shape)}"
+        f"{key} is {list(np.shape(arrays[key]))}, but must be {list(entry.shape)}"
         for key, entry in places.items()
         if key in arrays and not entry.fits(np.shape(arrays[key]), framework)
     ]
@@ -303,19 +307,19 @@ def port_from(
 
 
 def port_into(target: SameNetwork, source: Network, table: Table = SAME_NAMES) -> SameNetwork:
-    """Returns a network with the weights and statistics of another network, by name.
+    """Returns a network with the weights and statistics of another network, matched by name.
 
-    The networks may belong to different libraries: linen, NNX and Equinox.
+    The networks may belong to different libraries (linen, NNX or Equinox).
 
     Args:
-        target: a network, for instance an untrained one.
+        target: the network to fill, for instance an untrained one.
         source: a network with the same layers.
-        table: the names of the layers: the path in `source` -> the path in `target`. `flattened`
-            names layers of `source` with flattened images as input; it is used if one of the
-            networks is Equinox's, which has the channels first.
+        table: the names of the layers, from the path in `source` to the path in `target`. Its
+            `flattened` lists layers of `source` whose input is flattened images; it is used if
+            exactly one of the networks is Equinox's, because Equinox has channels first.
 
     Raises:
-        UserError: if leaves are missing or left over, or shapes differ; lists all.
+        UserError: if leaves are missing or unused, or shapes differ; lists all of these leaves.
 
     >>> from bnjax.clinic import linen
     >>> import flax.linen as nn
@@ -331,7 +335,7 @@ def port_into(target: SameNetwork, source: Network, table: Table = SAME_NAMES) -
     >>> print(port_into(one, other, Table({"logits": "head"})).params["head"]["kernel"][0])
     [5. 5.]
     """
-    # Only channels last need a table: torch flattens images with the channels first.
+    # Only a network with channels last needs `flattened`, because torch has channels first.
     differ = source.per_example != target.per_example
     of_target = {str(table.name(one, "torch")): shape for one, shape in table.flattened.items()}
     leaving = table if differ and target.per_example else Table(table.names)
@@ -346,7 +350,7 @@ def read(file: Path) -> Arrays:
     """Reads the arrays of a safetensors file by name, without pickle.
 
     Raises:
-        UserError: if the file is missing, damaged, or of a different format.
+        UserError: if the file is missing, damaged or in a different format.
     """
     if not file.is_file():
         raise UserError(f"there is no file {file}.")
@@ -355,19 +359,19 @@ def read(file: Path) -> Arrays:
     except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{file} is not a safetensors file, or is damaged ({brief(error)}). Other formats may "
-            "run code when they are read; bnjax port --help shows how to save this one."
+            "run code when they are read; bnjax port --help shows how to save safetensors."
         ) from error
 
 
 def write(file: Path, arrays: Arrays) -> None:
-    """Writes arrays by name as safetensors.
+    """Writes arrays by name to a safetensors file.
 
     Raises:
         UserError: if the file cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # safetensors writes the raw memory and ignores strides.
+        # C order, because safetensors writes the raw memory and ignores strides.
         solid = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         safetensors.numpy.save_file(solid, file, {"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:

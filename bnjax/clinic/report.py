@@ -1,4 +1,4 @@
-"""The findings of an audit: as text, as a table in a notebook, and as JSON."""
+"""Formats the findings of an audit as text, as a notebook table and as JSON."""
 
 import dataclasses
 import html
@@ -15,19 +15,19 @@ WIDTH = 100
 HEAD = ("layer", "shape", "drift", "log var", "noise", "train/eval", "dead", "n", "found")
 COLUMNS = """\
 drift: stored minus expected mean in standard deviations, RMS over live channels; log var:
-log(stored / expected variance); noise: of a training batch's mean; train/eval: ratio of variances
-with and without dropout; n: values per channel and batch"""
-PAGE = "docs/findings/{}.md"  # of a finding
+log(stored / expected variance); noise: of the mean of a training batch; train/eval: ratio of
+variances with and without dropout; n: values per channel and batch"""
+PAGE = "docs/findings/{}.md"  # the page on a finding
 
 
 class Illness(NamedTuple):
-    """A kind of fault of batch norms.
+    """A kind of fault in batch norms.
 
     Attributes:
-        id: a name that is the same in all versions.
-        title: a few words.
-        why: why it matters.
-        cure: how to fix it.
+        id: the name, which is stable across versions.
+        title: a short description.
+        why: the reason the fault matters.
+        cure: the way to fix the fault.
     """
 
     id: str
@@ -41,9 +41,9 @@ class Finding:
     """An illness found in a network.
 
     Attributes:
-        illness: the illness.
-        layers: the names of the affected norms; empty if it affects the whole network.
-        measured: the measurements.
+        illness: the kind of fault.
+        layers: the names of the affected norms; empty if the whole network is affected.
+        measured: the measurements in words.
     """
 
     illness: Illness
@@ -57,7 +57,7 @@ class Finding:
 
     @property
     def texts(self) -> dict[str, str]:
-        """What was measured, why it matters and the cure."""
+        """The measurements, the reason they matter, and the cure."""
         more = f" and {len(self.layers) - 6} more" if len(self.layers) > 6 else ""
         where = f"{', '.join(self.layers[:6])}{more}: " if self.layers else ""
         return {
@@ -67,7 +67,7 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        """The finding with its cause and cure."""
+        """Returns the finding with its cause and cure."""
         texts = self.texts | {"more": PAGE.format(self.id)}
         lines = [f"  {name}: {text}" for name, text in texts.items()]
         return "\n".join(map(_wrap, [f"{self.id}: {self.illness.title}", *lines]))
@@ -75,7 +75,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class NotChecked:
-    """A skipped check and its missing input."""
+    """A skipped check and the input that it lacks."""
 
     id: str
     missing: str
@@ -83,17 +83,17 @@ class NotChecked:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The measurements of one norm; None if there is none.
+    """The measurements of one norm; None for a missing measurement.
 
     Attributes:
         name: the name of the layer.
         shape: the shape of its statistics.
-        drift: stored minus expected mean in standard deviations, RMS over live channels.
-        log_ratio: log(stored / expected variance), mean over live channels.
-        noise: the standard deviation of a training batch's mean, in standard deviations, RMS.
-        shift: mean log ratio of the variances in training and in evaluation.
+        drift: the stored minus the expected mean in standard deviations, RMS over live channels.
+        log_ratio: log(stored / expected variance), averaged over live channels.
+        noise: the standard error of the mean of a training batch in standard deviations, RMS.
+        shift: the mean log ratio of the variance in training to the variance in evaluation.
         dead: the number of channels with constant output.
-        count: n, the number of values per channel and batch in training.
+        count: the number n of values per channel in a training batch.
     """
 
     name: str
@@ -113,12 +113,13 @@ class Findings:
     Attributes:
         found: the findings.
         not_checked: the skipped checks.
-        layers: a row for each norm, in the order of their calls.
-        evaluation: "stored", "precise" and "batch" statistics -> `loss`, `accuracy` and `moved`,
-            the mean total variation distance from the predictions under precise statistics.
+        layers: one row for each norm, in the order of calls.
+        evaluation: the metrics under "stored", "precise" and "batch" statistics: `loss`, `accuracy`
+            and `moved`, the mean total variation distance from predictions under precise
+            statistics.
         examples: the number of audited examples.
-        limits: for fields of a row, the absolute value at which a layer is ill; of dead channels,
-            the fraction.
+        limits: the absolute value of a field of `Row` above which a layer is ill; for `dead`, the
+            limit is a fraction of the channels.
     """
 
     found: tuple[Finding, ...]
@@ -135,15 +136,15 @@ class Findings:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The sorted names of the illnesses."""
+        """The sorted names of the illnesses found."""
         return tuple(sorted({finding.id for finding in self.found}))
 
     def ids_of(self, layer: str) -> tuple[str, ...]:
-        """Returns the names of the illnesses of one layer."""
+        """Returns the names of the illnesses found in one layer."""
         return tuple(finding.id for finding in self.found if layer in finding.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields as JSON values; NaN and infinity as text."""
+        """Returns all fields as JSON values, with NaN and infinity as strings."""
         content = {
             "healthy": self.healthy,
             "examples": self.examples,
@@ -164,7 +165,7 @@ class Findings:
         )
 
     def __str__(self) -> str:
-        """The table of layers, the evaluations, and each finding with its cause and cure."""
+        """Returns the table of layers, the evaluations, and the findings with their cures."""
         parts = []
         if self.layers:
             rows = [(*_cells(row), ", ".join(self.ids_of(row.name))) for row in self.layers]
@@ -181,7 +182,7 @@ class Findings:
         return "\n\n".join([*parts, self._summary])
 
     def _repr_html_(self) -> str:
-        """The same for a notebook; cells are coloured by their distance from the limit."""
+        """Returns the report for a notebook; cells are coloured by value relative to the limit."""
         parts = []
         if self.layers:
             rows = [[_html_cell(f"<b>{name}</b>") for name in HEAD]]
@@ -205,7 +206,7 @@ class Findings:
         return "\n".join(parts)
 
     def _styles(self, row: Row) -> list[str]:
-        """Returns the CSS of each cell, fit for light and dark notebooks: green to red at twice."""
+        """Returns the CSS of each cell, from green for 0 to red for twice the limit."""
         values = dataclasses.asdict(row) | {"dead": row.dead / math.prod(row.shape)}
         styles = ["", ""]
         for field in ("drift", "log_ratio", "noise", "shift", "dead"):

@@ -151,7 +151,7 @@ def test_every_key_is_accounted_for():
         "Not in this network:",
         "layer9.weight",
         "Different shapes:",
-        "fc.weight is [64, 10], but has to be [10, 64]",
+        "fc.weight is [64, 10], but must be [10, 64]",
     ]
 
 
@@ -163,10 +163,14 @@ TWO = {"a": {"kernel": np.ones((2, 2))}, "b": {"kernel": np.ones((2, 2))}}
     [
         (TWO, Table({"a": "x"}), "matches the layer b"),
         (TWO, Table({"{any}": "x"}), r"would both be x\.weight"),
-        (TWO, Table(flattened={"c": (1, 1, 2)}), "c is not in the network"),
+        (TWO, Table(flattened={"c": (1, 1, 2)}), "not in the network: c"),
         (TWO, Table(flattened={"a": (2, 2, 2)}), r"does not fit \[2, 2, 2\]"),
         ({"a": {"threshold": np.ones(3)}}, Table(), r"params\.a\.threshold.*no counterpart"),
-        ({"a": {"scale": np.ones((3, 3))}}, Table(), "split layers stacked"),  # under nn.scan
+        (
+            {"a": {"scale": np.ones((3, 3))}},
+            Table(),
+            "split layers that are stacked",
+        ),  # under nn.scan
     ],
 )
 def test_what_does_not_fit_is_refused(params, table, words):
