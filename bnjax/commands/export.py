@@ -34,7 +34,7 @@ def run(
     for norm, layer in manifest.folded.items():
         print(f"{norm} is folded into {layer}")
     for norm, reason in manifest.kept.items():
-        print(f"{norm} stays: {reason}")
+        print(f"{norm} is not folded: {reason}")
     for name in manifest.files:
         print(f"{out / name}: {(out / name).stat().st_size:,} bytes")
     images = manifest.agreement["images"]

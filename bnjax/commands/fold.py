@@ -29,7 +29,7 @@ def run(
     rows = [
         (
             ".".join(norm),
-            f"was {place} {'.'.join(layer)}, folded into it" if layer else f"stays: {reason}",
+            f"{place} {'.'.join(layer)}, folded into it" if layer else f"not folded: {reason}",
         )
         for norm, layer, place, reason in folding.norms
     ]

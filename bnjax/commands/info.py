@@ -1,4 +1,4 @@
-"""`bnjax info`: what a bug report needs."""
+"""`bnjax info`: prints the information that a bug report should include."""
 
 import importlib.util
 import json as json_
@@ -8,7 +8,7 @@ from typing import Any
 
 from bnjax.commands import Json
 
-# A module of each extra.
+# For each extra, a module that it installs.
 EXTRAS = {
     "stream": "grain",
     "report": "altair",
@@ -19,7 +19,7 @@ EXTRAS = {
 
 
 def run(json: Json = False) -> int:
-    """Print the versions, the devices, the folder of downloads and the installed extras."""
+    """Print versions, devices, the folder for downloads and the installed extras."""
     import jax
 
     from bnjax.data.datasets import cache_dir

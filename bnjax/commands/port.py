@@ -72,7 +72,7 @@ def run(
 def _export(
     trained: "Trained", framework: "Framework", file: Path, table: "Table", probe: Path | None
 ) -> None:
-    """Writes the file and the probe batch."""
+    """Writes the weights to the file, and the probe batch."""
     import numpy as np
 
     from bnjax.clinic import porting
@@ -109,7 +109,7 @@ def _import(
     probe: Path | None,
     out: Path,
 ) -> None:
-    """Makes a run's folder at step 0 from the file."""
+    """Makes the folder of a run at step 0 from the file."""
     import dataclasses
 
     import numpy as np

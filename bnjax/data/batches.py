@@ -13,7 +13,7 @@ Examples = Split | Records
 
 
 class TrainRows:
-    """Returns the rows of the batch of any step, int64 [batch_size].
+    """Computes which rows form the batch of any step, int64 [batch_size].
 
     The rows depend only on the seed and the step. The examples form an endless stream of epochs,
     cut into full batches: nothing is dropped, and each example occurs once per epoch. If the batch

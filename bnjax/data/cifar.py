@@ -22,7 +22,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One of the two data sets: its archive, files and pixel sums.
+    """Describes one of the two data sets: its archive, files and pixel sums.
 
     `train_sums` and `test_sums` are the sums of all red, green and blue values in the official
     images. They follow from the published per-channel means with 16 digits (for instance

@@ -37,7 +37,7 @@ class Split:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[h, w, c] of each image."""
+        """The shape [h, w, c] of each image."""
         height, width, channels = self.image.shape[1:]
         return height, width, channels
 
@@ -190,7 +190,7 @@ def with_validation(dataset: Dataset, images: int, seed: int) -> Dataset:
     assert isinstance(train, Split)
     classes, counts = np.unique(train.label, return_counts=True)
     if not len(classes) <= images < len(train):
-        allowed = f"{len(classes)}, one of each class, up to {len(train) - 1:,}; or 0 for none"
+        allowed = f"{len(classes)} (one per class) up to {len(train) - 1:,}, or 0 for none"
         raise ConfigError("data.validation", images, allowed)
     exact = counts * images / len(train)
     taken = np.floor(exact).astype(int)

@@ -46,7 +46,7 @@ def open_images(folder: Path, reading: Reading) -> tuple[Records, Records, tuple
     if not held_out or not (folder / "train").is_dir():
         raise DataError(
             f"{folder} has no folders train and test (or val). Put the images into train/CLASS and "
-            "test/CLASS, a folder for each class."
+            "test/CLASS, with a folder for each class."
         )
     classes = tuple(_names(folder / "train", is_folder=True))
     train, test = (_images(folder / split, classes) for split in ("train", held_out))

@@ -11,7 +11,7 @@ from bnjax.errors import DataError, brief
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image ready for the network.
+    """An image in the form that the network takes.
 
     Attributes:
         name: the name of the file, and the index of the image if the file has several.
@@ -75,7 +75,7 @@ def _read_image(path: Path, channels: int, max_pixels: int | None) -> np.ndarray
 
 
 def _read_npy(path: Path) -> list[np.ndarray]:
-    # Memory-mapped: checks the header against the file size and never unpickles.
+    # Memory mapping checks the header against the file size and never unpickles.
     array = np.lib.format.open_memmap(path, mode="r")
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise ValueError(f"its shape {array.shape} is not [h, w], [h, w, c] or [n, h, w, c]")

@@ -1,1 +1,1 @@
-"""How one run is made."""
+"""Trains, evaluates and records a run that a config describes."""

@@ -82,7 +82,7 @@ def network(
     Args:
         config: the section `model`, already checked by `check_values`.
         classes: the number of logits.
-        image_shape: [h, w, c] of one image.
+        image_shape: the shape [h, w, c] of one image.
         norm_axes: the names of the mapped axes over which batch norms share statistics, for
             training on groups of devices.
 
@@ -193,7 +193,7 @@ class Experiment:
     training_model: nn.Module  # its batch norms use the axis names from `parallel`
     frozen: Frozen
     source: Path | None  # the folder that the initial variables are read from
-    tested_model: nn.Module  # averages the logits of several views of each image
+    tested_model: nn.Module  # averages its logits over several views of each image
     parallel: Parallel
     init_images: int  # the number of training images used for initialisation
     augment: Augmentation | None  # applied to training batches
@@ -228,7 +228,7 @@ class Experiment:
 
     @property
     def is_apart(self) -> bool:
-        """Whether evaluation uses other weights or statistics than training."""
+        """Whether evaluation and training use different weights or statistics."""
         return self.precise_images > 0
 
 
@@ -373,7 +373,8 @@ def duration(config: ConfigDict, prefix: str, section: str, batch_size: int, ima
         config: has the keys `<prefix>steps` and `<prefix>epochs`, of which exactly one is not 0.
         prefix: the first part of the names of the keys, for instance "every_".
         section: the name of the section, for error messages.
-        batch_size: an epoch is images / batch_size steps, possibly fractional.
+        batch_size: the number of images per step; an epoch has images / batch_size steps, which
+            may be fractional.
         images: the number of training images.
 
     Raises:

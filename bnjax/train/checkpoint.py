@@ -1,4 +1,4 @@
-"""Checkpoints, each with checksums of its files."""
+"""Saves and restores checkpoints, and verifies them by checksums of their files."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ class NewestTwoAndBest(preservation_policy.PreservationPolicy):
     records: dict[int, dict[str, Any]]
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Returns for each checkpoint whether it is kept."""
+        """Returns a list that says for each checkpoint whether to keep it."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         return [step in (*steps[-2:], best(self.records, steps)) for step in steps]
 
@@ -223,7 +223,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{' '.join(damaged.values())} No other checkpoint is left. Nothing was changed: "
                 f"restore {self.folder} from a "
-                "copy, or train anew in another folder with --workdir."
+                "copy, or train again in another folder with --workdir."
             )
         return None, []
 
@@ -231,7 +231,7 @@ class Checkpoints:
         """Checks every file of a checkpoint against its checksum.
 
         Raises:
-            CheckpointError: naming the first file that is missing or has changed.
+            CheckpointError: with the name of the first file that is missing or has changed.
         """
         folder, wanted = self.folder / str(step), self._records[step].get("files", {})
         found = checksums(folder)
@@ -312,7 +312,7 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         try:
-            self.verify(step)  # first, because TensorStore does not detect changed bytes
+            self.verify(step)  # needed because TensorStore does not detect changed bytes
         except CheckpointError as error:
             others = [str(one) for one in sorted(self._records) if one != step]
             hint = f" Other checkpoints: --checkpoint {' or '.join(others)}." if others else ""

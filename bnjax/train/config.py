@@ -491,7 +491,7 @@ def check_values(config: ConfigDict) -> None:
         if key.only and value != key.default:
             given = get(config, key.only.key)
             if given not in key.only.values:
-                allowed = f"{key.default!r}, because {key.only.key} = {given!r} has no such key"
+                allowed = f"{key.default!r}, because {key.only.key} = {given!r} does not use it"
                 raise ConfigError(key.name, value, allowed)
 
 

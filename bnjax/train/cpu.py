@@ -137,7 +137,7 @@ def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory for the next step, in huge pages; returns whether it does.
 
     On a CPU, XLA allocates and frees gigabytes in each step, and page faults take a fifth of the
-    time. Has to be called before any other use of JAX. Does nothing if less than 8 GB are
+    time. This has to be called before any other use of JAX. It does nothing if less than 8 GB are
     available, without glibc, with BNJAX_MALLOC=0, or if the user chose another malloc or other
     settings (LD_PRELOAD, GLIBC_TUNABLES).
     """

@@ -87,7 +87,7 @@ class Parallel:
                 whole arrays to each device.
         """
         if self.mesh.size == 1:
-            return jax.device_put(tree)  # on the default device, uncommitted
+            return jax.device_put(tree)  # puts the arrays on the default device, uncommitted
         sharding = NamedSharding(self.mesh, self._spec(axis))
         if jax.process_count() == 1:
             return jax.device_put(tree, sharding)
@@ -172,13 +172,13 @@ class Agreement:
     """
 
     def __init__(self, parallel: Parallel):
-        """Compiles nothing yet."""
+        """Stores the devices; the maximum is compiled at the first call."""
         self._mesh, self._asked = parallel.mesh, None
         whole = NamedSharding(self._mesh, PartitionSpec())
         self._max = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=whole)
 
     def __call__(self, *numbers: int) -> tuple[int, ...]:
-        """Returns the maximum over all processes of each number."""
+        """Returns the maximum of each number over all processes."""
         if jax.process_count() == 1:
             return numbers
         by_device = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))

@@ -113,7 +113,7 @@ class Lines:
 class RunWriter:
     """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/.
 
-    A context manager. Only timing.jsonl and tensorboard/ depend on the clock.
+    This is a context manager. Only timing.jsonl and tensorboard/ depend on the clock.
     """
 
     def __init__(self, workdir: Path, *, start: int, on_metrics: OnMetrics | None = None):

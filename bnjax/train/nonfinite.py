@@ -37,8 +37,10 @@ def explained(step: int, bad_steps: int, saved: int | None, where: str | None) -
     """
     found = "When recomputed layer by layer, all values are finite."
     if where:
-        found = f"The first non-finite value there is {where}."
-    kept = "Nothing was saved yet" if saved is None else f"The checkpoint of step {saved} is kept"
+        found = f"The first non-finite value is in {where}."
+    kept = (
+        "Nothing has been saved yet" if saved is None else f"The checkpoint of step {saved} is kept"
+    )
     rows = f" and {bad_steps - 1} before it" if bad_steps > 1 else ""
     return NonFiniteError(
         f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {found} "

@@ -52,7 +52,7 @@ def schedule(options: ConfigDict, peak: float, steps: int) -> Any:
 
     Args:
         options: the section `optimizer`.
-        peak: the highest rate.
+        peak: the highest learning rate.
         steps: the number of steps after which a falling rate has reached 0.
 
     >>> from bnjax.train.config import default_config

@@ -184,7 +184,7 @@ def pairs(overrides: list[str]) -> list[tuple[str, str]]:
 
 
 def _convert(name: str, text: str, old: Any) -> Any:
-    """Returns the text as a value of the type of `old`."""
+    """Converts the text to the type of `old`."""
     if isinstance(old, str):
         return text
     try:

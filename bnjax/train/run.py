@@ -232,9 +232,9 @@ class Seed:
         number: the value of the seed.
         config, dataset: the config (with this seed) and the data set of the run.
         start: the last step of the newest intact checkpoint; 0 if there is none.
-        is_new: whether there is no checkpoint.
+        is_new: whether the seed has no checkpoint yet.
         bad_steps: the number of consecutive steps, up to the latest, dropped as non-finite.
-        seconds: the training time so far.
+        seconds: the training time so far, in seconds.
         accuracy: the accuracy after the latest step, if it was evaluated.
         best: the largest number of correct predictions in an evaluation; -1 before the first one.
         waited: the number of evaluations since the best one.

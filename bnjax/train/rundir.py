@@ -123,7 +123,9 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
     if not file.is_file():
         runs = sorted(str(path.parent) for path in workdir.parent.glob("*/config.json"))
         there = (
-            f" There is: {', '.join(runs)}." if runs else " Train one with bnjax train --config bn."
+            f" Runs found there: {', '.join(runs)}."
+            if runs
+            else " Train one with bnjax train --config bn."
         )
         raise UserError(f"there is no run in {workdir}: it has no config.json.{there}")
     with reading(file):

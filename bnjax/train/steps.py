@@ -47,7 +47,7 @@ class Steps:
     """
 
     def __init__(self, experiment: Experiment, dataset: Dataset, feed: Feed, seeds: int = 1):
-        """Compiles nothing yet."""
+        """Prepares the functions; each is compiled at its first call."""
         model, product = experiment.model, experiment.product
         self.experiment, self._dataset, self._seeds = experiment, dataset, seeds
         self._parallel = parallel = experiment.parallel

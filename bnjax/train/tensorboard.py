@@ -15,7 +15,7 @@ from tensorboardX.proto.graph_pb2 import GraphDef
 
 # The metrics by which the table of hyperparameters compares runs.
 COMPARED = ("test/accuracy", "test/loss", "train/accuracy", "train/loss")
-TILE, CAPTION, COLUMNS = 128, 34, 4  # pixels, pixels, pictures
+TILE, CAPTION, COLUMNS = 128, 34, 4  # in pixels, in pixels, images per row
 
 
 class Board:
@@ -78,7 +78,7 @@ class Board:
 
 
 def contact_sheet(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """Returns images side by side, each above its caption, uint8 [h, w, 3].
+    """Returns one picture, uint8 [h, w, 3], with images side by side, each above its caption.
 
     Args:
         images: uint8 [n, h, w, 1 or 3], n at least 1.

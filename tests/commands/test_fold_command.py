@@ -41,8 +41,8 @@ def predicted(bnjax, folder):
 def test_predictions_of_the_folded_network_are_those_of_the_run(run, folded, bnjax, tmp_path):
     _, out, _ = bnjax("fold", "--workdir", run, "--out", tmp_path / "again")
     before, after = Trained(run, "last").network, Trained(folded, "last").network
-    assert "conv0_norm   stays" in out
-    assert "conv2_norm   was before dense0, folded into it" in out
+    assert "conv0_norm   not folded" in out
+    assert "conv2_norm   before dense0, folded into it" in out
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in (before, after)]
     assert f"{sizes[0]:,} numbers before, {sizes[1]:,} after" in out
     assert 0 < len(after.batch_stats) < len(before.batch_stats)

@@ -107,7 +107,7 @@ def test_predictions_are_the_runs(run, exported, capsys, tmp_path):
 def test_norms_are_left_if_asked(run, capsys, tmp_path):
     words = ["export", "--workdir", str(run), "--out", str(tmp_path / "model"), "--no-fold"]
     assert main.main(words) == 0
-    assert "conv0_norm stays: folding was not requested" in capsys.readouterr().out
+    assert "conv0_norm is not folded: folding was not requested" in capsys.readouterr().out
     about = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert (about["folded"], len(about["kept"])) == ({}, 5)
     assert "batch_stats.conv0_norm.mean" in Exported(tmp_path / "model").weights
