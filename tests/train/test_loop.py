@@ -235,7 +235,7 @@ def lenient():
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
-    where = r"step 7 gave .* is the losses\. The checkpoint of step 5 is kept"
+    where = r"step 7 gave .* is in the losses\. The checkpoint of step 5 is kept"
     with pytest.raises(NonFiniteError, match=where):
         synthetic.train(synthetic.config(), tmp_path / "run", each=synthetic.bad_in(7))
     assert [line["step"] for line in lines_of(tmp_path / "run") if "skipped" in line] == [7]
