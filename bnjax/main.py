@@ -74,7 +74,7 @@ def _usage() -> str:
             *lines,
             "",
             "bnjax COMMAND --help shows the options, bnjax --version the version.",
-            "bnjax COMMAND --tyro-print-completion bash prints completion for bash, zsh or tcsh.",
+            "bnjax COMMAND --tyro-print-completion SHELL prints a script: bash, zsh or tcsh.",
         ]
     )
 

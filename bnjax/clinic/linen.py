@@ -1,6 +1,6 @@
 """Adapts linen networks for the functions of the clinic.
 
-A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, also if it is wrapped in `nn.scan`,
+A norm is any `flax.linen.BatchNorm` or `bnjax.norms.BatchNorm`, even if it is wrapped in `nn.scan`,
 `nn.remat` or `nn.vmap`. Calls are intercepted, so the model needs no changes.
 """
 

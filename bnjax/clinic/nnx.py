@@ -1,6 +1,6 @@
 """Adapts NNX networks for the functions of the clinic.
 
-A norm is any `flax.nnx.BatchNorm` or a subclass that calls it, also if it is wrapped in `nnx.vmap`,
+A norm is any `flax.nnx.BatchNorm` or a subclass that calls it, even if it is wrapped in `nnx.vmap`,
 `nnx.scan` or `nnx.remat`. All functions run a copy of the model, so the model is unchanged.
 """
 

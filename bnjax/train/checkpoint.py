@@ -56,7 +56,7 @@ def checksums(folder: Path) -> dict[str, list[int]]:
     """Returns the size and the CRC-32 of each of Orbax's files in the items, by path."""
     found = {}
     for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
-        # Orbax adds or removes this file together with the final name.
+        # Orbax adds or removes this file when it gives the folder its final name.
         if path.is_file() and path.name != "commit_success.txt":
             size = checksum = 0
             with path.open("rb") as file:

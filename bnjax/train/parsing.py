@@ -59,7 +59,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 
 
 def find(path: str, kind: str) -> Path:
-    """Returns the path of a file that is given by its path or by the name of a file in bnjax.
+    """Returns the path of a config or claim, given as a path or as a name that comes with bnjax.
 
     Args:
         path: the path, or only the name of a config or claim that bnjax includes, such as "bn".
