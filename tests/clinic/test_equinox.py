@@ -278,10 +278,10 @@ class Layers(eqx.Module):
         return x, state.update(own)
 
 
-SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("vmap", "one state")]
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("scan", "vmap", "one state")]
 
 
-@pytest.mark.parametrize("how", ["scan", "shared", *SLOW])
+@pytest.mark.parametrize("how", ["shared", *SLOW])
 def test_stacked_and_shared_norms_are_one_entry(how):
     if how == "one state":  # copies of one norm, which refer to the same averages
         model = Layers(jax.random.key(0), how)
@@ -337,6 +337,7 @@ def bits(model, state):
     return jax.tree.structure(model), [(np.asarray(of).tobytes(), of.dtype) for of in leaves]
 
 
+@pytest.mark.slow
 def test_the_users_model_stays_as_it_is_and_the_key_of_dropout_decides():
     model, state = eqx.nn.make_with_state(Dropping)(jax.random.key(0))
     before, network = bits(model, state), clinic.equinox(model, state)

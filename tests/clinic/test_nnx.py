@@ -483,6 +483,7 @@ def todays(kind):
     return network.replace(params=params), image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL_OF_TODAY)
 def test_a_network_of_today_has_the_statistics_that_nnx_computes(kind):
     """With momentum 0 the averages after one pass are the statistics of the batch."""

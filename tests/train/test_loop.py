@@ -268,7 +268,7 @@ def test_one_of_several_seeds_may_break_down(finished, tmp_path):
     both = synthetic.train_seeds(synthetic.config(), folders, each=bad)
     assert (both[0]["final_test"]["step"], both[0]["skipped_steps"]) == (12, 0)
     assert "step 7 gave" in str(both[1])
-    assert "is the losses" in str(both[1])
+    assert "is in the losses" in str(both[1])
     assert [line["step"] for line in lines_of(folders[1])] == list(range(1, 8))
     same_but_for_rounding(folders[0], finished[0])
 
