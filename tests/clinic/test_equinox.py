@@ -139,7 +139,7 @@ class NetEquinox(eqx.Module):
     ("mode", "by", "form"),
     [
         ("batch", "batch", padded),
-        ("ema", "population", as_batches),
+        pytest.param("ema", "population", as_batches, marks=pytest.mark.slow),
         pytest.param("batch", "population", padded, marks=pytest.mark.slow),
         pytest.param("ema", "batch", padded, marks=pytest.mark.slow),
     ],
@@ -157,7 +157,8 @@ def test_precise_against_numpy_and_linen(mode, by, form):
         scale = np.asarray(leaves["var"]) + 1e-3
         for leaf, unit in (("mean", np.sqrt(scale)), ("var", scale)):
             apart = np.abs(mended.batch_stats[name][leaf] - leaves[leaf]) / unit
-            assert apart.max() < 1e-6, (name, leaf)
+            # The two libraries sum in a different order: some units in the last place of float32.
+            assert apart.max() < 32 * np.finfo(np.float32).eps, (name, leaf)
     image = UNEVEN[0]
     logits, _ = mended.run({"image": image}, train=False)
     np.testing.assert_allclose(by_equinox(mended, image), logits, rtol=1e-5, atol=1e-5)

@@ -506,6 +506,7 @@ def test_a_network_of_today_has_the_statistics_that_nnx_computes(kind):
     assert clinic.moved(mended, clinic.nnx(mended.model)) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL_OF_TODAY)
 def test_a_network_of_today_folds(kind):
     network, image = todays(kind)
