@@ -17,6 +17,7 @@ from bnjax.clinic.freezing import moved
 from bnjax.clinic.measure import DEAD, Case, Evidence, Run, distance, measure, real_examples, rms
 from bnjax.clinic.network import Network
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
+from bnjax.norms import BatchNorm
 from bnjax.types import Batch, Params, fingerprint
 
 Found = tuple[Finding, ...]
@@ -221,7 +222,8 @@ def low_precision(case: Case, one: Evidence) -> str | None:
     dtype, module = jnp.dtype(one.layer.dtype), one.layer.module
     eps = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
     errors = [(ratio**2 * eps**2 / 12, f"inputs in {dtype.name}")]
-    if getattr(module, "use_fast_variance", False):  # a field of Flax's norm
+    # Only Flax's norms use this field; bnjax's accepts it and always uses two passes.
+    if getattr(module, "use_fast_variance", False) and not isinstance(module, BatchNorm):
         promotes = getattr(module, "force_float32_reductions", True)
         dtype = jnp.promote_types(dtype, jnp.float32) if promotes else dtype
         errors.append((ratio**2 * float(jnp.finfo(dtype).eps), f"E[x^2] - E[x]^2 in {dtype.name}"))

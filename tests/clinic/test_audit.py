@@ -17,7 +17,13 @@ from bnjax.clinic.measure import measure
 from bnjax.train_step import forward, init_variables
 from bnjax.types import fingerprint
 
-QUICK = ("remat", "plain", "plain, frozen and stepped", "dropout before a norm, recomputed")
+QUICK = (
+    "remat",
+    "plain",
+    "plain, our norm, far from 0",
+    "plain, frozen and stepped",
+    "dropout before a norm, recomputed",
+)
 LONG = ("far from 0 in bfloat16", "far from 0, 60 steps", "momentum 0.99, untold")
 
 # The zoo has the same faults.

@@ -307,7 +307,7 @@ def test_a_run_on_such_data_says_and_saves_what_was_used(tmp_path, monkeypatch, 
     monkeypatch.setattr(pooch, "retrieve", no_network)
     command = ["train", "--config", "bn", "--workdir", str(tmp_path / "run"), *small_digits.TINY]
     assert main.main(command) == 0
-    assert "embedded set 'digits' instead, in batches of 143." in capsys.readouterr().err
+    assert "embedded data set 'digits' instead, in batches of 143." in capsys.readouterr().err
     saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
     assert (saved["name"], saved["train"]["batch_size"]) == ("bn-digits", 143)
     assert main.main(command) == 0
