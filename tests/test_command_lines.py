@@ -169,7 +169,6 @@ def test_a_platform_without_a_device_is_one_paragraph(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     steps = [
         "--config.train.steps=80",
@@ -197,7 +196,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 81))
 
 
-@pytest.mark.slow
 def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
     statement = {
         "quantity": "test_loss",

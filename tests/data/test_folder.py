@@ -96,7 +96,6 @@ def test_training_images_are_random_boxes_of_the_files_resized(photos):
         np.testing.assert_array_equal(image[place], np.asarray(wanted))
 
 
-@pytest.mark.slow
 def test_workers_and_resuming_change_nothing(photos):
     folder, _ = photos
     for one, other in zip(batches(folder, 6, workers=1), batches(folder, 6), strict=True):

@@ -258,7 +258,6 @@ def test_the_shorter_side_is_no_shorter_than_the_square():
         build.check(config)
 
 
-@pytest.mark.slow
 def test_a_run_is_that_of_the_images_in_memory_and_stopping_changes_nothing(folder, tmp_path):
     """Stopped by a record that is damaged while it trains, and gone on with when it is mended."""
     expected = synthetic.train(synthetic.config(), tmp_path / "memory")

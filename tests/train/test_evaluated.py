@@ -96,7 +96,6 @@ def swa():
     return chosen
 
 
-@pytest.mark.slow
 def test_swa_is_of_the_steps_that_the_keys_say_under_statistics_of_its_own(usual, tmp_path):
     run, (state, _) = trained(tmp_path / "run", swa())
     close(state.params, usual[1][0].params)  # another program: its roundings are others

@@ -134,7 +134,6 @@ def test_a_head_of_another_size_is_new_and_all_is_listed(source, tmp_path, capsy
     assert "left: nothing" in said
 
 
-@pytest.mark.slow
 def test_an_exported_network_and_a_run_give_the_same_start(source, tmp_path):
     export_run(Trained(source, "best"), tmp_path / "exported", folded=False, platforms=("cpu",))
     for name, folder in (("a", source), ("b", tmp_path / "exported")):
