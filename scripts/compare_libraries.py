@@ -239,7 +239,7 @@ def agree(found, expected):
 
 
 def first(layer, real, of=8):
-    """Returns bool [n]: the first examples are real."""
+    """Returns a mask, bool [n]: True for the first examples, False for padding."""
     return layer.array(np.arange(of) < real, "bool")
 
 

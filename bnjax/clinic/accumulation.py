@@ -171,7 +171,7 @@ def _watch(norms: Norms, call: Call) -> Any:
 
 
 def _updated(batch_stats: BatchStats, found: _Found, norms: Norms) -> BatchStats:
-    """Returns the statistics after one update by all micro-batches together."""
+    """Returns the statistics after one update with the merged moments of all micro-batches."""
     old, new = flatten_dict(batch_stats), flatten_dict(found.stats)
     leaves = {path: new[path] for path in old}
     for path, norm in norms.items():

@@ -18,7 +18,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.network import SEEN, STORED, Around, Call, Network, NormLayer, Path
-from bnjax.norms.moments import Moments, Total, moments, total_over
+from bnjax.norms.moments import Moments, Total, total_over
 from bnjax.train_step import model_inputs
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
@@ -76,9 +76,8 @@ def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
     runs the model in inference mode.
 
     Args:
-        model: a module (image, state) -> (logits, state), for one image in the layout of
-            the batches. If
-            its `__call__` has an argument `key`, the key for dropout is passed.
+        model: a module (image, state) -> (logits, state), for one image in the layout of the
+            batches. If its `__call__` has an argument `key`, the key for dropout is passed.
         state: the state of the model, from `equinox.nn.make_with_state`.
         call: (model, state, images, key) -> (logits, state), for a model with a different
             signature. The default maps the model over the images with the axis name of its norms.
@@ -265,7 +264,7 @@ class EquinoxCall(Call):
         """The axes of one example that a norm reduces: all except the channels."""
         return tuple(range(1, self.x.ndim))
 
-    def get(self, name: str) -> Array | None:
+    def get(self, name: str) -> Any:
         """See `Call.get`."""
         if name in SEEN:
             is_there = self.module.seen is not None
@@ -305,14 +304,15 @@ class EquinoxCall(Call):
 
     def moments(self, of_batch: Any = None, total: Total = lambda part: part) -> Moments:
         """See `Call.moments`."""
-        x, axis_name = jnp.asarray(self.x, jnp.float32), self.module.axis_name
-        mask = None
-        if of_batch is not None:
-            mask = jnp.asarray(of_batch)[jax.lax.axis_index(axis_name)].reshape([1] * x.ndim)
-        over_batch = total_over(axis_name)
-        given = moments(x, self.axes, mask, lambda part: total(over_batch(part)))
-        shape = self.get("mean").shape  # type: ignore[union-attr]
-        return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+        over_batch = total_over(self.module.axis_name)
+        return super().moments(of_batch, lambda part: total(over_batch(part)))
+
+    def full_mask(self, of_batch: Any) -> Any:
+        """See `Call.full_mask`: the value of this example."""
+        if of_batch is None:
+            return None
+        index = jax.lax.axis_index(self.module.axis_name)
+        return jnp.asarray(of_batch)[index].reshape([1] * self.x.ndim)
 
 
 def _units(model: Any) -> list[tuple[Path, Any]]:
@@ -339,14 +339,11 @@ def _watched_in(
     def swapped(one: Any) -> Any:
         if id(one) not in units:
             return one
-        path, seen = units[id(one)], None
+        path, seen, kind = units[id(one)], None, _watched(one.__class__)
         if (*path, SEEN[0]) in stats:
             seen = eqx.nn.StateIndex(None)
             object.__setattr__(seen, "marker", _seen_key(path))
-        new: Any = object.__new__(_watched(type(one)))  # type: ignore[arg-type]
-        for name, value in (vars(one) | {"watched": (path, around), "seen": seen}).items():
-            object.__setattr__(new, name, value)
-        return new
+        return _changed(one, kind, watched=(path, around), seen=seen)
 
     return jax.tree.map(swapped, model, is_leaf=lambda one: id(one) in units)
 
@@ -416,14 +413,17 @@ def _statistics(entries: dict[Any, Any], norms: tuple[_Norm, ...]) -> BatchStats
 
 def _with_weights(layer: Any, leaves: dict[Path, Array], path: Path) -> Any:
     """Returns the layer with the kernel and bias at this path."""
-    new = object.__new__(type(layer))
-    spatial = getattr(layer, "num_spatial_dims", 0)
-    given = {
-        "weight": _from_flax(leaves[*path, "kernel"], (*path, "kernel"), spatial),
-        "bias": _from_flax(leaves[*path, "bias"], (*path, "bias"), spatial),
-        "use_bias": True,
-    }
-    for name, value in (vars(layer) | given).items():
+    weight, bias = (
+        _from_flax(leaves[*path, name], (*path, name), getattr(layer, "num_spatial_dims", 0))
+        for name in ("kernel", "bias")
+    )
+    return _changed(layer, type(layer), weight=weight, bias=bias, use_bias=True)
+
+
+def _changed(module: Any, kind: Any, **fields: Any) -> Any:
+    """Returns a copy of a frozen module as another class and with other fields."""
+    new = object.__new__(kind)
+    for name, value in (vars(module) | fields).items():
         object.__setattr__(new, name, value)
     return new
 

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -137,9 +137,10 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
     Raises:
         ValueError: if a pattern matches no norm, or the networks have different leaves.
 
+    >>> from bnjax.clinic.linen import Linen
     >>> def network(mean):
     ...     norm = {"mean": jax.numpy.full(2, mean), "var": jax.numpy.ones(2)}
-    ...     return Network({}, {"norm": norm})
+    ...     return Linen({}, {"norm": norm}, nn.Dense(1))
     >>> moved(network(0.0), network(0.5))
     ('norm.mean',)
     """
@@ -147,7 +148,7 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
     chosen = {norms[name] for name in matching(norms, patterns)}
     old, new = (
         {
-            path: np.asarray(leaf)
+            path: leaf
             for tree in (network.batch_stats, network.params)
             for path, leaf in flatten_dict(dict(tree)).items()
             if path[:-1] in chosen
@@ -157,7 +158,17 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
     if old.keys() != new.keys():
         names = ", ".join(".".join(path) for path in sorted(old.keys() ^ new.keys()))
         raise ValueError(f"the two networks have different leaves; only one of them has {names}")
-    return tuple(".".join(path) for path in new if old[path].tobytes() != new[path].tobytes())
+    return tuple(".".join(path) for path in differing(old, new))
+
+
+def differing(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> list[Any]:
+    """Returns the keys of the arrays that differ in any bit.
+
+    >>> differing({"a": np.float32(0.0), "b": 1}, {"a": np.float32(-0.0), "b": 1})
+    ['a']
+    """
+    pairs = {key: (np.asarray(old[key]), np.asarray(new[key])) for key in new}
+    return [key for key, (one, other) in pairs.items() if one.tobytes() != other.tobytes()]
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

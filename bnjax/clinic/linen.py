@@ -198,7 +198,7 @@ class LinenCall(Call):
         is_norm = self.kind.__call__ in [norm.__call__ for norm in NORMS]
         return is_norm if self.is_norm else self.kind in LAYERS
 
-    def get(self, name: str) -> Array | None:
+    def get(self, name: str) -> Any:
         """See `Call.get`."""
         is_there = self.module.has_variable("batch_stats", name)
         return self.module.get_variable("batch_stats", name) if is_there else None

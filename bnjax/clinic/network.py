@@ -4,6 +4,7 @@ The adapter for a library subclasses `Network`. Its method `run` passes each cal
 function, so the model needs no changes.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -76,7 +77,7 @@ class NormLayer:
 
 
 @dataclasses.dataclass
-class Call:
+class Call(abc.ABC):
     """A call of a module during a pass; calling it runs the module.
 
     Attributes:
@@ -100,14 +101,14 @@ class Call:
         return type(self.module)
 
     @property
+    @abc.abstractmethod
     def is_layer(self) -> bool:
         """Whether the module is a dense layer or a convolution."""
-        return False
 
     @property
+    @abc.abstractmethod
     def is_standard(self) -> bool:
         """Whether a norm or layer computes the same as the library's own class."""
-        return True
 
     def __call__(self) -> Any:
         """Runs the module and returns its output."""
@@ -130,17 +131,17 @@ class Call:
         channels = {one % x.ndim for one in ([axis] if isinstance(axis, int) else axis)}
         return tuple(one for one in range(x.ndim) if one not in channels)
 
-    def get(self, name: str) -> Array | None:
+    @abc.abstractmethod
+    def get(self, name: str) -> Any:
         """Returns a running statistic of a norm, or None if the norm has no such leaf."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put(self, name: str, value: Array) -> None:
         """Replaces a running statistic of a norm."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def layer(self) -> NormLayer:
         """Returns the facts about a norm in this pass."""
-        raise NotImplementedError
 
     def moments(self, of_batch: Any = None, total: Total = lambda part: part) -> Moments:
         """Returns the moments of a norm's input, float32, in the shape of its `mean`.
@@ -152,25 +153,32 @@ class Call:
         Raises:
             ValueError: if the batch is padded and the input has no axis of examples.
         """
-        x, mask, axes = self.x, self.mask, self.axes
+        mask = self.full_mask(of_batch)
+        given = moments(jnp.asarray(self.x, jnp.float32), self.axes, mask, total)
+        shape = self.get("mean").shape
+        return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+
+    def full_mask(self, of_batch: Any) -> Any:
+        """Returns the mask of a norm's input, of the rank of the input, or None.
+
+        Arguments and errors are as for `moments`.
+        """
+        x, mask = self.x, self.mask
         if mask is None and of_batch is not None:
-            if 0 not in axes or x.shape[0] != of_batch.shape[0]:
+            if 0 not in self.axes or x.shape[0] != of_batch.shape[0]:
                 raise ValueError(
                     f"the batch is padded, but the input {x.shape} of {'.'.join(self.path)} "
                     f"does not have the {of_batch.shape[0]} examples along its first axis. "
                     "Give batches without padding, or a model whose __call__ takes `mask`."
                 )
             mask = of_batch
-        mask = None if mask is None else full_mask(mask, x.shape, axes)
-        given = moments(jnp.asarray(x, jnp.float32), axes, mask, total)
-        shape = self.get("mean").shape  # type: ignore[union-attr]
-        return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
+        return None if mask is None else full_mask(mask, x.shape, self.axes)
 
     @property
     def seen(self) -> Moments | None:
         """The moments of a norm's inputs so far; None without the leaves added by `with_seen`."""
-        leaves = [self.get(name) for name in SEEN] if self.is_norm else [None]
-        return None if leaves[0] is None else Moments(*leaves)  # type: ignore[arg-type]
+        is_there = self.is_norm and self.get(SEEN[0]) is not None
+        return Moments(*map(self.get, SEEN)) if is_there else None
 
     def see(self, seen: Moments) -> None:
         """Stores moments. Use it after the call, because a superclass may also store some."""
@@ -182,7 +190,7 @@ Around = Callable[[Call], Any]
 
 
 @struct.dataclass
-class Network:
+class Network(abc.ABC):
     """A trained network with a common interface to its library; a pytree of variables.
 
     Attributes:
@@ -196,6 +204,7 @@ class Network:
     # Whether modules are called on single examples, with channels first.
     per_example = False
 
+    @abc.abstractmethod
     def run(
         self,
         batch: Batch,
@@ -214,8 +223,8 @@ class Network:
             dropout: the key for dropout.
             around: a function that runs each call of a module and returns its output.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def folded(
         self, params: Params, batch_stats: BatchStats, pairs: Sequence[tuple[Path, Path]]
     ) -> "Network":
@@ -225,12 +234,11 @@ class Network:
             params, batch_stats: the new variables, without leaves of folded norms.
             pairs: the path of each folded norm, with the path of its layer, which has a bias.
         """
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def takes_mask(self) -> bool:
         """Whether the model accepts a mask."""
-        raise NotImplementedError
 
     def shapes(self, images: Images) -> tuple[Any, Any]:
         """Returns the shapes of the model's own parameters and running statistics."""

@@ -203,7 +203,7 @@ class NnxCall(Call):
         is_norm = self.kind.__call__ is flax_nnx.BatchNorm.__call__
         return is_norm if self.is_norm else self.kind in (flax_nnx.Conv, flax_nnx.Linear)
 
-    def get(self, name: str) -> Array | None:
+    def get(self, name: str) -> Any:
         """See `Call.get`."""
         variable = getattr(self.module, name, None)
         return None if variable is None else variable[...]

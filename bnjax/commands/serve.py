@@ -22,8 +22,8 @@ def run(
 ) -> int:
     """Serve a page for trying a trained network in the browser; Ctrl-C stops the server.
 
-    The page scores images with the batch norms using stored statistics, batch statistics, or mean 0
-    and variance 1, and shows the drift of each norm. Programs can use the endpoint /predict
+    The page shows the scores of images under stored statistics, under batch statistics, and under
+    mean 0 and variance 1, and the drift of each norm. Programs can use the endpoint /predict
     (gradio_client). There is no password: anyone with access to the port can use the page.
     """
     if bool(workdir) == bool(model):

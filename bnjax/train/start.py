@@ -5,7 +5,7 @@ import functools
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -13,7 +13,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from bnjax.clinic.freezing import matches
+from bnjax.clinic.freezing import differing, matches
 from bnjax.clinic.network import nothing_seen
 from bnjax.errors import ConfigError, UserError
 from bnjax.train.jsonl import reading
@@ -139,20 +139,12 @@ class Frozen(NamedTuple):
 
     def moved(self, before: Variables, after: Variables) -> list[str]:
         """Returns the names of frozen leaves that differ in any bit between the two networks."""
-        (params, stats), (new_params, new_stats) = (
-            map(named_leaves, both) for both in (before, after)
-        )
-        pairs = [(name, params[name], new_params[name]) for name in self.params]
-        pairs += [
-            (name, leaf, new_stats[name])
-            for name, leaf in stats.items()
-            if name.rpartition(".")[0] in self.norms
-        ]
-        return [
-            name
-            for name, old, new in pairs
-            if np.asarray(old).tobytes() != np.asarray(new).tobytes()
-        ]
+        return differing(self._leaves(before), self._leaves(after))
+
+    def _leaves(self, variables: Variables) -> dict[str, Any]:
+        params, stats = map(named_leaves, variables)
+        own = {name: leaf for name, leaf in stats.items() if name.rpartition(".")[0] in self.norms}
+        return {name: params[name] for name in self.params} | own
 
 
 def frozen(config: ConfigDict, params: Params, batch_stats: BatchStats) -> Frozen:

@@ -19,4 +19,4 @@ def test_the_page_shows_what_its_programs_print(path):
         last_digit = 10.0 ** -len(shown.partition(".")[2])
         assert float(found) == pytest.approx(float(shown), rel=0.1, abs=1.01 * last_digit), now
     assert page.count("```python") == page.count("```text") > 0
-    assert len(page.splitlines()) <= 85  # a page with its program is read in one go
+    assert len(page.splitlines()) <= 80

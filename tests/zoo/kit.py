@@ -117,7 +117,7 @@ def sgd(rate=0.05, steps=STEPS):
 def fit(
     model=NET, loss=loss, *, tx=None, seen=None, start=None, steps=STEPS, size=SIZE, watch=None
 ):
-    """Trains a linen network; returns it with what a user can tell of the training.
+    """Trains a linen network; returns it as a patient, with the facts that a user knows.
 
     Args:
         model: the network.

@@ -46,7 +46,7 @@ def loss(model, state, batch, key):
 
 
 def fit(model=None, loss=loss, *, tx=None, seen=None, start=None, watch=None):
-    """Trains an Equinox model; returns it with what a user can tell of the training.
+    """Trains an Equinox model; returns it as a patient, with the facts that a user knows.
 
     Args:
         model: the model and its state.

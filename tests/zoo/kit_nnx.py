@@ -33,7 +33,7 @@ def loss(model, batch):
 
 
 def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None, **run):
-    """Trains an NNX model; returns it with what a user can tell of the training.
+    """Trains an NNX model; returns it as a patient, with the facts that a user knows.
 
     Args:
         model: the model; it is changed.

@@ -52,7 +52,7 @@ def sgd(model, rate=0.05):
 
 
 def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, before=None, **run):
-    """Trains a torch network; returns it with what a user can tell of the training.
+    """Trains a torch network; returns it as a patient, with the facts that a user knows.
 
     Args:
         model: the network; it is changed.
