@@ -29,7 +29,7 @@ def _defaults():
 
 def values(title, kind):
     if kind not in KINDS:
-        pytest.skip(f"{kind} is not installed")
+        pytest.skip(f"{kind}, an optional library of the table, is not installed")
     _, function, arguments, options = MEASUREMENTS[title]
     return function(KINDS[kind](**options), *arguments)
 
@@ -106,7 +106,7 @@ def test_haiku_with_a_policy_is_exact_in_bfloat16():
 def test_the_page_has_the_figures_of_the_script(kind):
     row = f"\n| {kind} {version(KINDS[kind].package)} |"
     if row not in PAGE:
-        pytest.skip(f"the page has another version of {kind}")
+        pytest.skip(f"the page has the figures of another version of {kind}")
     section = PAGE[PAGE.index("## Shards") :]
     cells = section[section.index(row) :].splitlines()[1].split(" | ")[1:]
     for (_, *measurement), text in zip(COLUMNS["Shards"], cells, strict=True):
