@@ -256,14 +256,17 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     classes = len(dataset.classes)
     make = functools.partial(network, config.model, classes, dataset.train.image_shape)
     model = make()
-    like = np.zeros((1, *dataset.train.image_shape), np.uint8)
-    shapes: Any = jax.eval_shape(functools.partial(init_variables, model, jax.random.key(0)), like)
-    stays = frozen(config.train, *shapes)
-    tx, training_model = optimizer(config, steps), make(**parallel.norm_axes)
-    if stays.params:
-        tx = without_frozen(tx, stays.mask(shapes[0]))
-    if stays.norms:
-        training_model = freeze_statistics(training_model, *stays.norms)
+    tx, training_model, stays = optimizer(config, steps), make(**parallel.norm_axes), Frozen((), ())
+    train = config.train
+    if train.freeze != "none" or train.freeze_statistics or train.freeze_params:
+        like = np.zeros((1, *dataset.train.image_shape), np.uint8)
+        init = functools.partial(init_variables, model, jax.random.key(0))
+        shapes: Any = jax.eval_shape(init, like)
+        stays = frozen(train, *shapes)
+        if stays.params:
+            tx = without_frozen(tx, stays.mask(shapes[0]))
+        if stays.norms:
+            training_model = freeze_statistics(training_model, *stays.norms)
     is_whitened = config.model.name == "speednet"
     return Experiment(
         model=model,
