@@ -1,30 +1,47 @@
-"""Writes what programs print into the pages of the findings and the guides, and the config's keys.
+"""Writes what programs print into the pages of the findings and the guides, and two references.
 
     python scripts/pages.py
 
 Runs the blocks of Python of each page, and replaces the block of text after each by its output.
-The page of the keys is made from their declaration.
+The page of the config keys is made from their declaration, and the page of the commands from the
+signatures from which tyro makes their parsers.
 """
 
 import contextlib
+import importlib
+import inspect
 import io
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
+from tyro.conf import Positional, Suppress
+
+from bnjax.main import COMMANDS, OVERRIDDEN
 from bnjax.train.config import KEYS, SECTIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
-CONFIG_KEYS = DOCS / "keys.md"
+CONFIG_KEYS, COMMAND_LINE = DOCS / "keys.md", DOCS / "commands.md"
 FINDINGS, GUIDES = (sorted((DOCS / folder).glob("*.md")) for folder in ("findings", "guides"))
 RUN = re.compile(r"(?<=```python\n)(.*?)```\n\n```text\n.*?```", re.DOTALL)
-
 
 INTRODUCTION = """# Config keys
 
 Set any key on the command line, for instance `--config.model.momentum=0.9`, or in a
 [config file](recipes.md). `bnjax train --help` prints the same list. A duration given in one
 unit replaces a duration given in another unit."""
+
+COMMANDS_INTRODUCTION = """# Commands
+
+`bnjax COMMAND --help` prints the section on a command, and `bnjax --version` prints the version.
+`bnjax COMMAND --tyro-print-completion SHELL` prints a completion script for bash, zsh or tcsh.
+`python -m bnjax.main` is the same as `bnjax`, and the word `train` may be omitted.
+
+The exit status is 0 after success, 1 after a failure, 2 after invalid input and 130 after Ctrl-C,
+unless the section on a command gives another meaning."""
+FLAGS = re.compile(r"--\w[\w.=-]*\w(?: --\w[\w.=-]*\w)*")
 
 
 def with_output(page: str) -> str:
@@ -58,7 +75,51 @@ def keys_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def commands_page() -> str:
+    """Returns docs/commands.md, made from the signatures of the commands."""
+    lines = [COMMANDS_INTRODUCTION, "", "| command | purpose |", "|---|---|"]
+    lines += [f"| [`{name}`](#bnjax-{name}) | {text} |" for name, text in COMMANDS.items()]
+    for name in COMMANDS:
+        command = importlib.import_module(f"bnjax.commands.{name}").run
+        usage, rows = [f"bnjax {name}"], []
+        for word, text, shown in options_of(command):
+            usage += [shown] if shown else []
+            cells = f"`{word}`", FLAGS.sub(r"`\g<0>`", text)
+            rows.append("| {} | {} |".format(*(cell.replace("|", r"\|") for cell in cells)))
+        usage.append("[OPTION …]")
+        if name in OVERRIDDEN:
+            usage.append("[--config.KEY=VALUE …]")
+            rows.append("| `--config.KEY=VALUE` | set a [key of the config](keys.md) |")
+        paragraphs = FLAGS.sub(r"`\g<0>`", inspect.cleandoc(command.__doc__)).split("\n\n")
+        about = "\n\n".join(textwrap.fill(x, 100, break_on_hyphens=False) for x in paragraphs)
+        lines += ["", f"## bnjax {name}", "", "```sh", " ".join(usage), "```", "", about, ""]
+        lines += ["| option | purpose |", "|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def options_of(command: Any) -> Iterator[tuple[str, str, str]]:
+    """Yields each option with its value, its purpose, and its form in a short usage, or ""."""
+    for option in inspect.signature(command).parameters.values():
+        kind, *marks = get_args(option.annotation)
+        if Suppress in marks:
+            continue
+        about = marks[-1]
+        literals = [one for one in (kind, *get_args(kind)) if get_origin(one) is Literal]
+        word = about.metavar or "|".join(str(x) for one in literals for x in get_args(one))
+        if Positional in marks:
+            word += " …" * (get_origin(kind) is tuple)
+        else:
+            word = f"--{(about.name or option.name).replace('_', '-')} {word}".rstrip()
+        if option.default is option.empty:
+            yield word, f"{about.help} (required)", word
+        else:
+            is_unset = option.default in (None, False, ())
+            default = "" if is_unset else f" (default: {option.default})"
+            yield word, about.help + default, f"[{word}]" if Positional in marks else ""
+
+
 if __name__ == "__main__":
     CONFIG_KEYS.write_text(keys_page())
+    COMMAND_LINE.write_text(commands_page())
     for path in [*FINDINGS, *GUIDES]:
         path.write_text(with_output(path.read_text()))

@@ -1,6 +1,7 @@
-"""`bnjax --version`, `bnjax info` and the page of the config's keys."""
+"""`bnjax --version`, `bnjax info`, and the pages of the config keys and the commands."""
 
 import json
+import re
 from importlib.metadata import version
 
 import jax
@@ -31,3 +32,17 @@ def test_the_page_of_the_keys_is_made_from_their_declaration():
     page = pages.CONFIG_KEYS.read_text()
     assert page == pages.keys_page()
     assert all(page.count(f"| `{key.name}` |") == 1 for key in KEYS)
+
+
+def test_the_page_of_the_commands_is_made_from_their_signatures():
+    assert pages.COMMAND_LINE.read_text() == pages.commands_page()
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_page_of_the_commands_agrees_with_the_parser(capsys, name):
+    with pytest.raises(SystemExit):
+        main.main([name, "--help"])
+    option = r"(--[\w-]+|[A-Z]+)(?![.\w])"
+    shown = re.findall(rf"^[│ ] (?:-h, )?{option}", capsys.readouterr().out, re.MULTILINE)
+    section = pages.COMMAND_LINE.read_text().split(f"## bnjax {name}\n")[1].split("\n## ")[0]
+    assert sorted(shown) == sorted(["--help", *re.findall(rf"^\| `{option}", section, re.M)])
