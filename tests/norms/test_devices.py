@@ -17,19 +17,14 @@ CHANNELS = 3
 
 
 def layer(**options):
-    """Returns what `run` wants: statistics are replicated, outputs divided up."""
+    """Returns what `run` takes: statistics are replicated, outputs divided up."""
 
     def make(axis_name):
-        norm = BatchNorm(momentum=0.0, axis_name=axis_name, **options)
+        norm = BatchNorm(False, momentum=0.0, axis_name=axis_name, **options)
 
         def apply(variables, batch):
-            y, updated = norm.apply(
-                variables,
-                batch["x"],
-                use_running_average=False,
-                mask=batch.get("mask"),
-                mutable=["batch_stats"],
-            )
+            x, mask = batch["x"], batch.get("mask")
+            y, updated = norm.apply(variables, x, mask=mask, mutable=["batch_stats"])
             return updated["batch_stats"], y
 
         return apply
@@ -38,9 +33,7 @@ def layer(**options):
 
 
 def start():
-    return BatchNorm().init(
-        jax.random.key(0), np.ones((1, CHANNELS), np.float32), use_running_average=True
-    )
+    return BatchNorm(True).init(jax.random.key(0), np.ones((1, CHANNELS), np.float32))
 
 
 def normal(rows, mean=0.0, seed=0):
@@ -59,28 +52,20 @@ def test_one_example_a_device_is_enough_and_the_mean_may_be_large(wrapper):
 @jax.jit
 def _statistics(x, mask):
     apply = jax.vmap(layer()(AXIS), axis_name=AXIS, in_axes=(None, 0))
-    return apply(
-        start(), {"x": x.reshape(DEVICES, -1, CHANNELS), "mask": mask.reshape(DEVICES, -1)}
-    )
+    shards = {"x": x.reshape(DEVICES, -1, CHANNELS), "mask": mask.reshape(DEVICES, -1)}
+    return apply(start(), shards)
 
 
 @settings(max_examples=20)
-@given(
-    st.lists(st.integers(0, 4), min_size=DEVICES, max_size=DEVICES).filter(
-        lambda sizes: sum(sizes) >= 2
-    )
-)
+@given(st.lists(st.integers(0, 4), min_size=DEVICES, max_size=DEVICES).filter(lambda n: sum(n) > 1))
 def test_any_division_into_shards_gives_the_statistics_of_the_whole(sizes):
     mask = (np.arange(4)[None] < np.array(sizes)[:, None]).ravel()
     x = normal(DEVICES * 4, mean=np.repeat(np.arange(DEVICES), 4)[:, None])  # shards differ in mean
     x[~mask] = np.nan
     stats, y = _statistics(x, mask)
-    np.testing.assert_allclose(
-        stats["mean"][0], x[mask].mean(0, dtype=np.float64), rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        stats["var"][0], x[mask].var(0, dtype=np.float64), rtol=1e-5, atol=1e-5
-    )
+    for name, of in (("mean", np.mean), ("var", np.var)):
+        expected = of(x[mask].astype(np.float64), axis=0)
+        np.testing.assert_allclose(stats[name][0], expected, rtol=1e-5, atol=1e-5)
     assert np.isfinite(np.asarray(y).reshape(-1, CHANNELS)[mask]).all()
 
 
@@ -100,44 +85,34 @@ def test_groups_have_their_own_statistics(wrapper, groups):
 
     x = normal(16, mean=np.arange(16)[:, None])
     _, (stats, _y) = run(wrapper, make, start(), {"x": x})
-    for group in groups:
-        rows = np.concatenate([x[2 * index : 2 * index + 2] for index in group]).astype(np.float64)
-        for index in group:
-            np.testing.assert_allclose(stats["mean"][index], rows.mean(0), rtol=1e-5, atol=1e-5)
-            np.testing.assert_allclose(stats["var"][index], rows.var(0), rtol=1e-5, atol=1e-5)
+    x = x.reshape(DEVICES, 2, CHANNELS).astype(np.float64)
+    for index, group in ((index, one) for one in groups for index in one):
+        for name, of in (("mean", np.mean), ("var", np.var)):
+            expected = of(x[group], axis=(0, 1))
+            np.testing.assert_allclose(stats[name][index], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrapper", ["pmap", "shard_map", "shard_map without check"])
 def test_gradients_are_those_of_one_device(wrapper):
     with compat.enable_x64(True):
-        rng = np.random.default_rng(3)
-        batch = {
-            "x": rng.normal(size=(16, CHANNELS)),
-            "mask": np.arange(16) < 11,
-            "weight": rng.normal(size=(16, CHANNELS)),
-        }
+        x, weight = np.random.default_rng(3).normal(size=(2, 16, CHANNELS))
+        batch = {"x": x, "mask": np.arange(16) < 11, "weight": weight}
 
         def make(axis_name):
             apply = layer()(axis_name)
 
             def gradient(variables, batch):
                 def loss(x):
-                    return jnp.sum(
-                        jnp.sin(apply(variables, {**batch, "x": x})[1])
-                        * batch["weight"]
-                        * batch["mask"][:, None]
-                    )
+                    y = jnp.sin(apply(variables, {**batch, "x": x})[1])
+                    return jnp.sum(y * batch["weight"] * batch["mask"][:, None])
 
                 return {}, jax.grad(loss)(batch["x"])
 
             return gradient
 
         variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start())
-        np.testing.assert_allclose(
-            run(wrapper, make, variables, batch)[1],
-            run("one device", make, variables, batch)[1],
-            atol=1e-12,
-        )
+        found, expected = (run(one, make, variables, batch)[1] for one in (wrapper, "one device"))
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_groups_have_to_divide_up_the_axis():
