@@ -3,6 +3,8 @@
 import ast
 import pkgutil
 import re
+import textwrap
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -19,16 +21,17 @@ from bnjax.train_step import init_variables
 ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 PAGES = {path.relative_to(ROOT): path.read_text() for path in FILES}
-README, CONTRIBUTING, CHANGELOG, EVALUATION, DEVICES = (
-    PAGES[Path(name)]
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        "docs/evaluation.md",
-        "docs/devices.md",
-    )
+README, CONTRIBUTING, CHANGELOG = (
+    PAGES[Path(f"{name}.md")] for name in ("README", "CONTRIBUTING", "CHANGELOG")
 )
+API, DEVICES, EVALUATION, INDEX, LOOP, RESULTS = (
+    PAGES[Path(f"docs/{name}.md")]
+    for name in ("api", "devices", "evaluation", "index", "loop", "results")
+)
+KINDS = {
+    caption: [Path(f"docs/{name}.md") for name in names.split()]
+    for caption, names in re.findall(r":caption: ([^\n]+)\n:hidden:\n\n(.*?)```", INDEX, re.DOTALL)
+}
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=str)
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
@@ -62,8 +65,9 @@ def test_someone_elses_loop_runs_and_learns(capsys):
     assert ast.literal_eval(last)["accuracy"] > 0.9  # with statistics that are ready
 
 
-def test_a_loop_with_pmap_runs():
+def test_a_loop_with_pmap_and_an_augmentation_run():
     assert run_block("jax.pmap(", DEVICES)["metrics"].means()["accuracy"] >= 0
+    assert run_block("augment.chain(", LOOP)["batch"]["label"].shape == (8, 10)
 
 
 def test_the_clinic_looks_at_a_network(capsys):
@@ -132,7 +136,7 @@ def test_lines_have_100_columns_but_for_tables_and_code(page):
 def test_the_public_names_of_the_clinic_are_in_the_reference():
     names = [name for name in vars(clinic) if not isinstance(vars(clinic)[name], ModuleType)]
     public = {name for name in names if not name.startswith("_")}
-    assert {*re.findall(r"`(\w+)`", PAGES[Path("docs/api.md")])} >= public - {"annotations"}
+    assert {*re.findall(r"`(\w+)[`(]", API)} >= public - {"annotations"}
 
 
 def slugs(text):
@@ -160,5 +164,34 @@ def test_every_config_has_a_row():
     assert [path for path in CONFIGS if f"](../{path.relative_to(ROOT)})" not in pages] == []
 
 
-def test_the_front_page_is_short():
-    assert len(README.splitlines()) <= 200
+def test_every_page_has_one_kind():
+    assert KINDS.keys() >= {"How-to", "Reference", "Explanation", "Project"}
+    pages = [page for page in PAGES if page.parent in (Path("docs"), Path("docs/guides"))]
+    assert sorted(page for kind in KINDS.values() for page in kind) == sorted(
+        {*pages} - {Path("docs/index.md")}
+    )
+
+
+def test_pages_are_short():
+    assert len(README.splitlines()) <= 150
+    for page in KINDS["How-to"]:
+        with_output = 5 * ("```text" in PAGES[page])
+        assert len(PAGES[page].splitlines()) <= 80 + with_output, page
+
+
+@EVERY_PAGE
+def test_blocks_of_python_compile(page):
+    for block in re.findall(r"^ *```python.*?\n(.*?)```", PAGES[page], re.DOTALL | re.MULTILINE):
+        ast.parse(re.sub(r"^[!%].*", "", textwrap.dedent(block), flags=re.MULTILINE))
+
+
+def test_the_front_page_counts_the_verdicts():
+    verdicts = Counter(
+        re.findall(r"\| ((?:not )?reproduced|inconclusive) \|$", RESULTS, re.MULTILINE)
+    )
+    front = " ".join(README.split())
+    assert f"tested {verdicts.total()} statements" in front
+    assert (
+        f"**{verdicts['reproduced']} are reproduced, {verdicts['not reproduced']} are not "
+        f"reproduced, and {verdicts['inconclusive']} are inconclusive**" in front
+    )

@@ -1,6 +1,6 @@
 """Audits a trained network. Each check comes with its limit and the text of its finding.
 
-docs/evaluation.md gives the sources of the limits.
+docs/findings.md gives the sources of the limits.
 """
 
 import dataclasses

@@ -239,7 +239,7 @@ def test_a_claim_builds_and_its_docstring_gives_command_source_time_and_margin(p
     command = f"--claim configs/claims/{path.stem}.py --workdir runs/{path.stem}"
     for said in (command, "Source: ", "Time: ", "Margin: "):
         assert said in doc
-    assert f"configs/claims/{path.name}" in (ROOT / "docs" / "comparing.md").read_text()
+    assert f"configs/claims/{path.name}" in (ROOT / "docs" / "results.md").read_text()
     claim = claims.load(str(path))
     found = grid.plan(claim, [], full=full)
     assert found["seeds_needed"] >= (3 if path.stem in LONG else 5)
