@@ -22,11 +22,14 @@ suppress_warnings = [
 ]
 
 FROM_ABOVE = {"index": "README", "contributing": "CONTRIBUTING", "changelog": "CHANGELOG"}
+MODULE = "### \\1\n\n```{eval-rst}\n.. automodule:: \\1\n   :members:\n```"
 
 
-def from_above(app, page, source):
-    """Puts a file of the folder above in front of a page, and leads links to such files here."""
+def complete(app, page, source):
+    """Adds a file of the folder above to its page, and the docstrings to the modules of the API."""
     text = source[0]
+    if page == "api":
+        text = re.sub(r"^### (bnjax.*)$", MODULE, text, flags=re.MULTILINE)
     if page in FROM_ABOVE:
         above = Path(app.srcdir).parent.joinpath(f"{FROM_ABOVE[page]}.md").read_text()
         links = re.sub(r"\]\((?!https:|#)", "](../", above).replace("](../docs/", "](")
@@ -38,4 +41,4 @@ def from_above(app, page, source):
 
 def setup(app):
     """Registers the above."""
-    app.connect("source-read", from_above)
+    app.connect("source-read", complete)
