@@ -17,7 +17,6 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 suppress_warnings = [
-    "misc.highlighting_failure",  # a cell of Colab is not quite Python
     "ref.python",  # several classes have a field named mean
 ]
 

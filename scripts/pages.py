@@ -4,15 +4,17 @@
 
 Runs the blocks of Python of each page, and replaces the block of text after each by its output.
 The page of the config keys is made from their declaration, and the page of the commands from the
-signatures from which tyro makes their parsers.
+signatures from which tyro makes their parsers. The notebook gets the address of the repository.
 """
 
 import contextlib
 import importlib
 import inspect
 import io
+import json
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -25,6 +27,8 @@ from bnjax.train.config import KEYS, SECTIONS
 DOCS = Path(__file__).parents[1] / "docs"
 CONFIG_KEYS, COMMAND_LINE = DOCS / "keys.md", DOCS / "commands.md"
 FINDINGS, GUIDES = (sorted((DOCS / folder).glob("*.md")) for folder in ("findings", "guides"))
+PROJECT, NOTEBOOK = DOCS.parent / "pyproject.toml", DOCS.parent / "scripts" / "colab.ipynb"
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 RUN = re.compile(r"(?<=```python\n)(.*?)```\n\n```text\n.*?```", re.DOTALL)
 
 INTRODUCTION = """# Config keys
@@ -118,8 +122,33 @@ def options_of(command: Any) -> Iterator[tuple[str, str, str]]:
             yield word, about.help + default, f"[{word}]" if Positional in marks else ""
 
 
+def repository() -> str:
+    """Returns `Repository` in the [project.urls] of pyproject.toml, or "" without such an entry."""
+    return tomllib.loads(PROJECT.read_text())["project"].get("urls", {}).get("Repository", "")
+
+
+def with_address(notebook: str, address: str) -> str:
+    """Returns a notebook with the repository's address in `REPO`, and a badge if it is on GitHub.
+
+    Args:
+        notebook: the JSON of a notebook whose first two cells are the title and the parameters.
+        address: the https address of the repository, or "" if it is unknown.
+    """
+    content = json.loads(notebook)
+    title, parameters = content["cells"][:2]
+    text = "".join(title["source"]).partition(f"\n\n{BADGE}")[0]
+    if on_github := re.fullmatch(r"https://github\.com/([^/]+/[^/]+?)(\.git|/)?", address):
+        path = f"github/{on_github[1]}/blob/main/scripts/colab.ipynb"
+        text += f"\n\n{BADGE}(https://colab.research.google.com/{path})"
+    title["source"] = text.splitlines(keepends=True)
+    code = re.sub('^REPO = ".*?"', lambda _: f'REPO = "{address}"', "".join(parameters["source"]))
+    parameters["source"] = code.splitlines(keepends=True)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
     CONFIG_KEYS.write_text(keys_page())
     COMMAND_LINE.write_text(commands_page())
+    NOTEBOOK.write_text(with_address(NOTEBOOK.read_text(), repository()))
     for path in [*FINDINGS, *GUIDES]:
         path.write_text(with_output(path.read_text()))
