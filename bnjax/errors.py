@@ -119,7 +119,11 @@ def _send_again(otherwise: Callable[[Any], None], raised: Any) -> None:
     This happens in JAX's garbage collection callbacks, during an import or a compilation.
     """
     if issubclass(raised.exc_type, KeyboardInterrupt):
-        main = threading.main_thread().ident
-        threading.Timer(0.02, signal.pthread_kill, (main, signal.SIGINT)).start()
+        if sys.platform == "win32":
+            timer = threading.Timer(0.02, signal.raise_signal, (signal.SIGINT,))
+        else:
+            main = threading.main_thread().ident
+            timer = threading.Timer(0.02, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
     else:
         otherwise(raised)

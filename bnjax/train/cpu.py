@@ -4,8 +4,10 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import mmap
 import os
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -128,7 +130,7 @@ def memory() -> int | None:
     Returns None if it is unknown.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None and jax.default_backend() == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+    if limit is None and jax.default_backend() == "cpu" and sys.platform != "win32":
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit
 
@@ -153,7 +155,7 @@ def keep_freed_memory() -> bool:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.free.argtypes = [ctypes.c_void_p]
-    block, page = libc.malloc(available // 2), os.sysconf("SC_PAGE_SIZE")
+    block, page = libc.malloc(available // 2), mmap.PAGESIZE
     if block:
         libc.madvise(-(-block // page) * page, available // 2 - page, MADV_HUGEPAGE)
         libc.free(block)

@@ -1,6 +1,5 @@
 import gc
 import os
-import resource
 import shutil
 import signal
 
@@ -195,6 +194,7 @@ def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoints_stay(tmp_path)
     big = state.replace(params={"big": np.arange(100_000.0) ** 1.5})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(*make(1), 0.5, {})
+    resource = pytest.importorskip("resource", reason="Windows has no limit on the size of a file")
     usual, limits = signal.getsignal(signal.SIGXFSZ), resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
