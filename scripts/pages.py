@@ -4,7 +4,8 @@
 
 Runs the blocks of Python of each page, and replaces the block of text after each by its output.
 The page of the config keys is made from their declaration, and the page of the commands from the
-signatures from which tyro makes their parsers. The notebook gets the address of the repository.
+signatures from which tyro makes their parsers. The notebook receives the repository's address from
+pyproject.toml.
 """
 
 import contextlib
