@@ -12,6 +12,17 @@ MAPPED = ("pmap", "shard_map", "shard_map without check", "vmap")
 WRAPPERS = ("jit with shardings", *MAPPED)
 
 
+def close(mine, its, rtol=1e-4):
+    """Compares two tuples of trees: each number to `rtol` of itself or 1e-5 of its tree's largest.
+
+    What cancels in a sum leaves the roundings of its terms.
+    """
+    for one, other in zip(mine, its, strict=True):
+        atol = 1e-5 * max((np.abs(leaf).max() for leaf in jax.tree.leaves(other)), default=0)
+        check = partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
+        jax.tree.map(check, one, other)
+
+
 def run(wrapper, make, replicated, sharded):
     """Calls `wrap(wrapper, make)` once."""
     return wrap(wrapper, make)(replicated, sharded)
