@@ -1,7 +1,5 @@
 """The commands as a user runs them, on real digits; most of them in this process."""
 
-import contextlib
-import io
 import json
 import os
 import signal
@@ -14,198 +12,140 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_digits
+from digit_runs import STEPS
 from PIL import Image
+from small_digits import CONFIG
 
-from bnjax import errors, main
+from bnjax import main
 from bnjax.train.config import KEYS
 
 ROOT = Path(__file__).parents[1]
-CONFIG = str(ROOT / "configs" / "digits.py")
 SMALL = small_digits.words(model__filters="2,2,2", model__dense="4,4", devices=1)
-FEW = [*SMALL, "--config.train.steps=4", "--config.eval.every_steps=2"]
-
-ENV = {
-    **os.environ,
-    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-    "PYTHONWARNINGS": "default",
-}  # one device, compiled quickly
+FEW = [*SMALL, "--config.train.steps", "4", "--config.eval.every_steps=2"]
+ONE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")  # compiled quickly
 
 
-def bnjax(*arguments):
-    """Runs a command as a process."""
-    command = [sys.executable, "-m", "bnjax.main", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=ENV, timeout=240, check=False
-    )
-
-
-def inside(*arguments):
-    """Runs a command in this process, which takes a fraction of the time."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as left,
-    ):
-        errors.run(lambda: main.main([*map(str, arguments)]))
-    return subprocess.CompletedProcess(
-        arguments, left.value.code or 0, out.getvalue(), err.getvalue()
-    )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run in a folder, and what the command printed."""
-    workdir = tmp_path_factory.mktemp("runs") / "digits"
-    done = inside("--config", CONFIG, "--workdir", workdir, *FEW)
-    assert done.returncode == 0, done.stderr
-    return workdir, done
+def process(*words, **env):
+    """Starts a command as a process of its own."""
+    command = [sys.executable, "-m", "bnjax.main", *map(str, words)]
+    env = {**os.environ, "XLA_FLAGS": ONE, "PYTHONWARNINGS": "default", **env}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    return subprocess.Popen(command, **options)
 
 
 @pytest.mark.parametrize("command", [*main.COMMANDS])
-def test_help_exits_with_0(command):
-    done = inside(command, "--help")
-    assert done.returncode == 0
-    assert {"report": "--out", "info": "--json"}.get(command, "--workdir") in done.stdout
+def test_help_exits_with_0(bnjax, command):
+    code, out, _ = bnjax(command, "--help")
+    assert code == 0
+    assert {"report": "--out", "info": "--json"}.get(command, "--workdir") in out
     for key in KEYS if command in ("train", "compare") else ():
-        assert f"--config.{key.name}=" in done.stdout
-    assert f"    {command:9}" in inside("--help").stdout
+        assert f"--config.{key.name}=" in out
+    assert f"    {command:9}" in bnjax("--help")[1]
 
 
-def test_the_console_script_says_what_there_is():
+def test_the_console_script_says_what_there_is(bnjax):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert entry_points(group="console_scripts")["bnjax"].value == scripts["bnjax"]
-    done = bnjax()
-    assert done.returncode == 2
-    assert "COMMAND" in done.stderr
+    code, _, err = bnjax()
+    assert code == 2
+    assert "COMMAND" in err
 
 
 @pytest.mark.lane
-def test_training_prints_plain_lines_away_from_a_terminal(run):
-    _, done = run
-    assert "digits on digits, 4 steps of 128 images" in done.stdout
-    assert "all 359 test images" in done.stdout
-    assert "\r" not in done.stdout + done.stderr
-
-
-def test_a_finished_run_says_so(run):
-    workdir, _ = run
-    again = inside("train", "--config", CONFIG, "--workdir", workdir, *FEW)
-    assert again.returncode == 0
-    assert "is finished" in again.stdout
-
-
-def test_another_config_in_the_same_folder_is_refused(run):
-    workdir, _ = run
-    other = inside("train", "--config", CONFIG, "--workdir", workdir, *FEW, "--config.seed=9")
-    assert other.returncode == 2
-    assert "config.seed: 0 there, 9 now" in other.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ["--config", CONFIG, "--config.model.momentun=0.9"],
-            "Did you mean config.model.momentum?",
-        ),
-        (
-            ["--config", CONFIG, "--config.model.strides=0,1,1"],
-            "config.model.strides = (0, 1, 1) is invalid",
-        ),
-        (["--config", "nowhere.py"], "there is no config file nowhere.py"),
-        (
-            ["--config", CONFIG, "--config.data.name=cifar10", "--config.data.dir=/nowhere"],
-            "It has to be a folder",
-        ),
-    ],
-)
-def test_mistakes_are_one_paragraph_and_exit_with_2(tmp_path, arguments, said):
-    done = inside("train", *arguments, "--workdir", tmp_path / "run")
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+def test_a_run_is_trained_once_and_for_one_config(bnjax, tmp_path):
+    words = ("train", "--config", CONFIG, "--workdir", tmp_path, *FEW)
+    code, out, err = bnjax(*words)
+    assert code == 0, err
+    assert "digits on digits, 4 steps of 128 images" in out
+    assert "all 359 test images" in out
+    assert "\r" not in out + err  # away from a terminal
+    code, out, _ = bnjax(*words)
+    assert code == 0
+    assert "is finished" in out
+    code, _, err = bnjax(*words, "--config.seed=9")
+    assert code == 2
+    assert "config.seed: 0 there, 9 now" in err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian", "--config", CONFIG], "Did you mean train?"),
-        (["compare", "--configs", f"{CONFIG},bn", "--full"], "--full needs a claim"),
+        ("trian --config CONFIG", "Did you mean train?"),
+        ("train --config CONFIG --config.model.momentun=0.9", "Did you mean config.model.momentum"),
+        (
+            "train --config CONFIG --config.model.strides=0,1,1",
+            "strides = (0, 1, 1) is invalid",
+        ),
+        ("train --config nowhere.py", "there is no config file nowhere.py"),
+        (
+            "train --config CONFIG --config.data.name=cifar10 --config.data.dir=/nowhere",
+            "It has to be a folder",
+        ),
+        (  # three times 4 bytes times 10**12
+            "train --config CONFIG --config.model.dense=1000000,1000000",
+            "the parameters and the optimizer's state take 11,",
+        ),
+        ("compare --configs CONFIG,bn --full", "--full needs a claim"),
+        ("predict --workdir nowhere x.png", "there is no run in nowhere"),
+        ("predict --workdir RUN --checkpoint 77 x.png", "no checkpoint '77'"),
+        ("predict --workdir RUN", "give either images or --split"),
+        ("predict --model RUN --split test", "need a run"),
+        ("audit --workdir RUN --images 3", "8 or above"),
+        ("audit --workdir RUN --out RUN/config.json", "config.json"),
+        ("precise --workdir RUN --images 1", "2 or above"),
+        ("precise --workdir RUN --out RUN", "exists already"),
+        ("fold --workdir RUN --out RUN", "exists already"),
+        ("port --workdir RUN x --from torch", "--out"),
+        ("port --workdir RUN x --to torch --out new", "--to does not"),
+        ("port --workdir RUN x", "either --to or --from"),
     ],
 )
-def test_mistaken_commands_say_what_there_is(words, said):
-    done = inside(*words)
-    assert done.returncode == 2
-    assert said in done.stderr
-
-
-def test_a_network_that_fits_into_no_memory_is_one_paragraph(tmp_path):
-    done = inside(
-        "train",
-        "--config",
-        CONFIG,
-        "--workdir",
-        tmp_path / "run",
-        *FEW,
-        "--config.model.dense=1000000,1000000",
-    )
-    assert done.returncode == 2
-    assert (
-        "the parameters and the optimizer's state take 11," in done.stderr
-    )  # three times 4 bytes times 10**12
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_paragraph_and_exits_with_2(
+    bnjax, healthy, tmp_path, monkeypatch, words, said
+):
+    monkeypatch.chdir(tmp_path)
+    words = words.replace("CONFIG", CONFIG).replace("RUN", str(healthy)).split()
+    small = [*SMALL, "--workdir", "new"] if words[0] == "train" else []
+    code, out, err = bnjax(words[0], *small, *words[1:])
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in out + err
+    # Only a network that is too large is noticed once the run's folder is made.
+    assert [*tmp_path.iterdir()] == [tmp_path / "new"] * ("1000000" in words[-1])
 
 
 @pytest.mark.slow
-def test_a_platform_without_a_device_is_one_paragraph(tmp_path, monkeypatch):
-    monkeypatch.setitem(ENV, "JAX_PLATFORMS", "abacus")
-    done = bnjax("--config", CONFIG, "--workdir", tmp_path / "run", *FEW)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: JAX has no device for JAX_PLATFORMS=abacus")
-    assert done.stderr.count("\n") == 1
+def test_a_platform_without_a_device_is_one_paragraph(tmp_path):
+    words = ("--config", CONFIG, "--workdir", tmp_path / "run", *FEW)
+    started = process(*words, JAX_PLATFORMS="abacus")
+    out, err = started.communicate(timeout=240)
+    assert (started.returncode, out) == (2, "")
+    assert err.startswith("error: JAX has no device for JAX_PLATFORMS=abacus")
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    steps = [
-        "--config.train.steps=80",
-        "--config.eval.every_steps=20",
-    ]
-    arguments = ["--config", CONFIG, "--workdir", str(tmp_path / "run"), *SMALL, *steps]
-    command = [sys.executable, "-m", "bnjax.main", "train", *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
-    ) as process:
-        assert process.stdout is not None
-        while "step 20:" not in process.stdout.readline():  # in the middle of training
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, bnjax):
+    steps = ("--config.train.steps=80", "--config.eval.every_steps=20")
+    words = ("train", "--config", CONFIG, "--workdir", tmp_path / "run", *SMALL, *steps)
+    with process(*words) as started:
+        while "step 20:" not in started.stdout.readline():  # in the middle of training
+            assert started.poll() is None, started.stderr.read()
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
     assert "stopped by SIGINT after step" in out
     assert f"--workdir {tmp_path / 'run'}" in out
     assert "Traceback" not in err
-    done = bnjax("train", *arguments)
-    assert done.returncode == 0, done.stderr
-    steps = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [line["step"] for line in steps if line["split"] == "train"] == list(range(1, 81))
+    code, _, err = bnjax(*words)
+    assert code == 0, err
+    lines = [*map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [*range(1, 81)]
 
 
-def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
-    statement = {
-        "quantity": "test_loss",
-        "at": "last",
-        "of": "slow",
-        "against": "fast",
-        "direction": "greater",
-        "margin": 0.1,
-        "source": "me",
-    }
+def test_a_claim_is_tried_and_said_again_without_training(bnjax, tmp_path):
+    statement = {"quantity": "test_loss", "at": "last", "of": "slow", "against": "fast"}
+    statement |= {"direction": "greater", "margin": 0.1, "source": "me"}
     claim = {
         "question": "Are slow averages bad?",
         "variants": {"fast": (CONFIG, {}), "slow": (CONFIG, {"model.momentum": 0.99})},
@@ -214,72 +154,53 @@ def test_a_claim_is_tried_and_said_again_without_training(tmp_path):
         "full": {"eval.histograms": 0, "eval.pictures": 0},
     }
     (tmp_path / "claim.py").write_text(f"def get_claim():\n    return {claim!r}\n")
-    command = ["compare", "--claim", tmp_path / "claim.py", "--workdir", tmp_path / "runs", *FEW]
-    done = inside(*command)
-    assert done.returncode == 0, done.stderr
-    assert "Are slow averages bad? (seeds: 2;" in done.stdout
-    assert "\r" not in done.stdout + done.stderr
-    again = inside(*command)
-    assert again.returncode == 0, again.stderr
-    assert "4 of 4 runs are already finished" in again.stdout
-    assert again.stdout.partition("Are slow")[2] == done.stdout.partition("Are slow")[2]
-    other = inside(*command, "--config.model.epsilon=0.1")
-    assert other.returncode == 2
-    assert "variants.fast.config.model.epsilon: 0.001 there, 0.1 now" in other.stderr
-    assert "Traceback" not in other.stderr
+    words = ["compare", "--claim", tmp_path / "claim.py", "--workdir", tmp_path / "runs", *FEW]
+    code, first, err = bnjax(*words)
+    assert code == 0, err
+    assert "Are slow averages bad? (seeds: 2;" in first
+    code, again, err = bnjax(*words)
+    assert code == 0, err
+    assert "4 of 4 runs are already finished" in again
+    assert again.partition("Are slow")[2] == first.partition("Are slow")[2]
+    code, _, err = bnjax(*words, "--config.model.epsilon=0.1")
+    assert code == 2
+    assert "variants.fast.config.model.epsilon: 0.001 there, 0.1 now" in err
 
 
-def test_a_whole_split_is_predicted_and_agrees_with_the_run(run):
-    workdir, _ = run
-    found = json.loads(inside("predict", "--workdir", workdir, "--split", "test", "--json").stdout)
-    summary = json.loads((workdir / "summary.json").read_text())
+def test_a_whole_split_is_predicted_and_agrees_with_the_run(bnjax, healthy):
+    _, out, _ = bnjax("predict", "--workdir", healthy, "--split", "test", "--json")
+    found, wanted = json.loads(out), json.loads((healthy / "summary.json").read_text())
     assert found["count"] == len(found["predictions"]) == 359
-    assert found["accuracy"] == summary["final_test"]["accuracy"]
-    assert found["loss"] == pytest.approx(summary["final_test"]["loss"], rel=1e-5)
+    assert found["step"] == STEPS
+    assert found["accuracy"] == wanted["final_test"]["accuracy"]
+    assert found["loss"] == pytest.approx(wanted["final_test"]["loss"], rel=1e-5)
     right = [row["class"] == row["label"] for row in found["predictions"]]
     assert np.mean(right) == pytest.approx(found["accuracy"])
     ones = [row["class"] == "one" for row in found["predictions"] if row["label"] == "one"]
     assert found["accuracy_per_class"]["one"] == pytest.approx(np.mean(ones))
 
 
-def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(run, tmp_path):
-    workdir, _ = run
+def test_images_are_predicted_bad_ones_are_named_and_the_exit_code_is_1(bnjax, healthy, tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
     Image.fromarray(grey).save(tmp_path / "large.png")
     Image.fromarray(grey[:32, :32]).convert("RGB").save(tmp_path / "right.png")
     np.save(tmp_path / "right.npy", np.repeat(grey[:32, :32, None], 3, axis=2))
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff garbage")
-    names = ["large.png", "broken.jpg", "right.png", "missing.png", "right.npy"]
-    done = inside("predict", "--workdir", workdir, "--json", *(tmp_path / name for name in names))
-    assert done.returncode == 1
-    found = json.loads(done.stdout)
+    names = ("large.png", "broken.jpg", "right.png", "missing.png", "right.npy")
+    files = [tmp_path / name for name in names]
+    code, out, err = bnjax("predict", "--workdir", healthy, "--json", *files)
+    assert code == 1
+    assert "Traceback" not in err
+    found = json.loads(out)
     rows = {Path(row["image"]).name: row for row in found["predictions"]}
     assert list(rows) == ["large.png", "right.png", "right.npy"]
     assert "50x40 to 32x32" in rows["large.png"]["note"]
-    assert rows["right.png"]["scores"] == pytest.approx(rows["right.npy"]["scores"], rel=1e-5)
-    assert sum(rows["right.png"]["scores"].values()) == pytest.approx(1, abs=1e-5)
-    assert rows["right.png"]["score"] == max(rows["right.png"]["scores"].values())
-    assert [
-        name in error
-        for name, error in zip(("broken.jpg", "missing.png"), found["errors"], strict=True)
-    ] == [True, True]
-    assert "Traceback" not in done.stderr
-    table = inside("predict", "--workdir", workdir, tmp_path / "right.png")
-    assert table.returncode == 0
-    assert f"{rows['right.png']['score']:.4f}" in table.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--workdir", "nowhere", "x.png"], "there is no run in nowhere"),
-        (["--workdir", "RUN", "--checkpoint", "77", "x.png"], "no checkpoint '77'"),
-        (["--workdir", "RUN"], "give either images or --split"),
-        (["--model", "RUN", "--split", "test"], "need a run"),
-    ],
-)
-def test_predict_says_what_is_missing(run, arguments, said):
-    done = inside("predict", *(run[0] if argument == "RUN" else argument for argument in arguments))
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    right = rows["right.png"]
+    assert right["scores"] == pytest.approx(rows["right.npy"]["scores"], rel=1e-5)
+    assert sum(right["scores"].values()) == pytest.approx(1, abs=1e-5)
+    assert right["score"] == max(right["scores"].values())
+    for name, error in zip(("broken.jpg", "missing.png"), found["errors"], strict=True):
+        assert name in error
+    code, table, _ = bnjax("predict", "--workdir", healthy, tmp_path / "right.png")
+    assert code == 0
+    assert f"{right['score']:.4f}" in table

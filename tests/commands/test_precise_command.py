@@ -58,16 +58,3 @@ def test_the_table_says_what_was_done(bnjax, unready):
     assert f"checkpoint of step {STEPS}" in out
     assert "of 50 training images" in out
     assert "the precise statistics" in out.splitlines()[-1]
-
-
-def test_what_cannot_be_done_is_refused(bnjax, unready, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    for words, said in (
-        (("--out", tmp_path), "exists already"),
-        (("--images", 1), "--images"),
-        (("--checkpoint", 7), "no checkpoint '7'"),
-    ):
-        code, _, err = bnjax("precise", "--workdir", unready, *words)
-        assert code == 2
-        assert said in err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

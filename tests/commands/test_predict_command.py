@@ -39,42 +39,32 @@ class InMemory(Trained):
         return self._dataset
 
 
-@pytest.mark.parametrize(("split", "images", "batches"), [("train", 48, 6), ("test", 20, 3)])
-def test_the_images_of_a_split_go_through_the_network_once(split, images, batches):
-    passes, data = [], synthetic.dataset(train=48, test=20)  # 4 of the third batch are padding
-    trained = InMemory(Rows(passes.append), data)
-    found = of_split(trained, split)
+@pytest.mark.parametrize(
+    ("split", "views", "by_flag"),
+    [("train", 1, False), ("test", 1, True), ("test", 6, False), ("test", 6, True)],
+)
+def test_each_image_of_a_split_goes_through_the_network_once_in_each_view(split, views, by_flag):
+    sizes, data = [], synthetic.dataset(train=48, test=20)  # 4 of the third batch are padding
+    trained = InMemory(Rows(sizes.append), data)
+    trained.config.eval.views = 7 - views if by_flag else views
+    found = of_split(trained, split, views if by_flag else None)
     jax.effects_barrier()
-    assert [*map(int, passes)] == [8] * batches
     chosen = getattr(data, split)
-    logits = chosen.image[:, :5:2].astype(np.float64).mean((2, 3)) / 255
-    score = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    right = score[np.arange(images), chosen.label]
-    assert [row["class"] for row in found["predictions"]] == [
-        data.classes[label] for label in logits.argmax(-1)
-    ]
-    np.testing.assert_allclose(
-        [row["score"] for row in found["predictions"]], score.max(-1), rtol=1e-5
-    )
-    assert (found["count"], found["step"]) == (images, 7)
-    np.testing.assert_allclose(found["loss"], -np.log(right).mean(), rtol=1e-5)
-    assert found["accuracy"] == (logits.argmax(-1) == chosen.label).mean() == 1
-
-
-@pytest.mark.parametrize("by_flag", [True, False])
-def test_logits_are_averaged_over_views_where_the_run_or_the_flag_says_so(by_flag):
-    data = synthetic.dataset(test=20)
-    trained = InMemory(Rows(lambda n: None), data)
-    trained.config.eval.views = 1 if by_flag else 6
-    found = of_split(trained, "test", 6 if by_flag else None)
-    image = data.test.image.astype(np.float64) / 255
+    if views == 1:
+        assert [*map(int, sizes)] == [8] * -(-len(chosen) // 8)
+    image = chosen.image.astype(np.float64) / 255
     wide = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-    views = [(image, 0.5), (wide[:, :-2, :-2], 0.25), (wide[:, 2:, 2:], 0.25)]  # mirrors are alike
-    logits = sum(weight * one[:, :5:2].mean((2, 3)) for one, weight in views)
-    score = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).max(-1)
-    np.testing.assert_allclose([row["score"] for row in found["predictions"]], score, rtol=1e-5)
-    assert found["views"] == 6
-    assert of_split(trained, "test", 1)["loss"] != found["loss"]
+    shifted = ((wide[:, :-2, :-2], 0.25), (wide[:, 2:, 2:], 0.25))  # mirrors are alike
+    parts = ((image, 0.5), *shifted) if views == 6 else ((image, 1.0),)
+    logits = sum(weight * one[:, :5:2].mean((2, 3)) for one, weight in parts)
+    score = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    rows = found["predictions"]
+    assert [row["class"] for row in rows] == [data.classes[i] for i in logits.argmax(-1)]
+    np.testing.assert_allclose([row["score"] for row in rows], score.max(-1), rtol=1e-5)
+    assert (found["count"], found["step"], found["views"]) == (len(chosen), 7, views)
+    right = score[np.arange(len(chosen)), chosen.label]
+    np.testing.assert_allclose(found["loss"], -np.log(right).mean(), rtol=1e-5)
+    assert found["accuracy"] == (logits.argmax(-1) == chosen.label).mean()
 
 
 def test_a_run_on_data_that_stood_in_is_predicted_on_those(tmp_path):
