@@ -1,0 +1,52 @@
+"""The pictures: averages against their equation, and a drawing of functions that exist."""
+
+import xml.etree.ElementTree as ElementTree
+
+import drawing
+import numpy as np
+import pytest
+from pictures import averages
+
+from bnjax.norms.moments import Moments
+
+pytestmark = pytest.mark.scripts
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_averages_are_weighted_sums_of_the_batches(debias):
+    mean, var = np.random.default_rng(0).random((2, 6), np.float32)
+    found = averages(Moments(mean, var, np.float32(4)), 0.9, debias)
+    for average, batches, first in zip(found, (mean, var), (0, 1), strict=True):
+        for n in range(1, 7):
+            weights = 0.1 * 0.9 ** np.arange(n)[::-1]
+            wanted = weights @ batches[:n] + 0.9**n * first
+            if debias:
+                wanted = weights @ batches[:n] / (1 - 0.9**n)
+            np.testing.assert_allclose(average[n - 1], wanted, rtol=1e-5)
+
+
+def test_the_drawing_has_every_name_as_text_within_its_box():
+    found = ElementTree.fromstring(drawing.batch())
+    boxes = [one for one in found.iter(f"{SVG}rect") if one.get("class") in ("box", "value")]
+    names = [one for one in found.iter(f"{SVG}text") if one.get("class") == "name"]
+    assert [one.text for one in names] == [box.name for box in drawing.BOXES]
+    for box, name in zip(boxes, names, strict=True):
+        left, top, width, height = (float(box.get(key)) for key in ("x", "y", "width", "height"))
+        assert left < float(name.get("x")) < left + width - 8.5 * len(name.text)
+        assert top < float(name.get("y")) < top + height
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        drawing.Box(0, 0, "train.run", "Run.store", ("", "")),
+        drawing.Box(0, 0, "data.feed", "Feed.images", ("", "")),
+        drawing.Box(0, 0, "train_step", "state, stats", ("", ""), "train_step"),
+        drawing.Box(0, 0, "train.steps", "make_batch", ("", "")),
+    ],
+    ids=lambda box: box.name,
+)
+def test_a_name_that_does_not_exist_is_an_error(box):
+    with pytest.raises(AttributeError, match=box.name.split(", ")[-1]):
+        drawing.check(box)
