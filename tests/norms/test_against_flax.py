@@ -67,18 +67,19 @@ def test_same_results(options, masked):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_variables_of_flax_are_evaluated_whatever_the_options():
+def test_checkpoints_are_interchangeable():
     flax, ours = nn.BatchNorm(), BatchNorm(debias=True, variance="unbiased", momentum=None)
-    variables = flax.init(jax.random.key(0), images(), use_running_average=True)
-    options = {"use_running_average": False, "mutable": ["batch_stats"]}
-    variables = {**variables, **flax.apply(variables, images(), **options)[1]}
-    found, expected = (
-        norm.apply(variables, images(1), use_running_average=True) for norm in (ours, flax)
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    for saver, loader in ((flax, ours), (ours, flax)):
+        variables = saver.init(jax.random.key(0), images(), use_running_average=True)
+        options = {"use_running_average": False, "mutable": ["batch_stats"]}
+        variables = {**variables, **saver.apply(variables, images(), **options)[1]}
+        found, expected = (
+            norm.apply(variables, images(1), use_running_average=True) for norm in (loader, saver)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_averages_stored_in_bfloat16_are_subtracted_in_float32():
+def test_low_precision_averages():
     stats = {"mean": jnp.full(4, 1.0, jnp.bfloat16), "var": jnp.full(4, 3.0, jnp.bfloat16)}
     x = jnp.full((1, 4), 1.0, jnp.bfloat16) + jnp.bfloat16(0.0078125)
     options = {"use_scale": False, "use_bias": False, "dtype": jnp.float32}
