@@ -200,14 +200,6 @@ def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop():
     assert sorted(begun) == list(range(8))
 
 
-@pytest.mark.parametrize("way", ["one", "devices"])
-def test_a_signal_between_two_runs_is_remembered(files, way, monkeypatch):
-    """It comes before the first."""
-    monkeypatch.setattr(grid, "take_folder", lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM$"):
-        compare(files / "runs", both(files), 1, way=way)
-
-
 def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files):
     calls, folder = [], files / "runs"
     trainer = counting(calls, pretend)
@@ -279,29 +271,25 @@ def test_the_command_says_which_run_broke_down(files, bnjax, monkeypatch):
     assert read_comparison(files / "runs")["command"].startswith("bnjax compare --configs ")
 
 
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("--config.seed=3", "Use --seeds instead"),
-        ("--config.train.batch_size=4000", "bn cannot be trained: config.train.batch_size = 4000"),
-    ],
-)
-def test_mistakes_show_before_anything_is_trained(files, word, said):
-    with pytest.raises(UserError, match=said):
-        grid.load_datasets(both(files, word))
-
-
-def test_variants_of_the_same_data_share_them_and_have_their_own_names(files):
+def test_variants_share_data_and_mistakes_show_before_anything_is_trained(files):
     comparison = both(files)
     bn, no_bn = grid.load_datasets(comparison).values()
     assert bn is no_bn
     assert len(bn.train.label) == 48
     labels = {variant["dataset"] for variant in comparison["variants"].values()}
     assert labels == {"digits, the first 48 training images"}
-    with pytest.raises(UserError, match="same name: bn, bn"):
-        claims.of_configs([str(files / "bn.py")] * 2)
-    with pytest.raises(UserError, match=r"cannot be called '\.\./bn'"):
-        grid.plan(claims.Claim("", {"../bn": (str(files / "bn.py"), {})}, [], 2, {}), [])
+    named = claims.Claim("", {"../bn": (str(files / "bn.py"), {})}, [], 2, {})
+    for wrong, said in (
+        (lambda: both(files, "--config.seed=3"), "Use --seeds instead"),
+        (
+            lambda: grid.load_datasets(both(files, "--config.train.batch_size=4000")),
+            "bn cannot be trained: config.train.batch_size = 4000",
+        ),
+        (lambda: claims.of_configs([str(files / "bn.py")] * 2), "same name: bn, bn"),
+        (lambda: grid.plan(named, []), r"cannot be called '\.\./bn'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            wrong()
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), Stopped(3, signal.SIGINT)])

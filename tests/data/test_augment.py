@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,38 +7,28 @@ from bnjax.data import augment
 N, H, W = 400, 8, 6
 IMAGE = np.random.default_rng(0).integers(0, 256, (N, H, W, 3), np.uint8)
 BATCH = {"image": IMAGE, "label": np.arange(N) % 10, "mask": np.arange(N) < 390}
-EVERY = {
-    "flip": augment.flip,
-    "translate": augment.translate(2),
-    "crop": augment.crop(2),
-    "cutout": augment.cutout(3),
-    "brightness": augment.brightness(0.2),
-    "contrast": augment.contrast(0.2),
-}
 
 
 def applied(augmentation, batch=BATCH, seed=0):
-    return jax.jit(augmentation)(jax.random.key(seed), batch)
+    found = jax.jit(augmentation)(jax.random.key(seed), batch)
+    for name in batch.keys() & {"label", "mask"}:
+        np.testing.assert_array_equal(found[name], batch[name])
+    return found
 
 
-@pytest.mark.parametrize("augmentation", EVERY.values(), ids=EVERY)
-def test_the_key_alone_decides_for_each_image_and_labels_go_through(augmentation):
-    run = jax.jit(augmentation)
-    found, again, other = (run(jax.random.key(seed), BATCH) for seed in (0, 0, 1))
-    for name in ("label", "mask"):
-        np.testing.assert_array_equal(found[name], BATCH[name])
-    assert found["image"].shape == IMAGE.shape
-    np.testing.assert_array_equal(found["image"], again["image"])
-    assert (found["image"] != other["image"]).any()
-    same = run(jax.random.key(0), {**BATCH, "image": np.broadcast_to(IMAGE[:1], IMAGE.shape)})
-    assert len(np.unique(np.asarray(same["image"]).reshape(N, -1), axis=0)) > 1
+def is_mirrored(found, image):
+    """Which images are mirrored [n]; the others have to be as they were."""
+    mirrored = (np.asarray(found) == image[:, :, ::-1]).all((1, 2, 3))
+    assert (mirrored | (found == image).all((1, 2, 3))).all()
+    return mirrored
 
 
-def test_a_flip_is_the_image_or_its_mirror_with_probability_one_half():
-    found = np.asarray(applied(augment.flip)["image"])
-    mirrored = (found == IMAGE[:, :, ::-1]).all((1, 2, 3))
-    assert (mirrored | (found == IMAGE).all((1, 2, 3))).all()
+def test_a_flip_mirrors_with_probability_one_half():
+    mirrored = is_mirrored(applied(augment.flip)["image"], IMAGE)
     assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / N**0.5
+    # With one key for both, nothing would be mirrored.
+    both = augment.chain([augment.flip, augment.flip])
+    assert 0 < is_mirrored(applied(both)["image"], IMAGE).mean() < 1
 
 
 def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs():
@@ -48,10 +37,8 @@ def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs():
     def epoch(number, rows, run=3):
         about = {"index": rows, "epoch": np.full(N, number), "run": jax.random.key(run)}
         batch = {"image": IMAGE[rows], **about}
-        found = np.asarray(applied(augment.alternating_flip, batch, seed=number)["image"])
-        mirrored = (found == IMAGE[rows][:, :, ::-1]).all((1, 2, 3))
-        assert (mirrored | (found == IMAGE[rows]).all((1, 2, 3))).all()
-        return mirrored[np.argsort(rows)]
+        found = applied(augment.alternating_flip, batch, seed=number)["image"]
+        return is_mirrored(found, IMAGE[rows])[np.argsort(rows)]
 
     first, second, third = epoch(0, np.arange(N)), epoch(1, order), epoch(2, order[::-1])
     np.testing.assert_array_equal(first, ~second)
@@ -60,9 +47,11 @@ def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs():
     assert 0.3 < (first == epoch(0, np.arange(N), run=4)).mean() < 0.7
 
 
-@pytest.mark.parametrize(("name", "mode"), [("translate", "reflect"), ("crop", "constant")])
-def test_shifts_are_cuts_out_of_the_padded_image_and_all_occur(name, mode):
-    found = np.asarray(applied(EVERY[name])["image"])
+@pytest.mark.parametrize(
+    ("shift", "mode"), [(augment.translate, "reflect"), (augment.crop, "constant")]
+)
+def test_shifts_are_cuts_out_of_the_padded_image_and_all_occur(shift, mode):
+    found = np.asarray(applied(shift(2))["image"])
     wide = np.pad(IMAGE, [(0, 0), (2, 2), (2, 2), (0, 0)], mode=mode)
     seen = set()
     for one, padded in zip(found, wide, strict=True):
@@ -116,20 +105,20 @@ def test_contrast_keeps_the_mean_and_multiplies_the_deviations():
     assert factor.max() - factor.min() > 0.55
 
 
-def test_a_chain_applies_in_order_with_other_keys():
-    both = augment.chain([augment.flip, augment.flip])
-    found = np.asarray(applied(both)["image"])
-    mirrored = (found == IMAGE[:, :, ::-1]).all((1, 2, 3))
-    assert 0 < mirrored.mean() < 1  # with one key for both nothing would be mirrored
-    bright = augment.chain([augment.cutout(H * 3, fill=0.0), augment.brightness(0.1)])
-    assert jnp.ptp(applied(bright)["image"], axis=(1, 2, 3)).max() < 1e-6
+def test_a_config_is_applied_in_the_order_of_the_documentation():
+    options = dict.fromkeys(("translate", "crop", "contrast", "cutout", "mixup"), 0)
+    options |= {"flip": "none", "brightness": 0.1}
+    assert augment.in_order(options | {"brightness": 0}, 10) is None
+    bright = augment.in_order(options | {"cutout": 3 * H}, 10)
+    assert (applied(bright)["image"] == 0).all()  # the hole comes last
 
 
 def test_mixup_mixes_images_and_labels_by_one_share_and_leaves_padding_out():
     image = np.eye(N, dtype=np.float32).reshape(N, N, 1, 1)  # says which images went into it
     label, mask = np.arange(N) % 7, np.arange(N) < 390
     batch = {"image": image, "label": label, "mask": mask}
-    found = jax.tree.map(np.asarray, applied(augment.mixup(0.4, 7), batch))
+    mixup = jax.jit(augment.mixup(0.4, 7))
+    found = jax.tree.map(np.asarray, mixup(jax.random.key(0), batch))
     shares = found["image"].reshape(N, N)
     np.testing.assert_allclose(shares.sum(1), 1, atol=1e-6)
     assert ((shares > 0).sum(1) <= 2).all()

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnjax.data.batches import TrainRows, eval_batches, evenly_spaced, take
+from bnjax.data.batches import TrainRows, eval_batches, evenly_spaced
 from bnjax.data.datasets import Split
 
 EXAMPLES = 12
@@ -19,37 +19,30 @@ def data(examples=EXAMPLES):
 
 def labels(steps, batch_size, seed, examples=EXAMPLES):
     rows = TrainRows(examples, batch_size, seed)
-    batches = [take(data(examples), rows(step)) for step in steps]
+    batches = [data(examples).select(rows(step)) for step in steps]
     for batch in batches:
-        assert batch["image"].shape == (batch_size, 2, 3, 1)
-        assert batch["image"].dtype == np.uint8
-        assert (batch["image"] == batch["label"][:, None, None, None]).all()
-    return np.concatenate([batch["label"] for batch in batches])
-
-
-@given(batch_size=SIZES, start=st.integers(0, 50), examples=st.integers(EXAMPLES, 20))
-def test_file_order_is_the_data_again_and_again(batch_size, start, examples):
-    seen = labels(range(start, start + 7), batch_size, None, examples)
-    expected = np.arange(start * batch_size, (start + 7) * batch_size) % examples
-    np.testing.assert_array_equal(seen, expected)
-
-
-@given(batch_size=SIZES, seed=st.integers(0, 1000))
-def test_each_epoch_has_every_image_once_in_an_order_that_the_seed_decides(batch_size, seed):
-    steps = range(-(-4 * EXAMPLES // batch_size))
-    epochs = labels(steps, batch_size, seed)[: 4 * EXAMPLES].reshape(4, EXAMPLES)
-    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(EXAMPLES), (4, 1)))
-    whole = labels(range(4), EXAMPLES, seed)  # whatever the batch size
-    np.testing.assert_array_equal(epochs.ravel(), whole)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert (whole != labels(range(4), EXAMPLES, seed + 1)).any()
+        assert batch.image.shape == (batch_size, 2, 3, 1)
+        assert (batch.image == batch.label[:, None, None, None]).all()
+    return np.concatenate([batch.label for batch in batches])
 
 
 @given(st.permutations(range(12)), SIZES, st.integers(0, 1000) | st.none())
-def test_a_step_has_the_same_rows_whichever_came_before(order, batch_size, seed):
-    found = labels(order, batch_size, seed).reshape(12, -1)
-    in_order = labels(range(12), batch_size, seed).reshape(12, -1)
-    np.testing.assert_array_equal(found, in_order[order])
+def test_a_step_has_its_rows_whichever_came_before_and_each_epoch_every_image(order, size, seed):
+    steps = labels(order, size, seed).reshape(12, size)[np.argsort(order)]
+    epochs = steps.reshape(size, EXAMPLES)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(range(EXAMPLES), (size, 1)))
+    # Whatever the batch size; without a seed as in the file.
+    whole = labels(range(size), EXAMPLES, seed).reshape(size, EXAMPLES)
+    np.testing.assert_array_equal(epochs, np.sort(whole, axis=1) if seed is None else whole)
+
+
+def test_seeds_and_epochs_have_different_orders():
+    orders = np.concatenate([labels(range(4), EXAMPLES, seed).reshape(4, -1) for seed in (0, 1)])
+    assert len({tuple(order) for order in orders}) == 8
+
+
+def test_a_batch_may_span_epochs_of_data_that_it_does_not_divide():
+    np.testing.assert_array_equal(labels(range(3), 5, None, 7), np.arange(15) % 7)
 
 
 @pytest.mark.parametrize("batch_size", [-1, 0, EXAMPLES + 1])

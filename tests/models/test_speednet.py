@@ -42,7 +42,7 @@ def test_the_outputs_of_the_whitening_filters_have_unit_covariance():
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(4, 7), (7, 4)])
-def test_the_first_filters_pass_a_channel_on_and_the_rest_are_as_torch_draws_them(inputs, outputs):
+def test_initial_kernels_copy_channels_or_are_as_torch_draws_them(inputs, outputs):
     kernel = np.asarray(dirac(jax.random.key(0), (3, 3, inputs, outputs)))
     passed = min(inputs, outputs)
     x = RNG.normal(size=(2, 6, 5, inputs))
@@ -52,11 +52,8 @@ def test_the_first_filters_pass_a_channel_on_and_the_rest_are_as_torch_draws_the
     large = np.asarray(dirac(jax.random.key(1), (3, 3, 4, 2000)))[..., 4:]
     assert abs(large).max() <= 1 / 6
     assert abs(large.std() - 1 / 6 / 3**0.5) < 0.002
-
-
-def test_the_head_starts_with_standard_deviation_1():
-    kernel = np.asarray(unit(jax.random.key(0), (256, 10)))
-    assert abs(kernel.std(ddof=1) - 1) < 1e-5
+    head = np.asarray(unit(jax.random.key(0), (256, 10)))
+    assert abs(head.std(ddof=1) - 1) < 1e-5
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -53,18 +53,6 @@ def test_logits_are_the_mean_over_the_views(views):
     np.testing.assert_allclose(found, by_hand(IMAGES, views), atol=1e-5)
 
 
-def assert_again(found, again):
-    """Six views of some images, one of the others."""
-    np.testing.assert_allclose(found[again], by_hand(IMAGES, 6)[again], atol=1e-5)
-    np.testing.assert_allclose(found[~again], plain(IMAGES)[~again], rtol=0, atol=1e-6)
-
-
-def test_only_the_least_certain_are_looked_at_again():
-    certain = np.asarray(jax.nn.softmax(plain(IMAGES))).max(-1)
-    again = np.isin(np.arange(12), np.argsort(certain)[:3])
-    assert_again(evaluated(Views(Net(), 6, share=0.25), IMAGES), again)
-
-
 class Masked(Net):
     """The same, with a mask that it does not need."""
 
@@ -73,11 +61,14 @@ class Masked(Net):
         return Net.__call__(self, x, train=train)
 
 
-def test_padding_is_not_looked_at_again():
-    certain = np.asarray(jax.nn.softmax(plain(IMAGES))).max(-1)
-    mask = certain > np.sort(certain)[3]  # the least certain four are padding
-    again = np.isin(np.arange(12), np.argsort(np.where(mask, certain, np.inf))[:3])
-    assert_again(evaluated(Views(Masked(), 6, 0.25), IMAGES, mask=mask), again)
+@pytest.mark.parametrize("padding", [0, 4])
+def test_only_the_least_certain_are_looked_at_again_and_no_padding(padding):
+    order = np.argsort(np.asarray(jax.nn.softmax(plain(IMAGES))).max(-1))
+    mask, again = (np.isin(np.arange(12), of) for of in (order[padding:], order[padding:][:3]))
+    options = {"mask": mask} if padding else {}
+    found = evaluated(Views(Masked() if padding else Net(), 6, share=0.25), IMAGES, **options)
+    np.testing.assert_allclose(found[again], by_hand(IMAGES, 6)[again], atol=1e-5)
+    np.testing.assert_allclose(found[~again], plain(IMAGES)[~again], rtol=0, atol=1e-6)
 
 
 def test_parameters_statistics_and_training_are_those_of_the_network():

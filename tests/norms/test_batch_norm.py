@@ -2,10 +2,8 @@
 
 import functools
 import json
-import operator
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,27 +45,6 @@ def stats_after(norm, batches):
     for batch in batches:
         _, variables = train(norm, variables, batch)
     return variables["batch_stats"]
-
-
-@pytest.mark.parametrize("axis", [-1, 0, (1, -1)])
-def test_output_and_statistics_are_those_of_numpy(axis):
-    norm, x = BatchNorm(momentum=0.75, epsilon=1e-3, axis=axis), normal((6, 5, 4, 3))
-    channels = {a % 4 for a in np.atleast_1d(axis)}
-    axes = tuple(a for a in range(4) if a not in channels)
-    full = [size if a in channels else 1 for a, size in enumerate(x.shape)]
-    shape = [size for a, size in enumerate(x.shape) if a in channels]
-    scale, bias = normal(shape, seed=1), normal(shape, seed=2)
-    variables = {**start(norm, x), "params": {"scale": scale, "bias": bias}}
-    y, updated = train(norm, variables, x)
-    x64 = x.astype(np.float64)
-    mean, var = x64.mean(axes), x64.var(axes)
-    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.25 * mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.75 + 0.25 * var, rtol=1e-5)
-    evaluated = norm.apply(updated, x, use_running_average=True)
-    for found, (m, v) in ((y, (mean, var)), (evaluated, (0.25 * mean, 0.75 + 0.25 * var))):
-        expected = (x64 - m.reshape(full)) / np.sqrt(v.reshape(full) + 1e-3)
-        expected = expected * scale.reshape(full) + bias.reshape(full)
-        np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 
 @settings(max_examples=8)
@@ -170,9 +147,8 @@ def test_statistics_are_at_least_float32_and_float64_stays_float64():
     exact = np.asarray(x).astype(np.float64)
     assert (y.dtype, updated["batch_stats"]["var"].dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(updated["batch_stats"]["var"], exact.var(0), rtol=1e-5)
-    evaluated = np.asarray(norm.apply(updated, x, use_running_average=True)).astype(np.float64)
     expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
-    np.testing.assert_allclose(evaluated, expected, rtol=2.0**-8, atol=1e-5)  # rounded once
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2.0**-8, atol=1e-5)
     with compat.enable_x64(True):
         x = np.random.default_rng(0).normal(size=(32, 3)) + 1e4
         stats = stats_after(BatchNorm(momentum=0.0), [x])
@@ -242,17 +218,6 @@ def test_averages_rounded_to_bfloat16_lose_small_updates():
     assert (stats["mean"] != stats_after(BatchNorm(momentum=0.99), batches)["mean"]).all()
 
 
-def test_nan_in_padding_does_not_reach_the_scale_of_a_frozen_layer():
-    norm = BatchNorm(use_running_average=False, statistics="running", update_average=False)
-    x = np.array([[1.0, 2.0], [3.0, 4.0], [np.nan, np.nan]], np.float32)
-    mask, variables = np.array([True, True, False]), start(BatchNorm(), x[:2])
-
-    def loss(params):
-        return norm.apply({**variables, "params": params}, x, mask=mask)[:2].sum()
-
-    np.testing.assert_allclose(jax.grad(loss)(variables["params"])["scale"], [4.0, 6.0], rtol=1e-4)
-
-
 @pytest.mark.parametrize("statistics", [None, "batch", "running"])
 @pytest.mark.parametrize("update", [None, True, False])
 @pytest.mark.parametrize("use_running_average", [True, False])
@@ -283,45 +248,6 @@ def test_scale_and_bias_can_be_frozen():
     dparams, dx = jax.grad(loss, argnums=(0, 1))(variables["params"], BATCHES[0])
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(dparams))
     assert (dx != 0).any()
-
-
-class Block(nn.Module):
-    """A layer between products, as a network has it."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(BatchNorm(use_running_average=False, momentum=0.5)(x)), None
-
-
-STACKED = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
-LIFTED = {
-    "vmap": nn.vmap(Block, **STACKED, axis_size=2),
-    "scan": nn.scan(Block, **STACKED, length=2),
-    "jit": nn.jit(Block),
-    "remat": nn.remat(Block),
-}
-
-
-@pytest.mark.parametrize("transform", LIFTED)
-def test_linen_transforms_update_each_layer_once(transform):
-    lifted, is_stacked = LIFTED[transform](), transform in ("vmap", "scan")
-    x = np.stack(BATCHES[:2]) if transform == "vmap" else BATCHES[1]
-    variables = lifted.init(jax.random.key(0), x)
-    (y, _), updated = lifted.apply(variables, x, mutable=["batch_stats"])
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    output = x
-    for i in range(1 + is_stacked):
-        own, found = (
-            jax.tree.map(operator.itemgetter(i), tree) if is_stacked else tree
-            for tree in (variables, updated)
-        )
-        layer_input = x[i] if transform == "vmap" else output
-        (output, _), expected = Block().apply(own, layer_input, mutable=["batch_stats"])
-        jax.tree.map(close, found, expected)
-        if transform == "vmap":
-            close(y[i], output)
-    if transform != "vmap":
-        close(y, output)
 
 
 def test_groups_with_remat_have_the_gradient_without_it():

@@ -71,17 +71,6 @@ def test_shapes_and_dtypes(name, dtype):
 
 
 @EVERY_NORM
-def test_normalises_the_scale_away_in_training(name):
-    if name == "none":
-        pytest.skip("it returns its input")
-    norm = make(name)
-    variables = norm.init(jax.random.key(0), images(), use_running_average=True)
-    y, y10 = step(norm, variables, images())[0], step(norm, variables, 10 * images())[0]
-    np.testing.assert_allclose(y, y10, atol=5e-3)
-    assert 0.8 < float(jnp.sqrt(jnp.mean(y**2))) < 1.1
-
-
-@EVERY_NORM
 def test_vmap_over_runs_gives_each_run_its_own(name):
     norm, variables = trained(name)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 2]), variables)
@@ -116,14 +105,16 @@ def test_masking_equals_dropping_the_rows(name):
     x = images(7).at[~real].set(np.nan if name in norms.BATCH_NORMS else 1e3)
 
     def results(x, mask):
-        @jax.jit
-        @partial(jax.grad, has_aux=True)
-        def gradient(params):
-            y, updated = step(norm, {**variables, "params": params}, x, mask)
-            y = y if mask is None else y[real]
-            return jnp.sum(jnp.sin(y)), (y, updated)
+        kept = slice(None) if mask is None else mask
 
-        return gradient(variables["params"])
+        @jax.jit
+        @partial(jax.grad, argnums=(0, 1), has_aux=True)
+        def gradient(params, x):
+            y, updated = step(norm, {**variables, "params": params}, x, mask)
+            return jnp.sum(jnp.sin(y[kept])), (y[kept], updated)
+
+        (dparams, dx), found = gradient(variables["params"], x)
+        return dparams, dx[kept], found
 
     close(results(x, real), results(x[real], None))
 

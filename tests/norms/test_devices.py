@@ -1,5 +1,7 @@
 """BatchNorm over eight devices against NumPy on all of the batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,11 @@ pytestmark = pytest.mark.lane
 CHANNELS = 3
 
 
-def layer(**options):
+def layer(over="axis_name", **options):
     """Returns what `run` takes: statistics are replicated, outputs divided up."""
 
     def make(axis_name):
-        norm = BatchNorm(False, momentum=0.0, axis_name=axis_name, **options)
+        norm = BatchNorm(False, momentum=0.0, **{over: axis_name}, **options)
 
         def apply(variables, batch):
             x, mask = batch["x"], batch.get("mask")
@@ -49,9 +51,9 @@ def test_one_example_a_device_is_enough_and_the_mean_may_be_large(wrapper):
     np.testing.assert_allclose(y.std(0), 1, rtol=1e-3)
 
 
-@jax.jit
-def _statistics(x, mask):
-    apply = jax.vmap(layer()(AXIS), axis_name=AXIS, in_axes=(None, 0))
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(over, x, mask):
+    apply = jax.vmap(layer(over)(AXIS), axis_name=AXIS, in_axes=(None, 0))
     shards = {"x": x.reshape(DEVICES, -1, CHANNELS), "mask": mask.reshape(DEVICES, -1)}
     return apply(start(), shards)
 
@@ -62,11 +64,12 @@ def test_any_division_into_shards_gives_the_statistics_of_the_whole(sizes):
     mask = (np.arange(4)[None] < np.array(sizes)[:, None]).ravel()
     x = normal(DEVICES * 4, mean=np.repeat(np.arange(DEVICES), 4)[:, None])  # shards differ in mean
     x[~mask] = np.nan
-    stats, y = _statistics(x, mask)
-    for name, of in (("mean", np.mean), ("var", np.var)):
-        expected = of(x[mask].astype(np.float64), axis=0)
-        np.testing.assert_allclose(stats[name][0], expected, rtol=1e-5, atol=1e-5)
-    assert np.isfinite(np.asarray(y).reshape(-1, CHANNELS)[mask]).all()
+    for over in ("axis_name", "average_axis_name"):
+        stats, y = _statistics(over, x, mask)
+        for name, of in (("mean", np.mean), ("var", np.var)):
+            expected = of(x[mask].astype(np.float64), axis=0)
+            np.testing.assert_allclose(stats[name][0], expected, rtol=1e-5, atol=1e-5)
+        assert np.isfinite(np.asarray(y).reshape(-1, CHANNELS)[mask]).all()
 
 
 @pytest.mark.parametrize("wrapper", MAPPED)
