@@ -113,15 +113,15 @@ def main():
     chosen = [one for one in variants() if one[1] in {*libraries} - missing]
     for name, library in tqdm.tqdm(chosen, disable=None):
         case, start = cases()[name], time.perf_counter()
-        found, false = ({*tool(getattr(case, library)(sick))} for sick in (True, False))
-        is_found = bool(found - false) if options.tool else {*case.FINDS} <= found
+        found, false = ({*tool(case.patient(library, sick))} for sick in (True, False))
+        is_found = bool(found - false) if options.tool else case.finds in found
         aside = "set aside" if name in SET_ASIDE else "tuned"
         for group in (f"{library}, {aside}", f"all, {aside}"):
             counts[group] += {"cases": 1, "found": is_found, "twins": bool(false)}
         seconds = f"{time.perf_counter() - start:.1f}"
         mark = "*" * (name in SET_ASIDE)
-        texts = [", ".join(sorted(ids)) for ids in (case.FINDS, found, false)]
-        rows.append((name + mark, library, *texts, seconds))
+        texts = [", ".join(sorted(ids)) for ids in (found, false)]
+        rows.append((name + mark, library, case.finds, *texts, seconds))
     print(text_table(rows))
     print("* set aside before any limit was tuned\n")
     alarms = "twins with a warning" if options.tool else "false alarms"

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bnjax.train_step import init_variables
@@ -88,8 +87,8 @@ class PreActResNet(nn.Module):
         return nn.Dense(10)(nn.relu(norm(name="last")(x)).mean((1, 2)))
 
 
-class _Layer(nn.Module):
-    """What is repeated by a lifted transformation: a dense layer, a norm, a ReLU."""
+class Layer(nn.Module):
+    """What lifted transformations repeat: a dense layer, a norm, a ReLU."""
 
     width: int
     train: bool
@@ -102,78 +101,43 @@ class _Layer(nn.Module):
         return nn.relu(x), None
 
 
-class ScanNet(nn.Module):
-    """Equal layers under `nn.scan`: parameters and statistics have an axis for the layers."""
-
-    layers: int = 3
-    width: int = 12
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.Dense(self.width)(x.reshape(len(x), -1))
-        layers = nn.scan(
-            _Layer,
-            variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
-            length=self.layers,
-        )
-        x, _ = layers(self.width, train, name="layers")(x, None)
-        return nn.Dense(10)(x)
+LIFTED = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
 
 
-class RematNet(nn.Module):
-    """Layers under `nn.remat`, which runs each again in the gradient."""
+class Lifted(nn.Module):
+    """Layers under `nn.scan`, `nn.remat` or `nn.vmap`, or one ("shared") that is called twice.
 
-    layers: int = 2
+    Under scan and vmap, parameters and statistics have an axis for the layers.
+    """
+
+    how: str
     width: int = 12
 
     @nn.compact
     def __call__(self, x, train: bool):
         x = x.reshape(len(x), -1)
-        for i in range(self.layers):
-            x, _ = nn.remat(_Layer)(self.width, train, name=f"layer{i}")(x)
-        return nn.Dense(10)(x)
-
-
-class VmapNet(nn.Module):
-    """Heads side by side under `nn.vmap`, each with statistics of its own; their mean."""
-
-    heads: int = 3
-    width: int = 6
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        heads = nn.vmap(
-            _Layer,
-            variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            axis_size=self.heads,
-        )
-        x, _ = heads(self.width, train, name="heads")(x.reshape(len(x), -1))
-        return nn.Dense(10)(jnp.mean(x, 0))
-
-
-class SharedNet(nn.Module):
-    """One layer, with its norm, that is called twice."""
-
-    width: int = 12
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        layer = _Layer(self.width, train)
-        x, _ = layer(nn.Dense(self.width)(x.reshape(len(x), -1)))
-        x, _ = layer(x)
+        if self.how == "remat":
+            for i in range(2):
+                x, _ = nn.remat(Layer)(self.width, train, name=f"layer{i}")(x)
+        elif self.how == "vmap":
+            heads = nn.vmap(Layer, **LIFTED, in_axes=None, axis_size=3)
+            x = heads(self.width, train, name="heads")(x)[0].mean(0)
+        elif self.how == "scan":
+            layers = nn.scan(Layer, **LIFTED, length=3)(self.width, train, name="layers")
+            x, _ = layers(nn.Dense(self.width)(x), None)
+        else:
+            layer = Layer(self.width, train)
+            x, _ = layer(layer(nn.Dense(self.width)(x))[0])
         return nn.Dense(10)(x)
 
 
 NETWORKS = {
     "resnet": ResNet((1, 1), 4),
     "preact": PreActResNet(),
-    "scan": ScanNet(),
-    "remat": RematNet(),
-    "vmap": VmapNet(),
-    "shared": SharedNet(),
+    "scan": Lifted("scan"),
+    "remat": Lifted("remat"),
+    "vmap": Lifted("vmap", 6),
+    "shared": Lifted("shared"),
 }
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from foreign import NETWORKS, ResNet, SharedNet
+from foreign import NETWORKS, ResNet
 
 from bnjax import norms
 from bnjax.clinic import Run, linen, precise
@@ -310,7 +310,7 @@ ILL = {
     "LARS on all": ("layerwise-rate", optimized(lars)),
     "dropout before a norm": ("variance-shift", ready(dropout=0.5)),
     "frozen in name": ("moved-while-frozen", lambda seed: frozen(seed, ready(momentum=0.8)(seed))),
-    "one norm, called twice": ("updated-twice", functools.partial(trained, SharedNet())),
+    "one norm, called twice": ("updated-twice", functools.partial(trained, NETWORKS["shared"])),
     "two passes in a step": ("updated-twice", lambda seed: plain(seed).knowing(step=step(2))),
     "batches of 4": ("small-batch", lambda seed: trained(Plain(), seed, size=4)),
 }

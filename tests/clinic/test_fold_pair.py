@@ -61,17 +61,6 @@ def test_convolutions_of_any_groups(seed, sides, groups, inputs, outputs, place,
     np.testing.assert_allclose(conv(x, kernel, bias, groups), wanted, rtol=1e-11, atol=1e-11)
 
 
-@given(seed=st.integers(0, 2**32 - 1), positions=st.integers(1, 4), channels=st.integers(1, 3))
-def test_a_norm_before_positions_were_flattened_into_a_dense_layer(seed, positions, channels):
-    rng = np.random.default_rng(seed)
-    kernel, bias = rng.normal(size=(positions * channels, 3)), rng.normal(size=3)
-    norm = norm_of(rng, channels)
-    x = rng.normal(size=(5, positions, channels))
-    wanted = normalised(x, *norm, 0.1).reshape(5, -1) @ kernel + bias
-    kernel, bias = fold_pair(kernel, bias, *norm, 0.1, norm="before")
-    np.testing.assert_allclose(x.reshape(5, -1) @ kernel + bias, wanted, rtol=1e-11, atol=1e-11)
-
-
 def test_float32_is_folded_in_float64_and_returned_as_float32():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(2000, 4)).astype(np.float32)

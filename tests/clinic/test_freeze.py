@@ -30,7 +30,7 @@ FIRST = {
     "scan": "layers.*",
     "remat": "layer0.BatchNorm_?",
     "vmap": "*",
-    "shared": "_Layer_0.BatchNorm_0",
+    "shared": "Layer_0.BatchNorm_0",
 }
 
 
@@ -70,11 +70,9 @@ def test_frozen_statistics_stay_and_the_others_move(name):
     assert ".".join(first) + ".mean" not in moved(*networks)
 
 
-@pytest.mark.parametrize("name", ["scan", SLOW("preact")])
-def test_trees_fields_and_evaluation_are_the_models_own(name):
-    model = NETWORKS[name]
-    frozen = freeze_statistics(model, "*")
-    variables = variables_of(name)
+def test_trees_fields_and_evaluation_are_the_models_own():
+    model = NETWORKS["scan"]
+    frozen, variables = freeze_statistics(model, "*"), variables_of("scan")
     assert shapes(frozen, BATCH["image"]) == jax.eval_shape(lambda: variables)
     assert isinstance(frozen, type(model))
     assert all(getattr(frozen, f.name) == getattr(model, f.name) for f in dataclasses.fields(model))
@@ -139,8 +137,8 @@ def test_the_gradient_takes_frozen_statistics_as_constants(kind, in_call):
 
 
 def test_a_mask_stays():
-    norm = partial(nn.BatchNorm, momentum=0.5)
-    model = ConvNet((4,), (3,), (2,), (8,), 10, norm, norm_dense=(True,), dropout=(0.0,))
+    """Of two norms one is frozen; padding changes neither the step nor the other's averages."""
+    model = ConvNet((4,), (3,), (2,), (8,), 10, nn.BatchNorm, norm_dense=(True,), dropout=(0.0,))
     frozen = freeze_statistics(model, "dense0_norm")
     state, stats = jax.jit(partial(init_state, model, SGD))(jax.random.key(0), BATCH["image"])
     padded = {
@@ -148,13 +146,13 @@ def test_a_mask_stays():
         "label": np.concatenate([BATCH["label"], [0, 0]]),
         "mask": np.arange(8) < 6,
     }
-    (plain, stats_plain, _), (masked, stats_masked, _) = (
-        stepped(frozen, state, stats, batch) for batch in (BATCH, padded)
+    plain, masked = (
+        (new.params, after)
+        for new, after, _ in (stepped(frozen, state, stats, batch) for batch in (BATCH, padded))
     )
     # 8 images' activations of size 1, summed in another order.
-    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, (plain.params, stats_plain), (masked.params, stats_masked))
-    assert {path[0] for path, kept in same(stats, stats_masked).items() if kept} == {"dense0_norm"}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), plain, masked)
+    assert {path[0] for path, kept in same(stats, masked[1]).items() if kept} == {"dense0_norm"}
 
 
 def test_what_matches_nothing_is_an_error_with_the_names():
@@ -169,11 +167,10 @@ def test_what_matches_nothing_is_an_error_with_the_names():
         affine_mask(params, stats)
 
 
-@pytest.mark.parametrize("name", ["scan", SLOW("preact")])
-def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name):
-    params, stats = variables_of(name)
+def test_frozen_scales_and_biases_stay_and_the_others_move_as_before():
+    params, stats = variables_of("preact")
     tx = optax.adamw(0.1, weight_decay=0.1)
-    frozen = without_frozen(tx, affine_mask(params, stats, FIRST[name]))
+    frozen = without_frozen(tx, affine_mask(params, stats, "last"))
 
     @partial(jax.jit, static_argnums=0)
     def two_steps(tx, params):
@@ -185,7 +182,6 @@ def test_frozen_scales_and_biases_stay_and_the_others_move_as_before(name):
         return params
 
     plain, ours = two_steps(tx, params), two_steps(frozen, params)
-    first = linen(NETWORKS[name], params, stats).norms(BATCH)[0].path
     kept = {path for path, unchanged in same(params, ours).items() if unchanged}
-    assert kept == {(*first, "scale"), (*first, "bias")}
+    assert kept == {("last", "scale"), ("last", "bias")}
     assert {path for path, equal in same(plain, ours).items() if not equal} == kept

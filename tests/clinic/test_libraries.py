@@ -1,14 +1,20 @@
-"""One network in linen, NNX and Equinox: ported, folded and made precise, with the same results."""
+"""Networks in linen, NNX and Equinox: the same results, against NumPy and one another."""
+
+import functools
 
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
+from foreign import LIFTED, Layer
+from patients import shared_jit
 
-from bnjax import clinic
+from bnjax import clinic, compat
 from bnjax.clinic.folding import plan
 from bnjax.clinic.porting import Table, port_into
 from bnjax.errors import UserError
@@ -16,6 +22,8 @@ from bnjax.errors import UserError
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(1, 2, (12, 6, 6, 4)).astype(np.float32)
 FLAT = Table({"{name}": "{name}"}, {"logits": (4, 4, 8)})
+norm_of = functools.partial(eqx.nn.BatchNorm, axis_name="batch", mode="batch")
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 class OfLinen(nn.Module):
@@ -49,8 +57,7 @@ class OfEquinox(eqx.Module):
     logits: eqx.nn.Linear
 
     def __init__(self, key):
-        norms = [eqx.nn.BatchNorm(size, "batch", mode="batch") for size in (4, 8, 8)]
-        self.first, self.second, self.third = norms
+        self.first, self.second, self.third = norm_of(4), norm_of(8), norm_of(8, mode="ema")
         self.conv = eqx.nn.Conv2d(4, 8, 3, groups=2, key=key)
         self.logits = eqx.nn.Linear(128, 3, key=key)
 
@@ -71,13 +78,19 @@ def networks():
     }
 
 
-def batch_for(name):
-    return {"image": jnp.moveaxis(IMAGES, -1, 1) if name == "equinox" else IMAGES}
+def batches_for(name, *, whole=False):
+    """The images as one batch, or as batches of different sizes, padded with NaN."""
+    image = np.moveaxis(IMAGES, -1, 1) if name == "equinox" else IMAGES
+    if whole:
+        return [{"image": image}]
+    padding = np.full_like(image[:2], np.nan)
+    masked = {"image": np.concatenate([image[7:], padding]), "mask": np.arange(7) < 5}
+    return [{"image": image[:7], "mask": np.ones(7, bool)}, masked]
 
 
 def logits(name, network):
     """Computed by the library itself, in evaluation."""
-    image = batch_for(name)["image"]
+    image = batches_for(name, whole=True)[0]["image"]
     if name == "linen":
         variables = {"params": network.params, "batch_stats": network.batch_stats}
         return network.model.apply(variables, image, train=False)
@@ -89,54 +102,260 @@ def logits(name, network):
     return jax.vmap(lambda x: inference(x, state)[0], axis_name="batch")(image)
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["linen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nnx", "equinox"))],
-)
-def test_a_ported_network_has_the_same_logits_statistics_and_folds(source):
+def in_float64(tree):
+    return jax.tree.map(
+        lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf, tree
+    )
+
+
+@pytest.mark.parametrize("source", ["linen", SLOW("nnx"), SLOW("equinox")])
+def test_a_ported_network_has_the_same_statistics_and_logits_and_folds(source):
     made = networks()
-    start = made[source]
-    scales = {
-        name: {leaf: jnp.asarray(RNG.normal(0, 1, value.shape)) for leaf, value in leaves.items()}
-        for name, leaves in start.params.items()
-    }
-    start = clinic.precise(start.replace(params=scales), [batch_for(source)])
+    scales = jax.tree.map(
+        lambda leaf: np.float32(RNG.normal(0, 0.5, leaf.shape)), made[source].params
+    )
+    start = made[source].replace(params=scales)
+    start = clinic.precise(start, batches_for(source), by="population")
     truth = logits(source, start)
     for name, other in made.items():
         ported = port_into(other, start, FLAT)
         np.testing.assert_allclose(logits(name, ported), truth, rtol=1e-4, atol=1e-4)
-        again = clinic.precise(ported, [batch_for(name)])
-        for norm in ("first", "second", "third"):
-            for leaf in ("mean", "var"):
-                mine, its = again.batch_stats[norm][leaf], start.batch_stats[norm][leaf]
-                np.testing.assert_allclose(mine, its, rtol=1e-6, atol=1e-6)
-        found = plan(ported, batch_for(name)["image"])
-        pairs = [(one.norm, one.layer, one.place) for one in found.norms]
-        assert pairs == [
+        for by in ("batch", "population"):
+            # In float64, because the layers of the libraries sum in different orders.
+            with compat.enable_x64(True):
+                mine, its = (
+                    clinic.precise(*in_float64((network, batches_for(of))), by=by).batch_stats
+                    for of, network in ((name, ported), (source, start))
+                )
+            for norm in ("first", "second", "third"):
+                for leaf in ("mean", "var"):
+                    np.testing.assert_allclose(mine[norm][leaf], its[norm][leaf], 1e-6, 1e-6)
+        found = plan(ported, batches_for(name)[0]["image"])
+        assert [(one.norm, one.layer, one.place) for one in found.norms] == [
             (("first",), ("conv",), "before"),
             (("second",), ("conv",), "after"),
             (("third",), ("logits",), "before"),
         ]
         np.testing.assert_allclose(logits(name, found.network), truth, rtol=1e-4, atol=1e-4)
-
-
-def test_other_layers_are_refused():
-    made = networks()
     with pytest.raises(UserError, match="Not in this network"):
         port_into(made["linen"], made["nnx"], Table({"{name}": "other_{name}"}))
 
 
-def test_equinox_trains_on_from_precise_statistics():
-    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", momentum=0.9, mode="batch")
-    image = jnp.moveaxis(IMAGES, -1, 1)
+class LinenLayers(nn.Module):
+    how: str
 
-    def call(norm, state, images, key):
-        run = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        y, state = run(images, state)
-        return y.mean((2, 3)), state
+    @nn.compact
+    def __call__(self, x, train):
+        x = x.reshape(len(x), -1)
+        if self.how == "vmap":
+            return nn.vmap(Layer, **LIFTED, in_axes=None, axis_size=3)(12, train)(x)[0].mean(0)
+        if self.how == "scan":
+            return nn.scan(Layer, **LIFTED, length=3)(12, train)(x, None)[0]
+        layer = Layer(12, train)
+        for _ in range(3):
+            x, _ = layer(x)
+        return x
 
-    made = clinic.precise(clinic.equinox(norm, state, call), [{"image": image}])
-    _, state = call(made.model, made.state, image, None)  # one more step, on the same images
-    after = clinic.equinox(norm, state, call).batch_stats
-    np.testing.assert_allclose(after["mean"], IMAGES.mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(after["var"], IMAGES.var((0, 1, 2)), rtol=1e-5)
+
+class NnxLayer(nnx.Module):
+    def __init__(self, rngs):
+        self.dense, self.norm = nnx.Linear(12, 12, rngs=rngs), nnx.BatchNorm(12, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.norm(self.dense(x)))
+
+
+class NnxLayers(nnx.Module):
+    def __init__(self, how, rngs):
+        averages = None if how == "averages" else 0
+        make = nnx.split_rngs(splits=3)(
+            nnx.vmap(
+                NnxLayer,
+                axis_size=3,
+                out_axes=nnx.StateAxes({nnx.BatchStat: averages, ...: 0}),
+            )
+        )
+        self.how, self.layers = how, NnxLayer(rngs) if how == "shared" else make(rngs)
+
+    def __call__(self, x):
+        x = x.reshape(len(x), -1)
+        if self.how == "vmap":
+            run = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))
+            return run(self.layers, x).mean(0)
+        if self.how == "shared":
+            return self.layers(self.layers(self.layers(x)))
+        averages = nnx.Carry if self.how == "averages" else 0
+        axes = nnx.Carry, nnx.StateAxes({nnx.BatchStat: averages, ...: 0})
+        scanned = nnx.scan(lambda x, layer: layer(x), in_axes=axes, out_axes=nnx.Carry)
+        return scanned(x, self.layers)
+
+
+class EquinoxLayer(eqx.Module):
+    dense: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self, key):
+        self.dense, self.norm = eqx.nn.Linear(12, 12, use_bias=False, key=key), norm_of(12)
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.dense(x), state)
+        return jax.nn.relu(x), state
+
+
+class EquinoxLayers(eqx.Module):
+    layers: eqx.Module
+    how: str = eqx.field(static=True)
+
+    def __init__(self, key, how):
+        self.how, keys = how, jax.random.split(key, 3)
+        if how in ("scan", "vmap"):
+            self.layers = eqx.filter_vmap(EquinoxLayer)(keys)
+            return
+        self.layers = [EquinoxLayer(key) for key in keys]
+        for i in (1, 2):
+            layer = self.layers[i]
+            self.layers[i] = eqx.tree_at(lambda one: one.norm, layer, self.layers[0].norm)
+        if how == "shared":
+            self.layers = eqx.nn.Shared(
+                self.layers,
+                where=lambda layers: (layers[1].norm, layers[2].norm),
+                get=lambda layers: (layers[0].norm, layers[0].norm),
+            )
+
+    def __call__(self, x, state):
+        x = x.ravel()
+        if self.how in ("shared", "one state"):
+            for layer in self.layers() if self.how == "shared" else self.layers:
+                x, state = layer(x, state)
+            return x, state
+        own = state.substate(self.layers)
+        if self.how == "scan":
+            arrays, static = eqx.partition(self.layers, eqx.is_array)
+
+            def step(x, one):
+                return eqx.combine(one[0], static)(x, one[1])
+
+            x, own = jax.lax.scan(step, x, (arrays, own))
+        else:
+            run = eqx.filter_vmap(lambda layer, own, x: layer(x, own), in_axes=(0, 0, None))
+            x, own = run(self.layers, own, x)
+            x = x.mean(0)
+        return x, state.update(own)
+
+
+SMALL = RNG.normal(1, 2, (16, 2, 2, 3)).astype(np.float32)
+PARTS = [{"image": SMALL[:6]}, {"image": SMALL[6:]}]
+
+
+def layers(library, how):
+    if library == "linen":
+        return clinic.linen(LinenLayers(how), **LinenLayers(how).init(jax.random.key(0), SMALL, 0))
+    if library == "nnx":
+        return clinic.nnx(NnxLayers(how, nnx.Rngs(0)))
+    if how == "one state":  # copies of one norm, which refer to the same averages
+        model = EquinoxLayers(jax.random.key(0), how)
+        return clinic.equinox(model, eqx.nn.State(model))
+    return clinic.equinox(*eqx.nn.make_with_state(EquinoxLayers)(jax.random.key(0), how))
+
+
+@pytest.mark.parametrize(
+    ("library", "how"),
+    [
+        *(("linen", how) for how in ("scan", "vmap", "shared")),
+        *(("nnx", how) for how in ("scan", "vmap", "shared", "averages")),
+        *(("equinox", "shared"), *(SLOW("equinox", how) for how in ("scan", "vmap", "one state"))),
+    ],
+)
+def test_stacked_and_shared_norms_are_one_entry(library, how):
+    network = layers(library, how)
+    (layer,) = network.norms(PARTS[0])
+    params = flatten_dict(network.params)
+    kernels = [np.float64(leaf) for path, leaf in params.items() if path[-1] == "kernel"]
+    if kernels[0].ndim == 3:
+        (kernels,) = kernels
+    x, given = np.float64(SMALL.reshape(16, -1)), []
+    for kernel in kernels if len(kernels) == 3 else 3 * kernels:  # or one layer, called three times
+        given.append(x @ kernel)
+        if how != "vmap":
+            y = (given[-1] - given[-1].mean(0)) / np.sqrt(given[-1].var(0) + 1e-5)
+            x = np.maximum(y, 0)
+    is_stacked = how in ("scan", "vmap")
+    given = np.stack(given) if is_stacked else np.concatenate(given)
+    found = clinic.precise(network, [{"image": SMALL}])
+    stats = flatten_dict(found.batch_stats)
+    for name, wanted in (("mean", given.mean(-2)), ("var", given.var(-2))):
+        np.testing.assert_allclose(stats[*layer.path, name], wanted, rtol=1e-5, atol=1e-5)
+    twice = () if is_stacked else ("updated-twice",)
+    assert clinic.audit(network, PARTS).ids == ("never-updated", *twice)
+
+
+class NnxDropping(nnx.Module):
+    """What NNX keeps in a model: counts of random keys, flags, stacked layers, a cache."""
+
+    def __init__(self, rngs):
+        self.layers = NnxLayers("scan", rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(12, use_running_average=True, axis_name="devices", rngs=rngs)
+        self.head, self.calls = nnx.Linear(12, 4, rngs=rngs), nnx.Variable(jnp.zeros((), int))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.head(self.norm(self.dropout(self.layers(x))))
+
+
+class EquinoxDropping(eqx.Module):
+    layer: EquinoxLayer
+    dropout: eqx.nn.Dropout
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self, key):
+        self.layer, self.dropout = EquinoxLayer(key), eqx.nn.Dropout(0.5)
+        self.norm = norm_of(12)
+
+    def __call__(self, x, state, *, key=None):
+        x, state = self.layer(x.ravel(), state)
+        return self.norm(self.dropout(x, key=key), state)
+
+
+def bits(model):
+    """Returns the structure of a model, with its flags, and its leaves in bytes."""
+    if isinstance(model, nnx.Module):
+        structure, leaves = nnx.split(model)
+    else:  # an Equinox model with its state
+        structure, leaves = jax.tree.structure(model[0]), eqx.filter(model, eqx.is_array)
+    raw = [
+        jax.random.key_data(of) if jax.dtypes.issubdtype(of.dtype, jax.dtypes.prng_key) else of
+        for of in jax.tree.leaves(leaves)
+    ]
+    return structure, [(np.asarray(of).tobytes(), str(of.dtype)) for of in raw]
+
+
+@pytest.mark.parametrize("library", ["nnx", SLOW("equinox")])
+def test_the_users_model_stays_as_it_is_and_the_key_of_dropout_decides(library):
+    if library == "nnx":
+        model = NnxDropping(nnx.Rngs(0))
+        network = clinic.nnx(model)
+    else:
+        model = eqx.nn.make_with_state(EquinoxDropping)(jax.random.key(0))
+        network = clinic.equinox(*model)
+    before, batch = bits(model), {"image": SMALL, "label": np.arange(16) % 4}
+    clinic.audit(network, [batch] * 2, jit=shared_jit)
+    clinic.gap(network, batch)
+    clinic.tent(network, [batch], tx=optax.sgd(0.1), jit=shared_jit)
+    clinic.fold(network, SMALL)
+    mended = clinic.precise(network, [batch], jit=shared_jit)
+    run = jax.jit(functools.partial(type(network).run, train=True))
+    keys = map(jax.random.key, (0, 0, 1))
+    first, again, other = (run(network, batch, dropout=key)[0] for key in keys)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    one, two = (
+        network.run(batch, train=False, dropout=key)[0] for key in (None, jax.random.key(1))
+    )
+    np.testing.assert_array_equal(one, two)
+    assert bits(model) == before
+    # The new model differs in its statistics alone: Equinox also counts updates.
+    structure, after = bits(mended.model if library == "nnx" else (mended.model, mended.state))
+    assert structure == before[0]
+    changed = sum(map(lambda old, new: old != new, before[1], after))
+    assert changed == {"nnx": 4, "equinox": 6}[library]

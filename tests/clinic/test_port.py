@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import ResNet, shapes
 
 from bnjax.clinic import porting
@@ -23,7 +22,7 @@ from bnjax.train_step import forward
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "port_torchvision.py"))
 MEASURED = json.loads((ROOT / "tests" / "clinic" / "port.json").read_text())
-formula, uniform, checksum = (SCRIPT[name] for name in ("formula", "uniform", "checksum"))
+formula, uniform = SCRIPT["formula"], SCRIPT["uniform"]
 
 # Row for row torchvision's names of the layers of foreign.ResNet.
 RESNET = Table(
@@ -69,12 +68,13 @@ class KerasFlat(nn.Module):
         return nn.Dense(5, name="logits")(x)
 
 
-TORCH = {
-    "resnet18 narrow": (ResNet(width=8, torchvision=True), RESNET),
-    "flat": (Flat(), Table(flattened={"flat_norm": (3, 2, 8), "dense": (3, 2, 8)})),
+PORTED = {
+    "resnet18 narrow": ("torch", ResNet(width=8, torchvision=True), RESNET),
+    "flat": ("torch", Flat(), Table(flattened={"flat_norm": (3, 2, 8), "dense": (3, 2, 8)})),
+    "keras": ("keras", KerasFlat(), Table()),
+    "resnet18": ("torch", ResNet(classes=1000, torchvision=True), RESNET),
 }
 FULL_SIZE = pytest.param("resnet18", marks=pytest.mark.slow)
-TORCH["resnet18"] = (ResNet(classes=1000, torchvision=True), RESNET)
 
 
 def images_of(name):
@@ -84,62 +84,33 @@ def images_of(name):
     return images if name == "keras" else images.transpose(0, 2, 3, 1)
 
 
-def shapes_of(model, name):
-    return shapes(model, images_of(name))
-
-
-def by_formula(like):
-    """Two trees of the shapes of `like`."""
-    return tuple(
-        unflatten_dict(
-            {path: formula(".".join(path), leaf.shape) for path, leaf in flatten_dict(tree).items()}
-        )
-        for tree in like
-    )
-
-
 def theirs(name):
     """The other framework's leaves, by the formula."""
     return {key: formula(key, tuple(shape)) for key, shape in MEASURED[name]["shapes"].items()}
 
 
-def logits(model, params, stats, name):
+@pytest.mark.parametrize("name", ["resnet18 narrow", "flat", "keras", FULL_SIZE])
+def test_the_same_logits_and_the_same_arrays_back(name):
+    framework, model, table = PORTED[name]
+    arrays, images = theirs(name), images_of(name)
+    params, stats = port_from(framework, arrays, shapes(model, images), table)
     run = jax.jit(functools.partial(forward, model=model, train=False))
-    found, _ = run(params, stats, {"image": images_of(name)})
-    return found[:, :: SCRIPT["EVERY"].get(name, 1)]
-
-
-@pytest.mark.parametrize("name", ["resnet18 narrow", "flat", FULL_SIZE])
-def test_torch_both_ways(name):
-    model, table = TORCH[name]
-    measured, like = MEASURED[name], shapes_of(model, name)
-    found = logits(model, *port_from("torch", theirs(name), like, table), name)
-    np.testing.assert_allclose(found, measured["from_torch"]["logits"], atol=1e-4)
-    params, stats = by_formula(like)
-    arrays = port_to("torch", params, stats, table)
-    assert {key: list(value.shape) for key, value in arrays.items()} == measured["shapes"]
-    for key, value in arrays.items():
-        assert value.flags.c_contiguous, key  # safetensors writes memory as it lies
-        checked = measured["to_torch"]["checksums"][key]
-        assert checksum(key, value) == pytest.approx(checked, rel=1e-4), key
-    found = logits(model, params, stats, name)
-    np.testing.assert_allclose(found, measured["to_torch"]["logits"], atol=1e-4)
-
-
-def test_keras_both_ways():
-    model, arrays, like = KerasFlat(), theirs("keras"), shapes_of(KerasFlat(), "keras")
-    params, stats = port_from("keras", arrays, like)
-    found = logits(model, params, stats, "keras")
-    np.testing.assert_allclose(found, MEASURED["keras"]["logits"], atol=1e-5)
-    back = port_to("keras", params, stats)
+    logits, _ = run(params, stats, {"image": images})
+    logits = logits[:, :: SCRIPT["EVERY"].get(name, 1)]
+    np.testing.assert_allclose(logits, MEASURED[name]["logits"], atol=1e-4)
+    back = port_to(framework, params, stats, table)
     assert back.keys() == arrays.keys()
-    for key, value in arrays.items():  # a depthwise kernel is that of a grouped convolution here
-        np.testing.assert_array_equal(back[key].reshape(value.shape), value)
+    for key, value in arrays.items():
+        assert back[key].flags.c_contiguous, key  # safetensors writes memory as it lies
+        if "num_batches_tracked" not in key:  # which these norms do not count
+            # A depthwise kernel of Keras is that of a grouped convolution here.
+            np.testing.assert_array_equal(back[key].reshape(value.shape), value)
+            assert back[key].shape == value.shape or framework == "keras"
 
 
 def test_every_key_is_accounted_for():
-    model, table = TORCH["resnet18 narrow"]
-    like, arrays = shapes_of(model, "resnet18 narrow"), theirs("resnet18 narrow")
+    _, model, table = PORTED["resnet18 narrow"]
+    like, arrays = shapes(model, images_of("resnet18 narrow")), theirs("resnet18 narrow")
     arrays["layer9.weight"] = arrays.pop("layer2.0.downsample.1.running_var")
     arrays["fc.weight"] = arrays["fc.weight"].T
     with pytest.raises(UserError) as refused:

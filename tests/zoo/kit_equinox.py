@@ -1,4 +1,4 @@
-"""The network of `kit` in Equinox, and its training."""
+"""The network of `kit_linen` in Equinox, and its training."""
 
 import functools
 
@@ -8,10 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bnjax import clinic
-from bnjax.clinic import Run
 from zoo import kit
-
-norm = functools.partial(eqx.nn.BatchNorm, axis_name="batch", mode="batch", momentum=0.9)
 
 
 class Net(eqx.Module):
@@ -23,7 +20,7 @@ class Net(eqx.Module):
     after: eqx.nn.Dropout
     logits: eqx.nn.Linear
 
-    def __init__(self, norm=norm, dropout=(0.0, 0.0)):
+    def __init__(self, norm, dropout):
         keys = jax.random.split(jax.random.key(0), 3)
         self.dense0, self.norm0 = eqx.nn.Linear(64, 16, key=keys[0]), norm(16)
         self.dense1, self.norm1 = eqx.nn.Linear(16, 16, key=keys[1]), norm(16)
@@ -37,6 +34,12 @@ class Net(eqx.Module):
         return self.logits(self.after(jax.nn.relu(x), key=key)), state
 
 
+def net(kind=eqx.nn.BatchNorm, dropout=(0.0, 0.0), momentum=0.9, mode="batch"):
+    """Returns a model and its state."""
+    norm = functools.partial(kind, axis_name="batch", mode=mode, momentum=momentum)
+    return eqx.nn.make_with_state(Net)(norm, dropout)
+
+
 def loss(model, state, batch, key):
     keys = jax.random.split(key, len(batch["label"]))
     each = jax.vmap(model, (0, None, 0), (0, None), axis_name="batch")
@@ -45,23 +48,19 @@ def loss(model, state, batch, key):
     return losses.mean(), state
 
 
-def fit(model=None, loss=loss, *, tx=None, seen=None, start=None, watch=None):
-    """Trains an Equinox model; returns it as a patient, with the facts that a user knows.
+def fit(model=None, *, tx=None, seen=None, start=None, watch=None):
+    """Trains an Equinox model; returns it as a patient.
 
     Args:
         model: the model and its state.
-        loss: (model, state, batch, key) -> (loss, state).
         tx: the optimizer.
         seen: the batches of the training.
         start: the patient to go on from.
         watch: called with the model after each step.
     """
-    seen = kit.batches(kit.STEPS) if seen is None else seen
-    told, tx = tx, tx or kit.sgd(steps=max(1, len(seen)))
-    model, state = model or eqx.nn.make_with_state(Net)()
-    steps = len(seen)
-    if start:
-        model, state, steps = start.network.model, start.network.state, start.run.steps + steps
+    seen = kit.batches() if seen is None else seen
+    told, tx = tx, tx or kit.sgd(steps=len(seen))
+    model, state = (start.network.model, start.network.state) if start else model or net()
     opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
@@ -74,8 +73,7 @@ def fit(model=None, loss=loss, *, tx=None, seen=None, start=None, watch=None):
         model, state, opt_state = step(model, state, opt_state, batch, jax.random.key(i))
         if watch:
             watch(model)
-    network = clinic.equinox(model, state)
-    return kit.Patient(network, kit.audited(), Run(steps, kit.SIZE, tx=told))
+    return kit.trained(clinic.equinox(model, state), seen, told, start)
 
 
 @functools.cache
@@ -84,8 +82,8 @@ def healthy():
     return fit()
 
 
-def averaged(models):
-    """Returns a model with the mean of the weights."""
+def averaged(models, state):
+    """Returns a network with the mean of the weights, and the statistics in `state`."""
     arrays, static = zip(*(eqx.partition(one, eqx.is_inexact_array) for one in models), strict=True)
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *arrays)
-    return eqx.combine(mean, static[0])
+    return clinic.equinox(eqx.combine(mean, static[0]), state)

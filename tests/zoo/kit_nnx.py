@@ -1,4 +1,4 @@
-"""The network of `kit` in NNX, and its training."""
+"""The network of `kit_linen` in NNX, and its training."""
 
 import copy
 import functools
@@ -7,14 +7,11 @@ import optax
 from flax import nnx
 
 from bnjax import clinic
-from bnjax.clinic import Run
 from zoo import kit
-
-norm = functools.partial(nnx.BatchNorm, momentum=0.9)
 
 
 class Net(nnx.Module):
-    def __init__(self, norm=norm, dropout=(0.0, 0.0)):
+    def __init__(self, norm, dropout):
         rngs = nnx.Rngs(0)
         self.dense0, self.norm0 = nnx.Linear(64, 16, rngs=rngs), norm(16, rngs=rngs)
         self.dense1, self.norm1 = nnx.Linear(16, 16, rngs=rngs), norm(16, rngs=rngs)
@@ -27,26 +24,28 @@ class Net(nnx.Module):
         return self.logits(self.after(x))
 
 
+def net(kind=nnx.BatchNorm, dropout=(0.0, 0.0), momentum=0.9, **options):
+    return Net(functools.partial(kind, momentum=momentum, **options), dropout)
+
+
 def loss(model, batch):
     losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["image"]), batch["label"])
     return losses.mean()
 
 
 def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None, **run):
-    """Trains an NNX model; returns it as a patient, with the facts that a user knows.
+    """Trains an NNX model, and changes it; returns it as a patient.
 
     Args:
-        model: the model; it is changed.
-        loss: (model, batch) -> loss; the mode of the model is the loop's business.
+        model: the model, in the mode in which it is to be trained.
+        loss: (model, batch) -> loss.
         tx: the optimizer, of the variables `wrt`.
         seen: the batches of the training.
         watch: called with the model after each step.
         run: facts about the training.
     """
-    model = Net() if model is None else model
-    seen = kit.batches(kit.STEPS) if seen is None else seen
-    told, tx = tx, tx or kit.sgd(steps=max(1, len(seen)))
-    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+    model, seen = model or net(), kit.batches() if seen is None else seen
+    optimizer = nnx.Optimizer(model, tx or kit.sgd(steps=len(seen)), wrt=wrt)
 
     @nnx.jit
     def step(model, optimizer, batch):
@@ -57,8 +56,7 @@ def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None,
         step(model, optimizer, batch)
         if watch:
             watch(model)
-    facts = {"steps": len(seen), "batch_size": kit.SIZE, "tx": told} | run
-    return kit.Patient(clinic.nnx(model), kit.audited(facts["batch_size"]), Run(**facts))
+    return kit.trained(clinic.nnx(model), seen, tx, **run)
 
 
 @functools.cache
@@ -67,6 +65,6 @@ def healthy():
     return fit()
 
 
-def of(patient):
-    """Returns the model of a patient, a copy."""
+def model_of(patient):
+    """Returns a copy of the model of a patient."""
     return copy.deepcopy(patient.network.model)

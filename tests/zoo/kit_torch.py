@@ -1,4 +1,4 @@
-"""The network of `kit` in torch, its training, and its port into linen, where it is audited."""
+"""The network of `kit_linen` in torch, its training, and its port into linen for the audit."""
 
 import collections
 import copy
@@ -7,17 +7,19 @@ import functools
 import jax
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from bnjax import clinic, norms
-from bnjax.clinic import Run
 from bnjax.clinic.porting import converted_momentum, port_from, port_to
-from zoo import kit
+from zoo import kit, kit_linen
 
 torch.set_num_threads(1)  # these networks are smaller than what a thread costs
 
 
-def net(norm=nn.BatchNorm1d, dropout=(0.0, 0.0)):
+def net(kind=nn.BatchNorm1d, dropout=(0.0, 0.0), momentum=0.9):
+    """`momentum` is the fraction of the old average that is kept, as in the other libraries."""
     torch.manual_seed(0)
+    norm = functools.partial(kind, momentum=1 - momentum)
     layers = {"flat": nn.Flatten(), "dense0": nn.Linear(64, 16), "norm0": norm(16)}
     layers |= {"act0": nn.ReLU(), "drop0": nn.Dropout(dropout[0])}
     layers |= {"dense1": nn.Linear(16, 16), "norm1": norm(16), "act1": nn.ReLU()}
@@ -34,14 +36,12 @@ def labels(batch):
 
 
 def loss(model, batch):
-    return nn.functional.cross_entropy(
-        model(images(batch)), torch.from_numpy(batch["label"]).long()
-    )
+    return nn.functional.cross_entropy(model(images(batch)), labels(batch))
 
 
-def step(model, optimizer, batch, *, loss=loss, train=True):
-    """One step of a training loop."""
-    model.train(train)
+def step(model, optimizer, batch, *, loss=loss, mode=nn.Module.train):
+    """One step of a training loop; `mode` sets the mode of the network."""
+    mode(model)
     optimizer.zero_grad()
     loss(model, batch).backward()
     optimizer.step()
@@ -52,10 +52,10 @@ def sgd(model, rate=0.05):
 
 
 def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, before=None, **run):
-    """Trains a torch network; returns it as a patient, with the facts that a user knows.
+    """Trains a torch network, and changes it; returns it as a patient.
 
     Args:
-        model: the network; it is changed.
+        model: the network.
         step: (model, optimizer, batch) -> None.
         optimizer: model -> optimizer.
         seen: the batches of the training.
@@ -64,7 +64,7 @@ def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, before=N
         run: facts about the training.
     """
     torch.manual_seed(1)
-    model, seen = model or net(), kit.batches(kit.STEPS) if seen is None else seen
+    model, seen = model or net(), kit.batches() if seen is None else seen
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR if optimizer is sgd else None
     optimizer = optimizer(model)
     schedule = cosine and cosine(optimizer, max(1, len(seen)))
@@ -74,13 +74,12 @@ def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, before=N
             schedule.step()
         if watch:
             watch(model)
-    facts = {"steps": len(seen), "batch_size": kit.SIZE, "tx": optimizer} | run
-    facts["step"] = lambda model, batch, given=None: step(model, given or sgd(model), batch)
-    return kit.Patient(model.eval(), kit.audited(facts["batch_size"]), Run(**facts), before=before)
+    run["step"] = lambda model, batch, given=None: step(model, given or sgd(model), batch)
+    return kit.trained(model.eval(), seen, optimizer, **run).having(before=before)
 
 
 def healthy():
-    """The network that most twins are."""
+    """The network that most twins are; each call trains another, as networks are changed."""
     return fit()
 
 
@@ -90,14 +89,23 @@ def predicting(model, train=False):
     return lambda image: model(images({"image": image})).detach().numpy()
 
 
+def averaged(models, start, sick):
+    """Returns `start` with the mean of the weights, and the statistics of the first if sick."""
+    average = AveragedModel(models[0])
+    for model in models:
+        average.update_parameters(model)
+    if not sick:
+        update_bn(map(images, start.batches), average)
+    return start.having(network=average.module.eval())
+
+
 def ported(patient):
     """Returns the patient in linen, as `bnjax port` does it; its optimizer has no counterpart."""
-    module = patient.network
-    like = patient.like
+    module, like = patient.network, patient.like
     if like is None:
         momentum = converted_momentum("torch", module.norm0.momentum)
-        norm = functools.partial(norms.BatchNorm, momentum=momentum, variance="unbiased")
-        like = kit.Net(norm, (module.drop0.p, module.drop1.p))
+        dropout = module.drop0.p, module.drop1.p
+        like = kit_linen.net(norms.BatchNorm, dropout, momentum=momentum, variance="unbiased")
     init = functools.partial(like.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), kit.examples()["image"][:2])
 
@@ -116,5 +124,5 @@ def ported(patient):
         return network(copied)
 
     before = patient.before and network(patient.before)
-    ported = kit.Patient(network(module), patient.batches, patient.run)
+    ported = patient.having(network=network(module))
     return ported.knowing(tx=None, step=stepped, before=before)
