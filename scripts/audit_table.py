@@ -15,9 +15,10 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tqdm
-from patients import HEALTHY, ILL, shared_jit
+from patients import HEALTHY, ILL
+from zoo.kit import shared_jit
 
-from bnjax.clinic import audit, linen
+from bnjax.clinic import audit
 from bnjax.clinic.checks import ILLNESSES
 
 
@@ -36,8 +37,7 @@ def main():
         found = collections.Counter()
         for seed in range(seeds):
             it = make(seed)
-            network = linen(it.model, it.params, it.batch_stats)
-            ids = audit(network, it.batches, it.run, jit=shared_jit).ids
+            ids = audit(it.network, it.batches, it.run, jit=shared_jit).ids
             found.update(ids or ["nothing"])
             missed.update({has} - {*ids, ""})
             false.update({*ids} - {has})

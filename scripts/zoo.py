@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tqdm
-from zoo import LIBRARIES, SET_ASIDE, cases, kit, variants
+from zoo import LIBRARIES, cases, kit, variants
 
 from bnjax.text import text_table
 
@@ -115,11 +115,11 @@ def main():
         case, start = cases()[name], time.perf_counter()
         found, false = ({*tool(case.patient(library, sick))} for sick in (True, False))
         is_found = bool(found - false) if options.tool else case.finds in found
-        aside = "set aside" if name in SET_ASIDE else "tuned"
+        aside = "set aside" if case.aside else "tuned"
         for group in (f"{library}, {aside}", f"all, {aside}"):
             counts[group] += {"cases": 1, "found": is_found, "twins": bool(false)}
         seconds = f"{time.perf_counter() - start:.1f}"
-        mark = "*" * (name in SET_ASIDE)
+        mark = "*" * case.aside
         texts = [", ".join(sorted(ids)) for ids in (found, false)]
         rows.append((name + mark, library, case.finds, *texts, seconds))
     print(text_table(rows))

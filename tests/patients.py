@@ -3,7 +3,6 @@
 Each is a function of a seed that trains it, in a second or so.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,31 +13,13 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet
+from zoo.kit import SIZE, STEPS, Patient, sgd
 
 from bnjax import norms
-from bnjax.clinic import Run, linen, precise
+from bnjax.clinic import Run, linen
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import forward, init_state, train_step
 from bnjax.types import fingerprint
-
-STEPS, BATCH = 60, 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Patient:
-    """A network as an audit takes it."""
-
-    model: nn.Module
-    params: Any
-    batch_stats: Any
-    batches: Any
-    run: Run | None
-
-    def but(self, **changes):
-        return dataclasses.replace(self, **changes)
-
-    def knowing(self, **changes):
-        return self.but(run=dataclasses.replace(self.run, **changes))
 
 
 class Plain(nn.Module):
@@ -87,22 +68,17 @@ def batches(seed, count, size):
         yield {"image": image[rows], "label": label[rows]}
 
 
-def sgd(rate=0.02, steps=STEPS):
-    return optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
-
-
 @functools.cache
-def trained(model, seed=0, steps=STEPS, size=BATCH, rate=0.02):
+def trained(model, seed=0, steps=STEPS, size=SIZE, rate=0.02):
     tx = sgd(rate, steps)
     init = jax.jit(functools.partial(init_state, model, tx))
     state, stats = init(jax.random.key(seed), images(seed)[0][:2])
     step = jax.jit(functools.partial(train_step, model=model, tx=tx))
     for batch in batches(seed, steps, size):
         state, stats, _ = step(state, stats, batch)
-    params, stats = jax.device_get((state.params, stats))
-    run = Run(steps, size, fingerprint(params), tx)
-    predict = predicting(model, params, stats, train=False)
-    return Patient(model, params, stats, parts(seed, size), run).knowing(predict=predict)
+    network = linen(model, *jax.device_get((state.params, stats)))
+    run = Run(steps, size, fingerprint(network.params), tx, predicting(network, train=False))
+    return Patient(network, parts(seed, size), run)
 
 
 def parts(seed, size):
@@ -112,11 +88,9 @@ def parts(seed, size):
     return [{"image": image[of], "label": label[of]} for of in rows.reshape(-1, size)]
 
 
-def predicting(model, params, stats, *, train):
-    evaluate = jax.jit(
-        functools.partial(forward, model=model, train=train, mutable=("batch_stats",))
-    )
-    return lambda images: evaluate(params, stats, {"image": images})[0]
+def predicting(network, *, train):
+    evaluate = jax.jit(functools.partial(type(network).run, train=train))
+    return lambda images: evaluate(network, {"image": images})[0]
 
 
 def changed(tree, name, function):
@@ -127,20 +101,14 @@ def changed(tree, name, function):
     )
 
 
-def convnet(**options):
-    options = {"norm": "batch", "momentum": 0.9, "epsilon": 1e-3} | options
-    fields = {
-        name: options.pop(name)
-        for name in ("placement", "dropout", "dtype", "activation")
-        if name in options
-    }
+def convnet(norm="batch", fields=(), **options):
+    """A `ConvNet` with other fields, and a norm with options."""
     shape = {"filters": (4, 6), "kernels": (3, 3), "strides": (2, 1), "dense": (24,)}
-    norm = norms.build(options.pop("norm"), **options)
-    return ConvNet(**shape, norm_dense=(True,), **({"dropout": (0.0,)} | fields), norm=norm)
+    shape |= {"dropout": (0.0,), "norm_dense": (True,)} | dict(fields)
+    return ConvNet(**shape, norm=norms.build(norm, **{"momentum": 0.9, "epsilon": 1e-3} | options))
 
 
 NEAR = Plain(offset=1000.0)
-UNBIASED = convnet(momentum=0.99, debias=True, variance="unbiased")
 FAR = Plain(norm=norms.BatchNorm, offset=1000.0)
 
 
@@ -148,36 +116,34 @@ def plain(seed):
     return trained(Plain(), seed)
 
 
+def of(model, **options):
+    return functools.partial(trained, model, **options)
+
+
 HEALTHY = {
-    **{
-        name: functools.partial(trained, model)
-        for name, model in NETWORKS.items()
-        if name != "shared"
-    },
+    **{name: of(model) for name, model in NETWORKS.items() if name != "shared"},
     "plain": plain,
-    "dropout before a norm, recomputed": lambda seed: recomputed(ready(dropout=0.5)(seed)),
+    "dropout before a norm, recomputed": lambda seed: ready(dropout=0.5)(seed).recomputed(),
     "plain, frozen and stepped": lambda seed: frozen(seed, plain(seed)).knowing(step=step(1)),
-    "plain, batches of 256": functools.partial(trained, Plain(), size=256),
-    "plain, batches of 24": functools.partial(trained, Plain(), size=24),
-    "plain, 300 steps": functools.partial(trained, Plain(), steps=300),
-    "plain, our norm, far from 0": functools.partial(trained, FAR, steps=300),
-    "wide": functools.partial(trained, Plain(width=256)),
-    "resnet-18, width 4": functools.partial(trained, ResNet(width=4)),
-    "convnet": functools.partial(trained, convnet()),
-    "convnet, dropout behind the norms": functools.partial(trained, convnet(dropout=(0.5,))),
-    "convnet, norm before": functools.partial(trained, convnet(placement="before")),
-    "convnet, norm after": functools.partial(
-        trained, convnet(placement="after", activation=nn.tanh)
-    ),
-    "convnet, ghost": functools.partial(trained, convnet(norm="ghost", virtual_batch=32)),
-    "convnet, renorm": functools.partial(trained, convnet(norm="renorm", renorm_steps=60)),
-    "convnet, debias, unbiased": functools.partial(trained, UNBIASED),
-    "convnet, bfloat16": functools.partial(trained, convnet(dtype=jnp.bfloat16)),
+    "plain, batches of 256": of(Plain(), size=256),
+    "plain, batches of 24": of(Plain(), size=24),
+    "plain, 300 steps": of(Plain(), steps=300),
+    "plain, our norm, far from 0": of(FAR, steps=300),
+    "wide": of(Plain(width=256)),
+    "resnet-18, width 4": of(ResNet(width=4)),
+    "convnet": of(convnet()),
+    "convnet, dropout behind the norms": of(convnet(fields={"dropout": (0.5,)})),
+    "convnet, norm before": of(convnet(fields={"placement": "before"})),
+    "convnet, norm after": of(convnet(fields={"placement": "after", "activation": nn.tanh})),
+    "convnet, ghost": of(convnet("ghost", virtual_batch=32)),
+    "convnet, renorm": of(convnet("renorm", renorm_steps=60)),
+    "convnet, debias, unbiased": of(convnet(momentum=0.99, debias=True, variance="unbiased")),
+    "convnet, bfloat16": of(convnet(fields={"dtype": jnp.bfloat16})),
 }
 
 
 def untold(patient):
-    return patient.but(run=None)
+    return patient.having(run=None)
 
 
 def ready(**options):
@@ -186,7 +152,7 @@ def ready(**options):
 
 
 def with_stats(change):
-    return lambda seed: plain(seed).but(batch_stats=change(plain(seed).batch_stats))
+    return lambda seed: plain(seed).but(batch_stats=change(plain(seed).network.batch_stats))
 
 
 def with_stat(name, function):
@@ -194,12 +160,7 @@ def with_stat(name, function):
 
 
 def first(value):
-    def set_first(leaf):
-        leaf = leaf.copy()
-        leaf[0] = value
-        return leaf
-
-    return set_first
+    return lambda leaf: np.concatenate([[np.float32(value)], leaf[1:]])
 
 
 def noisy(stats):
@@ -207,11 +168,10 @@ def noisy(stats):
 
 
 def dead(seed):
-    patient = plain(seed)
-    second = dict(patient.params["second"])
-    second["scale"] = second["scale"] * (np.arange(second["scale"].size) > 3)
-    params = {**patient.params, "second": second}
-    return patient.but(params=params).knowing(weights=None)
+    params = dict(plain(seed).network.params)
+    scale = params["second"]["scale"]
+    params["second"] = params["second"] | {"scale": scale * (np.arange(scale.size) > 3)}
+    return plain(seed).but(params=params).knowing(weights=None)
 
 
 def missing_leaf(stats):
@@ -219,16 +179,14 @@ def missing_leaf(stats):
 
 
 def by_batch(seed):
-    patient = plain(seed)
-    predict = predicting(patient.model, patient.params, patient.batch_stats, train=True)
-    return patient.knowing(predict=predict)
+    return plain(seed).knowing(predict=predicting(plain(seed).network, train=True))
 
 
 def averaged(seed):
     """Weights of halfway between two trainings, with statistics of one of them."""
-    patient, other = plain(seed), trained(Plain(), seed, rate=0.3)
-    params = jax.tree.map(lambda one, two: (one + two) / 2, patient.params, other.params)
-    return patient.but(params=params)
+    both = plain(seed), trained(Plain(), seed, rate=0.3)
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 2, *(one.network.params for one in both))
+    return plain(seed).but(params=mean)
 
 
 def optimized(make):
@@ -248,23 +206,20 @@ def in_bfloat16(stats):
 
 
 def lars():
-    kernels = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    return optax.lars(0.1, weight_decay=1e-3, weight_decay_mask=kernels)
+    return optax.lars(
+        0.1,
+        weight_decay=1e-3,
+        weight_decay_mask=functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
+    )
 
 
 def one_more(stats):
     return stats | {"third": stats["first"]}
 
 
-def recomputed(patient):
-    network = linen(patient.model, patient.params, patient.batch_stats)
-    return patient.but(batch_stats=precise(network, patient.batches).batch_stats)
-
-
 def frozen(seed, before):
     """One of the norms of a network, compared with what it was."""
-    network = linen(before.model, before.params, before.batch_stats)
-    return plain(seed).knowing(before=network, frozen=("first",))
+    return plain(seed).knowing(before=before.network, frozen=("first",))
 
 
 def step(passes):
@@ -310,16 +265,7 @@ ILL = {
     "LARS on all": ("layerwise-rate", optimized(lars)),
     "dropout before a norm": ("variance-shift", ready(dropout=0.5)),
     "frozen in name": ("moved-while-frozen", lambda seed: frozen(seed, ready(momentum=0.8)(seed))),
-    "one norm, called twice": ("updated-twice", functools.partial(trained, NETWORKS["shared"])),
+    "one norm, called twice": ("updated-twice", of(NETWORKS["shared"])),
     "two passes in a step": ("updated-twice", lambda seed: plain(seed).knowing(step=step(2))),
     "batches of 4": ("small-batch", lambda seed: trained(Plain(), seed, size=4)),
 }
-
-
-_COMPILED: dict[Any, Any] = {}
-
-
-def shared_jit(function):
-    """`jax.jit` that compiles what an audit computes once for all patients of one model."""
-    key = (function.func, *sorted(function.keywords.items(), key=lambda item: item[0]))
-    return _COMPILED.setdefault(key, jax.jit(function))

@@ -14,15 +14,8 @@ from bnjax.clinic.linen import intercepting
 from bnjax.clinic.network import Call, nothing_seen, seen_in, with_seen
 from bnjax.compat import varying
 from bnjax.metrics import Metrics
-from bnjax.norms.moments import (
-    Moments,
-    merge,
-    merge_over,
-    total_over,
-)
-from bnjax.norms.running_average import (
-    updated_average,
-)
+from bnjax.norms.moments import Moments, merge, merge_over, total_over
+from bnjax.norms.running_average import updated_average
 from bnjax.train_step import (
     AxisName,
     LossFn,

@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnjax.norms.running_average import (
-    blend,
-    kept_fraction,
-)
+from bnjax.norms.running_average import blend, kept_fraction
 from bnjax.types import Leaf
 
 Kind = Literal["ema", "swa"]

@@ -4,8 +4,9 @@ docs/findings.md gives the sources of the limits.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +21,10 @@ from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
 from bnjax.norms import BatchNorm
 from bnjax.types import Batch, Params, fingerprint
 
-Found = tuple[Finding, ...]
 Outcome = Iterator[Finding | NotChecked]
-Check = Callable[[Case, Found], Outcome]  # (case, earlier findings) -> outcome
 Leaves = dict[tuple[str, ...], Any]
 ILLNESSES: dict[str, Illness] = {}
-LAYER_CHECKS: list[Check] = []
+LAYER_CHECKS: list[Callable[[Case], Outcome]] = []
 
 
 def _illness(*words: str) -> Illness:
@@ -39,7 +38,7 @@ def _layer_check(*words: str) -> Callable[[Any], Any]:
     def register(check: Callable[[Case, Evidence], str | None]) -> Any:
         illness = _illness(*words)
 
-        def check_all(case: Case, before: Found) -> Outcome:
+        def check_all(case: Case) -> Outcome:
             texts = {one.layer.name: text for one in case.layers if (text := check(case, one))}
             if texts:
                 different = [*dict.fromkeys(texts.values())]
@@ -355,7 +354,7 @@ LAYERWISE_RATE = _illness(
 MAX_UPDATES = 64  # a schedule may start at 0, and gradients may be accumulated over several steps
 
 
-def decay(case: Case, before: Found) -> Outcome:
+def decay(case: Case) -> Outcome:
     """Finds weight decay or a layer-wise learning rate on scale and bias."""
     if case.run.tx is None:
         return
@@ -422,7 +421,7 @@ BATCH_DEPENDENT = _illness(
 DIGITS = 0.5
 
 
-def batch_dependent(case: Case, before: Found) -> Outcome:
+def batch_dependent(case: Case) -> Outcome:
     """Evaluates the first half of a batch twice: with the other half, and with zeros instead."""
     images = np.asarray(case.batches[0]["image"])
     half = (len(images) + 1) // 2
@@ -454,7 +453,7 @@ MOVED_WHILE_FROZEN = _illness(
 )
 
 
-def moved_while_frozen(case: Case, before: Found) -> Outcome:
+def moved_while_frozen(case: Case) -> Outcome:
     """Compares the frozen norms with the same norms before training."""
     run = case.run
     if run.frozen and run.before is None:
@@ -478,7 +477,7 @@ UPDATED_TWICE = _illness(
 FAR = 100.0  # standard deviations; far more than the effect of different dropout keys
 
 
-def updated_twice(case: Case, before: Found) -> Outcome:
+def updated_twice(case: Case) -> Outcome:
     """Finds norms with several calls in a pass, or several updates in the training step."""
     texts = {one.layer.name: f"{one.calls} calls per pass" for one in case.layers if one.calls > 1}
     if case.run.step is not None:
@@ -554,7 +553,7 @@ LIMITS = {
 EXPLAINED = 0.5  # the least R^2 of the fit of `fitted_share`
 
 
-def unfinished_or_stale(case: Case, before: Found) -> Outcome:
+def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
     """Finds averages that have not converged or belong to other weights (at most one finding).
 
     Skips layers whose wrong statistics are explained by an earlier finding.
@@ -727,9 +726,10 @@ def audit(
         return Findings(tuple(found), (NotChecked("all other checks", missing),))
     case = measure(network, kept, run, jit)
     not_checked = [*unknown(case)]
-    others = decay, batch_dependent, moved_while_frozen, updated_twice, unfinished_or_stale
-    for check in (*LAYER_CHECKS, *others):
-        for outcome in check(case, tuple(found)):
+    others = decay, batch_dependent, moved_while_frozen, updated_twice
+    last: Callable[[Case], Outcome] = functools.partial(unfinished_or_stale, before=found)
+    for check in [*LAYER_CHECKS, *others, last]:
+        for outcome in [*check(case)]:
             if isinstance(outcome, NotChecked):
                 not_checked.append(outcome)
             else:

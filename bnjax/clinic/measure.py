@@ -191,6 +191,7 @@ class Case:
         precise: the statistics over all examples.
         expected: the limit of the averages after long training at constant weights.
         batch_logits: the logits if every norm normalises by batch statistics.
+        whole: the number of batches that are large enough to measure differences between batches.
         evaluate: (batch_stats, batch) -> logits [n, classes] in evaluation.
     """
 
@@ -201,12 +202,8 @@ class Case:
     precise: BatchStats
     expected: BatchStats
     batch_logits: np.ndarray
+    whole: int
     evaluate: Callable[[BatchStats, Batch], Logits]
-
-    @property
-    def whole(self) -> int:
-        """The number of batches that are large enough to measure differences between batches."""
-        return whole_batches(self.batches)
 
     @property
     def has_labels(self) -> bool:
@@ -252,7 +249,9 @@ def measure(
     again = train(batches[0], dropout=jax.random.key(1))[1]
     evaluate = jit(functools.partial(type(network).run, train=False))
 
-    whole, examples = whole_batches(batches), real_examples(batches[0])
+    examples = real_examples(batches[0])
+    # Smaller batches would have noisier statistics of equal weight.
+    whole = sum(2 * real_examples(one) >= examples for one in batches)
     scales, stored = flatten_dict(dict(params)), flatten_dict(dict(stats))
     norms, layers, expected = network.norms(batches[0]), [], dict(stored)
     for layer in norms:
@@ -298,6 +297,7 @@ def measure(
         precise=put(stats, all_seen, norms),
         expected=unflatten_dict(expected),
         batch_logits=_real(logits, batches),
+        whole=whole,
         evaluate=lambda batch_stats, batch: evaluate(
             dataclasses.replace(network, batch_stats=batch_stats), batch
         )[0],
@@ -323,14 +323,6 @@ def rms(values: Any) -> float:
 def real_examples(batch: Batch) -> int:
     """Returns the number of unmasked examples in a batch."""
     return int(np.sum(batch["mask"])) if "mask" in batch else len(batch["image"])
-
-
-def whole_batches(batches: Sequence[Batch]) -> int:
-    """Returns the number of batches with at least half as many examples as the first.
-
-    Smaller batches are not counted, because their statistics are noisier but have equal weight.
-    """
-    return sum(2 * real_examples(one) >= real_examples(batches[0]) for one in batches)
 
 
 def _moments(seen: Sequence[Moments], layer: NormLayer) -> Moments:

@@ -14,15 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.norms.moments import (
-    AxisName,
-    Moments,
-    Total,
-    full_mask,
-    merge,
-    moments,
-    total_over,
-)
+from bnjax.norms.moments import AxisName, Moments, Total, full_mask, merge, moments, total_over
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
 # "train": as in training, with dropout; "batch": as in evaluation, but with batch statistics;

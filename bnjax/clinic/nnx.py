@@ -52,11 +52,7 @@ def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -
     shapes = jax.eval_shape(lambda: leaves)
     own = tuple(tuple(tree.items()) for tree in shapes)
     params, batch_stats, rest = (_named(tree) for tree in leaves)
-    modules = {
-        tuple(map(str, path)): one
-        for path, one in flax_nnx.iter_graph(model)
-        if isinstance(one, flax_nnx.Module)
-    }
+    modules = _modules(model)
     if foreign := nothing_seen(batch_stats).keys() - modules.keys():
         raise ValueError(
             f"the norms {', '.join(map('.'.join, sorted(foreign)))} are not NNX modules. Use "
@@ -106,7 +102,7 @@ class Nnx(Network):
             named[path]: leaf for tree in leaves for path, leaf in tree.items() if path in named
         }
         model = flax_nnx.merge(self.graphdef, flax_nnx.State(unflatten_dict(state)))
-        modules = {tuple(map(str, path)): one for path, one in flax_nnx.iter_graph(model)}
+        modules = _modules(model)
         for (*path, name), leaf in leaves[1].items():  # the leaves added by `with_seen`
             if (*path, name) not in named:
                 setattr(modules[*path,], name, flax_nnx.BatchStat(leaf))
@@ -130,21 +126,20 @@ class Nnx(Network):
             flag: train == in_training for flag, in_training in FLAGS.items() if flag in names
         }
         kinds, own = (flax_nnx.BatchNorm, flax_nnx.Conv, flax_nnx.Linear), _by_name(self.own)
-        units = [
-            (tuple(map(str, path)), one)
-            for path, one in flax_nnx.iter_graph(model)
-            if isinstance(one, kinds)
+        units = {
+            path: one
+            for path, one in _modules(model).items()
             # Norms cannot be folded into a layer that shares its kernel.
-            if not _shared(tuple(map(str, path)), one, own)
-        ]
-        norms = [one for _, one in units if isinstance(one, flax_nnx.BatchNorm)]
+            if isinstance(one, kinds) and not _shared(path, one, own)
+        }
+        norms = [one for one in units.values() if isinstance(one, flax_nnx.BatchNorm)]
         if not train:
             model.eval()
         elif all(norm.use_running_average for norm in norms):
             model.train()
         for norm in norms:  # so that the model runs outside of the mapped axis it was trained in
             norm.axis_name = norm.axis_index_groups = None
-        for path, one in units:
+        for path, one in units.items():
             one.watched = path, around  # type: ignore[union-attr]
             one.__class__ = _watched(type(one))
         logits = self.call(model, images, train) if self.call else model(images, **options)
@@ -157,9 +152,8 @@ class Nnx(Network):
         """See `Network.folded`."""
         from flax import nnx as flax_nnx
 
-        model = self.model
-        modules = {tuple(map(str, path)): one for path, one in flax_nnx.iter_graph(model)}
-        leaves = flatten_dict(params)
+        model, leaves = self.model, flatten_dict(params)
+        modules = _modules(model)
         for norm, layer in pairs:
             modules[norm].__class__ = _folded()
             for name in ("mean", "var", "scale", "bias"):
@@ -267,6 +261,14 @@ def _folded() -> type:
             return x.astype(dtype)
 
     return Folded
+
+
+def _modules(model: Any) -> dict[Path, Any]:
+    """Returns the modules of a model by path."""
+    from flax import nnx as flax_nnx
+
+    graph = flax_nnx.iter_graph(model)
+    return {tuple(map(str, path)): one for path, one in graph if isinstance(one, flax_nnx.Module)}
 
 
 def _shared(path: Path, module: Any, own: dict[Path, Any]) -> list[str]:

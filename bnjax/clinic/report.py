@@ -4,7 +4,7 @@ import dataclasses
 import html
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -55,22 +55,18 @@ class Finding:
         """The name of the illness."""
         return self.illness.id
 
-    @property
-    def texts(self) -> dict[str, str]:
-        """The measurements, the reason they matter, and the cure."""
-        more = f" and {len(self.layers) - 6} more" if len(self.layers) > 6 else ""
-        where = f"{', '.join(self.layers[:6])}{more}: " if self.layers else ""
-        return {
-            "measured": where + self.measured,
-            "why it matters": self.illness.why,
-            "to fix it": self.illness.cure,
-        }
-
     def __str__(self) -> str:
         """Returns the finding with its cause and cure."""
-        texts = self.texts | {"more": PAGE.format(self.id)}
-        lines = [f"  {name}: {text}" for name, text in texts.items()]
-        return "\n".join(map(_wrap, [f"{self.id}: {self.illness.title}", *lines]))
+        more = f" and {len(self.layers) - 6} more" if len(self.layers) > 6 else ""
+        where = f"{', '.join(self.layers[:6])}{more}: " if self.layers else ""
+        lines = [
+            f"{self.id}: {self.illness.title}",
+            f"  measured: {where}{self.measured}",
+            f"  why it matters: {self.illness.why}",
+            f"  to fix it: {self.illness.cure}",
+            f"  more: {PAGE.format(self.id)}",
+        ]
+        return "\n".join(map(_wrap, lines))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,52 +162,39 @@ class Findings:
 
     def __str__(self) -> str:
         """Returns the table of layers, the evaluations, and the findings with their cures."""
+        rows = [(*_cells(row), ", ".join(self.ids_of(row.name))) for row in self.layers]
+        table = f"{text_table([HEAD, *rows])}\n" if rows else ""
+        return table + self._below_table()
+
+    def _repr_html_(self) -> str:
+        """Returns the report for a notebook; cells are coloured by value relative to the limit."""
+        rows = ["".join(_html_cell(f"<b>{name}</b>") for name in HEAD)] if self.layers else []
+        for row in self.layers:
+            cells = map(_html_cell, map(html.escape, _cells(row)), self._styles(row))
+            rows.append("".join([*cells, _html_cell(" ".join(map(_link, self.ids_of(row.name))))]))
+        table = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table>{table}</table>\n<pre>{html.escape(self._below_table())}</pre>"
+
+    def _below_table(self) -> str:
         parts = []
         if self.layers:
-            rows = [(*_cells(row), ", ".join(self.ids_of(row.name))) for row in self.layers]
-            parts.append(f"{text_table([HEAD, *rows])}\n{COLUMNS}")
             rows = [
                 (f"  {name} statistics:", ", ".join(f"{key} {x:.4f}" for key, x in of.items()))
                 for name, of in self.evaluation.items()
             ]
-            parts.append(f"{self.examples:,} examples, normalised by\n{text_table(rows)}")
+            parts = [COLUMNS, f"{self.examples:,} examples, normalised by\n{text_table(rows)}"]
         parts += map(str, self.found)
         if self.not_checked:
             lines = [f"  {entry.id}: {entry.missing}" for entry in self.not_checked]
             parts.append("\n".join(["not checked:", *map(_wrap, lines)]))
         return "\n\n".join([*parts, self._summary])
 
-    def _repr_html_(self) -> str:
-        """Returns the report for a notebook; cells are coloured by value relative to the limit."""
-        parts = []
-        if self.layers:
-            rows = [[_html_cell(f"<b>{name}</b>") for name in HEAD]]
-            for row in self.layers:
-                cells = map(_html_cell, map(html.escape, _cells(row)), self._styles(row))
-                rows.append([*cells, _html_cell(" ".join(map(_link, self.ids_of(row.name))))])
-            parts += [_html_table(rows), f"<p><small>{html.escape(COLUMNS)}</small>"]
-            rows = [
-                [_html_cell(text) for text in (name, *(f"{key} {x:.4f}" for key, x in of.items()))]
-                for name, of in self.evaluation.items()
-            ]
-            parts += [f"<p>{self.examples:,} examples, normalised by", _html_table(rows)]
-        for one in self.found:
-            lines = [f"<i>{name}</i>: {html.escape(text)}" for name, text in one.texts.items()]
-            title = f"<b>{_link(one.id)}: {html.escape(one.illness.title)}</b>"
-            parts.append(f"<p>{'<br>'.join([title, *lines])}")
-        if self.not_checked:
-            lines = [html.escape(f"{one.id}: {one.missing}") for one in self.not_checked]
-            parts.append(f"<details><summary>not checked</summary>{'<br>'.join(lines)}</details>")
-        parts.append(f"<p>{html.escape(self._summary)}")
-        return "\n".join(parts)
-
     def _styles(self, row: Row) -> list[str]:
         """Returns the CSS of each cell, from green for 0 to red for twice the limit."""
         values = dataclasses.asdict(row) | {"dead": row.dead / math.prod(row.shape)}
         styles = ["", ""]
-        for field in ("drift", "log_ratio", "noise", "shift", "dead"):
-            value, limit = values[field], self.limits.get(field)
-            if value is None or limit is None:
+        for field, limit in self.limits.items():
+            if (value := values[field]) is None:
                 styles.append("")
                 continue
             far = min(2.0, abs(value) / limit)  # NaN is 2
@@ -230,11 +213,6 @@ class Findings:
 
 def _html_cell(content: str, style: str = "") -> str:
     return f'<td style="text-align: left; padding: 2px 8px; {style}">{content}'
-
-
-def _html_table(rows: Iterable[Iterable[str]]) -> str:
-    lines = "\n".join(f"<tr>{''.join(row)}" for row in rows)
-    return f"<table>{lines}</table>"
 
 
 def _link(id_: str) -> str:

@@ -82,20 +82,16 @@ def by_hand(kernel, bias, batch):
 def test_a_step_equals_float64_by_hand(mask):
     state, stats = start(Tiny())
     batch = batch_of(mask=MASKS[mask])
-    new, new_stats, metrics = step_of(Tiny())(state, stats, batch)
+    new, _, metrics = step_of(Tiny())(state, stats, batch)
     dense = jax.tree.map(np.float64, state.params["dense"])
     found = [by_hand(dense["kernel"], dense["bias"], part(batch, i)) for i in range(MICRO)]
     loss, kernel, bias, correct = (sum(terms) for terms in zip(*found, strict=True))
     real = batch.get("mask", np.ones(24, bool))
-    count, x = real.sum(), batch["image"][real].reshape(real.sum(), -1).astype(np.float64)
+    count = real.sum()
     for name, slope in (("kernel", kernel), ("bias", bias)):
         np.testing.assert_allclose(
             new.params["dense"][name], dense[name] - RATE * slope / count, rtol=1e-5, atol=1e-6
         )
-    pooled = {"mean": (0, x.mean(0)), "var": (1, x.var(0))}
-    for name, (old, of_batch) in pooled.items():
-        once = MOMENTUM * old + (1 - MOMENTUM) * of_batch
-        np.testing.assert_allclose(new_stats["norm"][name], once, rtol=1e-5)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
     assert (int(metrics.correct), int(metrics.count)) == (correct, count)
     assert (int(new.step), int(metrics.skipped)) == (1, 0)

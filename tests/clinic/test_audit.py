@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from patients import HEALTHY, ILL, Plain, images, plain, shared_jit, untold
+from patients import HEALTHY, ILL, Plain, images, plain, untold
+from zoo.kit import shared_jit
 
 from bnjax.clinic import Run, audit, linen
 from bnjax.clinic.checks import ILLNESSES, depends, match
@@ -40,8 +41,7 @@ IN_ZOO = (
 
 
 def examined(patient):
-    network = linen(patient.model, patient.params, patient.batch_stats)
-    return audit(network, patient.batches, patient.run, jit=shared_jit)
+    return audit(patient.network, patient.batches, patient.run, jit=shared_jit)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def test_every_illness_has_a_network():
 
 def test_nothing_known_is_nothing_found_and_said():
     """Stored statistics alone: what needs more is listed with what is missing."""
-    findings = examined(untold(plain(0)).but(batches=[{"image": plain(0).batches[0]["image"]}]))
+    findings = examined(untold(plain(0)).having(batches=[{"image": plain(0).batches[0]["image"]}]))
     assert findings.ids == ()
     missing = {entry.id: entry.missing for entry in findings.not_checked}
     assert {*missing} == {
@@ -94,7 +94,7 @@ def test_the_rest_of_a_set_says_nothing_of_how_batches_differ():
     patient = plain(0)
     whole = findings_of("plain")
     rest = {name: leaf[:1] for name, leaf in patient.batches[0].items()}
-    findings = examined(patient.but(batches=[rest, *patient.batches]))
+    findings = examined(patient.having(batches=[rest, *patient.batches]))
     assert findings.ids == (), str(findings)
     assert findings.layers == whole.layers
     assert findings.examples == whole.examples + 1  # it is predicted, all the same
@@ -102,7 +102,7 @@ def test_the_rest_of_a_set_says_nothing_of_how_batches_differ():
 
 def test_weights_that_are_not_numbers_are_not_called_dead_channels():
     patient = plain(0)
-    params = jax.tree.map(np.array, patient.params)
+    params = jax.tree.map(np.array, patient.network.params)
     params["Dense_0"]["kernel"][0, 0] = np.nan
     findings = examined(patient.but(params=params).knowing(weights=fingerprint(params)))
     assert "invalid-statistics" in findings.ids
@@ -116,13 +116,13 @@ def test_what_is_measured_is_what_numpy_measures():
     patient, findings = plain(0), findings_of("plain")
     # What the first norm is given: the images through a dense layer, in float64.
     kernel, bias = (
-        np.asarray(patient.params["Dense_0"][name], float) for name in ("kernel", "bias")
+        np.asarray(patient.network.params["Dense_0"][name], float) for name in ("kernel", "bias")
     )
     given = [(batch["image"].reshape(64, -1) / 255.0) @ kernel + bias for batch in patient.batches]
     mean, var = (
         np.stack([function(one, axis=0) for one in given]) for function in (np.mean, np.var)
     )
-    std, stored = np.sqrt(var.mean(0) + 1e-5), patient.batch_stats["first"]
+    std, stored = np.sqrt(var.mean(0) + 1e-5), patient.network.batch_stats["first"]
     drift = (stored["mean"] - mean.mean(0)) / std
     row = findings.layers[0]
     assert row.name == "first"
@@ -164,7 +164,7 @@ def test_layers_and_evidence(name, layers, words):
 
 def test_replicas_that_agree_are_one():
     patient = plain(0)
-    trees = patient.params, patient.batch_stats
+    trees = patient.network.params, patient.network.batch_stats
     params, stats = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), trees)
     assert examined(patient.but(batch_stats=stats, params=params)).ids == ()
 
@@ -179,10 +179,10 @@ def test_copies_on_devices_that_differ():
             parts = [jax.device_put(leaf + apart * i, device) for i, device in enumerate(devices)]
             return jax.make_array_from_single_device_arrays(leaf.shape, everywhere, parts)
 
-        return jax.tree.map(one, patient.batch_stats)
+        return jax.tree.map(one, patient.network.batch_stats)
 
     for apart, wanted in ((0.0, []), (0.1, ["replicas-differ"])):
-        network = linen(patient.model, patient.params, spread(apart))
+        network = patient.network.replace(batch_stats=spread(apart))
         _, found, _ = match(network, patient.batches[0])
         assert [one.id for one in found] == wanted
 
@@ -225,7 +225,7 @@ def test_padding_counts_for_nothing():
         }
         for batch in patient.batches
     ]
-    with_padding, without = examined(patient.but(batches=padded)), findings_of("convnet")
+    with_padding, without = examined(patient.having(batches=padded)), findings_of("convnet")
     assert with_padding.examples == without.examples == 384
     for one, other in zip(with_padding.layers, without.layers, strict=True):
         np.testing.assert_allclose(one.drift, other.drift, rtol=1e-3, atol=1e-5)
@@ -236,10 +236,10 @@ def test_padding_counts_for_nothing():
 def test_batches_that_cannot_be_used_are_refused():
     patient = plain(0)
     with pytest.raises(ValueError, match="at least two examples"):
-        examined(patient.but(batches=[]))
+        examined(patient.having(batches=[]))
     masked = [batch | {"mask": np.arange(64) < 60} for batch in patient.batches]
     with pytest.raises(ValueError, match="takes no `mask`"):
-        examined(patient.but(batches=masked))
+        examined(patient.having(batches=masked))
 
 
 def test_the_result_as_text_and_to_dict():
@@ -261,7 +261,7 @@ def test_the_table_for_a_notebook_has_colours_links_and_no_markup_of_the_user():
     assert 'hsla(0, 80%, 45%, 0.35); font-weight: bold">4' in row
     assert 'hsla(120, 80%, 45%, 0.35); font-weight: normal">0' in page
     assert 'href="docs/findings/dead-channels.md">dead-channels</a>' in row
-    assert "<i>to fix it</i>: lower the learning rate" in page
+    assert "to fix it: lower the learning rate" in page
     marked = dataclasses.replace(findings.layers[0], name="<script>", drift=np.nan)
     page = dataclasses.replace(findings, layers=(marked,))._repr_html_()
     assert "&lt;script&gt;" in page
@@ -303,6 +303,7 @@ def test_stored_statistics_stray_as_far_as_their_standard_error_says():
 def test_exchanged_statistics_are_stale_and_not_unfinished():
     """The layers disagree about the share of the starting values that would explain them."""
     patient = plain(0).knowing(steps=None, weights=None)
-    swapped = dict(zip(("first", "second"), reversed(patient.batch_stats.values()), strict=True))
+    stats = patient.network.batch_stats
+    swapped = {"first": stats["second"], "second": stats["first"]}
     (found,) = examined(patient.but(batch_stats=swapped)).found
     assert (found.id, found.layers) == ("stale", ("first", "second"))

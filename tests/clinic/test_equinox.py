@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from patients import shared_jit
+from zoo.kit import shared_jit
 
 from bnjax import clinic
 

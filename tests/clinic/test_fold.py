@@ -11,7 +11,7 @@ from foreign import NETWORKS, drawn, shapes
 from jax import lax
 
 from bnjax import norms
-from bnjax.clinic.folding import difference, plan
+from bnjax.clinic.folding import difference, fold_pair, plan
 from bnjax.clinic.linen import linen
 from bnjax.models.convnet import ConvNet
 from bnjax.train_step import forward
@@ -302,3 +302,24 @@ def test_a_kernel_that_is_computed_from_the_stored_one_takes_no_norm(kind):
         assert found.layer == ("conv",)
     else:
         assert "conv transforms its stored parameters" in found.reason
+
+
+def test_a_pair_is_folded_in_float64_and_returned_as_float32():
+    """Sums of large numbers of both signs, whose digits float32 would lose."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(2000, 4)).astype(np.float32)
+    scale, shift, mean = rng.normal(0, 2, (3, 2000)).astype(np.float32)
+    mean, var = mean + 1000, rng.uniform(0, 2, 2000).astype(np.float32)
+    folded = fold_pair(kernel, None, scale, shift, mean, var, 1e-3, norm="before")
+    assert [leaf.dtype for leaf in folded] == [np.float32, np.float32]
+    scale, shift, mean, var = map(np.float64, (scale, shift, mean, var))
+    gain = scale / np.sqrt(var + 1e-3)
+    np.testing.assert_allclose(folded[0], gain[:, None] * kernel, rtol=1e-6)
+    np.testing.assert_allclose(folded[1], (shift - mean * gain) @ np.float64(kernel), rtol=1e-7)
+
+
+def test_a_pair_with_another_number_of_channels_is_refused():
+    one = np.ones(3)
+    for place, said in (("after", "the layer 2 outputs"), ("before", "the layer 4 inputs")):
+        with pytest.raises(ValueError, match=f"the norm has 3 channels and {said}"):
+            fold_pair(np.ones((4, 2)), None, one, one, one, one, 1e-3, norm=place)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from foreign import LIFTED, Layer
-from patients import shared_jit
+from zoo.kit import shared_jit
 
 from bnjax import clinic, compat
 from bnjax.clinic.folding import plan
@@ -102,10 +102,15 @@ def logits(name, network):
     return jax.vmap(lambda x: inference(x, state)[0], axis_name="batch")(image)
 
 
-def in_float64(tree):
-    return jax.tree.map(
-        lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf, tree
-    )
+def precise_in_float64(name, network, by):
+    """In float64, because the layers of the libraries sum in different orders."""
+
+    def exact(leaf):
+        return leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf
+
+    with compat.enable_x64(True):
+        network, batches = jax.tree.map(exact, (network, batches_for(name)))
+        return clinic.precise(network, batches, by=by).batch_stats
 
 
 @pytest.mark.parametrize("source", ["linen", SLOW("nnx"), SLOW("equinox")])
@@ -117,16 +122,12 @@ def test_a_ported_network_has_the_same_statistics_and_logits_and_folds(source):
     start = made[source].replace(params=scales)
     start = clinic.precise(start, batches_for(source), by="population")
     truth = logits(source, start)
+    exact = {by: precise_in_float64(source, start, by) for by in ("batch", "population")}
     for name, other in made.items():
         ported = port_into(other, start, FLAT)
         np.testing.assert_allclose(logits(name, ported), truth, rtol=1e-4, atol=1e-4)
-        for by in ("batch", "population"):
-            # In float64, because the layers of the libraries sum in different orders.
-            with compat.enable_x64(True):
-                mine, its = (
-                    clinic.precise(*in_float64((network, batches_for(of))), by=by).batch_stats
-                    for of, network in ((name, ported), (source, start))
-                )
+        for by, its in exact.items():
+            mine = precise_in_float64(name, ported, by)
             for norm in ("first", "second", "third"):
                 for leaf in ("mean", "var"):
                     np.testing.assert_allclose(mine[norm][leaf], its[norm][leaf], 1e-6, 1e-6)
@@ -237,7 +238,9 @@ class EquinoxLayers(eqx.Module):
 
             x, own = jax.lax.scan(step, x, (arrays, own))
         else:
-            run = eqx.filter_vmap(lambda layer, own, x: layer(x, own), in_axes=(0, 0, None))
+            run = eqx.filter_vmap(
+                lambda layer, own, x: layer(x, own), in_axes=(eqx.if_array(0), 0, None)
+            )
             x, own = run(self.layers, own, x)
             x = x.mean(0)
         return x, state.update(own)

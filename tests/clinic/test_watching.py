@@ -14,12 +14,7 @@ from patients import ILL, plain
 from bnjax import clinic
 from bnjax.train_step import eval_step
 
-
-def network_of(patient):
-    return clinic.linen(patient.model, patient.params, patient.batch_stats)
-
-
-HEALTHY, BATCHES = network_of(plain(0)), plain(0).batches
+HEALTHY, BATCHES = plain(0).network, plain(0).batches
 
 
 def loss_of(network, batch):
@@ -147,7 +142,7 @@ def test_what_a_user_did_between_two_networks(step, initial):
 
 def test_a_healthy_network_passes_and_an_ill_one_is_described():
     clinic.assert_healthy(HEALTHY, BATCHES, run=plain(0).run)
-    ill = network_of(ILL["scales of 0"][1](0))
+    ill = ILL["scales of 0"][1](0).network
     with pytest.raises(AssertionError) as raised:
         clinic.assert_healthy(ill, BATCHES)
     for words in (

@@ -134,22 +134,3 @@ def test_a_skipped_step_leaves_the_average_alone():
     # Dropout there is none, so that the numbers of the steps make no difference.
     assert_close(average.average, averaged_params(wanted.opt_state, wanted.params))
     assert_close(average.average, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights))
-
-
-@pytest.mark.slow
-def test_under_pmap_every_replica_has_the_average():
-    tx = weight_average(optax.sgd(0.1), kind="swa")
-    init = jax.jit(functools.partial(init_state, MODEL, tx))
-    state, stats = init(jax.random.key(0), BATCHES[0]["image"])
-    copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), (state, stats))
-    step = jax.pmap(functools.partial(train_step, model=MODEL, tx=tx, axis_name="d"), axis_name="d")
-    weights = []
-    for batch in BATCHES:
-        shards = jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch)
-        *copies, _ = step(*copies, shards)
-        weights.append(jax.device_get(copies[0].params))
-    found = jax.device_get(averaged_params(copies[0].opt_state, copies[0].params))
-    mean = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights)
-    assert_close(found, mean)
-    for leaf in jax.tree.leaves(found):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))

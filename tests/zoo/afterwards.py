@@ -12,7 +12,7 @@ from bnjax import clinic
 from zoo import case, kit
 
 
-@case("stale", "timgaripov/swa/issues/7", "linen")
+@case("stale", "timgaripov/swa/issues/7", "linen", aside=True)
 def swa(lib, sick):
     """Averaged weights were never run, so the stored statistics are those of other weights."""
     start, weights = lib.healthy(), []
@@ -160,7 +160,7 @@ def _(lib, sick):
     return patient
 
 
-@case("missing-statistics", "hiwonjoon/tf-frrn/issues/2", "linen")
+@case("missing-statistics", "hiwonjoon/tf-frrn/issues/2", "linen", aside=True)
 def statistics_not_saved(lib, sick):
     """The running statistics are not among the variables that are saved."""
     return lib.healthy().but(batch_stats={}) if sick else lib.healthy()
@@ -196,7 +196,7 @@ def dead_in_checkpoint(lib, sick):
     return patient.but(params=params).recomputed()
 
 
-@case("stale", "Priyanshu-byte-coder/devtrack/issues/927", "linen")
+@case("stale", "Priyanshu-byte-coder/devtrack/issues/927", "linen", aside=True)
 def scaled_twice(lib, sick):
     """The evaluation divides pixels by 255, and the network does it again."""
     patient, scale = lib.healthy(), np.float32(255 if sick else 1)
@@ -251,7 +251,7 @@ class Stuck(flax_nnx.BatchNorm):
         return super().__call__(x, use_running_average=False)
 
 
-@case("batch-dependent", "pytorch/pytorch/issues/20875", "linen")
+@case("batch-dependent", "pytorch/pytorch/issues/20875", "linen", aside=True)
 def eval_not_propagated(lib, sick):
     """One norm stays in training mode whatever the network is set to."""
     return lib.fit(lib.net(stuck)) if sick else lib.healthy()

@@ -8,11 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from patients import shared_jit
 
 from bnjax import clinic
 
 STEPS, SIZE, CLASSES = 60, 64, 4
+_COMPILED: dict[Any, Any] = {}
+
+
+def shared_jit(function):
+    """`jax.jit` that compiles what an audit computes once for all patients of one model."""
+    key = (function.func, *sorted(function.keywords.items(), key=lambda item: item[0]))
+    return _COMPILED.setdefault(key, jax.jit(function))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -49,15 +49,7 @@ def loss(model, state, batch, key):
 
 
 def fit(model=None, *, tx=None, seen=None, start=None, watch=None):
-    """Trains an Equinox model; returns it as a patient.
-
-    Args:
-        model: the model and its state.
-        tx: the optimizer.
-        seen: the batches of the training.
-        start: the patient to go on from.
-        watch: called with the model after each step.
-    """
+    """Trains an Equinox model with its state; as `kit_linen.fit`."""
     seen = kit.batches() if seen is None else seen
     told, tx = tx, tx or kit.sgd(steps=len(seen))
     model, state = (start.network.model, start.network.state) if start else model or net()

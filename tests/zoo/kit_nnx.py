@@ -34,15 +34,10 @@ def loss(model, batch):
 
 
 def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None, **run):
-    """Trains an NNX model, and changes it; returns it as a patient.
+    """Trains an NNX model, and changes it; as `kit_linen.fit`.
 
-    Args:
-        model: the model, in the mode in which it is to be trained.
-        loss: (model, batch) -> loss.
-        tx: the optimizer, of the variables `wrt`.
-        seen: the batches of the training.
-        watch: called with the model after each step.
-        run: facts about the training.
+    The loss is a function of (model, batch), in the mode that the model has; `tx` trains the
+    variables `wrt`; `run` has facts about the training.
     """
     model, seen = model or net(), kit.batches() if seen is None else seen
     optimizer = nnx.Optimizer(model, tx or kit.sgd(steps=len(seen)), wrt=wrt)

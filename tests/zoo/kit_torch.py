@@ -52,16 +52,10 @@ def sgd(model, rate=0.05):
 
 
 def fit(model=None, step=step, *, optimizer=sgd, seen=None, watch=None, before=None, **run):
-    """Trains a torch network, and changes it; returns it as a patient.
+    """Trains a torch network, and changes it; as `kit_linen.fit`.
 
-    Args:
-        model: the network.
-        step: (model, optimizer, batch) -> None.
-        optimizer: model -> optimizer.
-        seen: the batches of the training.
-        watch: called with the network after each step.
-        before: the network before a fine-tuning.
-        run: facts about the training.
+    A step is a function of (model, optimizer, batch), and the optimizer one of the model; `before`
+    is the network before a fine-tuning; `run` has facts about the training.
     """
     torch.manual_seed(1)
     model, seen = model or net(), kit.batches() if seen is None else seen

@@ -50,13 +50,7 @@ class Chain(nn.Module):
         return nn.Dense(kit.CLASSES)(x)
 
 
-@case(
-    "stale",
-    "pytorch/pytorch/issues/100048",
-    "linen",
-    missed=IN_DEPTH,
-    slow=True,
-)
+@case("stale", "pytorch/pytorch/issues/100048", "linen", missed=IN_DEPTH, slow=True, aside=True)
 def unbiased_in_depth(lib, sick):
     """Training uses the biased variance and stores the unbiased one: outputs shrink with depth."""
     return lib.fit(Chain("unbiased" if sick else "biased"), seen=kit.batches(120, 32))
@@ -164,7 +158,7 @@ def mean_of_shard_means(lib, sick):
     return lib.fit(lib.net(axis_name="shards"), loss)
 
 
-@case("replicas-differ", "huggingface/pytorch-image-models/issues/110", "linen")
+@case("replicas-differ", "huggingface/pytorch-image-models/issues/110", "linen", aside=True)
 def replicas_not_synced(lib, sick):
     """Replicas share gradients but not statistics; what is saved depends on the replica."""
     model = lib.net(axis_name=None if sick else "replicas")

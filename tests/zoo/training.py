@@ -14,7 +14,7 @@ from bnjax.clinic.freezing import freeze_statistics, without_frozen
 from zoo import case, kit
 
 
-@case("stale", "pytorch/pytorch/issues/4741", "linen")
+@case("stale", "pytorch/pytorch/issues/4741", "linen", aside=True)
 def correlated_batches(lib, sick):
     """Each batch is of one recording: its variance lacks the differences between recordings."""
     of, rng = kit.examples(), np.random.default_rng(3)  # eight recordings of 64 images
@@ -55,7 +55,7 @@ def never_trained(lib, sick):
     return lib.fit(seen=[] if sick else None)
 
 
-@case("never-updated", "keras-team/keras/issues/20378", "linen")
+@case("never-updated", "keras-team/keras/issues/20378", "linen", aside=True)
 def training_flag_left_out(lib, sick):
     """The loop calls the network without training=True, so nothing updates the statistics."""
     return lib.fit(loss=functools.partial(lib.loss, train=not sick))
@@ -121,7 +121,7 @@ def noisy(batch):
     return batch | {"image": batch["image"] + 0.2}
 
 
-@case("updated-twice", "m2lines/Samudra/issues/572", "linen")
+@case("updated-twice", "m2lines/Samudra/issues/572", "linen", aside=True)
 def two_passes(lib, sick):
     """A second pass in training mode, of noisy images, updates the statistics once more."""
 
@@ -165,7 +165,7 @@ def _(lib, sick):
     return lib.fit(step=functools.partial(lib.step, loss=loss))
 
 
-@case("updated-twice", "pytorch/pytorch/issues/96136", "torch")
+@case("updated-twice", "pytorch/pytorch/issues/96136", "torch", aside=True)
 def recomputed_activations(lib, sick):
     """Checkpointing runs the forward pass twice, and each time norms update their statistics."""
     from torch.utils.checkpoint import checkpoint
