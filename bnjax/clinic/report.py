@@ -190,7 +190,10 @@ class Findings:
         return "\n\n".join([*parts, self._summary])
 
     def _styles(self, row: Row) -> list[str]:
-        """Returns the CSS of each cell, from green for 0 to red for twice the limit."""
+        """Returns the CSS of each cell, from green for 0 to red for twice the limit.
+
+        The limits have the order of the columns.
+        """
         values = dataclasses.asdict(row) | {"dead": row.dead / math.prod(row.shape)}
         styles = ["", ""]
         for field, limit in self.limits.items():

@@ -47,31 +47,21 @@ def folding_of(model, positive=False, change=lambda stats: stats):
     }
 
 
-def convnet(**options):
-    norm = functools.partial(norms.BatchNorm, epsilon=1e-3)
-    small = {"filters": (4, 6), "kernels": (3, 2), "strides": (2, 1), "dense": (7, 5), "norm": norm}
-    return ConvNet(**small | {"dropout": (0.5, 0.0)} | options)
-
-
-LAYERS = ["conv0", "conv1", "dense0", "dense1", "logits"]
-
-
 @pytest.mark.parametrize(
-    ("placement", "pooling", "norm_dense"),
+    ("placement", "pooling", "place", "layers"),
     [
-        ("pre", "none", (True, True)),
-        ("before", "max", (True, True)),
-        ("after", "max", (False, True)),
+        ("pre", "none", "before", "conv0 conv1 dense0 dense1 logits"),
+        ("before", "max", "after", "conv0 conv1 dense0 dense1"),
+        ("after", "max", "before", "conv1 dense0 dense1 logits"),
     ],
 )
-def test_the_convnet_wherever_its_norms_stand(placement, pooling, norm_dense):
-    model = convnet(placement=placement, pooling=pooling, norm_dense=norm_dense)
+def test_the_convnet_wherever_its_norms_stand(placement, pooling, place, layers):
+    layout = (4, 6), (3, 2), (2, 1), (7, 5)  # filters, kernels, strides, units
+    options = {"placement": placement, "pooling": pooling, "norm_dense": (True, True)}
+    model = ConvNet(*layout, norm=functools.partial(norms.BatchNorm, epsilon=1e-3), **options)
     done, found = folding_of(model, positive=True)
-    next_to = dict(zip(LAYERS, LAYERS if placement != "after" else LAYERS[1:], strict=False))
-    place = "after" if placement == "before" else "before"
-    kept = [True, True, *norm_dense, placement == "pre"]
-    names = [name for name, is_there in zip(LAYERS, kept, strict=True) if is_there]
-    wanted = {f"{name}_norm": (place, next_to[name]) for name in names}
+    names = ("conv0", "conv1", "dense0", "dense1", "logits")
+    wanted = {f"{n}_norm": (place, of) for n, of in zip(names, layers.split(), strict=False)}
     assert found == wanted
     assert not done.batch_stats
     # The network without norms takes the parameters.
@@ -104,16 +94,11 @@ class Net(nn.Module):
     order: tuple
     norm: nn.Module = nn.BatchNorm(use_running_average=True)
     layer: nn.Module = nn.Conv(4, (1, 1))
-    remat: bool = False  # of the norm and the layer, each for itself
 
     @nn.compact
     def __call__(self, x, train):
         for step in self.order:
-            module = {"norm": self.norm, "layer": self.layer}.get(step, step)
-            call = (
-                nn.remat(lambda module, x: module(x)) if self.remat else lambda module, x: module(x)
-            )
-            x = call(module, x) if isinstance(module, nn.Module) else step(x)
+            x = {"norm": self.norm, "layer": self.layer}.get(step, step)(x)
         return x.reshape(len(x), -1)
 
 
@@ -154,7 +139,7 @@ AFTER, BEFORE = ("after", "layer"), ("before", "layer")
         (Net(("layer", "norm"), nn.BatchNorm(True, axis=3)), AFTER),
         (Net(("layer", "norm"), norms.GhostBatchNorm(True, virtual_batch=2)), AFTER),
         (Net(("layer", "norm"), norms.BatchRenorm(True)), AFTER),
-        (Net(("layer", "norm"), remat=True), AFTER),
+        (Net(("layer", "norm"), nn.remat(nn.BatchNorm)(True), nn.remat(nn.Conv)(4, (1, 1))), AFTER),
         (Net(("layer", "norm"), norms.BatchNorm(True, use_scale=False, debias=True)), AFTER),
         (Net(("layer", "norm"), norms.BatchNorm(True, statistics="running")), AFTER),
         (Net(("layer", "norm"), layer=norms.StandardizedConv(4, (3, 3))), AFTER),
