@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from bnjax.types import Array, Images, Logits, Mask
 
@@ -31,8 +32,8 @@ def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Arra
 def bfloat16_product(x: Array, weight: Array) -> Array:
     """Returns x @ weight, float32 [n, m], with operands rounded to bfloat16 and float32 sums.
 
-    The gradient of `x` is computed in the same way. The gradient of `weight` uses float32 operands,
-    because it is a product over the first axis of both, for which bfloat16 is not faster on CPUs.
+    Both gradients are computed in the same way. On CPUs with bfloat16 instructions, this takes half
+    the time of a float32 product.
 
     Args:
         x: float32 [n, k].
@@ -42,9 +43,14 @@ def bfloat16_product(x: Array, weight: Array) -> Array:
     >>> bfloat16_product(jnp.array([[1.0, 2.0]]), weight)
     Array([[9.]], dtype=float32)
     """
-    return lax.dot(
-        x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), preferred_element_type=jnp.float32
-    )
+    return _rounded_dot(x, weight, 1, 0)
+
+
+def _rounded_dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+    """Returns the product of two matrices, summed over one axis of each."""
+    x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    axes = (((x_axis,), (y_axis,)), ((), ()))
+    return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
 def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -53,9 +59,10 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, weight = saved
-    small = (dy.astype(jnp.bfloat16), weight.astype(jnp.bfloat16))
-    dx = lax.dot_general(*small, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return dx, lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+    # XLA's fast kernels for CPUs sum over the last axis of the first operand. The layout makes XLA
+    # transpose x in memory; otherwise it uses a kernel that takes twice as long.
+    columns = with_layout_constraint(x.T.astype(jnp.bfloat16), Layout((0, 1)))
+    return _rounded_dot(dy, weight, 1, 1), _rounded_dot(columns, dy, 1, 0)
 
 
 bfloat16_product.defvjp(_forward, _backward)
@@ -66,15 +73,27 @@ def bfloat16_dot_general(
 ) -> Array:
     """Returns `bfloat16_product`; fits the argument `dot_general` of `flax.linen.Dense`.
 
+    Args:
+        x: float32 [..., k].
+        weight: float32 [k, m].
+        dimension_numbers: those of `jax.lax.dot_general` for a sum over the last axis of `x`.
+        precision: not used.
+
     Raises:
-        ValueError: if the arguments are not x [n, k] and weight [k, m].
+        ValueError: for other shapes or dimension numbers.
+
+    >>> import flax.linen as nn
+    >>> layer = nn.Dense(3, dot_general=bfloat16_dot_general)
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 5, 4)))[0].shape
+    (2, 5, 3)
     """
-    if x.ndim != 2 or dimension_numbers != (((1,), (0,)), ((), ())):
+    if weight.ndim != 2 or dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
         raise ValueError(
-            f"bfloat16_dot_general needs inputs [n, k] and weights [k, m], but got {x.shape} and "
+            f"bfloat16_dot_general needs inputs [..., k] and weights [k, m], but got {x.shape} and "
             f"{weight.shape}"
         )
-    return bfloat16_product(x, weight)
+    rows = bfloat16_product(x.reshape(-1, x.shape[-1]), weight)
+    return rows.reshape(*x.shape[:-1], weight.shape[1])
 
 
 VIEWS = (1, 2, 6)
