@@ -66,7 +66,7 @@ def main():
     args = parser.parse_args()
     prepare()
     data = datasets.load("cifar10", args.data_dir)
-    jit = functools.partial(jax.jit, compiler_options=compiler_options(BATCH))
+    jit = functools.partial(jax.jit, compiler_options=compiler_options())
     tx = optax.chain(
         optax.add_decayed_weights(5e-4, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
         optax.sgd(optax.cosine_decay_schedule(RATE, STEPS), momentum=0.9),

@@ -18,7 +18,6 @@ time from the command to the first step.
 import argparse
 import json
 import os
-import platform
 import pty
 import re
 import shlex
@@ -35,6 +34,7 @@ import numpy as np
 import tqdm
 
 from bnjax.data.datasets import cache_dir
+from bnjax.train.cpu import processor
 from bnjax.train.summary import versions
 
 ROOT = Path(__file__).parents[1]
@@ -199,19 +199,6 @@ def start_up() -> dict[str, float]:
         "first_step_cold_s": cold,
         "first_step_warm_s": warm,
     }
-
-
-def processor() -> str:
-    """Returns the processor's name and its widest vectors, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    text = info.read_text()
-    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    widest = next(
-        (word for word in ("avx512_bf16", "avx512f", "avx2") if f" {word} " in text), "no AVX2"
-    )
-    return f"{name[1] if name else platform.machine()} ({widest})"
 
 
 def main() -> None:

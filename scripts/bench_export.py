@@ -34,7 +34,7 @@ def calls(model: Exported, workdir: Path | None, images: np.ndarray) -> dict[str
         trained = Trained(workdir, str(model.manifest.step))
         run = jax.jit(
             functools.partial(forward, model=trained.model, train=False),
-            compiler_options=compiler_options(len(images)),
+            compiler_options=compiler_options(),
         )
         batch = {"image": images}
         found["the run"] = functools.partial(run, trained.params, trained.batch_stats, batch)

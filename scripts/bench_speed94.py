@@ -90,7 +90,7 @@ def flops_per_image(args: argparse.Namespace) -> float:
 def product() -> float:
     """Returns the FLOP/s of a large float32 product, the best of five."""
     a = jnp.ones((SIDE, SIDE))
-    multiply = jax.jit(jnp.dot, compiler_options=compiler_options(SIDE))
+    multiply = jax.jit(jnp.dot, compiler_options=compiler_options())
     seconds = []
     for _ in range(6):
         begin = time.perf_counter()

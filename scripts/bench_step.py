@@ -31,8 +31,9 @@ from bnjax.data.batches import TrainRows
 from bnjax.data.feed import resident_feed
 from bnjax.train import build
 from bnjax.train.config import default_config
-from bnjax.train.cpu import compiler_options, keep_freed_memory
+from bnjax.train.cpu import keep_freed_memory
 from bnjax.train.dispatch import default_feed
+from bnjax.train.products import fastest_options
 from bnjax.train.steps import Steps, unstack
 from bnjax.train_step import train_step
 
@@ -191,7 +192,8 @@ def matmul(args: argparse.Namespace) -> dict[str, Any]:
     def product(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.dot(x, weight, preferred_element_type=jnp.float32)
 
-    compiled = jax.jit(product, compiler_options=compiler_options(args.batch, args.dtype))
+    traced = jax.jit(product).trace(x, weight)
+    compiled = traced.lower().compile(fastest_options(traced.jaxpr))
     step_s = float(np.median(timed(lambda: compiled(x, weight), WARM_UP + args.steps)[WARM_UP:]))
     return {
         "step_s": step_s,

@@ -81,7 +81,7 @@ def train(processes: int, process: int, port: int, total: int) -> float:
     def make(axis: Any) -> Any:
         return functools.partial(train_step, model=model, tx=tx, axis_name=axis)
 
-    options = {"donate_argnums": (0, 1), "compiler_options": compiler_options(total, "float32")}
+    options = {"donate_argnums": (0, 1), "compiler_options": compiler_options()}
     compiled = parallel.compile(make, (None, None, 0), **options)
     rng = np.random.default_rng(0)
     batch = {

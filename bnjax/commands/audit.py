@@ -67,7 +67,7 @@ def run(
         if sys.stderr.isatty():
             examples = sum(len(batch["image"]) for batch in batches)
             print(f"auditing {examples:,} training images …", file=sys.stderr)
-        options = compiler_options(len(batches[0]["image"]))
+        options = compiler_options()
         jit = functools.partial(jax.jit, compiler_options=options)
         evaluate = jit(functools.partial(forward, model=trained.model, train=False))
         known = Run(

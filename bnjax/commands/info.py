@@ -23,13 +23,14 @@ def run(json: Json = False) -> int:
     import jax
 
     from bnjax.data.datasets import cache_dir
+    from bnjax.train.cpu import processor
     from bnjax.train.summary import versions
 
     installed = [name for name, module in EXTRAS.items() if importlib.util.find_spec(module)]
     about: dict[str, Any] = {
         **versions(),
         "system": platform.platform(),
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         "devices": ", ".join(f"{one.platform}:{one.id} {one.device_kind}" for one in jax.devices()),
         "downloads": str(cache_dir()),
         "extras": ", ".join(installed) or "none",
@@ -40,13 +41,3 @@ def run(json: Json = False) -> int:
     else:
         print("\n".join(f"{name:18}{value}" for name, value in about.items()))
     return 0
-
-
-def _processor() -> str:
-    """Returns the name of the processor; Linux has it in a file."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()

@@ -58,7 +58,7 @@ def run(
     images = min(images, len(dataset.train))
     batches = [*precise_batches(dataset.train, images, trained.config.train.batch_size)]
     shown = tqdm.tqdm(batches, "statistics", unit="batch", disable=not sys.stderr.isatty())
-    jit = functools.partial(jax.jit, compiler_options=compiler_options(len(batches[0]["label"])))
+    jit = functools.partial(jax.jit, compiler_options=compiler_options())
     network = precise(trained.network, shown if by == "batch" else batches, by=by, jit=jit)
     result = {
         "workdir": str(workdir),
@@ -105,7 +105,7 @@ def _test(network: "Linen", dataset: "Dataset", batch_size: int) -> dict[str, fl
 
     size = min(batch_size, len(dataset.test))
     step = jax.jit(
-        functools.partial(eval_step, model=network.model), compiler_options=compiler_options(size)
+        functools.partial(eval_step, model=network.model), compiler_options=compiler_options()
     )
     batches = every_batch(dataset.test, size)
     found = [step(network.params, network.batch_stats, batch) for batch in batches]

@@ -52,7 +52,7 @@ class Scores:
         self._observe = jax.jit(
             type(self._network).observe,
             static_argnames="mode",
-            compiler_options=compiler_options(MAX_IMAGES),
+            compiler_options=compiler_options(),
         )
 
     def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -284,7 +284,7 @@ class Exported:
         """Returns the program compiled for a batch size; raises the errors of `logits`."""
         shape = (batch_size, *self.manifest.image_shape)
         images = jax.ShapeDtypeStruct(shape, np.uint8)
-        call = jax.jit(self._program.call, compiler_options=compiler_options(batch_size))
+        call = jax.jit(self._program.call, compiler_options=compiler_options())
         try:
             return call.lower(self.weights, images).compile()
         except Exception as error:  # the type depends on the version of JAX

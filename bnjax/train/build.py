@@ -206,7 +206,7 @@ class Experiment:
     batch_size: int
     micro_batches: int  # the number of parts of a batch, processed one after another
     eval_batch_size: int
-    product: str  # the dtype of the operands of dense layers
+    times_products: bool  # whether to time matrix products before compiling
     averages: bool  # whether averaged weights are evaluated
     precise_images: int  # training images for precise statistics; 0: use running statistics
     gap_images: int  # the number of training images for the gap
@@ -240,7 +240,6 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     """
     check(config)
     check_batch(config, dataset)
-    low_precision = "bfloat16" in (dtype_of(config.model), config.model.dense_product)
     images, batch_size, saves = len(dataset.train), config.train.batch_size, config.checkpoint
     steps = duration(config.train, "", "train", batch_size, images)
     save_every = steps
@@ -286,7 +285,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         batch_size=batch_size,
         micro_batches=config.train.micro_batches,
         eval_batch_size=min(config.eval.batch_size, len(dataset.test)),
-        product="bfloat16" if low_precision else "float32",
+        times_products=config.train.time_products,
         averages=config.optimizer.average != "none",
         precise_images=min(config.eval.precise_images, images) if _is_precise(config) else 0,
         gap_images=min(config.eval.gap_images, images),

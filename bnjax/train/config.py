@@ -348,6 +348,9 @@ class Train:
     "end training at the first step with a loss at or below this; 0: take every step"
     patience: Count = 0
     "end training after this many evaluations in a row without a better accuracy; 0: never"
+    time_products: bool = True
+    """on CPUs, time large matrix products with both libraries of XLA before the first step and use
+    the faster one; False: always use the same library, so that the bits depend on no timing"""
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
     "after a step with a non-finite loss, gradient or statistic: stop training, or skip the step"
     most_skipped: Count = 10

@@ -24,6 +24,7 @@ from bnjax.metrics import Metrics
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import compiler_options, init_options, memory
 from bnjax.train.nonfinite import until_stopped
+from bnjax.train.products import fastest_options
 from bnjax.train.start import Taken, read_source, take_over
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
@@ -48,7 +49,6 @@ class Steps:
 
     def __init__(self, experiment: Experiment, dataset: Dataset, feed: Feed, seeds: int = 1):
         """Prepares the functions; each is compiled at its first call."""
-        model, product = experiment.model, experiment.product
         self.experiment, self._dataset, self._seeds = experiment, dataset, seeds
         self._parallel = parallel = experiment.parallel
         self.feed, self.compile_seconds = feed, 0.0
@@ -58,15 +58,13 @@ class Steps:
         )  # the axis of the examples in the result of `ship`
         self._shipped = (examples,) if feed.max_steps == 1 else (examples, None)
         self._init = jax.jit(
-            functools.partial(init_state, model, experiment.tx), compiler_options=init_options()
+            functools.partial(init_state, experiment.model, experiment.tx),
+            compiler_options=init_options(),
         )
         self._train = parallel.compile(
             functools.partial(training_program, experiment, feed, seeds),
             (None, None, None, None, *self._shipped),
             donate_argnums=(0, 1),
-            compiler_options=compiler_options(
-                experiment.batch_size // experiment.micro_batches, product
-            ),
         )
         self._program: Any = None
         # Batches are padded, so that all devices process equally many images.
@@ -81,13 +79,11 @@ class Steps:
             step = functools.partial(Linen.observe, mode="batch", axis_name=axis_name)
             return lambda *arguments: (None, step(*arguments)[1])
 
-        self._test = parallel.compile(
-            test, (None, None, 0), compiler_options=compiler_options(self._test_size, product)
-        )
+        self._test = parallel.compile(test, (None, None, 0), compiler_options=compiler_options())
         self._observe = parallel.compile(
             watch,
             (None, None, 0),
-            compiler_options=compiler_options(experiment.batch_size, product),
+            compiler_options=compiler_options(),
         )
 
     def like(self) -> State:
@@ -154,7 +150,9 @@ class Steps:
         arguments = (state, batch_stats, bad_steps, self._resident, *shipment)
         if self._program is None:
             began = time.perf_counter()
-            self._program = self._train.lower(*arguments).compile()
+            traced, times_products = self._train.trace(*arguments), self.experiment.times_products
+            options = fastest_options(traced.jaxpr) if times_products else compiler_options()
+            self._program = traced.lower().compile(compiler_options=options)
             self.compile_seconds += time.perf_counter() - began
         return self._program(*arguments)
 

@@ -9,7 +9,7 @@ from platform import libc_ver
 import jax
 import numpy as np
 import pytest
-from marks import SUMS_ONE_BY_ONE, YNNPACK
+from marks import SUMS_ONE_BY_ONE
 
 from bnjax.norms.moments import moments
 from bnjax.train import cpu
@@ -44,27 +44,6 @@ def test_options_that_xla_lacks_or_the_user_set_are_left_out(monkeypatch):
     (name, value), *others = cpu.compiler_options().items()
     monkeypatch.setenv("XLA_FLAGS", f"--{name}={value}")
     assert cpu.compiler_options() == dict(others)
-
-
-@YNNPACK
-@pytest.mark.parametrize(
-    ("wide", "batch_size", "product", "yields"),
-    [
-        (True, 512, "float32", True),
-        (True, 5000, "float32", False),
-        (True, 5000, "bfloat16", True),
-        (False, 5000, "float32", True),
-    ],
-)
-def test_options_follow_from_the_processor_and_the_batch(
-    tmp_path, monkeypatch, wide, batch_size, product, yields
-):
-    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
-    cpu.CPUINFO.write_text(f"flags\t\t: fpu sse4_2 avx2 {'avx512f ' * wide}bmi2\n\n")
-    chosen = cpu.compiler_options(batch_size, product)
-    assert ("INDIVIDUAL_DOT" in chosen[cpu.FUSIONS]) == yields
-    assert "REDUCE" in chosen[cpu.FUSIONS]
-    assert ("xla_cpu_prefer_vector_width" in chosen) == wide
 
 
 def in_a_process(code, *without, **env):

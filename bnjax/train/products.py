@@ -1,0 +1,98 @@
+"""Chooses the library for the matrix products of a program on a CPU, by timing both."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.clinic.jaxpr import programs
+from bnjax.train.cpu import CPU_OPTIONS, EIGEN_OPTIONS, Options, compiled_folder, processor, usable
+from bnjax.train.jsonl import write_json
+
+# Eigen is chosen if it needs less than this fraction of YNNPACK's time.
+FASTER = 0.95
+# The FLOPs of a product. Smaller products take little time; larger ones are cut before timing.
+SMALLEST, LARGEST = 5e9, 3e10
+REPEATS = 2
+# The shapes of both operands, and the dimension numbers of `jax.lax.dot_general`.
+Product = tuple[tuple[int, ...], tuple[int, ...], Any]
+
+
+def fastest_options(program: Any, folder: Path | None = None) -> Options:
+    """Returns the fastest options for compiling a program on the default backend.
+
+    If the backend is a CPU and the program contains large float32 matrix products, they are timed
+    with YNNPACK and with Eigen, which takes up to 2 s. The choice is kept in a file, so that later
+    processes compile the same program.
+
+    Args:
+        program: a jaxpr, for instance `jax.jit(f).trace(x).jaxpr`.
+        folder: the folder for the choice; None for the folder of compiled programs.
+    """
+    # Processes that choose differently would compute different bits.
+    may_choose = jax.default_backend() == "cpu" and jax.process_count() == 1
+    products = sorted(set(large_products(program.jaxpr))) if may_choose else []
+    if not products or usable(EIGEN_OPTIONS) == usable(CPU_OPTIONS):
+        return usable(CPU_OPTIONS)
+    about = {
+        "processor": processor(),
+        "jaxlib": jax.lib.__version__,
+        "products": [f"{left} x {right}, {numbers}" for left, right, numbers in products],
+    }
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    file = (folder or compiled_folder()) / f"products-{name}.json"
+    if not file.exists():
+        ynnpack, eigen = (
+            sum(seconds(product, usable(options)) for product in products)
+            for options in (CPU_OPTIONS, EIGEN_OPTIONS)
+        )
+        library = "Eigen" if eigen < FASTER * ynnpack else "YNNPACK"
+        found = {"YNNPACK": round(ynnpack, 4), "Eigen": round(eigen, 4)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"library": library, "seconds": found, **about})
+    chosen = json.loads(file.read_text())["library"]
+    return usable(EIGEN_OPTIONS if chosen == "Eigen" else CPU_OPTIONS)
+
+
+def large_products(jaxpr: Any) -> Iterator[Product]:
+    """Yields the large float32 matrix products in a jaxpr and in the programs that it calls."""
+    for equation in jaxpr.eqns:
+        for called in programs(equation):
+            yield from large_products(called.jaxpr)
+        if equation.primitive.name == "dot_general":
+            left, right = (atom.aval for atom in equation.invars)
+            product = (left.shape, right.shape, equation.params["dimension_numbers"])
+            is_float32 = left.dtype == right.dtype == jnp.float32
+            if is_float32 and flops(product) >= SMALLEST:
+                yield product
+
+
+def flops(product: Product) -> float:
+    """Returns the number of floating-point operations of a product."""
+    left, right, ((_, summed), (_, batched)) = product
+    shared = {*summed, *batched}
+    return 2.0 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in shared)
+
+
+def seconds(product: Product, options: Options) -> float:
+    """Returns the time of a product in seconds; a product above LARGEST is cut and extrapolated."""
+    left, right, numbers = product
+    (_, summed), (_, batched) = numbers
+    widest = max(set(range(len(right))) - {*summed, *batched}, key=lambda i: right[i])
+    cut = list(right)
+    cut[widest] = max(1, int(right[widest] * min(1.0, LARGEST / flops(product))))
+    operands = [np.random.default_rng(0).random(shape, np.float32) for shape in (left, cut)]
+    multiply = jax.jit(lambda x, y: jax.lax.dot_general(x, y, numbers), compiler_options=options)
+    found = []
+    for _ in range(1 + REPEATS):
+        began = time.perf_counter()
+        multiply(*operands).block_until_ready()
+        found.append(time.perf_counter() - began)
+    return min(found[1:]) * right[widest] / cut[widest]

@@ -1,0 +1,61 @@
+"""The choice between the two libraries of XLA for the matrix products of a program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from marks import YNNPACK
+
+from bnjax.train import products
+from bnjax.train.cpu import CPU_OPTIONS, EIGEN_OPTIONS
+
+N, K, M = 256, 4096, 2500  # 2 N K M = 5.2e9
+SHAPES = jax.ShapeDtypeStruct((N, K), jnp.float32), jax.ShapeDtypeStruct((K, M), jnp.float32)
+
+
+def test_large_products_are_found_in_all_called_programs():
+    @jax.jit
+    def loss(x, weight):
+        small = x[:, :8] @ weight[:8]
+        rounded = x.astype(jnp.bfloat16) @ weight.astype(jnp.bfloat16)
+        return (jnp.tanh(x @ weight) + small + rounded).sum()
+
+    found = list(products.large_products(jax.jit(jax.grad(loss)).trace(*SHAPES).jaxpr.jaxpr))
+    assert [(left, right) for left, right, _ in found] == [((N, K), (K, M)), ((N, M), (K, M))]
+    assert [products.flops(product) for product in found] == [2.0 * N * K * M] * 2
+
+
+def test_seeds_are_counted_in_the_operations_of_a_product():
+    seeds = (jax.ShapeDtypeStruct((3, *one.shape), one.dtype) for one in SHAPES)
+    (found,) = products.large_products(jax.jit(jax.vmap(jnp.dot)).trace(*seeds).jaxpr.jaxpr)
+    assert products.flops(found) == 3 * 2.0 * N * K * M
+
+
+@pytest.fixture
+def trace(monkeypatch):
+    monkeypatch.setattr(products, "SMALLEST", 1.0)
+    return jax.jit(jnp.dot).trace(np.ones((4, 3), np.float32), np.ones((3, 2), np.float32))
+
+
+@YNNPACK
+@pytest.mark.parametrize(("eigen", "is_eigen"), [(0.9, True), (0.96, False), (1.5, False)])
+def test_the_faster_library_is_chosen_and_the_choice_is_kept(
+    trace, tmp_path, monkeypatch, eigen, is_eigen
+):
+    times = {id(CPU_OPTIONS): 1.0, id(EIGEN_OPTIONS): eigen}
+    monkeypatch.setattr(products, "usable", lambda options: options)
+    monkeypatch.setattr(products, "seconds", lambda _, options: times[id(options)])
+    expected = EIGEN_OPTIONS if is_eigen else CPU_OPTIONS
+    assert products.fastest_options(trace.jaxpr, tmp_path) == expected
+    monkeypatch.setattr(products, "seconds", None)  # so that timing again would fail
+    assert products.fastest_options(trace.jaxpr, tmp_path) == expected
+
+
+@YNNPACK
+def test_both_libraries_compute_the_program(trace, tmp_path):
+    x, y = (np.random.default_rng(i).normal(size=s) for i, s in enumerate([(4, 3), (3, 2)]))
+    single = [one.astype(np.float32) for one in (x, y)]
+    for options in (CPU_OPTIONS, EIGEN_OPTIONS, products.fastest_options(trace.jaxpr, tmp_path)):
+        found = trace.lower().compile(options)(*single)
+        np.testing.assert_allclose(found, single[0].astype(float) @ single[1], rtol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 1
