@@ -50,7 +50,7 @@ def run(
     from bnjax.train import build, parsing
 
     overrides = (*overrides, *([f"--config.train.from={start}"] if start else []))
-    settings = parsing.load(config, list(overrides))
+    settings = parsing.load(config, overrides)
     if hosts or coordinator:
         _join(coordinator, processes, process)
     from bnjax.train.cpu import prepare
@@ -64,7 +64,7 @@ def run(
     dataset = build.dataset(settings)
     if dataset.fallback_reason:
         wanted = settings.data.name
-        settings = build.stand_in(settings, dataset, list(overrides))
+        settings = build.stand_in(settings, dataset, overrides)
         _warn_of_fallback(wanted, dataset, settings.train.batch_size)
     folder = workdir or Path("runs") / settings.name
     if (folder / "summary.json").exists():

@@ -123,9 +123,8 @@ def network(
     shared |= {"mean": tuple(config.mean), "std": tuple(config.std)}
     if config.name == "speednet":
         _check_groups(config, config.filters)
-        least = (
-            3 * 2 ** len(config.filters) + 1
-        )  # whitening removes 1 pixel; each pooling divides the side by 2, the last one by 3
+        # Whitening removes 1 pixel; each pooling divides the side by 2, the last one by 3.
+        least = 3 * 2 ** len(config.filters) + 1
         if min(image_shape[:2]) < least:
             allowed = f"fewer groups: these need images with sides of at least {least} pixels"
             raise ConfigError("model.filters", f"{len(config.filters)} groups", allowed)
@@ -324,7 +323,7 @@ def dataset(config: ConfigDict) -> Dataset:
     return datasets.with_validation(found, images, data.validation_seed)
 
 
-def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> ConfigDict:
+def stand_in(config: ConfigDict, dataset: Dataset, overrides: Sequence[str]) -> ConfigDict:
     """Returns the config adapted to a data set that replaces an unavailable one.
 
     Appends the name of the data set to the name of the run. Sets the batch size to a tenth of the
@@ -334,7 +333,7 @@ def stand_in(config: ConfigDict, dataset: Dataset, overrides: list[str]) -> Conf
         return config
     config = config.copy_and_resolve_references()
     config.name = f"{config.name}-{dataset.name}"
-    if "train.batch_size" not in dict(parsing.pairs(overrides)):
+    if "train.batch_size" not in parsing.pairs(overrides):
         parts = config.train.micro_batches
         config.train.batch_size = len(dataset.train) // 10 // parts * parts
     return config

@@ -488,11 +488,11 @@ def check_values(config: ConfigDict) -> None:
         ConfigError: with the key, its value and the allowed values.
     """
     for key in KEYS:
-        value = get(config, key.name)
+        value = config[key.name]
         if not key.allowed.holds(value):
             raise ConfigError(key.name, value, key.allowed.words)
         if key.only and value != key.default:
-            given = get(config, key.only.key)
+            given = config[key.only.key]
             if given not in key.only.values:
                 allowed = f"{key.default!r}, because {key.only.key} = {given!r} does not use it"
                 raise ConfigError(key.name, value, allowed)
@@ -501,11 +501,3 @@ def check_values(config: ConfigDict) -> None:
 def norm_options(model: ConfigDict) -> dict[str, Any]:
     """Returns the values in the section `model` that are fields of the norms."""
     return {name: model[name] for name in Norm.__annotations__}
-
-
-def get(config: ConfigDict, name: str) -> Any:
-    """Returns the value of a key, whose name includes its section."""
-    value = config
-    for part in name.split("."):
-        value = value[part]
-    return value

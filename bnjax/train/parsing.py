@@ -3,13 +3,14 @@
 import ast
 import difflib
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError, UserError
-from bnjax.train.config import UNITS, default_config, get
+from bnjax.train.config import UNITS, default_config
 
 RENAMED = {
     "data.random_crop": "data.crop",
@@ -21,7 +22,7 @@ RENAMED = {
 }
 
 
-def load(path: str, overrides: list[str]) -> ConfigDict:
+def load(path: str, overrides: Sequence[str]) -> ConfigDict:
     """Returns the config defined in a file, with `--config.key=value` overrides applied.
 
     A duration given in one unit replaces a duration given in another unit.
@@ -47,11 +48,11 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
             "bnjax.train.config.default_config(), change it and return it."
         )
     config = from_dict(config.to_dict())  # rejects unknown keys and wrong types
-    given = dict(pairs(overrides))
+    given = pairs(overrides)
     for name, text in given.items():
         override(config, name, text)
     for units in UNITS:
-        if any(get(config, name) for name in units if name in given):
+        if any(config[name] for name in units if name in given):
             for name in {*units} - {*given}:
                 override(config, name, "0")
     config.name = config.name or file.stem
@@ -94,22 +95,9 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
         ConfigError: for a value of the wrong type.
     """
     config = default_config()
-
-    def fill(section: ConfigDict, values: dict[str, Any], path: str) -> None:
-        for key, value in values.items():
-            is_section = key in section and isinstance(section[key], ConfigDict)
-            if key not in section or is_section != isinstance(value, dict):
-                now, close = RENAMED.get(path + key), difflib.get_close_matches(key, section, 1)
-                hint = f" Did you mean config.{path}{close[0]}?" if close else ""
-                hint = f" It was renamed to config.{now}." if now else hint
-                kind = "section" if isinstance(value, dict) else "key"
-                raise UserError(f"there is no {kind} config.{path}{key}.{hint}")
-            if is_section:
-                fill(section[key], value, f"{path}{key}.")
-            else:
-                section[key] = _of_type(f"{path}{key}", value, section[key])
-
-    fill(config, values, "")
+    for name, value in flat(values).items():
+        section, key = _place(config, name)
+        section[key] = _of_type(name, value, section[key])
     return config
 
 
@@ -137,49 +125,49 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     >>> config.model.momentum, config.model.dense
     (0.9, (100,))
     """
-    section, keys = config, name.split(".")
-    for depth, key in enumerate(keys):
-        if not isinstance(section, ConfigDict) or key not in section:
-            known = list(section) if isinstance(section, ConfigDict) else []
-            close = difflib.get_close_matches(key, known, 1)
-            parent = ".".join(["config", *keys[:depth]])
-            hint = f" Did you mean {parent}.{close[0]}?" if close else ""
-            if name in RENAMED:
-                hint = f" It was renamed to config.{RENAMED[name]}."
-            raise UserError(
-                f"there is no key config.{name}.{hint} {parent} has: "
-                f"{', '.join(known) or 'no keys'}."
-            )
-        if depth < len(keys) - 1:
+    section, key = _place(config, name)
+    section[key] = _convert(name, text, section[key])
+
+
+def _place(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
+    """Returns the section of a key, and the name of the key in it.
+
+    Raises:
+        UserError: if there is no such key.
+    """
+    section: Any = config
+    *parents, last = path = name.split(".")
+    for depth, key in enumerate(path):
+        known = list(section) if isinstance(section, ConfigDict) else []
+        if key not in known:
+            close, parent = difflib.get_close_matches(key, known, 1), ".".join(path[:depth])
+            at = f"config.{parent}".rstrip(".")
+            hint = f" Did you mean {at}.{close[0]}?" if close else ""
+            hint = f" It was renamed to config.{RENAMED[name]}." if name in RENAMED else hint
+            has = ", ".join(known) or "no keys"
+            raise UserError(f"there is no key config.{name}.{hint} {at} has: {has}.")
+        if depth < len(parents):
             section = section[key]
-    old = section[keys[-1]]
-    if isinstance(old, ConfigDict):
-        raise UserError(f"config.{name} is a section; set one of its keys: {', '.join(old)}.")
-    section[keys[-1]] = _convert(name, text, old)
+    if isinstance(section[last], ConfigDict):
+        keys = ", ".join(section[last])
+        raise UserError(f"config.{name} is a section; set one of its keys: {keys}.")
+    return section, last
 
 
-def pairs(overrides: list[str]) -> list[tuple[str, str]]:
-    """Splits `--config.a.b=value` and `--config.a.b value` into names and values.
+def pairs(overrides: Sequence[str]) -> dict[str, str]:
+    """Returns the names and values in arguments of the form `--config.a.b=value`.
 
     Raises:
         UserError: if an argument has another form.
     """
-    found, rest = [], list(overrides)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--config."):
+    found = {}
+    for word in overrides:
+        name, equals, text = word.removeprefix("--config.").partition("=")
+        if not (equals and word.startswith("--config.")):
             raise UserError(
-                f"{flag!r} is not understood. Overrides look like --config.model.momentum=0.9; "
-                "--help shows the rest."
+                f"{word!r} is not understood. Overrides look like --config.model.momentum=0.9."
             )
-        name, equals, text = flag.removeprefix("--config.").partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(
-                    f"{flag} has no value. Overrides look like --config.model.momentum=0.9."
-                )
-            text = rest.pop(0)
-        found.append((name, text))
+        found[name] = text
     return found
 
 
