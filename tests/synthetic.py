@@ -6,15 +6,20 @@ import itertools
 import json
 import signal
 
+import jax
 import numpy as np
 
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import NonFiniteError
 from bnjax.train import build, parsing
+from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
 from bnjax.train.dispatch import default_feed
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Trainer
 from bnjax.train.run import StopRequest
+from bnjax.train.steps import unstack
+from bnjax.train_step import init_state
 
 
 def dataset(train=48, test=20):
@@ -80,6 +85,35 @@ def train(config, workdir, **options):
     return result
 
 
+def lines(workdir, split):
+    """The lines of metrics.jsonl of a split."""
+    return [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == split]
+
+
+def restored(workdir, config, step="last"):
+    """The state and the statistics with which training goes on; the key as numbers."""
+    made = build.experiment(config, dataset())
+    init = functools.partial(init_state, made.model, made.tx)
+    like = jax.eval_shape(init, jax.random.key(0), dataset().train.image[:1])
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        found = checkpoints.restore(checkpoints.step(str(step)), like, apart=made.is_apart)
+    return found[0].replace(rng=jax.random.key_data(found[0].rng)), found[1]
+
+
+def take(steps, items, counts, seeds=1):
+    """Takes so many steps in each dispatch of compiled `Steps`.
+
+    Returns the states and statistics of all seeds, and the metrics of each step and seed.
+    """
+    *states, bad_steps = steps.join([steps.init(seed) for seed in range(seeds)], [0] * seeds)
+    metrics, items = [], iter(items)
+    for count in counts:
+        dispatch = [*itertools.islice(items, count)]
+        *states, bad_steps, new = steps.train(*states, bad_steps, dispatch)
+        metrics += unstack(new, count, seeds)
+    return states, metrics
+
+
 def interrupting(at):
     """As if the user had pressed Ctrl-C while the batch of a step is made."""
 
@@ -103,19 +137,11 @@ def bad_in(*steps, of=0):
 
 def config(steps=12):
     config = default_config()
-    config.name, config.devices = "small", 1
-    config.data.name = "synthetic"
-    config.model.filters, config.model.kernels, config.model.strides = (4,), (3,), (2,)
-    config.model.dense, config.model.dropout, config.model.norm_dense = (8,), (0.3,), (True,)
-    config.train.steps, config.train.epochs, config.train.batch_size, config.train.shuffle = (
-        steps,
-        0.0,
-        10,
-        True,
-    )
-    config.eval.every_steps, config.eval.every_epochs, config.eval.batch_size = 5, 0.0, 8
-    config.eval.histograms = config.eval.pictures = config.eval.gap_images = (
-        0  # each costs a compilation
-    )
+    config.name, config.devices, config.data.name = "small", 1, "synthetic"
+    config.model.update(filters=(4,), kernels=(3,), strides=(2,))
+    config.model.update(dense=(8,), dropout=(0.3,), norm_dense=(True,))
+    config.train.update(steps=steps, epochs=0.0, batch_size=10, shuffle=True)
+    config.eval.update(every_steps=5, every_epochs=0.0, batch_size=8)
+    config.eval.update(histograms=0, pictures=0, gap_images=0)  # each costs a compilation
     config.optimizer.learning_rate = 0.01
     return config

@@ -1,7 +1,6 @@
 """Imports only point down: the order of the rooms, checked."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -51,16 +50,3 @@ def test_imports_point_down(path):
 def test_the_order_is_the_one_that_contributors_read():
     order = " < ".join(", ".join(sorted(names)) for names in ORDER)
     assert order in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
-
-
-def test_versions_of_jax_are_told_apart_in_one_place():
-    told = re.compile(
-        r"(hasattr|getattr)\(jax|(jax|jaxlib|flax|optax|orbax)\.__version|version_info"
-        r"|from packaging"
-    )
-    assert [path.name for path in FILES if told.search(path.read_text())] == ["compat.py"]
-
-
-def test_configs_import_the_defaults_and_claims_what_a_small_budget_is():
-    for path in sorted((ROOT / "configs").rglob("*.py")):
-        assert set(imported(path)) <= {"compare" if path.parent.name == "claims" else "train"}, path

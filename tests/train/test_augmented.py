@@ -16,15 +16,8 @@ from bnjax.train.steps import Steps, training_batch
 from bnjax.train_step import train_step
 
 DATA = synthetic.dataset()
-EVERY = {
-    "flip": "alternating",
-    "translate": 1,
-    "crop": 1,
-    "brightness": 0.1,
-    "contrast": 0.1,
-    "cutout": 2,
-    "mixup": 0.3,
-}
+EVERY = {"flip": "alternating", "translate": 1, "crop": 1, "brightness": 0.1, "contrast": 0.1}
+EVERY |= {"cutout": 2, "mixup": 0.3}
 
 
 def experiment(devices=1, **augment):
@@ -65,28 +58,21 @@ def test_each_key_of_the_config_changes_the_batch_of_a_step_and_the_next_step_di
 
 
 @pytest.mark.parametrize(
-    ("kind", "devices"), [("resident", 4), pytest.param("host", 1, marks=pytest.mark.slow)]
+    ("kind", "devices", "counts"),
+    [("resident", 4, [2]), pytest.param("host", 1, [1, 1], marks=pytest.mark.slow)],
 )
-def test_the_program_trains_on_the_augmented_batch(kind, devices):
+def test_the_program_trains_on_the_augmented_batch(kind, devices, counts):
     made = experiment(devices, **EVERY)
     steps = Steps(made, DATA, feed(kind, made.part))
-    first, stats = steps.init(0)
+    options = {"model": made.model, "tx": made.tx, "loss_fn": made.loss_fn}
 
     @jax.jit
     def by_hand(state, stats, item):
-        batch = training_batch(made, state, item)
-        options = {"model": made.model, "tx": made.tx, "loss_fn": made.loss_fn}
-        return train_step(state, stats, batch, **options)
+        return train_step(state, stats, training_batch(made, state, item), **options)
 
-    wanted = first, stats
-    for item in itertools.islice(host_feed(DATA.train, 12, shuffle=True).items(0, 0), 2):
+    wanted = steps.init(0)
+    for item in itertools.islice(feed("host", experiment().part).items(0, 0), 2):
         *wanted, _ = by_hand(*wanted, item)
-    state, stats, bad_steps = steps.join([(first, stats)], [0])
-    dispatches = [[(item,)] for item in itertools.islice(steps.feed.items(0, 0), 2)]
-    if kind == "resident":
-        dispatches = [[*itertools.chain(*dispatches)]]
-    for dispatch in dispatches:
-        state, stats, bad_steps, _ = steps.train(state, stats, bad_steps, dispatch)
-    wanted = jax.tree.leaves((wanted[0].params, wanted[1]))
-    for one, other in zip(jax.tree.leaves((state.params, stats)), wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    found, _ = synthetic.take(steps, ((item,) for item in steps.feed.items(0, 0)), counts)
+    trees = [(state.params, stats) for state, stats in (found, wanted)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *trees)

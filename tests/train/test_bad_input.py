@@ -14,9 +14,6 @@ from strategies import VALUES
 
 from bnjax import errors, main
 from bnjax.errors import UserError
-from bnjax.train import build
-from bnjax.train.checkpoint import Checkpoints
-from bnjax.train_step import init_variables
 
 pytestmark = pytest.mark.slow
 OWN = {
@@ -66,36 +63,31 @@ def interrupted(tmp_path_factory):
 
 
 def parameters(folder):
-    data = synthetic.dataset()
-    model = build.experiment(synthetic.config(steps=10), data).model
-    images = data.train.image[:1]
-    like = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), images))
-    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        return jax.device_get(checkpoints.restore_variables(checkpoints.step("last"), like))
+    return synthetic.restored(folder, synthetic.config(steps=10))[0].params
 
 
-DAMAGE = st.one_of(
-    st.sampled_from(["gone", "folder"]),
-    st.tuples(st.sampled_from(["cut", "flipped"]), st.floats(0, 1)),
-    st.tuples(st.just("garbage"), st.binary(max_size=50)),
-)
+def cut(content, at, other):
+    return content[:at]
 
 
-def damage(file, how):
+def flipped(content, at, other):
+    return content[:at] + bytes(byte ^ 1 for byte in content[at : at + 1]) + content[at + 1 :]
+
+
+def garbage(content, at, other):
+    return other
+
+
+DAMAGE = st.tuples(st.sampled_from(["gone", "folder", cut, flipped, garbage]), st.floats(0, 1))
+
+
+def damage(file, how, share):
     content = file.read_bytes()
     file.unlink()
     if how == "folder":
         file.mkdir()
     elif how != "gone":
-        kind, amount = how
-        if kind == "cut":
-            content = content[: int(amount * len(content))]
-        elif kind == "garbage":
-            content = amount
-        elif content:
-            at = int(amount * (len(content) - 1))
-            content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-        file.write_bytes(content)
+        file.write_bytes(how(content, int(share * len(content)), str(share).encode()))
 
 
 @settings(max_examples=100)
@@ -106,7 +98,7 @@ def test_any_damage_to_a_runs_folder_is_said_or_does_no_harm(interrupted, tmp_pa
     shutil.copytree(died, folder)
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     for file in data.draw(st.lists(st.sampled_from(sorted(files)), max_size=2, unique=True)):
-        damage(file, data.draw(DAMAGE))
+        damage(file, *data.draw(DAMAGE))
     try:
         synthetic.train(synthetic.config(steps=10), folder)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Every norm by its name in the config trains."""
+"""Every norm by its name in the config takes a step."""
 
 from functools import partial
 
@@ -32,34 +32,19 @@ def built(name):
     return build.network(config.model, CLASSES, (8, 8, 1))
 
 
-def batch():
-    rng = np.random.default_rng(0)
-    label = rng.integers(0, CLASSES, 16)
-    rows = label[:, None, None, None] * np.linspace(-1, 1, 8)[:, None]
-    image = (rng.normal(size=(16, 8, 8, 1)) * 0.3 + rows).astype(np.float32)
-    return {"image": image, "label": label, "mask": np.arange(16) < 13}
-
-
 @pytest.mark.parametrize("name", norms.NORMS)
 def test_steps_have_its_statistics_and_its_activation(name):
-    model, tx, key = built(name), optax.sgd(0.1), jax.random.key(0)
-    state, stats = jax.eval_shape(partial(init_state, model, tx), key, batch()["image"])
+    model, tx = built(name), optax.sgd(0.1)
+    batch = {
+        "image": np.zeros((16, 8, 8, 1)),
+        "label": np.zeros(16, int),
+        "mask": np.ones(16, bool),
+    }
+    init = partial(init_state, model, tx)
+    state, stats = jax.eval_shape(init, jax.random.key(0), batch["image"])
     step = partial(train_step, model=model, tx=tx)
-    assert jax.eval_shape(step, state, stats, batch())[:2] == (state, stats)
+    assert jax.eval_shape(step, state, stats, batch)[:2] == (state, stats)
     assert bool(stats) == (name in norms.BATCH_NORMS)
     # Only the thresholded unit has parameters.
     units = {layer for layer in state.params if layer.endswith("activation")}
     assert units == ({"conv0_activation"} if name == "frn" else set())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", norms.NORMS)
-def test_trains(name):
-    model, tx = built(name), optax.sgd(0.1)
-    state, stats = jax.jit(partial(init_state, model, tx))(jax.random.key(0), batch()["image"])
-    step = jax.jit(partial(train_step, model=model, tx=tx))
-    losses = []
-    for _ in range(25):
-        state, stats, metrics = step(state, stats, batch())
-        losses.append(metrics.means()["loss"])
-    assert losses[-1] < 0.5 * losses[0]

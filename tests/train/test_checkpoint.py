@@ -27,17 +27,17 @@ def plain(tree):
 
 
 @pytest.mark.parametrize("statistics", [True, False])
-def test_everything_comes_back(tmp_path, statistics):
-    saved = make(statistics=statistics)
+def test_everything_comes_back_on_the_default_device(tmp_path, statistics):
+    saved, third = make(statistics=statistics), jax.devices()[3]
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(*saved, 0.5, {"norm": "batch"})
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    with jax.default_device(third), Checkpoints(tmp_path, read_only=True) as checkpoints:
         restored = checkpoints.restore(3, jax.eval_shape(lambda: make(statistics=statistics)))
-        params, stats = checkpoints.restore_variables(
-            3, jax.eval_shape(lambda: (saved[0].params, saved[1]))
-        )
+        like = jax.eval_shape(lambda: (saved[0].params, saved[1]))
+        variables = checkpoints.restore_variables(3, like)
     jax.tree.map(np.testing.assert_array_equal, plain(restored), plain(saved))
-    jax.tree.map(np.testing.assert_array_equal, (params, stats), (saved[0].params, saved[1]))
+    jax.tree.map(np.testing.assert_array_equal, variables, (saved[0].params, saved[1]))
+    assert {device for leaf in jax.tree.leaves(restored) for device in leaf.devices()} == {third}
 
 
 def test_the_newest_two_and_the_best_stay_across_processes(tmp_path):
@@ -56,7 +56,14 @@ def test_the_newest_two_and_the_best_stay_across_processes(tmp_path):
             checkpoints.step("3")
 
 
-FEW = {"norm": {"mean": jnp.zeros(3)}}
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A folder with the checkpoints of steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(*make(step), 0.1 * (4 - step), {})
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -71,36 +78,16 @@ FEW = {"norm": {"mean": jnp.zeros(3)}}
         (
             {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)},
             make()[1],
-            r"bias \(nothing in the check",
+            r"bias \(nothing in the c",
         ),
-        (make()[0].params["layer"], FEW, r"batch_stats\.norm\.var .*nothing in the model"),
+        (make()[0].params["layer"], {}, r"batch_stats\.norm\.var .*nothing in the model"),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused_by_leaf(three, layer, stats, said):
-    with (
-        Checkpoints(three, read_only=True) as checkpoints,
-        pytest.raises(CheckpointError, match=said),
-    ):
-        checkpoints.restore_variables(3, jax.eval_shape(lambda: ({"layer": layer}, stats)))
-
-
-def test_a_checkpoint_without_statistics_is_refused_for_a_network_that_has_some(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(*make(statistics=False), 0.5, {})
-        checkpoints.wait()
-        said = r"batch_stats\.norm\.mean \(nothing in the checkpoint"
-        with pytest.raises(CheckpointError, match=said):
-            checkpoints.restore(3, jax.eval_shape(make))
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """A folder with the checkpoints of steps 1, 2 and 3."""
-    folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    with Checkpoints(folder) as checkpoints:
-        for step in (1, 2, 3):
-            checkpoints.save(*make(step), 0.1 * (4 - step), {})
-    return folder
+    like = jax.eval_shape(lambda: ({"layer": layer}, stats))
+    refused = pytest.raises(CheckpointError, match=said)
+    with Checkpoints(three, read_only=True) as checkpoints, refused:
+        checkpoints.restore_variables(3, like)
 
 
 def damage(path, how):
@@ -115,52 +102,25 @@ def damage(path, how):
         )
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("how", "stride"),
-    [
-        ("overwritten", 4),
-        pytest.param("overwritten", 1, marks=SLOW),
-        pytest.param("truncated", 1, marks=SLOW),
-        pytest.param("deleted", 1, marks=SLOW),
-    ],
-)
-def test_whatever_is_damaged_is_noticed_or_does_not_matter(three, tmp_path, how, stride):
-    """Every file of the newest checkpoint in turn.
+def test_whatever_is_damaged_is_noticed_or_does_not_matter(three, tmp_path):
+    """Every fourth file of the newest checkpoint in turn.
 
     TensorStore itself gives back changed bytes without a word.
     """
     files = [path.relative_to(three) for path in sorted((three / "3").rglob("*")) if path.is_file()]
-    files = files[::stride]
     noticed = 0
-    for name in files:
-        folder = tmp_path / "checkpoints"
-        shutil.copytree(three, folder)
-        damage(folder / name, how)
+    for number, name in enumerate(files[::4]):
+        run = tmp_path / str(number)
+        folder = shutil.copytree(three, run / "checkpoints")
+        damage(folder / name, ("overwritten", "truncated", "deleted")[number % 3])
         with Checkpoints(folder) as checkpoints:
             step, notes = checkpoints.newest_intact()
             restored = checkpoints.restore(step, jax.eval_shape(make))
         jax.tree.map(np.testing.assert_array_equal, plain(restored), plain(make(step)))
         assert (step, len(notes)) in ((3, 0), (2, 1)), name
-        assert (tmp_path / "damaged" / "3").exists() == (step == 2)
+        assert (run / "damaged" / "3").exists() == (step == 2)
         noticed += step == 2
-        shutil.rmtree(folder)
-        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
-    assert noticed > len(files) / 4  # the rest are Orbax's notes to itself
-
-
-def test_after_damage_the_same_step_can_be_saved_again(three, tmp_path):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(three, folder)
-    damage(folder / "3" / "variables" / "manifest.ocdbt", "truncated")
-    with Checkpoints(folder) as checkpoints:
-        assert checkpoints.newest_intact()[0] == 2
-        checkpoints.save(*make(3), 0.9, {})
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        checkpoints.verify(3)
-        assert checkpoints.step("best") == 3
+    assert noticed > number / 4  # the rest are Orbax's notes to itself
 
 
 def test_when_all_are_damaged_nothing_is_touched(three, tmp_path):
@@ -208,11 +168,3 @@ def test_a_full_disk_is_a_clear_error_and_the_earlier_checkpoints_stay(tmp_path)
         gc.collect()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest_intact() == (1, [])
-
-
-def test_a_checkpoint_is_restored_on_the_default_device(three):
-    """As where each device trains a seed of its own."""
-    third = jax.devices()[3]
-    with jax.default_device(third), Checkpoints(three, read_only=True) as checkpoints:
-        restored = checkpoints.restore(3, jax.eval_shape(make))
-    assert {device for leaf in jax.tree.leaves(restored) for device in leaf.devices()} == {third}

@@ -7,16 +7,15 @@ import jax
 import numpy as np
 import pytest
 import synthetic
+from synthetic import lines
 
 from bnjax.clinic.statistics import precise
 from bnjax.data.batches import evenly_spaced
 from bnjax.train import build
-from bnjax.train.checkpoint import Checkpoints
-from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped
 from bnjax.train.steps import precise_batches
 from bnjax.train.trained import Trained
-from bnjax.train_step import forward, init_state, softmax_cross_entropy
+from bnjax.train_step import forward, softmax_cross_entropy
 
 DATA = synthetic.dataset()
 
@@ -32,20 +31,7 @@ def config(**changes):
 def trained(workdir, config):
     """What the checkpoint holds for evaluation, and what training goes on with."""
     synthetic.train(config, workdir)
-    run = Trained(workdir, "last")
-    return run, restored(workdir, config, run.step)
-
-
-def restored(workdir, config, step):
-    experiment = build.experiment(config, DATA)
-    init = functools.partial(init_state, experiment.model, experiment.tx)
-    like = jax.eval_shape(init, jax.random.key(0), DATA.train.image[:1])
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(step, like, apart=experiment.is_apart)
-
-
-def lines(workdir, split):
-    return [one for one in read_lines(workdir / "metrics.jsonl") if one["split"] == split]
+    return Trained(workdir, "last"), synthetic.restored(workdir, config)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -103,7 +89,7 @@ def test_swa_is_of_the_steps_that_the_keys_say_under_statistics_of_its_own(usual
     for step in (4, 7):
         with pytest.raises(Stopped):
             synthetic.train(swa(), stopped, each=synthetic.interrupting(step))
-        weights.append(restored(stopped, swa(), step)[0].params)
+        weights.append(synthetic.restored(stopped, swa(), step)[0].params)
     close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights, state.params))
     close(run.batch_stats, precise_of(run, run.params))
     synthetic.train(swa(), stopped)  # it goes on bit for bit
@@ -146,9 +132,3 @@ def test_batches_for_the_statistics_are_as_alike_as_can_be(images, sizes):
     batches = precise_batches(DATA.train, made.precise_images, made.batch_size)
     whole = [batch.get("mask", np.ones(len(batch["label"]))).sum() for batch in batches]
     assert whole == sizes
-
-
-def test_that_averages_are_not_ready_is_no_trouble_where_they_are_not_used():
-    slow = {"model__momentum": 0.99}
-    assert "not be ready" in build.experiment(config(**slow), DATA).warnings[0]
-    assert build.experiment(config(**slow, eval__statistics="precise"), DATA).warnings == ()

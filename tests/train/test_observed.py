@@ -11,20 +11,20 @@ import pytest
 import synthetic
 from events import read_events, read_values
 from PIL import Image
+from synthetic import lines
 from tensorboardX.proto.graph_pb2 import GraphDef
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from bnjax.clinic.linen import linen
-from bnjax.clinic.statistics import Drift, drift, gap, put
+from bnjax.clinic.statistics import drift, gap, put
 from bnjax.data.batches import evenly_spaced
 from bnjax.norms import BatchNorm
 from bnjax.train import build, parsing
 from bnjax.train.graph import graph_def
 from bnjax.train.jsonl import RunWriter, read_lines
-from bnjax.train.tensorboard import CAPTION, TILE, Board
+from bnjax.train.tensorboard import CAPTION, TILE
 from bnjax.train.trained import Trained
 from bnjax.train_step import eval_step, forward, init_variables, softmax_cross_entropy
-from bnjax.types import named_leaves
 
 DATA = synthetic.dataset()
 
@@ -47,12 +47,8 @@ def values(finished):
     return read_values(finished / "tensorboard")
 
 
-def gaps(folder):
-    return [line for line in read_lines(folder / "metrics.jsonl") if line["split"] == "gap"]
-
-
-def test_the_gap_is_of_the_same_images_twice(finished):
-    run, last = Trained(finished, "last"), gaps(finished)[-1]
+def test_the_gap_is_of_the_same_images_twice_and_the_drift_is_known_from_the_pixels(finished):
+    run, last = Trained(finished, "last"), lines(finished, "gap")[-1]
     images = evenly_spaced(DATA.train, 16)
     assert (last["step"], last["count"]) == (12, 16)
 
@@ -67,19 +63,16 @@ def test_the_gap_is_of_the_same_images_twice(finished):
     by_batch = float(loss(run.model.clone(dropout=(0.0,)), True))
     assert last["batch_loss"] == pytest.approx(by_batch, rel=1e-5)
     assert last["batch_loss"] != last["loss"]
-
-
-def test_drift_of_the_first_norm_is_known_from_the_pixels(finished):
-    run, last = Trained(finished, "last"), gaps(finished)[-1]
-    x = evenly_spaced(DATA.train, 16).image / 255.0
-    stats, epsilon = named_leaves(run.batch_stats), run.config.model.epsilon
-    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2)) + epsilon
-    off = (np.asarray(stats["conv0_norm.mean"], np.float64) - mean) / np.sqrt(var)
+    # The drift of the first norm, whose inputs are the pixels.
+    x, epsilon = images.image / 255.0, run.config.model.epsilon
+    stored = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), run.batch_stats["conv0_norm"])
+    var = x.var((0, 1, 2)) + epsilon
+    off = (stored["mean"] - x.mean((0, 1, 2))) / np.sqrt(var)
     # In float32 the sums of 1,024 pixels are known to some 1e-5 of their deviation.
-    wanted = pytest.approx(np.sqrt((off**2).mean()), rel=1e-4, abs=1e-5)
-    assert last["drift_mean"]["conv0_norm"] == wanted
-    ratio = np.log((np.asarray(stats["conv0_norm.var"], np.float64) + epsilon) / var)
-    assert last["drift_variance"]["conv0_norm"] == pytest.approx(ratio.mean(), rel=1e-4, abs=1e-5)
+    close = functools.partial(pytest.approx, rel=1e-4, abs=1e-5)
+    assert last["drift_mean"]["conv0_norm"] == close(np.sqrt((off**2).mean()))
+    ratio = np.log((stored["var"] + epsilon) / var)
+    assert last["drift_variance"]["conv0_norm"] == close(ratio.mean())
     assert list(last["drift_mean"]) == ["conv0_norm", "dense0_norm", "logits_norm"]
 
 
@@ -89,78 +82,71 @@ class Norm(nn.Module):
         return BatchNorm(use_running_average=not train, epsilon=1e-2)(x).mean((1, 2))
 
 
-def test_averages_that_were_never_updated_are_far_off():
-    x = np.random.default_rng(0).normal(3, 0.1, (64, 1, 1, 2)).astype(np.float32)
-    batch = {"image": x, "label": np.zeros(64, np.int32)}
-    network = linen(Norm(), *init_variables(Norm(), jax.random.key(0), x))
-    stats, layers = network.batch_stats, network.norms(batch)
-    true = put(stats, jax.jit(gap)(network, batch).seen, layers)
-    (found,) = drift(stats, true, layers).values()
-    values = x.astype(np.float64)[:, 0, 0]
-    mean, var = values.mean(0), values.var(0) + 1e-2
-    assert found.mean == pytest.approx(np.sqrt((mean**2 / var).mean()), rel=1e-5)
-    assert found.variance == pytest.approx(np.log(1.01 / var).mean(), rel=1e-4)
-    assert found.variance > 3  # a stored variance of 1 where 0.01 is right
-
-
 def test_padding_counts_for_nothing_and_what_is_true_has_no_drift():
     rng = np.random.default_rng(1)
     x, label = rng.normal(1, 2, (9, 2, 2, 2)).astype(np.float32), np.arange(9, dtype=np.int32) % 2
-    params, stats = init_variables(Norm(), jax.random.key(0), x)
+    network = linen(Norm(), *init_variables(Norm(), jax.random.key(0), x))
     padded = {
         "image": np.concatenate([x, np.full((3, 2, 2, 2), np.nan, np.float32)]),
         "label": np.concatenate([label, np.zeros(3, np.int32)]),
         "mask": np.arange(12) < 9,
     }
-    compiled, network = jax.jit(gap), linen(Norm(), params, stats)
+    compiled = jax.jit(gap)
     whole, masked = (compiled(network, b) for b in ({"image": x, "label": label}, padded))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
-    layers = linen(Norm(), params, stats).norms(padded)
-    true = put(stats, masked.seen, layers)
+    layers = network.norms(padded)
+    true = put(network.batch_stats, masked.seen, layers)
     assert drift(true, true, layers) == {"BatchNorm_0": (0.0, 0.0)}
-    under_own = eval_step(params, true, padded, model=Norm())
-    np.testing.assert_allclose(masked.batch.loss, under_own.loss, rtol=1e-5)
+    own = eval_step(network.params, true, padded, model=Norm())
+    np.testing.assert_allclose(masked.batch.loss, own.loss, rtol=1e-5)
     assert int(masked.stored.count) == int(masked.batch.count) == 9
 
 
 def test_what_is_not_finite_is_null(tmp_path):
     x = np.ones((4, 1, 1, 1), np.float32)
-    params, true = init_variables(Norm(), jax.random.key(0), x)
-    layers = linen(Norm(), params, true).norms({"image": x})
+    network = linen(Norm(), *init_variables(Norm(), jax.random.key(0), x))
     bad = {"BatchNorm_0": {"mean": jnp.array([jnp.inf]), "var": jnp.array([-5.0])}}
-    drifts = drift(bad, true, layers)
-    means = {"loss": np.nan, "accuracy": 0.0, "batch_loss": np.inf, "batch_accuracy": 0.0}
-    of_norms = {
-        f"drift_{of}": {name: getattr(one, of) for name, one in drifts.items()}
-        for of in Drift._fields
-    }
+    (found,) = drift(bad, network.batch_stats, network.norms({"image": x})).values()
     with RunWriter(tmp_path, start=0) as writer:
-        writer.metrics(1, "gap", means | of_norms)
+        writer.metrics(1, "gap", {"loss": np.nan, "drift": found._asdict()})
     (line,) = read_lines(tmp_path / "metrics.jsonl")
-    assert (line["loss"], line["batch_loss"]) == (None, None)
-    assert line["drift_mean"] == line["drift_variance"] == {"BatchNorm_0": None}
+    assert (line["loss"], line["drift"]) == (None, {"mean": None, "variance": None})
 
 
-def test_tensorboard_gets_the_same_gaps(finished, values):
-    assert [line["step"] for line in gaps(finished)] == [5, 10, 12]
-    for number, line in enumerate(gaps(finished)):
-        keys = ("loss", "accuracy", "batch_loss", "batch_accuracy")
-        wanted = {f"gap/{key}": line[key] for key in keys}
-        for of in ("drift_mean", "drift_variance"):
-            wanted |= {f"{of}/{name}": value for name, value in line[of].items()}
-        for tag, value in wanted.items():
-            step, found = values[tag][number]
-            assert (step, found.simple_value) == (line["step"], pytest.approx(value))
+def test_tensorboard_gets_every_number(finished, values):
+    wanted = {}
+    for line in read_lines(finished / "metrics.jsonl"):
+        groups = {line["split"]: line} | {k: v for k, v in line.items() if isinstance(v, dict)}
+        for group, curves in groups.items():
+            for name, value in curves.items():
+                if isinstance(value, float):
+                    wanted.setdefault(f"{group}/{name}", []).append((line["step"], value))
+    for line in read_lines(finished / "timing.jsonl"):
+        point = line["step"], pytest.approx(line["images_per_s"], rel=0.01)
+        wanted.setdefault("train/images_per_s", []).append(point)
+    scalars = {tag: found for tag, found in values.items() if found[0][1].HasField("simple_value")}
+    assert {*scalars} == {*wanted}
+    for tag, points in wanted.items():
+        found = [(step, value.simple_value) for step, value in scalars[tag]]
+        assert [step for step, _ in found] == [step for step, _ in points]
+        assert [value for _, value in found] == pytest.approx([value for _, value in points])
 
 
-def test_each_evaluation_leaves_its_histograms_once(finished):
-    lines = read_lines(finished / "histograms.jsonl")
-    assert [line["step"] for line in lines] == [5, 10, 12]
+def test_each_evaluation_leaves_its_histograms_once(finished, values):
+    written = read_lines(finished / "histograms.jsonl")
+    assert [line["step"] for line in written] == [5, 10, 12]
     layers = ["conv0", "dense0", "logits"]
-    assert [*lines[0]["activation"]] == [name for of in layers for name in (f"{of}_norm", of)]
+    assert [*written[0]["activation"]] == [name for of in layers for name in (f"{of}_norm", of)]
     statistics = [f"{of}_norm.{leaf}" for of in layers for leaf in ("mean", "var")]
-    assert [*lines[0]["statistic"]] == statistics
+    assert [*written[0]["statistic"]] == statistics
+    numbers = written[1]["gradient"]["dense0.kernel"]
+    step, value = values["gradient/dense0.kernel"][1]
+    assert step == 10
+    # An empty bin stands before the first.
+    assert value.histo.bucket[1:] == numbers["counts"]
+    limits = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
+    np.testing.assert_allclose(value.histo.bucket_limit, limits)
 
 
 def test_looking_changes_no_training(finished, tmp_path):
@@ -182,16 +168,8 @@ def test_a_run_that_died_and_goes_on_has_every_histogram_once(finished, tmp_path
     assert again == (finished / "histograms.jsonl").read_bytes()
     events = read_events(tmp_path / "run" / "tensorboard")
     assert sum(bool(event.graph_def) for event in events) == 1
-
-
-def test_tensorboard_gets_the_same_histograms(finished, values):
-    numbers = read_lines(finished / "histograms.jsonl")[1]["gradient"]["dense0.kernel"]
-    step, value = values["gradient/dense0.kernel"][1]
-    assert step == 10
-    # An empty bin stands before the first.
-    assert value.histo.bucket[1:] == numbers["counts"]
-    limits = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
-    np.testing.assert_allclose(value.histo.bucket_limit, limits)
+    # TensorBoard hides what the first part wrote from step 6 on.
+    assert [event.step for event in events if event.HasField("session_log")] == [6]
 
 
 def test_tensorboard_gets_the_graph_of_the_model(finished):
@@ -230,11 +208,3 @@ def test_tensorboard_gets_test_images_with_predictions(values):
         middles = tile[11:124:15, 11:124:15]
         np.testing.assert_array_equal(middles, DATA.test.image[image * 20 // 12].repeat(3, axis=-1))
         assert (tile[TILE:] < 100).any()  # the caption
-
-
-def test_a_second_part_of_a_run_hides_what_comes_again(tmp_path):
-    for start in (0, 3):
-        board = Board(tmp_path, start=start)
-        board.scalar("train/loss", 1.0, start + 1)
-        board.close()
-    assert [event.step for event in read_events(tmp_path) if event.HasField("session_log")] == [4]

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -98,10 +99,9 @@ def test_decay_is_of_kernels_unless_all_is_asked_for(name, decay):
 
 def test_rates_for_the_sum_of_the_losses_are_those_for_the_mean_times_the_batch():
     grads = [jnp.array([0.5]), jnp.array([-2.0])]
-    of_sum = walk(
-        made(name="sgd", learning_rate=0.25, momentum=0.5, reduction="sum"), jnp.ones(1), grads
-    )
-    of_mean = walk(made(name="sgd", learning_rate=2.0, momentum=0.5), jnp.ones(1), grads)
+    sgd = functools.partial(made, name="sgd", momentum=0.5)
+    of_sum = walk(sgd(learning_rate=0.25, reduction="sum"), jnp.ones(1), grads)
+    of_mean = walk(sgd(learning_rate=2.0), jnp.ones(1), grads)
     np.testing.assert_allclose(of_sum, of_mean, rtol=1e-6)
 
 
@@ -119,18 +119,6 @@ def gradients(count):
         jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape), jnp.float32), SPEED)
         for _ in range(count)
     ]
-
-
-def test_the_step_of_muon_is_nearly_orthogonal():
-    """Three Newton-Schulz steps bring the singular values of any gradient near 1."""
-    tx = made(name="muon", learning_rate=1.0, muon__beta=0.6, muon__rescale_every=(100, 0))
-    for grad in gradients(3):
-        before, after = walk(tx, SPEED, [grad])
-        kernel = np.asarray(before["group0_conv0"]["kernel"], np.float64).reshape(-1, 8)
-        kernel *= np.sqrt(8) / np.linalg.norm(kernel)
-        step = after["group0_conv0"]["kernel"].reshape(-1, 8) - kernel
-        values = np.linalg.svd(step, compute_uv=False)
-        assert 0.5 < values.min() < values.max() < 1.3
 
 
 def test_muon_is_its_definition_in_float64():
@@ -160,27 +148,18 @@ def test_kernels_are_rescaled_as_often_as_asked():
     steps = [float(jnp.linalg.norm(new - old)) for old, new in itertools.pairwise(kernels)]
     due = [t for t in range(12) if t % (2 + int(3 * t / 12)) == 0]
     assert due == [0, 2, 6, 8]
-    quiet = [step for t, step in enumerate(steps) if t not in due]
-    assert max(quiet) < 0.1 * np.sqrt(8) * 1.3
-    scaled = walk(
-        made(12, name="muon", learning_rate=1e-9, muon__rescale_every=(2, 3)), SPEED, gradients(1)
-    )
-    np.testing.assert_allclose(
-        jnp.linalg.norm(scaled[1]["group0_conv0"]["kernel"]), np.sqrt(8), rtol=1e-5
-    )
+    assert max(step for t, step in enumerate(steps) if t not in due) < 0.1 * np.sqrt(8) * 1.3
+    still = made(12, name="muon", learning_rate=1e-9, muon__rescale_every=(2, 3))
+    _, after = walk(still, SPEED, gradients(1))
+    norm = jnp.linalg.norm(after["group0_conv0"]["kernel"])
+    np.testing.assert_allclose(norm, np.sqrt(8), rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", ["kernels", "all"])
 def test_what_muon_leaves_to_sgd_has_rates_and_decay_of_its_own(decay):
-    options = {"bias_rate": 0.1, "head_rate": 0.2, "whiten_steps": 2}
-    tx = made(
-        4,
-        name="muon",
-        schedule="linear",
-        weight_decay=0.01,
-        weight_decay_mask=decay,
-        **{f"muon__{key}": value for key, value in options.items()},
-    )
+    options = {"name": "muon", "schedule": "linear", "weight_decay": 0.01}
+    options |= {"muon__bias_rate": 0.1, "muon__head_rate": 0.2, "muon__whiten_steps": 2}
+    tx = made(4, weight_decay_mask=decay, **options)
     every = walk(tx, SPEED, [jax.tree.map(jnp.ones_like, SPEED)] * 4)
 
     def sgd(rate, steps, is_kernel=False):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import synthetic
+from wrappers import close
 
 from bnjax.data.feed import host_feed, resident_feed
 from bnjax.errors import ConfigError
@@ -15,7 +16,6 @@ from bnjax.train.devices import spread
 from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped
 from bnjax.train.steps import Steps
-from bnjax.train_step import TrainState
 
 DATA = synthetic.dataset()
 BATCH = 24
@@ -37,48 +37,24 @@ def config(norm="batch", virtual_batch=BATCH, micro_batches=1):
 
 
 def train(config, parallel, *, resident=False, seeds=1, steps=3):
-    """States and evaluations of each seed after so many steps, as NumPy arrays."""
+    """Returns the parameters, the optimizer's state and the statistics of each seed, and metrics.
+
+    The metrics are those of an evaluation after so many steps.
+    """
     experiment = build.experiment(config, DATA)
     model = build.network(config.model, 3, (8, 8, 1), **parallel.norm_axes)
     experiment = dataclasses.replace(experiment, parallel=parallel, training_model=model)
     make = functools.partial(resident_feed, max_steps=steps) if resident else host_feed
     feed = make(DATA.train, BATCH, shuffle=True, part=experiment.part)
     compiled = Steps(experiment, DATA, feed, seeds)
-    *states, bad_steps = compiled.join([compiled.init(seed) for seed in range(seeds)], [0] * seeds)
     items = zip(*(feed.items(seed, 0) for seed in range(seeds)), strict=True)
-    for _ in range(steps // feed.max_steps):
-        dispatch = [next(items) for _ in range(feed.max_steps)]
-        *states, bad_steps, _ = compiled.train(*states, bad_steps, dispatch)
-    state, stats = states
-    each = [compiled.of_seed((state, stats), i) for i in range(seeds)]
-    found = each, compiled.test(state.params, stats)
-    return jax.device_get(jax.tree.map(_without_keys, found))
-
-
-def _without_keys(leaf):
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
-
-
-def close(actual, expected):
-    """Compares each number to 1e-4 of itself, or to 1e-5 of the largest of its kind.
-
-    What cancels in a gradient leaves the roundings of its terms.
-    """
-    ((states, metrics), (others, counted)) = actual, expected
-    kinds = [
-        (mine, its)
-        for pair in zip(states, others, strict=True)
-        for mine, its in zip(*pair, strict=True)
-    ]
-    for mine, its in [*kinds, (metrics, counted)]:
-        sized = its.params if isinstance(its, TrainState) else its
-        atol = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(sized))
-        jax.tree.map(
-            lambda a, b, atol=atol: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol),
-            mine,
-            its,
-        )
+    counts = [feed.max_steps] * (steps // feed.max_steps)
+    (state, stats), _ = synthetic.take(compiled, items, counts, seeds)
+    metrics, found = compiled.test(state.params, stats), []
+    for seed in range(seeds):
+        one, own = compiled.of_seed((state, stats), seed)
+        found += [one.params, one.opt_state, own]
+    return jax.device_get((*found, metrics))
 
 
 @functools.cache
@@ -111,11 +87,10 @@ def test_global_statistics_are_those_of_one_device(devices, options, micro_batch
     close(found, wanted)
     if micro_batches > 1:
         # Each is normalised by itself, so that the parameters are those of no whole batch.
-        (((state, stats),), _), (((usual, averages),), _) = found, on_one_device()
+        (params, _, stats, _), (usual, _, averages, _) = found, on_one_device()
         name = "conv0_norm"  # its input is the same in the first step, and alike afterwards
         np.testing.assert_allclose(stats[name]["var"], averages[name]["var"], rtol=0.2)
-        mine, its = state.params["conv0"]["kernel"], usual.params["conv0"]["kernel"]
-        assert not np.allclose(mine, its, 1e-3)
+        assert not np.allclose(params["conv0"]["kernel"], usual["conv0"]["kernel"], 1e-3)
 
 
 # Ghost batch norm on one device: virtual batches of as many examples, averages of the whole batch.
@@ -152,9 +127,10 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path, capsys, first, the
     on(then, "moved")
     on(1, "at_rest")
     lines = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("moved", "at_rest")]
-    for mine, its in zip(*lines, strict=True):
-        assert (mine["step"], mine["split"]) == (its["step"], its["split"])
-        assert mine["loss"] == pytest.approx(its["loss"], rel=1e-3)
+    moved, at_rest = ([(one["step"], one["split"]) for one in each] for each in lines)
+    assert moved == at_rest
+    losses = ([one["loss"] for one in each] for each in lines)
+    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 def test_impossible_numbers_of_devices_are_config_errors():

@@ -17,15 +17,15 @@ from bnjax.train.loop import Stopped
 from bnjax.train.start import take_over
 from bnjax.train.steps import key_of
 from bnjax.train.trained import Trained
-from bnjax.train_step import init_state
+from bnjax.train_step import forward, init_state
 
 DATA = synthetic.dataset()
 
 
-def config(steps=4, **train):
+def config(steps=4, source="", **train):
     made = synthetic.config(steps)
     made.train.update(train)
-    made.eval.every_steps = steps
+    made.train["from"], made.eval.every_steps = str(source), steps
     return made
 
 
@@ -36,38 +36,26 @@ def source(tmp_path_factory):
     return folder
 
 
-def variables(folder):
-    trained = Trained(folder, "last")
-    return trained.params, trained.batch_stats
-
-
 def leaves(folder):
-    params, stats = variables(folder)
-    return flatten_dict({"params": params, "batch_stats": stats}, sep=".")
-
-
-def unchanged(before, after):
-    return {name for name in before if np.array_equal(before[name], after[name])}
+    trained = Trained(folder, "last")
+    trees = {"params": trained.params, "batch_stats": trained.batch_stats}
+    return flatten_dict(trees, sep=".")
 
 
 NORMS = ("conv0_norm", "dense0_norm", "logits_norm")
 STATISTICS = {f"batch_stats.{name}" for name in NORMS}
+SCALES = {f"params.{name}" for name in NORMS}
 FROZEN = {  # what each word or pattern keeps of the network of `synthetic`
     "none": ({}, set()),
     "statistics": ({"freeze": "statistics"}, STATISTICS),
-    "norms": ({"freeze": "norms"}, STATISTICS | {f"params.{name}" for name in NORMS}),
-    "backbone": (
-        {"freeze": "backbone"},
-        STATISTICS | {f"params.{name}" for name in ("conv0", "dense0", *NORMS)},
-    ),
+    "norms": ({"freeze": "norms"}, STATISTICS | SCALES),
+    "backbone": ({"freeze": "backbone"}, STATISTICS | SCALES | {"params.conv0", "params.dense0"}),
     "patterns": (
         {"freeze_params": ("conv0", "dense0.kern*"), "freeze_statistics": ("logits*",)},
         {"params.conv0", "params.dense0.kernel", "batch_stats.logits_norm"},
     ),
 }
 DECAYING = {"name": "adam", "weight_decay": 0.1, "weight_decay_mask": "all", "average": "ema"}
-
-
 ALL = [(case, optimizer) for case in FROZEN for optimizer in ("adam", "decay, average, parts")]
 QUICK = [("backbone", "adam"), ("patterns", "adam"), ("norms", "decay, average, parts")]
 
@@ -78,55 +66,34 @@ QUICK = [("backbone", "adam"), ("patterns", "adam"), ("norms", "decay, average, 
 )
 def test_exactly_what_is_frozen_keeps_its_bits(source, tmp_path, case, optimizer):
     train, kept = FROZEN[case]
-    made = config(**train)
-    made.train["from"] = str(source)
+    made, before = config(source=source, **train), leaves(source)
     if optimizer != "adam":
         made.train.micro_batches = 2
         made.optimizer.update(DECAYING)
-    summary = synthetic.train(made, tmp_path / "run")
-    before = leaves(source)
-    training = Trained(tmp_path / "run", "last")
-    after = leaves(tmp_path / "run")
-    if optimizer != "adam":  # what is evaluated has precise statistics; those of training are apart
-        after = {name: leaf for name, leaf in after.items() if name.startswith("params.")}
-        before = {name: before[name] for name in after}
-    found = unchanged(before, after)
+        # What is evaluated has precise statistics; those of training are apart.
+        before = {name: leaf for name, leaf in before.items() if name.startswith("params.")}
+    summary = synthetic.train(made, tmp_path)
+    after = leaves(tmp_path)
+    found = {name for name in before if np.array_equal(before[name], after[name])}
     assert found == {name for name in before if name in kept or name.rpartition(".")[0] in kept}
-    if case != "none":
-        assert summary["frozen_leaves_that_moved"] == []
-    assert training.step == 4
+    assert summary.get("frozen_leaves_that_moved") == (None if case == "none" else [])
 
 
 def test_frozen_norms_normalise_by_what_is_stored_in_training(source, tmp_path):
-    made = config(1, freeze="statistics")
-    made.train["from"], made.model.dropout = str(source), (0.0,)
-    synthetic.train(made, tmp_path / "run")
-    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
-    experiment = build.experiment(made, DATA)
-    params, stats = variables(source)
-    first = next(iter(build_items(experiment)))
-    logits = experiment.model.apply(
-        {"params": params, "batch_stats": stats}, first["image"] / np.float32(255), train=False
-    )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, first["label"])
+    made, items = config(1, source, freeze="statistics"), []
+    made.model.dropout = (0.0,)
+    synthetic.train(made, tmp_path, each=lambda step, item, seed: items.append(item) or item)
+    (line,), start = synthetic.lines(tmp_path, "train"), Trained(source, "last")
+    logits, _ = forward(start.params, start.batch_stats, items[0], model=start.model, train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, items[0]["label"])
     np.testing.assert_allclose(line["loss"], losses.mean(), rtol=1e-5)
 
 
-def build_items(experiment):
-    """The batches of a run, from its own feed."""
-    from bnjax.train.dispatch import default_feed
-
-    feed = default_feed(experiment, DATA.train)
-    for item in feed.items(0, 0):
-        yield jax.device_get(feed.batch(feed.resident, item))
-
-
 def test_a_head_of_another_size_is_new_and_all_is_listed(source, tmp_path, capsys):
-    made = config()
-    made.train["from"] = str(source)
+    made = config(source=source)
     made.model.dense = (9,)
-    synthetic.train(made, tmp_path / "run")
-    listed = json.loads((tmp_path / "run/start.json").read_text())
+    synthetic.train(made, tmp_path)
+    listed = json.loads((tmp_path / "start.json").read_text())
     assert "params.conv0.kernel" in listed["taken"]
     assert "params.dense0.kernel [36, 9], there [36, 8]" in listed["new"]
     said = capsys.readouterr().out
@@ -137,44 +104,45 @@ def test_a_head_of_another_size_is_new_and_all_is_listed(source, tmp_path, capsy
 def test_an_exported_network_and_a_run_give_the_same_start(source, tmp_path):
     export_run(Trained(source, "best"), tmp_path / "exported", folded=False, platforms=("cpu",))
     for name, folder in (("a", source), ("b", tmp_path / "exported")):
-        made = config()
-        made.train["from"] = str(folder)
-        synthetic.train(made, tmp_path / name)
-    one, other = ((tmp_path / name / "metrics.jsonl").read_text() for name in "ab")
+        synthetic.train(config(source=folder), tmp_path / name)
+    one, other = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab")
     assert one == other
 
 
 def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_the_source(source, tmp_path):
-    made = config(6, freeze="statistics")
-    made.train["from"], made.eval.every_steps = str(source), 2
+    made = config(6, source, freeze="statistics")
+    made.eval.every_steps = 2
     with pytest.raises(Stopped):
         synthetic.train(made, tmp_path / "cut", each=synthetic.interrupting(3))
-    synthetic.train(made, tmp_path / "cut")
-    synthetic.train(made, tmp_path / "whole")
-    cut, whole = (tmp_path / name / "metrics.jsonl" for name in ("cut", "whole"))
-    assert cut.read_text() == whole.read_text()
+    for name in ("cut", "whole"):
+        synthetic.train(made, tmp_path / name)
+    cut, whole = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("cut", "whole"))
+    assert cut == whole
 
 
-def test_what_does_not_fit_is_one_sentence(source, tmp_path):
+def untrained(tx):
     model = build.experiment(config(), DATA).model
-    tx = optax.sgd(0.1)
-    state, stats = init_state(model, tx, key_of(0), DATA.train.image[:1])
+    return jax.jit(partial(init_state, model, tx))(key_of(0), DATA.train.image[:1])
+
+
+def test_what_does_not_fit_is_one_sentence(tmp_path):
+    tx, other = optax.sgd(0.1), ({"other": {"kernel": np.ones((2, 2))}}, {})
     with pytest.raises(UserError, match="no parameter with the same name and shape"):
-        take_over(state, stats, ({"other": {"kernel": np.ones((2, 2))}}, {}), tx)
-    made = config()
-    made.train["from"] = str(tmp_path)
+        take_over(*untrained(tx), other, tx)
     with pytest.raises(UserError, match="neither a run nor an exported"):
-        synthetic.train(made, tmp_path / "run")
-    for key, pattern in (("freeze_statistics", "conv0"), ("freeze_params", "head")):
-        with pytest.raises(ConfigError, match="patterns for the names"):
+        synthetic.train(config(source=tmp_path), tmp_path / "run")
+    for key, pattern, said in (
+        ("freeze_statistics", "conv0", "patterns for the names"),
+        ("freeze_params", "head", "patterns for the names"),
+        ("freeze_params", "*", "at least one parameter"),
+    ):
+        with pytest.raises(ConfigError, match=said):
             build.experiment(config(**{key: (pattern,)}), DATA)
-    with pytest.raises(ConfigError, match="at least one parameter"):
-        build.experiment(config(freeze_params=("*",)), DATA)
 
 
 def test_the_function_takes_by_name_and_keeps_the_dtype():
-    model, tx = build.experiment(config(), DATA).model, optax.adam(0.1)
-    state, stats = jax.jit(partial(init_state, model, tx))(key_of(0), DATA.train.image[:1])
+    tx = optax.adam(0.1)
+    state, stats = untrained(tx)
     source = jax.tree.map(lambda leaf: np.full(leaf.shape, 2.0, np.float64), (state.params, stats))
     state, stats, taken = take_over(state, stats, source, tx)
     assert {float(leaf.ravel()[0]) for leaf in jax.tree.leaves((state.params, stats))} == {2.0}

@@ -5,31 +5,21 @@ import json
 import numpy as np
 import pytest
 import synthetic
+from synthetic import lines
 
 from bnjax.compare import report, runs
 from bnjax.data import datasets
 from bnjax.errors import ConfigError
 from bnjax.train import build
-from bnjax.train.config import default_config
+from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import train_and_evaluate
 
 
-def config(**train):
-    made = default_config()
-    made.name, made.devices, made.data.name = "digits", 1, "digits"
-    made.data.validation = 100
-    made.model.filters, made.model.kernels, made.model.strides = (4,), (3,), (4,)
-    made.model.dense, made.model.dropout, made.model.norm_dense = (8,), (0.0,), (True,)
-    made.train.steps, made.train.batch_size, made.train.shuffle = 6, 64, True
-    made.eval.every_steps, made.eval.every_epochs = 2, 0.0
-    made.eval.histograms = made.eval.pictures = 0
-    made.eval.gap_images = 16
-    made.train.update(train)
+def config():
+    made = synthetic.config(steps=6)
+    made.data.update(name="digits", validation=100)
+    made.train.batch_size, made.eval.every_steps, made.eval.gap_images = 64, 2, 16
     return made
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_classes_are_set_aside_in_proportion_and_nothing_is_lost():
@@ -74,11 +64,9 @@ def run(tmp_path_factory):
 
 def test_the_test_images_are_evaluated_once_at_the_end(run):
     folder, summary, _ = run
-    splits = [(line["split"], line["step"]) for line in lines_of(folder)]
-    assert [step for split, step in splits if split == "validation"] == [2, 4, 6]
-    assert [step for split, step in splits if split == "test"] == [6]
-    judged = [line for line in lines_of(folder) if line["split"] == "validation"]
-    assert {line["count"] for line in judged} == {100}
+    judged = lines(folder, "validation")
+    assert [(line["step"], line["count"]) for line in judged] == [(2, 100), (4, 100), (6, 100)]
+    assert [line["step"] for line in lines(folder, "test")] == [6]
     best = max(line["accuracy"] for line in judged)
     assert summary["best_validation"]["accuracy"] == best
     assert summary["chosen_by"] == "validation images"
@@ -95,7 +83,7 @@ def test_a_report_says_which_images_chose(run):
     table = report.results(study)
     assert "best validation accuracy" in table.columns
     assert "of a run, on the validation images" in table.caption
-    accuracies = [line["accuracy"] for line in lines_of(run[0]) if line["split"] == "validation"]
+    accuracies = [line["accuracy"] for line in lines(run[0], "validation")]
     (made,) = study.runs
     assert runs.value(made, "validation_accuracy", "best") == max(accuracies)
     np.testing.assert_array_equal(made.judged.accuracy, accuracies)
@@ -103,9 +91,9 @@ def test_a_report_says_which_images_chose(run):
 
 def test_the_function_is_called_with_every_line(run):
     folder, _, calls = run
-    lines = lines_of(folder)
-    assert [call[:2] for call in calls] == [(line["step"], line["split"]) for line in lines]
-    for (_, _, values), line in zip(calls, lines, strict=True):
+    written = read_lines(folder / "metrics.jsonl")
+    assert [call[:2] for call in calls] == [(line["step"], line["split"]) for line in written]
+    for (_, _, values), line in zip(calls, written, strict=True):
         assert values["loss"] == line["loss"]
         assert not any(isinstance(value, dict) for value in values.values())
     gap = next(values for _, split, values in calls if split == "gap")
@@ -118,26 +106,23 @@ def test_an_error_of_the_function_ends_the_run_with_everything_saved(tmp_path, a
         if step == at:
             raise LookupError("no network")
 
-    made, data = config(), None
+    made, (cut, whole) = config(), (tmp_path / "cut", tmp_path / "whole")
     data = build.dataset(made)
     with pytest.raises(LookupError, match="no network"):
-        train_and_evaluate(made, tmp_path / "run", data, on_metrics=fails)
-    saved = max(int(path.name) for path in (tmp_path / "run/checkpoints").glob("[0-9]*"))
+        train_and_evaluate(made, cut, data, on_metrics=fails)
+    saved = max(int(path.name) for path in (cut / "checkpoints").glob("[0-9]*"))
     assert saved >= at
-    assert [line["step"] for line in lines_of(tmp_path / "run") if line["split"] == "train"] == [
-        *range(1, saved + 1)
-    ]
-    resumed = train_and_evaluate(made, tmp_path / "run", data)
-    whole = train_and_evaluate(made, tmp_path / "whole", data)
-    assert resumed["final_test"] == whole["final_test"]
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    assert [line["step"] for line in lines(cut, "train")] == [*range(1, saved + 1)]
+    for folder in (cut, whole):
+        train_and_evaluate(made, folder, data)
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     made = synthetic.config(steps=60)
     made.train.patience, made.eval.every_steps = 3, 2
     summary = synthetic.train(made, tmp_path)
-    found = [line["accuracy"] for line in lines_of(tmp_path) if line["split"] == "test"]
+    found = [line["accuracy"] for line in lines(tmp_path, "test")]
     best = found.index(max(found))
     assert len(found) == best + 1 + 3
     assert summary["steps"] == 2 * len(found) < 60
