@@ -64,13 +64,8 @@ def run(
     from bnjax.train.loop import Stopped
 
     prepare(training=True)
-    if claim:
-        compared = claims.load(claim)
-    else:
-        files = [file.strip() for file in str(configs).split(",")]
-        if not all(files):
-            raise UserError("--configs has an empty name: separate the files by commas.")
-        compared = claims.of_configs(files)
+    files = [file.strip() for file in (configs or "").split(",")]
+    compared = claims.load(claim) if claim else claims.of_configs(files)
     comparison = grid.plan(compared, list(overrides), full=full)
     count = seeds or comparison["seeds_needed"] or 5
     comparison |= {"seeds": list(range(count)), "command": again}

@@ -71,29 +71,28 @@ def run(
     from bnjax.train.trained import Trained
 
     prepare()
+    facts: Any
     if model:
         exported = Exported(model)
-        about = exported.manifest
+        facts = exported.manifest
+        result = {"model": str(model), "step": facts.step, "dataset": facts.dataset}
 
-        def of_exported(pixels: np.ndarray) -> np.ndarray:
+        def logits_of(pixels: np.ndarray) -> np.ndarray:
             return exported.logits(pixels, min(len(pixels), MAX_BATCH))
 
-        result: dict[str, Any] = {"model": str(model), "step": about.step, "dataset": about.dataset}
-        result |= of_images(images, about.image_shape, about.classes, of_exported)
     else:
         trained = Trained(Path(str(workdir)), checkpoint)
-        if split:
-            result = of_split(trained, split, views, data_dir)
-        else:
-            evaluated, result = _evaluated(trained, views)
+        facts, (evaluated, result) = trained.data, _evaluated(trained, views)
 
-            def of_run(pixels: np.ndarray) -> np.ndarray:
-                label = np.zeros(len(pixels), np.int32)
-                batches = eval_batches(pixels, label, min(len(pixels), MAX_BATCH))
-                return _logits(trained, evaluated, batches)[0]
+        def logits_of(pixels: np.ndarray) -> np.ndarray:
+            label = np.zeros(len(pixels), np.int32)
+            batches = eval_batches(pixels, label, min(len(pixels), MAX_BATCH))
+            return _logits(trained, evaluated, batches)[0]
 
-            facts = trained.data
-            result |= of_images(images, facts.image_shape, facts.classes, of_run)
+    if split:
+        result = of_split(trained, split, views, data_dir)
+    else:
+        result |= of_images(images, tuple(facts.image_shape), facts.classes, logits_of)
     if text := json_.dumps(result) if json else _table(result):
         print(text)
     for failure in result["errors"]:
@@ -135,7 +134,7 @@ def of_split(
 
 def of_images(
     paths: Sequence[Path],
-    shape: Sequence[int],
+    shape: tuple[int, int, int],
     classes: Sequence[str],
     logits_of: "Callable[[np.ndarray], np.ndarray]",
 ) -> dict[str, Any]:
@@ -144,13 +143,12 @@ def of_images(
 
     from bnjax.data.pictures import read_pictures
 
-    height, width, channels = shape
     pictures: list[Picture] = []
     errors: list[str] = []
     predictions: list[dict[str, Any]] = []
     for path in paths:
         try:
-            pictures += read_pictures(path, (height, width, channels))
+            pictures += read_pictures(path, shape)
         except DataError as error:
             errors.append(str(error))
     if pictures:

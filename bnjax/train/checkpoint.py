@@ -222,8 +222,7 @@ class Checkpoints:
         if damaged:
             raise CheckpointError(
                 f"{' '.join(damaged.values())} No other checkpoint is left. Nothing was changed: "
-                f"restore {self.folder} from a "
-                "copy, or train again in another folder with --workdir."
+                f"restore {self.folder} from a copy, or train again in another --workdir."
             )
         return None, []
 
@@ -294,9 +293,8 @@ class Checkpoints:
         evaluated = (state.params, batch_stats) if apart else None
         variables, training = items(state, batch_stats, evaluated)
         restored = self._restore(step, {"variables": variables, "training": training})
-        found = (
-            restored["variables"] | restored["training"]
-        )  # entries in "training" take precedence
+        # Entries in "training" take precedence.
+        found = restored["variables"] | restored["training"]
         batch_stats = found.pop("batch_stats")
         return TrainState(**found), batch_stats
 
@@ -333,9 +331,8 @@ class Checkpoints:
                 "used to train it."
             )
         (default,) = jax.numpy.zeros(()).devices()
-        here = jax.sharding.SingleDeviceSharding(
-            default
-        )  # independent of the devices that saved it
+        # Independent of the devices that saved it.
+        here = jax.sharding.SingleDeviceSharding(default)
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), items
         )
@@ -356,9 +353,8 @@ class Checkpoints:
     def _write_record(self) -> None:
         if jax.process_index() > 0:
             return
-        (folder,) = self.folder.glob(
-            f"{self._saving['step']}.*"
-        )  # Orbax's temporary folder of this step
+        # Orbax's temporary folder of this step.
+        (folder,) = self.folder.glob(f"{self._saving['step']}.*")
         self._saving["files"] = checksums(folder)
         (folder / RECORD).write_text(json.dumps(self._saving))
 

@@ -219,4 +219,5 @@ class Observer:
                 + (f"\nnot {self._classes[label]}" if guess != label else "")
                 for guess, score, label in zip(predicted["class"], scores, labels, strict=True)
             ]
-            writer.pictures(step, contact_sheet(self._test.image, captions))
+            sheet = contact_sheet(self._test.image, captions)
+            writer.board.picture("test/predictions", sheet, step)

@@ -146,14 +146,12 @@ class RunWriter:
         """
         finite = _finite(values)
         self._metrics.write({"step": step, "split": split, **finite})
-        groups = {split: finite}
-        groups |= {key: value for key, value in finite.items() if isinstance(value, dict)}
-        for group, curves in groups.items():
-            for name, number in curves.items():
-                if isinstance(number, float):
-                    self.board.scalar(f"{group}/{name}", number, step)
+        numbers = dict(_flat(finite))
+        for name, number in numbers.items():
+            if isinstance(number, float):
+                self.board.scalar(name if "/" in name else f"{split}/{name}", number, step)
         if self._on_metrics:
-            self._on_metrics(step, split, dict(_flat(finite)))
+            self._on_metrics(step, split, numbers)
 
     def timing(self, step: int, seconds: float, images_per_s: float) -> None:
         """Records the seconds since training began and the current images per second."""
@@ -169,10 +167,6 @@ class RunWriter:
             for name, numbers in group.items():
                 edges = np.linspace(numbers["low"], numbers["high"], len(numbers["counts"]) + 1)
                 self.board.histogram(f"{kind}/{name}", samples[kind][name], edges, step)
-
-    def pictures(self, step: int, sheet: np.ndarray) -> None:
-        """Shows a few test images with their predictions in TensorBoard; uint8 [h, w, 3]."""
-        self.board.picture("test/predictions", sheet, step)
 
     def flush(self) -> None:
         """Flushes all files."""

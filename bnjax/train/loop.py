@@ -107,7 +107,10 @@ class Trainer:
             print(f"\nWARNING: {warning}\n", flush=True)
         try:
             with contextlib.ExitStack() as stack:
-                seeds = [self._open(seed, folder, hook, stack) for seed, folder in folders.items()]
+                seeds = [
+                    Seed(self._config, seed, folder, self._experiment, self._dataset, hook, stack)
+                    for seed, folder in folders.items()
+                ]
                 for start in sorted({seed.start for seed in seeds if not seed.ended}):
                     if stop.signal and jax.process_count() == 1:
                         raise stop.failure or Stopped(None, stop.signal)
@@ -125,13 +128,6 @@ class Trainer:
                 f"{error.strerror or error}. Saved checkpoints are intact: free some space or make "
                 "the folder writable, and the same command resumes training from the last one."
             ) from error
-
-    def _open(
-        self, seed: int, folder: Path, hook: OnMetrics | None, stack: contextlib.ExitStack
-    ) -> Seed:
-        config = self._config.copy_and_resolve_references()
-        config.seed = seed
-        return Seed(config, folder, self._experiment, self._dataset, hook, stack)
 
 
 def _train(run: Run, steps: Steps, stop: StopRequest) -> None:

@@ -122,11 +122,9 @@ def _muon(config: ConfigDict, rate: Any, steps: int) -> optax.GradientTransforma
     all_decay = options.weight_decay_mask == "all"
 
     def sgd(peak: float, steps: int, *, decays: bool) -> optax.GradientTransformation:
-        decay = (
-            options.weight_decay / peak if decays else 0.0
-        )  # at the peak rate, a step decays weights by the fraction weight_decay
-        falling = schedule(options, peak, steps)
-        return _sgd(falling, options.momentum, True, decay, None)
+        # At the peak rate, a step decays weights by the fraction weight_decay.
+        decay = options.weight_decay / peak if decays else 0.0
+        return _sgd(schedule(options, peak, steps), options.momentum, True, decay, None)
 
     def as_matrix(params: Params) -> Any:
         return jax.tree.map(

@@ -249,6 +249,7 @@ class Seed:
     def __init__(
         self,
         config: ConfigDict,
+        number: int,
         folder: Path,
         experiment: Experiment,
         dataset: Dataset,
@@ -261,7 +262,8 @@ class Seed:
             UserError: if the folder belongs to a different config or process, all checkpoints are
                 damaged, or its files lack steps.
         """
-        self.config, self.number, self.dataset = config, config.seed, dataset
+        self.config, self.number = config.copy_and_resolve_references(), number
+        self.config.seed, self.dataset = number, dataset
         self._folder, self._experiment = folder, experiment
         self.seconds, self.is_finishing = 0.0, False
         self.accuracy: float | None = None
@@ -277,9 +279,9 @@ class Seed:
                 print(f"\nWARNING: {note}\n", flush=True)
             start, target = newest or 0, experiment.stop_at_loss
             self.writer = stack.enter_context(RunWriter(folder, start=start, on_metrics=on_metrics))
-            if start:
-                self.seconds, bad_steps = _so_far(folder, start)
             lines = read_lines(folder / "metrics.jsonl")
+            if start:
+                self.seconds, bad_steps = _so_far(folder, start, lines)
             for line in lines:
                 if line["split"] == dataset.chosen_by[0]:
                     self.judge(round(line["accuracy"] * line["count"]))
@@ -340,13 +342,13 @@ class Seed:
         return summary
 
 
-def _so_far(workdir: Path, step: int) -> tuple[float, int]:
+def _so_far(workdir: Path, step: int, metrics: list[dict[str, Any]]) -> tuple[float, int]:
     """Returns the seconds of training up to a step, and the number of bad steps that end there.
 
     Raises:
         UserError: if metrics.jsonl or timing.jsonl ends before the step.
     """
-    train = [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == "train"]
+    train = [line for line in metrics if line["split"] == "train"]
     timing = read_lines(workdir / "timing.jsonl")
     for name, lines in (("metrics.jsonl", train), ("timing.jsonl", timing)):
         if not lines or lines[-1]["step"] != step:

@@ -159,25 +159,19 @@ def frozen(config: ConfigDict, params: Params, batch_stats: BatchStats) -> Froze
     """
     norms = [".".join(path) for path in nothing_seen(batch_stats)]
     leaves = [".".join(path) for path in flatten_dict(params)]
-    named: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-        "none": ((), ()),
-        "statistics": (norms, ()),
-        "norms": (norms, [name for name in leaves if name.rpartition(".")[0] in norms]),
-        "backbone": (
-            norms,
-            [name for name in leaves if name.split(".")[0] != HEAD],
-        ),
+    fixed: dict[str, list[str]] = {
+        "norms": [name for name in leaves if name.rpartition(".")[0] in norms],
+        "backbone": [name for name in leaves if name.split(".")[0] != HEAD],
     }
-    stay, fixed = named[config.freeze]
+    stay = [] if config.freeze == "none" else norms
     chosen = []
-    for key, names, own in (
-        ("freeze_statistics", norms, stay),
-        ("freeze_params", leaves, fixed),
+    for key, what, names, own in (
+        ("freeze_statistics", "norms", norms, stay),
+        ("freeze_params", "parameters", leaves, fixed.get(config.freeze, [])),
     ):
         patterns = config[key]
         for pattern in patterns:
             if not any(_fits(name, [pattern]) for name in names):
-                what = "norms" if key == "freeze_statistics" else "parameters"
                 allowed = f"patterns for the names of {what}: {', '.join(names) or 'none'}"
                 raise ConfigError(f"train.{key}", pattern, allowed)
         chosen.append(tuple(name for name in names if name in own or _fits(name, patterns)))
