@@ -43,20 +43,16 @@ for _name, _value in (
 ):
     jax.config.update(_name, _value)
     os.environ[_name.upper()] = str(_value)
-# The shapes in the annotations are checked in every call that a test makes; not in the one file
-# whose class inherits fields from Flax with annotations that cannot be checked.
 ROOT = Path(__file__).parents[1]
 # These have no tests, and import libraries that are not installed everywhere.
 collect_ignore_glob = ["zoo/kit_*.py"]
-SHAPED = [
-    path
-    for path in (ROOT / "bnjax").rglob("[!_]*.py")
-    if re.search(r"(import|from) (jaxtyping|bnjax\.types)", path.read_text())
-]
+# The shapes in the annotations are checked in every call that a test makes; not in the one file
+# whose class inherits fields from Flax with annotations that cannot be checked.
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in SHAPED
-    if path.stem != "per_example"
+    for path in (ROOT / "bnjax").rglob("[!_]*.py")
+    if re.search(r"(import|from) (jaxtyping|bnjax\.types)", path.read_text())
+    and path.stem != "per_example"
 ]
 jaxtyping.install_import_hook(MODULES, "beartype.beartype")
 
