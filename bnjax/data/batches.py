@@ -68,7 +68,8 @@ def take(split: Examples, rows: slice | np.ndarray) -> Batch:
 
 
 def evenly_spaced(split: Examples, count: int) -> Split:
-    """Returns `count` evenly spaced examples, which cover all classes even in a sorted split."""
+    """Returns evenly spaced examples, at most `count`; they cover all classes of a sorted split."""
+    count = min(count, len(split))
     return split.select(np.arange(count) * len(split) // max(count, 1))
 
 

@@ -208,9 +208,6 @@ class Experiment:
     times_products: bool  # whether to time matrix products before compiling
     averages: bool  # whether averaged weights are evaluated
     precise_images: int  # training images for precise statistics; 0: use running statistics
-    gap_images: int  # the number of training images for the gap
-    histograms: int  # the number of training images for histograms
-    pictures: int  # the number of test images shown with their predictions
     shuffle: bool
     most_skipped: int  # the number of consecutive bad steps that may be dropped
     save_every: int  # in steps; each evaluation is followed by a save too
@@ -287,9 +284,6 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
         times_products=config.train.time_products,
         averages=config.optimizer.average != "none",
         precise_images=min(config.eval.precise_images, images) if _is_precise(config) else 0,
-        gap_images=min(config.eval.gap_images, images),
-        histograms=min(config.eval.histograms, images),
-        pictures=min(config.eval.pictures, len(dataset.chosen_by[1])),
         shuffle=config.train.shuffle,
         most_skipped=config.train.most_skipped if config.train.on_nonfinite == "skip" else 0,
         save_every=save_every,

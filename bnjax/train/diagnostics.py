@@ -158,12 +158,15 @@ def _layer(name: str) -> str:
 class Observer:
     """Records observations of a network in addition to its metrics; does not affect training."""
 
-    def __init__(self, experiment: Experiment, dataset: Dataset):
-        """Selects images evenly spaced over each split; functions are compiled at the first use."""
+    def __init__(self, experiment: Experiment, dataset: Dataset, options: ConfigDict):
+        """Selects images evenly spaced over each split; functions are compiled at the first use.
+
+        `options` is the section `eval` of the config.
+        """
         self._classes = dataset.classes
-        self._train = evenly_spaced(dataset.train, experiment.histograms)
-        self._test = evenly_spaced(dataset.chosen_by[1], experiment.pictures)
-        self._same = evenly_spaced(dataset.train, experiment.gap_images)
+        self._train = evenly_spaced(dataset.train, options.histograms)
+        self._test = evenly_spaced(dataset.chosen_by[1], options.pictures)
+        self._same = evenly_spaced(dataset.train, options.gap_images)
         self._model = experiment.model
         self._shape = (experiment.batch_size, *dataset.train.image_shape)
         jit = functools.partial(jax.jit, compiler_options=compiler_options())

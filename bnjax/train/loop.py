@@ -80,7 +80,7 @@ class Trainer:
         """
         self._config, self._dataset = config, dataset
         self._experiment = build.experiment(config, dataset)
-        self._observer = Observer(self._experiment, dataset)
+        self._observer = Observer(self._experiment, dataset, config.eval)
         feed = feed or default_feed(self._experiment, dataset.train)
         self._steps = functools.cache(functools.partial(Steps, self._experiment, dataset, feed))
 

@@ -310,9 +310,8 @@ class Seed:
 
     def judge(self, correct: int) -> None:
         """Counts an evaluation; ends training after too many evaluations without a new best."""
-        self.best, self.waited = (
-            (correct, 0) if correct > self.best else (self.best, self.waited + 1)
-        )
+        self.waited = 0 if correct > self.best else self.waited + 1
+        self.best = max(correct, self.best)
         if 0 < self._experiment.patience <= self.waited:
             self.is_finishing = True
 
