@@ -191,9 +191,10 @@ def test_the_network_falls_into_the_trap(executed):
 
 
 def test_the_audit_is_a_table_with_the_finding(executed):
-    table = shown(executed["audit"], "text/html")
+    table = " ".join(shown(executed["audit"], "text/html").split())  # without line breaks
     assert "BatchNorm_11" in table
-    assert ">not-converged</a>: the averages have not converged" in table
+    assert table.count(">not-converged</a>") >= 11  # a link in the row of each ill norm
+    assert "the averages have not converged from their initial values" in table
     assert "44.8% (momentum ** updates) after 80" in table  # 0.99 ** 80
 
 
