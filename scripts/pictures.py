@@ -34,32 +34,19 @@ from pathlib import Path
 from typing import Any
 
 import drawing
-import jax
-import jax.numpy as jnp
+import lag
 import numpy as np
 from PIL import Image
 
 from bnjax import errors, main
-from bnjax.data.batches import TrainRows, take
-from bnjax.norms.moments import Moments
-from bnjax.norms.running_average import updated_average
-from bnjax.train import build, parsing
-from bnjax.train.cpu import compiler_options, prepare
-from bnjax.train_step import init_state, train_step
+from bnjax.train.cpu import prepare
 
 OUT = Path(__file__).parents[1] / "docs/pictures"
 SMALL = {"model.filters": "8,16,16", "model.dense": "64,32", "train.epochs": 0, "train.steps": 100}
 SMALL |= {"eval.every_epochs": 0, "eval.every_steps": 10}
 WAIT = 8000  # milliseconds, until a page has drawn its charts
-TAGS = "test.(loss|accuracy)|drift_mean|dense1_norm.mean"
+TAGS = "test/accuracy|drift_mean/dense1|statistic/dense1_norm.mean"
 SLOW, FAST = Path("runs/momentum99"), Path("runs/momentum90")
-STEPS, BATCH, LAYER = 200, 128, "dense1_norm"
-# The colours are distinct for colour-blind readers; in greyscale, the dashes are.
-AVERAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "momentum 0.9": ({"momentum": 0.9, "debias": False}, {"color": "#2a78b5"}),
-    "momentum 0.99": ({"momentum": 0.99, "debias": False}, {"color": "#d55e00", "linestyle": "--"}),
-    "0.99, debiased": ({"momentum": 0.99, "debias": True}, {"color": "#1a9873", "linestyle": "-."}),
-}
 
 
 class Missing(Exception):
@@ -72,14 +59,14 @@ class Maker:
     def __init__(self, data: Path | None, runs: Path):
         """Trains nothing yet."""
         found = {"data.name": "cifar10", "data.dir": data} if data else {}
-        self._words = [f"--config.{key}={value}" for key, value in (SMALL | found).items()]
+        self.words = [f"--config.{key}={value}" for key, value in (SMALL | found).items()]
         self._folder = runs
 
     @functools.cached_property
     def runs(self) -> tuple[Path, Path]:
         """The folders of two runs that differ in momentum."""
         for workdir, momentum in ((SLOW, 0.99), (FAST, 0.9)):
-            words = ["--config", "digits", "--workdir", str(workdir), *self._words]
+            words = ["--config", "digits", "--workdir", str(workdir), *self.words]
             bnjax(*words, f"--config.name={workdir.name}", f"--config.model.momentum={momentum}")
         return SLOW, FAST
 
@@ -125,11 +112,13 @@ class Maker:
         if not (program := Path(sys.executable).with_name("tensorboard")).exists():
             raise Missing("pip install tensorboard")
         pipe: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen([program, *words], **pipe) as server, browser(1080, 900) as page:
+        with browser(1080, 980) as page, subprocess.Popen([program, *words], **pipe) as server:
             try:
                 line = next(line for line in server.stdout or () if "CTRL+C" in line)
                 address = line.split(" at ")[1].split()[0]
                 page.goto(f"{address}?tagFilter={TAGS}&smoothing=0#timeseries")
+                page.click("text=Enable step selection")  # its table has times
+                page.click("[aria-label='Close side pane']")
                 page.wait_for_timeout(WAIT)
                 return small(page.screenshot())
             finally:
@@ -156,57 +145,6 @@ class Maker:
         finally:
             demo.close()
 
-    def lag(self) -> bytes:
-        """Returns the batch statistics of a channel and the running averages that follow them."""
-        import matplotlib
-
-        matplotlib.use("svg")
-        from matplotlib import pyplot
-
-        data, batches = self.moments()
-        fixed = {"svg.hashsalt": "bnjax", "svg.fonttype": "none", "font.size": 13}
-        with pyplot.rc_context(fixed):
-            figure, panels = pyplot.subplots(2, figsize=(9, 7), sharex=True, layout="constrained")
-            steps = 1 + np.arange(STEPS)
-            for panel, i, what in zip(panels, (0, 1), ("mean", "variance"), strict=True):
-                panel.plot(steps, batches[i], color="0.65", linewidth=1, label="each batch")
-                for name, (options, style) in AVERAGES.items():
-                    line = averages(batches, **options)[i]
-                    panel.plot(steps, line, **style, linewidth=2.4, label=name)
-                panel.set(ylabel=f"{what} of the input", xlim=(0, STEPS), ylim=(0, None))
-                panel.spines[["top", "right"]].set_visible(False)
-                panel.grid(alpha=0.25)
-            panels[1].set_xlabel(f"training steps of {BATCH} images")
-            panels[0].set_title(f"One channel of a batch norm in training ({data})", pad=14)
-            lines, names = panels[0].get_legend_handles_labels()
-            figure.legend(lines, names, loc="outside lower center", ncols=4, frameon=False)
-            figure.savefig("lag.svg", metadata={"Date": None})
-            pyplot.close(figure)
-        return Path("lag.svg").read_bytes()
-
-    def moments(self) -> tuple[str, Moments]:
-        """Trains a network; returns its data set and the statistics of each batch [steps].
-
-        They are those of the channel of `LAYER` whose mean changes most. With momentum 0, the
-        running averages are the statistics of the latest batch.
-        """
-        words = [*self._words, f"--config.train.steps={STEPS}", "--config.model.momentum=0"]
-        config = parsing.load("digits", words)
-        dataset = build.dataset(config)
-        experiment = build.experiment(config, dataset)
-        model, tx = experiment.model, experiment.tx
-        rows, options = TrainRows(len(dataset.train), BATCH, seed=0), compiler_options(BATCH)
-        init = jax.jit(functools.partial(init_state, model, tx))
-        step = jax.jit(functools.partial(train_step, model=model, tx=tx), compiler_options=options)
-        state, batch_stats = init(jax.random.key(0), take(dataset.train, rows(0))["image"])
-        found = []
-        for i in range(STEPS):
-            state, batch_stats, _ = step(state, batch_stats, take(dataset.train, rows(i)))
-            found.append(jax.device_get(batch_stats[LAYER]))
-        mean, var = (np.stack([one[leaf] for one in found]) for leaf in ("mean", "var"))
-        channel = np.abs(mean[-1] - mean[0]).argmax()
-        return dataset.label, Moments(mean[:, channel], var[:, channel], np.float32(BATCH))
-
     def curves(self) -> bytes:
         """Returns loss and accuracy of the tutorial's network with and without BN."""
         return self._figure("curves", "bn", "no_bn")
@@ -228,25 +166,12 @@ PICTURES: dict[str, Callable[[Maker], bytes]] = {
     "batch.svg": lambda _: drawing.batch().encode(),
     "curves.png": Maker.curves,
     "findings.png": Maker.findings,
-    "lag.svg": Maker.lag,
+    "lag.svg": lambda maker: lag.lag(maker.words),
     "page.png": Maker.page,
     "report.png": Maker.report,
     "steps_to_loss.png": Maker.steps_to_loss,
     "tensorboard.png": Maker.tensorboard,
 }
-
-
-def averages(batches: Moments, momentum: float, debias: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the running mean and variance after each batch, float32 [steps]."""
-
-    def update(old: Any, batch: Moments) -> Any:
-        new = updated_average(*old, batch, momentum, debias, "biased", masked=False)
-        return new, new[:2]
-
-    start = jnp.float32(0), jnp.float32(1), jnp.int32(0)
-    counts = jnp.full(len(batches.mean), batches.count)
-    _, found = jax.lax.scan(update, start, batches._replace(count=counts))
-    return jax.device_get(found)
 
 
 def bnjax(*words: str) -> str:

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import drawing
 import numpy as np
 import pytest
-from pictures import averages
+from lag import averages
 
 from bnjax.norms.moments import Moments
 
