@@ -150,6 +150,7 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
             x="norm",
             y="drift",
             title="Stored mean minus mean over these images, in standard deviations (RMS)",
+            y_lim=[0, None],
             sort=None,
             visible=len(scores.statistics) > 1,
         )
