@@ -47,7 +47,7 @@ def lag(words: Sequence[str]) -> bytes:
             panel.set(ylabel=f"{what} of the input", xlim=(0, STEPS), ylim=(0, None))
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(alpha=0.25)
-        panels[0].set_title(f"Running averages of one channel in training ({data})", pad=14)
+        panels[0].set_title(f"One channel of a batch norm in training ({data})", pad=14)
         panels[1].set_xlabel(f"training steps of {BATCH} images")
         lines, names = panels[0].get_legend_handles_labels()
         figure.legend(lines, names, loc="outside lower center", ncols=4, frameon=False)

@@ -17,7 +17,7 @@
 Four pictures are screenshots, which need `pip install playwright tensorboard` and Chromium (or
 `playwright install chromium`). The pictures curves.png and steps_to_loss.png need the runs
 `runs/bn`, `runs/no_bn` and `runs/five_times` (see docs/results.md); --runs is the folder that has
-them. If something is missing, the old picture is kept. Takes two minutes on two cores.
+them. If something is missing, the old picture is kept. Takes one to two minutes on two cores.
 """
 
 import argparse
