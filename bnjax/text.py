@@ -1,6 +1,10 @@
-"""Formats text for the terminal."""
+"""Formats text and shows progress bars for the terminal."""
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence, Sized
+from typing import Any
+
+import tqdm
 
 
 def text_table(rows: Sequence[Sequence[object]], right: Collection[int] = ()) -> str:
@@ -23,3 +27,37 @@ def text_table(rows: Sequence[Sequence[object]], right: Collection[int] = ()) ->
         ).rstrip()
         for row in cells
     )
+
+
+def progress(
+    items: Iterable[Any], what: str, unit: str, total: int | None = None
+) -> "tqdm.tqdm[Any]":
+    """Returns an iterable over `items` that shows a progress bar with the remaining time.
+
+    There is no bar if standard error is not a terminal, or if there is a single item.
+
+    Args:
+        items: an iterable; empty for a bar that is advanced by its method `update`.
+        what: the text in front of the bar.
+        unit: the name of one item.
+        total: the number of items; default: the length of `items`.
+    """
+    count = len(items) if total is None and isinstance(items, Sized) else total
+    off = count == 1 or not sys.stderr.isatty()
+    return tqdm.tqdm(items, what, total, False, unit=unit, dynamic_ncols=True, disable=off)
+
+
+def counted(jit: Callable[..., Any], bar: "tqdm.tqdm[Any]") -> Callable[..., Any]:
+    """Returns `jit` for functions whose calls advance a progress bar."""
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        run = jit(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = run(*args, **kwargs)
+            bar.update()
+            return result
+
+        return call
+
+    return compiled

@@ -52,6 +52,7 @@ def run(
     import jax
 
     from bnjax.clinic import Run, audit
+    from bnjax.text import counted, progress
     from bnjax.train.cpu import compiler_options, prepare
     from bnjax.train.optimizers import optimizer
     from bnjax.train.trained import Trained
@@ -64,11 +65,10 @@ def run(
         trained = Trained(workdir, checkpoint)
         batch_size = trained.config.train.batch_size
         batches = audit_batches(trained.dataset(data_dir).train, batch_size, images)
-        if sys.stderr.isatty():
-            examples = sum(len(batch["image"]) for batch in batches)
-            print(f"auditing {examples:,} training images …", file=sys.stderr)
         options = compiler_options()
-        jit = functools.partial(jax.jit, compiler_options=options)
+        # The audit runs the network on each batch at most six times, and three times more.
+        bar = progress((), "audit", "batch", 6 * len(batches) + 3)
+        jit = counted(functools.partial(jax.jit, compiler_options=options), bar)
         evaluate = jit(functools.partial(forward, model=trained.model, train=False))
         known = Run(
             steps=trained.step or None,  # at step 0 the averages come from another framework
@@ -79,7 +79,8 @@ def run(
                 0
             ],
         )
-        findings = audit(trained.network, batches, known, jit=jit)
+        with bar:
+            findings = audit(trained.network, batches, known, jit=jit)
         title = f"{workdir}, checkpoint of step {trained.step}, {trained.data.label}"
         if json:
             about = {"workdir": str(workdir), "step": trained.step, "dataset": trained.data.label}

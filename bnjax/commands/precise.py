@@ -2,7 +2,6 @@
 
 import functools
 import json as json_
-import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
@@ -38,11 +37,10 @@ def run(
     if images < 2:
         raise UserError(f"--images {images} is too few: give 2 or above.")
     import jax
-    import tqdm
 
     from bnjax.clinic import precise
     from bnjax.clinic.network import nothing_seen
-    from bnjax.text import text_table
+    from bnjax.text import counted, progress, text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare
     from bnjax.train.steps import precise_batches
@@ -52,14 +50,16 @@ def run(
     if out:
         rundir.check_is_free(out)
     trained = Trained(workdir, checkpoint)
-    if not nothing_seen(trained.batch_stats):
+    norms = nothing_seen(trained.batch_stats)
+    if not norms:
         raise UserError(f"the network in {workdir} has no running statistics.")
     dataset = trained.dataset(data_dir)
     images = min(images, len(dataset.train))
     batches = [*precise_batches(dataset.train, images, trained.config.train.batch_size)]
-    shown = tqdm.tqdm(batches, "statistics", unit="batch", disable=not sys.stderr.isatty())
     jit = functools.partial(jax.jit, compiler_options=compiler_options())
-    network = precise(trained.network, shown if by == "batch" else batches, by=by, jit=jit)
+    passes = 1 if by == "batch" else len(norms) + 1  # in a chain of norms
+    with progress((), "statistics", "batch", passes * len(batches)) as bar:
+        network = precise(trained.network, batches, by=by, jit=counted(jit, bar))
     result = {
         "workdir": str(workdir),
         "step": trained.step,
@@ -100,6 +100,7 @@ def _test(network: "Linen", dataset: "Dataset", batch_size: int) -> dict[str, fl
 
     from bnjax.data.feed import every_batch
     from bnjax.metrics import Metrics
+    from bnjax.text import progress
     from bnjax.train.cpu import compiler_options
     from bnjax.train_step import eval_step
 
@@ -107,6 +108,8 @@ def _test(network: "Linen", dataset: "Dataset", batch_size: int) -> dict[str, fl
     step = jax.jit(
         functools.partial(eval_step, model=network.model), compiler_options=compiler_options()
     )
-    batches = every_batch(dataset.test, size)
+    batches = progress(
+        every_batch(dataset.test, size), "test", "batch", -(-len(dataset.test) // size)
+    )
     found = [step(network.params, network.batch_stats, batch) for batch in batches]
     return functools.reduce(Metrics.merge, jax.device_get(found)).means()

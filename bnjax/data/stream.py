@@ -26,6 +26,7 @@ from bnjax.data.datasets import Split
 from bnjax.data.pictures import eight_bits
 from bnjax.data.tfds import example
 from bnjax.errors import DataError, WorkerError, brief
+from bnjax.text import progress
 from bnjax.types import Batch
 
 FEATURES, LABELS = "features.json", "label.labels.txt"
@@ -102,9 +103,12 @@ class Records:
 
         For CIFAR this is the order of the original files.
         """
-        every = self.select(slice(None))  # before the ids: its error reports a damaged record
-        ids = [self.source.features(row).get("id", 0) for row in range(len(self))]
-        return every.select(np.array(sorted(range(len(self)), key=ids.__getitem__)))
+        image = np.empty((len(self), *self.image_shape), np.uint8)
+        label, ids = np.empty(len(self), np.int32), []
+        for row in progress(range(len(self)), "reading records", "image"):
+            image[row], label[row] = self._read(row, None)  # first: reports a damaged record
+            ids.append(self.source.features(row).get("id", 0))
+        return Split(image, label).select(np.array(sorted(range(len(ids)), key=ids.__getitem__)))
 
     def _read(self, row: int, rng: np.random.Generator | None) -> tuple[np.ndarray, int]:
         try:

@@ -15,6 +15,7 @@ from bnjax.clinic.folding import Folding, difference
 from bnjax.clinic.linen import Folded, Linen, linen
 from bnjax.data.datasets import Dataset
 from bnjax.errors import UserError
+from bnjax.text import progress
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
@@ -25,7 +26,7 @@ from bnjax.train_step import TrainState, forward, init_variables
 from bnjax.types import BatchStats, Images, Params
 
 TOLERANCE = 1e-5  # relative to the largest logit
-PROBE = 256  # the number of images on which networks are compared
+PROBE, BATCH = 256, 64  # the number of images on which networks are compared, and per batch
 
 
 class Trained:
@@ -187,9 +188,15 @@ def in_float32(trained: Trained) -> Any:
 
 
 def logits(network: Linen, images: Images) -> jax.Array:
-    """Returns the logits computed in evaluation mode, with all images in one batch."""
+    """Returns the logits computed in evaluation mode, [n, classes]."""
     run = jax.jit(
         functools.partial(forward, model=network.model, train=False),
         compiler_options=compiler_options(),
     )
-    return run(network.params, network.batch_stats, {"image": images})[0]
+    found = [
+        run(network.params, network.batch_stats, {"image": batch})[0]
+        for batch in progress(
+            np.split(images, range(BATCH, len(images), BATCH)), "comparing logits", "batch"
+        )
+    ]
+    return jnp.concatenate(found)
