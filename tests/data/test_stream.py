@@ -17,6 +17,7 @@ import pytest
 import small_digits
 import synthetic
 from PIL import Image
+from processes import losses, together
 from records_folder import encode, picture, write_dataset, write_file, write_folder
 
 from bnjax.commands.predict import of_split
@@ -268,3 +269,24 @@ def test_kills_change_nothing_and_leave_no_orphans(tmp_path):
     with command(killed, 1) as process:
         assert process.wait(300) == 0, process.stdout.read()
     assert (killed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_its_part_only(tmp_path):
+    """The images of the other process are black in its folder: rows 50 to 99 of each batch."""
+    words = small_digits.steps(20, 10, **small_digits.STREAMED, train__shuffle=False)
+    digits = datasets.load("digits")
+    train, first = digits.train.first(1400), np.arange(1400) % 100 < 50
+    folders = []
+    for name, keeps in (("whole", first | ~first), ("first", first), ("second", ~first)):
+        image = np.where(keeps.reshape(-1, 1, 1, 1), train.image, np.uint8(0))
+        own = dataclasses.replace(digits, train=datasets.Split(image, train.label * keeps))
+        write_dataset(tmp_path / name, own)
+        folders.append([f"--config.data.dir={tmp_path / name}"])
+    with together(tmp_path / "alone", 1, 1, *words, *folders[0]) as alone:
+        assert alone.finish() == [0], alone.said()
+    with together(tmp_path / "both", 2, 1, *words, own=folders[1:]) as both:
+        assert both.finish() == [0, 0], both.said()
+    mine, its = losses(tmp_path / "both"), losses(tmp_path / "alone")
+    assert mine.keys() == its.keys()
+    assert [*mine.values()] == pytest.approx([*its.values()], rel=1e-2)
