@@ -30,36 +30,47 @@ def tiny(monkeypatch):
     return made
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
 @pytest.fixture
-def download(monkeypatch):
-    """Stands in for the server; to be set to what it sends."""
-    sent = {"archive": None, "times": 0}
+def server(tmp_path, monkeypatch):
+    """Serves a folder on this machine; returns the folder and the versions that it serves."""
+    monkeypatch.setattr(cifar, "STALL_SECONDS", 0.5)
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(Quiet, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, socket.socket() as silent:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        ports = {"served": server.server_port, "silent": silent.getsockname()[1]}
 
-    def fetch(version, cache):
-        sent["times"] += 1
-        if sent["archive"] is None:
-            raise UnavailableError("no network")
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / version.archive).write_bytes(sent["archive"])
-        return cache / version.archive
+        def version(content, of=cifar.VERSIONS["cifar10"], port="served", file=ARCHIVE):
+            sha256 = hashlib.sha256(content).hexdigest()
+            url = f"http://127.0.0.1:{ports[port]}/{file}"
+            return dataclasses.replace(of, url=url, sha256=sha256)
 
-    monkeypatch.setattr(cifar, "download", fetch)
-    return sent
+        yield folder, version
+        server.shutdown()
 
 
-def test_the_places_in_their_order(tmp_path, monkeypatch, download):
+def test_the_places_in_their_order(tmp_path, monkeypatch, server):
     """Each place holds other pixels; they are removed one after the other."""
     given, cache = tmp_path / "given", datasets.cache_dir()
     names = ("folder", "archive", "cache folder", "cache archive", "tfds", "server")
     made = {place: make_tiny(seed) for seed, place in enumerate(names)}
-    monkeypatch.setitem(cifar.VERSIONS, "cifar10", made["server"].version)
     paths = {
         "folder": made["folder"].write_folder(given),
         "archive": made["archive"].write_archive(given / ARCHIVE),
         "cache folder": made["cache folder"].write_folder(cache),
         "cache archive": made["cache archive"].write_archive(cache / ARCHIVE),
     }
-    download["archive"] = made["server"].write_archive(tmp_path / "a.tar.gz").read_bytes()
+    served = made["server"].write_archive(server[0] / ARCHIVE)
+    version = server[1](served.read_bytes(), made["server"].version)
+    monkeypatch.setitem(cifar.VERSIONS, "cifar10", version)
     prepared = [tmp_path]
     split = datasets.Split(made["tfds"].image[:12], made["tfds"].label[:12])
     monkeypatch.setattr(tfds, "copies", lambda name, data_dir: prepared)
@@ -73,10 +84,10 @@ def test_the_places_in_their_order(tmp_path, monkeypatch, download):
         assert found() == place
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert found() == "tfds"
-    assert download["times"] == 0
     prepared.clear()
-    assert [found(), found()] == ["server", "server"]
-    assert download["times"] == 1  # then it is in the cache
+    assert found() == "server"
+    served.unlink()
+    assert found() == "server"  # from the cache
 
 
 @pytest.mark.parametrize("kind", ["folder", "folder itself", "archive"])
@@ -174,67 +185,41 @@ def test_the_official_sums_and_checksums_are_the_published_ones():
         assert known[version.url].checksum == version.sha256
 
 
-def test_the_fallback_says_what_it_is_and_why(download, tiny, tmp_path):
-    with pytest.raises(UnavailableError, match="no network"):
+def test_the_fallback_says_what_it_is_and_why(server, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(cifar.VERSIONS, "cifar10", server[1](b"", tiny.version))
+    with pytest.raises(UnavailableError, match=r"could not be downloaded into .*404") as error:
         datasets.load("cifar10")
     data = datasets.load("cifar10", fallback="digits", label="CIFAR-10 (mine)", train_images=100)
     assert (data.name, data.label, data.official) == ("digits", "digits", True)
-    assert (data.fallback_reason, len(data.train)) == ("no network", 1438)
+    assert (data.fallback_reason, len(data.train)) == (str(error.value), 1438)
     tiny.write_folder(tmp_path)
     data = datasets.load("cifar10", str(tmp_path), fallback="digits")
     assert (data.name, data.fallback_reason) == ("cifar10", "")
 
 
-CONTENT = bytes(range(256)) * 8192  # 2 MiB
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def fetch(tmp_path, monkeypatch):
-    """Downloads from a server on this machine into a folder that is not there yet."""
-    monkeypatch.setattr(cifar, "STALL_SECONDS", 0.5)
-    (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "a.tar.gz").write_bytes(CONTENT)
-    handler = functools.partial(Quiet, directory=tmp_path / "served")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, socket.socket() as silent:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        ports = {"served": server.server_port, "silent": silent.getsockname()[1]}
-
-        def call(file="a.tar.gz", port="served", content=CONTENT):
-            url, sha256 = f"http://127.0.0.1:{ports[port]}/{file}", hashlib.sha256(content)
-            options = {"url": url, "sha256": sha256.hexdigest()}
-            version = dataclasses.replace(cifar.VERSIONS["cifar10"], **options)
-            return cifar.download(version, tmp_path / "not" / "yet")
-
-        yield call
-        server.shutdown()
-
-
-def test_an_archive_arrives_whole_and_alone_though_two_download_it(fetch):
+def test_an_archive_arrives_whole_and_alone_though_two_download_it(server, tmp_path):
+    content = bytes(range(256)) * 8192  # 2 MiB
+    (server[0] / ARCHIVE).write_bytes(content)
+    download = functools.partial(cifar.download, server[1](content), tmp_path / "not" / "yet")
     with ThreadPoolExecutor(2) as pool:
-        paths = [*pool.map(lambda _: fetch(), range(2))]
-    assert {path.read_bytes() for path in paths} == {CONTENT}
+        paths = [one.result() for one in [pool.submit(download), pool.submit(download)]]
+    assert {path.read_bytes() for path in paths} == {content}
     assert [*paths[0].parent.iterdir()] == [paths[0]]
 
 
 @pytest.mark.parametrize(
-    ("request_", "reason"),
+    ("options", "reason"),
     [
         ({"content": b"another"}, "hash"),
-        ({"file": "missing.tar.gz"}, "404"),
-        ({"port": "silent"}, "timed out"),
+        ({"content": b"", "file": "missing.tar.gz"}, "404"),
+        ({"content": b"", "port": "silent"}, "timed out"),
     ],
 )
-def test_a_download_that_fails_says_why_and_leaves_no_file(fetch, request_, reason, tmp_path):
+def test_a_download_that_fails_says_why_and_leaves_no_file(server, options, reason, tmp_path):
+    (server[0] / ARCHIVE).write_bytes(b"archive")
     with pytest.raises(UnavailableError, match=rf"{reason}.*--config\.data\.dir=FOLDER"):
-        fetch(**request_)
-    assert [*(tmp_path / "not").glob("yet/*")] == []
+        cifar.download(server[1](**options), tmp_path / "cache")
+    assert [*(tmp_path / "cache").glob("*")] == []
 
 
 def test_digits_are_the_published_ones():

@@ -139,8 +139,8 @@ def test_large_jpeg_files_are_read_at_a_fraction_of_their_size(size, crop, orien
     if crop == "centre":
         wanted = centred(upright, 200, 160)
     else:
-        rng = np.random.default_rng(2)
-        box = random_box(*upright.size, np.random.default_rng(2))
+        rng = np.random.default_rng(0)
+        box = random_box(*upright.size, np.random.default_rng(0))
         wanted = upright.resize((160, 160), BILINEAR, box)
     found = read_image(file.getvalue(), 3, reading, rng)
     off = np.abs(np.asarray(found, float) - np.asarray(wanted, float))

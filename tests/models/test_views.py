@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.models.layers import Views, averaged, with_views
-from bnjax.train_step import eval_step, init_state, predict_step, train_step
+from bnjax.models.layers import Views, with_views
+from bnjax.train_step import init_state, train_step
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(12, 6, 5, 2)).astype(np.float32)
@@ -79,17 +79,3 @@ def test_parameters_statistics_and_training_are_those_of_the_network():
         results.append(jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch))
     mine, its = ((state.params, stats, metrics) for state, stats, metrics in results)
     jax.tree.map(np.testing.assert_array_equal, mine, its)
-
-
-def test_every_evaluation_takes_it():
-    batch, model = {"image": IMAGES, "label": LABEL}, Views(Net())
-    logits = by_hand(IMAGES, 6)
-    metrics = eval_step(VARIABLES["params"], VARIABLES["batch_stats"], batch, model=model)
-    assert int(metrics.correct) == (logits.argmax(-1) == LABEL).sum()
-    found = predict_step(VARIABLES["params"], VARIABLES["batch_stats"], IMAGES, model=model)
-    np.testing.assert_array_equal(found["class"], logits.argmax(-1))
-
-
-def test_another_number_of_views_is_refused():
-    with pytest.raises(ValueError, match="1, 2, 6"):
-        averaged(plain, IMAGES, 3)

@@ -1,7 +1,6 @@
 """What every norm has to do, whatever its name."""
 
 import functools
-import operator
 from functools import partial
 
 import jax
@@ -68,17 +67,6 @@ def test_shapes_and_dtypes(name, dtype):
     shapes = jax.tree.map(jnp.shape, updated.get("batch_stats", {}))
     assert shapes == jax.tree.map(jnp.shape, variables["batch_stats"])
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(updated))
-
-
-@EVERY_NORM
-def test_vmap_over_runs_gives_each_run_its_own(name):
-    norm, variables = trained(name)
-    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 2]), variables)
-    x = jnp.stack([images(5), images(6)])
-    y, updated = jax.vmap(lambda variables, x: step(norm, variables, x))(both, x)
-    for i in range(2):
-        own, found = jax.tree.map(operator.itemgetter(i), (both, (y, updated)))
-        close(found, step(norm, own, x[i]))
 
 
 @EVERY_NORM

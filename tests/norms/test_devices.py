@@ -3,14 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wrappers import AXIS, DEVICES, MAPPED, WRAPPERS, run
 
-from bnjax import compat
 from bnjax.norms import BatchNorm
 
 pytestmark = pytest.mark.lane
@@ -93,29 +91,6 @@ def test_groups_have_their_own_statistics(wrapper, groups):
         for name, of in (("mean", np.mean), ("var", np.var)):
             expected = of(x[group], axis=(0, 1))
             np.testing.assert_allclose(stats[name][index], expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("wrapper", ["pmap", "shard_map", "shard_map without check"])
-def test_gradients_are_those_of_one_device(wrapper):
-    with compat.enable_x64(True):
-        x, weight = np.random.default_rng(3).normal(size=(2, 16, CHANNELS))
-        batch = {"x": x, "mask": np.arange(16) < 11, "weight": weight}
-
-        def make(axis_name):
-            apply = layer()(axis_name)
-
-            def gradient(variables, batch):
-                def loss(x):
-                    y = jnp.sin(apply(variables, {**batch, "x": x})[1])
-                    return jnp.sum(y * batch["weight"] * batch["mask"][:, None])
-
-                return {}, jax.grad(loss)(batch["x"])
-
-            return gradient
-
-        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), start())
-        found, expected = (run(one, make, variables, batch)[1] for one in (wrapper, "one device"))
-        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_groups_have_to_divide_up_the_axis():
