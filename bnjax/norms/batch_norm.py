@@ -238,20 +238,18 @@ class BatchNorm(nn.Module):
         """Returns the number of devices that share statistics (in the smallest group)."""
         if self.axis_name is None:
             return 1
-        for name in (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name:
-            try:
-                lax.axis_size(name)
-            except NameError as error:
-                raise NameError(
-                    f"{self._label()} has axis_name = {name!r}, but there is no mapped axis "
-                    f"{name!r} here. Run it inside jax.pmap(..., axis_name={name!r}), "
-                    f"jax.vmap(..., axis_name={name!r}) or jax.shard_map over a mesh with that "
-                    "axis. With plain jax.jit use axis_name=None, because statistics are then "
-                    "global for any sharding of the batch."
-                ) from error
-        if self.axis_index_groups:
-            return min(map(len, self.axis_index_groups))
-        return lax.axis_size(self.axis_name)
+        try:
+            size = lax.axis_size(self.axis_name)
+        except NameError as error:
+            name = self.axis_name
+            raise NameError(
+                f"{self._label()} has axis_name = {name!r}, but there is no mapped axis {name!r} "
+                f"here. Run it inside jax.pmap(..., axis_name={name!r}), "
+                f"jax.vmap(..., axis_name={name!r}) or jax.shard_map over a mesh with that axis. "
+                "With plain jax.jit use axis_name=None, because statistics are then global for any "
+                "sharding of the batch."
+            ) from error
+        return min(map(len, self.axis_index_groups)) if self.axis_index_groups else size
 
     def _affine(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]

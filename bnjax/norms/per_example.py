@@ -105,11 +105,12 @@ class RMSNorm(PerExampleNorm):
     use_bias: bool = False
 
     def _normalised(self, x: Array, where: Any) -> Array:
+        return self._divided(x, where, tuple(range(1, x.ndim)))
+
+    def _divided(self, x: Array, where: Any, axes: tuple[int, ...]) -> Array:
+        """Returns the input divided by its root mean square over the axes, scaled and shifted."""
         norm = nn.RMSNorm(
-            epsilon=self.epsilon,
-            use_scale=self.use_scale,
-            scale_init=self.scale_init,
-            reduction_axes=tuple(range(1, x.ndim)),
+            self.epsilon, use_scale=self.use_scale, scale_init=self.scale_init, reduction_axes=axes
         )
         nn.share_scope(self, norm)
         y = norm(x, mask=where)
@@ -118,24 +119,18 @@ class RMSNorm(PerExampleNorm):
         return y
 
 
-class FilterResponseNorm(PerExampleNorm):
+class FilterResponseNorm(RMSNorm):
     """Divides each channel of each example by its root mean square nu (Singh & Krishnan, 2020).
 
     y = scale * x / sqrt(nu^2 + epsilon) + bias (equation 1). The mean is not subtracted. To
     compensate, use the activation `ThresholdedLinear` after the norm.
     """
 
+    use_bias: bool = True
+
     def _normalised(self, x: Array, where: Any) -> Array:
         _check_positions(self, x)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        positions = tuple(range(1, x.ndim - 1))
-        nu2 = lax.square(x).mean(positions, keepdims=True, where=where)
-        y = x * lax.rsqrt(nu2 + self.epsilon)
-        if self.use_scale:
-            y = y * _per_channel(self.param("scale", self.scale_init, x.shape[-1:]), x.ndim)
-        if self.use_bias:
-            y = y + _per_channel(self.param("bias", nn.initializers.zeros, x.shape[-1:]), x.ndim)
-        return y
+        return self._divided(x, where, tuple(range(1, x.ndim - 1)))
 
 
 class ThresholdedLinear(nn.Module):
