@@ -102,11 +102,11 @@ def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
         mine = [run for run in finished if run.variant == name]
         head = f"{name} on {variant['dataset']}: {len(mine)} of {len(seeds)} runs finished"
         lines += ["", head]
-        finals[name] = {run.seed: float(run.test.accuracy[-1]) for run in mine}
+        finals[name] = {run.seed: float(run.curve("test").accuracy[-1]) for run in mine}
         if mine:
             last = intervals.mean_accuracy([*finals[name].values()])
-            best = intervals.mean_accuracy([run.judged.accuracy.max() for run in mine])
-            taken = intervals.mean([run.seconds[int(run.train.step[-1])] for run in mine])
+            best = intervals.mean_accuracy([run.curve("judged").accuracy.max() for run in mine])
+            taken = intervals.mean([run.seconds[run.last_step] for run in mine])
             target = variant["config"]["train"]["target_loss"]
             times = runs.times(mine, "steps_to_loss", target)
             there = f"{sum(times.reached)} of {len(mine)} runs reached it"

@@ -189,7 +189,7 @@ def results(study: Study) -> Table:
             for quantity, at, digits in columns.values()
         ]
         number += "" if len(finished) == len(siblings) else f" of {len(siblings)} finished"
-        steps = _list({int(run.train.step[-1]) for run in counted})
+        steps = _list({run.last_step for run in counted})
         rows.append([variant, number, steps, *means, to_loss])
     caption = (
         "The mean over the seeds [95 % interval by Student's t; for accuracies on the logit scale, "
@@ -362,7 +362,7 @@ def gap(study: Study) -> Figure:
     """Returns the difference between test and training loss."""
 
     def apart(run: Run) -> Points:
-        train, test = run.train, run.test
+        train, test = run.curve("train"), run.curve("test")
         windows = [(train.step <= step) & (train.step > step - 10) for step in test.step]
         return test.step, test.loss - np.array([train.loss[near].mean() for near in windows])
 
@@ -527,7 +527,7 @@ def _chart(rows: list[Row]) -> alt.Chart:
 
 def _curves(study: Study, split: str, quantity: str, x: str = "step") -> list[Row]:
     def points(run: Run) -> Points:
-        curve: runs.Curve = getattr(run, split)
+        curve = run.curve(split)
         seconds = [run.seconds.get(step, np.nan) for step in curve.step.tolist()]
         return curve.step if x == "step" else np.array(seconds), getattr(curve, quantity)
 

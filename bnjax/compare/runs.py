@@ -59,30 +59,23 @@ class Run:
     seconds: dict[int, float]
     summary: dict[str, Any]
 
-    @functools.cached_property
-    def train(self) -> Curve:
-        """Loss and accuracy of the training batch at each step."""
-        return self._curve("train")
+    def curve(self, split: str) -> Curve:
+        """Returns the curve of a split: "train" at each step, the others at each evaluation.
 
-    @functools.cached_property
-    def test(self) -> Curve:
-        """Loss and accuracy on the test images at each evaluation."""
-        return self._curve("test")
-
-    @functools.cached_property
-    def validation(self) -> Curve:
-        """Loss and accuracy on the validation images, if there are any, at each evaluation."""
-        return self._curve("validation")
+        The split "judged" is the one by which the best checkpoint is chosen.
+        """
+        split = self.chosen_by if split == "judged" else split
+        lines = [line for line in self.metrics if line["split"] == split]
+        return Curve(
+            np.array([line["step"] for line in lines], int),
+            np.array([np.nan if line["loss"] is None else line["loss"] for line in lines], float),
+            np.array([line["accuracy"] for line in lines], float),
+        )
 
     @property
     def chosen_by(self) -> str:
         """The split by which the best checkpoint is chosen, "validation" or "test"."""
         return "validation" if self.config.get("config.data.validation") else "test"
-
-    @property
-    def judged(self) -> Curve:
-        """The curve of the split by which the best checkpoint is chosen."""
-        return self.validation if self.chosen_by == "validation" else self.test
 
     @functools.cached_property
     def gaps(self) -> list[dict[str, Any]]:
@@ -94,13 +87,10 @@ class Run:
         """The lines of histograms.jsonl, read on first access."""
         return jsonl.read_lines(self.folder / "histograms.jsonl")
 
-    def _curve(self, split: str) -> Curve:
-        lines = [line for line in self.metrics if line["split"] == split]
-        return Curve(
-            np.array([line["step"] for line in lines], int),
-            np.array([np.nan if line["loss"] is None else line["loss"] for line in lines], float),
-            np.array([line["accuracy"] for line in lines], float),
-        )
+    @property
+    def last_step(self) -> int:
+        """The number of steps so far."""
+        return int(self.metrics[-1]["step"])
 
     @property
     def target_loss(self) -> float:
@@ -111,7 +101,7 @@ class Run:
 def value(run: Run, quantity: str, at: str | float | int) -> float | None:
     """Returns one of `VALUES`; None if the step is missing or its loss is not finite."""
     split, key = quantity.split("_")
-    curve: Curve = getattr(run, split)
+    curve = run.curve(split)
     values: np.ndarray = getattr(curve, key)
     if at == "best":
         values = np.sort(values[~np.isnan(values)])
@@ -132,8 +122,9 @@ def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
         if quantity == "steps_to_loss":
             step = jsonl.first_at_or_below(run.metrics, goal)
         else:
-            step = next(iter(run.judged.step[run.judged.accuracy >= goal].tolist()), None)
-        end = step or int(run.train.step[-1])
+            judged = run.curve("judged")
+            step = next(iter(judged.step[judged.accuracy >= goal].tolist()), None)
+        end = step or run.last_step
         values.append(max(run.seconds[end], 0.001) if quantity.startswith("seconds") else end)
         reached.append(step is not None)
     return Times(tuple(values), tuple(reached))
@@ -256,7 +247,7 @@ def read_study(folders: Sequence[Path]) -> Study:
                     f"{member} has the same config and seed as {other.folder} and is skipped."
                 )
             elif not run.summary:
-                after = f"after {run.train.step[-1]} steps"
+                after = f"after {run.last_step} steps"
                 problems.append(f"{member} is not finished; the report shows its results {after}.")
     if not found:
         raise UserError(

@@ -86,7 +86,7 @@ def test_a_report_says_which_images_chose(run):
     accuracies = [line["accuracy"] for line in lines(run[0], "validation")]
     (made,) = study.runs
     assert runs.value(made, "validation_accuracy", "best") == max(accuracies)
-    np.testing.assert_array_equal(made.judged.accuracy, accuracies)
+    np.testing.assert_array_equal(made.curve("judged").accuracy, accuracies)
 
 
 def test_the_function_is_called_with_every_line(run):
