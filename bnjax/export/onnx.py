@@ -345,39 +345,22 @@ def _same(graph: Graph, equation: Any, *inputs: Value) -> list[Value]:
     return [*inputs]
 
 
-PLAIN = {
-    "add": "Add",
+# Primitives whose ONNX operator has the same name, but for capitals.
+SAME_NAME = (
+    "abs add and ceil cos div erf exp floor log min mul neg not or pow sign sin sqrt sub tanh xor"
+)
+OTHER_NAMES = {
     "add_any": "Add",
-    "sub": "Sub",
-    "mul": "Mul",
-    "div": "Div",
-    "pow": "Pow",
-    "min": "Min",
-    "neg": "Neg",
-    "abs": "Abs",
-    "sign": "Sign",
-    "exp": "Exp",
-    "log": "Log",
-    "sqrt": "Sqrt",
-    "tanh": "Tanh",
     "logistic": "Sigmoid",
-    "erf": "Erf",
-    "sin": "Sin",
-    "cos": "Cos",
-    "floor": "Floor",
-    "ceil": "Ceil",
     "eq": "Equal",
     "gt": "Greater",
     "lt": "Less",
     "ge": "GreaterOrEqual",
     "le": "LessOrEqual",
-    "and": "And",
-    "or": "Or",
-    "xor": "Xor",
-    "not": "Not",
 }
 RULES: dict[str, Rule] = {
-    **{name: _plain(op) for name, op in PLAIN.items()},
+    **{name: _plain(name.capitalize()) for name in SAME_NAME.split()},
+    **{name: _plain(op) for name, op in OTHER_NAMES.items()},
     **dict.fromkeys(("copy", "copy_p", "name", "optimization_barrier", "stop_gradient"), _same),
     "ne": lambda g, eqn, x, y: g.add("Not", g.add("Equal", x, y)),
     "rsqrt": lambda g, eqn, x: g.add("Reciprocal", g.add("Sqrt", x)),

@@ -17,6 +17,7 @@ from jax import export
 
 from bnjax.clinic.folding import Folding, NormFold, difference, plan
 from bnjax.clinic.linen import Folded
+from bnjax.data.batches import eval_batches
 from bnjax.errors import UserError
 from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options
@@ -270,15 +271,12 @@ class Exported:
         Raises:
             UserError: if this version of JAX cannot compile the program.
         """
-        call, found = self.compiled(batch_size), []
-        if images.dtype != np.uint8:
-            images = np.round(np.asarray(images) * 255).astype(np.uint8)
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            filling = np.zeros((batch_size - len(batch), *images.shape[1:]), np.uint8)
-            out = call(self.weights, np.concatenate([batch, filling]))
-            found.append(np.asarray(out, np.float32)[: len(batch)])
-        return np.concatenate(found)
+        call, pixels = self.compiled(batch_size), np.asarray(images)
+        if pixels.dtype != np.uint8:
+            pixels = np.round(pixels * 255).astype(np.uint8)
+        batches = eval_batches(pixels, np.zeros(len(pixels)), batch_size)
+        found = [np.asarray(call(self.weights, batch["image"]), np.float32) for batch in batches]
+        return np.concatenate(found)[: len(pixels)]
 
     def compiled(self, batch_size: int) -> Any:
         """Returns the program compiled for a batch size; raises the errors of `logits`."""
