@@ -8,6 +8,8 @@ from PIL import Image, ImageOps
 
 from bnjax.errors import DataError, brief
 
+BICUBIC = Image.Resampling.BICUBIC
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -99,13 +101,9 @@ def _fit(name: str, array: np.ndarray, shape: tuple[int, int, int]) -> Picture:
     planes, note = np.moveaxis(image, -1, 0), ""
     if image.shape[:2] != (height, width):
         note = f"resized from {image.shape[1]}x{image.shape[0]} to {width}x{height}"
-        planes = np.stack([_resize(plane, height, width) for plane in planes])
+        # Resizes floats, because resizing 8-bit pixels would round them.
+        floats = [Image.fromarray(np.ascontiguousarray(one, np.float32)) for one in planes]
+        planes = np.stack([np.asarray(one.resize((width, height), BICUBIC)) for one in floats])
     scale = np.float32(255 if array.dtype == np.uint8 else 1)
     fitted = np.moveaxis(planes, 0, -1).astype(np.float32) / scale
     return Picture(name, np.broadcast_to(fitted.clip(0, 1), shape), note)
-
-
-def _resize(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    # Resizes floats, because resizing 8-bit pixels would round them.
-    image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
