@@ -172,15 +172,15 @@ def test_a_folder_that_is_no_set_says_why(tmp_path):
     assert_refused(r"yak has no files named \*\.jpg")
 
 
+MEMORY = "data.pipeline=memory data.image_size=0 data.shorter_side=0 data.crop=centre"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            "data.pipeline=memory data.image_size=0 data.shorter_side=0 data.crop=centre",
-            "data.pipeline = 'memory'",
-        ),
+        (MEMORY, "data.pipeline = 'memory'"),
         ("data.image_size=0 data.shorter_side=0", "data.crop = 'random_resized'"),
-        ("data.image_size=32 data.shorter_side=31", r"at least config.data.image_size, 32"),
+        ("data.image_size=32 data.shorter_side=31", "at least config.data.image_size, 32"),
         ("optimizer.schedule=linear", "optimizer.drops"),
         ("optimizer.drops=0.5,1.5", "optimizer.drops"),
     ],

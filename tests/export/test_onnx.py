@@ -107,17 +107,6 @@ def test_operators_do_what_the_primitives_do(name):
         np.testing.assert_allclose(run(made, images), own[: len(images)], rtol=1e-5, atol=2e-5)
 
 
-def test_the_number_of_images_is_free_and_the_versions_are_stated():
-    made, _ = model_of(Function(lambda x: x))
-    dims = [
-        dim.dim_param or dim.dim_value for dim in made.graph.input[0].type.tensor_type.shape.dim
-    ]
-    assert dims == ["batch", *SHAPE]
-    assert made.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert [(one.domain, one.version) for one in made.opset_import] == [("", 18)]
-    assert made.ir_version == 8
-
-
 @pytest.mark.parametrize(
     ("function", "named"),
     [
