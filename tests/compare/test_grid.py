@@ -21,7 +21,6 @@ from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped, Trainer
-from bnjax.train.run import StopRequest
 from bnjax.train_step import init_state
 
 CONFIG = """
@@ -71,19 +70,23 @@ def both(files, *words):
     return grid.plan(claims.of_configs(configs), [*words])
 
 
-def counting(seen, trainer=synthetic.trainer):
-    """A trainer that notes the name and the seeds of what is trained together."""
+def hooked(hook, trainer=synthetic.trainer):
+    """A trainer that calls hook(name, seeds, stop) before it trains some seeds together."""
 
     def make(config, dataset):
         real = trainer(config, dataset)
 
         def train(folders, stop):
-            seen.append((config.name, *folders))
+            hook(config.name, [*folders], stop)
             return real.train(folders, stop)
 
         return SimpleNamespace(train=train)
 
     return make
+
+
+def counting(seen, trainer=synthetic.trainer):
+    return hooked(lambda name, seeds, _: seen.append((name, *seeds)), trainer)
 
 
 def pretend(config, dataset):
@@ -112,16 +115,11 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
     """And keeps the best and the last checkpoint; an interrupted comparison goes on."""
     trained, folder = [], files / "runs"
 
-    def interrupted(config, dataset):
-        def train(folders, stop):
-            stop.signal = signal.SIGINT if config.name == "no_bn" else None
-            return counting(trained)(config, dataset).train(folders, stop)
-
-        return SimpleNamespace(train=train)
+    def interrupted(name, seeds, stop):
+        stop.signal = signal.SIGINT if name == "no_bn" else None
 
     with pytest.raises(Stopped, match="SIGINT"):
-        compare(folder, both(files), 2, interrupted)
-    trained.clear()
+        compare(folder, both(files), 2, hooked(interrupted))
     with rundir.locked(folder / "bn" / "0"), pytest.raises(UserError, match="another process"):
         compare(folder, both(files), 2, counting(trained))
     assert trained == [("no_bn", 0), ("no_bn", 1)]
@@ -182,21 +180,22 @@ def test_each_device_has_one_trainer_and_a_run_that_breaks_down_does_not_end_the
         assert f"[{number}/20] bn, seed " in said
 
 
-def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop():
+def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(files):
     begun, running = [], threading.Barrier(8)
 
-    def train(_, seed):
-        begun.append(seed)
+    def fail(_, seeds, stop):
+        begun.extend(seeds)
         running.wait(9)
-        if seed == 0:
+        if seeds == [0]:
             raise UserError("no space")
         for _ in range(900):
             if stop.signal:
                 raise Stopped(3, stop.signal)
             threading.Event().wait(0.01)
 
-    with StopRequest() as stop, pytest.raises(UserError, match="no space"):
-        grid.on_devices(train, [(seed,) for seed in range(40)], stop)
+    alone = grid.plan(claims.of_configs([str(files / "bn.py")]), [])
+    with pytest.raises(UserError, match="no space"):
+        compare(files / "runs", alone, 40, hooked(fail, pretend), "devices")
     assert sorted(begun) == list(range(8))
 
 
