@@ -90,7 +90,7 @@ class Run:
     @property
     def last_step(self) -> int:
         """The number of steps so far."""
-        return int(self.metrics[-1]["step"])
+        return int(self.curve("train").step[-1])
 
     @property
     def target_loss(self) -> float:

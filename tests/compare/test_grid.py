@@ -32,6 +32,7 @@ def get_config():
     config.data.name = "digits"
     config.data.train_images = 48
     config.eval.batch_size = 359
+    config.eval.every_steps = 2
 """
 FILES = {
     "bn": CONFIG + "    return config\n",

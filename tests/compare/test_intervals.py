@@ -123,6 +123,7 @@ def test_times_that_half_the_runs_never_reach_have_no_median():
     for times, low in ((few, 40), (never(100, 100, 100), 0), (fewer, 100)):
         found = median(times)
         assert (found.value, found.low, found.high) == (math.inf, low, math.inf)
+    assert median(Times((1, 2, 3, 4), (True, True, False, False))).value == 2  # just half of them
 
 
 def test_the_ratio_is_paired_and_on_the_log_scale():

@@ -9,6 +9,7 @@ import pytest
 import synthetic
 from PIL import Image
 
+from bnjax import clinic
 from bnjax.data.pictures import read_pictures
 from bnjax.export.stablehlo import Exported, export_run
 from bnjax.train.trained import Trained
@@ -64,9 +65,12 @@ def test_scores_are_those_of_the_network_and_the_batch_changes_them(trained, pre
     images = np.stack([read_pictures(file, (8, 8, 1))[0].image for file in pictures])
     variables = (trained.params, trained.batch_stats)
     score = jax.jit(partial(predict_step, model=trained.model))(*variables, images)["score"]
-    stored = {one["label"]: one["confidence"] for one in labels[0]["confidences"]}
-    for name, wanted in zip(trained.data.classes, np.asarray(score[0]), strict=True):
-        assert stored[name] == pytest.approx(float(wanted), abs=1e-5)
+    network = clinic.precise(trained.network, [{"image": images}])
+    together = predict_step(network.params, network.batch_stats, images, model=trained.model)
+    for label, wanted in zip(labels, (score, together["score"]), strict=False):
+        found = {one["label"]: one["confidence"] for one in label["confidences"]}
+        wanted = dict(zip(trained.data.classes, np.asarray(wanted)[0], strict=True))
+        assert found == pytest.approx(wanted, abs=1e-4)
     assert labels[1] != labels[0] != labels[2]
     assert [row[0] for row in table["data"]] == [file.name for file in pictures]
     assert len(plot["data"]["data"] if "data" in plot.get("data", {}) else plot) > 0
