@@ -1,7 +1,6 @@
 """Writes one report on many runs from their folders. Does not import JAX."""
 
 import dataclasses
-import functools
 import io
 import json
 import re
@@ -96,6 +95,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     counts = {"run": len(study.runs), "variant": len(names)}
     some = " of ".join(f"{n} {word}{'s' * (n > 1)}" for word, n in counts.items())
     data = " and ".join(sorted({pixels(run) for run in study.runs}))
+    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
     content = {
         "mark": MARK,
         "title": ", ".join(names[:3] if more else names) + more,
@@ -107,7 +107,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         "tables_last": [speed(study), differences(study), origins(study)],
         "commands": commands(study),
         "config": whole_config(study),
-        "library": _library(),
+        "library": str(library).replace("</script", "<\\/script"),
         # A variant's name may contain "</script>" or "<!--".
         "specs": json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c"),
     }
@@ -121,13 +121,6 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     for file in (text, page):
         file.write_text(templates.get_template(file.name).render(content), encoding="utf-8")
     return page, study.problems
-
-
-@functools.cache
-def _library() -> str:
-    """Returns the JavaScript code of Vega-Embed for a script element."""
-    code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
-    return str(code).replace("</script", "<\\/script")
 
 
 # The tables.

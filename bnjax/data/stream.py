@@ -32,7 +32,6 @@ from bnjax.types import Batch
 FEATURES, LABELS = "features.json", "label.labels.txt"
 THREADS = min(8, os.cpu_count() or 1)  # read ahead in this process; each holds a batch
 LOST = "terminated unexpectedly"  # in Grain's error when a worker dies
-AREA, RATIO, DRAWS = (0.08, 1.0), 4 / 3, 10  # of random boxes; Szegedy et al., 2015, torchvision
 Box = tuple[int, int, int, int]  # left, upper, right and lower edge in pixels
 
 
@@ -116,7 +115,7 @@ class Records:
             opened = read_image(file, self.image_shape[2], self.reading, rng)
             image = np.asarray(opened).reshape(opened.height, opened.width, -1)
         except Exception as error:  # Pillow and array_record raise many types
-            raise _damaged(self.source, row, error) from error
+            raise DataError(f"{self.source.where(row)} cannot be read: {brief(error)}.") from error
         where = self.source.where(row)
         if image.shape != self.image_shape:
             raise DataError(
@@ -199,7 +198,7 @@ def splits(
     try:
         image = read_image(train[0][0], channels)
     except Exception as error:
-        raise _damaged(train, 0, error) from error
+        raise DataError(f"{train.where(0)} cannot be read: {brief(error)}.") from error
     side = reading.image_size
     shape = (side or image.height, side or image.width, channels)
     first, second = (
@@ -318,21 +317,17 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     >>> random_box(300, 200, np.random.default_rng(0))
     (39, 84, 112, 181)
     """
-    for _ in range(DRAWS):
-        area = width * height * rng.uniform(*AREA)
-        ratio = RATIO ** rng.uniform(-1, 1)
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1.0)
+        ratio = (4 / 3) ** rng.uniform(-1, 1)
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
             left, upper = (int(rng.integers(room + 1)) for room in (width - across, height - down))
             break
     else:
-        across, down = min(width, round(height * RATIO)), min(height, round(width * RATIO))
+        across, down = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, upper = (width - across) // 2, (height - down) // 2
     return left, upper, left + across, upper + down
-
-
-def _damaged(source: Any, row: int, error: Exception) -> DataError:
-    return DataError(f"{source.where(row)} cannot be read: {brief(error)}.")
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
