@@ -272,7 +272,9 @@ def test_the_command_says_which_run_broke_down(files, bnjax, monkeypatch):
 
 
 def test_variants_share_data_and_mistakes_show_before_anything_is_trained(files):
-    comparison = both(files)
+    comparison = both(files, "--config.data.fallback=digits")
+    for variant in comparison["variants"].values():  # other data would be no evidence
+        assert variant["config"]["data"]["fallback"] == ""
     bn, no_bn = grid.load_datasets(comparison).values()
     assert bn is no_bn
     assert len(bn.train.label) == 48
