@@ -1,7 +1,7 @@
 """One contender of `scripts/bench.py`, in a process of its own: prints one JSON line.
 
     python scripts/bench_step.py train FOLDER BATCH STEPS [--model bnjax|textbook] [--norm none]
-        [--dtype bfloat16] [--together 16]
+        [--dtype bfloat16] [--together 16] [--set KEY=VALUE]
     python scripts/bench_step.py evaluate FOLDER BATCH STEPS
     python scripts/bench_step.py matmul|blas - BATCH STEPS [--dtype bfloat16]
 
@@ -33,6 +33,7 @@ from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.cpu import keep_freed_memory
 from bnjax.train.dispatch import default_feed
+from bnjax.train.parsing import override
 from bnjax.train.products import fastest_options
 from bnjax.train.steps import Steps, unstack
 from bnjax.train_step import train_step
@@ -54,7 +55,7 @@ def bnjax_trainer(
     args: argparse.Namespace, data: datasets.Dataset
 ) -> tuple[Callable[[], Any], float]:
     """Returns what takes a step, or `together` in one dispatch, and the FLOPs of one."""
-    config = default_config()
+    config = args.config
     config.model.norm, config.model.dtype = args.norm, args.dtype
     config.model.dense_product, config.train.batch_size = args.dense_product, args.batch
     experiment = build.experiment(config, data)
@@ -152,8 +153,11 @@ def textbook_trainer(
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Times training steps."""
-    args.per_call = 1
-    data = datasets.load("cifar10", args.folder)
+    args.per_call, args.config = 1, default_config()
+    args.config.data.dir = args.folder
+    for key, _, value in (word.partition("=") for word in args.set):
+        override(args.config, key, value)
+    data = build.dataset(args.config)
     advance, operations = (bnjax_trainer if args.model == "bnjax" else textbook_trainer)(args, data)
     losses: list[Any] = []
     calls = max(WARM_UP + 1, args.steps // args.per_call)
@@ -235,6 +239,7 @@ def main() -> None:
         default=0,
         help="steps in one dispatch; 0: as the training loop would choose",
     )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config")
     parser.add_argument(
         "--release",
         action="store_true",
