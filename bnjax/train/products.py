@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def fastest_options(program: Any, folder: Path | None = None) -> Options:
     about = {
         "processor": processor(),
         "jaxlib": jax.lib.__version__,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "products": [f"{left} x {right}, {numbers}" for left, right, numbers in products],
     }
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
