@@ -102,9 +102,8 @@ class Bench:
         self.add("", f"## {title}", "")
         self.add(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
         yield
-        for note in self.notes:
-            self.add("", note)
-        self.notes = []
+        while self.notes:
+            self.add("", self.notes.pop(0))
 
     def run(self, name: str, command: Sequence[object], most: float = 120, **env: str) -> Found:
         """Runs a command, at most `most` seconds, and returns the JSON lines that it prints.
@@ -193,8 +192,7 @@ def product(bench: Bench) -> None:
     batch, times = (64, 3) if bench.is_slow else (5000, 10)
     precisions = [precision[:3] for precision in PRECISIONS]
     found = bench.part("products", batch=batch, steps=times, precisions=precisions)
-    if found:
-        bench.about = found.pop(0)
+    bench.about, *found = found or [bench.about]
     query, card = "--query-gpu=name,memory.total,driver_version", "nvidia-smi is not available"
     with contextlib.suppress(OSError):
         command = ["nvidia-smi", query, "--format=csv,noheader"]
@@ -278,8 +276,8 @@ def agreement(bench: Bench) -> None:
                     if name.startswith(kind)
                 }
                 worst = max(errors, key=lambda name: (np.isnan(errors[name]), errors[name]))
-                is_close = "yes" if errors[worst] <= 1e-5 else "no"
-                bench.row(kind, f"{errors[worst]:.1e}", worst, is_close)
+                error = errors[worst]
+                bench.row(kind, f"{error:.1e}", worst, "yes" if error <= 1e-5 else "no")
 
 
 def kernels(bench: Bench) -> None:
@@ -338,6 +336,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these parts")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test this script")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the measurement too
     parts = [part for part in PARTS if part is product or part.__name__ in args.only]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, len(parts), Path(folder))
