@@ -3,11 +3,11 @@
     python scripts/port_torchvision.py tests/clinic/port.json
     python scripts/port_torchvision.py --check NET.safetensors PROBE.safetensors
 
-The first runs a ResNet-18 (He et al., 2016) whose layers are called as torchvision's, once narrow
-and once as it is, and small networks with what else there is to port. Weights come from a formula,
-here and in the tests, so that no data are needed; logits are of float64. The second loads a
-ResNet-18 of any width with `strict=True` and says how far its float32 logits are from those in the
-probe.
+The first runs a narrow and a full ResNet-18 and a narrow ResNet-50 (He et al., 2016) with the layer
+names of torchvision, and small networks with the other cases. A formula gives the weights, here and
+in the tests, so no data are needed. The logits are computed in float64. The second loads a
+ResNet-18 of any width with `strict=True` and prints the largest difference between its float32
+logits and those in the probe.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-IMAGES = dict.fromkeys(("resnet18 narrow", "resnet18"), (2, 3, 64, 64))
+IMAGES = dict.fromkeys(("resnet18 narrow", "resnet18", "resnet50 narrow"), (2, 3, 64, 64))
 IMAGES["flat"] = (3, 3, 9, 8)
 EVERY = {"resnet18": 50}  # the logits of every so many classes; of the others all are kept
 
@@ -49,24 +49,31 @@ def formula(name, shape):
     return 1 + u / 4 if leaf in ("weight", "scale", "gamma") else u / 8
 
 
-def resnet(width=64, classes=1000):
-    """Returns the network with the names that torchvision has."""
+def resnet(width=64, classes=1000, blocks=(2, 2, 2, 2), expansion=1):
+    """Returns a network with torchvision's names; with `expansion` 4 its blocks are bottlenecks."""
     from torch import nn
 
     class Block(nn.Module):
         def __init__(self, inputs, width, stride):
             super().__init__()
-            self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-            self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+            outputs = expansion * width
+            sizes = [(inputs, width, 3, stride), (width, width, 3, 1)]
+            if expansion > 1:
+                sizes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+            for i, (before, after, side, step) in enumerate(sizes, 1):
+                conv = nn.Conv2d(before, after, side, step, side // 2, bias=False)
+                setattr(self, f"conv{i}", conv)
+                setattr(self, f"bn{i}", nn.BatchNorm2d(after))
             self.downsample = None
-            if stride > 1:
+            if stride > 1 or inputs != outputs:
                 self.downsample = nn.Sequential(
-                    nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+                    nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
                 )
 
         def forward(self, x):
             y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+            if expansion > 1:
+                y = self.bn3(self.conv3(y.relu()))
             return (y + (x if self.downsample is None else self.downsample(x))).relu()
 
     class Network(nn.Module):
@@ -75,12 +82,13 @@ def resnet(width=64, classes=1000):
             self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
             self.bn1 = nn.BatchNorm2d(width)
             self.maxpool = nn.MaxPool2d(3, 2, 1)
-            for stage in range(4):
-                outputs = width << stage
-                first = Block(max(width, outputs // 2), outputs, 2 if stage else 1)
-                layer = nn.Sequential(first, Block(outputs, outputs, 1))
-                setattr(self, f"layer{stage + 1}", layer)
-            self.fc = nn.Linear(8 * width, classes)
+            inputs = width
+            for stage, count in enumerate(blocks):
+                first = Block(inputs, width << stage, 2 if stage else 1)
+                inputs = expansion * width << stage
+                rest = [Block(inputs, width << stage, 1) for _ in range(count - 1)]
+                setattr(self, f"layer{stage + 1}", nn.Sequential(first, *rest))
+            self.fc = nn.Linear(inputs, classes)
 
         def forward(self, x):
             x = self.maxpool(self.bn1(self.conv1(x)).relu())
@@ -116,6 +124,7 @@ def torch_rows():
     import torch
 
     networks = {"resnet18 narrow": resnet(8, 10), "resnet18": resnet(), "flat": flat()}
+    networks["resnet50 narrow"] = resnet(8, 10, (3, 4, 6, 3), expansion=4)
     for name, network in networks.items():
         shapes = {key: list(value.shape) for key, value in network.state_dict().items()}
         images = uniform("images", int(np.prod(IMAGES[name]))).reshape(IMAGES[name])

@@ -209,10 +209,11 @@ def test_every_norm_directly_after_a_convolution_folds(variant):
     assert found == wanted
 
 
-def test_the_weights_are_those_of_torchvision():
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_weights_are_those_of_torchvision(name):
     script = runpy.run_path(str(PORT))
-    measured = json.loads((ROOT / "tests/clinic/port.json").read_text())["resnet18 narrow"]
-    model = RESNETS["resnet18"](width=8, classes=10, stem="imagenet", norm=NORM)
+    measured = json.loads((ROOT / "tests/clinic/port.json").read_text())[f"{name} narrow"]
+    model = RESNETS[name](width=8, classes=10, stem="imagenet", norm=NORM)
     uniform, shape = script["uniform"], measured["images"]
     images = uniform("images", int(np.prod(shape))).reshape(shape).transpose(0, 2, 3, 1)
     theirs = {key: script["formula"](key, tuple(of)) for key, of in measured["shapes"].items()}
