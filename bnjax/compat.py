@@ -1,4 +1,4 @@
-"""Hides differences between JAX versions, which are detected by feature, not by number."""
+"""Hides differences between JAX versions by testing for features, not for version numbers."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -8,17 +8,17 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 
-_jax: Any = jax  # mypy checks against the names in one version of JAX
+_jax: Any = jax  # mypy checks names against one version of JAX
 
 enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimental.enable_x64
 
 
 def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
-    """Marks values as different on each shard, so that `jax.grad` does not sum over the axis.
+    """Marks values as varying across shards, so that `jax.grad` does not sum over the axis.
 
     With the vma check of `jax.shard_map`, the gradient of a replicated value is summed over the
-    shards; a second, explicit sum would make the gradient n times too large. Axes of `jax.pmap` and
-    `jax.vmap` need no mark.
+    shards; a second, explicit sum would make the gradient n times too large. The axes of `jax.pmap`
+    and `jax.vmap` need no such mark.
     """
     if axis_name is None:
         return tree
@@ -38,9 +38,9 @@ def varying(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
 
 
 def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
-    """Returns `jax.vmap` of a function, or a loop of calls if JAX lacks a batching rule.
+    """Returns the vmapped function, or a loop over calls if JAX lacks a batching rule.
 
-    JAX 0.7 cannot map the gradient of a convolution in a program for several devices. Each entry of
+    JAX 0.7 cannot vmap the gradient of a convolution in a multi-device program. Each entry of
     `in_axes` is 0 or None.
     """
 

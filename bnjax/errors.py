@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-# Words in the errors that JAX raises when it loses a process of distributed training.
+# Words that occur in JAX's errors when distributed training loses a process.
 LOST_PROCESS = ("Gloo", "coordination service", "heartbeat", "NCCL", "CoordinationService")
 
 
@@ -27,7 +27,7 @@ class ConfigError(UserError):
     """A config key is unknown or its value is invalid."""
 
     def __init__(self, key: str, value: object, allowed: str):
-        """Takes the key without `config.`, the value, and a description of the allowed values."""
+        """Builds the message from a key without `config.`, its value and its allowed values."""
         super().__init__(f"config.{key} = {value!r} is invalid. Allowed: {allowed}.")
 
 
@@ -48,7 +48,7 @@ class WorkerError(UserError):
 
 
 class UnavailableError(DataError):
-    """The data are not on this machine and cannot be downloaded; a fallback may replace them."""
+    """The data are not on this machine and cannot be downloaded; a fallback may be used."""
 
 
 def brief(error: BaseException) -> str:
@@ -58,7 +58,7 @@ def brief(error: BaseException) -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a command and exits with its exit code, or the code of its error; 130 after Ctrl-C."""
+    """Runs a command and exits with its exit code, the code of its error, or 130 after Ctrl-C."""
     before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_send_again, before)
     try:
@@ -116,7 +116,8 @@ def _leave(code: int) -> NoReturn:
 def _send_again(otherwise: Callable[[Any], None], raised: Any) -> None:
     """Sends SIGINT again if a KeyboardInterrupt was raised where Python ignores exceptions.
 
-    This happens in JAX's garbage collection callbacks, during an import or a compilation.
+    This happens in JAX's garbage collection callbacks while a module is imported or a program is
+    compiled.
     """
     if issubclass(raised.exc_type, KeyboardInterrupt):
         if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""The command `bnjax`. Without a command name, `python -m bnjax.main --config FILE` trains."""
+"""The command `bnjax`. If the name of a command is omitted, the command is `train`."""
 
 import difflib
 import functools
@@ -13,7 +13,7 @@ from bnjax import errors
 COMMANDS = {
     "train": "train and evaluate a network as described by a config",
     "predict": "classify images or a whole split",
-    "compare": "train several configs, or the variants of a claim, over the same seeds",
+    "compare": "train several configs, or the variants of a claim, with the same seeds",
     "report": "write a report on runs and comparisons",
     "audit": "find faults in the running statistics of a trained network",
     "precise": "recompute the running statistics from training images",
@@ -27,7 +27,7 @@ OVERRIDDEN = ("train", "compare")  # these accept --config.KEY=VALUE
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command in the arguments (default: `sys.argv`) and returns its exit code."""
+    """Runs the command given by the arguments (default: `sys.argv`) and returns its exit code."""
     words = sys.argv[1:] if words is None else list(words)
     if words == ["--version"]:
         from importlib.metadata import version
@@ -73,14 +73,14 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "bnjax COMMAND --help shows the options, bnjax --version the version.",
-            "bnjax COMMAND --tyro-print-completion SHELL prints a script: bash, zsh or tcsh.",
+            "bnjax COMMAND --help shows the options; bnjax --version shows the version.",
+            "bnjax COMMAND --tyro-print-completion SHELL prints completions (bash, zsh, tcsh).",
         ]
     )
 
 
 def _split(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Returns the options of a command, and its arguments of the form --config.KEY=VALUE."""
+    """Separates the options of a command from arguments of the form --config.KEY=VALUE."""
     own, overrides = [], []
     rest = iter(words)
     for word in rest:

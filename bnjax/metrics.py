@@ -25,7 +25,7 @@ class Metrics:
     skipped: Leaf
 
     def merge(self, other: "Metrics") -> "Metrics":
-        """Returns the metrics over the examples of both together."""
+        """Returns the metrics over all examples in `self` and `other`."""
         return jax.tree.map(lambda mine, its: mine + its, self, other)
 
     def means(self) -> dict[str, float]:
@@ -49,7 +49,7 @@ def softmax_cross_entropy(
 
     Args:
         logits: float [n, classes].
-        label: int [n], or class probabilities, float [n, classes], whose sum is 1.
+        label: int [n], or class probabilities, float [n, classes], in which each row sums to 1.
         smoothing: the fraction of each label that is distributed evenly over all classes (Szegedy
             et al., 2016, section 7).
 

@@ -1,4 +1,4 @@
-"""Drops log messages of other libraries on which a user of bnjax cannot act."""
+"""Drops log messages from other libraries that a user of bnjax can do nothing about."""
 
 import functools
 import logging
@@ -9,7 +9,7 @@ import absl.logging
 
 @functools.cache
 def drop_logs(package: str, below: int = logging.ERROR) -> None:
-    """Drops all absl log messages of a package below a level."""
+    """Drops the absl log messages of a package whose level is below `below`."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return record.levelno >= below or package not in Path(record.pathname).parts

@@ -34,12 +34,12 @@ def progress(
 ) -> "tqdm.tqdm[Any]":
     """Returns an iterable over `items` that shows a progress bar with the remaining time.
 
-    There is no bar if standard error is not a terminal, or if there is a single item.
+    No bar is shown if standard error is not a terminal, or if there is only one item.
 
     Args:
-        items: an iterable; empty for a bar that is advanced by its method `update`.
+        items: an iterable; pass an empty one to advance the bar with its method `update`.
         what: the text in front of the bar.
-        unit: the name of one item.
+        unit: the name of a single item, for instance "image".
         total: the number of items; default: the length of `items`.
     """
     count = len(items) if total is None and isinstance(items, Sized) else total
@@ -48,7 +48,7 @@ def progress(
 
 
 def counted(jit: Callable[..., Any], bar: "tqdm.tqdm[Any]") -> Callable[..., Any]:
-    """Returns `jit` for functions whose calls advance a progress bar."""
+    """Wraps `jit` so that each call of a compiled function advances a progress bar."""
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         run = jit(function)

@@ -34,7 +34,7 @@ from bnjax.types import (
 
 LossFn = Callable[[Logits, Labels], Losses]
 AxisName = str | tuple[str, ...] | None
-# The new statistics and the metrics of a step, computed from the examples of one shard.
+# The new statistics and the metrics of a step, computed from the examples on one shard.
 Written = tuple[BatchStats, Metrics]
 
 
@@ -43,7 +43,7 @@ class TrainState:
     """The training state without the running statistics; contains only arrays.
 
     Attributes:
-        step: the number of batches so far, int32 [].
+        step: the number of batches processed so far, int32 [].
         params: the weights.
         opt_state: the state of the Optax optimizer.
         rng: a constant random key; each step uses `fold_in(rng, step)`.
@@ -109,16 +109,16 @@ def train_step(
     The loss is the mean over the unmasked examples of the batch. With `axis_name` it is the mean
     over all shards, and gradients are summed over this axis exactly once. The running statistics
     are updated separately on each shard, unless the norms of the model reduce over the same axis.
-    The metrics are those before the update of the weights.
+    The metrics are computed with the weights before the update.
 
     Args:
         state: the training state, from `init_state` or the previous step.
-        batch_stats: the running statistics, from the same call as `state`.
-        batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], optionally `mask`
-            bool [n].
-        model: any linen module with `__call__(x, train=...)`; `mask` is passed on if its
-            `__call__` has this argument.
-        tx: the optimizer, the same as for `init_state`.
+        batch_stats: the running statistics, returned by the same call as `state`.
+        batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], and optionally
+            `mask` bool [n].
+        model: any linen module with `__call__(x, train=...)`; if its `__call__` also accepts
+            `mask`, the mask is passed to it.
+        tx: the optimizer that was passed to `init_state`.
         loss_fn: a function (logits, label) -> losses [n].
         axis_name: the mapped axis or axes of `jax.pmap`, `jax.shard_map` or `jax.vmap`; None for
             plain `jax.jit`.
@@ -140,12 +140,12 @@ def loss_of(
     dropout: jax.Array,
     count: Any,
 ) -> Callable[[Params], tuple[jax.Array, Written]]:
-    """Returns a function from weights to the training loss, new statistics and metrics.
+    """Returns a function that maps weights to the training loss, new statistics and metrics.
 
     Args:
         batch_stats, batch, model, loss_fn: as for `train_step`.
         dropout: the key for dropout.
-        count: the divisor of the summed losses, int [].
+        count: the number by which the summed losses are divided, int [].
     """
 
     def loss(params: Params) -> tuple[jax.Array, Written]:
@@ -168,9 +168,9 @@ def descend(
     axis_name: AxisName,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Applies the gradients of all shards; arguments and results are as for `train_step`.
+    """Applies gradients summed over all shards; arguments and results are as for `train_step`.
 
-    `found` contains the gradient, the new statistics and the metrics of the shard.
+    `found` contains the gradient, the new statistics and the metrics of one shard.
     """
     grads, (new_stats, metrics) = found
     grads, metrics = _sum_over((grads, metrics), axis_name)
@@ -200,8 +200,8 @@ def eval_step(
 ) -> Metrics:
     """Returns the metrics of one batch under the running statistics.
 
-    The result for an image does not depend on other images. Arguments are as for `train_step`;
-    weights and statistics may be averaged, recomputed or folded.
+    The result for an image does not depend on the other images in the batch. Arguments are as for
+    `train_step`; the weights and statistics may be averaged, recomputed or folded.
     """
     logits, _ = forward(params, batch_stats, batch, model=model, train=False)
     metrics = from_losses(
@@ -213,13 +213,13 @@ def eval_step(
 def predict_step(
     params: Params, batch_stats: BatchStats, images: Images, *, model: nn.Module
 ) -> dict[str, jax.Array]:
-    """Returns the `class` int32 [n] and `score` float32 [n, classes] of images [n, h, w, c]."""
+    """Returns `class`, int32 [n], and `score`, float32 [n, classes], for images [n, h, w, c]."""
     logits, _ = forward(params, batch_stats, {"image": images}, model=model, train=False)
     return classes_and_scores(logits)
 
 
 def classes_and_scores(logits: Logits) -> dict[str, jax.Array]:
-    """Returns `class` int32 [n] and `score` float32 [n, classes]; scores are softmax values."""
+    """Returns `class`, int32 [n], and `score`, float32 [n, classes], the softmax of the logits."""
     scores = jax.nn.softmax(logits.astype(jnp.float32))
     return {"class": logits.argmax(-1).astype(jnp.int32), "score": scores}
 
@@ -243,9 +243,9 @@ def forward(
         params, batch_stats, batch, model: as for `train_step`; the batch needs no `label`.
         train: whether to normalise by batch statistics, apply dropout and update `batch_stats`.
         dropout: the key for dropout; None in evaluation.
-        capture: the argument `capture_intermediates` of `flax.linen.Module.apply`, with which the
-            outputs of modules are also returned, as `intermediates`.
-        mutable: the mutable collections; None for `batch_stats` in training, and none in
+        capture: the argument `capture_intermediates` of `flax.linen.Module.apply`; it adds the
+            outputs of modules to the result, as `intermediates`.
+        mutable: the mutable collections. None means `batch_stats` in training and no collection in
             evaluation.
     """
     images, options = model_inputs(model, batch)
@@ -269,7 +269,7 @@ def dropout_key(state: TrainState, axis_name: AxisName = None) -> jax.Array:
 
 
 def count_of(batch: Batch, axis_name: AxisName = None) -> Any:
-    """Returns the number of unmasked examples in a batch over all shards, int []."""
+    """Returns the number of unmasked examples in a batch, summed over all shards, int []."""
     mask = batch.get("mask")
     count = batch["label"].shape[0] if mask is None else mask.sum(dtype=jnp.int32)
     return _sum_over(count, axis_name)

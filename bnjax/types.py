@@ -1,4 +1,4 @@
-"""Types of arrays (with their shapes) and of trees of arrays."""
+"""Type aliases for arrays (with their shapes) and for trees of arrays."""
 
 import zlib
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Integer, Shaped
 Array = jax.Array | np.ndarray
 Images = Shaped[Array, "n h w c"]  # uint8, or float
 Labels = Integer[Array, " n"]
-Shares = Float[Array, "n classes"]  # class probabilities of mixed labels, with sum 1
+Shares = Float[Array, "n classes"]  # class probabilities of mixed labels; each row sums to 1
 Mask = Bool[Array, " n"]  # False marks padding
 Logits = Float[Array, "n classes"]
 Losses = Float[Array, " n"]
 
-# A leaf of a tree: an array, or the array's shape or sharding in a tree of equal structure.
+# A leaf of a tree: an array, or its shape or sharding in a tree with the same structure.
 Leaf = Any
 # A tree of arrays with string keys, such as a variable collection of `flax.linen`.
 Tree = Mapping[str, Any]
@@ -30,7 +30,7 @@ Batch = Mapping[str, Array]
 
 
 def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Returns the leaves of a tree by dotted name, in their order in the tree.
+    """Returns the leaves of a tree, keyed by dotted name, in the order of the tree.
 
     >>> named_leaves({"dense": {"kernel": 1, "bias": 2}, "steps": (3, 4)})
     {'dense.kernel': 1, 'dense.bias': 2, 'steps.0': 3, 'steps.1': 4}
@@ -53,8 +53,8 @@ def named_leaves(tree: Any, path: str = "") -> dict[str, Any]:
 def fingerprint(tree: Any) -> str:
     """Returns a CRC-32 checksum of the leaves of a tree with their names, shapes and dtypes.
 
-    The checksum is the same on every machine, and after saving and restoring. It takes 0.1 s for
-    100 MB.
+    The checksum is the same on every machine, and after saving and restoring. Computing it takes
+    0.1 s for 100 MB.
 
     >>> fingerprint({"w": np.ones(2, np.float32)})
     'feecbf85'
@@ -69,8 +69,8 @@ def fingerprint(tree: Any) -> str:
 
 def is_finite(tree: Any) -> jax.Array:
     """Returns whether every number in the tree is finite, bool []."""
-    # The sum of x - x is 0 unless an element is infinite or NaN. XLA fuses it with other reads of
-    # x.
+    # The sum of x - x is 0 unless an element is infinite or NaN. XLA fuses this sum with other
+    # reads of x.
     return jnp.isfinite(
         sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
     )

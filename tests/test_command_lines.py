@@ -79,7 +79,7 @@ def test_a_run_is_trained_once_and_for_one_config(bnjax, tmp_path):
         ("train --config nowhere.py", "there is no config file nowhere.py"),
         (
             "train --config CONFIG --config.data.name=cifar10 --config.data.dir=/nowhere",
-            "It has to be a folder",
+            "It must be a folder",
         ),
         (  # three times 4 bytes times 10**12
             "train --config CONFIG --config.model.dense=1000000,1000000",

@@ -1,7 +1,7 @@
 """Augments batches with pure functions `(rng, batch) -> batch` that run on the device.
 
-Batches have the format that `train_step` takes. Images may be uint8, or float on any scale. Only
-`mixup` changes more than the pixels. Random numbers are drawn independently for each image.
+Batches have the format that `train_step` expects. Images may be uint8, or float on any scale. Only
+`mixup` also changes labels. Random numbers are drawn independently for each image.
 """
 
 import functools
@@ -18,7 +18,7 @@ Augmentation = Callable[[jax.Array, Batch], Batch]
 
 
 def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
-    """Returns an augmentation that applies the given ones in order, each with a different key."""
+    """Returns an augmentation that applies several others in order, each with its own key."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         for i, augmentation in enumerate(augmentations):
@@ -29,7 +29,7 @@ def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
 
 
 def in_order(options: Mapping[str, Any], classes: int) -> Augmentation | None:
-    """Returns the augmentation that a config describes, or None if all its parts are off.
+    """Returns the augmentation that a config describes, or None if all its parts are disabled.
 
     The parts are applied in the order of the code below.
 
@@ -57,7 +57,7 @@ def flip(rng: jax.Array, batch: Batch) -> Batch:
 
 
 def alternating_flip(rng: jax.Array, batch: Batch) -> Batch:
-    """Mirrors each image in every second epoch; a random half of the images starts in epoch 0.
+    """Mirrors a random half of the images in even epochs, and the other images in odd epochs.
 
     Any two consecutive epochs contain both versions of every image; with independent flips, they
     contain both versions of only half the images (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds,
@@ -65,7 +65,7 @@ def alternating_flip(rng: jax.Array, batch: Batch) -> Batch:
 
     The batch needs three more entries: `index` int [n], the position of each image in the training
     data; `epoch` int [n]; and `run`, a key that is the same in all steps and selects the half that
-    starts. `rng` is not used.
+    is mirrored in even epochs. `rng` is not used.
     """
     del rng
 
@@ -77,7 +77,7 @@ def alternating_flip(rng: jax.Array, batch: Batch) -> Batch:
 
 
 def translate(pixels: int) -> Augmentation:
-    """Returns a random shift by up to `pixels` in height and width, with reflection padding."""
+    """Returns a random shift by up to `pixels` along each side, with reflection padding."""
     return _shifted(pixels, mode="reflect")
 
 
@@ -87,7 +87,7 @@ def crop(pixels: int) -> Augmentation:
 
 
 def cutout(side: int, fill: float = 0.0) -> Augmentation:
-    """Returns an augmentation that blanks a square in each image; edges of images clip the square.
+    """Returns an augmentation that blanks a square in each image, clipped at the image edges.
 
     T. DeVries and G. Taylor, Improved Regularization of CNNs with Cutout, 2017.
 
@@ -113,9 +113,9 @@ def cutout(side: int, fill: float = 0.0) -> Augmentation:
 
 
 def brightness(amount: float) -> Augmentation:
-    """Adds a uniform random number in [-amount, amount] to each image.
+    """Adds a random number, uniform in [-amount, amount], to each image.
 
-    Images of uint8 are first divided by 255.
+    Divides uint8 images by 255 first.
     """
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
@@ -126,7 +126,7 @@ def brightness(amount: float) -> Augmentation:
 
 
 def contrast(amount: float) -> Augmentation:
-    """Scales each image about its mean by a uniform factor in [1 - amount, 1 + amount]."""
+    """Scales each image about its mean by a random factor in [1 - amount, 1 + amount]."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         image = to_float(batch["image"])
@@ -138,11 +138,11 @@ def contrast(amount: float) -> Augmentation:
 
 
 def mixup(alpha: float, classes: int) -> Augmentation:
-    """Mixes each image and its label with a random other image in the batch and its label.
+    """Mixes each image and its label with those of a random example in the batch.
 
     H. Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018. The weight of each image is
-    drawn from Beta(alpha, alpha). Images become floats, and labels become class probabilities
-    [n, classes]. Padding takes no part in the mixing.
+    drawn from Beta(alpha, alpha). Images become floats, and labels become class probabilities,
+    float [n, classes]. Padding is not mixed.
 
     Args:
         alpha: a number above 0; small values leave most images nearly unchanged.

@@ -13,7 +13,7 @@ Examples = Split | Records
 
 
 class TrainRows:
-    """Computes which rows form the batch of any step, int64 [batch_size].
+    """Computes the training rows that form the batch of any given step, int64 [batch_size].
 
     The rows depend only on the seed and the step. The examples form an endless stream of epochs,
     cut into full batches: nothing is dropped, and each example occurs once per epoch. If the batch
@@ -35,14 +35,14 @@ class TrainRows:
     def __init__(self, examples: int, batch_size: int, seed: int | None):
         if not 0 < batch_size <= examples:
             raise ValueError(
-                f"batch_size = {batch_size} has to be between 1 and the number of training images, "
+                f"batch_size = {batch_size} must be between 1 and the number of training images, "
                 f"{examples}"
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self._orders: dict[int, np.ndarray] = {}  # the orders of the latest epochs
 
     def __call__(self, step: int) -> np.ndarray:
-        """Returns the rows of the batch that follows `step` steps."""
+        """Returns the rows of the next batch after `step` completed steps."""
         epoch, start = divmod(step * self.batch_size, self.examples)
         order, stop = self._order(epoch), start + self.batch_size
         if stop > self.examples:
@@ -54,7 +54,8 @@ class TrainRows:
         if found is None:
             found = np.arange(self.examples)
             if self.seed is not None:
-                # Computed on the host: the device would first finish the current training step.
+                # Computed on the host, because the device would first finish the current training
+                # step.
                 found = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
             near = {one: order for one, order in self._orders.items() if abs(one - epoch) < 2}
             self._orders = near | {epoch: found}
@@ -68,7 +69,7 @@ def take(split: Examples, rows: slice | np.ndarray) -> Batch:
 
 
 def evenly_spaced(split: Examples, count: int) -> Split:
-    """Returns evenly spaced examples, at most `count`; they cover all classes of a sorted split."""
+    """Returns at most `count` evenly spaced examples; in a sorted split they cover all classes."""
     count = min(count, len(split))
     return split.select(np.arange(count) * len(split) // max(count, 1))
 
@@ -104,7 +105,7 @@ WHOLE = Part()  # the whole batch, for a single device
 
 
 def eval_batches(image: np.ndarray, label: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yields batches with every image once, in order; the last batch is padded.
+    """Yields batches that contain every image once, in order; the last batch is padded.
 
     All batches have the same shapes and entries, so that a step is compiled only once. If
     batch_size does not divide the number of images, all batches have `mask`, bool [batch_size].

@@ -25,9 +25,9 @@ class Version:
     """Describes one of the two data sets: its archive, files and pixel sums.
 
     `train_sums` and `test_sums` are the sums of all red, green and blue values in the official
-    images. They follow from the published per-channel means with 16 digits (for instance
-    0.49139967861519607 for red in CIFAR-10): these means times 255 times the number of pixels are
-    whole numbers.
+    images. They were computed from the published per-channel means, which have 16 digits (for
+    instance 0.49139967861519607 for red in CIFAR-10): these means times 255 times the number of
+    pixels are whole numbers.
     """
 
     url: str
@@ -113,10 +113,10 @@ def read(version: Version, source: Path) -> tuple[Arrays, Arrays, tuple[str, ...
 
     Args:
         version: one of the two data sets.
-        source: its unpacked folder, or its archive, which is unpacked in memory.
+        source: the unpacked folder of the data set, or its archive, which is unpacked in memory.
 
     Raises:
-        DataError: if a file is missing, damaged, of the wrong size, or has a label out of range.
+        DataError: if a file is missing, is damaged, has the wrong size, or has an invalid label.
     """
     names = [*version.train_files, *version.test_files, version.class_file]
     try:
@@ -154,7 +154,7 @@ def is_official(version: Version, train: np.ndarray, test: np.ndarray) -> bool:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Returns the contents of the files in an archive by file name; links are not followed."""
+    """Returns the contents of the files in an archive, keyed by file name; ignores links."""
     content = io.BytesIO(
         gzip.decompress(path.read_bytes())
     )  # reads to the end, which verifies the checksum
@@ -164,7 +164,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
 
 
 def _rows(version: Version, content: bytes, file: Path, examples: int) -> np.ndarray:
-    """Returns the bytes of each example, uint8 [examples, label and pixels]."""
+    """Returns the label and pixel bytes of each example, uint8 [examples, bytes]."""
     size = version.label_bytes + PIXELS
     if len(content) != examples * size:
         raise DataError(f"{file} has {len(content):,} bytes, not {examples * size:,}. {MEND}")

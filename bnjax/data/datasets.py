@@ -42,7 +42,7 @@ class Split:
         return height, width, channels
 
     def select(self, rows: slice | np.ndarray) -> "Split":
-        """Returns the given rows; a slice is a view."""
+        """Returns the given rows; for a slice, the arrays are views."""
         return Split(self.image[rows], self.label[rows])
 
     def first(self, examples: int) -> "Split":
@@ -56,7 +56,7 @@ class Dataset:
 
     Attributes:
         name: the name of the loaded data set; "digits" after a fallback.
-        label: the name in tables and summaries.
+        label: the name shown in tables and summaries.
         official: whether the pixels are the published ones; None if unknown.
         train, test: the splits.
         validation: training images held out for validation, or None.
@@ -75,7 +75,7 @@ class Dataset:
 
     @property
     def chosen_by(self) -> tuple[str, "Split | Records"]:
-        """The name and the images of the split whose accuracy decides the best checkpoint."""
+        """The name and the images of the split whose accuracy determines the best checkpoint."""
         return ("test", self.test) if self.validation is None else ("validation", self.validation)
 
 
@@ -94,7 +94,7 @@ def load(
     train_images: int = 0,
     stream: "Reading | None" = None,
 ) -> Dataset:
-    """Returns a data set by name.
+    """Returns the data set with a given name.
 
     For CIFAR, searches `data_dir`, `cache_dir()` and the array_record copies of TFDS, and downloads
     the data if they are not found.
@@ -105,11 +105,11 @@ def load(
             "folder" for images in `data_dir`.
         data_dir: a folder with CIFAR's binary files or archive, TFDS copies, records or images.
         fallback: "digits" to load the digits if the data set is unavailable; "" to raise an error.
-        label: the name in tables; default: `name`.
-        train_images: the number of training images to keep, from the first on; 0 keeps all. A
-            fallback keeps all.
-        stream: how to read the images from disk; None loads them into memory. A fallback is loaded
-            into memory.
+        label: the name shown in tables; default: `name`.
+        train_images: the number of training images to keep, counted from the first; 0 keeps all. A
+            fallback data set keeps all its images.
+        stream: the settings for reading images from disk; None loads them into memory. A fallback
+            data set is always loaded into memory.
 
     Raises:
         DataError: if the data are damaged, or unavailable without a fallback.
@@ -120,7 +120,7 @@ def load(
     else:
         if data_dir and not Path(data_dir).expanduser().is_dir():
             raise DataError(
-                f"config.data.dir = {data_dir!r} cannot be read. It has to be a folder that "
+                f"config.data.dir = {data_dir!r} cannot be read. It must be a folder that "
                 "contains cifar-10-batches-bin, cifar-10-binary.tar.gz, records, or data sets "
                 "prepared by TensorFlow Datasets."
             )

@@ -24,14 +24,15 @@ class Feed:
     """A source of training batches, with a host part (`items`) and a device part (`batch`).
 
     Attributes:
-        items: a function (seed, start) -> an endless iterator over the items of the steps from
-            `start` on. An item depends only on the seed and the step, so that training can resume
-            with `items(seed, start)`.
-        batch: a pure function (resident, item) -> the batch of a step, compiled into the step. In
-            addition to the entries for `train_step`, the batch may have two for augmentation:
-            `index` int [n], the position of each example in the training data, and `epoch` int [n].
-        resident: a tree of arrays that stay on the device for all steps.
-        max_steps: the maximum number of steps in one program.
+        items: a function (seed, start) that returns an endless iterator over the items of all steps
+            from `start` on. An item depends only on the seed and the step, so that training can
+            resume with `items(seed, start)`.
+        batch: a pure function (resident, item) that returns the batch of a step and is compiled
+            into the step. In addition to the entries for `train_step`, the batch may have two
+            entries for augmentation: `index` int [n], the position of each example in the training
+            data, and `epoch` int [n].
+        resident: a tree of arrays that stay on the device during training.
+        max_steps: the maximum number of steps in one call of the program.
     """
 
     items: Callable[[int, int], Iterator[Item]]
@@ -44,8 +45,8 @@ def host_feed(split: Examples, batch_size: int, *, shuffle: bool, part: Part = W
     """Returns a feed that transfers the images of each batch, one step at a time.
 
     Records are read and decoded while the device computes. A random crop depends on the seed and on
-    the position of the example in the endless stream. The order of an epoch takes 8 bytes per
-    example in the memory of each process.
+    the position of the example in the endless stream. In each process, the order of an epoch takes
+    8 bytes of memory per example.
 
     Args:
         split: the training split.
@@ -118,23 +119,23 @@ def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
 
 
 def _numbers(rows: TrainRows, part: Part, step: int) -> Batch:
-    """Returns `index` and `epoch` for a part of the batch of a step, and `mask` if padded."""
+    """Returns `index` and `epoch` for one part of a step's batch, and `mask` if it is padded."""
     epoch = _positions(rows, step) // rows.examples
     return part.of({"index": rows(step).astype(np.int32), "epoch": epoch.astype(np.int32)})
 
 
 def _positions(rows: TrainRows, step: int) -> np.ndarray:
-    """Returns the positions of the examples of a step in the endless stream."""
+    """Returns the positions of a step's examples in the endless stream of epochs."""
     return np.arange(step * rows.batch_size, (step + 1) * rows.batch_size)
 
 
 def _load(split: Examples, rows: TrainRows, part: Part, seed: int, step: int) -> Batch:
-    """Returns one part of the batch of a step."""
+    """Loads one part of a step's batch."""
     numbers = _numbers(rows, part, step)
     index = np.asarray(numbers["index"])
     if isinstance(split, Records) and split.reading.crop != "centre":
         places = np.asarray(part.of({"position": _positions(rows, step)})["position"])
-        # The 1 makes these keys differ from the keys of the epoch orders, which have two numbers.
+        # The 1 keeps these seeds distinct from those of the epoch orders, which have two numbers.
         chosen = split.select(index, [np.random.default_rng([seed, i, 1]) for i in places])
     else:
         chosen = split.select(index)

@@ -1,4 +1,4 @@
-"""Reads PNG and JPEG files from a folder per class: train/CLASS/*.jpg and test/CLASS/*.jpg."""
+"""Reads PNG and JPEG files, one folder per class: train/CLASS/*.jpg and test/CLASS/*.jpg."""
 
 import dataclasses
 import os
@@ -10,12 +10,12 @@ from bnjax.data.stream import Reading, Records, splits
 from bnjax.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-HELD_OUT = ("test", "val", "validation")  # the first of these that exists holds the test images
+HELD_OUT = ("test", "val", "validation")  # the first of these folders that exists is the test split
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Images:
-    """The files of a split: `name[row]`, bytes [n], has the class `label[row]`, int [n]."""
+    """The files of a split; the file `name[row]` (bytes) has the class `label[row]` (int)."""
 
     folder: Path
     classes: tuple[str, ...]

@@ -13,10 +13,10 @@ BICUBIC = Image.Resampling.BICUBIC
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image in the form that the network takes.
+    """An image in the form that the network expects.
 
     Attributes:
-        name: the name of the file, and the index of the image if the file has several.
+        name: the name of the file, and the index of the image if the file contains several.
         image: float32 [h, w, c] from 0 to 1.
         note: a description of how the image was resized, or "".
     """
@@ -35,7 +35,7 @@ def read_pictures(
         path: a PNG or JPEG file, or a .npy file with one or several images.
         shape: the shape [h, w, c] of the network's inputs.
         name: the name used in error messages; default: the path.
-        max_pixels: the maximum number of pixels, checked before decoding; None: Pillow's limit.
+        max_pixels: the maximum number of pixels, checked before decoding; None for Pillow's limit.
 
     Raises:
         DataError: if the file is missing, damaged, or not an image.
@@ -87,7 +87,7 @@ def _read_npy(path: Path) -> list[np.ndarray]:
         low, high = np.min(array), np.max(array)
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"its values lie between {low:g} and {high:g}; floats have to be from 0 to 1 (or "
+                f"its values lie between {low:g} and {high:g}; floats must be from 0 to 1 (or "
                 "use uint8)"
             )
     return list(array) if array.ndim == 4 else [array]

@@ -1,8 +1,8 @@
 """Reads images from files on disk, ahead of training, with Grain.
 
-The files are array_record files, in which each record is a tf.train.Example with an `image`, the
-bytes of a PNG or JPEG file, and a `label`, an integer, as written by TensorFlow Datasets; or they
-are PNG and JPEG files in a folder for each class (`bnjax.data.folder`).
+The files are either array_record files, as written by TensorFlow Datasets, or PNG and JPEG files in
+one folder per class (`bnjax.data.folder`). Each array_record record is a tf.train.Example with an
+`image` (the bytes of a PNG or JPEG file) and a `label` (an integer).
 """
 
 import dataclasses
@@ -30,22 +30,23 @@ from bnjax.text import progress
 from bnjax.types import Batch
 
 FEATURES, LABELS = "features.json", "label.labels.txt"
-THREADS = min(8, os.cpu_count() or 1)  # read ahead in this process; each holds a batch
-LOST = "terminated unexpectedly"  # in Grain's error when a worker dies
+THREADS = min(8, os.cpu_count() or 1)  # that read ahead in a process; each thread holds a batch
+LOST = "terminated unexpectedly"  # part of Grain's error message when a worker dies
 Box = tuple[int, int, int, int]  # left, upper, right and lower edge in pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How records are read.
+    """Settings for reading records.
 
     Attributes:
-        image_size: the side of the square crop; 0: no crop, all images have the same size.
+        image_size: the side of the square crop; 0 for no crop, which requires images of equal size.
         shorter_side: the shorter side after resizing, before the crop; at least `image_size`.
-        crop: of training images; the others have it in the centre. "random": at a random place of
-            the resized image; "random_resized": a random box of the original image, resized.
-        workers: the number of processes that read ahead in training; 0: threads of this process.
-            The results are the same.
+        crop: the crop of training images; other images are cropped in the centre. "random": a
+            square at a random position in the resized image; "random_resized": a random box of the
+            original image, resized.
+        workers: the number of processes that read ahead in training; 0 for threads of this process.
+            The images do not depend on this number.
     """
 
     image_size: int = 0
@@ -59,9 +60,10 @@ class Records:
     """A split on disk; `bnjax.data.datasets.Split` is a split in memory.
 
     Attributes:
-        source: the files; `source[row]` is the bytes of an image file and the label,
-            `source.where(row)` its name in errors. Worker processes get a copy.
-        examples: the number of records in use, the first ones.
+        source: the files. `source[row]` returns the bytes of an image file and its label, and
+            `source.where(row)` returns the name of the file for error messages. Each worker process
+            receives a copy.
+        examples: the number of records in use, counted from the first record.
         image_shape: [h, w, c] of each image after resizing and cropping.
         classes: the number of classes.
         reading: how to read the records.
@@ -77,7 +79,7 @@ class Records:
         return self.examples
 
     def first(self, examples: int) -> "Records":
-        """Returns the first examples."""
+        """Returns the first `examples` examples."""
         return dataclasses.replace(self, examples=examples)
 
     def select(self, rows: slice | np.ndarray, rngs: Sequence[np.random.Generator] = ()) -> Split:
@@ -85,7 +87,7 @@ class Records:
 
         Args:
             rows: the rows to read.
-            rngs: one generator per image for random crops; without them the crop is centred.
+            rngs: one generator per image for random crops; without generators, crops are centred.
 
         Raises:
             DataError: if a record is damaged or invalid.
@@ -98,14 +100,14 @@ class Records:
         return Split(image, label)
 
     def in_memory(self) -> Split:
-        """Reads all examples, sorted by `id` if they have one.
+        """Reads all examples into memory, sorted by their `id` if they have this feature.
 
         For CIFAR this is the order of the original files.
         """
         image = np.empty((len(self), *self.image_shape), np.uint8)
         label, ids = np.empty(len(self), np.int32), []
         for row in progress(range(len(self)), "reading records", "image"):
-            image[row], label[row] = self._read(row, None)  # first: reports a damaged record
+            image[row], label[row] = self._read(row, None)  # first, to report a damaged record
             ids.append(self.source.features(row).get("id", 0))
         return Split(image, label).select(np.array(sorted(range(len(ids)), key=ids.__getitem__)))
 
@@ -114,7 +116,7 @@ class Records:
             file, label = self.source[row]
             opened = read_image(file, self.image_shape[2], self.reading, rng)
             image = np.asarray(opened).reshape(opened.height, opened.width, -1)
-        except Exception as error:  # Pillow and array_record raise many types
+        except Exception as error:  # Pillow and array_record raise many error types
             raise DataError(f"{self.source.where(row)} cannot be read: {brief(error)}.") from error
         where = self.source.where(row)
         if image.shape != self.image_shape:
@@ -125,14 +127,14 @@ class Records:
             )
         if not 0 <= label < self.classes:
             raise DataError(
-                f"{where} has the label {label}; labels have to be from 0 to {self.classes - 1}."
+                f"{where} has the label {label}; labels must be from 0 to {self.classes - 1}."
             )
         return image, label
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ArrayRecords:
-    """The source of a split of array_record files: `records`, named `name` in errors."""
+    """The source of a split in array_record files; errors describe `records` as `name`."""
 
     records: Any
     name: str
@@ -145,28 +147,28 @@ class _ArrayRecords:
         image, label = found.get("image"), found.get("label")
         if not isinstance(image, bytes) or not isinstance(label, int):
             raise ValueError(
-                f"it contains {sorted(found) or 'nothing'} and has to be a tf.train.Example with "
+                f"it contains {sorted(found) or 'nothing'}, but it must be a tf.train.Example with "
                 "an 'image', the bytes of a PNG or JPEG file, and a 'label', an integer"
             )
         return image, label
 
     def features(self, row: int) -> dict[str, bytes | int]:
-        """Returns the first value of each feature of bytes or integers."""
+        """Returns the first value of each feature that contains bytes or integers."""
         features = example().FromString(bytes(self.records[row])).features.feature
         values = {name: of.bytes_list.value or of.int64_list.value for name, of in features.items()}
         return {name: found[0] for name, found in values.items() if found}
 
     def where(self, row: int) -> str:
-        """Returns its name in errors."""
+        """Returns the name of a record in error messages."""
         return f"record {row:,} of {self.name}"
 
 
 def open_folder(
     folder: Path, reading: Reading = Reading()
 ) -> tuple[Records, Records, tuple[str, ...]]:
-    """Returns the train and test splits of a folder of records, and the classes.
+    """Returns the train and test splits of a folder of records, and the class names.
 
-    Without a "test" split, "validation" is used.
+    If there is no "test" split, "validation" takes its place.
 
     Raises:
         DataError: if a split is missing, damaged or incomplete.
@@ -190,7 +192,7 @@ def open_folder(
 def splits(
     train: Any, test: Any, classes: int, reading: Reading, channels: int = 3
 ) -> tuple[Records, Records]:
-    """Returns the splits of two sources; the first training image gives their shape.
+    """Returns the splits of two sources; the first training image determines the image shape.
 
     Raises:
         DataError: if that image is damaged.
@@ -215,9 +217,9 @@ def read_ahead(
     A batch depends only on its number, so the number of workers does not change it.
 
     Args:
-        load: (number) -> batch; can be pickled.
+        load: a picklable function that maps a number to a batch.
         start, stop: the range of numbers.
-        workers: the number of processes; 0: threads of this process.
+        workers: the number of processes; 0 for threads of this process.
 
     Raises:
         WorkerError: if a worker dies.
@@ -229,7 +231,7 @@ def read_ahead(
     batches: Any = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(reading)
     if workers:
         if not absl.flags.FLAGS.is_parsed():
-            absl.flags.FLAGS.mark_as_parsed()  # Grain reads them; bnjax does not use absl's app
+            absl.flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags; bnjax does not use them
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         batches = batches.mp_prefetch(processes, worker_init_fn=_begin_work)
     iterator = iter(batches)
@@ -252,7 +254,7 @@ def read_ahead(
 
 def _begin_work(index: int, count: int) -> None:
     """Makes a worker process ignore Ctrl-C and end together with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -269,16 +271,16 @@ def read_image(
     reading: Reading = Reading(),
     rng: np.random.Generator | None = None,
 ) -> Image.Image:
-    """Returns an image upright with 8 bits per channel, resized and cropped.
+    """Returns an upright image with 8 bits per channel, resized and cropped.
 
     JPEG files much larger than needed are decoded at 1/2, 1/4 or 1/8 of their size, never below
     the size after resizing. Resizing is bilinear, with antialiasing.
 
     Args:
         file: the bytes of a PNG or JPEG file.
-        channels: their number.
-        reading: the size and the crop.
-        rng: places a random crop; None: the crop is centred.
+        channels: the number of channels.
+        reading: the settings for resizing and cropping.
+        rng: the generator for a random crop; None for a centred crop.
     """
     with Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as opened:
         image: Image.Image = opened
@@ -286,7 +288,7 @@ def read_image(
         if not side:
             return eight_bits(image, channels)
         if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
-            image = eight_bits(image, channels)  # decoded whole: `draft` does nothing any more
+            image = eight_bits(image, channels)  # decodes it whole: `draft` has no effect
         width, height = image.size
         if rng is not None and reading.crop == "random_resized":
             box, size = random_box(width, height, rng), (side, side)
@@ -297,7 +299,7 @@ def read_image(
             size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
         reduction = max(1.0, min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]))
         least = (math.ceil(width / reduction), math.ceil(height / reduction))
-        drafted = image.draft(None, least)  # None if it is no JPEG file
+        drafted = image.draft(None, least)  # None if the file is not a JPEG file
         share = drafted[1][2] / width if drafted else 1.0
         whole = eight_bits(image, channels)
     left, upper, right, lower = (share * edge for edge in box)
@@ -308,11 +310,11 @@ def read_image(
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
-    """Returns a random box with 8 to 100 % of the area and a ratio of the sides of 3/4 to 4/3.
+    """Returns a random box with 8 to 100 % of the area and an aspect ratio from 3/4 to 4/3.
 
-    The area is uniform and the ratio log-uniform. If the box does not fit into the image ten times,
-    it is the largest one in the centre with such a ratio. (Szegedy et al., Going deeper with
-    convolutions, 2015; as in torchvision.)
+    The area is uniformly and the aspect ratio log-uniformly distributed. If ten random boxes in a
+    row do not fit into the image, the result is the largest centred box with an allowed aspect
+    ratio. (Szegedy et al., Going deeper with convolutions, 2015; as in torchvision.)
 
     >>> random_box(300, 200, np.random.default_rng(0))
     (39, 84, 112, 181)
@@ -341,7 +343,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         promised = {int(of) for path in files for of in re.findall(r"-of-(\d+)", path.name)}
         if promised and promised != {len(files)}:
             raise DataError(
-                f"{folder} has {len(files)} files like {files[0].name}, but their names promise "
+                f"{folder} has {len(files)} files like {files[0].name}, but their names imply "
                 f"{min(promised)}. Copy or prepare them again."
             )
     return found
@@ -363,7 +365,7 @@ def _open(files: list[Path]) -> Any:
 
 
 def _features(folder: Path) -> tuple[int, tuple[str, ...]]:
-    """Returns the number of channels of the images, and the classes."""
+    """Returns the number of channels of the images, and the class names."""
     labels, features = folder / LABELS, folder / FEATURES
     names = tuple(labels.read_text().split("\n")) if labels.exists() else ()
     names = tuple(name.strip() for name in names if name.strip())

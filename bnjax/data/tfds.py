@@ -17,7 +17,7 @@ READABLE = "array_record"  # the only TFDS file format that is readable without 
 
 
 def import_tfds() -> ModuleType:
-    """Imports `tensorflow_datasets` and returns it; done only when needed, because it is slow."""
+    """Imports and returns `tensorflow_datasets`, only when needed, because the import is slow."""
     drop_logs("tensorflow_datasets")
     import tensorflow_datasets
 
@@ -26,7 +26,7 @@ def import_tfds() -> ModuleType:
 
 @functools.cache
 def example() -> Any:
-    """Returns the class of TFDS for tf.train.Example; importing it takes 0.4 s."""
+    """Returns TFDS's class for tf.train.Example; importing the class takes 0.4 s."""
     import_tfds()
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -34,7 +34,7 @@ def example() -> Any:
 
 
 def copies(name: str, data_dir: str) -> list[Path]:
-    """Returns the folders of readable copies of a data set, from the first root that has a copy.
+    """Returns the folders of a data set's readable copies, from the first root that has any.
 
     Args:
         name: the TFDS name, optionally with a config and a version.

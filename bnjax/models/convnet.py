@@ -1,4 +1,4 @@
-"""The tutorial's network, with configurable norm, activation and convolution."""
+"""The network of the tutorial, with a configurable norm, activation and convolution."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -37,18 +37,19 @@ class ConvNet(nn.Module):
             Kernels are square, without padding.
         dense: the widths of the hidden dense layers.
         classes: the number of logits.
-        norm: returns a norm layer, for instance
+        norm: a factory for norm layers, for instance
             `functools.partial(flax.linen.BatchNorm, momentum=0.75)`; None for no norm.
-        placement: "pre" normalises the input of each layer, including the first convolution and
-            the logits; "before" and "after" normalise before or after the activation of each hidden
-            layer.
+        placement: "pre" normalises the input of each layer, including the first convolution and the
+            layer of the logits; "before" and "after" normalise before or after the activation of
+            each hidden layer.
         activation: the activation of the hidden layers, a function of an array.
-        norm_activation: returns the activation directly after a norm, for norms that need a special
-            one; None to use `activation`.
-        conv: returns a convolution; it is called like `flax.linen.Conv`.
+        norm_activation: a factory for the activation directly after a norm, for norms that need a
+            special activation; None to use `activation`.
+        conv: a factory for convolutions, called like `flax.linen.Conv`.
         norm_dense: for each hidden dense layer, whether to normalise its output before dropout.
         dropout: the dropout rate after each hidden dense layer.
-        pooling: "none" uses strided convolutions; "max" and "avg" pool with the stride instead.
+        pooling: "none" uses strided convolutions; "max" and "avg" use pooling with that stride
+            instead.
         dtype: the dtype of the arithmetic; None for the dtype of the input. Parameters are float32.
         dense_product: the matrix product of dense layers, called like `jax.lax.dot_general`; None
             for `jax.lax.dot_general` itself.
@@ -72,7 +73,7 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
 
         def normalise(x: Array, where: Placement, name: str) -> Array:
             if self.norm is None or where != self.placement:

@@ -15,7 +15,7 @@ from bnjax.types import Array, Images, Logits, Mask
 
 
 def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """Returns (x - mean) / std per channel, at least float32; x itself if both are empty.
+    """Returns (x - mean) / std per channel, in float32 or higher; x itself if both are empty.
 
     Args:
         x: float [n, h, w, c].
@@ -30,7 +30,7 @@ def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Arra
 
 @jax.custom_vjp
 def bfloat16_product(x: Array, weight: Array) -> Array:
-    """Returns x @ weight, float32 [n, m], with operands rounded to bfloat16 and float32 sums.
+    """Returns x @ weight, float32 [n, m], with bfloat16 operands and float32 sums.
 
     Both gradients are computed in the same way. On CPUs with bfloat16 instructions, this takes half
     the time of a float32 product.
@@ -71,12 +71,12 @@ bfloat16_product.defvjp(_forward, _backward)
 def bfloat16_dot_general(
     x: Array, weight: Array, dimension_numbers: Any, precision: Any = None
 ) -> Array:
-    """Returns `bfloat16_product`; fits the argument `dot_general` of `flax.linen.Dense`.
+    """Computes `bfloat16_product`, for the argument `dot_general` of `flax.linen.Dense`.
 
     Args:
         x: float32 [..., k].
         weight: float32 [k, m].
-        dimension_numbers: those of `jax.lax.dot_general` for a sum over the last axis of `x`.
+        dimension_numbers: as for `jax.lax.dot_general`, for a sum over the last axis of `x`.
         precision: not used.
 
     Raises:
@@ -100,19 +100,19 @@ VIEWS = (1, 2, 6)
 
 
 class Views(nn.Module):
-    """Averages the logits of a network over several views of each image, only in evaluation.
+    """In evaluation, averages the logits of a network over several views of each image.
 
-    Training, parameters and statistics are the same as without this wrapper.
+    This wrapper does not change training, parameters or statistics.
 
     Attributes:
         network: any linen module with `__call__(x, train=...)`.
-        views: the number of views. 1 is the image itself; 2 adds the mirror image; 6 adds both
-            shifted by one pixel up and left, and both shifted down and right. The four shifted
-            views together have the same weight as the other two (K. Jordan, 2024). Edges are padded
-            by reflection.
-        share: the fraction of each batch that has more than one view, which consists of the images
-            with the lowest maximum score. If it is below 1, the logits of an image depend on the
-            rest of the batch.
+        views: the number of views. 1 is the image itself; 2 adds the mirror image; 6 also adds two
+            shifted copies of both, one pixel up and left, and one pixel down and right. The four
+            shifted views together have the same weight as the other two (K. Jordan, 2024). Edges
+            are padded by reflection.
+        share: the fraction of each batch for which several views are averaged: the images with the
+            lowest maximum scores. If `share` is below 1, the logits of an image depend on the rest
+            of the batch.
     """
 
     network: nn.Module
@@ -121,7 +121,7 @@ class Views(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
         # The scope of this module is reused, so that variables keep their names.
         network = self.network.copy(parent=self.scope, name=None)
         takes_mask = "mask" in inspect.signature(type(self.network).__call__).parameters
@@ -151,7 +151,7 @@ def averaged(logits: Any, x: Images, views: int) -> Array:
     """Returns the mean logits [n, classes] over views of images [n, h, w, c].
 
     Args:
-        logits: a function from images to logits.
+        logits: a function that maps images to logits.
         x: the images.
         views: 2 or 6, as for `Views`.
 

@@ -18,7 +18,7 @@ Shortcut = Literal["projection", "padding"]
 Order = Literal["pre", "before"]
 
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
-# Our layer names -> the names in torchvision. The first matching row applies.
+# Maps the names of layers in bnjax to those in torchvision. The first matching row applies.
 TORCHVISION: Mapping[str, str] = {
     "stem": "conv1",
     "stem_norm": "bn1",
@@ -31,7 +31,7 @@ TORCHVISION: Mapping[str, str] = {
 
 
 class _Layers(nn.Module):
-    """The fields that the network and its blocks share; `ResNet` describes them."""
+    """The fields shared by the network and its blocks; `ResNet` documents them."""
 
     norm: NormFactory | None = None
     shortcut: Shortcut = "projection"
@@ -76,8 +76,8 @@ class Block(_Layers):
     """A residual block of two or three convolutions and a shortcut.
 
     Attributes:
-        width: the channels of the first convolution; the output of a bottleneck has four times as
-            many.
+        width: the number of channels of the first convolution; the output of a bottleneck has four
+            times as many.
         stride: the stride of the first 3x3 convolution and of the shortcut.
     """
 
@@ -117,13 +117,13 @@ class ResNet(_Layers):
     """A residual network of basic or bottleneck blocks, for images of any size.
 
     The defaults give ResNet-18 for CIFAR; `RESNETS` lists other networks. Each stage after the
-    first halves height and width and doubles the channels. Convolutions have no bias, and are
-    padded as in torch.
+    first halves the height and width and doubles the number of channels. Convolutions have no bias,
+    and are padded as in torch.
 
     Attributes:
-        norm: returns a norm layer, as for `ConvNet`; for the last norm of a block it is called with
-            `scale_init` if it has this argument. None for no norm.
-        shortcut: the shortcut of blocks that change the shape. "projection" is a 1x1 convolution
+        norm: a factory for norm layers, as for `ConvNet`; for the last norm of a block,
+            `scale_init` is passed to the factory if it accepts this argument. None for no norm.
+        shortcut: the shortcut in blocks that change the shape. "projection" is a 1x1 convolution
             with a norm; "padding" takes every second pixel and adds channels of zeros (option A of
             the paper, used for its CIFAR networks).
         placement: the order in a block. "before" is convolution, norm, activation, with the last
@@ -131,18 +131,19 @@ class ResNet(_Layers):
             "Identity mappings").
         zero_last: whether each block initially returns its shortcut (Goyal et al., 2017): the scale
             of its last norm (for "pre", the kernel of its last convolution) is initialised to 0.
-        bottleneck: whether a block has 1x1, 3x3 and 1x1 convolutions, the last with four times the
-            width, instead of two 3x3 convolutions.
+        bottleneck: whether a block has 1x1, 3x3 and 1x1 convolutions, the last of them with four
+            times the width, instead of two 3x3 convolutions.
         activation: a function of an array.
-        conv: returns a convolution; it is called like `flax.linen.Conv`.
+        conv: a factory for convolutions, called like `flax.linen.Conv`.
         dtype: the dtype of convolutions and logits; None for the dtype of the input. Parameters are
             float32.
         stages: the number of blocks in each stage.
-        width: the channels of the first stage.
+        width: the number of channels of the first stage.
         classes: the number of logits.
-        stem: the first layer, "cifar" for a 3x3 convolution, "imagenet" for a 7x7 convolution with
+        stem: the first layers: "cifar" for a 3x3 convolution, "imagenet" for a 7x7 convolution with
             stride 2 and a 3x3 max-pool.
-        mean, std: the values by which pixels are standardised per channel; empty for none.
+        mean, std: the mean and standard deviation of the pixels of each channel, with which images
+            are standardised; empty for no standardisation.
     """
 
     stages: Sequence[int] = (2, 2, 2, 2)
@@ -154,7 +155,7 @@ class ResNet(_Layers):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
         x = standardised(x, self.mean, self.std)
         full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
         normalise = functools.partial(self._normalise, train=train, mask=full_mask)
@@ -180,7 +181,7 @@ class ResNet(_Layers):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-# The networks by name. Each accepts the remaining fields of `ResNet` as arguments.
+# Residual networks, keyed by name. Each accepts the remaining fields of `ResNet` as arguments.
 RESNETS: Mapping[str, Callable[..., ResNet]] = {
     "resnet20": functools.partial(ResNet, stages=(3, 3, 3), width=16, shortcut="padding"),
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2), width=64),

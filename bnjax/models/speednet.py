@@ -12,20 +12,20 @@ from bnjax.models.convnet import ACTIVATIONS, NormFactory
 from bnjax.models.layers import standardised
 from bnjax.types import Array, Images, Logits, Mask
 
-SIDE = 2  # of the whitened patches, in pixels
+SIDE = 2  # the side of the whitened patches, in pixels
 WHITENING_EPSILON = 5e-4
 
-# torch's default for convolutions and dense layers, uniform within ±1 / sqrt(fan in).
+# torch's default initializer for convolutions and dense layers, uniform within ±1 / sqrt(fan in).
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class SpeedNet(nn.Module):
-    """A network that whitens 2x2 patches, followed by groups of two convolutions.
+    """A whitening layer for 2x2 patches, groups of two convolutions, and a dense layer.
 
     A group consists of a 3x3 convolution, 2x2 max-pool, norm, activation, 3x3 convolution, norm and
     activation. After the groups come a 3x3 max-pool and a dense layer, whose logits are divided by
-    the width. The convolutions of the groups have no bias and are initialised by `dirac`. With
-    three groups, images need at least 25x25 pixels.
+    the width of the last group. The convolutions of the groups have no bias and are initialised
+    with `dirac`. With three groups, images need at least 25x25 pixels.
 
     The filters of the first convolution are computed by `whitening` from the images that are passed
     at initialisation, and are not trained; its bias is trained. Pass a few thousand training images
@@ -33,11 +33,12 @@ class SpeedNet(nn.Module):
 
     Attributes:
         norm: returns a norm layer, as for `bnjax.models.convnet.ConvNet`; None for no norm.
-        widths: the channels of each group.
-        activation: the activation of the groups, a function of an array; the whitening always uses
-            GELU.
+        widths: the number of channels of each group.
+        activation: the activation of the groups, a function of an array; the whitening layer always
+            uses GELU.
         classes: the number of logits.
-        mean, std: the values by which pixels are standardised per channel; empty for none.
+        mean, std: the mean and standard deviation of the pixels of each channel, with which images
+            are standardised; empty for no standardisation.
         dtype: the dtype of convolutions and logits; None for the dtype of the input. Parameters are
             float32.
     """
@@ -52,7 +53,7 @@ class SpeedNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
-        """Returns the logits [n, classes] of images [n, h, w, c]; masked images are padding."""
+        """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
         full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
 
         def activate(x: Array, name: str) -> Array:
@@ -99,7 +100,7 @@ class Whitening(nn.Module):
 
 
 def whitening(images: Array) -> jax.Array:
-    """Returns filters [2, 2, c, 8 c] that whiten 2x2 patches; the second half is negated.
+    """Returns filters [2, 2, c, 8 c] that whiten 2x2 patches; the second half negates the first.
 
     The filters are the eigenvectors of the covariance of the patches, each divided by
     sqrt(eigenvalue + 5e-4).
@@ -143,8 +144,8 @@ def max_pool(x: Array, side: int, *, train: bool) -> Array:
 
     Training uses pairwise maxima, whose gradient is faster on a CPU than the gradient of
     `nn.max_pool`. (The gradient of `jnp.max` divides by the number of entries equal to the maximum,
-    which is 0 if XLA computes the operand twice with different rounding.) Evaluation uses
-    `nn.max_pool`, which gives the same values, and across which norms can be folded.
+    and this number is 0 if XLA computes the operand twice with different rounding.) Evaluation uses
+    `nn.max_pool`, which gives the same values and allows norms to be folded across it.
     """
     if not train:
         return nn.max_pool(x, (side, side), (side, side))

@@ -1,4 +1,4 @@
-"""The norm layers by name. Call each as `norm(x, use_running_average=not train, mask=mask)`."""
+"""Norm layers, keyed by name. Call one as `norm(x, use_running_average=not train, mask=mask)`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,12 +27,12 @@ NORMS: dict[str, type[nn.Module]] = {
 }
 # The norms with running averages, which need more than one example per batch.
 BATCH_NORMS = tuple(name for name, norm in NORMS.items() if issubclass(norm, BatchNorm))
-# The norms that need more than one position per example, so they fit images but not vectors.
+# The norms that need more than one position per example, so they work on images but not on vectors.
 POSITION_NORMS = ("instance", "frn")
 
 
 def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
-    """Returns a factory of norm layers, to be called with `name`.
+    """Returns a factory for norm layers; call it with `name`.
 
     Args:
         norm: a key of `NORMS`.
@@ -41,7 +41,7 @@ def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
 
     Raises:
         ValueError: if the norm is unknown.
-        TypeError: if no norm has one of the options.
+        TypeError: if an option is not a field of any norm.
 
     >>> build("ghost", momentum=0.75, virtual_batch=16, groups=5)(name="norm").virtual_batch
     16

@@ -35,12 +35,13 @@ class BatchNorm(nn.Module):
         use_running_average: False to normalise by batch statistics and update the running averages;
             True to normalise by the running averages. Set it here or in the call.
         axis: the channel axes; all other axes are reduced.
-        momentum: the fraction of the old average that an update keeps, or a function from the
+        momentum: the fraction of the old average that an update keeps, or a function that maps the
             number of updates so far to this fraction. None for the plain mean over all batches.
         epsilon: a small constant added to the variance.
         dtype: the dtype of the result; None to promote the dtypes of the input and parameters.
         param_dtype: the dtype of scale and bias.
-        use_bias, use_scale, bias_init, scale_init: the learnt shift and scale.
+        use_bias, use_scale, bias_init, scale_init: whether to learn a shift and a scale, and the
+            initializers of both.
         axis_name: the mapped axis (or axes) of `jax.pmap`, `jax.shard_map` or `jax.vmap` over which
             statistics are computed. None for plain `jax.jit`, where statistics are global for any
             sharding.
@@ -50,22 +51,23 @@ class BatchNorm(nn.Module):
         variance: the divisor of the stored running variance, n ("biased", as in Flax and Keras) or
             n - 1 ("unbiased", as in PyTorch and TensorFlow's fused kernel). In training, inputs are
             always normalised by the biased variance.
-        average_dtype: the dtype to whose precision the averages are rounded after each update, for
-            studies of averages in bfloat16, where rounding loses small updates. The averages keep
-            their own dtype. None for no rounding.
-        debias: whether the initial mean 0 and variance 1 have no weight in the averages, so that
-            the averages are unbiased from the first update.
+        average_dtype: averages are rounded to the precision of this dtype after each update, to
+            study averages in bfloat16, where rounding loses small updates. The dtype of the stored
+            averages does not change. None for no rounding.
+        debias: whether to give the initial mean 0 and variance 1 no weight in the averages, so that
+            the averages are unbiased from the first update on.
         statistics: "batch" or "running" to always normalise by these statistics; None to follow
             `use_running_average`.
         update_average: whether to update the averages. True updates them whenever "batch_stats" is
-            mutable, False never, and None if `use_running_average` is False.
-        train_affine: whether scale and bias have a gradient.
+            mutable, False never updates them, and None updates them if `use_running_average` is
+            False.
+        train_affine: whether scale and bias receive gradients.
         average_axis_name: an additional mapped axis (or axes) over which only the running averages
             are merged, weighted by counts. Each device or group of devices normalises by its own
             statistics, but the averages are the same everywhere.
 
-    If momentum or debias needs the number of updates, it is stored as `count` [] int32 next to
-    `mean` and `var`.
+    If `momentum` or `debias` requires the number of updates, this number is stored as `count`,
+    int32 [], next to `mean` and `var`.
 
     >>> import jax, jax.numpy as jnp
     >>> norm, x = BatchNorm(momentum=0.5), jnp.array([[1.0], [3.0]])
@@ -104,9 +106,9 @@ class BatchNorm(nn.Module):
         """Returns the normalised input, of the same shape.
 
         Args:
-            x: the input, float. Batch statistics need at least 2 values per channel over all
-                devices of the axis.
-            use_running_average: as in the constructor; set it in one of the two places.
+            x: the input, float. Batch statistics need at least 2 values per channel on all devices
+                of the axis together.
+            use_running_average: as in the constructor; set it in only one of the two places.
             mask: bool [n], or an array of the rank of x that broadcasts to x. False marks padding,
                 which is excluded from the statistics and whose output is `bias`. The averages are
                 not updated if a channel has fewer than 2 unmasked values.
@@ -221,7 +223,7 @@ class BatchNorm(nn.Module):
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
     def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
-        if self.is_initializing():  # `init` may run on one example and outside of the mapped axis
+        if self.is_initializing():  # `init` may use a single example outside of the mapped axis
             return moments(x, axes, mask)
         devices = self._devices()
         if math.prod(x.shape[axis] for axis in axes) * devices < 2:
@@ -235,7 +237,7 @@ class BatchNorm(nn.Module):
         return moments(x, axes, mask, total_over(self.axis_name, self.axis_index_groups))
 
     def _devices(self) -> int:
-        """Returns the number of devices that share statistics (in the smallest group)."""
+        """Returns the number of devices that share statistics; with groups, the smallest number."""
         if self.axis_name is None:
             return 1
         try:

@@ -1,4 +1,4 @@
-"""Computes mean and variance exactly, with masks, over devices and for means far from zero."""
+"""Computes accurate means and variances, with masks, across devices, for any mean."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ Total = Callable[[Any], Any]
 
 
 class Moments(NamedTuple):
-    """The mean, variance and count of each channel; shapes broadcast against the batch.
+    """The mean, variance and count of each channel, as arrays that broadcast against the batch.
 
     Attributes:
         mean: the mean of the unmasked values; 0 if there are none.
         var: the biased variance (divided by n, not n - 1).
-        count: the number n of unmasked values per channel over all devices.
+        count: the number n of unmasked values per channel on all devices together.
     """
 
     mean: Array
@@ -35,15 +35,15 @@ def moments(
 ) -> Moments:
     """Returns the moments of `x` over `axes` and over the devices that `total` sums over.
 
-    The first pass computes the mean over all devices, the second the squared deviations from it.
-    Averaging the means of the devices would be wrong for unequal shards, and E[x^2] - E[x]^2 loses
-    digits if the mean is large.
+    The first pass computes the mean over all devices, and the second pass averages the squared
+    deviations from this mean. Averaging the means of single devices would be wrong for unequal
+    shards, and E[x^2] - E[x]^2 loses digits if the mean is large.
 
     Args:
         x: the values, float; their dtype is also the dtype of the arithmetic.
         axes: the axes to reduce.
         mask: bool, of the rank of x and broadcastable to x; False marks padding.
-        total: sums over devices.
+        total: a function that sums over devices.
 
     >>> import jax.numpy as jnp
     >>> mask = jnp.array([[True], [True], [False]])
@@ -72,9 +72,9 @@ def _mean_and_var(
 def _(axes: tuple[int, ...], total: Total, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Computes the derivative without an unnecessary reduction that autodiff would add.
 
-    The deviations sum to zero, so the derivative of the variance by the mean is zero. The reduction
-    would take a fifth of the layer's time on a CPU. A custom JVP supports forward mode, reverse
-    mode and second derivatives.
+    The deviations sum to zero, so the derivative of the variance with respect to the mean is zero.
+    That reduction would take a fifth of the layer's time on a CPU. A custom JVP supports forward
+    mode, reverse mode and second derivatives.
     """
     (x, mask, count), (dx, *_) = primals, tangents
     mean, var = _mean_and_var(x, mask, count, axes, total)
@@ -91,11 +91,11 @@ def _size(x: Array, axes: tuple[int, ...]) -> int:
 
 
 def merge(mine: Moments, its: Moments) -> Moments:
-    """Returns the moments of two groups of values together (Chan et al., 1979).
+    """Returns the moments of the union of two groups of values (Chan et al., 1979).
 
     The result is exact for any counts, including 0.
 
-    >>> both = merge(Moments(1.0, 0.0, 1.0), Moments(4.0, 1.0, 2.0))  # of 1, 3 and 5
+    >>> both = merge(Moments(1.0, 0.0, 1.0), Moments(4.0, 1.0, 2.0))  # the values 1, 3 and 5
     >>> print(*[round(float(value), 4) for value in both])
     3.0 2.6667 3.0
     """
@@ -107,11 +107,11 @@ def merge(mine: Moments, its: Moments) -> Moments:
 
 
 def merge_over(mine: Moments, total: Total) -> Moments:
-    """Returns the moments of the values on all devices together.
+    """Returns the joint moments of the values on all devices.
 
     Args:
         mine: the moments of this device, or of a group of devices that share their moments.
-        total: sums over the devices with different values.
+        total: a function that sums over devices that hold different values.
     """
     count = jnp.broadcast_to(jnp.asarray(mine.count, mine.mean.dtype), mine.mean.shape)
     all_values = total(count)
@@ -121,13 +121,13 @@ def merge_over(mine: Moments, total: Total) -> Moments:
 
 
 def full_mask(mask: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    """Returns a mask as bool with the full rank of the masked array.
+    """Returns a bool mask with the same rank as the masked array.
 
     Args:
         mask: one value per example [n], or an array of full rank that broadcasts to `shape`; 0 or
             False marks padding.
         shape: the shape of the masked array.
-        axes: the axes to reduce; the first is the axis of examples.
+        axes: the axes to reduce; the first of them is the example axis.
 
     Raises:
         ValueError: if the mask has any other shape.

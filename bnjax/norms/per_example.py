@@ -13,7 +13,7 @@ from bnjax.types import Array
 
 
 class PerExampleNorm(nn.Module):
-    """Base class of norms that normalise each example of x [n, ..., c] separately.
+    """Base class for norms that normalise each example of x [n, ..., c] separately.
 
     They are called like `BatchNorm`; `use_running_average` has no effect.
 
@@ -35,9 +35,9 @@ class PerExampleNorm(nn.Module):
         """Returns the normalised input, with one scale and one shift per channel.
 
         Raises:
-            ValueError: if the number of groups does not divide the number of channels, or (except
-                at initialisation) if instance or filter response normalization has an input
-                with one position.
+            ValueError: if the number of groups does not divide the number of channels, or if
+                instance or filter response normalization receives an input with a single position
+                (except at initialisation).
         """
         return self._normalised(x, _real_positions(mask, x))
 
@@ -138,7 +138,7 @@ class ThresholdedLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Returns the activation of x [..., c]."""
+        """Applies the activation to x [..., c]."""
         threshold = self.param("threshold", nn.initializers.zeros, x.shape[-1:])
         return jnp.maximum(x, _per_channel(threshold, x.ndim))
 
@@ -155,7 +155,7 @@ class Identity(nn.Module):
 
 
 def _real_positions(mask: Array | None, x: Array) -> jax.Array | None:
-    """Returns a mask of the shape of `x`, True for unmasked values; None if masking has no effect.
+    """Returns a mask with the shape of `x`, True for unmasked values, or None if it has no effect.
 
     Masking whole examples has no effect on other examples. A fully masked example counts as
     unmasked, so that its output is finite.
@@ -167,7 +167,7 @@ def _real_positions(mask: Array | None, x: Array) -> jax.Array | None:
 
 
 def _per_channel(values: Array, rank: int) -> Array:
-    """Reshapes values [c] to [1, ..., c] of this rank."""
+    """Reshapes values [c] to [1, ..., 1, c] with the given rank."""
     return values.reshape((1,) * (rank - 1) + (-1,))
 
 
@@ -185,8 +185,8 @@ def _check_positions(norm: PerExampleNorm, x: Array) -> None:
 class StandardizedConv(nn.Conv):
     """A convolution with weight standardization (Qiao et al., 2019, equation 7).
 
-    The kernel of each output channel is standardised to mean 0 and variance 1. The parameter that
-    is stored and trained is the original kernel [h, w, in, out], named as in `flax.linen.Conv`.
+    The kernel of each output channel is standardised to mean 0 and variance 1. The stored and
+    trained parameter is the original kernel [h, w, in, out], named as in `flax.linen.Conv`.
     """
 
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Updates the running averages of mean and variance, with momentum, debiasing and rounding."""
+"""Updates the running averages of the mean and variance, with momentum, debiasing and rounding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from bnjax.norms.moments import Moments
 from bnjax.types import Array
 
-# The fraction of the old average that an update keeps, a function from the number of updates so far
-# to this fraction, or None for the plain mean over all batches.
+# The fraction of the old average that an update keeps, a function that maps the number of updates
+# so far to this fraction, or None for the plain mean over all batches.
 Momentum = float | Callable[[Any], Any] | None
 
 
@@ -18,7 +18,7 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     """Returns the fraction k of the old average that update number `count` (from 0) keeps.
 
     The new value has weight 1 - k. With `debias` the initial value has weight 0, and the weights of
-    all batches sum to 1 after every update: for momentum m, k(t) = m (1 - m^t) / (1 - m^(t+1)).
+    all batches sum to 1 after every update: for a momentum m, k(t) = m (1 - m^t) / (1 - m^(t+1)).
     This is the bias correction of Adam (Kingma & Ba, 2015, section 3), applied when the average is
     stored instead of when it is read. With a momentum schedule, the correction uses the current
     momentum for all earlier updates.
@@ -84,7 +84,8 @@ def updated_average(
 
     Args:
         mean, var: the old averages, one value per channel.
-        count: the number of updates so far, int, one per stacked layer; None if not counted.
+        count: the number of updates so far, int, one per stacked layer; None if updates are not
+            counted.
         batch: the moments of the batch, with as many values as the averages.
         momentum, debias, variance: as for `BatchNorm`.
         dtype: the `average_dtype` of `BatchNorm`.

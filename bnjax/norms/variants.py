@@ -16,13 +16,13 @@ Limit = float | Callable[[Any], Any]
 
 
 class GhostBatchNorm(BatchNorm):
-    """Batch normalization of virtual batches within a batch (Hoffer et al., 2017).
+    """Batch normalization over virtual batches within a batch (Hoffer et al., 2017).
 
-    Training with large batches then has the noise of small batches. The running averages are those
-    of `BatchNorm` (over the whole batch on all devices), so evaluation does not depend on
-    `virtual_batch`. In the paper they are averages over the virtual batches. A virtual batch
-    consists of consecutive unmasked examples on one device. The last virtual batch may be smaller,
-    but a single remaining vector joins the previous virtual batch.
+    Training with large batches then has the noise of small batches. As in `BatchNorm`, the running
+    averages use the whole batch on all devices, so evaluation does not depend on `virtual_batch`.
+    In the paper, they are averages over the virtual batches. A virtual batch consists of
+    consecutive unmasked examples on one device. The last virtual batch may be smaller, but if it
+    would be a single vector, that vector joins the previous virtual batch.
 
     Attributes:
         virtual_batch: the number of examples in a virtual batch, at least 2.
@@ -69,9 +69,10 @@ class BatchRenorm(BatchNorm):
     Use it for small batches and batches of correlated examples. The normalised value is
     (x - mean_B) / std_B * r + d, where r = clip(std_B / std, 1 / r_max, r_max) and
     d = clip((mean_B - mean) / std, -d_max, d_max) have no gradient (the paper's algorithm 1).
-    With r_max = 1 and d_max = 0 it is batch normalization; if neither limit is reached, training
-    normalises exactly like evaluation. The averages are those of `BatchNorm`, plus the number of
-    updates. The paper averages the standard deviation instead of the variance.
+    With r_max = 1 and d_max = 0, this is batch normalization; if neither limit is reached, training
+    normalises exactly like evaluation. The norm stores the averages of
+    `BatchNorm` and the number of updates. The paper averages the standard deviation instead of the
+    variance.
 
     Attributes:
         r_max, d_max: the limits, as numbers or functions of the number of updates; None for those
@@ -111,9 +112,9 @@ class BatchRenorm(BatchNorm):
 def paper_limits(steps: int) -> tuple[Limit, Limit]:
     """Returns r_max and d_max as functions of the number of updates (Ioffe, 2017, section 4).
 
-    The paper's schedule of 40,000 steps is scaled to `steps`. The limits are 1 and 0 for the first
-    eighth. Then r_max grows linearly to 3 at the end, and d_max grows linearly to 5 at five
-    eighths.
+    The paper's schedule of 40,000 steps is scaled to `steps`. In the first eighth of the steps,
+    r_max is 1 and d_max is 0. Then r_max grows linearly to 3 at the last step, and d_max grows
+    linearly to 5 at five eighths of the steps.
 
     >>> r_max, d_max = paper_limits(40_000)
     >>> [(float(r_max(step)), float(d_max(step))) for step in (5_000, 25_000, 40_000)]

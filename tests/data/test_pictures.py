@@ -133,7 +133,7 @@ REFUSED = {
     "pickle.npy": (npy(np.array([[{}]], object)), "Python objects"),
     "terabytes.npy": (npy_claiming((1000000, 1000, 1000, 3)), "mmap length"),
     "nan.npy": (npy(np.full(SHAPE, np.nan, np.float32)), "nan"),
-    "bright.npy": (npy(RGB.astype(np.float32)), "between 0 and 255; floats have to be from 0 to 1"),
+    "bright.npy": (npy(RGB.astype(np.float32)), "between 0 and 255; floats must be from 0 to 1"),
     "int.npy": (npy(RGB.astype(np.int64)), "int64, neither"),
     "flat.npy": (npy(GREY[0]), r"\(32,\) is not \[h, w\]"),
     "channels.npy": (npy(np.zeros((8, 8, 5), np.uint8)), "5 channels, but the network needs 3"),

@@ -167,7 +167,7 @@ DAMAGED = {
     "truncated": ([GOOD, GOOD[:-40]], "record 1 of the train records in .* cannot be read"),
     "nothing": (
         [GOOD, b""],
-        "it contains nothing and has to be a tf.train.Example with an 'image'",
+        "it contains nothing, but it must be a tf.train.Example with an 'image'",
     ),
     "no image": ([GOOD, encode(b"GIF89a", 0)], "record 1 .* cannot identify image"),
     "half an image": ([encode(BLACK[:45], 0)], "record 0 .* cannot"),
