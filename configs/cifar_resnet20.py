@@ -5,11 +5,11 @@
 Time: not measured; the config is meant for an accelerator.
 Expected: not measured. The paper has a test error of 8.75 %, that is, an accuracy of 0.9125. With a
     64th of the schedule (`--config.train.steps=1000`), one run had a test accuracy of 0.578 and a
-    test loss of 1.175 after 749 steps, after the rate had been divided by 10 once. Seed 0 on
-    CIFAR-10 (JPEG): images recompressed as JPEG (quality 75); two AVX-512 cores of an AMD EPYC with
-    other load. It had begun as a run of 2,000 steps and was shortened at step 502.
+    test loss of 1.175 after 749 steps, when the learning rate had been divided by 10 once. The run
+    used seed 0 and CIFAR-10 (JPEG), that is, images recompressed as JPEG (quality 75), on two busy
+    AVX-512 cores of an AMD EPYC. It was planned for 2,000 steps and shortened at step 502.
 
-Differences from the paper: all 50,000 training images are used instead of 45,000; the mean of each
+Differences from the paper: training uses all 50,000 images instead of 45,000; the mean of each
 channel is subtracted instead of the mean of each pixel, and each channel is divided by its standard
 deviation; the scale of the last norm in each block starts at 0.
 """

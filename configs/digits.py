@@ -3,8 +3,8 @@
     python -m bnjax.main --config configs/digits.py
 
 Time: half a minute on two 2.4 GHz AVX2 cores.
-Expected: test accuracy 0.986 and test loss 0.055 at the end. One run, seed 0; the variation over
-    seeds was not measured.
+Expected: a test accuracy of 0.986 and a test loss of 0.055 at the end. One run with seed 0; the
+    variation across seeds was not measured.
 """
 
 from bnjax.train.config import default_config

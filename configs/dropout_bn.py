@@ -3,9 +3,10 @@
     python -m bnjax.main --config configs/dropout_bn.py
 
 Time: 20 minutes on two 2.4 GHz AVX2 cores with huge pages (see docs/performance.md), 412 images/s.
-Expected: training loss 0.26 at step 100; test accuracy 0.492 at step 20, 0.614 at step 60 and 0.606
-    at step 100, where the test loss is 1.42. One run, seed 0, on CIFAR-10 (JPEG): images
-    recompressed as JPEG (quality 75). The variation over seeds was not measured.
+Expected: the training loss is 0.26 at step 100. The test accuracy is 0.492 at step 20, 0.614 at
+    step 60, and 0.606 at step 100, where the test loss is 1.42. One run with seed 0 on CIFAR-10
+    (JPEG), that is, images recompressed as JPEG (quality 75). The variation across seeds was not
+    measured.
 """
 
 from bnjax.train.config import default_config

@@ -1,4 +1,4 @@
-"""Group norm before each activation, with weight standardization, which needs no batch statistics.
+"""Group norm before each activation with weight standardization; needs no batch statistics.
 
     python -m bnjax.main --config configs/group_norm.py
 

@@ -5,20 +5,20 @@
     FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG, as usual for PyTorch. For a copy
     prepared by TensorFlow Datasets as array_record, add --config.data.name=imagenet2012.
 
-Time: not measured. A model predicts 9 hours on 8 TPU v5e and 2.3 hours on 8 H100, with 1.7 and
-    1.9 GiB per chip (`scripts/scaling.py --network resnet50`). This requires reading 3,500 and
-    14,000 images per second, at 2 ms of one core per image (`scripts/bench_stream.py feed`).
+Time: not measured. A model predicts 9 hours on 8 TPU v5e and 2.3 hours on 8 H100, with 1.7 and 1.9
+    GiB per chip (`scripts/scaling.py --network resnet50`). These times require reading 3,500 and
+    14,000 images per second; one image takes 2 ms on one core (`scripts/bench_stream.py feed`).
 Expected: not measured. The paper has a top-1 error of 23.60 % (standard deviation .12 over five
-    runs) with 256 images per step, and 23.74 % (.09) with 8,192 images per step and warm-up: an
-    accuracy of 0.763 to 0.764.
+    runs) with 256 images per step, and of 23.74 % (.09) with 8,192 images per step and warm-up,
+    that is, accuracies of 0.764 and 0.763.
 
 With 8 devices, batch norms normalise over 32 images, as in the paper; to normalise over all images
 in a step, add --config.model.statistics_over=global. For N images per step, set
 --config.train.batch_size=N and --config.optimizer.learning_rate=0.1*N/256.
 
 Differences from the paper: the learning rate rises from 0 instead of 0.1 (the paper has no warm-up
-with 256 images); the last layer is initialised as by LeCun instead of with a standard deviation of
-0.01; large JPEG files are decoded at a fraction of their size; each evaluation uses precise
+with 256 images); the last layer is initialised with LeCun's scheme instead of a standard deviation
+of 0.01; large JPEG files are decoded at a fraction of their size; each evaluation uses precise
 statistics.
 """
 

@@ -1,4 +1,4 @@
-"""Max pooling replaces the stride of the first layer.
+"""Max pooling instead of the stride of the first layer.
 
     python -m bnjax.main --config configs/pooling.py
 

@@ -4,8 +4,8 @@
 
 Time: not measured; the config is meant for an accelerator.
 Expected: not measured. ResNet-20 (`--config.model.name=resnet20 --config.train.epochs=8`) took 50
-    minutes on two AVX-512 cores of an AMD EPYC with other load, and reached a test accuracy of
-    0.731 and a test loss of 0.792. One run, seed 0, on CIFAR-10 (JPEG): images recompressed as JPEG
+    minutes on two busy AVX-512 cores of an AMD EPYC, and reached a test accuracy of 0.731 and a
+    test loss of 0.792. One run with seed 0 on CIFAR-10 (JPEG), that is, images recompressed as JPEG
     (quality 75).
 """
 

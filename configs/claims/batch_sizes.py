@@ -1,4 +1,4 @@
-"""BN needs large batches; batch renorm works with smaller ones, group and layer norm with any size.
+"""BN needs large batches, batch renorm smaller ones; group and layer norm work with any size.
 
     bnjax compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes
     bnjax compare --claim configs/claims/batch_sizes.py --workdir runs/batch_sizes_full --full
@@ -7,14 +7,14 @@ Source: Wu & He 2018 (arXiv 1803.08494, section 4.1), validation errors of ResNe
     With 32 images per worker: 23.6 % with batch norm, 24.1 % with group norm, 25.3 % with layer
     norm. With 2 images: 34.7 % with batch norm and 24.1 % with group norm. With 4 images: 27.3 %
     with batch norm and 26.3 % with batch renormalization (Ioffe 2017, arXiv 1702.03275).
-Time: 10 minutes for the 80 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+Time: 10 minutes for the 80 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: half of each published difference: 0.05 for group norm, 0.045 for layer norm and 0.005 for
-    renorm at 2 images. At 512 images, batch and group norm count as equal if they differ by at most
-    0.02. This margin is bnjax's own choice, because figure 5 of the source ends at 32 images.
+    renorm with 2 images. With 512 images, batch and group norm count as equal if they differ by at
+    most 0.02. This margin is bnjax's own choice, because figure 5 of the source ends at 32 images.
 As in the source, the norm comes before the activation and the learning rate is proportional to the
 batch size. All variants train for the same number of epochs. Small batches need slow averages
-(0.99), and large batches, which take few steps, need averages without their starting values.
+(0.99), and large batches, which take few steps, need averages without their initial values.
 """
 
 from bnjax.compare.grid import SMALL

@@ -4,8 +4,8 @@
 
 Source: the tutorial (see docs/results.md): a training loss of about 0.2 after about 350 steps
     without BN and about 70 steps with BN, one run each.
-Time: 4.1 hours for six runs on two 2.4 GHz AVX2 cores with other load. There is only a full
-    version: up to 600 steps of 5,000 images; each run ends when it reaches the loss.
+Time: 4.1 hours for six runs on two busy 2.4 GHz AVX2 cores. There is only a full version: up to 600
+    steps of 5,000 images; each run ends when it reaches that loss.
 Found: 76, 68 and 64 steps with BN, and 367, 336 and 424 steps without, on CIFAR-10 (JPEG): images
     recompressed as JPEG (quality 75).
 Margin: "about 350" and "about 70" are each taken to be accurate to an eighth, so that their ratio

@@ -6,7 +6,7 @@
     bnjax compare --claim configs/claims/frozen.py --workdir runs/frozen
 
 Source: Wu & Johnson 2021 (arXiv 2105.07576, sections 3 and 4): statistics of small batches are
-    noisy and differ between training and evaluation; frozen statistics do not. By default,
+    noisy and differ between training and evaluation, unlike frozen statistics. By default,
     Detectron2 uses FrozenBatchNorm2d to fine-tune detectors from ImageNet weights with few images
     per device. Training with frozen statistics and evaluating with precise statistics of the new
     data makes training and evaluation inconsistent in another way.

@@ -4,10 +4,10 @@
     bnjax compare --claim configs/claims/ghost.py --workdir runs/ghost_full --full
 
 Source: Hoffer et al. 2017 (arXiv 1705.08741, table 1): ResNet44 on CIFAR-10 with batches of 4,096
-    and an adapted learning rate reaches 89.30 %, and with additional ghost batches of 128 images
-    90.50 %.
-Time: 4 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+    and an adapted learning rate reaches 89.30 %, and 90.50 % with additional ghost batches of 128
+    images.
+Time: 4 minutes for the 10 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: half of the published difference, 0.006 in test accuracy.
 bnjax evaluates with averages of the statistics of whole batches, whereas the paper averages the
 statistics of the ghost batches.

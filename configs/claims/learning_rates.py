@@ -3,14 +3,14 @@
     bnjax compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates
     bnjax compare --claim configs/claims/learning_rates.py --workdir runs/learning_rates_full --full
 
-Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2 and figure 3): 72.2 % after 31.0 million
-    steps without BN, 13.3 million with BN, 2.1 million with BN and five times the learning rate,
-    and 2.7 million with thirty times the rate. Without BN, five times the rate made the parameters
-    diverge.
-Time: 7 minutes for the 30 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2 and figure 3): an accuracy of 72.2 %
+    takes 31.0 million steps without BN, 13.3 million with BN, 2.1 million with BN and five times
+    the learning rate, and 2.7 million with thirty times the rate. Without BN, five times the rate
+    made the parameters diverge.
+Time: 7 minutes for the 30 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: half of each published factor, on the log scale: 1.5 and 2.5. Where the source only reports
-    a failure: 0.05 in test accuracy. In the source, five times the rate was combined with less
+    a failure, 0.05 in test accuracy. In the source, five times the rate was combined with less
     regularization, a faster decay of the rate and other changes, so 2.5 is a strict margin.
 As in the source, the optimizer is SGD with momentum. Non-finite steps are dropped. The comparison
 measures the number of steps to a training loss, not to a validation accuracy.

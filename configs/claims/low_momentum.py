@@ -2,12 +2,12 @@
 
     bnjax compare --claim configs/claims/low_momentum.py --workdir runs/low_momentum
 
-Source: K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024, uses momentum 0.6 and a scale fixed at 1,
-    without measuring the effect of either.
-Time: 57 minutes for the 24 runs of the small version, on two AVX-512 cores with other load; the
-    full version is meant for a GPU and was not measured.
+Source: K. Jordan, 94 % on CIFAR-10 in 3.29 seconds, 2024, uses a momentum of 0.6 and a scale fixed
+    at 1, without measuring the effect of either.
+Time: 57 minutes for the 24 runs of the small version, on two busy AVX-512 cores; the full version
+    is meant for a GPU and was not measured.
 Margin: bnjax's own choice, in test accuracy: the possible difference between two seeds of the
-    recipe, or twice as much; 0.1 where the starting values keep a weight of two thirds.
+    recipe, or twice that; 0.1 where the initial values keep a weight of two thirds.
 The small version trains for two epochs on a fifth of the data, in 40 steps; the full version is the
 recipe itself.
 """

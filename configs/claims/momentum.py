@@ -1,18 +1,18 @@
-"""Averages that are too slow spoil evaluation; correcting for their starting values repairs it.
+"""Averages that are too slow spoil evaluation; correcting for their initial values restores it.
 
     bnjax compare --claim configs/claims/momentum.py --workdir runs/momentum
     bnjax compare --claim configs/claims/momentum.py --workdir runs/momentum_full --full
 
 Source: the tutorial, in which 0.99 was tried first and gave bad test results. After 100 steps the
-    starting values have a weight of 0.99**100 = 37 %, and after 20 steps 82 %. It follows that
-    correcting for them repairs evaluation. That the mean over all batches lags behind the weights
-    is bnjax's own conjecture.
-Time: 7 minutes for the 25 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+    initial values have a weight of 0.99**100 = 37 %, and after 20 steps 82 %. It follows that
+    correcting for these values restores evaluation. The claim that the mean over all batches lags
+    behind the weights is bnjax's own conjecture.
+Time: 7 minutes for the 25 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: in test loss, 0.5 early in training, where chance level is 2.3, and 0.1 late; the source has
     no numbers.
-The variant with the mean over all batches uses momentum 0.9999 with debiasing, which over 100 steps
-gives all batches the same weight to within 1 %.
+The variant with the mean over all batches uses a momentum of 0.9999 with debiasing. Over 100 steps,
+this gives all batches the same weight to within 1 %.
 """
 
 from bnjax.compare.grid import SMALL

@@ -4,9 +4,9 @@
     bnjax compare --claim configs/claims/placement.py --workdir runs/placement_full --full
 
 Source: a debate without figures for this network: Ioffe & Szegedy 2015 (arXiv 1502.03167, section
-    3.2) place BN before the activation, the tutorial after it.
-Time: 6 minutes for the 15 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+    3.2) place BN before the activation, and the tutorial after it.
+Time: 6 minutes for the 15 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: 0.02 in the best test accuracy, bnjax's own choice.
 """
 

@@ -6,8 +6,8 @@
 Source: Springenberg et al. 2015 (arXiv 1412.6806, table 3), which the tutorial follows: on CIFAR-10
     their model C has an error of 9.74 % with max pooling and 10.19 % with strides; in models A and
     B, strides increase the error by 0.99 and 0.78 points.
-Time: 7 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+Time: 7 minutes for the 10 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: 0.02 in test accuracy; the published difference is 0.0045.
 """
 

@@ -3,12 +3,12 @@
     bnjax compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift
     bnjax compare --claim configs/claims/scale_shift.py --workdir runs/scale_shift_full --full
 
-Source: the tutorial's second notebook: after 400 steps, a test accuracy of .607 with both and .608
-    with neither, and losses with no visible difference.
-Time: 3 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+Source: the tutorial's second notebook: after 400 steps, the test accuracy is .607 with both and
+    .608 with neither, and the losses show no visible difference.
+Time: 3 minutes for the 10 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: the accuracies of the two published runs differ by up to 0.043 during training (step 20) and
-    by 0.001 at the end; 0.02 is in between. 0.1 in training loss is bnjax's own choice.
+    by 0.001 at the end; 0.02 lies in between. 0.1 in training loss is bnjax's own choice.
 """
 
 from bnjax.compare.grid import SMALL

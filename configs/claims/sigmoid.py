@@ -1,12 +1,12 @@
-"""With BN, even a network of sigmoids learns.
+"""With BN, even a network with sigmoid activations learns.
 
     bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid
     bnjax compare --claim configs/claims/sigmoid.py --workdir runs/sigmoid_full --full
 
 Source: Ioffe & Szegedy 2015 (arXiv 1502.03167, section 4.2.2): Inception with sigmoids stays at
     chance level without BN and reaches 69.8 % with BN and five times the learning rate.
-Time: 3 minutes for the 10 runs of the small version, on two 2.45 GHz AVX2 cores with other load;
-    the full version is meant for a GPU and was not measured.
+Time: 3 minutes for the 10 runs of the small version, on two busy 2.45 GHz AVX2 cores; the full
+    version is meant for a GPU and was not measured.
 Margin: 0.1 in test accuracy, where chance level is 0.1.
 """
 
