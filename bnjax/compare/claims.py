@@ -1,4 +1,4 @@
-"""Reads claims that were written before the runs, and judges them. Does not import JAX."""
+"""Reads claims that were stated before the runs, and judges them. Does not import JAX."""
 
 import dataclasses
 import math
@@ -29,11 +29,12 @@ class Statement:
             reach.
         of, against: the names of the variants.
         direction: "greater": the difference or ratio is above `margin`; "less": the difference is
-            below -margin, or the ratio is below 1 / margin; "equal": it is within the margin. All
-            three are relative to `expected`.
+            below -margin, or the ratio is below 1 / margin; "equal": it is within the margin. The
+            difference or ratio is taken relative to `expected`.
         margin: for a value, a difference of 0 or more; for a time, a factor of 1 or more.
         source: the source of the claim, with its figures.
-        expected: the claimed difference or ratio; None for no difference, or a ratio of 1.
+        expected: the claimed difference or ratio; None means no difference, or a ratio of
+            1.
 
     Raises:
         ValueError: if a field is invalid.
@@ -68,12 +69,12 @@ class Statement:
 
     @property
     def is_time(self) -> bool:
-        """Whether the quantity is a time, so that variants are compared by the ratio."""
+        """Whether the quantity is a time; the ratio of times is then compared."""
         return self.quantity in TIMES
 
     @property
     def neutral(self) -> int:
-        """The difference (0) or ratio (1) of two equal variants."""
+        """The difference (0) or ratio (1) between two equal variants."""
         return 1 if self.is_time else 0
 
     @property
@@ -135,7 +136,7 @@ class Verdict:
         lines = [f"{self.outcome.upper()}: {statement}", f"  because {self.reason}"]
         if effect:
             alone = f"{statement.of} {self.of}, {statement.against} {self.against}"
-            lines.append(f"  found {effect} in {effect.n} pairs of runs; alone: {alone}")
+            lines.append(f"  found {effect} in {effect.n} pairs of runs; separately: {alone}")
         if self.logrank is not None:
             p = f"{self.logrank:.2g}"
             lines.append(f"  some runs did not reach the goal; log-rank test: p = {p}")
@@ -148,7 +149,8 @@ class Claim:
 
     Attributes:
         question: the question in words.
-        variants: {name: (config file, {key: value})}; the file is relative to the claim's folder.
+        variants: {name: (config file, {key: value})}; the path of the
+            file is relative to the claim's folder.
         statements: dicts with the fields of `Statement`.
         seeds: the required number of seeds, 2 or more.
         full: {key: value} for all variants in the full version.
@@ -187,7 +189,7 @@ def load(path: str) -> Claim:
     except (Exception, SystemExit) as error:
         found = f"{type(error).__name__}: {error}".rstrip(".")
         raise UserError(
-            f"the claim file {path} does not work: {found}. bnjax/compare/claims.py describes the "
+            f"the claim file {path} cannot be used: {found}. bnjax/compare/claims.py describes the "
             "content of claim files."
         ) from error
 
@@ -212,9 +214,9 @@ def verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[Verdic
 
     Runs are compared at equal seeds. A statement is reproduced if the 95 % interval of the
     difference or ratio lies completely within the claimed range, and not reproduced if the interval
-    lies completely outside. Otherwise, and if there are too few seeds or unfinished runs, it is
-    inconclusive. There is no correction for multiple comparisons: one of twenty intervals is
-    expected to miss the true value.
+    lies completely outside. Otherwise the statement is inconclusive. It is also inconclusive if
+    runs are unfinished or there are too few seeds. There is no correction for multiple comparisons:
+    one of twenty intervals is expected to miss the true value.
     """
     statements = [Statement(**fields) for fields in comparison["statements"]]
     return [_verdict(statement, comparison, finished) for statement in statements]
@@ -237,7 +239,7 @@ def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequenc
     problems = [f"unfinished: {', '.join(missing)}"] if missing else []
     if len(seeds) < comparison["seeds_needed"]:
         problems.append(
-            f"{len(seeds)} of the {comparison['seeds_needed']} seeds that the claim requires"
+            f"only {len(seeds)} of the {comparison['seeds_needed']} required seeds are finished"
         )
     if not seeds:
         return Verdict(statement, "inconclusive", "; ".join(problems))
@@ -262,7 +264,7 @@ def _verdict(statement: Statement, comparison: dict[str, Any], finished: Sequenc
 
 
 def decide(statement: Statement, effect: Estimate) -> tuple[str, str]:
-    """Returns the outcome of a statement and the reason, given the difference or ratio."""
+    """Returns the outcome of a statement and its reason, given the difference or ratio."""
     scale: Callable[[float], float] = _log if statement.is_time else float
     shift, margin = scale(statement.about), scale(statement.margin)
     low, high = scale(effect.low) - shift, scale(effect.high) - shift

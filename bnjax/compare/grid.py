@@ -1,4 +1,4 @@
-"""Trains several variants over the same seeds."""
+"""Trains several variants with the same seeds."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ SMALL = {
 
 
 def fast_way() -> str:
-    """Returns the fastest way to train the seeds of a variant on the default backend.
+    """Returns the fastest way to train one variant with several seeds on the default backend.
 
     Compared with sequential runs, convolutions in `jax.vmap` are much slower on a CPU and faster on
     an accelerator. With several accelerators, one run per device is fastest.
@@ -107,7 +107,7 @@ def load_datasets(comparison: dict[str, Any]) -> dict[str, Dataset]:
 
 
 def take_folder(folder: Path, comparison: dict[str, Any]) -> None:
-    """Writes comparison.json, or checks that an existing one matches; seeds may be added.
+    """Writes comparison.json, or checks that the existing file matches; seeds may be added.
 
     Raises:
         UserError: if the folder has other content, or belongs to a different comparison (the error
@@ -148,10 +148,10 @@ def run(
 ) -> list[str]:
     """Trains the missing runs, variant by variant; returns the failures.
 
-    Equal seeds have equal data order and, for equal shapes, equal initial values. With "vmap", or
-    on different devices, a run equals `train_and_evaluate` except for rounding, because the
-    compiler changes the order of sums. Only the best and the last checkpoint of a finished run are
-    kept.
+    Runs with equal seeds have the same data order and, for equal shapes, equal initial values. With
+    "vmap", or on different devices, a run equals `train_and_evaluate` except for rounding, because
+    the compiler changes the order of sums. Only the best and the last checkpoint of a finished run
+    are kept.
 
     Args:
         comparison: the content from `plan`, with `seeds` and `command` added.
@@ -159,7 +159,7 @@ def run(
         folder: the folder of the comparison, created if needed.
         way: "one" trains one run after another, "vmap" trains the seeds of a variant in one
             program, and "devices" trains one run at a time on each device.
-        trainer: returns the trainer for a config and a data set.
+        trainer: a function that returns the trainer for a config and a data set.
 
     Raises:
         UserError: if the folder belongs to a different comparison or is in use by another process,
@@ -180,7 +180,7 @@ def run(
                 together.setdefault(name, {}).update(folders)
             jobs = [*together.items()]
 
-        # A trainer compiles for one device.
+        # A trainer compiles its programs for one device.
         @functools.lru_cache(jax.local_device_count() if way == "devices" else 1)
         def trainer_of(name: str, _: jax.Device | None) -> Trainer:
             (folder / name).mkdir(exist_ok=True)

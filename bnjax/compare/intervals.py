@@ -15,7 +15,7 @@ LEVEL = 0.95
 class Estimate:
     """A value with its 95 % interval.
 
-    If an end of the interval is unbounded, it is infinite; for a time or ratio the lower end is 0.
+    An unbounded end of the interval is infinite; for a time or ratio, an unbounded lower end is 0.
 
     Attributes:
         value: the estimate; infinite for a median if too few runs reached the goal.
@@ -81,11 +81,11 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def mean_accuracy(values: Sequence[float]) -> Estimate:
-    """Returns the mean of accuracies with a t interval on the logit scale, from 0 to 1.
+    """Returns the mean of accuracies (0 to 1) with a t interval on the logit scale.
 
-    With the mean m, its standard error s and Student's t for n - 1 degrees of freedom, the ends are
-    expit(logit(m) ± t s / (m (1 - m))), as in R's `survey::svyciprop` with `method="xlogit"`. If m
-    is 0 or 1, all values are equal and the interval has width 0.
+    Let m be the mean, s its standard error, and t Student's t for n - 1 degrees of freedom. The
+    ends are expit(logit(m) ± t s / (m (1 - m))), as in R's `survey::svyciprop` with
+    `method="xlogit"`. If m is 0 or 1, all values are equal and the interval has width 0.
 
     >>> print(mean_accuracy([0.88, 0.91, 0.97]))
     0.92 [0.7101 to 0.9818]
@@ -110,10 +110,10 @@ def difference(of: Sequence[float], against: Sequence[float]) -> Estimate:
 def ratio(of: Times, against: Times) -> Estimate:
     """Returns the geometric mean of the paired ratios `of / against` with its t interval.
 
-    The interval is computed on the logarithms. A run that did not reach the goal counts with the
-    time at which it ended. If only `of` has such runs, their ratios are too small: the value is a
-    lower bound, the lower end a confidence bound, and the upper end infinite. If only `against` has
-    such runs, the reverse holds. If both have some, the ratio is unknown.
+    The interval is computed on the logarithms. A run that did not reach the goal is counted at
+    the time at which it ended. If only `of` has such runs, their ratios are too small: the value is
+    a lower bound, the lower end a confidence bound, and the upper end infinite. If only `against`
+    has such runs, the reverse holds. If both have such runs, the ratio is unknown.
 
     >>> found = ratio(Times((400, 400), (False, False)), Times((70, 80), (True, True)))
     >>> round(found.value, 2), round(found.low, 2), found.high
@@ -134,14 +134,14 @@ def ratio(of: Times, against: Times) -> Estimate:
 def median(times: Times) -> Estimate:
     """Returns the Kaplan-Meier median with its interval.
 
-    The median is infinite if more than half of the runs miss the goal. The interval (Brookmeyer &
-    Crowley, 1982) contains the times at which the log-log interval of the survival function, with
-    Greenwood's variance, includes 1/2. With few runs the upper end is often infinite; with three
-    runs the coverage is only 88 %.
+    The median is infinite if more than half of the runs do not reach the goal. The interval
+    (Brookmeyer & Crowley, 1982) contains the times at which the log-log interval of the survival
+    function, with Greenwood's variance, includes 1/2. With few runs the upper end is often
+    infinite; with three runs the coverage is only 88 %.
     """
     curve = stats.ecdf(times._censored()).sf
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # SciPy divides by 0 if all runs or no run reached the goal; the NaN are replaced below.
+        # SciPy divides by 0 if all runs or no run reached the goal; the NaNs are replaced below.
         warnings.simplefilter("ignore", RuntimeWarning)
         ends = curve.confidence_interval(LEVEL, method="log-log")
     low, high = ends.low.probabilities, ends.high.probabilities
@@ -161,7 +161,7 @@ def median(times: Times) -> Estimate:
 
 
 def logrank(of: Times, against: Times) -> float:
-    """Returns the p value of the unpaired log-rank test for equal times.
+    """Returns the p value of the unpaired log-rank test of the hypothesis that times are equal.
 
     Returns 1 if the runs give no information: if no run reached the goal, or all runs of one
     variant ended before the first run of the other reached it.

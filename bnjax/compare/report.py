@@ -20,11 +20,11 @@ from bnjax.compare import claims, intervals, runs
 from bnjax.compare.runs import Run, Study
 from bnjax.errors import UserError
 
-MARK = "<!-- made by bnjax.report -->"  # at the top of each report
+MARK = "<!-- made by bnjax.report -->"  # the first line of each report
 PICTURES = "report_files"
 VERSION = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]  # of Vega-Lite
-MAX_POINTS = 300  # in one curve
-MAX_COLUMNS = 12  # evaluations in a picture of histograms
+MAX_POINTS = 300  # per curve
+MAX_COLUMNS = 12  # evaluations per picture of histograms
 MAX_LAYERS = 16
 
 # Variants differ in hue, dash pattern and marker, so they are also distinct in greyscale.
@@ -49,16 +49,16 @@ Points = tuple[np.ndarray, np.ndarray]  # x and y
 def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     """Writes a self-contained `report.html`; returns its path and the problems found in the runs.
 
-    Also writes `report.md`, with its pictures in `report_files`. The report also lists the
-    problems, for instance unreadable runs.
+    Also writes `report.md`, with its pictures in `report_files`. Both reports list the problems,
+    for instance unreadable runs.
 
     Args:
         folders: the folders of runs and comparisons.
         out: the output folder, created if needed.
 
     Raises:
-        UserError: if there is no readable run, `out` cannot be written, or a file there with the
-            same name is not a report by bnjax.
+        UserError: if there is no readable run, `out` cannot be written, or `out` has a file with
+            the name of a report that bnjax did not write.
     """
     study = runs.read_study(folders)
     page, text = out / "report.html", out / "report.md"
@@ -159,7 +159,7 @@ def verdict_table(study: Study) -> Table | None:
 
 
 def results(study: Study) -> Table:
-    """Returns accuracies, losses and steps of each variant."""
+    """Returns the accuracies, losses and numbers of steps of each variant."""
     chosen_by = study.chosen_by
     columns: dict[str, tuple[str, str, int]] = {
         "final test accuracy": ("test_accuracy", "last", 4),
@@ -185,10 +185,10 @@ def results(study: Study) -> Table:
         steps = _list({run.last_step for run in counted})
         rows.append([variant, number, steps, *means, to_loss])
     caption = (
-        "The mean over the seeds [95 % interval by Student's t; for accuracies on the logit scale, "
-        "from 0 to 1]. If a variant has finished runs, its unfinished runs are excluded. The best "
-        f"values are the best of all evaluations of a run, on the {chosen_by} images. The steps to "
-        "a loss are the Kaplan-Meier median."
+        "Values are means over the seeds [95 % intervals by Student's t; for accuracies, on the "
+        "logit scale]. If a variant has finished runs, its unfinished runs are excluded. A best "
+        f"value is the best over all evaluations of a run on the {chosen_by} images. The steps to "
+        "a loss are Kaplan-Meier medians."
     )
     targets = _list({run.target_loss for run in study.runs})
     head = ["variant", "runs", "steps", *columns, f"steps to training loss {targets}"]
@@ -209,8 +209,8 @@ def speed(study: Study) -> Table:
         devices = {str(run.summary.get("device", "not known yet")) for run in siblings}
         rows.append([variant, _mean(seconds, 1), _mean(rates, 0), _list(devices)])
     caption = (
-        "The time of training only, without compilation, evaluations and checkpoints. "
-        "Images per second are computed from the median step of each run, without the first step."
+        "The seconds are those of training, without compilation, evaluations and checkpoints. "
+        "Images per second are computed from the median time of a step, without the first step."
     )
     return Table("Time", ["variant", "seconds", "images per second", "device"], rows, caption)
 
@@ -230,7 +230,7 @@ def origins(study: Study) -> Table:
 
 
 def pixels(run: Run) -> str:
-    """Returns a description of the data set of a run."""
+    """Returns a description of a run's data set."""
     official, words = run.summary.get("official_pixels"), ""
     if official is not None:
         words = f",{'' if official else ' not'} the official pixels"
@@ -291,7 +291,7 @@ class Figure:
     """A group of charts with a caption.
 
     Attributes:
-        name: the name of its picture file.
+        name: the name of the picture file.
         title, caption: the text above and below the charts.
         panels: the charts, 300 pixels wide.
         details: whether the figure is initially collapsed on the page.
@@ -315,9 +315,10 @@ def curves(study: Study) -> Figure:
             title = f"{quantity}, {what}"
             panels += lines(study.variants, rows, title, scale, markers=rows is test)
     caption = (
-        "Lines show the mean over the seeds, bands the range from the lowest to the highest seed. "
+        "Lines show the mean over the seeds, and bands the range from the lowest to the highest "
+        "value. "
         f"The training loss is the loss of each batch before its step; {chosen_by} images are "
-        f"evaluated with the running statistics. Curves of more than {MAX_POINTS} steps are "
+        f"evaluated with the running statistics. Curves with more than {MAX_POINTS} steps are "
         "averaged over neighbouring steps; their bands contain all values of these steps."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
@@ -360,10 +361,10 @@ def gap(study: Study) -> Figure:
         return test.step, test.loss - np.array([train.loss[near].mean() for near in windows])
 
     caption = (
-        "The test loss minus the mean training loss of the last 10 batches before the evaluation. "
-        "If it is above 0 and rises, the network overfits."
+        "The gap is the test loss minus the mean training loss of the last 10 batches before the "
+        "evaluation. If this gap is above 0 and rises, the network overfits."
     )
-    panels = lines(study.variants, bands(study, apart), "test loss above training loss")
+    panels = lines(study.variants, bands(study, apart), "test loss minus training loss")
     return Figure("gap", "The gap between training and test", caption, panels)
 
 
@@ -380,16 +381,19 @@ def against_time(study: Study) -> Figure:
     panels = lines(first, loss, "loss, training batches", scale, x="seconds", markers=False)
     panels += lines(first, accuracy, f"accuracy, {chosen_by} images", x="seconds")
     caption = (
-        "The first seed of each variant. The time includes the compilation in the first step, but "
-        "not evaluations and checkpoints."
+        "The charts show the first seed of each variant. The time includes the compilation in the "
+        "first step, but not evaluations and checkpoints."
     )
     return Figure("time", "Against time", caption, panels)
 
 
 def averages_figures(study: Study) -> Iterator[Figure]:
-    """Yields the cost of the running averages, and their drift for each variant's first seed."""
+    """Yields the cost of the running averages, and the drift for each variant's first seed."""
     panels = []
-    for key, sign in (("loss", 1), ("accuracy", -1)):
+    for key, sign, title in (
+        ("loss", 1, "increase of the loss"),
+        ("accuracy", -1, "decrease of the accuracy"),
+    ):
 
         def lost(run: Run, key: str = key, sign: int = sign) -> Points:
             stored, own = (
@@ -397,12 +401,12 @@ def averages_figures(study: Study) -> Iterator[Figure]:
             )
             return np.array([line["step"] for line in run.gaps], int), sign * (stored - own)
 
-        panels += lines(study.variants, bands(study, lost), f"{key} lost by the stored statistics")
+        panels += lines(study.variants, bands(study, lost), title)
     caption = (
         "The same training images are evaluated with the running averages and with batch "
-        "statistics. Shown are the increase of the loss and the decrease of the accuracy by the "
-        "running averages. If they are near 0, any gap between training and test has a different "
-        "cause."
+        "statistics. The charts show how much the running averages increase the loss and decrease "
+        "the accuracy. If both changes are near 0, any gap between training and test has a "
+        "different cause."
     )
     yield Figure("averages", "The cost of the running averages", caption, panels)
     words = {
@@ -457,7 +461,7 @@ def inside_figures(study: Study) -> Iterator[Figure]:
             panels = [_heat(run, kind, name) for name in _names(run, kind, end)]
             caption = (
                 f"{sentence}, on a fixed small batch of training images. A stronger colour means "
-                "more values; each column adds up to 100 %. Values outside of the range (at most "
+                "more values; each column adds up to 100 %. Values outside the range (at most "
                 "1 % of a column) are counted at its ends."
             )
             heading = f"{kind.capitalize()}s: {of}"
@@ -567,7 +571,7 @@ def lines(
     markers: bool = True,
     height: int = 230,
 ) -> list[Panel]:
-    """Returns a list with one chart that has a line for each variant; empty without rows.
+    """Returns a list with one chart that has a line for each variant; without rows, an empty list.
 
     Each row has the keys `variant`, `value` and the value of `x`. Optional keys are `low` and
     `high`, the ends of a light band, and `lower` and `upper`, the ends of a dark band.

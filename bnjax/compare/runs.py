@@ -14,11 +14,11 @@ from bnjax.errors import UserError
 from bnjax.train import jsonl, parsing, rundir
 from bnjax.train.config import default_config
 
-# Values at one point of a run: its first, last or best evaluation or training step, or any step.
+# Values at one point of a run: the first, last or best evaluation or training step, or any step.
 VALUES = tuple(
     f"{split}_{key}" for split in ("train", "validation", "test") for key in ("loss", "accuracy")
 )
-# Times until a run first reaches a goal, which some runs never reach.
+# Times until a run first reaches a goal. Some runs never reach the goal.
 TIMES = ("steps_to_loss", "steps_to_accuracy", "seconds_to_accuracy")
 POINTS = ("first", "last", "best")
 COMPARISON = "comparison.json"  # in the folder of a comparison
@@ -28,7 +28,7 @@ NO_VARIANT = ("config.seed", "config.data.dir")
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Loss and accuracy float [n] of one split at `step` int [n]; NaN for non-finite values."""
+    """The loss and accuracy of one split, float [n], at `step`, int [n]; NaN if not finite."""
 
     step: np.ndarray
     loss: np.ndarray
@@ -43,7 +43,7 @@ class Run:
         folder: the folder of the run; in a comparison, `<comparison>/<variant>/<seed>`.
         variant: the name of its variant in a comparison.
         seed: the seed of the config.
-        config: the values of the config by dotted key, such as "config.seed".
+        config: the values of the config, with dotted keys such as "config.seed".
         data: facts about the data set.
         metrics: the lines of metrics.jsonl.
         seconds: the training time after each step.
@@ -60,9 +60,10 @@ class Run:
     summary: dict[str, Any]
 
     def curve(self, split: str) -> Curve:
-        """Returns the curve of a split: "train" at each step, the others at each evaluation.
+        """Returns the curve of a split.
 
-        The split "judged" is the one by which the best checkpoint is chosen.
+        "train" has values at each step, and the other splits at each evaluation. The split
+        "judged" is the split by which the best checkpoint is chosen.
         """
         split = self.chosen_by if split == "judged" else split
         lines = [line for line in self.metrics if line["split"] == split]
@@ -84,7 +85,7 @@ class Run:
 
     @functools.cached_property
     def histograms(self) -> list[dict[str, Any]]:
-        """The lines of histograms.jsonl, read on first access."""
+        """The lines of histograms.jsonl, which are read on first access."""
         return jsonl.read_lines(self.folder / "histograms.jsonl")
 
     @property
@@ -99,7 +100,7 @@ class Run:
 
 
 def value(run: Run, quantity: str, at: str | float | int) -> float | None:
-    """Returns one of `VALUES`; None if the step is missing or its loss is not finite."""
+    """Returns one of `VALUES`; None if the run lacks the step or the value is not finite."""
     split, key = quantity.split("_")
     curve = run.curve(split)
     values: np.ndarray = getattr(curve, key)
@@ -113,7 +114,7 @@ def value(run: Run, quantity: str, at: str | float | int) -> float | None:
 
 
 def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
-    """Returns one of `TIMES` for several runs: the time to the goal or to the end of the run.
+    """Returns one of `TIMES` for several runs: the time to the goal, or else to the end of the run.
 
     Times in seconds are at least 0.001, the resolution of timing.jsonl.
     """
@@ -190,10 +191,11 @@ class Study:
     """The runs and comparisons of one report.
 
     Attributes:
-        variants: the readable runs by config name; if different configs share a name, by name and
-            folder.
+        variants: the readable runs, keyed by config name; if different configs share a name, keyed
+            by name and folder.
         problems: descriptions of unreadable or incomplete runs.
-        comparisons: the content of comparison.json and the finished runs, by folder.
+        comparisons: maps the folder of each comparison to the content of comparison.json and the
+            finished runs.
     """
 
     variants: dict[str, list[Run]]
@@ -221,7 +223,7 @@ def read_study(folders: Sequence[Path]) -> Study:
     """
     problems: list[str] = []
     comparisons: dict[Path, tuple[dict[str, Any], list[Run]]] = {}
-    found: dict[tuple[str, str], dict[int, Run]] = {}  # by name, and by config without the seed
+    found: dict[tuple[str, str], dict[int, Run]] = {}  # keyed by name and config without the seed
     for folder in folders:
         members = [folder]
         if (folder / COMPARISON).exists():
@@ -267,7 +269,7 @@ def command(run: Run) -> list[str]:
     """Returns the command that repeats a run, with all config values that are not defaults."""
     config, standard = dict(run.config), parsing.flat({"config": default_config().to_dict()})
     if run.data.name == config["config.data.fallback"] != config["config.data.name"]:
-        # The command appends the name of the fallback data set.
+        # The command itself appends the name of the fallback data set.
         config["config.name"] = config["config.name"].removesuffix(f"-{run.data.name}")
     words = [f"--{key}={value}" for key, value in config.items() if value != standard.get(key)]
     return ["python", "-m", "bnjax.main", "--config", "bnjax/train/config.py", *words]

@@ -24,7 +24,8 @@ from bnjax.types import BatchStats, Params
 OPSET = 18
 IR_VERSION = 8
 IMAGES, LOGITS = "images", "logits"
-# A value in the program: an array if it does not depend on the images, else the name of an output.
+# A value in the program: an array if it does not depend on the images, otherwise the name of an
+# output.
 Value = np.ndarray | str
 
 
@@ -38,7 +39,7 @@ def onnx_model(
 ) -> onnx.ModelProto:
     """Returns the network in evaluation as an ONNX model.
 
-    It maps `images` [batch, h, w, c] to `logits` [batch, classes].
+    The model maps `images` [batch, h, w, c] to `logits` [batch, classes].
 
     Args:
         model: any linen module with `__call__(x, train=...)` and float32 arithmetic.
@@ -84,7 +85,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.arrays: list[TensorProto] = []
-        self._names: dict[Any, str] = {}  # the names of the constants by content
+        self._names: dict[Any, str] = {}  # maps the content of a constant to its name
         self._count: Counter[str] = Counter()
 
     def add(self, op: str, *inputs: Value, **attributes: Any) -> str:
@@ -106,7 +107,7 @@ class Graph:
         return self._names[content]
 
     def write(self, equation: Any, *inputs: Any) -> list[Value]:
-        """Adds an operation; returns its results, as arrays if they are constant, else as names."""
+        """Adds an operation; returns its results, as arrays if constant and as names otherwise."""
         primitive, params = equation.primitive, equation.params
         known = [value if isinstance(value, str) else np.asarray(value) for value in inputs]
         is_constant = not any(isinstance(value, str) for value in known)
@@ -170,7 +171,10 @@ def _inverse(order: Sequence[int]) -> list[int]:
 def _reshaped(graph: Graph, x: Value, shape: Sequence[Any]) -> Value:
     if isinstance(x, np.ndarray):
         return x.reshape(shape)
-    _check(sum(map(_is_symbolic, shape)) <= 1, f"to {tuple(shape)}, two sizes of the batch")
+    _check(
+        sum(map(_is_symbolic, shape)) <= 1,
+        f"to {tuple(shape)}, where two sizes depend on the batch",
+    )
     return graph.add("Reshape", x, _integers(shape))
 
 
@@ -180,7 +184,7 @@ def _reshape(graph: Graph, equation: Any, x: Value) -> Value:
 
 
 def _batch(graph: Graph, size: Any) -> str:
-    """Returns the number of images, int64 [1]."""
+    """Adds nodes that compute the number of images, int64 [1]; returns the name of the output."""
     _check(str(size) == "batch", f"of {size}")
     return graph.add("Shape", IMAGES, start=0, end=1)
 
@@ -205,7 +209,7 @@ def _convolution(graph: Graph, equation: Any, x: Value, kernel: Value) -> Value:
     params, orders = equation.params, equation.params["dimension_numbers"]
     padding = [tuple(map(int, sides)) for sides in params["padding"]]
     _check({*params["lhs_dilation"]} <= {1}, "with a dilated input (a transposed convolution)")
-    _check(params["batch_group_count"] == 1, "with groups of the batch")
+    _check(params["batch_group_count"] == 1, "with groups along the batch axis")
     _check(min(map(min, padding), default=0) >= 0, "with negative padding")
     out = graph.add(
         "Conv",
@@ -259,7 +263,7 @@ def _pooling(op: str, **options: int) -> Rule:
             pads=[padding[axis][side] for side in (0, 1) for axis in pooled],
             **options,
         )
-        if op == "AveragePool":  # the mean includes padded zeros
+        if op == "AveragePool":  # this mean includes padded zeros
             out = graph.add("Mul", out, _number(equation, math.prod(window)))
         return _transposed(graph, out, _inverse(order))
 
@@ -299,7 +303,7 @@ def _pad(graph: Graph, equation: Any, x: Value, filling: Value) -> Value:
 def _gather(graph: Graph, equation: Any, x: Value, places: Value) -> Value:
     """Gathers the same positions from each image by their flat indices."""
     shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
-    _check(isinstance(places, np.ndarray), "by values")
+    _check(isinstance(places, np.ndarray), "with computed indices")
     of, to = (
         [axis for axis, size in enumerate(one) if _is_symbolic(size)]
         for one in (sizes, equation.outvars[0].aval.shape)
@@ -345,7 +349,7 @@ def _same(graph: Graph, equation: Any, *inputs: Value) -> list[Value]:
     return [*inputs]
 
 
-# Primitives whose ONNX operator has the same name, but for capitals.
+# Primitives whose ONNX operator has the same name, except for capital letters.
 SAME_NAME = (
     "abs add and ceil cos div erf exp floor log min mul neg not or pow sign sin sqrt sub tanh xor"
 )

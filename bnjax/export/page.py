@@ -1,4 +1,4 @@
-"""A Gradio page on which a network scores images."""
+"""A Gradio page that shows the scores of a network for uploaded images."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads this when it is imported
 
 import gradio
 import jax
@@ -32,7 +32,7 @@ STORED, BATCH, NONE = "stored", "batch", "no"
 
 
 class Scores:
-    """Computes the scores of a run's network under stored statistics, batch statistics and none.
+    """Computes scores of a run's network with stored statistics, batch statistics and neither.
 
     Attributes:
         name: the name of the config.
@@ -42,7 +42,7 @@ class Scores:
     """
 
     def __init__(self, trained: Trained):
-        """Stores the network; it is compiled by the first call."""
+        """Stores the network; the first call compiles it."""
         self.name, self.classes = trained.config.name, trained.data.classes
         self.image_shape = trained.data.image_shape
         self._network = trained.network
@@ -56,7 +56,7 @@ class Scores:
         )
 
     def __call__(self, images: Images) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Returns scores [n, classes] by the name of the statistics, and the drift of each norm.
+        """Returns a dict of scores [n, classes], keyed by statistics, and the drift of each norm.
 
         Args:
             images: at most `MAX_IMAGES` images, float32 [n, h, w, c] from 0 to 1.
@@ -85,7 +85,7 @@ class ExportedScores:
     statistics = (STORED,)
 
     def __init__(self, exported: Exported):
-        """Stores the network; it is compiled by the first call."""
+        """Stores the network; the first call compiles it."""
         about = exported.manifest
         self.name, self.classes = about.name, tuple(about.classes)
         self.image_shape = tuple(about.image_shape)

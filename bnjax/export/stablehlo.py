@@ -47,8 +47,8 @@ class Manifest:
         classes: the class names, in the order of the logits.
         image_shape: the shape [h, w, c] of one image.
         arithmetic: the dtype of the layers' arithmetic; the ONNX model computes in float32.
-        folded: the path of each folded norm -> the path of the layer it was folded into.
-        kept: the path of each other norm -> the reason it was not folded.
+        folded: maps the path of each folded norm to the path of the layer it was folded into.
+        kept: maps the path of each other norm to the reason it was not folded.
         exported: the date of the export.
         versions: the versions of Python and of the packages used for the export.
         platforms: the platforms supported by the StableHLO program.
@@ -160,7 +160,7 @@ def export_run(
     out.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
         (out / name).write_bytes(data)
-    write_json(out / MANIFEST, vars(manifest))  # last: it marks the folder as complete
+    write_json(out / MANIFEST, vars(manifest))  # last, to mark the folder as complete
     return manifest
 
 
@@ -173,7 +173,7 @@ def _check(what: str, found: float) -> None:
 
 
 def named(params: Params, batch_stats: BatchStats) -> Weights:
-    """Returns weights and statistics as host arrays by name, such as "params.conv0.kernel"."""
+    """Returns a dict of host arrays keyed by name, such as "params.conv0.kernel"."""
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats}, sep=".")
     return {name: np.array(leaf, order="C") for name, leaf in leaves.items()}
 
@@ -228,7 +228,10 @@ class Exported:
                 cannot load the program on this platform.
         """
         if not (folder / MANIFEST).is_file():
-            run = " For the run in it use --workdir." * (folder / "config.json").exists()
+            run = (
+                " The folder contains a run: give it as --workdir."
+                * (folder / "config.json").exists()
+            )
             raise UserError(
                 f"there is no exported model in {folder}: it has no {MANIFEST}.{run} Export a run "
                 "with bnjax export --workdir RUN --out DIR."

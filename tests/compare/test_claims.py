@@ -78,7 +78,7 @@ def test_the_interval_decides(values, direction, margin, wanted):
 def test_too_few_seeds_and_unfinished_runs_are_inconclusive_whatever_the_interval():
     a = accuracies("a", 0.60, 0.61, 0.62)
     for arm, b, more, reason in (
-        (a, B, {"needed": 5}, "3 of the 5 seeds that the claim requires"),
+        (a, B, {"needed": 5}, "only 3 of the 5 required seeds are finished"),
         ([a[0], a[2]], B, {"needed": 2}, "unfinished: a/1"),
         (a[:1], B[:1], {"seeds": 1, "needed": 1}, "a single seed gives no interval"),
         (accuracies("a", 0.6, None, 0.6), B, {}, "some runs have no finite value at this point"),
@@ -203,7 +203,7 @@ def changed(**statement):
 def test_a_wrong_claim_file_is_one_paragraph(tmp_path, claim, said):
     file = tmp_path / "claim.py"
     file.write_text(claim if isinstance(claim, str) else f"def get_claim(): return {claim!r}")
-    with pytest.raises(UserError, match=r"claim file .* does not work") as error:
+    with pytest.raises(UserError, match=r"claim file .* cannot be used") as error:
         claims.load(str(file))
     assert said in str(error.value)
 

@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_read_says_why(exported, how, tmp_path):
 
 
 def test_a_run_and_a_program_for_another_platform_are_refused(run, tmp_path):
-    with pytest.raises(UserError, match="For the run in it use --workdir"):
+    with pytest.raises(UserError, match="contains a run: give it as --workdir"):
         Exported(run)
     export_run(Trained(run, "last"), tmp_path / "model", platforms=["tpu"])
     with pytest.raises(UserError, match="is for tpu, but JAX uses cpu here"):

@@ -119,7 +119,7 @@ def test_operators_do_what_the_primitives_do(name):
             "conv_general_dilated with a dilated input",
         ),
         (lambda x: x[:1] + x, "gather along the batch"),
-        (lambda x: jnp.take_along_axis(x, (x > 0.5).astype(int), 1), "gather by values"),
+        (lambda x: jnp.take_along_axis(x, (x > 0.5).astype(int), 1), "gather with computed"),
     ],
 )
 def test_what_is_not_known_is_named(function, named):
