@@ -29,7 +29,7 @@ from bnjax.train_step import (
 )
 from bnjax.types import Batch, BatchStats, Params
 
-# The norms that update their averages, by the path of their leaves.
+# Maps the path of a norm's leaves to the norm, for all norms that update their averages.
 Norms = dict[tuple[str, ...], Any]
 # Defaults for fields that Flax's BatchNorm lacks; they reproduce its behaviour.
 CONVENTIONS: dict[str, Any] = {"debias": False, "variance": "biased", "average_dtype": None}
@@ -47,12 +47,12 @@ def accumulated_step(
     axis_name: AxisName = None,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, BatchStats, Metrics]:
-    """Takes a step like `train_step`, with the activations of one micro-batch in memory at a time.
+    """Takes a step like `train_step`, but keeps the activations of only one micro-batch in memory.
 
-    The gradient is the mean over all unmasked examples of the batch; metrics are sums over them.
-    Each micro-batch is normalised by its own statistics, over n / micro_batches examples on all
-    devices of `axis_name`. The gradient therefore differs from the gradient of a step on the whole
-    batch. The running averages are updated once, by the mean and variance over all micro-batches.
+    The gradient is averaged, and the metrics are summed, over all unmasked examples of the batch.
+    Each micro-batch is normalised by its own statistics, computed over its examples on all devices
+    of `axis_name`. The gradient therefore differs from the gradient of a step on the whole batch.
+    The running averages are updated once, with the mean and variance over all micro-batches.
 
     Micro-batch i contains the examples i, i + k, i + 2 k, …, so sharded examples stay on their
     devices, and `jax.jit`, `jax.pmap` and `jax.shard_map` form the same micro-batches. The dropout
@@ -61,20 +61,22 @@ def accumulated_step(
 
     Args:
         state, batch_stats, model, tx, loss_fn, axis_name, skip_nonfinite: as for `train_step`.
-            For norms other than the BatchNorm of Flax or bnjax, the new statistics are the mean of
-            the updates by the micro-batches, weighted by counts; for integers, the last update.
+            In norms other than the BatchNorm of Flax or bnjax, each floating-point statistic
+            becomes the mean of its values after the micro-batches, weighted by counts; each integer
+            becomes its value after the last micro-batch.
         batch: as for `train_step`; the number of examples on each shard of `axis_name` must be a
             multiple of `micro_batches`.
         micro_batches: the number k of micro-batches.
 
     Raises:
-        ValueError: if `micro_batches` does not divide the batch.
+        ValueError: if the number of examples is not a multiple of `micro_batches`.
     """
     rows = batch["label"].shape[0]
     if micro_batches < 1 or rows % micro_batches:
         raise ValueError(
-            f"{micro_batches} micro-batches do not divide a batch of {rows} examples (on each "
-            "shard of the mapped axis). Choose a divisor, or add examples with a `mask` of False."
+            f"a batch of {rows} examples (on each shard of a mapped axis) cannot be split into "
+            f"{micro_batches} equal micro-batches. Choose a divisor of the number of examples, or "
+            "add examples with a `mask` of False."
         )
     options: Any = {"model": model, "tx": tx, "loss_fn": loss_fn, "axis_name": axis_name}
     if micro_batches == 1:
@@ -94,8 +96,8 @@ def accumulated_step(
         return _Found(grads, metrics, written, seen, count_of(micro, axis_name))
 
     def more(i: Any, found: _Found) -> _Found:
-        # A false dependency of the next micro-batch on the previous gradients. Without it XLA would
-        # run all micro-batches in parallel, with all activations in memory.
+        # An artificial dependency of the next micro-batch on the previous gradients. Without this
+        # dependency XLA would run all micro-batches in parallel, with all activations in memory.
         done = sum(jnp.ravel(leaf)[0] for leaf in jax.tree.leaves(found.grads))
         return found.merge(one(params, jnp.where(done < -jnp.inf, 0, i)))
 
@@ -109,14 +111,15 @@ def accumulated_step(
 
 @struct.dataclass
 class _Found:
-    """The results of one or several micro-batches.
+    """The results of one or more micro-batches.
 
     Attributes:
-        grads: the gradient of the sum of the losses, divided by the count of the whole batch.
+        grads: the gradient of the summed losses, divided by the number of unmasked examples in the
+            whole batch.
         metrics: the summed metrics.
-        stats: the mean of the updated statistics, weighted by counts.
+        stats: the mean of the updated statistics, weighted by `count`.
         seen: the moments of the inputs to norms that update their averages.
-        count: the number of real examples over all devices.
+        count: the number of unmasked examples on all devices.
     """
 
     grads: Params
@@ -126,7 +129,7 @@ class _Found:
     count: Any
 
     def merge(self, other: "_Found") -> "_Found":
-        """Merges the results of different micro-batches."""
+        """Merges these results with the results of other micro-batches."""
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)
 
@@ -134,7 +137,7 @@ class _Found:
             if not jnp.issubdtype(its.dtype, jnp.inexact):
                 return its
             both = mine + (its - mine) * share.astype(its.dtype)
-            # A micro-batch with only padding may give NaN.
+            # A micro-batch of only padding may produce NaN.
             return jnp.where(share == 0, mine, jnp.where(share == 1, its, both))
 
         return _Found(
@@ -152,7 +155,7 @@ def _micro_batch(leaf: Any, i: Any, micro_batches: int) -> Any:
 
 
 def _watch(norms: Norms, call: Call) -> Any:
-    """Calls a norm, and stores the moments of its input if it updates its averages."""
+    """Calls a norm; stores the moments of the input if the norm updates its averages."""
     if (before := call.seen) is None:
         return call()
     average = call.get("mean")

@@ -27,20 +27,20 @@ def tent(
     """Adapts the scales and biases of norms to minimise the entropy of the predictions.
 
     Takes one `tent_step` for each batch in each epoch (TENT: Wang et al., 2021, section 3). Then
-    computes the precise statistics of the new images with the adapted weights, so that predictions
-    do not depend on the batch. (The paper evaluates with batch statistics.)
+    computes the precise statistics of the new images with the adapted weights, so that the
+    prediction for an image does not depend on its batch. (The paper uses batch statistics.)
 
     Args:
         network: a network whose norms are its library's own BatchNorm or bnjax's.
-        batches: a repeatable iterable of batches of the new images, as for `precise`; better with
-            128 images or more per batch.
-        tx: the optimizer for scale and bias; the paper uses `optax.adam(1e-3)` for CIFAR-10.
+        batches: a repeatable iterable of batches of the new images, as for `precise`;
+            preferably with 128 or more images per batch.
+        tx: the optimizer for the scales and biases; the paper uses `optax.adam(1e-3)` for CIFAR-10.
         epochs: the number of passes over the images.
         patterns: the norms to adapt, as for `affine_mask`.
-        jit: compiles a function.
+        jit: the function used for compilation.
 
     Raises:
-        ValueError: if there is no batch, no norm matches, or `batches` is an iterator.
+        ValueError: if there are no batches, no norm matches, or `batches` is an iterator.
     """
     if iter(batches) is batches:
         raise ValueError("`batches` is iterated several times: give a list, not an iterator")
@@ -63,12 +63,12 @@ def tent_step(
     """Updates the weights once to lower the entropy of the predictions for a batch.
 
     Returns the new network and optimizer state, and the logits and mean entropy before the update.
-    Every norm normalises by batch statistics, without dropout. The loss is the mean entropy over
+    Every norm normalises by batch statistics, and dropout is off. The loss is the mean entropy over
     unmasked examples; its gradient includes the gradient through the batch statistics. When images
     arrive as a stream, use the returned logits as predictions.
 
     Args:
-        network: the network; only the shapes of its running statistics matter.
+        network: the network; the values of its running statistics have no effect.
         opt_state: the state of `tx`.
         batch: `image` [n, h, w, c] and optionally `mask` bool [n].
         tx: the optimizer, from `affine_only`.
@@ -83,7 +83,7 @@ def tent_step(
         return jnp.sum(entropies, where=real) / jnp.maximum(real.sum(), 1), logits
 
     (mean, logits), grads = jax.value_and_grad(loss, has_aux=True)(network.params)
-    # XLA does not compute the gradients of other weights, because their updates are 0.
+    # XLA does not compute gradients for other weights, because their updates are 0.
     updates, opt_state = tx.update(grads, opt_state, network.params)
     params = optax.apply_updates(network.params, updates)
     return dataclasses.replace(network, params=params), opt_state, logits, mean
@@ -92,7 +92,7 @@ def tent_step(
 def affine_only(
     tx: optax.GradientTransformation, params: Params, batch_stats: BatchStats, *patterns: str
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that updates only the scales and biases of norms.
+    """Returns an optimizer that updates only the scales and biases of matching norms.
 
     Arguments and errors are as for `bnjax.clinic.freezing.affine_mask`.
     """
@@ -101,7 +101,7 @@ def affine_only(
 
 
 def entropy(logits: Logits) -> Losses:
-    """Returns the entropy of each prediction in nats, at least float32.
+    """Returns the entropy of each prediction in nats, as float32 or wider.
 
     H = -sum(p log p) over the classes, where p is the softmax of the logits.
 

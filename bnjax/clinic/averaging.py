@@ -13,12 +13,13 @@ Kind = Literal["ema", "swa"]
 
 
 class WeightAverageState(NamedTuple):
-    """The state of an average of weights.
+    """The state of a weight average.
 
     Attributes:
-        updates: the number of updates of the weights, int32 [].
+        updates: the number of weight updates, int32 [].
         averaged: the number of averaged iterates, int32 [].
-        average: the average, at least float32; before update `start`, a copy of the weights.
+        average: the averaged weights, float32 or wider; before update `start`, a copy of the
+            weights.
     """
 
     updates: Leaf
@@ -35,31 +36,31 @@ def weight_average(
     start: int = 1,
     every: int = 1,
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that also keeps an average of the weights; updates are unchanged.
+    """Returns an optimizer that also averages the weights; the updates are unchanged.
 
     The weights may be any pytree, such as linen parameters or an Equinox module.
 
-    Let p(t) be the weights after update t. The average is over p(start), p(start + every), …; after
-    n of these iterates it is
+    Let p(t) be the weights after update t. The averaged iterates are p(start), p(start + every), …;
+    after n of these iterates the average m is
 
-        "ema": m = d m + (1 - d) p, d the decay (Polyak & Juditsky, 1992; Tarvainen & Valpola, 2017)
+        "ema": m = d m + (1 - d) p with decay d (Polyak & Juditsky, 1992; Tarvainen & Valpola, 2017)
         "swa": the mean of all n (Izmailov et al., 2018)
 
-    `debias` removes the initial value from an EMA: the coefficients of all p are scaled so that
-    their sum is 1, and the first average is the first p. Without `debias`, m starts from the
+    `debias` removes the initial value from an EMA: the coefficients of all p are scaled to a sum
+    of 1, so the first average equals the first p. Without `debias`, m starts from the
     weights before update `start`. Read the average with `averaged_params`.
 
     Args:
-        tx: the optimizer; None to use the result as the last element of an `optax.chain`. Later
-            transformations must not change the updates.
+        tx: the optimizer; None if the result becomes the last element of an `optax.chain`. No later
+            transformation may change the updates.
         kind: the kind of average.
         decay: the fraction of the old EMA that an update keeps, in [0, 1).
         debias: whether to debias an "ema", as above.
-        start: the first update whose weights are averaged, 1 or above.
+        start: the number of the first update whose weights are averaged, 1 or above.
         every: the number of updates from one averaged iterate to the next, 1 or above.
 
     Raises:
-        ValueError: for an invalid argument.
+        ValueError: if an argument is invalid.
 
     >>> tx = weight_average(optax.sgd(1.0), kind="swa")
     >>> params = {"w": jnp.array(0.0)}
@@ -92,7 +93,7 @@ def weight_average(
         kept = kept_fraction(
             None if kind == "swa" else decay, kind == "ema" and debias, state.averaged
         )
-        # Before `start` the average equals the weights (kept = 0).
+        # Before update `start` the average equals the weights (kept = 0).
         kept = jnp.where(counts, kept, jnp.where(number < start, 0.0, 1.0))
         average = jax.tree.map(
             lambda old, new: blend(old, new.astype(old.dtype), kept.astype(old.dtype)),
@@ -112,7 +113,7 @@ def averaged_params(opt_state: optax.OptState, params: Any) -> Any:
 
     Args:
         opt_state: the state of an optimizer with exactly one `weight_average`, at any depth.
-        params: the weights; only their dtypes matter, except for masked leaves.
+        params: the weights. They define the dtypes of the result, and the values of masked leaves.
 
     Raises:
         ValueError: if the state does not have exactly one average.
@@ -121,7 +122,7 @@ def averaged_params(opt_state: optax.OptState, params: Any) -> Any:
     found = [node for node in nodes if isinstance(node, WeightAverageState)]
     if len(found) != 1:
         raise ValueError(
-            f"the optimizer's state has {len(found)} averages of the weights, not one. Wrap the "
+            f"the optimizer's state has {len(found)} weight averages, not one. Wrap the "
             "optimizer in bnjax.clinic.averaging.weight_average exactly once."
         )
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""Audits a trained network. Each check comes with its limit and the text of its finding.
+"""Audits a trained network. Each check is defined next to its limit and the text of its finding.
 
 docs/findings.md gives the sources of the limits.
 """
@@ -33,7 +33,7 @@ def _illness(*words: str) -> Illness:
 
 
 def _layer_check(*words: str) -> Callable[[Any], Any]:
-    """Registers a check of one layer; it returns the measurements, or None for a healthy layer."""
+    """Registers a check of one layer that returns the measurements, or None for a healthy layer."""
 
     def register(check: Callable[[Case, Evidence], str | None]) -> Any:
         illness = _illness(*words)
@@ -53,7 +53,7 @@ def _layer_check(*words: str) -> Callable[[Any], Any]:
 MISSING_STATISTICS = _illness(
     "missing-statistics",
     "the checkpoint has no running statistics",
-    "in evaluation the norms have no mean and variance to normalise by",
+    "the norms have no mean and variance by which to normalise in evaluation",
     "save batch_stats together with params; for these weights, take batch_stats from model.init "
     "and recompute them with clinic.precise",
 )
@@ -66,11 +66,12 @@ UNMATCHED_LEAVES = _illness(
 REPLICAS_DIFFER = _illness(
     "replicas-differ",
     "the running statistics differ between replicas",
-    "the checkpoint has the statistics of an arbitrary replica, which saw a fraction of the data",
+    "the checkpoint has the statistics of one replica, computed from a fraction of the data",
     "set axis_name on the norms, or merge the statistics with clinic.merge_replicas before saving",
 )
-# The limit for differences between replicas, of means in standard deviations and of log variances.
-# float32 sums of up to 1,000 values differ by 1,000 * 2^-24 if the order of the values differs.
+# The limit for differences between replicas: of means (in standard deviations) and log variances.
+# Two float32 sums of 1,000 values in different orders have a relative difference of at most
+# 1,000 * 2^-24.
 REPLICAS = 1e-4
 
 
@@ -89,7 +90,7 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
     its_params, *_ = _replicas(network.params, params)
     replicas = _replicas(network.batch_stats, stats)
     if stats and not replicas[0]:
-        text = f"the model has {len(stats)} leaves in batch_stats, the checkpoint has none"
+        text = f"the model has {len(stats)} leaves in batch_stats, but the checkpoint has none"
         return network, [Finding(MISSING_STATISTICS, (), text)], False
     found, usable, mine = [], True, {}
     for name, leaves, wanted in (
@@ -99,8 +100,8 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
         shapes = {path: [*leaf.shape] for path, leaf in wanted.items()}
         its_shapes = {path: [*np.shape(leaf)] for path, leaf in leaves.items()}
         unmatched = [
-            f"{name}.{'.'.join(path)} is {its_shapes.get(path, 'missing')}, but in the model "
-            f"{shapes.get(path, 'missing')}"
+            f"{name}.{'.'.join(path)} is {its_shapes.get(path, 'missing')} in the checkpoint, "
+            f"{shapes.get(path, 'missing')} in the model"
             for path in sorted({*shapes, *its_shapes})
             if shapes.get(path) != its_shapes.get(path)
         ]
@@ -153,8 +154,8 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
         return []
     of_mean, of_var = np.max([*apart.values()], axis=0)
     text = (
-        f"{len(replicas)} replicas; their means differ by up to {of_mean:.3g} standard deviations, "
-        f"their log variances by up to {of_var:.3g}; the first is audited below"
+        f"between the {len(replicas)} replicas, means differ by up to {of_mean:.3g} standard "
+        f"deviations and log variances by up to {of_var:.3g}; the first replica is audited below"
     )
     return [Finding(REPLICAS_DIFFER, tuple(apart), text)]
 
@@ -169,11 +170,11 @@ def _differing(replicas: list[Leaves]) -> list[Finding]:
 )
 def never_updated(case: Case, one: Evidence) -> str | None:
     """Finds averages that equal their initial values."""
-    return f"mean 0 and variance {one.var[0]:g} exactly" if is_initial(one) else None
+    return f"all means are 0 and all variances are {one.var[0]:g}" if is_initial(one) else None
 
 
 def is_initial(one: Evidence) -> bool:
-    """Returns whether all means are 0 and all variances 1 (or 0, as initially in Equinox)."""
+    """Returns whether all means are 0 and all variances are 1, or 0 as initially in Equinox."""
     return not one.mean.any() and bool((one.var == 1).all() or (one.var == 0).all())
 
 
@@ -182,32 +183,34 @@ def is_initial(one: Evidence) -> bool:
     "a mean or variance is not finite, or a variance is negative or wrongly 0",
     "the outputs of the norm are NaN, or too large by a factor of up to 1 / sqrt(epsilon)",
     "skip non-finite steps (skip_nonfinite=True); look for a one-pass variance, a batch of only "
-    "padding, or a momentum outside of 0 to 1; recompute the statistics with clinic.precise",
+    "padding, or a momentum that is not between 0 and 1; recompute the statistics with "
+    "clinic.precise",
 )
 def invalid_statistics(case: Case, one: Evidence) -> str | None:
     """Finds invalid statistics, and norms with non-finite inputs."""
     finite = np.isfinite(one.mean) & np.isfinite(one.var)
     counts = {
-        "not finite": ~finite,
-        "negative": finite & (one.var < 0),
-        "0 although the inputs vary": (one.var == 0)
+        "with non-finite statistics": ~finite,
+        "with a negative variance": finite & (one.var < 0),
+        "with variance 0 although the inputs vary": (one.var == 0)
         & (one.train.var.mean(0) > 0)
         & (not is_initial(one)),
         "with non-finite inputs": ~one.finite,
     }
     words = [f"{count.sum()} {word}" for word, count in counts.items() if count.any()]
-    return f"{', '.join(words)}, of {one.mean.size} channels" if words else None
+    return f"{', '.join(words)} (of {one.mean.size} channels)" if words else None
 
 
-ROUNDING = 0.01  # relative rounding error of a variance
+ROUNDING = 0.01  # the limit for the relative rounding error of a variance
 
 
 @_layer_check(
     "low-precision",
     "the mean is too far from 0 for an accurate variance, or the averages have too few bits",
     "the norm amplifies rounding errors",
-    "subtract a constant from the input, drop a bias before the norm, or compute in float32 with a "
-    "two-pass variance (bnjax's BatchNorm, or use_fast_variance=False); keep statistics in float32",
+    "subtract a constant from the input, remove the bias before the norm, or compute in float32 "
+    "with a two-pass variance (bnjax's BatchNorm, or use_fast_variance=False); keep statistics in "
+    "float32",
 )
 def low_precision(case: Case, one: Evidence) -> str | None:
     """Finds inaccurate variances, and averages stored with too few bits.
@@ -216,23 +219,23 @@ def low_precision(case: Case, one: Evidence) -> str | None:
     (mean / std)^2 eps for a variance computed as E[x^2] - E[x]^2.
     """
     if jnp.finfo(one.dtype).bits < 32:
-        return f"averages stored in {jnp.dtype(one.dtype).name}"
+        return f"the averages are stored in {jnp.dtype(one.dtype).name}"
     ratio = float((np.abs(one.train.mean.mean(0)) / one.std)[one.live].max(initial=0))
     dtype, module = jnp.dtype(one.layer.dtype), one.layer.module
     eps = float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
-    errors = [(ratio**2 * eps**2 / 12, f"inputs in {dtype.name}")]
-    # Only Flax's norms use this field; bnjax's accepts it and always uses two passes.
+    errors = [(ratio**2 * eps**2 / 12, f"the variance of inputs in {dtype.name}")]
+    # Only Flax's norms use this field; bnjax's norms accept it, but always use two passes.
     if getattr(module, "use_fast_variance", False) and not isinstance(module, BatchNorm):
         promotes = getattr(module, "force_float32_reductions", True)
         dtype = jnp.promote_types(dtype, jnp.float32) if promotes else dtype
         errors.append((ratio**2 * float(jnp.finfo(dtype).eps), f"E[x^2] - E[x]^2 in {dtype.name}"))
     error, how = max(errors)
-    text = f"|mean| / std up to {ratio:.3g}, {how}: {error:.1%} rounding error"
+    text = f"|mean| / std is up to {ratio:.3g}; {how} has a rounding error of {error:.1%}"
     return text if error > ROUNDING else None
 
 
-# The largest healthy fraction of channels that are dead or have a variance below epsilon. It is
-# above 0 because networks with ReLU have some units that are never active.
+# The largest acceptable fraction of channels that are dead or have a variance below epsilon. The
+# limit is above 0 because networks with ReLU have some units that are never active.
 CHANNELS = 0.1
 
 
@@ -246,9 +249,9 @@ CHANNELS = 0.1
 )
 def dead_channels(case: Case, one: Evidence) -> str | None:
     """Finds layers with many constant channels."""
-    dead = ~one.live & one.finite.all()  # NaN is a different finding
+    dead = ~one.live & one.finite.all()  # NaN is found by a different check
     by_scale = (dead & (np.abs(one.scale) <= DEAD)).sum()
-    text = f"{dead.sum()} of {dead.size} channels, {by_scale} because of their scale"
+    text = f"{dead.sum()} of {dead.size} channels ({by_scale} of them because of their scale)"
     return text if dead.mean() > CHANNELS else None
 
 
@@ -292,15 +295,15 @@ def small_batch(case: Case, one: Evidence) -> str | None:
     )
 
 
-SHIFT = 0.1  # |log ratio of the variances|; the outputs are then too large or small by 5 %
+SHIFT = 0.1  # the limit for |log ratio of the variances|: outputs 5 % too large or too small
 
 
 @_layer_check(
     "variance-shift",
     "dropout before a norm changes the variance of its inputs",
-    "the averages are over inputs with dropout, but evaluation has no dropout (Li et al., 2018)",
-    "put dropout after the last norm, lower its rate, or recompute the statistics without dropout "
-    "with clinic.precise",
+    "the averages are computed with dropout, but evaluation has no dropout (Li et al., 2018)",
+    "put dropout after the last norm, lower the dropout rate, or recompute the statistics with "
+    "clinic.precise, which turns dropout off",
 )
 def variance_shift(case: Case, one: Evidence) -> str | None:
     """Finds norms whose input variance changes when dropout is active."""
@@ -312,13 +315,13 @@ def variance_shift(case: Case, one: Evidence) -> str | None:
 
 
 def recomputed(one: Evidence) -> bool:
-    """Returns whether the averages are over inputs without dropout, as in `clinic.precise`."""
+    """Returns whether the averages were computed without dropout, as by `clinic.precise`."""
     in_evaluation = dataclasses.replace(one, train=one.batch)
     return one.random and max(in_evaluation.z_scores) <= STANDARD_ERRORS
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:
-    """Yields the checks with a missing input, except the checks in `unfinished_or_stale`."""
+    """Yields the checks that lack an input, except the checks in `unfinished_or_stale`."""
     few = "a second batch, to measure the differences between batches"
     if case.run.batch_size is None:
         missing = "the number of examples that share statistics in training: Run(batch_size=…)"
@@ -328,7 +331,7 @@ def unknown(case: Case) -> Iterator[NotChecked]:
     if case.whole < 2 and any(one.random for one in case.layers):
         yield NotChecked("variance-shift", few)
     if case.run.tx is None:
-        missing = "the optimizer: Run(tx=…); its effect cannot be seen in the weights"
+        missing = "the optimizer: Run(tx=…); the weights do not show which parameters were decayed"
         yield NotChecked("weight-decay", missing)
     if case.run.predict is None:
         missing = "your evaluation function: Run(predict=…); only evaluation mode was checked"
@@ -342,20 +345,21 @@ WEIGHT_DECAY = _illness(
     "weight decay acts on scale and bias",
     "scales and biases shrink without benefit; weight decay is meant for kernels, and on a kernel "
     "before a norm it only changes the effective learning rate (van Laarhoven, 2017)",
-    "exclude both, for instance with optax.add_decayed_weights(…, mask=lambda params: "
-    "jax.tree.map(lambda leaf: leaf.ndim > 1, params))",
+    "exclude both from weight decay, for instance with optax.add_decayed_weights(…, "
+    "mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))",
 )
 LAYERWISE_RATE = _illness(
     "layerwise-rate",
     "a layer-wise learning rate (as in LARS or LAMB) acts on scale and bias",
-    "the step is proportional to their L2 norm, so a bias near 0 hardly moves (You et al., 2017)",
+    "updates are proportional to the L2 norm of a parameter, so a bias near 0 hardly changes (You "
+    "et al., 2017)",
     "exclude both from the trust ratio with optax.lars(…, trust_ratio_mask=…) or optax.masked",
 )
 MAX_UPDATES = 64  # a schedule may start at 0, and gradients may be accumulated over several steps
 
 
 def decay(case: Case) -> Outcome:
-    """Finds weight decay or a layer-wise learning rate on scale and bias."""
+    """Finds weight decay or a layer-wise learning rate that acts on scale or bias."""
     if case.run.tx is None:
         return
     try:
@@ -381,11 +385,12 @@ def decay(case: Case) -> Outcome:
 
 
 def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]:
-    """Returns the paths of the leaves whose update depends on their value for a fixed gradient.
+    """Returns the paths of leaves whose update, for a fixed gradient, depends on their value.
 
-    With gradient 0 the cause is weight decay; otherwise it may be a layer-wise learning rate. Each
-    leaf is replaced by an array of the same rank with one element, so masks by path or rank work,
-    but masks by the size or the values of a leaf do not. `tx` has `init` and `update` as in Optax.
+    With a gradient of 0 the cause is weight decay; otherwise it may be a layer-wise learning rate.
+    Each leaf is replaced by an array of the same rank with one element, so masks based on paths or
+    ranks work, but masks based on sizes or values of leaves do not. `tx` has `init` and `update` as
+    in Optax.
 
     >>> import optax
     >>> params = {"norm": {"scale": np.ones(3)}}
@@ -412,17 +417,17 @@ def depends(tx: Any, params: Params, *, gradient: float) -> set[tuple[str, ...]]
 BATCH_DEPENDENT = _illness(
     "batch-dependent",
     "predictions depend on the rest of the batch",
-    "the same image gets different predictions in different batches, and a meaningless one on its "
-    "own",
+    "the prediction for an image depends on the other images in its batch, and is meaningless for "
+    "a batch of one image",
     "evaluate in evaluation mode (linen: train=False or use_running_average=True, without mutable; "
     "NNX: model.eval(); Equinox: eqx.nn.inference_mode(model))",
 )
-# The tolerance relative to the largest logit is eps to this power: half of the digits.
+# The tolerance, relative to the largest logit, is eps ** DIGITS: half of the digits.
 DIGITS = 0.5
 
 
 def batch_dependent(case: Case) -> Outcome:
-    """Evaluates the first half of a batch twice: with the other half, and with zeros instead."""
+    """Evaluates half of a batch twice: once with the other half, and once with zeros instead."""
     images = np.asarray(case.batches[0]["image"])
     half = (len(images) + 1) // 2
     others = images.copy()
@@ -448,8 +453,8 @@ MOVED_WHILE_FROZEN = _illness(
     "frozen norms have changed",
     "an optimizer that skips scale and bias does not freeze the averages: every pass in training "
     "mode updates the averages, which then no longer fit the other frozen layers",
-    "restore the original norms; freeze averages with freezing.freeze_statistics or by evaluation "
-    "mode, scale and bias with freezing.without_frozen",
+    "restore the original norms; freeze the averages with freezing.freeze_statistics or by running "
+    "the norms in evaluation mode; freeze scale and bias with freezing.without_frozen",
 )
 
 
@@ -485,17 +490,17 @@ def updated_twice(case: Case) -> Outcome:
         several = {name: round(times) for name, times in found.items() if times > 1.5}
         texts |= {name: f"{times} updates per step" for name, times in several.items()}
         if other := [one.layer.name for one in case.layers if one.layer.name not in found]:
-            missing = f"a constant momentum or a count, for {', '.join(other)}"
+            missing = f"a constant momentum or an update count, for {', '.join(other)}"
             yield NotChecked("updated-twice in your step", missing)
     if texts:
         yield Finding(UPDATED_TWICE, tuple(texts), "; ".join(dict.fromkeys(texts.values())))
 
 
 def updates(step: Callable[[Network, Batch], Network], case: Case) -> dict[str, float]:
-    """Returns the number of updates per step of each norm for which it can be measured.
+    """Returns the number of updates per step for each norm where the number can be measured.
 
-    A norm with debias counts its updates. For other norms, the step is run with the stored means
-    and with means shifted by 100 standard deviations. The results differ by the shift times
+    A norm with debias counts its updates. For other norms, the step is run twice: with the stored
+    means, and with means shifted by 100 standard deviations. The results differ by the shift times
     momentum ** updates, because the inputs in training do not depend on the stored means.
     """
     stored = flatten_dict(dict(case.network.batch_stats))
@@ -522,27 +527,29 @@ def updates(step: Callable[[Network, Batch], Network], case: Case) -> dict[str, 
 NOT_CONVERGED = _illness(
     "not-converged",
     "the averages have not converged from their initial values",
-    "the running statistics are a mixture of the data and the initial values 0 and 1",
+    "the running statistics are a mixture of correct statistics and the initial values 0 and 1",
     "train longer, lower the momentum, use debias, or recompute the statistics with clinic.precise",
 )
 STALE = _illness(
     "stale",
     "the averages lag behind these weights, or belong to other weights",
-    "evaluation normalises by statistics of different weights",
-    "recompute the statistics with clinic.precise, always after averaging or restoring weights; if "
-    "the weights change fast, do so before each evaluation, or lower momentum or learning rate",
+    "evaluation normalises by statistics that were computed with different weights",
+    "recompute the statistics with clinic.precise, in particular after averaging or restoring "
+    "weights; if the weights change fast, recompute them before each evaluation, or lower the "
+    "momentum or the learning rate",
 )
-INITIAL_SHARE = 0.01  # momentum ** updates, the weight of the initial values in the averages
-INITIAL_SHIFT = 0.1  # this weight times |mean| / std: the shift of the outputs in std
-# The limit of stored minus expected statistics, in standard errors (RMS over channels). In the
-# worst case, with fully correlated channels, the mean or variance of a healthy layer exceeds the
-# limit with probability 6e-5 each: one false finding in 80 networks with 100 norms.
+# The limits for the weight of the initial values in the averages (momentum ** updates), and for
+# the resulting shift of the outputs (this weight times |mean| / std).
+INITIAL_SHARE, INITIAL_SHIFT = 0.01, 0.1
+# The limit for stored minus expected statistics, in standard errors (RMS over channels). In the
+# worst case, fully correlated channels, the mean and the variance of a healthy layer each exceed
+# the limit with a probability of 6e-5: one false finding in 80 networks of 100 norms.
 STANDARD_ERRORS = 4.0
-# The tolerated total variation distance of predictions under stored and expected statistics.
+# The tolerated total variation distance between predictions under stored and expected statistics.
 MOVED = 0.1
 # The RMS errors of the mean and of the log variance of a batch of 16 independent values.
 MISFIT_MEAN, MISFIT_VAR = 0.25, math.sqrt(2 / 16)
-# The limits for the colours in a report. A value beyond its limit alone is not a finding.
+# The limits for the colours in a report. A value beyond its limit is not by itself a finding.
 LIMITS = {
     "drift": MISFIT_MEAN,
     "log_ratio": MISFIT_VAR,
@@ -550,7 +557,7 @@ LIMITS = {
     "shift": SHIFT,
     "dead": CHANNELS,
 }
-EXPLAINED = 0.5  # the least R^2 of the fit of `fitted_share`
+EXPLAINED = 0.5  # the lowest accepted R^2 of the fit in `fitted_share`
 
 
 def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
@@ -564,7 +571,7 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
             explained |= {*one.layers}
         if one.id == "low-precision":  # the inputs of later layers are wrong, too
             explained |= {*names[names.index(one.layers[0]) :]}
-            yield NotChecked("stale by fit", f"accurate inputs of all layers after {one.layers[0]}")
+            yield NotChecked("stale by fit", f"accurate inputs to all layers after {one.layers[0]}")
     layers = [one for one in case.layers if one.layer.name not in explained]
     if early := [one for one in layers if _is_early(one, one.initial_share)]:
         worst = max(early, key=lambda one: one.initial_share)
@@ -576,12 +583,12 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
         missing = "the fingerprint of the weights to which the statistics belong: Run(weights=…)"
         yield NotChecked("stale by fingerprint", missing)
     elif case.run.weights != (mine := fingerprint(case.network.params)):
-        text = f"the statistics belong to weights {case.run.weights}, but the weights are {mine}"
+        text = f"the statistics belong to the weights {case.run.weights}, not to the weights {mine}"
         yield Finding(STALE, tuple(one.layer.name for one in layers), text)
         return
     if several := [one for one in layers if one.calls > 1]:
         calls = ", ".join(f"{one.layer.name} ({one.calls} calls per pass)" for one in several)
-        missing = f"norms with one call per pass, but there are several for {calls}"
+        missing = f"norms with only one call per pass, unlike {calls}"
         yield NotChecked("stale by fit", missing)
     if case.whole < 2:
         missing = "a second batch, to measure the differences between batches"
@@ -621,7 +628,7 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
         f"up to {max(worst.z_scores):.0f} standard errors from the statistics of these weights (in "
         f"{worst.layer.name}, means differ by {rms(worst.drift):.2f} standard deviations and log "
         f"variances by {rms(worst.log_ratio):.2f}). The error moves {moved:.0%} of the predicted "
-        f"probability; the noise of batch statistics, {usual:.0%}. Possible cause: {cause}"
+        f"probability; the noise of batch statistics moves {usual:.0%}. Possible cause: {cause}"
     )
     yield Finding(STALE, tuple(one.layer.name for one in beyond), text)
 
@@ -671,7 +678,10 @@ def _not_converged(
     text = f"the initial values have a weight of {share:.1%} ({how}){after}"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
-        text += f" with momentum {momentum:g}; {INITIAL_SHARE:.0%} needs {needed:,} updates"
+        text += (
+            f" with a momentum of {momentum:g}; a weight of {INITIAL_SHARE:.0%} takes {needed:,} "
+            "updates"
+        )
     if share > 1:
         text += (
             "; a weight above 100 % comes from debiasing a variance that starts from 1 instead of 0"
@@ -693,18 +703,19 @@ def audit(
 ) -> Findings:
     """Returns the faults found in the batch norms of a trained network, with measurements.
 
-    Runs the network on all batches as in training. Also runs it as in evaluation under three
-    statistics: those of each batch, those of all batches, and the stored ones. Print the result to
-    see the report.
+    Runs the network on all batches as in training. Also runs the network as in evaluation, with
+    three kinds of statistics: the statistics of each batch, those of all batches, and the stored
+    statistics. Print the result to see the report.
 
     Args:
-        network: from `linen`, `nnx` or `equinox`. For linen, variables may have a leading axis of
-            devices, and statistics may be a list of one tree per replica.
+        network: a network from `linen`, `nnx` or `equinox`. For linen, variables may have a leading
+            axis of devices, and statistics may be a list of one tree per replica.
         batches: training images in random order, in batches of about the size of the training
             batches: `image` [n, h, w, c], optionally `label` int [n], and `mask` bool [n] if the
-            model takes it. Give two or more batches, better four. All are kept in memory.
+            model takes a mask. Give at least two batches, preferably four. All batches are kept in
+            memory.
         run: facts about the training run; `not_checked` lists the checks that need missing facts.
-        jit: compiles a function.
+        jit: the function used for compilation.
 
     Raises:
         ValueError: if no batch has two or more examples, or the batches have a mask but the model

@@ -32,7 +32,7 @@ class _Leaf(NamedTuple):
 
     Attributes:
         path: the path of a parameter in `Equinox.params`; None for a static value.
-        spatial: the number of spatial axes of its layer; None for leaves outside of layers.
+        spatial: the number of spatial axes of the leaf's layer; None for leaves outside of layers.
         value: the static value.
     """
 
@@ -77,10 +77,11 @@ def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
 
     Args:
         model: a module (image, state) -> (logits, state), for one image in the layout of the
-            batches. If its `__call__` has an argument `key`, the key for dropout is passed.
+            batches. If `model.__call__` has an argument `key`, the dropout key is passed to it.
         state: the state of the model, from `equinox.nn.make_with_state`.
         call: (model, state, images, key) -> (logits, state), for a model with a different
-            signature. The default maps the model over the images with the axis name of its norms.
+            signature. By default the model is mapped over the images, with the axis name of the
+            norms.
 
     Raises:
         ImportError: if Equinox is not installed.
@@ -103,7 +104,7 @@ def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
         spatial = None if unit is None or is_norm else getattr(unit, "num_spatial_dims", 0)
         leaves.append(_Leaf((*parent, name), spatial, None))
         params[*parent, name] = _to_flax(leaf, name, spatial)
-    found: dict[Any, _Norm] = {}  # norms that share their averages count as one
+    found: dict[Any, _Norm] = {}  # norms that share averages count as one norm
     for path, one in units.items():
         if isinstance(one, eqx.nn.BatchNorm):
             index, counter = _averages(one).marker, getattr(one.batch_counter, "marker", None)
@@ -121,7 +122,7 @@ class Equinox(Network):
     """An Equinox model and its state; a pytree of arrays.
 
     Attributes:
-        params: the arrays of the model, by path.
+        params: the arrays of the model, keyed by path.
         batch_stats: the statistics used in inference, with a `count` if they are debiased.
         rest: all other entries of the state.
         structure: the structure of the model and its state.
@@ -308,7 +309,7 @@ class EquinoxCall(Call):
         return super().moments(of_batch, lambda part: total(over_batch(part)))
 
     def full_mask(self, of_batch: Any) -> Any:
-        """See `Call.full_mask`: the value of this example."""
+        """Returns the mask value of this example; see `Call.full_mask`."""
         if of_batch is None:
             return None
         index = jax.lax.axis_index(self.module.axis_name)
@@ -327,7 +328,7 @@ def _units(model: Any) -> list[tuple[Path, Any]]:
 def _watched_in(
     model: Any, around: Around, batch_stats: BatchStats, norms: tuple[_Norm, ...]
 ) -> Any:
-    """Returns the model with each call of a norm or layer passed to `around`."""
+    """Returns a copy of the model that passes each call of a norm or layer to `around`."""
     import equinox as eqx
 
     stats, paths = flatten_dict(batch_stats), {norm.index: norm.path for norm in norms}
@@ -421,7 +422,7 @@ def _with_weights(layer: Any, leaves: dict[Path, Array], path: Path) -> Any:
 
 
 def _changed(module: Any, kind: Any, **fields: Any) -> Any:
-    """Returns a copy of a frozen module as another class and with other fields."""
+    """Returns a copy of a frozen module with a different class and different field values."""
     new = object.__new__(kind)
     for name, value in (vars(module) | fields).items():
         object.__setattr__(new, name, value)
@@ -442,7 +443,7 @@ def _folded() -> Any:
 
 
 def _scale(count: Any, momentum: float, like: Array) -> Any:
-    """Returns 1 - momentum ** count, by which inference divides; 1 without a count or updates."""
+    """Returns the divisor in inference, 1 - momentum ** count; 1 without a count or updates."""
     if count is None:
         return 1
     scale = jnp.where(count == 0, 1, 1 - momentum**count)

@@ -35,19 +35,19 @@ def fold_pair(
     groups: int = 1,
     channels_first: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the kernel and bias of one layer equal to a layer and its norm in evaluation.
+    """Returns the kernel and bias of a layer that replaces a layer and its norm in evaluation.
 
-    Let g = scale / sqrt(var + epsilon). If the norm is after the layer, each output has
-    kernel' = kernel g and bias' = (bias - mean) g + shift. If the norm is before the layer, each
-    input has kernel' = g kernel, and bias' = bias + sum over inputs of kernel (shift - mean g),
-    which is exact only without padding.
+    Let g = scale / sqrt(var + epsilon). If the norm follows the layer, the new weights are
+    kernel' = kernel g and bias' = (bias - mean) g + shift for each output. If the norm precedes the
+    layer, they are kernel' = g kernel for each input, and bias' = bias + sum over inputs of
+    kernel (shift - mean g), which is exact only without padding.
 
     Args:
         kernel: [..., in / groups, out], as in Flax.
         bias: [out]; None for 0.
         scale, shift: the affine parameters of the norm, [c]; None for 1 and 0.
         mean, var: the running statistics of the norm, [c].
-        epsilon: added to the variance.
+        epsilon: the constant added to the variance.
         norm: the position of the norm. "after": c = out. "before": c = in, or a divisor of in if
             positions were flattened into channels; input j then belongs to channel j mod c.
         groups: the `feature_group_count` of a convolution.
@@ -77,14 +77,16 @@ def fold_pair(
     inputs, outputs = weight.shape[-2] * groups, weight.shape[-1]
     if norm == "after":
         if channels != outputs:
-            raise ValueError(f"the norm has {channels} channels and the layer {outputs} outputs")
+            raise ValueError(
+                f"the norm has {channels} channels, but the layer has {outputs} outputs"
+            )
         weight, added = weight * gain, gain * exact(bias) + offset
     else:
         if inputs % channels:
-            raise ValueError(f"the norm has {channels} channels and the layer {inputs} inputs")
+            raise ValueError(f"the norm has {channels} channels, but the layer has {inputs} inputs")
 
         def of_weights(values: np.ndarray) -> np.ndarray:
-            """Returns the value of the input channel of each weight, [in / groups, out]."""
+            """Returns for each weight the value of its input channel, [in / groups, out]."""
             spread = np.repeat if channels_first else np.tile
             by_group = spread(values, inputs // channels).reshape(groups, -1).T
             return np.repeat(by_group, outputs // groups, axis=1)
@@ -118,7 +120,7 @@ class Folding(NamedTuple):
 
     @property
     def pairs(self) -> Sequence[tuple[Path, Path]]:
-        """The path of each folded norm, with the path of its layer."""
+        """For each folded norm, its path and the path of the layer it was folded into."""
         return self.network.model.pairs if isinstance(self.network.model, Folded) else ()
 
 
@@ -131,16 +133,17 @@ def fold(network: SameNetwork, images: Images) -> SameNetwork:
 
 
 def plan(network: Network, images: Images) -> Folding:
-    """Returns the folded network and, for each norm, its layer or the reason it was not folded.
+    """Returns the folded network, and the result of folding for each norm.
 
     A norm is folded into the layer before it if nothing else reads the output of that layer and
     only sums or maxima within a channel lie between the two. Otherwise it is folded into the layer
-    after it, on the same conditions. Folding is impossible across an activation, into a convolution
-    with zero padding after the norm, or across a maximum if the gain is negative. `plan` finds the
-    operations in the traced program, and computes in float64 on the host.
+    after it, under the same conditions. A norm cannot be folded across an activation, into a
+    following convolution with zero padding, or across a maximum if the gain is negative. `plan`
+    finds the operations in the traced program, and computes in float64 on the host.
 
-    In evaluation the logits are the same except for rounding errors. Check with `difference` if one
-    module reads the kernel of another (tied weights), because `plan` does not detect that.
+    In evaluation the logits are unchanged except for rounding errors. If one module reads the
+    kernel of another (tied weights), check the logits with `difference`, because `plan` does not
+    detect tied weights.
 
     Args:
         network: a network, for instance from `bnjax.clinic.linen`.
@@ -155,7 +158,7 @@ def plan(network: Network, images: Images) -> Folding:
     for path, nodes in calls.items():
         origins[path], *others = {_origin(node, network.per_example) for node in nodes}
         if others:
-            origins[path] = Origin(reason="differs between calls")
+            origins[path] = Origin(reason="differs between its calls")
     about = {layer.path: layer for layer in network.norms(batch)}
     leaves, stats = flatten_dict(network.params), flatten_dict(network.batch_stats)
     weights: dict[Path, Weights] = {}
@@ -197,9 +200,9 @@ def plan(network: Network, images: Images) -> Folding:
 
 
 def difference(logits: Logits, others: Logits) -> float:
-    """Returns the largest difference of two arrays of logits, relative to the largest logit.
+    """Returns the largest difference between two arrays of logits, relative to the largest logit.
 
-    Returns 0 if all logits are 0, for instance with an untrained last layer.
+    Returns 0 if all logits are 0, for instance because the last layer is untrained.
 
     >>> difference(np.array([[4.0, -8.0]]), np.array([[4.0, -6.0]]))
     0.25
@@ -217,24 +220,24 @@ def _is_of_interest(call: Call) -> bool:
 
 
 def _hindrance(nodes: list[Node], about: NormLayer, per_example: bool) -> str:
-    """Returns the reason a norm cannot be folded into any layer; empty if it can."""
+    """Returns the reason a norm cannot be folded into any layer; empty if folding is possible."""
     norm = nodes[0].call
     if about.by_batch:
-        return "it normalises by batch statistics in evaluation, too"
+        return "it normalises by batch statistics even in evaluation"
     if any(node.has_computed for node in nodes):
         return "it transforms its stored parameters"
     if not norm.is_standard:
         return f"it is a {norm.kind.__name__}, which may behave differently in evaluation"
     channels, where = (1, "second") if per_example else (len(about.shape) - 1, "last")
     others = tuple(axis for axis in range(len(about.shape)) if axis != channels)
-    return "" if about.axes == others else f"its channel axis is not the {where} axis alone"
+    return "" if about.axes == others else f"it does not normalise over all axes except the {where}"
 
 
 class Origin(NamedTuple):
-    """The module that computes the input of a call, if only this call reads its output.
+    """The module that computes the input of a call, if no other call reads that module's output.
 
-    Between module and call there may be a function f of sums and maxima within a channel. With a
-    gain a >= 0 and a shift b per channel, f(a * x + b) = a * f(x) + factor * b.
+    The module and the call may be separated by a function f of sums and maxima within a channel.
+    With a gain a >= 0 and a shift b per channel, f(a * x + b) = a * f(x) + factor * b.
 
     Attributes:
         path: the path of the module; None if there is no such module.
@@ -250,7 +253,7 @@ class Origin(NamedTuple):
 
 
 def _origin(node: Node, per_example: bool) -> Origin:
-    """Returns the origin of the input of a call."""
+    """Returns the origin of a call's input."""
     factor, has_maxima, kind = 1.0, False, ""
     while len(node.inputs) == 1:
         (node,) = node.inputs
@@ -280,7 +283,7 @@ def _readers(node: Node) -> str:
 def _neighbour(
     calls: dict[Path, list[Node]], origins: dict[Path, Origin], norm: Path, place: Place
 ) -> tuple[Node, Origin]:
-    """Returns the layer next to a norm, and the origin; raises ValueError if it cannot be used."""
+    """Returns the layer next to a norm, and the origin; raises ValueError if none is usable."""
     if place == "after":
         origin, path = origins[norm], origins[norm].path
         if path is None:
@@ -295,12 +298,12 @@ def _neighbour(
         origin = origins[path]
     layer = calls[path][0]
     if len(calls[path]) != len(calls[norm]):
-        raise ValueError(f"{_name(layer)} is called both with and without it")
+        raise ValueError(f"{_name(layer)} is called both with and without the norm")
     if any(node.has_computed for node in calls[path]):
         raise ValueError(f"{_name(layer)} transforms its stored parameters")
     is_exact = layer.call.is_layer and layer.call.is_standard
     if not is_exact or getattr(layer.call.module, "mask", None) is not None:
-        raise ValueError(f"its neighbour {_name(layer)} is a {layer.kind}")
+        raise ValueError(f"its neighbour {_name(layer)} is a {layer.kind}, which is not supported")
     return layer, origin
 
 
@@ -348,7 +351,7 @@ def _step(equation: Any, per_example: bool) -> tuple[float, bool] | None:
     elif kind in ("reduce_window_sum", "reduce_window_max"):
         window, padding = params["window_dimensions"], params["padding"]
         steps = (window[channels], params["window_strides"][channels], *params["base_dilation"])
-        # Padding adds 0 to a sum, and does not affect a maximum.
+        # Padding adds zeros to a sum, but does not affect a maximum.
         padded = any(map(any, padding if kind == "reduce_window_sum" else [padding[channels]]))
         if padded or any(step != 1 for step in steps):
             return None
@@ -383,9 +386,11 @@ def _with_norm(
     # With nn.scan and nn.vmap the leading axes enumerate the stacked norms and layers.
     stack, many = var.shape[:-1], kernel.shape[: kernel.ndim - _rank(module)]
     if stack != many:
-        raise ValueError(f"the norms are stacked as {[*stack]}, but {name} as {[*many]}")
+        raise ValueError(f"the stacked axes of the norms are {[*stack]}, those of {name} {[*many]}")
     if origin.has_maxima and (scale < 0).any():
-        raise ValueError(f"some gains are negative, and there is a maximum between it and {name}")
+        raise ValueError(
+            f"some gains are negative, and there is a maximum between the norm and {name}"
+        )
     if place == "before" and (shift.any() or mean.any()) and _adds_zeros(module):
         raise ValueError(
             f"{name} adds zeros to its input, so its bias cannot absorb the norm's shift"
@@ -409,7 +414,7 @@ def _with_norm(
 
 
 def _weights(layer: Node, stored: dict[Path, Any]) -> Weights:
-    """Returns the kernel of a layer (standardised if the layer does so) and its bias or zeros."""
+    """Returns a layer's kernel, standardised if the layer does so, and its bias or zeros."""
     kernel, bias = stored[*layer.path, "kernel"], stored.get((*layer.path, "bias"))
     many = kernel.shape[: kernel.ndim - _rank(layer.call.module)]
     if isinstance(layer.call.module, StandardizedConv):

@@ -21,8 +21,9 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     """Returns the model with the statistics of some norms frozen.
 
     In training these norms normalise by their running statistics, which are not updated and are
-    constants for the gradient. Scale and bias are still trained. Fields, parameters, statistics and
-    arguments of `__call__` are unchanged, so checkpoints and masks remain valid.
+    treated as constants by the gradient. Scale and bias are still trained. The model has the same
+    fields, parameters, statistics and `__call__` arguments as before, so checkpoints and masks
+    remain valid.
 
     Args:
         model: any linen module whose norms are the BatchNorm of Flax or bnjax; they may be wrapped
@@ -31,7 +32,8 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
             "BasicBlock_0.*" or "*.norm_proj"; "*" for all.
 
     Raises:
-        ValueError: when the model is called, if a pattern matches no norm; lists the names.
+        ValueError: when the model is called, if a pattern matches no norm; the message lists the
+            names.
 
     >>> from bnjax.models.convnet import ConvNet
     >>> from bnjax.train_step import forward, init_variables
@@ -82,17 +84,17 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
 
 
 def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree:
-    """Returns a tree of bools like `params`: True for the scale and bias of matching norms.
+    """Returns a mask with the structure of `params`: True for scale and bias of matching norms.
 
-    Use the tree as the mask of `optax.masked` or `without_frozen`.
+    Use the result as the mask for `optax.masked` or `without_frozen`.
 
     Args:
         params: the weights, or their shapes.
-        batch_stats: the running statistics, or their shapes; they identify the norms.
+        batch_stats: the running statistics, or their shapes, which identify the norms.
         patterns: as for `freeze_statistics`.
 
     Raises:
-        ValueError: if a pattern matches no norm; lists the names.
+        ValueError: if a pattern matches no norm; the message lists the names.
 
     >>> params = {"dense": {"kernel": 1, "bias": 2}, "norm": {"scale": 3, "bias": 4}}
     >>> affine_mask(params, {"norm": {"mean": jax.numpy.zeros(2), "var": jax.numpy.ones(2)}}, "*")
@@ -112,7 +114,8 @@ def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.Gradie
 
     Args:
         tx: the optimizer for the other parameters.
-        mask: a tree of bools like the parameters, for instance from `affine_mask`.
+        mask: a tree of bools with the structure of the parameters, for instance from
+            `affine_mask`.
 
     >>> import jax.numpy as jnp
     >>> params = {"scale": jnp.ones(2), "kernel": jnp.ones(2)}
@@ -127,7 +130,7 @@ def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.Gradie
 
 
 def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> tuple[str, ...]:
-    """Returns the names of the norms' leaves that differ between two networks in any bit.
+    """Returns the names of norm leaves that are not equal, bit for bit, in two networks.
 
     Args:
         before: a network before training.
@@ -162,7 +165,7 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
 
 
 def differing(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> list[Any]:
-    """Returns the keys of the arrays that differ in any bit.
+    """Returns the keys of arrays that are not equal, bit for bit, in two dicts.
 
     >>> differing({"a": np.float32(0.0), "b": 1}, {"a": np.float32(-0.0), "b": 1})
     ['a']
@@ -183,7 +186,9 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     names, patterns = [*names], [*patterns]
     idle = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
     if idle or not patterns:
-        which = f"no norm matches {' or '.join(map(repr, idle))}" if idle else "there is no pattern"
+        which = (
+            f"no norm matches {' or '.join(map(repr, idle))}" if idle else "no pattern was given"
+        )
         raise ValueError(
             f"{which}. The norms of this model are: {', '.join(names) or 'none'}. Use their names "
             "or shell patterns: '*' matches any characters, including dots."

@@ -40,13 +40,14 @@ def traced(function: Callable[..., Any], *arguments: Any) -> Any:
 def evaluate(
     program: Any, inputs: Sequence[Any], rule: Rule, inlined: Callable[[Any], bool] = lambda _: True
 ) -> list[Any]:
-    """Evaluates a program on values of any type, with a rule for its equations.
+    """Evaluates a program on values of any type, using a rule for its equations.
 
     Args:
         program: a closed jaxpr from `traced`.
         inputs: the value of each input. Constants and literals are arrays.
-        rule: computes the results of an equation.
-        inlined: whether to inline a called program; otherwise the rule evaluates the call.
+        rule: a function that computes the results of an equation.
+        inlined: a function that returns whether to inline a called program; otherwise the rule
+            evaluates the call.
     """
     jaxpr = program.jaxpr
     values = dict(zip(jaxpr.constvars, program.consts, strict=True))
@@ -84,7 +85,8 @@ class Node:
     """A call of a module, or an operation outside of all such calls.
 
     Attributes:
-        path: the path of the module; for an operation, its module's path and its own name.
+        path: the path of the module; for an operation, the path of its module followed by the
+            operation's name.
         kind: the class of the module, or the name of the operation.
         call: the call of the module; None for an operation.
         returned: the shape of the output inside the module.
@@ -106,7 +108,7 @@ class Node:
     has_computed: bool = False
 
     def read(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
-        """Adds all values that are nodes to the inputs."""
+        """Adds to the inputs all values that are nodes."""
         for variable, value in zip(variables, values, strict=True):
             if isinstance(value, Node) and value is not self:
                 value.shape = tuple(variable.aval.shape)
@@ -116,7 +118,11 @@ class Node:
 
 
 class _Parameter(NamedTuple):
-    """A stored parameter, or one computed from stored parameters in the call of this index."""
+    """A stored parameter, or a value computed from stored parameters.
+
+    Attributes:
+        computed_in: the index of the call that computes the value; None for a stored parameter.
+    """
 
     computed_in: int | None
 
@@ -143,8 +149,9 @@ def layers(
         network: a network; its variables may be given as shapes.
         batch: `image` [n, h, w, c], or its shape.
         train: whether to trace training instead of evaluation.
-        dropout: the key for dropout.
-        chosen: returns whether the call of a module without submodules becomes a node.
+        dropout: the dropout key.
+        chosen: a function that returns whether the call of a module without submodules becomes a
+            node.
     """
     calls: list[Node] = []
     split: set[int] = set()  # calls that are not nodes

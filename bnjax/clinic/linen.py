@@ -36,7 +36,7 @@ class Folded(nn.Module):
 
     Attributes:
         unfolded: the original network.
-        pairs: the path of each folded norm, with the path of its layer.
+        pairs: for each folded norm, its path and the path of the layer it was folded into.
     """
 
     unfolded: nn.Module
@@ -93,7 +93,7 @@ class Linen(Network):
         def unsynced(call: Call) -> Any:
             if not call.is_norm:
                 return around(call)
-            # Without axis names the model can run outside of the mapped axis it was trained in.
+            # Without axis names the model can run outside the mapped axis that training used.
             names = "axis_name", "axis_index_groups", "average_axis_name"
             with with_fields(call.module, **dict.fromkeys(names)):
                 return around(call)
@@ -231,7 +231,7 @@ def intercepting(around: Around) -> Callable[..., Any]:
         module = context.module
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        # If a subclass has a different signature, its call of the superclass is the norm.
+        # If a subclass has a different signature, its call of the superclass counts as the norm.
         names = inspect.signature(context.orig_method).parameters
         is_norm = isinstance(module, NORMS) and "use_running_average" in names
         return around(LinenCall(module, module.path, call, args, kwargs, is_norm))
@@ -241,7 +241,7 @@ def intercepting(around: Around) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def with_fields(module: nn.Module, **fields: Any) -> Iterator[None]:
-    """Sets those fields that a bound module has, until the context ends.
+    """Sets fields of a bound module until the context ends; skips fields that the module lacks.
 
     A clone would be recorded as a second module, and bound modules reject ordinary assignment.
     """

@@ -18,11 +18,11 @@ from bnjax.norms.moments import Moments, merge
 from bnjax.train_step import softmax_cross_entropy
 from bnjax.types import Batch, BatchStats, Images, Logits
 
-# A channel is dead if the standard deviation of its output is below this fraction of the RMS over
-# the layer. The fraction is half a unit in the last place of bfloat16, which a sum of channels
-# loses.
+# A channel is dead if the standard deviation of its output is below this fraction of the RMS of
+# these standard deviations over the layer. The fraction is half a unit in the last place of
+# bfloat16, so a bfloat16 sum over channels rounds the channel away.
 DEAD = 2.0**-8
-ROUNDED = 1e-6  # the difference between statistics that agree except for rounding errors
+ROUNDED = 1e-6  # the largest difference between statistics that agree except for rounding errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,14 @@ class Run:
 
     Attributes:
         steps: the number of updates of the averages since initialisation.
-        batch_size: the number of examples that share statistics: all examples of a step, or those
-            on one device if the norms have no axis_name.
+        batch_size: the number of examples that share statistics: all examples of a step, or the
+            examples on one device if the norms have no axis_name.
         weights: the `bnjax.types.fingerprint` of the weights to which the statistics belong.
         tx: the optimizer, with `init` and `update` as in Optax; it is called with small arrays.
-        predict: the evaluation function, images [n, h, w, c] -> logits [n, classes]; None for
-            evaluation mode.
-        step: a training step, (network, batch) -> updated network; it is called with copies.
+        predict: the evaluation function, images [n, h, w, c] -> logits [n, classes]; None to
+            use evaluation mode.
+        step: a training step, (network, batch) -> updated network; it is called with copies of its
+            arguments.
         before: the network before training, if norms were frozen.
         frozen: shell patterns for the names of the frozen norms; empty for all norms of `before`.
     """
@@ -60,11 +61,11 @@ class Evidence:
         layer: the norm in evaluation.
         mean, var: the stored statistics, [c].
         dtype, shape: the dtype and shape of the stored statistics.
-        scale: the absolute value of the learnt scale, [c]; ones without a scale. If the layers of
-            a scan share statistics, the largest value over these layers.
-        train: mean and variance of the inputs for each of k batches [k, c] in training, with
-            dropout; `count` is that of the first batch.
-        batch: the same if every norm normalises by batch statistics, without dropout.
+        scale: the absolute value of the learnt scale, [c]; ones if the norm has no scale. If the
+            layers of a scan share statistics, the largest value over these layers.
+        train: the mean and variance of the inputs in training, with dropout, for each of k batches,
+            [k, c]; `count` is the count of the first batch.
+        batch: the same without dropout, when every norm normalises by batch statistics.
         random: whether the inputs in training depend on the dropout key.
         calls: the number of calls per pass.
         examples: the number of examples in an audited batch.
@@ -167,8 +168,9 @@ class Evidence:
     def z_scores(self) -> tuple[float, float]:
         """The errors of the stored mean and log variance, in standard errors (RMS over channels).
 
-        An exponential average of independent values with variance s^2 has the variance
-        (1-m) / (1+m) s^2. The expected value is a mean over k batches, with the variance s^2 / k.
+        An exponential average, with momentum m, of independent values with variance s^2 has the
+        variance (1-m) / (1+m) s^2. The expected value is a mean over k batches, with the variance
+        s^2 / k.
         """
         left = 1.0 if callable(self.momentum) else 0.0
         if isinstance(self.momentum, int | float):
@@ -189,8 +191,8 @@ class Case:
         run: facts about the training run.
         layers: the measurements of each norm.
         precise: the statistics over all examples.
-        expected: the limit of the averages after long training at constant weights.
-        batch_logits: the logits if every norm normalises by batch statistics.
+        expected: the values to which the averages converge in training with constant weights.
+        batch_logits: the logits when every norm normalises by batch statistics.
         whole: the number of batches that are large enough to measure differences between batches.
         evaluate: (batch_stats, batch) -> logits [n, classes] in evaluation.
     """
@@ -211,11 +213,11 @@ class Case:
         return all("label" in batch for batch in self.batches)
 
     def logits_under(self, batch_stats: BatchStats) -> np.ndarray:
-        """Returns the logits of all unmasked examples in evaluation, [n, classes]."""
+        """Evaluates with these statistics; returns the logits [n, classes] of unmasked examples."""
         return _real([self.evaluate(batch_stats, batch) for batch in self.batches], self.batches)
 
     def means(self, logits: np.ndarray) -> dict[str, float]:
-        """Returns loss and accuracy; an empty dict without labels."""
+        """Returns loss and accuracy; an empty dict if the batches have no labels."""
         if not self.has_labels:
             return {}
         label = jnp.asarray(_real([batch["label"] for batch in self.batches], self.batches))
@@ -226,13 +228,13 @@ class Case:
 def measure(
     network: Network, batches: Sequence[Batch], run: Run, jit: Callable[..., Any] = jax.jit
 ) -> Case:
-    """Runs the network as in training, and as in evaluation with the statistics of each batch.
+    """Measures a network as in training, and as in evaluation with the statistics of each batch.
 
     Args:
         network: a network whose variables have the structure that the model expects.
         batches: the batches, the largest first.
         run: facts about the training run.
-        jit: compiles a function.
+        jit: the function used for compilation.
     """
     params, stats = network.params, network.batch_stats
     start, key = nothing_seen(stats), jax.random.key(0)
@@ -250,7 +252,7 @@ def measure(
     evaluate = jit(functools.partial(type(network).run, train=False))
 
     examples = real_examples(batches[0])
-    # Smaller batches would have noisier statistics of equal weight.
+    # Smaller batches have noisier statistics, but would have the same weight.
     whole = sum(2 * real_examples(one) >= examples for one in batches)
     scales, stored = flatten_dict(dict(params)), flatten_dict(dict(stats))
     norms, layers, expected = network.norms(batches[0]), [], dict(stored)

@@ -21,7 +21,7 @@ from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 # "running": as in evaluation.
 Mode = Literal["train", "batch", "running"]
 Path = tuple[str, ...]
-# The moments of each norm's inputs so far, by the path of its leaves in `batch_stats`.
+# Maps the path of a norm's leaves in `batch_stats` to the moments of the norm's inputs so far.
 Seen = Mapping[Path, Moments]
 # Additional leaves next to `mean` and `var` that collect these moments during a pass. They have the
 # shape of `mean`, so lifted transformations treat them like `mean`.
@@ -40,7 +40,7 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class NormLayer:
-    """One batch norm in one pass.
+    """Facts about a batch norm in one pass.
 
     Attributes:
         path: the path of the norm's leaves in `batch_stats`.
@@ -136,11 +136,11 @@ class Call(abc.ABC):
         """Returns the facts about a norm in this pass."""
 
     def moments(self, of_batch: Any = None, total: Total = lambda part: part) -> Moments:
-        """Returns the moments of a norm's input, float32, in the shape of its `mean`.
+        """Returns the moments of a norm's input, float32, in the shape of the norm's `mean`.
 
         Args:
             of_batch: the mask of the batch, used if the norm is called without a mask.
-            total: sums over devices.
+            total: a function that sums over devices.
 
         Raises:
             ValueError: if the batch is padded and the input has no axis of examples.
@@ -151,7 +151,7 @@ class Call(abc.ABC):
         return Moments(*(jnp.broadcast_to(leaf, given.mean.shape).reshape(shape) for leaf in given))
 
     def full_mask(self, of_batch: Any) -> Any:
-        """Returns the mask of a norm's input, of the rank of the input, or None.
+        """Returns the mask of a norm's input, with the rank of the input, or None.
 
         Arguments and errors are as for `moments`.
         """
@@ -173,7 +173,7 @@ class Call(abc.ABC):
         return Moments(*map(self.get, SEEN)) if is_there else None
 
     def see(self, seen: Moments) -> None:
-        """Stores moments. Use it after the call, because a superclass may also store some."""
+        """Stores moments. Use `see` after the call, because a superclass may also store moments."""
         for name, leaf in zip(SEEN, seen, strict=True):
             self.put(name, leaf)
 
@@ -183,11 +183,11 @@ Around = Callable[[Call], Any]
 
 @struct.dataclass
 class Network(abc.ABC):
-    """A trained network with a common interface to its library; a pytree of variables.
+    """A trained network with the same interface for all libraries; a pytree of variables.
 
     Attributes:
-        params: the weights by path.
-        batch_stats: the running statistics by path, with `mean` and `var` for each norm.
+        params: the weights, keyed by path.
+        batch_stats: the running statistics, keyed by path, with `mean` and `var` for each norm.
     """
 
     params: Params
@@ -205,14 +205,14 @@ class Network(abc.ABC):
         dropout: jax.Array | None = None,
         around: Around = lambda call: call(),
     ) -> tuple[Logits, BatchStats]:
-        """Runs a batch; returns the logits and the updated running statistics.
+        """Runs the network on a batch; returns the logits and the updated running statistics.
 
-        Norms do not synchronise over mapped axes.
+        Norms do not synchronise statistics over mapped axes.
 
         Args:
             batch: `image` [n, h, w, c] and optionally `mask` bool [n].
             train: whether to run training instead of evaluation.
-            dropout: the key for dropout.
+            dropout: the dropout key.
             around: a function that runs each call of a module and returns its output.
         """
 
@@ -224,7 +224,7 @@ class Network(abc.ABC):
 
         Args:
             params, batch_stats: the new variables, without leaves of folded norms.
-            pairs: the path of each folded norm, with the path of its layer, which has a bias.
+            pairs: for each folded norm, its path and the path of its layer, which has a bias.
         """
 
     @property
@@ -237,7 +237,7 @@ class Network(abc.ABC):
         return jax.eval_shape(lambda: (self.params, self.batch_stats))
 
     def norms(self, batch: Batch, *, train: bool = False) -> tuple[NormLayer, ...]:
-        """Returns the norms of the model in the order of their calls, by tracing only.
+        """Traces the model; returns its norms in the order of their calls.
 
         A norm with several calls, or a stack of norms in a scan or vmap, is one entry.
 
@@ -269,16 +269,16 @@ class Network(abc.ABC):
         dropout: jax.Array | None = None,
         axis_name: AxisName | None = None,
     ) -> tuple[Logits, Seen]:
-        """Runs a batch; returns the logits, and the moments of norms' inputs merged into `seen`.
+        """Runs a batch; returns the logits, and `seen` merged with the moments of norms' inputs.
 
-        Moments are merged by count (Chan et al., 1979) in float32; activations are not stored.
+        Moments are weighted by count (Chan et al., 1979) in float32; activations are not stored.
         Masked examples are excluded, even if the model takes no mask.
 
         Args:
             seen: the moments so far, from `nothing_seen` or the previous batch.
             batch: `image` [n, h, w, c] and optionally `mask` bool [n].
             mode: how to run the network; with "batch" the running statistics have no effect.
-            dropout: the key for dropout in mode "train".
+            dropout: the dropout key for mode "train".
             axis_name: the mapped axis or axes over which the moments are computed.
 
         Raises:

@@ -72,9 +72,9 @@ class Nnx(Network):
     """An NNX model; a pytree of its variables.
 
     Attributes:
-        params: the variables of type `Param`, by path.
-        batch_stats: the variables of type `BatchStat`, by path.
-        rest: all other variables by path, for instance keys for dropout.
+        params: the variables of type `Param`, keyed by path.
+        batch_stats: the variables of type `BatchStat`, keyed by path.
+        rest: all other variables, keyed by path, for instance dropout keys.
         kind: the class of the model.
         graphdef: the model without variables.
         own: for `params`, `batch_stats` and `rest`, the NNX paths and the shapes of the variables.
@@ -129,7 +129,7 @@ class Nnx(Network):
         units = {
             path: one
             for path, one in _modules(model).items()
-            # Norms cannot be folded into a layer that shares its kernel.
+            # Norms cannot be folded into a layer that shares its kernel with another layer.
             if isinstance(one, kinds) and not _shared(path, one, own)
         }
         norms = [one for one in units.values() if isinstance(one, flax_nnx.BatchNorm)]
@@ -137,7 +137,7 @@ class Nnx(Network):
             model.eval()
         elif all(norm.use_running_average for norm in norms):
             model.train()
-        for norm in norms:  # so that the model runs outside of the mapped axis it was trained in
+        for norm in norms:  # so that the model runs outside the mapped axis that training used
             norm.axis_name = norm.axis_index_groups = None
         for path, one in units.items():
             one.watched = path, around  # type: ignore[union-attr]
@@ -232,7 +232,7 @@ def _watched(kind: type) -> type:
     from flax import nnx as flax_nnx
 
     is_norm = issubclass(kind, flax_nnx.BatchNorm)
-    # If a subclass of the norm calls its superclass, that inner call is the call of the norm.
+    # If a subclass of the norm calls its superclass, that inner call counts as the norm's call.
     is_super = "super" in inspect.unwrap(kind.__call__).__code__.co_names
     base = flax_nnx.BatchNorm if is_norm and is_super else kind
 
@@ -264,7 +264,7 @@ def _folded() -> type:
 
 
 def _modules(model: Any) -> dict[Path, Any]:
-    """Returns the modules of a model by path."""
+    """Returns the modules of a model, keyed by path."""
     from flax import nnx as flax_nnx
 
     graph = flax_nnx.iter_graph(model)
@@ -280,7 +280,7 @@ def _shared(path: Path, module: Any, own: dict[Path, Any]) -> list[str]:
 
 
 def _by_name(own: Sequence[Any]) -> dict[Path, Any]:
-    """Returns the NNX path of each variable by its path in the `Network`."""
+    """Maps each variable's path in the `Network` to its NNX path."""
     return {tuple(map(str, key)): key for part in own for key, _ in part}
 
 

@@ -21,11 +21,11 @@ from bnjax.types import Array, BatchStats, Params
 
 Framework = Literal["torch", "keras"]
 Arrays = dict[str, np.ndarray]
-# The divisor of the running variance, n or n - 1. The entry for Keras is for Keras 3; for images,
-# Keras 2 uses TensorFlow's fused kernel with the unbiased variance, as in torch.
+# The kind of running variance: the divisor is n (biased) or n - 1 (unbiased). "keras" is Keras 3;
+# for images, Keras 2 uses TensorFlow's fused kernel with the unbiased variance, as in torch.
 STORED = {"torch": "unbiased", "keras": "biased"}
 SEPARATOR = {"torch": ".", "keras": "/"}
-# The names of our leaves in each framework.
+# Maps our leaf names to the leaf names in each framework.
 LEAVES: dict[str, dict[str, str]] = {
     "torch": {
         "kernel": "weight",
@@ -46,7 +46,7 @@ LEAVES: dict[str, dict[str, str]] = {
 
 
 def converted_momentum(framework: Framework, momentum: float) -> float:
-    """Converts a momentum to or from a framework's convention; in torch it is one minus ours.
+    """Converts a momentum to or from a framework's convention; torch's momentum is 1 - ours.
 
     >>> converted_momentum("torch", 0.9), converted_momentum("keras", 0.9)
     (0.1, 0.9)
@@ -59,13 +59,13 @@ class Table:
     """The mapping from our layers to the framework's layers.
 
     Attributes:
-        names: our dotted layer path -> the framework's name, for instance
+        names: maps our dotted layer path to the framework's name, for instance
             {"layer{s}_{b}.{name}": "layer{s}.{b}.{name}"}. `{word}` matches a part of one path
             element and stands for the same text on both sides. The first matching row applies.
             None if the names are equal.
-        flattened: our path of each dense layer or norm whose input is flattened images -> the
-            images' shape [h, w, c]. It is needed because torch flattens channels first, but Flax
-            and Keras flatten channels last.
+        flattened: maps our path of each dense layer or norm whose input consists of flattened
+            images to the images' shape [h, w, c]. This is needed because torch has channels first
+            when it flattens, but Flax and Keras have channels last.
     """
 
     names: Mapping[str, str] | None = None
@@ -90,7 +90,7 @@ SAME_NAMES = Table()
 
 
 def read_table(file: Path) -> Table:
-    """Reads a table from a JSON file, an object with the optional attributes of `Table`.
+    """Reads a table from a JSON file: an object with any of the attributes of `Table`.
 
     Raises:
         UserError: if the file is not a valid table.
@@ -110,7 +110,7 @@ def read_table(file: Path) -> Table:
 
 
 def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
-    """Returns the table for a network, with equal layer names and its flattened layers."""
+    """Returns a network's table, with unchanged layer names and the network's flattened layers."""
     first = "dense0" if model.dense else "logits"
     layers = [first]
     if model.placement == "pre" and model.norm is not None:
@@ -127,7 +127,7 @@ class _Entry(NamedTuple):
     """The layout of one of our leaves in the framework.
 
     Attributes:
-        path: our path of the leaf, starting with the collection.
+        path: our path of the leaf, which starts with the collection.
         rows: the indices of our first axis in the framework's order, for flattened images.
         axes: our axes in the framework's order.
         shape: the shape in the framework.
@@ -160,7 +160,7 @@ class _Entry(NamedTuple):
 def _entries(
     framework: Framework, params: Params, batch_stats: BatchStats, table: Table
 ) -> dict[str, _Entry]:
-    """Returns the layout of each leaf by the framework's key."""
+    """Maps the framework's key of each leaf to the leaf's layout."""
     leaves = flatten_dict({"params": params, "batch_stats": batch_stats})
     kernels = {path[1:-1] for path in leaves if path[-1] == "kernel"}
     layers = {".".join(path[1:-1]) for path in leaves}
@@ -177,7 +177,7 @@ def _entries(
         if theirs is None or rank not in {"kernel": (2, 3, 4, 5), "count": (0,)}.get(name, (1,)):
             raise UserError(
                 f"{'.'.join(path)}, of shape {list(shape)}, has no counterpart in {framework}. "
-                f"Supported leaves are {', '.join(LEAVES[framework])} of single layers; split "
+                f"The supported leaves are {', '.join(LEAVES[framework])} of single layers; split "
                 "layers that are stacked by nn.scan or nn.vmap first."
             )
         is_norm = path[1:-1] not in kernels
@@ -189,7 +189,9 @@ def _entries(
         image = table.flattened.get(layer)
         if framework == "torch" and image and rank and (name == "kernel" or is_norm):
             if math.prod(image) != shape[0]:
-                raise UserError(f"{'.'.join(path)} {list(shape)} does not fit {list(image)}.")
+                raise UserError(
+                    f"{'.'.join(path)} {list(shape)} does not fit flattened {list(image)}."
+                )
             # torch flattens images with channels first.
             rows = np.arange(math.prod(image)).reshape(image).transpose(2, 0, 1).ravel()
         key = f"{there}{SEPARATOR[framework]}{theirs}" if there else theirs
@@ -203,7 +205,7 @@ def _entries(
 
 
 def _implied(framework: Framework, places: Mapping[str, _Entry]) -> list[Arrays]:
-    """Returns neutral values of the leaves that torch's norms have and ours lack, for each norm.
+    """Returns for each norm neutral values of the leaves that torch has and the norm lacks.
 
     A norm in torch has both scale and bias, or neither if affine=False.
     """
@@ -223,18 +225,18 @@ def _implied(framework: Framework, places: Mapping[str, _Entry]) -> list[Arrays]
 def port_to(
     framework: Framework, params: Params, batch_stats: BatchStats, table: Table = SAME_NAMES
 ) -> Arrays:
-    """Returns the leaves of a network with the framework's keys and layouts.
+    """Converts the leaves of a network to a framework's keys and layouts.
 
     For "torch" the result is a `state_dict`. `num_batches_tracked` is the norm's `count`, or 0
-    without a count; torch uses it only if the momentum is None. If a norm has only a scale or only
-    a bias, the other is added as ones or zeros. For "keras" the keys are the paths of Keras
-    variables, "layer/variable".
+    without a count; torch uses the value only if the momentum is None. If a norm has only a bias or
+    only a scale, a scale of ones or a bias of zeros is added. For "keras" the keys are the
+    paths of Keras variables, "layer/variable".
 
     Args:
         framework: the target framework.
         params: the weights.
         batch_stats: the running statistics; may be empty.
-        table: the names of the layers.
+        table: the mapping of the layers.
 
     Raises:
         UserError: if a layer has no name in the framework, a leaf has no counterpart, or two leaves
@@ -259,19 +261,19 @@ def port_from(
     like: tuple[Params, BatchStats],
     table: Table = SAME_NAMES,
 ) -> tuple[Params, BatchStats]:
-    """Returns the parameters and running statistics from a framework's arrays.
+    """Builds parameters and running statistics from the arrays of another framework.
 
     Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`. If the norm
-    has no such leaf, `num_batches_tracked`, a scale of ones and a bias of zeros are ignored.
+    lacks the leaf, `num_batches_tracked`, a scale of ones or a bias of zeros is ignored.
 
     Args:
         framework: the source framework.
-        arrays: the arrays by key, as returned by `port_to`.
+        arrays: the arrays, keyed as in the result of `port_to`.
         like: the params and batch_stats of the network, as arrays or shapes.
-        table: the names of the layers.
+        table: the mapping of the layers.
 
     Raises:
-        UserError: if keys are missing or unused, or shapes differ; lists all of these keys.
+        UserError: if keys are missing or unused, or shapes differ; the message lists the keys.
     """
     places = _entries(framework, *like, table)
     neutral = {key: value for one in _implied(framework, places) for key, value in one.items()}
@@ -314,12 +316,13 @@ def port_into(target: SameNetwork, source: Network, table: Table = SAME_NAMES) -
     Args:
         target: the network to fill, for instance an untrained one.
         source: a network with the same layers.
-        table: the names of the layers, from the path in `source` to the path in `target`. Its
-            `flattened` lists layers of `source` whose input is flattened images; it is used if
-            exactly one of the networks is Equinox's, because Equinox has channels first.
+        table: maps each layer's path in `source` to its path in `target`. `table.flattened` lists
+            the layers of `source` whose input consists of flattened images. This is used if exactly
+            one of the networks is an Equinox network, because Equinox has channels first.
 
     Raises:
-        UserError: if leaves are missing or unused, or shapes differ; lists all of these leaves.
+        UserError: if leaves are missing or unused, or shapes differ; the message lists the
+            leaves.
 
     >>> from bnjax.clinic import linen
     >>> import flax.linen as nn
@@ -347,7 +350,7 @@ def port_into(target: SameNetwork, source: Network, table: Table = SAME_NAMES) -
 
 
 def read(file: Path) -> Arrays:
-    """Reads the arrays of a safetensors file by name, without pickle.
+    """Reads a safetensors file as a dict of arrays keyed by name, without pickle.
 
     Raises:
         UserError: if the file is missing, damaged or in a different format.
@@ -364,7 +367,7 @@ def read(file: Path) -> Arrays:
 
 
 def write(file: Path, arrays: Arrays) -> None:
-    """Writes arrays by name to a safetensors file.
+    """Writes a dict of arrays keyed by name to a safetensors file.
 
     Raises:
         UserError: if the file cannot be written.

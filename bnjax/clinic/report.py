@@ -15,8 +15,9 @@ WIDTH = 100
 HEAD = ("layer", "shape", "drift", "log var", "noise", "train/eval", "dead", "n", "found")
 COLUMNS = """\
 drift: stored minus expected mean in standard deviations, RMS over live channels; log var:
-log(stored / expected variance); noise: of the mean of a training batch; train/eval: ratio of
-variances with and without dropout; n: values per channel and batch"""
+log(stored / expected variance); noise: standard error of a training batch's mean, in standard
+deviations; train/eval: ratio of the variances with and without dropout; n: values per channel in
+a training batch"""
 PAGE = "docs/findings/{}.md"  # the page on a finding
 
 
@@ -114,8 +115,8 @@ class Findings:
             and `moved`, the mean total variation distance from predictions under precise
             statistics.
         examples: the number of audited examples.
-        limits: the absolute value of a field of `Row` above which a layer is ill; for `dead`, the
-            limit is a fraction of the channels.
+        limits: maps fields of `Row` to the absolute values above which they are highlighted; for
+            `dead`, the limit is a fraction of the channels.
     """
 
     found: tuple[Finding, ...]
@@ -167,7 +168,7 @@ class Findings:
         return table + self._below_table()
 
     def _repr_html_(self) -> str:
-        """Returns the report for a notebook; cells are coloured by value relative to the limit."""
+        """Returns the report for a notebook; colours show each value relative to its limit."""
         rows = ["".join(_html_cell(f"<b>{name}</b>") for name in HEAD)] if self.layers else []
         for row in self.layers:
             cells = map(_html_cell, map(html.escape, _cells(row)), self._styles(row))
@@ -192,7 +193,7 @@ class Findings:
     def _styles(self, row: Row) -> list[str]:
         """Returns the CSS of each cell, from green for 0 to red for twice the limit.
 
-        The limits have the order of the columns.
+        The limits are in the order of the columns.
         """
         values = dataclasses.asdict(row) | {"dead": row.dead / math.prod(row.shape)}
         styles = ["", ""]

@@ -17,7 +17,7 @@ from bnjax.train_step import LossFn, softmax_cross_entropy
 from bnjax.types import Array, Batch, BatchStats, Logits
 
 By = Literal["batch", "population"]
-# The passes stop when the largest change of a statistic is below the tolerance.
+# Passes are repeated until the largest change of a statistic is below the tolerance.
 TOLERANCE = 1e-6
 MAX_PASSES = 200
 
@@ -32,24 +32,24 @@ def precise(
 ) -> SameNetwork:
     """Replaces the running averages of each norm by the mean and variance over all examples.
 
-    All other leaves are unchanged (Wu & Johnson, 2021, section 3). Batches are pooled by count, so
-    their sizes have no effect except through the batch statistics of by="batch". Masked examples
-    are excluded, and dropout is off. Only one batch at a time is in memory. An average of unbiased
-    variances is replaced by the unbiased variance.
+    All other leaves are unchanged. The method is that of Wu & Johnson (2021, section 3). Batches
+    are weighted by the number of examples, so their sizes only affect the batch statistics used
+    with by="batch". Masked examples are excluded, and dropout is off. Only one batch at a time is
+    in memory. An average of unbiased variances is replaced by the unbiased variance.
 
     Args:
         network: a network whose norms are its library's own BatchNorm or bnjax's.
-        batches: an iterable of `image` [n, h, w, c] and optionally `mask` bool [n]; for
-            by="population" a repeatable one, such as a list.
+        batches: an iterable of batches with `image` [n, h, w, c] and optionally `mask` bool [n];
+            by="population" needs a repeatable iterable, such as a list.
         by: the statistics by which the earlier norms normalise. "batch": batch statistics, as in
             training; takes one pass. "population": the precise statistics, as in evaluation; takes
             one pass for each norm in the longest chain.
         keep: the weight of the stored means and variances in the result, 0 to 1 (Schneider et al.,
-            2020, section 3); with "population", earlier norms also normalise by the mixture.
-        jit: compiles a function.
+            2020, section 3); with "population", earlier norms also normalise by this mixture.
+        jit: the function used for compilation.
 
     Raises:
-        ValueError: if there is no example, a norm has only masked values, `keep` is invalid, or
+        ValueError: if there are no examples, a norm has only masked values, `keep` is invalid, or
             `batches` is not repeatable.
     """
     if by not in get_args(By):
@@ -97,7 +97,8 @@ def put(
     Args:
         batch_stats: the old statistics, the source of all other leaves.
         seen: the moments from `Network.observe`.
-        layers: the norms from `Network.norms`; they define the kind of each variance.
+        layers: the norms from `Network.norms`; they define which variances are
+            biased.
         keep: the weight of the old means and variances. Variances are averaged without a term for
             the distance between the means.
 
@@ -133,7 +134,7 @@ def _change(before: BatchStats, after: BatchStats) -> float:
 
 
 class Gap(NamedTuple):
-    """The results for one batch under running statistics and under batch statistics.
+    """The metrics of one batch under running statistics and under batch statistics.
 
     Attributes:
         stored: the metrics under the running statistics.
@@ -147,10 +148,11 @@ class Gap(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """The distance of the stored statistics of one norm from the true statistics.
+    """The difference between the stored and the true statistics of one norm.
 
     Epsilon is added to all variances, so the drift is the error of the norm's output. The true
-    statistics have sampling noise: over n images, `mean` of a dense layer is about 1/sqrt(n).
+    statistics have sampling noise: if they are computed from n images, the `mean` after a dense
+    layer is about 1/sqrt(n) even for correct averages.
 
     Attributes:
         mean: the root mean square over channels of the first result of `deviations`.
@@ -192,7 +194,7 @@ def deviations(mean: Any, var: Any, true_mean: Any, true_var: Any, epsilon: floa
 
 
 def drift(stored: BatchStats, true: BatchStats, layers: Iterable[NormLayer]) -> dict[str, Drift]:
-    """Returns the drift of each norm by name; a stack of `nn.scan` or `nn.vmap` is one norm.
+    """Returns a dict of drifts keyed by norm; a stack in `nn.scan` or `nn.vmap` is one norm.
 
     Args:
         stored: the running statistics.
@@ -234,8 +236,9 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
     sizes = {leaf.shape[:1] for leaf in leaves.values()}
     if len(sizes) > 1 or () in sizes:
         raise ValueError(
-            "every leaf of the statistics needs a leading axis of replicas of the same size, but "
-            f"the sizes are {sorted(sizes)}. Give the statistics that jax.pmap returns."
+            "every leaf of the statistics needs a leading axis with one entry per replica, but "
+            f"the leading axes have the sizes {sorted(sizes)}. Give the statistics that jax.pmap "
+            "returns."
         )
     size = max(sizes, default=(1,))
     shares = np.ones(size) if counts is None else np.asarray(counts, float)
@@ -259,8 +262,8 @@ def merge_replicas(batch_stats: BatchStats, counts: Array | None = None) -> Batc
                 found += average(np.square(means - average(means)))
         elif (leaf != (found := leaf[0])).any():
             raise ValueError(
-                f"{'.'.join(path)} differs between replicas ({np.unique(leaf)}), so they were "
-                "trained for different numbers of steps"
+                f"{'.'.join(path)} differs between replicas ({np.unique(leaf)}), so the "
+                "replicas were trained for different numbers of steps"
             )
         merged[path] = jnp.asarray(found, leaf.dtype)
     return unflatten_dict(merged)

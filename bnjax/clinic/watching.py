@@ -18,7 +18,7 @@ _compiled = jax.jit(gap, static_argnames="loss_fn")
 def vitals(
     network: Network, batch: Batch, *, loss_fn: LossFn = softmax_cross_entropy
 ) -> dict[str, float]:
-    """Returns loss and accuracy under three statistics, and the drift of each norm.
+    """Returns loss and accuracy under three kinds of statistics, and the drift of each norm.
 
     The keys are "loss/stored", "loss/batch", "loss/precise", the same with "accuracy", and for each
     norm "drift/NAME.mean" and "drift/NAME.variance" (see `bnjax.clinic.statistics.Drift`). For
@@ -27,19 +27,22 @@ def vitals(
     loss is above the batch loss, predictions depend on the rest of the batch.
 
     Takes six passes without gradients, about the time of two training steps. The program is
-    compiled once for each model, batch shape and `loss_fn`, whatever the weights and statistics.
+    compiled once for each model, batch shape and `loss_fn`; new weights and statistics need no new
+    compilation.
 
     Args:
         network: a network.
-        batch: training data, n even: `image` [n, h, w, c], `label` int [n], and optionally `mask`
-            bool [n].
+        batch: training data with an even number n of examples: `image` [n, h, w, c], `label` int
+            [n], and optionally `mask` bool [n].
         loss_fn: as for `bnjax.train_step.train_step`.
 
     Raises:
         ValueError: if the number of examples is odd, or one half has only masked examples.
     """
     if len(batch["image"]) % 2:
-        raise ValueError(f"{len(batch['image'])} examples cannot be halved: drop one")
+        raise ValueError(
+            f"{len(batch['image'])} examples cannot be split in two halves: drop one example"
+        )
 
     def run(network: Network, batch: Batch) -> Gap:
         return _compiled(network, batch, loss_fn=loss_fn)
@@ -93,7 +96,7 @@ def assert_healthy(
         network: as for `audit`.
         batches: as for `audit`.
         allow: the names of accepted findings, such as "small-batch".
-        run: facts about the training.
+        run: facts about the training run.
 
     Raises:
         AssertionError: if there is any other finding, or nothing to audit.
@@ -101,7 +104,9 @@ def assert_healthy(
     """
     allowed = [allow] if isinstance(allow, str) else [*allow]
     if unknown := [name for name in allowed if name not in ILLNESSES]:
-        raise ValueError(f"allow has unknown names {unknown}; findings are {', '.join(ILLNESSES)}")
+        raise ValueError(
+            f"allow has unknown names {unknown}; known names are {', '.join(ILLNESSES)}"
+        )
     findings = audit(network, batches, run)
     found = [one for one in findings.found if one.id not in allowed]
     texts = [*map(str, found)]
@@ -109,7 +114,9 @@ def assert_healthy(
         texts += [f"nothing was audited; missing: {one.missing}" for one in findings.not_checked]
     if texts:
         names = tuple(dict.fromkeys([*allowed, *(one.id for one in found)]))
-        accept = f"To accept findings: clinic.assert_healthy(…, allow={names})." if found else ""
+        accept = (
+            f"To accept these findings: clinic.assert_healthy(…, allow={names})." if found else ""
+        )
         raise AssertionError(
             "\n\n".join(["the batch norms are not healthy:", *texts, accept]).strip()
         )

@@ -146,11 +146,11 @@ def test_loss_and_accuracy_under_three_statistics():
 @pytest.mark.parametrize(
     ("name", "layers", "words"),
     [
-        ("NaN", ("first", "second"), "1 not finite"),
+        ("NaN", ("first", "second"), "1 with non-finite statistics"),
         ("far from 0, one-pass variance", ("first",), "E[x^2] - E[x]^2 in float32"),
         ("dropout before a norm", ("second",), "variance in evaluation = 1."),
         ("momentum 0.99", ("first", "second"), f"{0.99**60:.1%}"),
-        ("momentum 0.99", ("first", "second"), "1% needs 459 updates"),
+        ("momentum 0.99", ("first", "second"), "1% takes 459 updates"),
         ("one norm, called twice", ("Layer_0.BatchNorm_0",), "2 calls per pass"),
         ("two passes in a step", ("first", "second"), "2 updates per step"),
         ("frozen in name", ("first",), "mean, var changed"),

@@ -182,7 +182,7 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
         (Net(("norm", lambda x: x.reshape(6, 8, 3, 8), "layer")), "read by reshape"),
         (Net(("norm", channel_max, "layer")), "read by reduce_window_max"),
         (Net(("norm", PADDED_AVG, "layer")), "read by reduce_window_sum"),
-        (Net(("layer", flat, "norm")), "the norm has 256 channels and the layer 4 outputs"),
+        (Net(("layer", flat, "norm")), "the norm has 256 channels, but the layer has 4 outputs"),
         (Net(("norm", "layer"), layer=nn.Conv(4, (3, 3))), "adds zeros to its input"),
         (Net(("norm", "layer"), layer=PADDED), "adds zeros to its input"),
         (Net(("norm", "layer"), layer=TRANSPOSED), "adds zeros to its input"),
@@ -191,7 +191,7 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
         (Net(("layer", lambda x: x.max((1, 2)), "norm")), "there is a maximum between"),
         (Net(("layer", "norm"), layer=SpecialConv(4, (1, 1))), "neighbour layer is a SpecialConv"),
         (Net(("layer", "norm"), SpecialNorm(True)), "it is a SpecialNorm"),
-        (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "not the last axis alone"),
+        (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "all axes except the last"),
         (Net(("layer", "norm"), norms.BatchNorm(True, statistics="batch")), "by batch statistics"),
     ],
 )  # fmt: skip
@@ -305,6 +305,6 @@ def test_a_pair_is_folded_in_float64_and_returned_as_float32():
 
 def test_a_pair_with_another_number_of_channels_is_refused():
     one = np.ones(3)
-    for place, said in (("after", "the layer 2 outputs"), ("before", "the layer 4 inputs")):
-        with pytest.raises(ValueError, match=f"the norm has 3 channels and {said}"):
+    for place, said in (("after", "has 2 outputs"), ("before", "has 4 inputs")):
+        with pytest.raises(ValueError, match=f"the norm has 3 channels, but the layer {said}"):
             fold_pair(np.ones((4, 2)), None, one, one, one, one, 1e-3, norm=place)

@@ -153,7 +153,7 @@ def test_what_matches_nothing_is_an_error_with_the_names():
         run(model=freeze_statistics(model, "last", "batch*"))
     with pytest.raises(ValueError, match=r"'Conv_0'.*: BatchNorm_0, .*, last\."):
         affine_mask(params, stats, "Conv_0")
-    with pytest.raises(ValueError, match="there is no pattern"):
+    with pytest.raises(ValueError, match="no pattern was given"):
         affine_mask(params, stats)
 
 

@@ -135,7 +135,7 @@ TWO = {"a": {"kernel": np.ones((2, 2))}, "b": {"kernel": np.ones((2, 2))}}
         (TWO, Table({"a": "x"}), "matches the layer b"),
         (TWO, Table({"{any}": "x"}), r"would both be x\.weight"),
         (TWO, Table(flattened={"c": (1, 1, 2)}), "not in the network: c"),
-        (TWO, Table(flattened={"a": (2, 2, 2)}), r"does not fit \[2, 2, 2\]"),
+        (TWO, Table(flattened={"a": (2, 2, 2)}), r"does not fit flattened \[2, 2, 2\]"),
         ({"a": {"threshold": np.ones(3)}}, Table(), r"params\.a\.threshold.*no counterpart"),
         (
             {"a": {"scale": np.ones((3, 3))}},

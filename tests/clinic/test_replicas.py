@@ -74,7 +74,7 @@ def test_what_does_not_go_together_is_refused():
         with pytest.raises(ValueError, match=words):
             merge_replicas(stats, np.array(counts))
     for other in (jnp.zeros(()), jnp.zeros((3, 1))):
-        with pytest.raises(ValueError, match="leading axis of replicas"):
+        with pytest.raises(ValueError, match="leading axis with one entry per replica"):
             merge_replicas({**stats, "other": other})
     with pytest.raises(ValueError, match=r"count differs between replicas \(\[4 5\]\)"):
         merge_replicas({**stats, "count": np.array([4, 5])})

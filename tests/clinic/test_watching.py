@@ -155,7 +155,7 @@ def test_a_healthy_network_passes_and_an_ill_one_is_described():
         assert words in str(raised.value)
     clinic.assert_healthy(ill, BATCHES, allow="dead-channels")
     clinic.assert_healthy(ill, BATCHES, allow=["small-batch", "dead-channels"])
-    with pytest.raises(ValueError, match=r"\['small-batches'\]; findings are .*small-batch"):
+    with pytest.raises(ValueError, match=r"\['small-batches'\]; known names are .*small-batch"):
         clinic.assert_healthy(ill, BATCHES, allow=["small-batches"])
     # A network that cannot be audited is not healthy, whatever is allowed.
     with pytest.raises(AssertionError, match="a checkpoint that fits the model"):
