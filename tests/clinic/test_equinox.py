@@ -78,12 +78,13 @@ def test_the_first_steps_of_debiased_averages(mode):
             assert [one.layers for one in findings.found] == [("first", "second")]
             assert audit(precise(network, audited), audited).ids == ()
     # One more step in Equinox, on the images of precise statistics, leaves these as they are.
-    mended = precise(network, audited[:1])
     image = audited[0]["image"]
-    _, state = each(mended.model)(image, mended.state)
-    after = clinic.equinox(mended.model, state).batch_stats["first"]
-    for name in ("mean", "var"):
-        np.testing.assert_allclose(after[name], mended.batch_stats["first"][name], rtol=1e-5)
+    for before in (clinic.equinox(model, start), network):  # without updates, and with 600
+        mended = precise(before, audited[:1])
+        _, state = each(mended.model)(image, mended.state)
+        after = clinic.equinox(mended.model, state).batch_stats["first"]
+        for name in ("mean", "var"):
+            np.testing.assert_allclose(after[name], mended.batch_stats["first"][name], rtol=1e-5)
     # The logits of Equinox itself are those of the network.
     for one in (network, mended):
         logits, _ = each(eqx.nn.inference_mode(one.model))(image, one.state)
