@@ -1,4 +1,4 @@
-"""The commands: tyro makes the options of each one from the signature of its function `run`."""
+"""The commands; tyro derives the options of a command from the signature of its `run`."""
 
 from pathlib import Path
 from typing import Annotated

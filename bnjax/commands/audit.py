@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bnjax.data.batches import Examples
     from bnjax.types import Batch
 
-LEAST_BATCHES = 4  # the fewest batches between which differences are measured
+LEAST_BATCHES = 4  # the least number of batches to compare
 LEAST_IMAGES = 2048
 PAGE = """<!doctype html>
 <html lang="en" style="color-scheme: light dark">
@@ -35,7 +35,7 @@ def run(
         int | None,
         arg(
             metavar="N",
-            help="the number of training images; default: four batches or 2,048, whichever is more",
+            help="the number of training images; default: 2,048 or four batches, whichever is more",
         ),
     ] = None,
     json: Json = False,
@@ -66,7 +66,7 @@ def run(
         batch_size = trained.config.train.batch_size
         batches = audit_batches(trained.dataset(data_dir).train, batch_size, images)
         options = compiler_options()
-        # The audit runs the network on each batch at most six times, and three times more.
+        # The audit runs the network at most six times on each batch, plus three times.
         bar = progress((), "audit", "batch", 6 * len(batches) + 3)
         jit = counted(functools.partial(jax.jit, compiler_options=options), bar)
         evaluate = jit(functools.partial(forward, model=trained.model, train=False))
@@ -98,7 +98,7 @@ def run(
 
 
 def audit_batches(split: "Examples", batch_size: int, images: int | None) -> "list[Batch]":
-    """Returns at least four batches of distinct random images, no larger than training batches.
+    """Returns at least four batches of distinct random images; none exceeds a training batch.
 
     >>> import numpy as np
     >>> from bnjax.data.datasets import Split

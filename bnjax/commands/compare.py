@@ -23,13 +23,13 @@ def run(
         str | None, arg(metavar="FILE", help="the path or name of a claim, for instance momentum")
     ] = None,
     full: Annotated[
-        bool, arg(help="with --claim: run its full size instead of its small one")
+        bool, arg(help="with --claim: run the claim at its full size, not its small size")
     ] = False,
     seeds: Annotated[
         int | None,
         arg(
             metavar="N",
-            help="the number of seeds, which count from 0; default: as in the claim, or 5",
+            help="the number of seeds, counted from 0; default: the claim's number, or 5",
         ),
     ] = None,
     workdir: Annotated[
@@ -40,17 +40,17 @@ def run(
         Literal["one", "vmap", "devices"] | None,
         arg(
             help="train the seeds one after another, all in one program, or one on each device; "
-            "default: the fastest on this machine"
+            "default: the fastest way on this machine"
         ),
     ] = None,
     overrides: Suppress[tuple[str, ...]] = (),
     again: Suppress[str] = "",
 ) -> int:
-    """Train several configs, or the variants of a claim, over the same seeds and compare them.
+    """Train several configs, or the variants of a claim, with the same seeds and compare them.
 
-    The same command resumes an interrupted comparison; with more --seeds it adds runs. Any key of
-    the config can be set for all variants, for instance --config.train.steps=200. The exit status
-    is 1 if a run failed.
+    The same command resumes an interrupted comparison; a larger --seeds adds runs. Any key of the
+    config can be set for all variants, for instance --config.train.steps=200. The exit status is 1
+    if a run failed.
     """
     if bool(configs) == bool(claim):
         raise UserError("give either --configs or --claim.")

@@ -23,9 +23,9 @@ def run(
     ],
     workdir: Workdir,
     checkpoint: Checkpoint = "last",
-    to: Annotated[Literal["torch", "keras"] | None, arg(help="write the run to FILE")] = None,
+    to: Annotated[Literal["torch", "keras"] | None, arg(help="write the network to FILE")] = None,
     source: Annotated[
-        Literal["torch", "keras"] | None, arg(name="from", help="make a run in --out from FILE")
+        Literal["torch", "keras"] | None, arg(name="from", help="create a run in --out from FILE")
     ] = None,
     out: Annotated[
         Path | None, arg(metavar="DIR", help="with --from: the folder of the new run")
@@ -55,7 +55,7 @@ def run(
     if bool(to) == bool(source):
         raise UserError("give either --to or --from.")
     if bool(source) != bool(out):
-        raise UserError("--from makes a new run and needs a folder for it as --out; --to does not.")
+        raise UserError("--from creates a run and needs --out for its folder; --to does not.")
     from bnjax.train.cpu import prepare
     from bnjax.train.trained import Trained
 
@@ -72,7 +72,7 @@ def run(
 def _export(
     trained: "Trained", framework: "Framework", file: Path, table: "Table", probe: Path | None
 ) -> None:
-    """Writes the weights to the file, and the probe batch."""
+    """Writes the weights and the probe batch to their files."""
     import numpy as np
 
     from bnjax.clinic import porting
@@ -109,7 +109,7 @@ def _import(
     probe: Path | None,
     out: Path,
 ) -> None:
-    """Makes the folder of a run at step 0 from the file."""
+    """Creates the folder of a run at step 0 from the file."""
     import dataclasses
 
     import numpy as np

@@ -54,7 +54,7 @@ def run(
     except (OSError, ValueError) as error:
         raise UserError(
             f"bnjax serve cannot listen on {host}, port {port}: {error}. Choose a free port with "
-            "--port (0 for any); --host has to be an address of this machine."
+            "--port (0 for any); --host must be an address of this machine."
         ) from error
     print(f"{model or workdir} is served at {url} (Ctrl-C to stop)", flush=True)
     demo.block_thread()  # returns on Ctrl-C

@@ -70,7 +70,7 @@ def run(
     if (folder / "summary.json").exists():
         rundir.take(folder, settings, rundir.DataFacts.of(dataset))
         print(
-            f"{folder} is finished: {folder / 'summary.json'} has the result. "
+            f"{folder} is finished: {folder / 'summary.json'} contains the result. "
             "Use a different folder with --workdir to train again."
         )
         return 0

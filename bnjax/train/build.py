@@ -37,7 +37,7 @@ def check(config: ConfigDict) -> None:
     """Checks everything in a config that can be checked before the data are downloaded.
 
     Raises:
-        ConfigError: with the key, its value and the allowed values.
+        ConfigError: if a value is invalid; gives the key, its value and the allowed values.
     """
     check_values(config)
     data = config.data
@@ -132,7 +132,7 @@ def network(
     if config.placement == "after":
         raise ConfigError("model.placement", config.placement, "pre or before in a ResNet")
     made = RESNETS[config.name](placement=config.placement, conv=conv, **shared)
-    _check_groups(config, (made.width,))  # the widths of the other stages are multiples of it
+    _check_groups(config, (made.width,))  # the widths of other stages are its multiples
     return made
 
 
@@ -155,7 +155,7 @@ def _check_convnet(config: ConfigDict, image_shape: tuple[int, int, int]) -> Non
     normed = zip(config.dense, config.norm_dense, strict=True)
     _check_groups(config, (*config.filters, *(width for width, is_normed in normed if is_normed)))
     if config.dense_product != "float32" and config.dtype != "float32":
-        allowed = f"float32 with model.dtype = {config.dtype!r}, which already sets these operands"
+        allowed = f"float32 with model.dtype = {config.dtype!r}, which already rounds the operands"
         raise ConfigError("model.dense_product", config.dense_product, allowed)
     for side in image_shape[:2]:
         for i, (kernel, stride) in enumerate(zip(config.kernels, config.strides, strict=True)):
@@ -165,8 +165,8 @@ def _check_convnet(config: ConfigDict, image_shape: tuple[int, int, int]) -> Non
                 raise ConfigError(
                     "model.kernels and .strides",
                     (tuple(config.kernels), tuple(config.strides)),
-                    "layers that leave at least one pixel; image sides of "
-                    f"{image_shape[0]}x{image_shape[1]} are {side} at layer {i}",
+                    "layers that leave at least one pixel; images of "
+                    f"{image_shape[0]}x{image_shape[1]} have a side of {side} at layer {i}",
                 )
             side = after
 
@@ -199,7 +199,7 @@ class Experiment:
     loss_fn: LossFn  # the training loss
     tx: optax.GradientTransformation
     steps: int
-    patience: int  # training ends after so many evaluations in a row without a gain; 0: never
+    patience: int  # training ends after this many evaluations without a new best; 0: never
     stop_at_loss: float | None  # training ends at the first step with a loss this low
     eval_every: int
     batch_size: int
@@ -207,16 +207,16 @@ class Experiment:
     eval_batch_size: int
     times_products: bool  # whether to time matrix products before compiling
     averages: bool  # whether averaged weights are evaluated
-    precise_images: int  # training images for precise statistics; 0: use running statistics
+    precise_images: int  # used for precise statistics; 0: running statistics
     shuffle: bool
     most_skipped: int  # the number of consecutive bad steps that may be dropped
-    save_every: int  # in steps; each evaluation is followed by a save too
+    save_every: int  # in steps; each evaluation is also followed by a save
     save_every_minutes: float | None
     warnings: tuple[str, ...]
 
     @property
     def part(self) -> Part:
-        """The rows of each batch that this process loads, a multiple of the micro-batches."""
+        """The rows of each batch that this process loads, which split evenly into micro-batches."""
         part, devices = self.parallel.part, self.parallel.mesh.size
         # A single device processes the whole batch.
         multiple = devices * self.micro_batches if devices > 1 else 1
@@ -232,7 +232,7 @@ def experiment(config: ConfigDict, dataset: Dataset) -> Experiment:
     """Checks every value of the config and builds the experiment without compiling anything.
 
     Raises:
-        ConfigError: with the key, its value and the allowed values.
+        ConfigError: if a value is invalid; gives the key, its value and the allowed values.
     """
     check(config)
     check_batch(config, dataset)
@@ -312,7 +312,7 @@ def dataset(config: ConfigDict) -> Dataset:
         found = datasets.of_classes(found, data.classes)
     if not data.validation:
         return found
-    # The fallback data set is smaller. As with 5,000 images of CIFAR-10, a batch is a tenth of it.
+    # The fallback data set is smaller: hold out a tenth of it, like 5,000 of 50,000 images.
     images = len(found.train) // 10 if found.fallback_reason else data.validation
     return datasets.with_validation(found, images, data.validation_seed)
 
@@ -344,7 +344,7 @@ def spread_over(config: ConfigDict) -> Parallel:
     processes = jax.process_count()
     count = config.devices or len(devices)
     if count > len(devices) or count % processes:
-        of_each = f", equally many in each of {processes} processes" if processes > 1 else ""
+        of_each = f", with as many in each of {processes} processes" if processes > 1 else ""
         raise ConfigError("devices", count, f"up to {len(devices)}, the number of devices{of_each}")
     taken = [
         device

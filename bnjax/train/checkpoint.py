@@ -1,4 +1,4 @@
-"""Saves and restores checkpoints, and verifies them by checksums of their files."""
+"""Saves and restores checkpoints, and verifies them with checksums of their files."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def items(
 
 
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:
-    """Returns the record of each checkpoint by its step; damaged records are returned empty."""
+    """Returns the record of each checkpoint, keyed by step; a damaged record is empty."""
     found = {}
     for path in folder.glob("*"):
         if path.name.isdecimal():
@@ -53,7 +53,7 @@ def read_records(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
-    """Returns the size and the CRC-32 of each of Orbax's files in the items, by path."""
+    """Returns the size and CRC-32 of each file that Orbax wrote for the items, keyed by path."""
     found = {}
     for path in sorted(path for item in ITEMS for path in (folder / item).rglob("*")):
         # Orbax adds or removes this file when it gives the folder its final name.
@@ -67,7 +67,7 @@ def checksums(folder: Path) -> dict[str, list[int]]:
 
 
 def leaves_of(items: Any) -> dict[str, str]:
-    """Returns the dtype and the shape of each leaf as text, by name."""
+    """Returns the dtype and shape of each leaf as text, keyed by the name of the leaf."""
     return {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in named_leaves(items).items()}
 
 
@@ -78,13 +78,13 @@ class NewestTwoAndBest(preservation_policy.PreservationPolicy):
     records: dict[int, dict[str, Any]]
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Returns a list that says for each checkpoint whether to keep it."""
+        """Returns, for each checkpoint, whether to keep it."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         return [step in (*steps[-2:], best(self.records, steps)) for step in steps]
 
 
 def best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
-    """Returns the step with the highest accuracy, or the earliest of several such steps.
+    """Returns the step with the highest accuracy; if several steps tie, the earliest of them.
 
     Returns None if no step was evaluated.
     """
@@ -96,7 +96,7 @@ def best(records: dict[int, dict[str, Any]], steps: list[int]) -> int | None:
 def keep_best_and_last(folder: Path) -> None:
     """Removes all checkpoints of a finished run except the best and the last.
 
-    The caller has to hold the lock on the run's folder.
+    The caller must hold the lock on the run's folder.
     """
     records = read_records(folder)
     steps = sorted(records)
@@ -114,9 +114,9 @@ class Checkpoints:
 
     Keeps the newest two and the best. Each checkpoint has two items: "variables" (params and
     batch_stats for evaluation) and "training" (opt_state, step and rng; also params and batch_stats
-    if evaluation uses different ones). Its record has the test accuracy, the facts in `about`, a
-    fingerprint of the weights, and a checksum of every file. Saving happens in the background;
-    leaving the context waits until everything is on disk.
+    if evaluation uses different ones). The record of a checkpoint contains the test accuracy, the
+    facts in `about`, a fingerprint of the weights, and a checksum of every file. Saving happens in
+    the background; leaving the context waits until everything is on disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -125,7 +125,7 @@ class Checkpoints:
         Unless `read_only`, creates the folder and deletes unfinished checkpoints that a killed
         process left in it.
         """
-        # Orbax logs its settings as warnings, and it logs errors that it raises as well.
+        # Orbax logs its settings as warnings, and also logs the errors that it raises.
         drop_logs("orbax", below=logging.CRITICAL)
         self.folder = folder
         if not read_only and jax.process_index() == 0:
@@ -194,8 +194,8 @@ class Checkpoints:
     def newest_intact(self) -> tuple[int | None, list[str]]:
         """Returns the step of the newest intact checkpoint, and messages about damaged ones.
 
-        The step is None if there are no checkpoints. Moves later, damaged checkpoints to `damaged`
-        next to the folder, because training repeats their steps.
+        The step is None if there are no checkpoints. Moves damaged checkpoints of later steps to
+        `damaged` next to the folder, because training repeats these steps.
 
         Raises:
             CheckpointError: if all checkpoints are damaged; in that case none is moved.
@@ -230,7 +230,7 @@ class Checkpoints:
         """Checks every file of a checkpoint against its checksum.
 
         Raises:
-            CheckpointError: with the name of the first file that is missing or has changed.
+            CheckpointError: if a file is missing or has changed; names the first such file.
         """
         folder, wanted = self.folder / str(step), self._records[step].get("files", {})
         found = checksums(folder)
@@ -254,8 +254,8 @@ class Checkpoints:
         """Saves a checkpoint of the state's step in the background.
 
         Args:
-            accuracy: the test accuracy, which decides which checkpoint is the best; None if the
-                step was not evaluated.
+            accuracy: the test accuracy, which determines the best checkpoint; None if the step was
+                not evaluated.
             about: facts to save with the checkpoint, as JSON values: config, versions, conventions.
             evaluated: the weights and statistics for evaluation, if they differ from those used in
                 training.
@@ -278,13 +278,13 @@ class Checkpoints:
             self._records[step] = self._saving
             with _ONE_SAVE:
                 self._manager.save(step, args=args)
-        except Exception as error:  # Orbax, TensorStore and the file system raise many types
+        except Exception as error:  # Orbax, TensorStore and file systems raise many types
             raise self._unsaved(error) from error
 
     def restore(
         self, step: int, like: tuple[TrainState, BatchStats], *, apart: bool = False
     ) -> tuple[TrainState, BatchStats]:
-        """Returns the saved state and statistics of a step, on the default device.
+        """Restores the state and statistics of a step, and places them on the default device.
 
         `like` gives the tree structure, shapes and dtypes; `apart` is whether `evaluated` was
         passed to `save`.
@@ -301,7 +301,7 @@ class Checkpoints:
     def restore_variables(
         self, step: int, like: tuple[Params, BatchStats]
     ) -> tuple[Params, BatchStats]:
-        """Returns only the params and batch_stats for evaluation."""
+        """Restores only the params and batch_stats for evaluation."""
         params, batch_stats = like
         restored = self._restore(
             step, {"variables": {"params": params, "batch_stats": batch_stats}}
@@ -326,12 +326,12 @@ class Checkpoints:
         ]:
             more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
             raise CheckpointError(
-                f"the checkpoint {folder} is of another network or optimizer: "
+                f"the checkpoint {folder} belongs to another network or optimizer: "
                 f"{'; '.join(differences[:8])}{more}. Restore it with the config that was "
                 "used to train it."
             )
         (default,) = jax.numpy.zeros(()).devices()
-        # Independent of the devices that saved it.
+        # The restored arrays do not depend on the devices that saved the checkpoint.
         here = jax.sharding.SingleDeviceSharding(default)
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), items
@@ -353,7 +353,7 @@ class Checkpoints:
     def _write_record(self) -> None:
         if jax.process_index() > 0:
             return
-        # Orbax's temporary folder of this step.
+        # Orbax's temporary folder for this step.
         (folder,) = self.folder.glob(f"{self._saving['step']}.*")
         self._saving["files"] = checksums(folder)
         (folder / RECORD).write_text(json.dumps(self._saving))

@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from bnjax.errors import ConfigError
 
-MAX_SIZE = 1 << 20  # the largest width of a layer; a larger number is taken for a typing error
+MAX_SIZE = 1 << 20  # the largest width of a layer; a larger number is probably a typo
 MAX_SIDE = 1 << 14  # the largest side of an image, in pixels
 NETWORKS = ("convnet", "speednet", "resnet18", "resnet20", "resnet50")
 
 
 class Check(NamedTuple):
-    """Describes the allowed values of a key in words, and tests a value of the key's type."""
+    """Describes the allowed values of a key in words, and checks values of the key's type."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -106,7 +106,7 @@ class Run:
     seed: Seed = 0
     "the seed for initial weights, the order of the images, augmentation and dropout"
     devices: Count = 0
-    "the number of devices, which does not change the batch size; 0: all"
+    "the number of devices to use, which does not change the batch size; 0: all devices"
 
 
 class Data:
@@ -116,8 +116,9 @@ class Data:
         str,
         Check("cifar10, cifar100, digits, records, folder, or the name of a TFDS data set", bool),
     ] = "cifar10"
-    """cifar10, cifar100, digits, or a data set in TensorFlow Datasets; records: array_record files
-    in data.dir; folder: images in data.dir, as train/CLASS/*.jpg and test/CLASS/*.jpg"""
+    """the data set: cifar10, cifar100, digits, or the name of a data set in TensorFlow Datasets;
+    records: array_record files in data.dir; folder: images in data.dir, as train/CLASS/*.jpg and
+    test/CLASS/*.jpg"""
     dir: str = ""
     """the folder of the data: cifar-10-batches-bin or cifar-10-binary.tar.gz, array_record files,
     images, or a TFDS data_dir"""
@@ -128,26 +129,26 @@ class Data:
     label: str = ""
     "the name of the data set in summaries and tables; empty: data.name"
     train_images: Annotated[int, whole(0, words="a whole number above 0, or 0 for all")] = 0
-    "train on this many images, starting with the first; 0: on all images"
+    "train on only this many images, counted from the first; 0: all images"
     classes: Annotated[Labels, MEMORY] = ()
     """the numbers of the classes whose images are used in training and testing; the network still
     has an output for every class; empty: all classes"""
     validation: Annotated[Count, MEMORY] = 0
-    """hold out this many training images for validation, from each class in proportion; the best
-    checkpoint and train.patience depend on them, and the test images are evaluated once, at the
-    end. 0: use the test images for this"""
+    """hold out this many training images for validation, from each class in proportion to its size;
+    the best checkpoint and train.patience depend on the validation images, and the test images are
+    evaluated only once, at the end. 0: use the test images instead of validation images"""
     validation_seed: Annotated[Seed, MEMORY] = 0
     "the seed that selects the validation images; the same for all seeds of a comparison"
     pipeline: Annotated[str, one_of("memory", "stream")] = "memory"
-    "memory: all images are loaded; stream: files are read while training"
+    "memory: load all images into memory; stream: read files during training"
     image_size: Annotated[Pixels, STREAM] = 0
     "the side of the square crop; 0: no crop"
     shorter_side: Annotated[Pixels, STREAM] = 0
     "the length to which the shorter side is resized before the crop; 0: image_size"
     crop: Annotated[str, one_of("centre", "random", "random_resized"), STREAM] = "centre"
-    """the crop of training images. centre, random: a square from the centre or from a random place
-    of the resized image; random_resized: a random box with 8 to 100 % of the area and an aspect
-    ratio from 3/4 to 4/3, resized"""
+    """the crop of training images. centre, random: a square from the centre or from a random
+    position in the resized image; random_resized: a random box with 8 to 100 % of the area and an
+    aspect ratio from 3/4 to 4/3, resized"""
     workers: Annotated[Workers, STREAM] = 0
     "the number of processes that read ahead, which does not affect results; 0: use threads"
 
@@ -156,7 +157,8 @@ class Augment:
     """The section `augment`: operations on the device, in the order in which they are applied."""
 
     flip: Annotated[str, one_of("none", "random", "alternating")] = "none"
-    "mirror images; alternating: each image in every other epoch, a random half in the first"
+    """mirror images; random: with probability 1/2; alternating: a random half of the images in even
+    epochs, the other half in odd epochs"""
     translate: Pixels = 0
     "shift images by up to this many pixels; edges are reflected"
     crop: Pixels = 0
@@ -183,7 +185,7 @@ class Norm:
     average_dtype: Dtype = "float32"
     "round the running averages to this dtype after each step; bfloat16 is for experiments"
     epsilon: Positive = 1e-3
-    "the constant added to each variance before its square root is taken"
+    "the constant added to each variance before the square root"
     use_scale: bool = True
     "whether norms learn a scale for each channel"
     use_bias: bool = True
@@ -214,7 +216,8 @@ class Model(Norm):
     strides: Annotated[Sizes, CONVNET] = (2, 1, 1)
     "the stride of each convolution, or of the pooling after it"
     pooling: Annotated[str, one_of("none", "max", "avg"), CONVNET] = "none"
-    "none: convolutions are strided; max, avg: a pooling after each convolution has its stride"
+    """none: convolutions are strided; max, avg: each convolution is followed by pooling with its
+    stride"""
     dense: Annotated[Sizes, CONVNET] = (3500, 700)
     "the widths of the hidden dense layers"
     dropout: Annotated[Rates, CONVNET] = (0.0, 0.0)
@@ -259,20 +262,23 @@ class Optimizer:
     schedule: Annotated[str, one_of("constant", "linear", "cosine", "one_cycle", "steps")] = (
         "constant"
     )
-    """how the rate falls to 0; constant: it does not; one_cycle: it rises from 1/25 of the peak,
-    then falls, both along cosines; steps: it is divided by 10 at each entry of drops"""
+    """how the rate changes; constant: not at all; linear, cosine: it falls to 0; one_cycle: it
+    rises from 1/25 of the peak to the peak and then falls, both along a cosine; steps: it is
+    divided by 10 at each entry of drops"""
     drops: Annotated[Rates, Only("optimizer.schedule", ("steps",))] = ()
-    "the points at which the rate is divided by 10, as fractions of all steps"
+    "the points at which the rate is divided by 10, as fractions of the total number of steps"
     warmup: Fraction = 0.0
-    "the fraction of all steps in which the rate rises linearly from 0; one_cycle: 0 means 0.3"
+    """the fraction of the total number of steps during which the rate rises linearly from 0;
+    one_cycle: 0 means 0.3"""
     reduction: Annotated[str, one_of("mean", "sum")] = "mean"
     "the loss that is differentiated: the mean or the sum over the batch; metrics are always means"
     weight_decay: Amount = 0.0
-    """the multiple of each weight that is added; sgd: to its gradient; adam: to its update, before
-    the rate is applied (AdamW); muon: to the gradients of weights that sgd trains, divided by their
-    peak rate"""
+    """this multiple of each weight is added; sgd: to its gradient; adam: to its update, before the
+    rate is applied (AdamW); muon: divided by the peak rate, to the gradients of weights that sgd
+    trains"""
     weight_decay_mask: Annotated[str, one_of("kernels", "all")] = "kernels"
-    "the weights that decay: kernels of convolutions and dense layers; all: biases and scales too"
+    """the weights that decay; kernels: kernels of convolutions and dense layers; all: also biases
+    and scales"""
     b1: Fraction = 0.9
     "adam: the decay rate of the average gradient"
     b2: Fraction = 0.999
@@ -285,7 +291,7 @@ class Optimizer:
     "sgd: use Nesterov momentum; muon always does"
     average: Annotated[str, one_of("none", "ema", "swa")] = "none"
     """evaluate and predict with this average of the weights, always under precise statistics
-    computed for it (eval.precise_images); training does not use the average"""
+    computed for the averaged weights (eval.precise_images); training does not use the average"""
     average_decay: Fraction = 0.99
     "ema: the fraction of the old average that a step keeps"
     average_start: Step = 1
@@ -300,9 +306,9 @@ class Muon:
     beta: Fraction = 0.6
     "the decay rate of the average gradient in muon"
     bias_rate: Positive = 0.05
-    "the peak rate of biases and scales, which sgd trains"
+    "the peak learning rate of biases and scales, which are trained by sgd"
     head_rate: Positive = 0.5
-    "the peak rate of dense kernels, which sgd trains"
+    "the peak learning rate of dense kernels, which are trained by sgd"
     whiten_steps: Count = 0
     "speednet: the number of steps in which the bias of the whitening layer is trained; 0: all"
     rescale_every: Annotated[
@@ -312,8 +318,8 @@ class Muon:
             lambda value: len(value) == 2 and is_whole(value[0], 1) and is_whole(value[1], 0),
         ),
     ] = (1, 0)
-    """(a, b): kernels of convolutions are rescaled to the norm sqrt(output channels) every
-    a + int(b * progress) steps, with progress from 0 to 1 over the run"""
+    """(a, b): kernels of convolutions are rescaled to the norm sqrt(output channels) every a +
+    int(b * progress) steps, where progress rises from 0 to 1 during the run"""
 
 
 class Train:
@@ -324,8 +330,8 @@ class Train:
     statistics, matched by name; the command-line option is --from"""
     freeze: Annotated[str, one_of("none", "statistics", "norms", "backbone")] = "none"
     """the values that training leaves unchanged; statistics: the running statistics of all norms,
-    which then normalise with them in training too; norms: the statistics, scales and biases of all
-    norms; backbone: everything except the last layer"""
+    which then normalise with these statistics in training too; norms: the statistics, scales and
+    biases of all norms; backbone: everything except the last layer"""
     freeze_statistics: Patterns = ()
     "patterns such as stage0.* that name further norms whose statistics are frozen"
     freeze_params: Patterns = ()
@@ -343,14 +349,15 @@ class Train:
     label_smoothing: Fraction = 0.0
     "the fraction of each label that the training loss spreads evenly over all classes"
     target_loss: Positive = 0.2
-    "the summary records the first step with a training loss at or below this"
+    "the summary records the first step with a training loss at or below this value"
     stop_at_loss: Amount = 0.0
-    "end training at the first step with a loss at or below this; 0: take every step"
+    "end training at the first step with a loss at or below this value; 0: take all steps"
     patience: Count = 0
-    "end training after this many evaluations in a row without a better accuracy; 0: never"
+    "end training after this many consecutive evaluations without a better accuracy; 0: never"
     time_products: bool = True
-    """on CPUs, time large matrix products with both libraries of XLA before the first step and use
-    the faster one; False: always use the same library, so that the bits depend on no timing"""
+    """on CPUs, time large matrix products with each of XLA's two libraries before the first step,
+    and use the faster library; False: always use the same library, so that results do not depend on
+    timings"""
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
     "after a step with a non-finite loss, gradient or statistic: stop training, or skip the step"
     most_skipped: Count = 10
@@ -372,15 +379,16 @@ class Eval:
     those used in training"""
     precise_images: AtLeast2 = 10_000
     """precise: the number of training images, evenly spaced in the data set; they are normalised in
-    separate batches of about train.batch_size"""
+    separate batches of about train.batch_size images"""
     views: Annotated[int, Check("1, 2 or 6", lambda value: value in (1, 2, 6))] = 1
     """average the logits of this many views of each image; 2: the image and its mirror image; 6:
-    these two and two copies of each, shifted by a pixel"""
+    these two images and two copies of each, shifted by a pixel"""
     views_share: Share = 1.0
-    "the fraction of a batch (its least certain images) evaluated in all views, others in one view"
+    """the fraction of each batch (its least certain images) that is evaluated in all views; the
+    other images are evaluated in one view"""
     gap_images: Images = 256
-    """the number of training images that each evaluation runs under the running averages and under
-    batch statistics, to measure the error of the averages and its effect on the loss"""
+    """the number of training images that each evaluation runs both under the running averages and
+    under batch statistics, to measure the error of the averages and its effect on the loss"""
     histograms: Images = 256
     "the number of training images for histograms of activations and gradients"
     pictures: UpTo100 = 12
@@ -388,7 +396,7 @@ class Eval:
 
 
 class Checkpoint:
-    """The section `checkpoint`: saves between evaluations; at most one key is not 0."""
+    """The section `checkpoint`: saves between evaluations; at most one key may be above 0."""
 
     every_steps: SaveSteps = 0
     "also save between evaluations, at this interval in steps"
@@ -482,10 +490,10 @@ def keys_as_text() -> str:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks that each value is allowed, and that keys which do not apply have their defaults.
+    """Checks that each value is allowed, and that keys without effect have their defaults.
 
     Raises:
-        ConfigError: with the key, its value and the allowed values.
+        ConfigError: if a value is not allowed; gives the key, its value and the allowed values.
     """
     for key in KEYS:
         value = config[key.name]

@@ -1,4 +1,4 @@
-"""Makes XLA fast on a CPU with compiler options and memory settings; caches compiled programs."""
+"""Speeds up XLA on CPUs with compiler options and memory settings; caches programs."""
 
 import ctypes
 import functools
@@ -18,12 +18,12 @@ from bnjax.errors import UserError
 
 Options = dict[str, str | bool | int]
 
-# Measured with jaxlib 0.10.2 and 0.12.0.1, the tutorial's network, batches of 512 and 5000. By
-# default YNNPACK also computes convolutions, but their gradients are slow: 830 to 910 images/s
+# Measured with jaxlib 0.10.2 and 0.12.0.1 on the tutorial's network, in batches of 512 and 5,000.
+# By default YNNPACK also computes convolutions, but their gradients are slow: 830 to 910 images/s
 # instead of 1,490 on AVX-512 cores, and fewer on AVX2 cores. These options limit YNNPACK to matrix
 # products (INDIVIDUAL_DOT) and reductions (REDUCE: 5 % faster); with ELTWISE a step takes 13 %
-# longer. Without the region analysis XLA copies both of Adam's averages for the largest layer
-# (102 MB each) in each step: 5 % slower, with the same bits.
+# longer. Without the region analysis XLA copies both of Adam's averages for the largest layer (102
+# MB each) in each step, which takes 5 % longer and gives the same bits.
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 CPU_OPTIONS: Options = {
     FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
@@ -43,7 +43,7 @@ CPU_INIT_OPTIONS: Options = {"xla_backend_optimization_level": 1}
 # allocations separately, and use one heap.
 KEEP_FREED_MEMORY = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 MADV_HUGEPAGE = 14
-LEAST_MEMORY = 8 << 30  # the number of bytes that have to be available
+LEAST_MEMORY = 8 << 30  # the number of bytes that must be available
 # The fraction of the machine's memory to leave available. The memory that glibc keeps can grow to
 # several times what a step needs (18.7 GB instead of 4.9): glibc does not reuse a large freed block
 # for an aligned block of the same size once a small block lies behind it.
@@ -54,7 +54,7 @@ ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*", "dxg")
 
 
 def prepare(*, training: bool = False) -> None:
-    """Prepares this process for computation with JAX; has to be called before any computation.
+    """Prepares this process for computation with JAX; must be called before any computation.
 
     Args:
         training: whether the process will train. If so, and JAX will use a CPU, freed memory is
@@ -91,7 +91,7 @@ def will_use_cpu() -> bool:
 
 
 def compiler_options() -> Options:
-    """Returns fast options for `jax.jit(f, compiler_options=...)` on the default backend."""
+    """Returns options for `jax.jit(f, compiler_options=...)`, fast on the default backend."""
     return usable(CPU_OPTIONS)
 
 
@@ -117,7 +117,7 @@ def usable(cpu_options: Options) -> Options:
 def memory() -> int | None:
     """Returns the memory of the default device in bytes; for a CPU, the memory of the machine.
 
-    Returns None if it is unknown.
+    Returns None if the amount is unknown.
     """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None and jax.default_backend() == "cpu" and sys.platform != "win32":
@@ -126,12 +126,12 @@ def memory() -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory for the next step, in huge pages; returns whether it does.
+    """Makes glibc keep freed memory for later steps, in huge pages; returns whether it does so.
 
     On a CPU, XLA allocates and frees gigabytes in each step, and page faults take a fifth of the
-    time. This has to be called before any other use of JAX. It does nothing if less than 8 GB are
-    available, without glibc, with BNJAX_MALLOC=0, or if the user chose another malloc or other
-    settings (LD_PRELOAD, GLIBC_TUNABLES).
+    time. Call this function before any other use of JAX. It does nothing if less than 8 GB is
+    available, if there is no glibc, if BNJAX_MALLOC is 0, or if the user chose another malloc or
+    other settings (LD_PRELOAD, GLIBC_TUNABLES).
     """
     chosen = "malloc" in os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
     available = _meminfo("MemAvailable")
@@ -153,7 +153,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Gives kept memory back to the kernel if little other memory is left; returns whether it did.
+    """Releases kept memory to the kernel if little other memory is left; returns whether it did.
 
     Call it between steps, about once a second. Does nothing if the backend is not a CPU.
     """
@@ -178,7 +178,7 @@ def compiled_folder() -> Path:
 
 
 def processor() -> str:
-    """Returns the name of the processor and its widest instructions, as far as they are known."""
+    """Returns the name of the processor and its widest vector instructions, if known."""
     text = CPUINFO.read_text() if CPUINFO.exists() else ""
     name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
     names = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
@@ -187,7 +187,7 @@ def processor() -> str:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Caches compiled programs, at most 2 GB of them, in a folder for later processes.
+    """Caches compiled programs (at most 2 GB) in a folder for later processes.
 
     A folder that the user chose with JAX_COMPILATION_CACHE_DIR or jax.config is used instead.
     """
@@ -202,6 +202,6 @@ def keep_compiled(folder: Path) -> None:
 def _is_known(name: str, value: str | bool | int) -> bool:
     try:
         jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
-    except Exception:  # JAX raises several types that are not public
+    except Exception:  # JAX raises several private error types
         return False
     return True

@@ -16,15 +16,15 @@ from bnjax.errors import UserError, brief
 
 # The axes of the mesh: devices that share batch statistics, and the groups that they form.
 MEMBERS, GROUPS = "members", "groups"
-# A process that sends no heartbeat for so many seconds counts as lost, and the others end.
+# A process that sends no heartbeat for this many seconds is considered lost, and the others end.
 HEARTBEAT_SECONDS = 30
-# The devices that share batch statistics: all of them, none, or groups of this many.
+# The devices that share batch statistics: all of them, none, or groups of a given size.
 Over = Literal["global", "per_device"] | int
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """Spreads a step over devices, each with an equal part of the batch.
+    """Splits a step across devices, each of which receives an equal part of the batch.
 
     Without groups, batch norms normalise over the whole batch, and the step is compiled by
     `jax.jit` with shardings. With groups, `jax.shard_map` maps the step over the parts.
@@ -60,12 +60,12 @@ class Parallel:
         in_axes: Sequence[int | None],
         **options: Any,
     ) -> Any:
-        """Returns a jitted step for these devices, whose results are equal on all of them.
+        """Returns a jitted step for these devices; its results are equal on all devices.
 
         Args:
-            make: a function from the axis name to the step.
-            in_axes: for each argument, the axis of the examples, which is divided among the
-                devices; None for an argument that is equal on all devices.
+            make: a function that maps the axis name to the step.
+            in_axes: for each argument, the axis of the examples, which is split across the devices;
+                None for an argument that is equal on all devices.
             options: the options of `jax.jit`.
         """
         step, specs = make(self.axis_name), tuple(map(self._spec, in_axes))
@@ -83,8 +83,8 @@ class Parallel:
 
         Args:
             tree: the arrays of this process; each of several processes passes a different part.
-            axis: the axis of the examples, which is divided among the devices; None copies the
-                whole arrays to each device.
+            axis: the axis of the examples, which is split across the devices; None copies the whole
+                arrays to each device.
         """
         if self.mesh.size == 1:
             return jax.device_put(tree)  # puts the arrays on the default device, uncommitted
@@ -104,7 +104,7 @@ class Parallel:
 
 
 def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns the global array made of the parts of all processes."""
+    """Returns the global array assembled from the parts of all processes."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _joined(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -112,7 +112,7 @@ def _joined(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
-    """Returns the devices of a step as a mesh.
+    """Arranges the devices of a step in a mesh.
 
     Args:
         devices: at least one device.
@@ -126,12 +126,12 @@ def spread(devices: Sequence[jax.Device], over: Over = "global") -> Parallel:
         raise ValueError(f"{len(devices)} devices cannot be divided into groups of {over}")
     sizes = {GROUPS: len(devices) // size, MEMBERS: size}
     axes = {name: count for name, count in sizes.items() if count > 1} or {MEMBERS: 1}
-    # Auto: the compiler chooses all other shardings, as it does with one device.
+    # The axes have the type Auto: the compiler chooses all other shardings, as with one device.
     return Parallel(Mesh(np.array(devices).reshape(*axes.values()), tuple(axes)))
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Connects this process with the others; has to be called before any computation.
+    """Connects this process with the others; must be called before any computation.
 
     Arguments that are None are read from the environment of TPU pods, Slurm or Open MPI.
 
@@ -157,7 +157,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
 
 
 def from_first(*numbers: int) -> tuple[int, ...]:
-    """Returns the numbers of the first process; every process has to call this function."""
+    """Returns the numbers of the first process; every process must call this function."""
     if jax.process_count() == 1:
         return numbers
     sent = multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32))
@@ -165,7 +165,7 @@ def from_first(*numbers: int) -> tuple[int, ...]:
 
 
 class Agreement:
-    """Lets all processes stop or save after the same step.
+    """Makes all processes stop or save after the same step.
 
     A call never blocks: with several processes it returns the maxima of the previous call, which
     the devices have computed in the meantime.

@@ -1,4 +1,4 @@
-"""Records histograms, the gap and example predictions of a network during training."""
+"""Records histograms, the gap between statistics, and example predictions in training."""
 
 import functools
 import math
@@ -40,8 +40,8 @@ QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
 MAX_VALUES = 1 << 16  # per array; more values would not visibly change a histogram
 
-# Arrays by kind ("statistic", "activation", "gradient") and name, in the order of computation.
-# OrderedDict keeps that order, whereas JAX sorts the keys of a plain dict.
+# Arrays keyed by kind ("statistic", "activation", "gradient") and name, in the order of
+# computation. OrderedDict keeps that order, whereas JAX sorts the keys of a plain dict.
 Samples = OrderedDict[str, OrderedDict[str, Array]]
 
 
@@ -53,11 +53,11 @@ def sample(
     model: nn.Module,
     loss_fn: LossFn = softmax_cross_entropy,
 ) -> Samples:
-    """Returns values of every running statistic, layer output and gradient in a training step.
+    """Returns the values of every running statistic, layer output and gradient in a training step.
 
     The outputs are those of the innermost modules except dropout layers; the gradients are those of
-    the mean loss. Arrays with more than 65,536 values are subsampled at equal distances. Nothing is
-    updated, so a call does not affect training.
+    the mean loss. Arrays with more than 65,536 values are subsampled at regular intervals. Nothing
+    is updated, so a call does not affect training.
 
     Args:
         state: the state before the step.
@@ -129,7 +129,7 @@ def summarise(samples: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str,
 
 
 def _thin(values: Array) -> Array:
-    """Returns at most `MAX_VALUES` of the values, at equal distances, float32 [count]."""
+    """Returns at most `MAX_VALUES` evenly spaced values, float32 [count]."""
     stride = -(-values.size // MAX_VALUES) or 1
     while math.gcd(stride, values.size) > 1:  # with a common factor, channels might be skipped
         stride += 1
@@ -151,15 +151,15 @@ def _outputs(intermediates: Tree) -> OrderedDict[str, Array]:
 
 
 def _layer(name: str) -> str:
-    """Returns the layer in the name of an output, for instance in "conv0.__call__.0"."""
+    """Extracts the name of a layer from the name of its output, such as "conv0.__call__.0"."""
     return name.partition("__call__")[0].rstrip(".")
 
 
 class Observer:
-    """Records observations of a network in addition to its metrics; does not affect training."""
+    """Records diagnostics of a network in addition to its metrics; does not affect training."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset, options: ConfigDict):
-        """Selects images evenly spaced over each split; functions are compiled at the first use.
+        """Selects images evenly spaced over each split; functions are compiled at their first use.
 
         `options` is the section `eval` of the config.
         """

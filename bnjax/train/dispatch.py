@@ -29,7 +29,7 @@ def default_feed(experiment: Experiment, split: Examples) -> Feed:
 
 
 def dispatch_size(experiment: Experiment, feed: Feed, step: int, step_seconds: float) -> int:
-    """Returns the number of steps for the next program, up to an evaluation or a save.
+    """Returns the number of steps in the next dispatch, which ends by the next evaluation or save.
 
     Args:
         experiment: determines the intervals between evaluations and saves.
@@ -37,7 +37,7 @@ def dispatch_size(experiment: Experiment, feed: Feed, step: int, step_seconds: f
         step: the number of steps so far.
         step_seconds: the duration of one step in seconds; infinite if not known yet.
     """
-    if experiment.stop_at_loss:  # the loss of each step decides whether training goes on
+    if experiment.stop_at_loss:  # the loss of each step decides whether training continues
         return 1
     ends = (experiment.eval_every, experiment.save_every)
     size = min(feed.max_steps, experiment.steps - step, *(every - step % every for every in ends))

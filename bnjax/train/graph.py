@@ -23,7 +23,7 @@ def graph_def(model: nn.Module, shape: Sequence[int], dtype: Any = np.uint8) -> 
     """Returns the graph of the forward pass of a training step, without computing it.
 
     Each innermost module is one node, with the shapes of its parameters; each operation between
-    modules is a node too. The names of nodes are paths with "/".
+    modules is a node too. The names of nodes are paths separated by "/".
 
     Args:
         model: any linen module with `__call__(x, train=...)`.

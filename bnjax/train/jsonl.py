@@ -1,4 +1,4 @@
-"""Writes and reads the JSON files of a run, most of them with one object per line."""
+"""Writes and reads the JSON files of a run, most of which have one object per line."""
 
 import contextlib
 import json
@@ -119,8 +119,8 @@ class RunWriter:
     def __init__(self, workdir: Path, *, start: int, on_metrics: OnMetrics | None = None):
         """Opens the files.
 
-        Removes the lines of an interrupted run after step `start`, because the run repeats them.
-        `on_metrics` is called with each line of metrics.jsonl.
+        Removes the lines that an interrupted run wrote after step `start`, because the resumed run
+        repeats those steps. `on_metrics` is called with each line of metrics.jsonl.
         """
         self._on_metrics = on_metrics
         with contextlib.ExitStack() as stack:  # if a file cannot be opened, closes the others
@@ -154,7 +154,7 @@ class RunWriter:
             self._on_metrics(step, split, numbers)
 
     def timing(self, step: int, seconds: float, images_per_s: float) -> None:
-        """Records the seconds since training began and the current images per second."""
+        """Records the seconds since training began, and the current throughput."""
         self._timing.write(
             {"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)}
         )

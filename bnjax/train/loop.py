@@ -51,8 +51,8 @@ def train_and_evaluate(
         dataset: the data set, from `bnjax.train.build.dataset`.
         on_metrics: a function (step, split, values) -> None. The first process calls it for each
             line that it writes to metrics.jsonl, while the device computes. The values are numbers
-            by name, with "drift_mean/LAYER" for a norm. If the function raises an error, the latest
-            step is saved before training ends.
+            keyed by name, for instance "loss" or, for a norm, "drift_mean/LAYER". If the function
+            raises an error, the latest step is saved before training ends.
 
     Raises:
         UserError: if the config is invalid, the folder belongs to a different run or process, or
@@ -87,7 +87,7 @@ class Trainer:
     def train(
         self, folders: Mapping[int, Path], stop: StopRequest, on_metrics: OnMetrics | None = None
     ) -> dict[int, Summary | NonFiniteError]:
-        """Trains all seeds in one program, from the last step of each; returns their results.
+        """Trains all seeds in one program, each from its last step, and returns their results.
 
         After an interruption, seeds may be at different steps. Seeds at the same step form a group,
         and the groups train one after another. The size of a group changes results only by

@@ -46,7 +46,7 @@ def explained(step: int, bad_steps: int, saved: int | None, where: str | None) -
         f"step {step}{rows} gave a loss, a gradient or a statistic that is not finite. {found} "
         f"{kept}. Check the images, and try a lower learning rate "
         "(--config.optimizer.learning_rate=…), a larger config.model.epsilon, or float32 instead "
-        "of bfloat16; --config.train.on_nonfinite=skip drops such steps and trains on. A changed "
+        "of bfloat16; --config.train.on_nonfinite=skip drops such steps and continues. A changed "
         "config needs a different --workdir."
     )
 
@@ -66,7 +66,8 @@ def first_nonfinite(
     in the order of computation.
 
     Args:
-        state: the state before the step; its `step` has to be right, because dropout depends on it.
+        state: the state before the step; its `step` must be correct, because dropout depends on the
+            step.
         batch_stats: the statistics before the step.
         batch: the batch of the step.
         model, loss_fn: as for `train_step`.

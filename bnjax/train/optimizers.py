@@ -1,4 +1,4 @@
-"""Builds the optimizer of a config: Adam, SGD or Muon, with schedules and averages of weights."""
+"""Builds the optimizer of a config: Adam, SGD or Muon, with schedules and weight averaging."""
 
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def kernels(params: Params) -> Any:
 
 
 def kinds(params: Params) -> Any:
-    """Returns the kind of each leaf, which decides how Muon trains it.
+    """Returns the kind of each leaf, which determines how Muon trains the leaf.
 
     "convolution" and "dense" mark kernels; "fixed" and "whitening" mark the kernel and the bias of
     a `bnjax.models.speednet.Whitening`; "other" marks all other leaves.
@@ -164,7 +164,7 @@ def rescale(every: int, more: int, steps: int) -> optax.GradientTransformation:
 
     The scale of a kernel in front of a batch norm has no effect on the output, and the effective
     learning rate is the size of the step relative to the norm of the kernel. With a fixed norm, the
-    schedule alone sets that rate. This has to be the last transformation in a chain.
+    schedule alone sets that rate. This must be the last transformation in a chain.
 
     Args:
         every, more: kernels are rescaled every `every + int(more * progress)` updates.

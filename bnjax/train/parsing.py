@@ -60,10 +60,11 @@ def load(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def find(path: str, kind: str) -> Path:
-    """Returns the path of a config or claim, given as a path or as a name that comes with bnjax.
+    """Returns the path of a config or claim file, given its path or the name of an included file.
 
     Args:
-        path: the path, or only the name of a config or claim that bnjax includes, such as "bn".
+        path: the path of a file, or the name of a config or claim that bnjax includes, such as
+            "bn".
         kind: "config" or "claim".
 
     Raises:
@@ -88,7 +89,7 @@ def find(path: str, kind: str) -> Path:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Returns the config with these values, which come from `to_dict` or from JSON.
+    """Returns a config with the given values, which come from `to_dict` or from JSON.
 
     Raises:
         UserError: for an unknown key.
@@ -158,7 +159,7 @@ def pairs(overrides: Sequence[str]) -> dict[str, str]:
     """Returns the names and values in arguments of the form `--config.a.b=value`.
 
     Raises:
-        UserError: if an argument has another form.
+        UserError: if an argument does not have the expected form.
     """
     found = {}
     for word in overrides:
@@ -187,7 +188,7 @@ def _convert(name: str, text: str, old: Any) -> Any:
 
 
 def _of_type(name: str, value: Any, old: Any) -> Any:
-    """Converts the value to the type of `old` if that loses nothing, for instance int to float."""
+    """Converts the value to the type of `old` if that is lossless, for instance int to float."""
     kind = type(old)
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(value)

@@ -1,4 +1,4 @@
-"""Chooses the library for the matrix products of a program on a CPU, by timing both."""
+"""Times two libraries for the matrix products of a CPU program, and chooses the faster."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from bnjax.train.jsonl import write_json
 
 # Eigen is chosen if it needs less than this fraction of YNNPACK's time.
 FASTER = 0.95
-# The FLOPs of a product. Smaller products take little time; larger ones are cut before timing.
+# Bounds on the FLOPs of a product: smaller products are not timed, larger ones are cut first.
 SMALLEST, LARGEST = 5e9, 3e10
 REPEATS = 2
 # The shapes of both operands, and the dimension numbers of `jax.lax.dot_general`.
@@ -30,8 +30,8 @@ def fastest_options(program: Any, folder: Path | None = None) -> Options:
     """Returns the fastest options for compiling a program on the default backend.
 
     If the backend is a CPU and the program contains large float32 matrix products, they are timed
-    with YNNPACK and with Eigen, which takes up to 2 s. The choice is kept in a file, so that later
-    processes compile the same program.
+    with YNNPACK and with Eigen. The timing takes up to 2 s. The choice is stored in a file, so that
+    later processes compile the same program.
 
     Args:
         program: a jaxpr, for instance `jax.jit(f).trace(x).jaxpr`.
@@ -84,7 +84,7 @@ def flops(product: Product) -> float:
 
 
 def seconds(product: Product, options: Options) -> float:
-    """Returns the time of a product in seconds; a product above LARGEST is cut and extrapolated."""
+    """Returns the time of a product in seconds, extrapolated if the product is above LARGEST."""
     left, right, numbers = product
     (_, summed), (_, batched) = numbers
     widest = max(set(range(len(right))) - {*summed, *batched}, key=lambda i: right[i])

@@ -1,4 +1,4 @@
-"""Records one or several seeds during training: files, checkpoints, progress."""
+"""Records the training of one or several seeds in files, checkpoints and a progress bar."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ from bnjax.train.summary import summarise, versions
 class Run:
     """The seeds of one config that train in one program.
 
-    The seeds are the leading axis of all arrays.
+    With several seeds, all arrays have a leading axis for the seeds.
 
     Attributes:
         seeds: the seeds, all at the same step, `start`.
@@ -68,7 +68,7 @@ class Run:
         return any(seed.is_finishing and not seed.ended for seed in self.seeds)
 
     def begin(self) -> tuple[Any, Any, Any]:
-        """Returns the state, statistics and bad steps of all seeds, new or from checkpoints."""
+        """Initialises or restores the state, statistics and count of bad steps of all seeds."""
         states = [seed.restore(self._steps) for seed in self.seeds]
         _say(self._banner(states[0][0].params))
         for seed in self.seeds:
@@ -123,7 +123,7 @@ class Run:
                 self._bar.update()
 
     def _fail(self, seed: "Seed", step: int, before: State, item: Item) -> None:
-        """Ends a seed at a bad step; `before` is the state before it, except for `state.step`."""
+        """Ends a seed at a bad step; `before` has the state before that step, not its number."""
         if seed.writer:
             seed.writer.flush()
         experiment, feed, (state, batch_stats) = self._experiment, self._steps.feed, before
@@ -176,7 +176,7 @@ class Run:
         """Saves every seed, or only seeds that have taken their last step; such seeds end here."""
         for i, seed in self._active(everyone):
             if seed.writer:
-                seed.writer.flush()  # first, so that the files have every step of the checkpoint
+                seed.writer.flush()  # first, so that the files include the checkpoint's step
             about = {"config": seed.config.to_dict(), "versions": versions()}
             own, shown = self._steps.of_seed(both, i), self._steps.of_seed(evaluated, i)
             if seed.is_finishing and any(self._experiment.frozen):
@@ -193,13 +193,13 @@ class Run:
         try:
             (state, batch_stats), _ = self._steps.begin(seed.number)
         except UserError as error:
-            _say(f"\nWARNING: the frozen leaves could not be compared with the start: {error}\n")
+            _say(f"\nWARNING: the frozen leaves could not be checked: {error}\n")
             return None
         frozen, before = self._experiment.frozen, (state.params, batch_stats)
         moved = frozen.moved(*jax.device_get((before, (both[0].params, both[1]))))
         what = f"{len(frozen.params)} parameters and the statistics of {len(frozen.norms)} norms"
         _say(
-            f"\nWARNING: frozen leaves moved: {', '.join(moved)}\n"
+            f"\nWARNING: frozen leaves have changed: {', '.join(moved)}\n"
             if moved
             else f"frozen: {what} are bit-identical to the start"
         )
@@ -233,12 +233,14 @@ class Seed:
         config, dataset: the config (with this seed) and the data set of the run.
         start: the last step of the newest intact checkpoint; 0 if there is none.
         is_new: whether the seed has no checkpoint yet.
-        bad_steps: the number of consecutive steps, up to the latest, dropped as non-finite.
+        bad_steps: the number of consecutive non-finite steps that were dropped, up to the latest
+            step.
         seconds: the training time so far, in seconds.
         accuracy: the accuracy after the latest step, if it was evaluated.
-        best: the largest number of correct predictions in an evaluation; -1 before the first one.
-        waited: the number of evaluations since the best one.
-        is_finishing: whether the latest step was the last one.
+        best: the largest number of correct predictions in an evaluation; -1 before the first
+            evaluation.
+        waited: the number of evaluations since the best evaluation.
+        is_finishing: whether the latest step was the last step of the seed.
         ended: whether training of the seed has ended.
         failure: the error that ended training, or None.
         moved: the names of frozen leaves that have changed; None if nothing was compared.
@@ -306,17 +308,17 @@ class Seed:
                 refused = error
         (failed,) = from_first(refused is not None)
         if failed:
-            raise refused or UserError("the first process could not begin; see its error message.")
+            raise refused or UserError("the first process could not start; see its error message.")
 
     def judge(self, correct: int) -> None:
-        """Counts an evaluation; ends training after too many evaluations without a new best."""
+        """Records an evaluation; ends training after too many evaluations without a new best."""
         self.waited = 0 if correct > self.best else self.waited + 1
         self.best = max(correct, self.best)
         if 0 < self._experiment.patience <= self.waited:
             self.is_finishing = True
 
     def restore(self, steps: Steps) -> State:
-        """Returns the state and statistics from the newest checkpoint, or newly initialised."""
+        """Restores the state and statistics from the newest checkpoint, or initialises them."""
         like = steps.like()
         if self.is_new:
             state, taken = steps.begin(self.number)
@@ -342,7 +344,7 @@ class Seed:
 
 
 def _so_far(workdir: Path, step: int, metrics: list[dict[str, Any]]) -> tuple[float, int]:
-    """Returns the seconds of training up to a step, and the number of bad steps that end there.
+    """Returns the training time up to a step, and the number of bad steps that end at it.
 
     Raises:
         UserError: if metrics.jsonl or timing.jsonl ends before the step.
@@ -367,7 +369,7 @@ def _say(text: str) -> None:
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM only sets `signal`; a second ends the program.
+    """A context in which the first SIGINT or SIGTERM only sets `signal`; another ends the program.
 
     An exception during a step would lose both the donated inputs and the outputs of the step. The
     context has no effect outside the main thread, where Python allows no signal handlers.

@@ -16,7 +16,7 @@ from bnjax.train import parsing
 from bnjax.train.jsonl import reading, write_json
 
 LOCK, FOLDED = ".lock", "folded.json"
-# Files that remain if a process dies, or the disk is full, at the start of a run.
+# Files that may remain if a process dies or the disk fills up at the start of a run.
 OURS = (LOCK, "config.json.tmp", "comparison.json.tmp")
 # Keys that may change before a run resumes, for instance because the data were moved.
 PLACES = ("config.data.dir", "config.data.workers", "config.devices")
@@ -42,7 +42,7 @@ def locked(workdir: Path) -> Iterator[None]:
     """Locks the folder against other training processes until the context or the process ends.
 
     Raises:
-        UserError: if another process trains there.
+        UserError: if another process is training in the folder.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     try:
@@ -138,7 +138,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
 
 
 def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """Returns pairs of paths, each of a folded norm and of the layer that it was folded into.
+    """Returns pairs of paths: of a folded norm, and of the layer that it was folded into.
 
     Raises:
         UserError: if the folder's folded.json is damaged.

@@ -1,4 +1,4 @@
-"""Starts a run from other weights, and selects the leaves that training leaves unchanged."""
+"""Starts a run from existing weights, and selects the leaves that training does not change."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class Taken(NamedTuple):
 
     Attributes:
         taken: leaves that were copied from the source.
-        new: leaves that the source lacks or has in another shape.
+        new: leaves that the source lacks or has with another shape.
         left: leaves of the source that the network lacks.
     """
 
@@ -39,7 +39,7 @@ class Taken(NamedTuple):
     left: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line for each field, with layers instead of single leaves."""
+        """Returns one line for each field, with layers instead of single leaves."""
         lines = [f"  {what}: {_layers(names)}" for what, names in self._asdict().items()]
         return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines)
 
@@ -50,7 +50,7 @@ def take_over(
     """Returns a new state with parameters and statistics copied from another network.
 
     Leaves are matched by name and shape, and keep the dtypes of `state`. The optimizer's state is
-    new. Statistics are copied together with their `count`, if the norms have one.
+    initialised anew. Statistics are copied together with their `count`, if the norms have one.
 
     Args:
         state, batch_stats: the result of `bnjax.train_step.init_state`.
@@ -99,7 +99,7 @@ def _layers(names: Iterable[str], most: int = 12) -> str:
 def read_source(folder: Path) -> Variables:
     """Returns the variables of a run or of a ported, folded or exported network.
 
-    For a run, these are the variables for evaluation in its best checkpoint.
+    For a run, these are the variables that its best checkpoint stores for evaluation.
 
     Raises:
         UserError: if the folder holds no such network, or is damaged.
@@ -132,7 +132,7 @@ class Frozen(NamedTuple):
     params: tuple[str, ...]
 
     def mask(self, params: Params) -> Tree:
-        """Returns a tree of bools in the structure of the parameters, True for frozen ones."""
+        """Returns a tree of bools like the tree of parameters, True for frozen parameters."""
         return unflatten_dict(
             {path: ".".join(path) in self.params for path in flatten_dict(params)}
         )

@@ -110,7 +110,7 @@ class Steps:
         return self._init(key_of(seed), self._first_images())
 
     def begin(self, seed: int) -> tuple[State, Taken | None]:
-        """Returns the first state of a seed, and the leaves copied from another network."""
+        """Returns the initial state of a seed, and the leaves copied from another network."""
         state, batch_stats = self.init(seed)
         if self.experiment.source is None:
             return (state, batch_stats), None
@@ -123,7 +123,7 @@ class Steps:
         return self._dataset.train.select(np.arange(self.experiment.init_images)).image
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:
-        """Puts the state, statistics and bad steps (see `train`) of all seeds on all devices."""
+        """Puts the states, statistics and counts of bad steps of all seeds on all devices."""
         bad = self._stack([np.int32(count) for count in bad_steps])
         return self._parallel.put((*self._stack(states), bad), None)
 
@@ -135,15 +135,15 @@ class Steps:
     def train(
         self, state: Any, batch_stats: Any, bad_steps: Any, dispatch: Sequence[Sequence[Item]]
     ) -> tuple[Any, Any, Any, Metrics]:
-        """Takes several steps and returns their metrics for `unstack`; the first call compiles.
+        """Takes several steps; the first call compiles the program.
 
-        The state and the statistics are donated.
+        The state and the statistics are donated. `unstack` splits the returned metrics.
 
         Args:
             state, batch_stats: the state and the statistics of all seeds.
-            bad_steps: the number of consecutive non-finite steps up to the latest, int [seeds].
-                Above the experiment's limit every step is dropped, so that the state (except
-                `state.step`) and the statistics are those before the first bad step.
+            bad_steps: the number of consecutive non-finite steps up to the latest, int [seeds]. If
+                the number is above the experiment's limit, every step is dropped, so that the state
+                (except `state.step`) and the statistics are those before the first bad step.
             dispatch: for each step, the item of each seed.
         """
         shipment = map(self._parallel.put, ship(self.feed, dispatch), self._shipped)
@@ -167,8 +167,8 @@ class Steps:
     def evaluated(self, state: TrainState, batch_stats: BatchStats) -> Variables:
         """Returns the weights and statistics for evaluation and prediction.
 
-        By default these are the ones used in training; the config can choose averaged weights or
-        precise statistics instead.
+        By default, these are the weights and statistics used in training; the config can choose
+        averaged weights or precise statistics instead.
         """
         experiment = self.experiment
         params = state.params
@@ -218,9 +218,10 @@ def precise_batches(split: Examples, images: int, batch_size: int) -> Iterator[B
 def training_program(
     experiment: Experiment, feed: Feed, seeds: int, axis_name: tuple[str, ...] | None = None
 ) -> Any:
-    """Returns the function that `Steps.train` compiles; with `axis_name`, for one device's part.
+    """Returns the function that `Steps.train` compiles.
 
-    In its metrics, `skipped` is the number of consecutive bad steps.
+    With `axis_name`, the function computes one device's part of the batch. In its metrics,
+    `skipped` is the number of consecutive bad steps.
     """
     take_step: Any = train_step
     if (parts := experiment.micro_batches) > 1:
@@ -271,7 +272,7 @@ def training_program(
 
 
 def over_seeds(step: Any, in_axes: tuple[int | None, ...], seeds: int) -> Any:
-    """Returns a step for several seeds, made from a step for one seed."""
+    """Maps a step for one seed over several seeds."""
     return vmap(step, in_axes) if seeds > 1 else step
 
 

@@ -27,8 +27,8 @@ class Board:
     def __init__(self, folder: Path, *, start: int):
         """Opens the folder, and makes TensorBoard hide all values after step `start`."""
         folder.mkdir(parents=True, exist_ok=True)
-        # This thread writes the events itself: the thread of tensorboardX's SummaryWriter dies
-        # silently if the disk is full, and the writer then waits for it forever.
+        # Events are written in this thread, because the thread of tensorboardX's SummaryWriter dies
+        # silently if the disk is full, and the writer then waits for that thread forever.
         self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{start}")
         if start:
             self._write(start + 1, session_log=SessionLog(status=SessionLog.START))

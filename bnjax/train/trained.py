@@ -26,7 +26,7 @@ from bnjax.train_step import TrainState, forward, init_variables
 from bnjax.types import BatchStats, Images, Params
 
 TOLERANCE = 1e-5  # relative to the largest logit
-PROBE, BATCH = 256, 64  # the number of images on which networks are compared, and per batch
+PROBE, BATCH = 256, 64  # the number of images for comparing networks, and per batch
 
 
 class Trained:
@@ -39,7 +39,7 @@ class Trained:
         step: the step of the checkpoint.
         weights: the fingerprint of the weights with which the statistics were computed; None if
             unknown.
-        folded: pairs of paths, each of a folded norm and of the layer that it was folded into.
+        folded: pairs of paths: of a folded norm, and of the layer that it was folded into.
         model: the linen module.
         params: the weights.
         batch_stats: the running statistics.
@@ -81,8 +81,8 @@ class Trained:
         """
         config = self.config.copy_and_resolve_references()
         config.data.dir = data_dir or config.data.dir
-        # If training fell back to another data set, use that one, even if the configured data set
-        # is available now.
+        # If training used a fallback data set, use the fallback again, even if the configured data
+        # set is available now.
         if self.data.name != config.data.name:
             config.data = default_config().data
             config.data.name = self.data.name
@@ -102,7 +102,7 @@ class Trained:
 
     @property
     def network(self) -> Linen:
-        """The network in the form that the clinic's functions take."""
+        """The network in the form that the clinic's functions expect."""
         return linen(self.model, self.params, self.batch_stats)
 
     def write(
@@ -136,7 +136,7 @@ class Trained:
 
 
 def probe(trained: Trained, data_dir: str | None) -> tuple[Images, str]:
-    """Returns images to compare networks on, uint8 [n, h, w, c], and their description.
+    """Returns images for comparing networks, uint8 [n, h, w, c], and their description.
 
     Uses test images if the folder of the data is given, and otherwise noise with a random mean and
     contrast for each image.
@@ -154,8 +154,8 @@ def probe(trained: Trained, data_dir: str | None) -> tuple[Images, str]:
 def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> dict[str, Any]:
     """Returns the relative difference between the logits of the folded and the trained network.
 
-    The key "difference" is for arithmetic in float32. If the run uses bfloat16, the key
-    "difference_in_bfloat16" is for its own arithmetic.
+    The entry "difference" is computed in float32. If the run uses bfloat16, the entry
+    "difference_in_bfloat16" is computed in the run's arithmetic.
 
     Raises:
         UserError: if the difference in float32 exceeds `TOLERANCE`.
