@@ -1,21 +1,21 @@
-"""Audits a ResNet-18-shaped network of another hand, trained rightly and wrongly.
+"""Audits a ResNet-18 that does not use bnjax, trained correctly and with faults.
 
     python scripts/audit_foreign.py --data-dir FOLDER
 
-The network is that of tests/foreign.py at a fourth of its width, and knows nothing of bnjax. 100
-steps of 128 CIFAR-10 images, SGD with momentum 0.9, a learning rate of 0.05 that falls to 0 along a
-cosine, weight decay on kernels alone. The same weights are audited
+The network is that of tests/foreign.py at a quarter of its width, which does not import bnjax. It
+is trained for 100 steps of 128 CIFAR-10 images, by SGD with a momentum of 0.9, a learning rate that
+falls from 0.05 to 0 along a cosine, and weight decay on kernels only. The same weights are audited
 
     right       as they are,
-    forgotten   with averages that training never carried on,
-    train=True  evaluated by the statistics of each batch,
+    forgotten   with averages that training never carried forward,
+    train=True  evaluated with the statistics of each batch,
     averaged    as the average of the weights of about the last 50 steps, with statistics that were
                 not recomputed for it,
-    slow        with averages of momentum 0.999 instead of 0.9,
+    slow        with running averages with a momentum of 0.999 instead of 0.9,
 
-and the last two once more with nothing known of the training.
+and the last two again without facts about training.
 
-Prints each audit, and the test accuracy beside it under stored and under precise statistics.
+Prints each audit with the test accuracy under stored and under precise statistics.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def train(model, tx, split, jit):
 
 
 def main():
-    """Trains twice and audits what came of it."""
+    """Trains twice and audits the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True, help="where CIFAR-10 lies")
     parser.add_argument("--width", type=int, default=16, help="64 is ResNet-18 (default: 16)")

@@ -1,9 +1,9 @@
-"""False alarms of both kinds: what the audit finds in the networks of tests/patients.py.
+"""Counts missed and false findings of the audit in the networks of tests/patients.py.
 
     python scripts/audit_table.py --seeds 3
 
-Prints, for every network, what it has and what was found, and for every illness how often it was
-missed and how often it was found where it is not.
+Prints, for every network, its faults and the findings, and, for every fault, how often the audit
+missed it and how often the audit reported it in a network without it.
 """
 
 import argparse

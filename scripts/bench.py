@@ -1,18 +1,17 @@
-"""How fast training is here, beside a plain Flax loop and other frameworks.
+"""Compares the speed of training with a plain Flax loop and with other frameworks.
 
     python scripts/bench.py --data-dir FOLDER --quick
     python scripts/bench.py --data-dir FOLDER --json bench.json --peer COMMAND --peer COMMAND
 
-FOLDER holds CIFAR-10. Everything is measured in turn, each in a process of its own. A peer is any
-command that trains the same network and prints a JSON line with `peer`, `step_s` and
-`images_per_s`, for instance 'python step_torch.py FOLDER {batch} {steps}'; {batch} and {steps} are
-filled in. Run it on an otherwise idle machine: `--quick` takes some minutes, the whole two hours on
-two cores.
+FOLDER holds CIFAR-10. The programs take turns, each in a separate process. A peer is any command
+that trains the same network and prints a JSON line with `peer`, `step_s` and `images_per_s`, for
+instance 'python step_torch.py FOLDER {batch} {steps}'; {batch} and {steps} are filled in. Run it on
+an otherwise idle machine: `--quick` takes some minutes, the full benchmark two hours on two cores.
 
 Prints Markdown tables: images a second (median, minimum and maximum of the rounds), the ratio to
-bnjax in the same round (median), FLOP/s beside the best float32 product at hand (XLA's or NumPy's
-BLAS), and the peak of memory; then evaluation, what the training loop adds to its steps, and the
-time from the command to the first step.
+bnjax in the same round (median), FLOP/s relative to the best available float32 matrix product
+(XLA's or NumPy's BLAS), and peak memory; then the speed of evaluation, the overhead of the training
+loop, and the time from the command to the first step.
 """
 
 import argparse
@@ -39,8 +38,7 @@ from bnjax.train.summary import versions
 
 ROOT = Path(__file__).parents[1]
 STEP = [sys.executable, str(ROOT / "scripts" / "bench_step.py")]
-# What `keep_freed_memory` sets in bnjax's own processes, for those of other frameworks: the same
-# malloc for all.
+# The settings of `keep_freed_memory`, so that other frameworks use the same malloc as bnjax.
 KEPT = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=18446744073709551615:"
     "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
@@ -63,7 +61,7 @@ def measure(command: list[str], env: dict[str, str] | None = None) -> dict[str, 
 def contenders(
     args: argparse.Namespace, batch: int, steps: int
 ) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """Yields the name, the command and the environment of everything that trains, bnjax first."""
+    """Yields the name, command and environment of each training program, bnjax first."""
     train = [*STEP, "train", args.data_dir, str(batch), str(steps)]
     yield "bnjax", train, {}
     yield "bnjax, memory released", [*train, "--release"], {}
@@ -146,7 +144,7 @@ def train_command(config: str, workdir: Path, *overrides: str) -> list[str]:
 
 
 def overhead(args: argparse.Namespace, bare: float) -> float:
-    """Returns by how much a step of a whole training takes longer than a bare one of batch 512."""
+    """Returns how much longer a step takes in `bnjax train` than alone, with batches of 512."""
     with tempfile.TemporaryDirectory() as folder:
         steps = [
             "train.steps=40",
@@ -187,7 +185,7 @@ def first_step(env: dict[str, str]) -> float:
 
 
 def start_up() -> dict[str, float]:
-    """Returns the seconds of --help, and to the first step with nothing compiled and with all."""
+    """Returns the seconds of --help and to the first step, without and with a compiled cache."""
     with tempfile.TemporaryDirectory() as compiled:
         env = {"BNJAX_CACHE": compiled, "TQDM_MININTERVAL": "0"}
         cold = first_step(env)

@@ -1,8 +1,9 @@
-"""Measures what a checkpoint of the tutorial's network costs: `python scripts/bench_checkpoint.py`.
+"""Measures the cost of a checkpoint: `python scripts/bench_checkpoint.py`.
 
-Prints one JSON object: bytes on disk; the seconds for which `save` holds up training, until all is
-on disk and verified, and to restore; and the seconds that one save in the background adds to the
-training steps beside it (median over rounds, saving and not saving in turn).
+Saves the tutorial's network and prints one JSON object: bytes on disk; the seconds for which `save`
+blocks training, the seconds until the checkpoint is on disk and verified, and the seconds to
+restore it; and the seconds that one save in the background adds to concurrent training steps
+(median over rounds with and without a save).
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Times an exported model: the StableHLO program and, if it is there, ONNX in onnxruntime.
+"""Times an exported model: the StableHLO program and, if it exists, the ONNX file.
 
     bnjax export --workdir RUN --out DIR --onnx
     python scripts/bench_export.py DIR --workdir RUN
 
-They take turns, the run's own prediction among them with --workdir. Prints for batches of 1, 32 and
-1,024 images the median, the least and the largest milliseconds, and the images per second.
+The programs take turns; `--workdir` adds the prediction of the original run. Prints, for batches of
+1, 32 and 1,024 images, the median, minimum and maximum time in milliseconds, and images per second.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BATCHES = (1, 32, 1024)
 
 
 def calls(model: Exported, workdir: Path | None, images: np.ndarray) -> dict[str, Callable]:
-    """Returns what computes the logits of these images, by its name; all is compiled."""
+    """Returns compiled functions that compute the logits of these images, keyed by name."""
     found: dict[str, Callable] = {}
     if workdir is not None:
         trained = Trained(workdir, str(model.manifest.step))
@@ -48,7 +48,7 @@ def calls(model: Exported, workdir: Path | None, images: np.ndarray) -> dict[str
 
 
 def times(computed: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
-    """Returns the seconds of each call, at least five, made in turn for so many seconds."""
+    """Calls the functions in turn for some seconds; returns the times of at least five calls."""
     found: dict[str, list[float]] = {name: [] for name in computed}
     for call in computed.values():
         jax.block_until_ready(call())

@@ -3,11 +3,11 @@
     python scripts/bench_speed94.py --config configs/airbench94.py --data DIR
     python scripts/bench_speed94.py --config airbench94 --data DIR --peer 'python peer.py'
 
-DIR has cifar-10-batches-bin. Each side trains in a process of its own, first bnjax and then the
-peer, a command that finds DIR in the variable DATA and the seed in SEED. The last line that it
-prints has to be an object with what is known of `accuracy`, `accuracy_views`, `seconds` (training
-without compiling and loading) and `images` (so many were trained on). FLOPs are those of bnjax's
-training step as XLA counts them; the product is a float32 one of 4096 x 4096 here and now.
+DIR has cifar-10-batches-bin. Each program trains in a separate process, first bnjax and then the
+peer, a command that reads DIR from the environment variable DATA and the seed from SEED. The last
+line that the peer prints must be an object with any of `accuracy`, `accuracy_views`, `seconds`
+(training without compiling and loading) and `images` (so many were trained on). FLOPs are those of
+bnjax's training step as XLA counts them; the product is a float32 one of 4096 x 4096 here and now.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SIDE = 4096
 
 
 def ours(args: argparse.Namespace, seed: int, workdir: Path) -> dict[str, Any]:
-    """Returns what `bnjax train` and `bnjax predict` say of one run."""
+    """Returns the results that `bnjax train` and `bnjax predict` print for one run."""
     words = [f"--config.{word}" for word in (f"seed={seed}", f"data.dir={args.data}", *args.set)]
     command = [sys.executable, "-m", "bnjax.main"]
     run(command, "train", "--config", args.config, "--workdir", str(workdir), *words)
@@ -50,7 +50,7 @@ def ours(args: argparse.Namespace, seed: int, workdir: Path) -> dict[str, Any]:
 
 
 def run(command: list[str], *words: str) -> str:
-    """Returns what a command prints.
+    """Returns the output of a command.
 
     Raises:
         SystemExit: if it fails, with what it said.
@@ -62,7 +62,7 @@ def run(command: list[str], *words: str) -> str:
 
 
 def peer(args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Returns what the peer's last line says."""
+    """Returns the values in the last line that the peer prints."""
     variables = {**os.environ, "DATA": args.data, "SEED": str(seed)}
     done = subprocess.run(
         shlex.split(args.peer), env=variables, stdout=subprocess.PIPE, text=True, check=True

@@ -1,12 +1,12 @@
-"""One contender of `scripts/bench.py`, in a process of its own: prints one JSON line.
+"""Runs one measurement of `scripts/bench.py` in a separate process; prints one JSON line.
 
     python scripts/bench_step.py train FOLDER BATCH STEPS [--model bnjax|textbook] [--norm none]
         [--dtype bfloat16] [--together 16] [--set KEY=VALUE]
     python scripts/bench_step.py evaluate FOLDER BATCH STEPS
     python scripts/bench_step.py matmul|blas - BATCH STEPS [--dtype bfloat16]
 
-FOLDER holds CIFAR-10. Seconds are of a step, the median of all but the first two; the peak of
-memory is the process's.
+FOLDER holds CIFAR-10. The time is the median over all steps except the first two, in seconds; the
+peak memory is that of the process.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WARM_UP = 2
 
 
 def timed(once: Callable[[], Any], times: int) -> list[float]:
-    """Returns the seconds that each call took, until its result was there."""
+    """Returns the seconds from each call until its result is ready."""
     seconds = []
     for _ in range(times):
         began = time.perf_counter()
@@ -54,7 +54,7 @@ def timed(once: Callable[[], Any], times: int) -> list[float]:
 def bnjax_trainer(
     args: argparse.Namespace, data: datasets.Dataset
 ) -> tuple[Callable[[], Any], float]:
-    """Returns what takes a step, or `together` in one dispatch, and the FLOPs of one."""
+    """Returns a function that takes one step, or `together` steps, and the FLOPs of one step."""
     config = args.config
     config.model.norm, config.model.dtype = args.norm, args.dtype
     config.model.dense_product, config.train.batch_size = args.dense_product, args.batch
@@ -127,7 +127,7 @@ def textbook_step(state, image, label):
 def textbook_trainer(
     args: argparse.Namespace, data: datasets.Dataset
 ) -> tuple[Callable[[], Any], float]:
-    """Returns what takes a step of the plain loop, JAX as installed, and its FLOPs."""
+    """Returns a function that takes a step of the plain loop in unmodified JAX, and its FLOPs."""
     model = Textbook(args.norm == "batch")
     variables = model.init(
         jax.random.key(0), jnp.ones((1, *data.train.image.shape[1:])), train=False

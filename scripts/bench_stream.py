@@ -1,4 +1,4 @@
-r"""Trains from files that are larger than memory, and says what that takes.
+r"""Trains from files that are larger than memory, and measures time and memory.
 
     python scripts/bench_stream.py make FOLDER --gigabytes 20
     python scripts/bench_stream.py feed FOLDER --workers 2 --batches 20
@@ -121,7 +121,7 @@ def memory(process: int) -> dict[str, int]:
 
 
 def children(process: int) -> list[int]:
-    """Returns the processes that it started, in whichever of its threads."""
+    """Returns the child processes of a process, started in any of its threads."""
     tasks = Path(f"/proc/{process}/task").glob("*/children")
     return [int(one) for task in tasks for one in task.read_text().split()]
 
@@ -175,7 +175,7 @@ def step_seconds(workdir: Path) -> float:
 
 
 def network_alone(args: argparse.Namespace) -> float:
-    """Returns the time of a step of the same training on as large images, all in memory."""
+    """Returns the time of a training step on images of the same size, all in memory."""
     prepare(training=True)
     rng = np.random.default_rng(0)
     count = 2 * args.batch_size
@@ -190,7 +190,7 @@ def network_alone(args: argparse.Namespace) -> float:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains, and watches the memory."""
+    """Trains and measures memory use."""
     flags = {
         "data.name": kind_of(args.folder),
         "data.dir": args.folder,
@@ -231,7 +231,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Does what the command line says."""
+    """Runs the subcommand given on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("make", make), ("feed", feed), ("train", train)):

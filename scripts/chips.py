@@ -1,4 +1,4 @@
-"""TPUs and GPUs that are not there, to compile for; no driver is needed.
+"""Describes TPUs and GPUs that are not installed, to compile for them without a driver.
 
     pip install libtpu jax-cuda12-plugin jax-cuda12-pjrt    # these two in jaxlib's version
 
@@ -28,7 +28,7 @@ CUDA_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A TPU by the name that libtpu knows it by."""
+    """A TPU with its name in libtpu."""
 
     name: str
     memory: int  # bytes of one chip
@@ -110,7 +110,7 @@ def with_cuda_for_gpu() -> None:
 
 
 def chip_of(name: str) -> Tpu | Gpu:
-    """Returns a chip by its name; ends the program if what compiles for it is not installed."""
+    """Returns a chip by its name; exits if the compiler for it is not installed."""
     chip = CHIPS[name]
     if importlib.util.find_spec(chip.requires) is None:
         raise SystemExit(f"{name} needs {chip.requires}; {__file__} says how to install it")
@@ -118,5 +118,5 @@ def chip_of(name: str) -> Tpu | Gpu:
 
 
 def options_of(chip: Tpu | Gpu) -> Any:
-    """Returns the compiler's options for a chip that is not there."""
+    """Returns the compiler options for a chip that is not installed."""
     return CUDA_OPTIONS if isinstance(chip, Gpu) else None

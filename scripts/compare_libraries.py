@@ -2,7 +2,7 @@
 
     python scripts/compare_libraries.py --write docs/libraries.md
 
-Libraries that are not installed are left out. `--write` replaces the tables in the page.
+Libraries that are not installed are omitted. `--write` replaces the tables in the page.
 """
 
 import argparse
@@ -251,7 +251,7 @@ WAVE *= np.sqrt(0.211 / WAVE.var())
 
 @measured("Running averages", "weight of a new batch", (), momentum=0.9)
 def weight(layer):
-    """What the mean takes over of a new batch, with momentum 0.9 as the library takes it."""
+    """The weight of a new batch in the running mean, for `momentum=0.9` in the library."""
     zero, one = layer.array(column(-1, 1)), layer.array(column(0, 2))
     return layer.used(layer.fit(*[zero] * 200, one))[:1]
 
@@ -265,7 +265,7 @@ def stored_variance(layer):
 
 @measured("Running averages", "first steps", (1, 1, 1))
 def first_steps(layer):
-    """The variance that evaluation uses, over the true one, after 1, 10, 100 steps (0.99 kept)."""
+    """The variance used in evaluation, divided by the true one, after 1, 10, 100 steps."""
     x = layer.array(WAVE)
     return [layer.used(layer.fit(*[x] * steps))[1] / WAVE.var() for steps in (1, 10, 100)]
 
@@ -279,7 +279,7 @@ def one_value(layer):
 
 @measured("Precision", "variance at 10,000", (FAR.var(dtype=np.float64),), kept=0.0)
 def variance_at_large_mean(layer):
-    """The variance of 512 values with mean 10,000."""
+    """The variance of 512 values with a mean of 10,000."""
     return layer.used(layer.fit(layer.array(FAR)))[1:]
 
 
@@ -306,7 +306,7 @@ def gradient_errors(layer, mean=0, real=512, place=lambda array: array):
 @measured("Precision", "bfloat16 layer", (1, "float32"), kept=0.0, dtype="bfloat16")
 @measured("Precision", "bfloat16 input", (1, "float32"), kept=0.0)
 def in_bfloat16(layer):
-    """Trained on 258 and 260 in bfloat16: the output for 260, and the dtype of the statistics."""
+    """The output for 260 after training on 258 and 260, and the dtype of the statistics."""
     x = layer.array(column(*[258, 260] * 256), "bfloat16")
     stats = layer.fit(x)
     dtypes = {str(leaf.dtype).removeprefix("torch.") for leaf in jax.tree.leaves(stats)}
@@ -318,7 +318,7 @@ def in_bfloat16(layer):
 @measured("Masks", "one channel", (2, 2), (8, 1), kept=0.0)
 @measured("Masks", "mask", (2, 2), (8, 2), kept=0.0)
 def masked(layer, shape):
-    """Mean and variance of 0 to 4, with 5 to 7 as padding; [n] is one value for each image."""
+    """Mean and variance of 0 to 4, with 5 to 7 masked; a mask [n] has one value per image."""
     x = np.broadcast_to(np.arange(8.0).reshape(8, *[1] * (len(shape) - 1)), shape)
     mask = first(layer, 5) if len(shape) > 2 else layer.mask(first(layer, 5))
     return layer.used(layer.fit(layer.array(x), mask=mask), shape[-1])
@@ -328,7 +328,7 @@ def masked(layer, shape):
 @measured("Shards", "masked shards", (2, 2), 5, kept=0.0, axis_name="x")
 @measured("Shards", "shards", (3.5, 5.25), 8, kept=0.0, axis_name="x")
 def over_shards(layer, real):
-    """Mean and variance of 0 to 7, 0 to 4, 0 to 3 in two shards of four; the rest is padding."""
+    """Mean and variance of 0 to 7, 0 to 4, 0 to 3 in two shards; other values are masked."""
     x = layer.array(column(*range(8)).reshape(2, 4, 2))
     stats, mask = layer.init(x[0]), first(layer, real).reshape(2, 4)
 
@@ -344,7 +344,7 @@ GROUPS = [[0, 7], [1, 2, 3, 4, 5, 6]]
 
 @measured("Shards", "unequal groups", (7.5,), kept=0.0, axis_name="x", axis_index_groups=GROUPS)
 def unequal_groups(layer):
-    """Mean of a group of six devices under pmap, where two others are a group of their own."""
+    """Mean over a group of six devices under pmap; two other devices form a second group."""
     x = layer.array(column(*range(16)).reshape(8, 2, 2))
     stats = layer.init(x[0])
     new = jax.pmap(lambda x: layer.train(stats, x)[1], axis_name="x")(x)
@@ -353,7 +353,7 @@ def unequal_groups(layer):
 
 @measured("Transformations", "vmap", ("yes",))
 def under_vmap(layer):
-    """Three replicas under vmap learn what each learns alone."""
+    """Whether three replicas under vmap give the same results as separate training."""
     xs = [layer.array(WAVE + i) for i in range(3)]
     stats = jax.tree.map(lambda *leaves: layer.stack(leaves), *map(layer.fit, xs))
     new = layer.vmap(lambda stats, x: layer.train(stats, x)[1])(stats, layer.stack(xs))
@@ -363,7 +363,7 @@ def under_vmap(layer):
 
 @measured("Transformations", "scan", ("yes",))
 def under_scan(layer):
-    """Five steps under lax.scan learn what a loop learns."""
+    """Whether five steps under lax.scan give the same results as a Python loop."""
     xs = [layer.array(WAVE + i) for i in range(5)]
     stats, _ = jax.lax.scan(
         lambda stats, x: (layer.train(stats, x)[1], None), layer.init(xs[0]), layer.stack(xs)
@@ -373,7 +373,7 @@ def under_scan(layer):
 
 @measured("Transformations", "Explicit mesh", ("yes",), kept=0.0)
 def explicit_mesh(layer):
-    """Under jit, statistics and gradients of a sharded batch are those of the whole batch."""
+    """Whether a sharded batch under jit gives the statistics and gradients of the whole batch."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         place, x = functools.partial(jax.device_put, device=PartitionSpec("data")), column(*NORMAL)

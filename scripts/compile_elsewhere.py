@@ -1,11 +1,11 @@
-"""Compiles the training for TPUs and GPUs that are not there, and prints what came of it.
+"""Compiles training for TPUs and GPUs that are not installed, and prints the results.
 
     pip install libtpu jax-cuda12-plugin jax-cuda12-pjrt    # these two in jaxlib's version
     python scripts/compile_elsewhere.py --chip T4 --chip v5e
 
     python scripts/compile_elsewhere.py --chip v5e --devices 1 --config configs/speed94.py --seeds 8
 
-No CUDA is needed. The network is that of the config, the tutorial's if none is given. Programs:
+No CUDA is needed. The network is that of the config (default: the tutorial's network). Programs:
 `train_step` and `eval_step` as jax.jit compiles them, the batch divided among the devices; and on
 one device `loop`, up to 100 steps over images that lie there, which is what `bnjax.main` runs, and
 `bnjax compare` with several seeds in one. Memory is that of one device.
@@ -97,7 +97,7 @@ def compile_for(
 
 
 def facts(compiled: Compiled) -> dict[str, Any]:
-    """Returns what a compiled program is made of.
+    """Returns facts about a compiled program.
 
     * `temp_bytes`, `peak_bytes`: of one device; `accessed_bytes`: None where nobody says.
     * `donated`: the number of arguments whose memory the results take.
@@ -151,7 +151,7 @@ def row(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compiles what is asked for and prints it."""
+    """Compiles the programs named on the command line and prints their facts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chip", choices=CHIPS, action="append", help="repeat it for more (all)")
     parser.add_argument("--devices", type=int, help="so many chips (one, and several)")

@@ -1,10 +1,10 @@
-"""Writes what other frameworks' batch normalization stores after a few updates, for the tests.
+"""Writes the statistics that other frameworks store after a few updates, for the tests.
 
     python scripts/conventions.py tests/norms/conventions.json
 
-Every framework that this Python can import is run (PyTorch; TensorFlow, fused and not; Keras) and
-its rows, with its version, replace those of the same framework in the file; the rest stays. So run
-it once in each environment.
+Runs each framework that can be imported (PyTorch; TensorFlow with the fused kernel and without;
+Keras) and replaces the rows of that framework in the file; other rows stay unchanged. Run the
+script once in each environment that has one of the frameworks.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def keras_rows():
 
 
 def main(path):
-    """Brings the rows of the frameworks at hand up to date."""
+    """Updates the rows of the installed frameworks."""
     table = (
         json.loads(path.read_text())
         if path.exists()

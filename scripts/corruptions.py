@@ -1,4 +1,4 @@
-"""Images made worse in three ways at five strengths, to see what a network makes of shifted data.
+"""Corrupts images in three ways at five strengths, to evaluate networks on shifted data.
 
 The strengths are those of CIFAR-10-C (Hendrycks & Dietterich, 2019, and the script
 `make_cifar_c.py` of their repository github.com/hendrycks/robustness).
@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 KINDS = ("noise", "blur", "contrast")
-# Of the strengths 1 to 5, for images of 32x32 pixels with values from 0 to 1.
+# For strengths 1 to 5 and images of 32x32 pixels with values from 0 to 1.
 NOISE_STD = (0.04, 0.06, 0.08, 0.09, 0.10)
 BLUR_SIGMA = (0.4, 0.6, 0.7, 0.8, 1.0)  # pixels
 CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)
@@ -60,7 +60,7 @@ def contrast(image: np.ndarray, strength: int) -> np.ndarray:
 def corrupt(image: np.ndarray, kind: str, strength: int, *, seed: int = 0) -> np.ndarray:
     """Returns images as a file would hold them: uint8, rounded to the nearest.
 
-    CIFAR-10-C rounds down, which darkens by half a level on the average.
+    CIFAR-10-C rounds down, which darkens images by half a level on average.
 
     Args:
         image: uint8 [n, h, w, c].

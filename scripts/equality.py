@@ -1,15 +1,15 @@
-"""How far training on several devices is from training on one, as a table.
+"""Prints the differences between training on several devices and training on one.
 
     python scripts/equality.py
 
-For each number of (simulated) devices and each set of them that shares batch statistics: five steps
-of SGD with momentum, of a network with sigmoids, on the embedded digits, and the greatest
-difference from one device of a parameter, of a running statistic and of a metric (of the steps and
-of a test), each relative to the largest number of its array. Where batch statistics are not those
-of all devices the truth is ghost batch norm on one device, whose virtual batches are what such
-devices hold. Rounding of float32 is 6e-8, and grows from step to step.
+For each number of simulated devices and each choice of devices that share batch statistics, trains
+a network with sigmoids for five steps of SGD with momentum on the embedded digits. The table has
+the largest difference from one device in parameters, running statistics and metrics (of training
+and evaluation), relative to the largest value in the array. Where devices do not share batch
+statistics, the reference is ghost batch norm on one device, whose virtual batches are the images of
+each device or group. Rounding errors of float32 are 6e-8 and grow from step to step.
 
-Time: one minute on two cores. It shows equality only: simulated devices share the cores.
+Time: one minute on two cores. The speed is meaningless, because simulated devices share the cores.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What stands in the text of a compiled program."""
+"""Reads the operations in the text of a compiled program."""
 
 import math
 import re

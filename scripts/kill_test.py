@@ -1,11 +1,11 @@
-"""Kills trainings at random moments and checks that going on loses nothing.
+"""Kills training runs at random moments and checks that the resumed runs lose nothing.
 
     python scripts/kill_test.py --kills 200
 
-A small network is trained on the embedded digits, without interruption, and again and again with
-SIGKILL at a random moment of its time, during imports, steps, evaluations and saves alike, followed
-by the same command. In the end the parameters, the running statistics, the optimizer state and the
-whole of metrics.jsonl have to be the same bits. Exits with 1 if they are not.
+Trains a small network on the embedded digits, once without interruption and once with repeated
+SIGKILLs at random moments (during imports, steps, evaluations and saves), each followed by the same
+command. At the end, the parameters, the running statistics, the optimizer state and metrics.jsonl
+must be bitwise identical. The exit status is 1 if they are not.
 """
 
 import argparse
@@ -46,7 +46,7 @@ FLAGS = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
 
 
 def start(workdir: Path) -> subprocess.Popen[str]:
-    """Starts, or goes on with, the training in a folder."""
+    """Starts or resumes the training in a folder."""
     command = [
         sys.executable,
         "-u",
@@ -128,7 +128,7 @@ def differing_bits(ours: dict[str, np.ndarray], its: dict[str, np.ndarray]) -> i
 
 
 def main() -> int:
-    """Does as the module says and prints the figures as JSON."""
+    """Runs the test and prints the figures as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

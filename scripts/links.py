@@ -1,4 +1,4 @@
-"""How long an all-reduce takes, and a step with it: a model, from published speeds."""
+"""Predicts the time of an all-reduce and of a step with a model based on published speeds."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from hlo import Reduction
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """Devices, or groups of them, that are joined by links of one kind.
+    """Devices, or groups of devices, that are connected by links of one kind.
 
     Attributes:
         size: how many.
@@ -30,7 +30,7 @@ def ring(size: int, bandwidth: float, latency: float) -> Level:
 
 
 def all_reduce_seconds(size: float, levels: Sequence[Level], start: float = 0.0) -> float:
-    """Returns the time of an all-reduce, each level by itself.
+    """Returns the time of an all-reduce, summed over the levels.
 
     On each level the bytes are scattered among its n devices and gathered again: 2 (n - 1) / n of
     them go out of each device; the next level is for the n-th part (Patarasuk & Yuan, 2009).
@@ -71,7 +71,7 @@ class Machine:
     start: float
 
     def levels(self, chips: int) -> list[Level]:
-        """Returns how so many chips, a power of 2, are joined."""
+        """Returns the levels that connect a number of chips (a power of 2)."""
         inside = min(chips, self.pod)
         rows = 1 << (inside.bit_length() - 1) // 2
         sides = (rows, inside // rows)
@@ -113,7 +113,7 @@ BACKWARD = 2 / 3  # of the time of a step on one chip, in which gradients may tr
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The parts of a step, seconds; of `gradients` only what computing does not hide."""
+    """The parts of a step in seconds; `gradients` is the time that computation does not hide."""
 
     compute: float
     gradients: float
@@ -126,7 +126,7 @@ class Step:
 
     @property
     def norm_share(self) -> float:
-        """What norms across chips cost, of a step without."""
+        """The cost of norms across chips, as a fraction of a step without them."""
         return self.norms / (self.compute + self.gradients)
 
 

@@ -1,13 +1,13 @@
-"""Writes what PyTorch and Keras compute, for the tests of porting; checks a file in PyTorch.
+"""Writes logits from PyTorch and Keras for the tests of porting; checks a file in PyTorch.
 
     python scripts/port_torchvision.py tests/clinic/port.json
     python scripts/port_torchvision.py --check NET.safetensors PROBE.safetensors
 
-The first runs a narrow and a full ResNet-18 and a narrow ResNet-50 (He et al., 2016) with the layer
-names of torchvision, and small networks with the other cases. A formula gives the weights, here and
-in the tests, so no data are needed. The logits are computed in float64. The second loads a
-ResNet-18 of any width with `strict=True` and prints the largest difference between its float32
-logits and those in the probe.
+The first command runs a narrow and a full ResNet-18 and a narrow ResNet-50 (He et al., 2016) with
+the layer names of torchvision, and small networks with the other layers that can be ported. A
+formula gives the weights, here and in the tests, so no data are needed. The logits are computed in
+float64. The second command loads a ResNet-18 of any width with `strict=True` and prints the largest
+difference between its float32 logits and those in the probe.
 """
 
 import contextlib
@@ -177,7 +177,7 @@ def check(weights, probe):
 
 
 def main(path):
-    """Brings the rows of the frameworks at hand up to date."""
+    """Updates the rows of the installed frameworks."""
     table = json.loads(path.read_text()) if path.exists() else {}
     for rows in (torch_rows, keras_rows):
         with contextlib.suppress(ImportError):

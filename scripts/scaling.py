@@ -1,4 +1,4 @@
-"""Predicts how training scales to many chips, from programs that are compiled for them.
+"""Predicts how training scales to many chips, based on programs compiled for them.
 
     pip install libtpu jax-cuda12-plugin jax-cuda12-pjrt    # these two in jaxlib's version
     python scripts/scaling.py --chip v5e --network convnet --json scaling.jsonl
@@ -8,10 +8,11 @@
 The networks are those of configs/bn.py and configs/imagenet_resnet50.py, with their optimizers;
 the last line prints memory and time of the latter with 256 images a step, as it is published.
 
-No chip is needed, and nothing is measured. Each program is the step that `bnjax train` runs on so
-many chips. From its text are read the all-reduces, and from the compiler memory and FLOPs; the
-prediction is a model of published speeds and the assumptions that it prints. What is in the file
-already is not compiled again. `--cpu` times simulated devices and processes here instead.
+No chip is needed, and nothing is measured. Each program is the step that `bnjax train` runs on the
+given number of chips. The all-reduces are read from its text; memory and FLOPs come from the
+compiler. The prediction is a model based on published speeds and on assumptions, which are printed.
+Programs that are already in the file are not compiled again. `--cpu` times simulated devices and
+processes here instead.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def compile_for(chip: Tpu | Gpu, case: Case) -> tuple[Any, float]:
 
 
 def facts(chip: Tpu | Gpu, case: Case) -> Case:
-    """Returns what a program is made of; bytes and FLOPs are those of one chip."""
+    """Returns facts about a program; bytes and FLOPs are those of one chip."""
     program, flops = compile_for(chip, case)
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -114,13 +115,13 @@ def facts(chip: Tpu | Gpu, case: Case) -> Case:
 
 
 def versions(chip: Tpu | Gpu) -> str:
-    """Returns what compiled it."""
+    """Returns the name and version of the compiler."""
     plugin = "libtpu" if isinstance(chip, Tpu) else "jax-cuda12-plugin"
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", plugin))
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Yields what is to be compiled, small ones first."""
+    """Yields the programs to compile, small programs first."""
     for count, name, chip, dtype, over in itertools.product(
         args.chips or sorted(set(itertools.chain(*COUNTS.values()))),
         args.network or BATCHES,
@@ -205,7 +206,7 @@ def prediction(programs: list[Case], kept: list[Case], use: float) -> str:
 
 
 def assumptions(use: float, chips: set[str]) -> str:
-    """Returns what the prediction rests on."""
+    """Returns the assumptions of the prediction."""
     lines = [
         "A model, and nothing measured. Assumed: a chip by itself reaches "
         f"{use:.0%} of its peak, of arithmetic or of memory, whichever takes longer; a GPU's "
@@ -227,7 +228,7 @@ def assumptions(use: float, chips: set[str]) -> str:
 
 
 def main() -> None:
-    """Compiles what is asked for and prints tables."""
+    """Compiles the programs named on the command line and prints tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--network", choices=BATCHES, action="append", help="repeat it (both)")
     parser.add_argument("--chip", choices=COUNTS, action="append", help="likewise (all)")

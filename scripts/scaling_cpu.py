@@ -1,4 +1,4 @@
-"""Times a step over simulated devices and over processes of this machine: their overhead only."""
+"""Measures the overhead of simulated devices and of several processes on one machine."""
 
 import functools
 import json

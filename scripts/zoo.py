@@ -1,13 +1,14 @@
-"""What the audit, or another tool, finds in the networks of tests/zoo.
+"""Prints the findings of the audit, or of another tool, in the networks of tests/zoo.
 
     python scripts/zoo.py
     python scripts/zoo.py --library torch --tool torch-audit
 
-Prints, for each case and library: what the sick network has, what was found in it, what was found
-in its healthy twin, and the seconds of both. Then recall and false alarms, of the cases set aside
-before any limit was tuned apart from the others. bnjax has to name the fault. Other tools are for
-torch and have other names for faults: they have found one if they say something of the sick network
-that they do not say of its twin. Install them in an environment of their own.
+Prints, for each case and library, the fault of the network, the findings for the network, the
+findings for its healthy twin, and the seconds for both. Then prints recall and false alarms,
+separately for the cases that were held out before any limit was tuned. bnjax must name the fault.
+Other tools are for torch and have other names for faults, so a fault counts as found if the tool
+reports something for the faulty network that it does not report for the twin. Install these tools
+in a separate environment.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def optimizer_of(patient):
 
 
 def torch_audit(patient):
-    """Returns the rules that it warns of in three steps of the training loop."""
+    """Returns the rules about which the tool warns in three steps of the training loop."""
     from torch_audit import Severity, autopatch
 
     model, optimizer = patient.network, optimizer_of(patient)
