@@ -37,6 +37,7 @@ def test_calls_advance_the_bar(monkeypatch):
         (("audit",), "audit:"),
         (("precise", "--images", "512", "--by", "population"), "statistics:"),
         (("fold",), "comparing logits:"),
+        (("predict", "--split", "train"), "predictions:"),
     ],
 )
 def test_commands_show_their_progress(bnjax, unready, monkeypatch, words, shown):

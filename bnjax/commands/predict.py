@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from bnjax.commands import Checkpoint, DataDir, Json
 from bnjax.errors import DataError, UserError
+from bnjax.text import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,9 +86,9 @@ def run(
         facts, (evaluated, result) = trained.data, _evaluated(trained, views)
 
         def logits_of(pixels: np.ndarray) -> np.ndarray:
-            label = np.zeros(len(pixels), np.int32)
-            batches = eval_batches(pixels, label, min(len(pixels), MAX_BATCH))
-            return _logits(trained, evaluated, batches)[0]
+            label, size = np.zeros(len(pixels), np.int32), min(len(pixels), MAX_BATCH)
+            batches = eval_batches(pixels, label, size)
+            return _logits(trained, evaluated, batches, -(-len(pixels) // size))[0]
 
     if split:
         result = of_split(trained, split, views, data_dir)
@@ -112,8 +113,8 @@ def of_split(
     classes, dataset = trained.data.classes, trained.dataset(data_dir)
     chosen = dataset.train if split == "train" else dataset.test
     model, result = _evaluated(trained, views)
-    batches = every_batch(chosen, min(trained.config.eval.batch_size, len(chosen)))
-    logits, label = _logits(trained, model, batches)
+    size = min(trained.config.eval.batch_size, len(chosen))
+    logits, label = _logits(trained, model, every_batch(chosen, size), -(-len(chosen) // size))
     predictions = _predictions([f"{split}[{i}]" for i in range(len(label))], classes, logits)
     for row, truth in zip(predictions, label, strict=True):
         row["label"] = classes[truth]
@@ -146,7 +147,7 @@ def of_images(
     pictures: list[Picture] = []
     errors: list[str] = []
     predictions: list[dict[str, Any]] = []
-    for path in paths:
+    for path in progress(paths, "reading images", "file"):
         try:
             pictures += read_pictures(path, shape)
         except DataError as error:
@@ -178,7 +179,7 @@ def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, An
 
 
 def _logits(
-    trained: "Trained", model: Any, batches: "Iterable[Batch]"
+    trained: "Trained", model: Any, batches: "Iterable[Batch]", count: int
 ) -> "tuple[np.ndarray, np.ndarray]":
     """Returns the logits [n, classes] and labels [n] of all rows that are not padding."""
     import jax
@@ -191,7 +192,7 @@ def _logits(
         functools.partial(forward, model=model, train=False), compiler_options=compiler_options()
     )
     logits, labels = [], []
-    for batch in batches:
+    for batch in progress(batches, "predictions", "batch", count):
         real = batch.get("mask", slice(None))
         found, _ = run(trained.params, trained.batch_stats, batch)
         logits.append(np.asarray(found)[real])

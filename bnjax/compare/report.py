@@ -12,13 +12,13 @@ from typing import Any
 import altair as alt
 import jinja2
 import numpy as np
-import tqdm
 import vl_convert
 from PIL import Image
 
 from bnjax.compare import claims, intervals, runs
 from bnjax.compare.runs import Run, Study
 from bnjax.errors import UserError
+from bnjax.text import progress
 
 MARK = "<!-- made by bnjax.report -->"  # the first line of each report
 PICTURES = "report_files"
@@ -85,7 +85,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     ]
     figures = [figure for figure in figures if figure.panels]
     specs, style = {}, {**STYLE, "background": "transparent"}
-    for figure in tqdm.tqdm(figures, unit="picture", disable=None, dynamic_ncols=True):
+    for figure in progress(figures, "drawing", "picture"):
         (out / PICTURES / f"{figure.name}.png").write_bytes(_png(figure))
         for number, panel in enumerate(figure.panels):
             spec = {**panel.to_dict(validate=False), "width": "container", "config": style}

@@ -11,6 +11,7 @@ import numpy as np
 
 from bnjax.compare.intervals import Times
 from bnjax.errors import UserError
+from bnjax.text import progress
 from bnjax.train import jsonl, parsing, rundir
 from bnjax.train.config import default_config
 
@@ -156,7 +157,7 @@ def finished_runs(folder: Path, comparison: dict[str, Any]) -> list[Run]:
         UserError: if the files of a run are damaged or inconsistent.
     """
     there = [run for run in listed(folder, comparison) if (run / "summary.json").exists()]
-    return [read_run(run) for run in there]
+    return [read_run(run) for run in progress(there, "reading runs", "run")]
 
 
 def read_run(folder: Path) -> Run:
@@ -233,7 +234,7 @@ def read_study(folders: Sequence[Path]) -> Study:
             missing = [f"{run.parent.name}/{run.name}" for run in wanted if run not in members]
             if missing:
                 problems.append(f"the comparison {folder} has not started {', '.join(missing)}.")
-        for member in members:
+        for member in progress(members, "reading runs", "run"):
             try:
                 run = read_run(member)
             except UserError as error:

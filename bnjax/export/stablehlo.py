@@ -19,6 +19,7 @@ from bnjax.clinic.folding import Folding, NormFold, difference, plan
 from bnjax.clinic.linen import Folded
 from bnjax.data.batches import eval_batches
 from bnjax.errors import UserError
+from bnjax.text import progress
 from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options
 from bnjax.train.jsonl import write_json
@@ -278,7 +279,11 @@ class Exported:
         if pixels.dtype != np.uint8:
             pixels = np.round(pixels * 255).astype(np.uint8)
         batches = eval_batches(pixels, np.zeros(len(pixels)), batch_size)
-        found = [np.asarray(call(self.weights, batch["image"]), np.float32) for batch in batches]
+        count = -(-len(pixels) // batch_size)
+        found = [
+            np.asarray(call(self.weights, batch["image"]), np.float32)
+            for batch in progress(batches, "predictions", "batch", count)
+        ]
         return np.concatenate(found)[: len(pixels)]
 
     def compiled(self, batch_size: int) -> Any:
