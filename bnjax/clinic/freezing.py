@@ -21,7 +21,7 @@ def freeze_statistics(model: nn.Module, *patterns: str) -> nn.Module:
     """Returns the model with the statistics of some norms frozen.
 
     In training these norms normalise by their running statistics, which are not updated and are
-    treated as constants by the gradient. Scale and bias are still trained. The model has the same
+    treated as constants in the gradient. Scale and bias are still trained. The model has the same
     fields, parameters, statistics and `__call__` arguments as before, so checkpoints and masks
     remain valid.
 
@@ -130,7 +130,7 @@ def without_frozen(tx: optax.GradientTransformation, mask: Tree) -> optax.Gradie
 
 
 def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> tuple[str, ...]:
-    """Returns the names of norm leaves that are not equal, bit for bit, in two networks.
+    """Returns the names of the norm leaves that are not bitwise equal in two networks.
 
     Args:
         before: a network before training.
@@ -165,7 +165,7 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
 
 
 def differing(old: Mapping[Any, Any], new: Mapping[Any, Any]) -> list[Any]:
-    """Returns the keys of arrays that are not equal, bit for bit, in two dicts.
+    """Returns the keys at which two dicts of arrays are not bitwise equal.
 
     >>> differing({"a": np.float32(0.0), "b": 1}, {"a": np.float32(-0.0), "b": 1})
     ['a']

@@ -27,7 +27,7 @@ ROUNDED = 1e-6  # the largest difference between statistics that agree except fo
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Facts about a training run; None if unknown.
+    """Facts about a training run; unknown facts are None.
 
     Attributes:
         steps: the number of updates of the averages since initialisation.

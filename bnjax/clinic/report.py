@@ -84,7 +84,7 @@ class Row:
 
     Attributes:
         name: the name of the layer.
-        shape: the shape of its statistics.
+        shape: the shape of the norm's statistics.
         drift: the stored minus the expected mean in standard deviations, RMS over live channels.
         log_ratio: log(stored / expected variance), averaged over live channels.
         noise: the standard error of the mean of a training batch in standard deviations, RMS.

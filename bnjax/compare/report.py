@@ -57,8 +57,8 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         out: the output folder, created if needed.
 
     Raises:
-        UserError: if there is no readable run, `out` cannot be written, or `out` has a file with
-            the name of a report that bnjax did not write.
+        UserError: if there is no readable run, `out` cannot be written, or a report already in
+            `out` was not written by bnjax.
     """
     study = runs.read_study(folders)
     page, text = out / "report.html", out / "report.md"

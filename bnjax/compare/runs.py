@@ -115,7 +115,7 @@ def value(run: Run, quantity: str, at: str | float | int) -> float | None:
 
 
 def times(runs: Sequence[Run], quantity: str, goal: float) -> Times:
-    """Returns one of `TIMES` for several runs: the time to the goal, or else to the end of the run.
+    """Returns one of `TIMES` for several runs: the time to the goal, or to the end of the run.
 
     Times in seconds are at least 0.001, the resolution of timing.jsonl.
     """

@@ -37,7 +37,7 @@ def onnx_model(
     notes: Mapping[str, Any] | None = None,
     image_dtype: Any = np.uint8,
 ) -> onnx.ModelProto:
-    """Returns the network in evaluation as an ONNX model.
+    """Returns an ONNX model that evaluates the network.
 
     The model maps `images` [batch, h, w, c] to `logits` [batch, classes].
 

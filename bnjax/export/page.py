@@ -32,7 +32,7 @@ STORED, BATCH, NONE = "stored", "batch", "no"
 
 
 class Scores:
-    """Computes scores of a run's network with stored statistics, batch statistics and neither.
+    """Computes scores of a run's network with stored, batch and no statistics.
 
     Attributes:
         name: the name of the config.

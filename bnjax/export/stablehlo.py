@@ -187,7 +187,7 @@ def program(
     platforms: Sequence[str] = PLATFORMS,
     image_dtype: Any = np.uint8,
 ) -> bytes:
-    """Returns a network's evaluation as a program, serialised for `jax.export.deserialize`.
+    """Returns a program that evaluates a network, serialised for `jax.export.deserialize`.
 
     The program's `call(weights, images)` takes the arrays returned by `named` and images
     [n, h, w, c] for any n. It returns the logits [n, classes].
