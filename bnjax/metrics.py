@@ -37,7 +37,7 @@ class Metrics:
         count = int(self.count)
         if count == 0:
             raise ValueError(
-                "no mean without examples: all rows are masked, or no batch was merged"
+                "the metrics have no examples: all rows are masked, or no batch was merged"
             )
         return {"loss": float(self.loss) / count, "accuracy": int(self.correct) / count}
 

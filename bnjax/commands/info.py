@@ -8,7 +8,7 @@ from typing import Any
 
 from bnjax.commands import Json
 
-# For each extra, a module that it installs.
+# Maps each extra to a module that it installs.
 EXTRAS = {
     "stream": "grain",
     "report": "altair",

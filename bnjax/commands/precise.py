@@ -32,7 +32,7 @@ def run(
     """Recompute the running statistics of a trained network from training images.
 
     Prints the test loss and accuracy under the stored and under the recomputed statistics. The run
-    itself is not changed.
+    itself does not change.
     """
     if images < 2:
         raise UserError(f"--images {images} is too few: give 2 or above.")

@@ -161,7 +161,7 @@ def of_images(
 
 
 def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, Any]]:
-    """Returns the model that averages over views, and facts about it for the result.
+    """Returns the model with averaged views, and facts about the model for the result.
 
     By default, uses the views of the run's evaluation.
     """
@@ -181,7 +181,7 @@ def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, An
 def _logits(
     trained: "Trained", model: Any, batches: "Iterable[Batch]", count: int
 ) -> "tuple[np.ndarray, np.ndarray]":
-    """Returns the logits [n, classes] and labels [n] of all rows that are not padding."""
+    """Returns the logits [n, classes] and labels [n] of all unmasked rows."""
     import jax
     import numpy as np
 

@@ -45,8 +45,8 @@ def host_feed(split: Examples, batch_size: int, *, shuffle: bool, part: Part = W
     """Returns a feed that transfers the images of each batch, one step at a time.
 
     Records are read and decoded while the device computes. A random crop depends on the seed and on
-    the position of the example in the endless stream. In each process, the order of an epoch takes
-    8 bytes of memory per example.
+    the position of the example in the endless stream of epochs. In each process, the order of an
+    epoch takes 8 bytes of memory per example.
 
     Args:
         split: the training split.
@@ -101,7 +101,7 @@ def every_batch(split: Examples, batch_size: int, part: Part = WHOLE) -> Iterato
 
 
 def ship(feed: Feed, items: Sequence[Sequence[Item]]) -> tuple[Any, ...]:
-    """Returns the items of several steps as arguments of the compiled program.
+    """Converts the items of several steps to the arguments of the compiled program.
 
     If `max_steps` is 1, the only argument is the item. Otherwise the arguments are the items,
     padded to [max_steps, ...], and the number of steps. With several seeds, the items have an axis

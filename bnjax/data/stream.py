@@ -30,7 +30,7 @@ from bnjax.text import progress
 from bnjax.types import Batch
 
 FEATURES, LABELS = "features.json", "label.labels.txt"
-THREADS = min(8, os.cpu_count() or 1)  # that read ahead in a process; each thread holds a batch
+THREADS = min(8, os.cpu_count() or 1)  # that read ahead; each thread holds one batch
 LOST = "terminated unexpectedly"  # part of Grain's error message when a worker dies
 Box = tuple[int, int, int, int]  # left, upper, right and lower edge in pixels
 

@@ -131,8 +131,8 @@ class ResNet(_Layers):
             "Identity mappings").
         zero_last: whether each block initially returns its shortcut (Goyal et al., 2017): the scale
             of its last norm (for "pre", the kernel of its last convolution) is initialised to 0.
-        bottleneck: whether a block has 1x1, 3x3 and 1x1 convolutions, the last of them with four
-            times the width, instead of two 3x3 convolutions.
+        bottleneck: whether a block has 1x1, 3x3 and 1x1 convolutions, instead of two 3x3
+            convolutions; the last convolution of a bottleneck has four times the width.
         activation: a function of an array.
         conv: a factory for convolutions, called like `flax.linen.Conv`.
         dtype: the dtype of convolutions and logits; None for the dtype of the input. Parameters are

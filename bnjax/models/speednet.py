@@ -20,7 +20,7 @@ UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class SpeedNet(nn.Module):
-    """A whitening layer for 2x2 patches, groups of two convolutions, and a dense layer.
+    """A network of a whitening layer for 2x2 patches, groups of two convolutions and a head.
 
     A group consists of a 3x3 convolution, 2x2 max-pool, norm, activation, 3x3 convolution, norm and
     activation. After the groups come a 3x3 max-pool and a dense layer, whose logits are divided by

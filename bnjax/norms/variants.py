@@ -18,11 +18,11 @@ Limit = float | Callable[[Any], Any]
 class GhostBatchNorm(BatchNorm):
     """Batch normalization over virtual batches within a batch (Hoffer et al., 2017).
 
-    Training with large batches then has the noise of small batches. As in `BatchNorm`, the running
-    averages use the whole batch on all devices, so evaluation does not depend on `virtual_batch`.
-    In the paper, they are averages over the virtual batches. A virtual batch consists of
-    consecutive unmasked examples on one device. The last virtual batch may be smaller, but if it
-    would be a single vector, that vector joins the previous virtual batch.
+    Training with large batches then has as much noise as training with small batches. As in
+    `BatchNorm`, the running averages use the whole batch on all devices, so evaluation does not
+    depend on `virtual_batch`. In the paper, they are averages over the virtual batches. A virtual
+    batch consists of consecutive unmasked examples on one device. The last virtual batch may be
+    smaller, but if it would be a single vector, that vector joins the previous virtual batch.
 
     Attributes:
         virtual_batch: the number of examples in a virtual batch, at least 2.

@@ -60,12 +60,12 @@ class Parallel:
         in_axes: Sequence[int | None],
         **options: Any,
     ) -> Any:
-        """Returns a jitted step for these devices; its results are equal on all devices.
+        """Returns a jitted step for these devices; its results are the same on all devices.
 
         Args:
             make: a function that maps the axis name to the step.
             in_axes: for each argument, the axis of the examples, which is split across the devices;
-                None for an argument that is equal on all devices.
+                None for an argument that is the same on all devices.
             options: the options of `jax.jit`.
         """
         step, specs = make(self.axis_name), tuple(map(self._spec, in_axes))
@@ -94,7 +94,7 @@ class Parallel:
         return jax.tree.map(lambda leaf: _joined(leaf, sharding), tree)
 
     def local(self, tree: Any) -> Any:
-        """Returns one device's copy of arrays that are equal on all devices."""
+        """Returns one device's copy of arrays that are the same on all devices."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def _spec(self, axis: int | None) -> PartitionSpec:

@@ -13,7 +13,7 @@ import numpy as np
 from bnjax.errors import UserError
 from bnjax.train.tensorboard import Board
 
-# Called with the step, split and values of a line in metrics.jsonl; a value that is not finite is
+# A function (step, split, values), called for each line of metrics.jsonl; non-finite values are
 # None.
 OnMetrics = Callable[[int, str, dict[str, Any]], None]
 

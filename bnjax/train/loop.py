@@ -135,7 +135,7 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
     step, feed, experiment = run.start, steps.feed, steps.experiment
     items = zip(*(feed.items(seed.number, step) for seed in run.seeds), strict=True)
     state, batch_stats, bad_steps = run.begin()
-    pending: Any = None  # the latest steps, whose metrics are still on the device
+    pending: Any = None  # the latest dispatch, whose metrics are still on the device
     agree = Agreement(experiment.parallel)
     while not run.ended:
         # Takes one step on a CPU, or several on an accelerator up to the next evaluation or save.
@@ -150,7 +150,8 @@ def _train(run: Run, steps: Steps, stop: StopRequest) -> None:
         pending = step + 1, dispatch, metrics
         step += len(dispatch)
 
-        # Decides once what follows these steps; a later signal is handled after the next steps.
+        # Decides what follows these steps. A signal that arrives later is handled after the next
+        # steps.
         received, overdue = agree(stop.signal or 0, run.is_overdue())
         evaluates = step % experiment.eval_every == 0 or step == experiment.steps
         saves = bool(overdue or received) or step % experiment.save_every == 0

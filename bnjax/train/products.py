@@ -1,4 +1,4 @@
-"""Times two libraries for the matrix products of a CPU program, and chooses the faster."""
+"""Times two libraries for the matrix products of a CPU program, and chooses the faster one."""
 
 import hashlib
 import json

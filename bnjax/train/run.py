@@ -123,7 +123,7 @@ class Run:
                 self._bar.update()
 
     def _fail(self, seed: "Seed", step: int, before: State, item: Item) -> None:
-        """Ends a seed at a bad step; `before` has the state before that step, not its number."""
+        """Ends a seed at a bad step; `before` is the previous state, except for `state.step`."""
         if seed.writer:
             seed.writer.flush()
         experiment, feed, (state, batch_stats) = self._experiment, self._steps.feed, before
@@ -226,7 +226,7 @@ class Run:
 
 
 class Seed:
-    """A seed of a run, with its open folder and its progress.
+    """One seed of a run, with the seed's open folder and progress.
 
     Attributes:
         number: the value of the seed.

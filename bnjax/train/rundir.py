@@ -138,7 +138,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
 
 
 def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """Returns pairs of paths: of a folded norm, and of the layer that it was folded into.
+    """Returns pairs of paths: that of a folded norm, and that of the layer it was folded into.
 
     Raises:
         UserError: if the folder's folded.json is damaged.

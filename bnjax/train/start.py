@@ -66,8 +66,8 @@ def take_over(
     if not any(name.startswith("params.") for name in taken):
         raise UserError(
             f"the two networks have no parameter with the same name and shape: here "
-            f"{_layers(own)}; there {_layers(theirs)}. Rename the layers, for instance with the "
-            "table for bnjax port."
+            f"{_layers(own)}; there {_layers(theirs)}. Rename the layers, for instance with a "
+            "table of names for bnjax port."
         )
     new = tuple(
         f"{name} {[*own[name].shape]}, there {[*theirs[name].shape]}" if name in theirs else name

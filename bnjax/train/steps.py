@@ -1,4 +1,4 @@
-"""The compiled functions of an experiment, shared by all its runs."""
+"""Compiles the functions of an experiment, which all its runs share."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from bnjax.train.start import Taken, read_source, take_over
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
 
-AUGMENTATION = 1  # folded into the key of a step for augmentation; dropout uses the key itself
+AUGMENTATION = 1  # folded into a step's key for augmentation; dropout uses that key itself
 
 State = tuple[TrainState, BatchStats]
 Variables = tuple[Params, BatchStats]
@@ -119,7 +119,7 @@ class Steps:
         return (state, batch_stats), taken
 
     def _first_images(self) -> np.ndarray:
-        """Returns the images that initialise the network; most networks use only their shape."""
+        """Returns the images for initialising the network; most networks use only their shape."""
         return self._dataset.train.select(np.arange(self.experiment.init_images)).image
 
     def join(self, states: list[State], bad_steps: list[int]) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""Writes the summary of a run: its results, and the versions and the device that produced them."""
+"""Computes the summary of a run: its results, and the versions and device that gave them."""
 
 import platform
 import subprocess

@@ -39,7 +39,7 @@ class Trained:
         step: the step of the checkpoint.
         weights: the fingerprint of the weights with which the statistics were computed; None if
             unknown.
-        folded: pairs of paths: of a folded norm, and of the layer that it was folded into.
+        folded: pairs of paths: that of a folded norm, and that of the layer it was folded into.
         model: the linen module.
         params: the weights.
         batch_stats: the running statistics.
