@@ -153,6 +153,26 @@ def test_every_norm_is_updated_by_its_inputs_in_all_micro_batches():
         np.testing.assert_allclose(found[*path, name], wanted, rtol=1e-4, atol=1e-4)
 
 
+class Twice(nn.Module):
+    """A norm that is called on two inputs."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = x.reshape(len(x), -1)
+        norm = nn.BatchNorm(not train, momentum=MOMENTUM, name="norm")
+        return nn.Dense(3)(norm(x) + norm(3 * x + 1))
+
+
+def test_a_norm_that_is_called_twice_is_updated_once_with_both_inputs():
+    batch = batch_of()
+    _, stats, _ = step_of(Twice())(*start(Twice()), batch)
+    x = batch["image"].reshape(24, -1).astype(np.float64)
+    both = np.concatenate([x, 3 * x + 1])
+    for name, old, own in (("mean", 0, both.mean(0)), ("var", 1, both.var(0))):
+        once = MOMENTUM * old + (1 - MOMENTUM) * own
+        np.testing.assert_allclose(stats["norm"][name], once, rtol=1e-5)
+
+
 @functools.cache
 def trained(wrapper):
     """State and statistics after three steps, and the metrics of each."""
