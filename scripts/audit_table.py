@@ -25,7 +25,9 @@ from bnjax.clinic.checks import ILLNESSES
 def main():
     """Trains and audits every network with every seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="from 0 on (default: 3)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="number of seeds (default: 3)"
+    )
     seeds = parser.parse_args().seeds
     networks = {
         name: ("", lambda seed, make=make: make(seed=seed)) for name, make in HEALTHY.items()
@@ -45,7 +47,7 @@ def main():
     print(f"| network | has | found, of {seeds} seeds |\n|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
-    print("\n| finding | missed | found where it is not |\n|---|---|---|")
+    print("\n| finding | missed | found where absent |\n|---|---|---|")
     for id in ILLNESSES:
         ill = sum(has == id for has, _ in networks.values())
         others = (len(networks) - ill) * seeds

@@ -203,14 +203,16 @@ def main() -> None:
     """Measures everything and prints it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--data-dir", default=str(cache_dir()), help="a folder with CIFAR-10 (default: bnjax's own)"
+        "--data-dir",
+        default=str(cache_dir()),
+        help="a folder with CIFAR-10 (default: the cache of bnjax)",
     )
     parser.add_argument(
         "--peer",
         action="append",
         default=[],
         metavar="COMMAND",
-        help="another framework's step, with {batch} and {steps}",
+        help="a command that times the step of another framework, with {batch} and {steps}",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[512, 5000])
     parser.add_argument("--rounds", type=int, default=5)
@@ -219,18 +221,18 @@ def main() -> None:
         type=int,
         nargs="*",
         default=[],
-        help="numbers of steps a dispatch to try, for accelerators",
+        help="numbers of steps per dispatch to try, for accelerators",
     )
     parser.add_argument(
         "--skip",
         nargs="*",
         default=[],
         metavar="WORDS",
-        help="leave out what has these words in its name",
+        help="skip programs with these words in their names",
     )
-    parser.add_argument("--quick", action="store_true", help="one round with batch 512")
+    parser.add_argument("--quick", action="store_true", help="one round with batches of 512")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write everything that was measured"
+        "--json", type=Path, metavar="FILE", help="write all measurements to a file"
     )
     args = parser.parse_args()
     if args.quick:
@@ -243,7 +245,7 @@ def main() -> None:
     product, bfloat16, _ = products
     args.bfloat16 = (
         bfloat16["flop_per_s"] > product["flop_per_s"]
-    )  # else there is nothing in it for this machine
+    )  # otherwise bfloat16 is not faster on this machine
     best = max(
         (found for found in products if found["dtype"] == "float32"),
         key=lambda found: found["flop_per_s"],

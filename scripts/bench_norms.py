@@ -2,9 +2,9 @@
 
     python scripts/bench_norms.py --data-dir FOLDER --batch 512 --pairs 20
 
-They take turns. Prints one JSON object: seconds a step (median, minimum, maximum) of each, the
-median of the pairs' ratios, and the first losses of both.
-Without --data-dir the images are noise, which changes the losses and not the speed.
+The two programs take turns. Prints one JSON object: for each layer, the seconds per step (median,
+minimum, maximum) and the first losses, and the median ratio of the pairs. Without --data-dir, the
+images are noise, which changes the losses but not the speed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bnjax.train_step import init_state, train_step
 
 
 class Run:
-    """A training of the tutorial's network with one of the two layers."""
+    """A training run of the tutorial's network with one of the two layers."""
 
     def __init__(self, norm: type[nn.Module], image: np.ndarray):
         """Compiles the step and starts from seed 0."""

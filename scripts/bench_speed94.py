@@ -1,4 +1,4 @@
-"""A recipe beside a peer on the same data: accuracy, seconds and FLOP/s of both.
+"""Compares a recipe with a peer on the same data: accuracy, seconds and FLOP/s.
 
     python scripts/bench_speed94.py --config configs/airbench94.py --data DIR
     python scripts/bench_speed94.py --config airbench94 --data DIR --peer 'python peer.py'
@@ -6,8 +6,9 @@
 DIR has cifar-10-batches-bin. Each program trains in a separate process, first bnjax and then the
 peer, a command that reads DIR from the environment variable DATA and the seed from SEED. The last
 line that the peer prints must be an object with any of `accuracy`, `accuracy_views`, `seconds`
-(training without compiling and loading) and `images` (so many were trained on). FLOPs are those of
-bnjax's training step as XLA counts them; the product is a float32 one of 4096 x 4096 here and now.
+(training without compiling and loading) and `images` (the number processed in training). FLOPs
+are those that XLA counts in bnjax's training step; the reference for speed is a float32 matrix
+product of 4096 x 4096 on the same machine.
 """
 
 import argparse
@@ -104,10 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="speed94", help="a file, or the name of one (speed94)")
+    parser.add_argument(
+        "--config", default="speed94", help="file or name of a config (default: speed94)"
+    )
     parser.add_argument("--data", required=True, help="the folder with cifar-10-batches-bin")
-    parser.add_argument("--peer", help="a command that trains the same")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (1)")
+    parser.add_argument("--peer", help="a command that trains the same network")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: 1)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config")
     args = parser.parse_args()
     rows = []

@@ -237,13 +237,13 @@ def main() -> None:
         "--together",
         type=int,
         default=0,
-        help="steps in one dispatch; 0: as the training loop would choose",
+        help="steps in one dispatch; 0: the number that the training loop chooses",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config")
     parser.add_argument(
         "--release",
         action="store_true",
-        help="let glibc give freed memory back, as JAX by itself does",
+        help="let glibc return freed memory, as in unmodified JAX",
     )
     args = parser.parse_args()
     if args.what != "blas" and not args.release:

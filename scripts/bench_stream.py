@@ -10,13 +10,13 @@ r"""Trains from files that are larger than memory, and measures time and memory.
     python scripts/bench_stream.py train IMAGES --image-size 224 --shorter-side 256 \
         --crop random_resized --batch-size 4 --steps 20 --config imagenet_resnet50 --workdir RUN
 
-`make` writes images of different sizes in ten classes, each with a colour and a pattern of its own:
-PNG files without compression (`--kind png`: many bytes, little work) or JPEG files (`--kind jpeg`:
-the work of photographs) as array_record files, or JPEG files in a folder for each class (`--kind
-folder`). `feed` measures images a second of the feed alone. `train` runs the command `bnjax train`
-with the tutorial's network, or that of `--config`, and reads, each second, the memory that it and
-its workers have for themselves; it prints images a second, the seconds of a step, those of one
-whose images are in memory, and so the share of the feed. Each prints one JSON object.
+`make` writes images of different sizes in ten classes that differ in colour and pattern: PNG files
+without compression (`--kind png`: many bytes, little work) or JPEG files (`--kind jpeg`: the work
+of photographs) as array_record files, or JPEG files in a folder for each class (`--kind folder`).
+`feed` measures images per second without training. `train` runs `bnjax train` with the tutorial's
+network, or that of `--config`, and reads the private memory of the process and its workers every
+second; it prints images per second, the time of a step, the time of a step with images in memory,
+and the share of the feed. Each prints one JSON object.
 """
 
 import argparse
@@ -51,7 +51,7 @@ ALONE_STEPS = 30
 
 
 def picture(rng: np.random.Generator, label: int) -> Image.Image:
-    """Returns an image of a class: stripes in its colour and direction, under noise."""
+    """Returns an image of a class: stripes in the colour and direction of the class, with noise."""
     height, width = rng.integers(*SIDES, 2)
     y, x = np.mgrid[:height, :width] / min(height, width)
     angle = np.pi * label / CLASSES
@@ -114,7 +114,7 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(process: int) -> dict[str, int]:
-    """Returns bytes of a process's own memory, and of what it shares with others."""
+    """Returns the private and the shared memory of a process in bytes."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
     return {"own": kib["RssAnon"] << 10, "shared": kib["RssShmem"] << 10}
@@ -148,12 +148,12 @@ def feed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def overrides(flags: dict[str, Any]) -> list[str]:
-    """Returns keys of a config and their values as words of the command line."""
+    """Returns config keys and their values as command-line arguments."""
     return [f"--config.{key}={value}" for key, value in flags.items()]
 
 
 def training(args: argparse.Namespace, steps: int) -> list[str]:
-    """Returns the words for so many steps and a test at the end."""
+    """Returns the arguments for a number of steps and an evaluation at the end."""
     flags = {
         "train.steps": steps,
         "train.batch_size": args.batch_size,

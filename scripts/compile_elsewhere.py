@@ -6,9 +6,9 @@
     python scripts/compile_elsewhere.py --chip v5e --devices 1 --config configs/speed94.py --seeds 8
 
 No CUDA is needed. The network is that of the config (default: the tutorial's network). Programs:
-`train_step` and `eval_step` as jax.jit compiles them, the batch divided among the devices; and on
-one device `loop`, up to 100 steps over images that lie there, which is what `bnjax.main` runs, and
-`bnjax compare` with several seeds in one. Memory is that of one device.
+`train_step` and `eval_step`, compiled by jax.jit with the batch divided among the devices; and
+`loop`, up to 100 steps on one device with resident images, as in `bnjax train` or, with several
+seeds, in `bnjax compare`. Memory is that of one device.
 """
 
 import argparse
@@ -49,14 +49,14 @@ HOST = ("infeed", "outfeed", "send", "recv")
 def compile_for(
     config: ConfigDict, chip: Tpu | Gpu, count: int, name: str, seeds: int = 1
 ) -> Compiled:
-    """Returns a program for chips that need not be there.
+    """Returns a program compiled for chips that need not be installed.
 
     Args:
-        config: of the training.
-        chip: for which.
-        count: of chips; the batch is divided among them.
+        config: the config of training.
+        chip: the chip to compile for.
+        count: the number of chips among which the batch is divided.
         name: "train", "eval" or "loop".
-        seeds: that the loop trains side by side.
+        seeds: the number of seeds that the loop trains in parallel.
     """
     size = config.train.batch_size
     model, tx = build.network(config.model, 10, IMAGE), optimizer(config, 1)
@@ -99,12 +99,12 @@ def compile_for(
 def facts(compiled: Compiled) -> dict[str, Any]:
     """Returns facts about a compiled program.
 
-    * `temp_bytes`, `peak_bytes`: of one device; `accessed_bytes`: None where nobody says.
-    * `donated`: the number of arguments whose memory the results take.
-    * `all_reduces`: the bytes that one device puts into each.
-    * `loops`, `host_transfers`: how many.
-    * `products`: the dtypes of what convolutions and matrix products multiply, and how often.
-    * `not_in_library`: convolutions that became no call of a library; on a TPU there is none.
+    * `temp_bytes`, `peak_bytes`: for one device; `accessed_bytes`: None if it is not reported.
+    * `donated`: the number of arguments whose memory is reused for results.
+    * `all_reduces`: for each all-reduce, the bytes that one device contributes.
+    * `loops`, `host_transfers`: their numbers.
+    * `products`: counts of convolutions and matrix products for each operand dtype.
+    * `not_in_library`: convolutions that are not library calls; always 0 on a TPU.
     * `copied`: each shape of 10 MB or more that is copied or transposed.
     """
     text, memory, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
@@ -153,13 +153,13 @@ def row(found: dict[str, Any]) -> str:
 def main() -> None:
     """Compiles the programs named on the command line and prints their facts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--chip", choices=CHIPS, action="append", help="repeat it for more (all)")
-    parser.add_argument("--devices", type=int, help="so many chips (one, and several)")
-    parser.add_argument("--config", default="bn", help="file or name of the training (bn)")
-    parser.add_argument("--batch", type=int, help="images of a step (those of the config)")
-    parser.add_argument("--seeds", type=int, default=1, help="only the loop, over so many (1)")
-    parser.add_argument("--json", action="store_true", help="all that is found, an object a line")
-    parser.add_argument("--hlo", type=Path, metavar="DIR", help="also keep the programs there")
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="repeatable (default: all)")
+    parser.add_argument("--devices", type=int, help="number of chips (default: one, and several)")
+    parser.add_argument("--config", default="bn", help="file or name of a config (default: bn)")
+    parser.add_argument("--batch", type=int, help="images per step (default: from the config)")
+    parser.add_argument("--seeds", type=int, default=1, help="with more than 1: only the loop")
+    parser.add_argument("--json", action="store_true", help="print all facts as JSON lines")
+    parser.add_argument("--hlo", type=Path, metavar="DIR", help="save the programs in DIR")
     args = parser.parse_args()
     if not args.json:
         print("| chip | devices | program | dtype | temporary GB | in all GB | accessed GB", end="")

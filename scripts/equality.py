@@ -42,7 +42,8 @@ def config_of(batch: int, micro_batches: int, virtual_batch: int | None):
     config.data.name = "digits"
     config.model.filters, config.model.kernels, config.model.strides = (8, 8), (3, 3), (2, 1)
     config.model.dense, config.model.dropout, config.model.norm_dense = (16,), (0.0,), (True,)
-    # Smooth: where a rounding changes the sign of a ReLU's input, a difference of 1e-3 comes of it.
+    # Smooth, because a rounding error that changes the sign of a ReLU's input causes a difference
+    # of 1e-3.
     config.model.activation = "sigmoid"
     if virtual_batch is not None:
         config.model.norm, config.model.virtual_batch = "ghost", virtual_batch
@@ -71,7 +72,7 @@ def train(config, parallel: Parallel):
 
 
 def difference(mine, its) -> float:
-    """Returns the greatest difference, relative to the largest number of its array."""
+    """Returns the largest difference, relative to the largest value in the array."""
     pairs = zip(jax.tree.leaves(mine), jax.tree.leaves(its), strict=True)
     wide = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
     return max(np.abs(a - b).max() / (np.abs(b).max() or 1) for a, b in wide)

@@ -34,7 +34,7 @@ Array = tuple[str, tuple[int, ...]]  # dtype and shape
 
 
 def operations(text: str) -> list[Operation]:
-    """Returns the lines of a program, computations inside computations too."""
+    """Returns the lines of a program, including those of nested computations."""
     lines = (found.groups() for found in OPERATION.finditer(text))
     return [
         Operation(name, of, kind, (*re.findall(r"%[\w.-]+", operands),), rest)
@@ -67,12 +67,12 @@ class Reduction(NamedTuple):
     """An all-reduce of a training step.
 
     Attributes:
-        use: what it reduces. "moments": what batch norms need before they go on, forward and
-            backward; "averages": their running averages; "gradients": of the parameters, with
-            other sums that came in; "metrics": whole numbers.
-        bytes: that one device puts in.
-        arrays: how many were combined.
-        devices: that reduce together.
+        use: what it reduces. "moments": sums on which batch norms wait, forward and backward;
+            "averages": their running averages; "gradients": gradients of the parameters, and other
+            sums merged with them; "metrics": integers.
+        bytes: the number of bytes that one device contributes.
+        arrays: the number of arrays that were combined.
+        devices: the number of devices that reduce together.
         overlapped: operations between its start and its end; 0 if it blocks.
     """
 
@@ -84,10 +84,9 @@ class Reduction(NamedTuple):
 
 
 def reductions(text: str, devices: int) -> list[Reduction]:
-    """Returns the all-reduces of a program for so many devices, in their order.
+    """Returns the all-reduces of a program for several devices, in program order.
 
-    What they are for is read from the names of the modules that asked for them; norms are called
-    `..._norm`.
+    The names of the modules determine the use of each all-reduce; norms are named `..._norm`.
     """
     lines, found = operations(text), []
     made_by = {line.name: _name(line) for line in lines}
@@ -111,7 +110,7 @@ def reductions(text: str, devices: int) -> list[Reduction]:
 
 
 def use_of(name: str, sources: list[str], given: list[Array]) -> Use:
-    """Returns what an all-reduce is for.
+    """Returns the use of an all-reduce.
 
     Args:
         name: what the program calls it, after the module that asked for it. One that was combined
@@ -138,7 +137,7 @@ def _name(line: Operation) -> str:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """Returns how many devices reduce together.
+    """Returns the number of devices that reduce together.
 
     >>> group_size("replica_groups=mesh['groups'=4,'members'=8] {'members'}", 32)
     8

@@ -68,7 +68,7 @@ def start(workdir: Path) -> subprocess.Popen[str]:
 
 
 def finish(workdir: Path) -> float:
-    """Runs the training in a folder to its end and returns the seconds that took."""
+    """Runs the training in a folder to its end and returns the time in seconds."""
     began = time.monotonic()
     with start(workdir) as process:
         out, _ = process.communicate()
@@ -78,7 +78,7 @@ def finish(workdir: Path) -> float:
 
 
 def kill_somewhere(workdir: Path, seconds: float) -> bool:
-    """Starts the run and kills it after so many seconds; False if it had finished before."""
+    """Starts the run and kills it after some seconds; returns False if it finished before."""
     with start(workdir) as process:
         try:
             process.communicate(timeout=seconds)
@@ -89,7 +89,7 @@ def kill_somewhere(workdir: Path, seconds: float) -> bool:
 
 
 def leaves(workdir: Path) -> dict[str, np.ndarray]:
-    """Returns every leaf of the last checkpoint by its path."""
+    """Returns the leaves of the last checkpoint, keyed by path."""
     config = parsing.load(str(CONFIG), FLAGS)
     dataset = datasets.load("digits")
     experiment = build.experiment(config, dataset)
@@ -113,7 +113,7 @@ def leaves(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def differing_bits(ours: dict[str, np.ndarray], its: dict[str, np.ndarray]) -> int:
-    """Returns how many bits differ between two sets of leaves."""
+    """Returns the number of bits that differ between two dicts of leaves."""
     if ours.keys() != its.keys():
         sys.exit(f"the leaves differ: {sorted(ours.keys() ^ its.keys())}")
     return sum(

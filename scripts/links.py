@@ -12,10 +12,10 @@ class Level:
     """Devices, or groups of devices, that are connected by links of one kind.
 
     Attributes:
-        size: how many.
-        bandwidth: what each sends to the others, bytes a second in one direction.
-        hops: that the smallest all-reduce takes one after the other.
-        latency: of a hop, seconds.
+        size: the number of devices.
+        bandwidth: of each device to the others, in bytes per second and direction.
+        hops: the number of sequential hops in the smallest all-reduce.
+        latency: of a hop, in seconds.
     """
 
     size: int
@@ -33,11 +33,11 @@ def all_reduce_seconds(size: float, levels: Sequence[Level], start: float = 0.0)
     """Returns the time of an all-reduce, summed over the levels.
 
     On each level the bytes are scattered among its n devices and gathered again: 2 (n - 1) / n of
-    them go out of each device; the next level is for the n-th part (Patarasuk & Yuan, 2009).
+    them leave each device; the next level reduces one n-th of the bytes (Patarasuk & Yuan, 2009).
 
     Args:
         size: bytes of one device.
-        levels: from the innermost.
+        levels: the levels, innermost first.
         start: seconds before anything is sent.
 
     >>> all_reduce_seconds(8.0, [ring(4, 2.0, 0.5)])  # 2 * 3/4 * 8 / 2 + 6 * 0.5
@@ -133,7 +133,7 @@ class Step:
 def compute_seconds(
     machine: Machine, dtype: str, flops: float, accessed: float, use: float
 ) -> float:
-    """Returns a chip's time by itself: of its arithmetic, or of its memory if that takes longer.
+    """Returns the time of computation on one chip: for arithmetic or memory, whichever is longer.
 
     Args:
         machine: the chip.
@@ -148,11 +148,11 @@ def compute_seconds(
 def step(
     machine: Machine, compute: float, found: Iterable[Reduction], compiled: int, chips: int
 ) -> Step:
-    """Returns the parts of a step on so many chips.
+    """Returns the parts of a step on several chips.
 
     Args:
         machine: the chip and its links.
-        compute: a chip's time by itself.
+        compute: the time of computation on one chip.
         found: the all-reduces of the program.
         compiled: for how many chips it is; one over fewer of them stays as large as it is there.
         chips: a power of 2.

@@ -208,21 +208,22 @@ def prediction(programs: list[Case], kept: list[Case], use: float) -> str:
 def assumptions(use: float, chips: set[str]) -> str:
     """Returns the assumptions of the prediction."""
     lines = [
-        "A model, and nothing measured. Assumed: a chip by itself reaches "
-        f"{use:.0%} of its peak, of arithmetic or of memory, whichever takes longer; a GPU's "
-        "compiler does not say how much memory is moved, so it is as much as on the TPU, if one is "
-        "in the table; an all-reduce of gradients with work beside it is hidden for up to "
-        f"{BACKWARD:.0%} of a chip's time, and all others block; and the latencies below. Speeds "
+        "These are predictions of a model, not measurements. Assumptions: a chip reaches "
+        f"{use:.0%} of its peak speed for arithmetic or memory, whichever takes longer; a GPU's "
+        "compiler does not report memory traffic, so the traffic of a TPU is used if one is "
+        "in the table; an asynchronous all-reduce of gradients is hidden for up to "
+        f"{BACKWARD:.0%} of the computation, and all others block; latencies are as below. Speeds "
         "are published; scripts/links.py has the sources."
     ]
     for name in sorted(chips):
         own = MACHINES[name]
         lines.append(
             f"  {name}: {own.peak['bfloat16'] / 1e12:,.0f} TFLOP/s in bfloat16, "
-            f"{own.peak['float32'] / 1e12:,.0f} in float32 as it multiplies it by default, memory "
-            f"{own.memory / 1e9:,.0f} GB/s, links {own.link / 1e9:,.0f} GB/s a chip and direction "
-            f"among {own.pod}, {own.network / 1e9:g} beyond; assumed {own.hop * 1e6:g} us a hop, "
-            f"{own.far_hop * 1e6:g} beyond, {own.start * 1e6:g} to start."
+            f"{own.peak['float32'] / 1e12:,.0f} in float32 with default precision, memory "
+            f"{own.memory / 1e9:,.0f} GB/s, links {own.link / 1e9:,.0f} GB/s per chip and "
+            f"direction among {own.pod}, {own.network / 1e9:g} beyond; assumed "
+            f"{own.hop * 1e6:g} us per hop, {own.far_hop * 1e6:g} beyond, "
+            f"{own.start * 1e6:g} to start."
         )
     return "\n".join(lines)
 
@@ -230,18 +231,24 @@ def assumptions(use: float, chips: set[str]) -> str:
 def main() -> None:
     """Compiles the programs named on the command line and prints tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--network", choices=BATCHES, action="append", help="repeat it (both)")
-    parser.add_argument("--chip", choices=COUNTS, action="append", help="likewise (all)")
-    parser.add_argument("--chips", type=int, action="append", help="how many, 4 for 2x2 (1 to 256)")
+    parser.add_argument(
+        "--network", choices=BATCHES, action="append", help="repeatable (default: both)"
+    )
+    parser.add_argument("--chip", choices=COUNTS, action="append", help="repeatable (default: all)")
+    parser.add_argument(
+        "--chips", type=int, action="append", help="number of chips; repeatable (default: 1 to 256)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append")
     parser.add_argument("--over", choices=OVER, action="append", help="what BN normalises over")
-    parser.add_argument("--batch", type=int, help=f"images a chip ({BATCHES})")
-    parser.add_argument("--use", type=float, default=0.4, help="of a chip's peak (0.4; assumed)")
+    parser.add_argument("--batch", type=int, help=f"images per chip (default: {BATCHES})")
     parser.add_argument(
-        "--json", type=Path, help="a line for each program; kept ones are not redone"
+        "--use", type=float, default=0.4, help="assumed fraction of peak speed (default: 0.4)"
     )
     parser.add_argument(
-        "--cpu", type=int, nargs="+", metavar="N", help="devices and processes here"
+        "--json", type=Path, help="a file with one line per program; existing lines are reused"
+    )
+    parser.add_argument(
+        "--cpu", type=int, nargs="+", metavar="N", help="time N devices and processes on this CPU"
     )
     args = parser.parse_args()
     if args.cpu:

@@ -12,14 +12,14 @@ from typing import Any
 
 IMAGES, STEPS = 64, 12
 NOTE = """\
-Simulated devices and processes share the same cores, so that this shows overhead only: the time
-over that of one device for as many images (below 1 where one device leaves cores idle). It says
-nothing about speed on several machines. The network is the tutorial's with a tenth of its dense
-units."""
+Simulated devices and processes share the same cores, so the table shows only overhead: the ratio of
+the time to that of one device with as many images (below 1 if one device leaves cores idle). The
+table says nothing about speed on several machines. The network is the tutorial's with a tenth of
+its dense units."""
 
 
 def measure(counts: list[int]) -> str:
-    """Returns a table of step times: strong (images in all stay), weak (images a device stay)."""
+    """Returns a table of step times: strong (fixed total), weak (fixed per device)."""
     rows, alone = [], {}
     for count in sorted({1, *counts}):
         for scaling in ("strong", "weak"):
@@ -39,7 +39,7 @@ def measure(counts: list[int]) -> str:
 
 
 def run(processes: int, devices: int, total: int) -> float:
-    """Returns the seconds of a step, the median, with so many processes of so many devices."""
+    """Returns the median seconds of a step with these numbers of processes and devices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
