@@ -528,7 +528,8 @@ NOT_CONVERGED = _illness(
     "not-converged",
     "the averages have not converged from their initial values",
     "the running statistics are a mixture of correct statistics and the initial values 0 and 1",
-    "train longer, lower the momentum, use debias, or recompute the statistics with clinic.precise",
+    "train longer, lower the momentum, use bnjax.norms.BatchNorm with debias, or recompute the "
+    "statistics with clinic.precise",
 )
 STALE = _illness(
     "stale",
@@ -575,8 +576,8 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
     layers = [one for one in case.layers if one.layer.name not in explained]
     if early := [one for one in layers if _is_early(one, one.initial_share)]:
         worst = max(early, key=lambda one: one.initial_share)
-        share, after = worst.initial_share, f" after {worst.updates:,} updates"
-        yield _not_converged(early, worst, share, "momentum ** updates", after)
+        updates = worst.updates
+        yield _not_converged(early, worst, worst.initial_share, "momentum ** updates", updates)
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
@@ -623,7 +624,8 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
     worst = max(beyond, key=lambda one: max(one.z_scores))
     cause = "the weights changed too fast for the averages"
     if case.run.weights is None:
-        cause += ", or were averaged or restored"
+        cause += ", the weights were averaged or restored"
+    cause += ", or these images were not preprocessed as in training"
     text = (
         f"up to {max(worst.z_scores):.0f} standard errors from the statistics of these weights (in "
         f"{worst.layer.name}, means differ by {rms(worst.drift):.2f} standard deviations and log "
@@ -672,16 +674,20 @@ def _is_early(one: Evidence, share: float) -> bool:
 
 
 def _not_converged(
-    layers: list[Evidence], worst: Evidence, share: float, how: str, after: str = ""
+    layers: list[Evidence], worst: Evidence, share: float, how: str, updates: int | None = None
 ) -> Finding:
     momentum, apart = worst.momentum, worst.distance_from_zero
-    text = f"the initial values have a weight of {share:.1%} ({how}){after}"
+    text = f"the initial values have a weight of {share:.1%} ({how})"
+    text += "" if updates is None else f" after {updates:,} updates"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
         needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
         text += (
             f" with a momentum of {momentum:g}; a weight of {INITIAL_SHARE:.0%} takes {needed:,} "
             "updates"
         )
+        if updates:  # rounded down, so that the momentum shown is low enough
+            low_enough = math.floor(100 * INITIAL_SHARE ** (1 / updates)) / 100
+            text += f" or a momentum of at most {low_enough:g}"
     if share > 1:
         text += (
             "; a weight above 100 % comes from debiasing a variance that starts from 1 instead of 0"
@@ -711,15 +717,15 @@ def audit(
         network: a network from `linen`, `nnx` or `equinox`. For linen, variables may have a leading
             axis of devices, and statistics may be a list of one tree per replica.
         batches: training images in random order, in batches of about the size of the training
-            batches: `image` [n, h, w, c], optionally `label` int [n], and `mask` bool [n] if the
-            model takes a mask. Give at least two batches, preferably four. All batches are kept in
-            memory.
+            batches: `image` [n, h, w, c], as the model receives them in training (uint8 is divided
+            by 255), optionally `label` int [n], and `mask` bool [n] if the model takes a mask. Give
+            at least two batches, preferably four. All batches are kept in memory.
         run: facts about the training run; `not_checked` lists the checks that need missing facts.
         jit: the function used for compilation.
 
     Raises:
-        ValueError: if no batch has two or more examples, or the batches have a mask but the model
-            takes none.
+        ValueError: if a batch is not a dict with `image`, no batch has two or more examples, or the
+            batches have a mask but the model takes none.
     """
     kept, run = sorted(batches, key=real_examples, reverse=True), run or Run()
     if not kept or len(kept[0]["image"]) < 2:

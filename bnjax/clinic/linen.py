@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -138,7 +138,8 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
         call: (model, images, train) -> logits, for a model with a different signature.
 
     Raises:
-        ValueError: if `__call__` has no known flag and `call` is None.
+        ValueError: if `__call__` has no known flag and `call` is None, or an argument is the dict
+            of all variables.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -148,6 +149,12 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
     >>> [norm.name for norm in linen(Net(), **variables).norms({"image": jnp.ones((2, 4, 4, 3))})]
     ['BatchNorm_0']
     """
+    for name, variables in (("params", params), ("batch_stats", batch_stats)):
+        if isinstance(variables, Mapping) and name in variables:
+            raise ValueError(
+                f"{name} has a key {name!r}. Give the collection itself, for instance "
+                "clinic.linen(model, **variables)."
+            )
     names = inspect.signature(type(model).__call__).parameters
     if call is None:
         flag = next((name for name in FLAGS if name in names), None)

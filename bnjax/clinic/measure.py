@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.network import Mode, Network, NormLayer, nothing_seen
+from bnjax.clinic.network import Mode, Network, NormLayer, check, nothing_seen
 from bnjax.clinic.statistics import deviations, put
 from bnjax.metrics import from_losses
 from bnjax.norms.moments import Moments, merge
@@ -324,6 +324,7 @@ def rms(values: Any) -> float:
 
 def real_examples(batch: Batch) -> int:
     """Returns the number of unmasked examples in a batch."""
+    check(batch)
     return int(np.sum(batch["mask"])) if "mask" in batch else len(batch["image"])
 
 

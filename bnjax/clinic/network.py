@@ -181,6 +181,19 @@ class Call(abc.ABC):
 Around = Callable[[Call], Any]
 
 
+def check(batch: Any) -> None:
+    """Checks that a batch is a dict with images.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(batch, Mapping) or "image" not in batch:
+        raise ValueError(
+            f"a batch must be a dict with 'image', not {type(batch).__name__}. For a pair, give "
+            "{'image': x, 'label': y}."
+        )
+
+
 @struct.dataclass
 class Network(abc.ABC):
     """A trained network with the same interface for all libraries; a pytree of variables.
@@ -282,8 +295,10 @@ class Network(abc.ABC):
             axis_name: the mapped axis or axes over which the moments are computed.
 
         Raises:
-            ValueError: if a batch is padded and the input of a norm has no axis of examples.
+            ValueError: if a batch is not a dict with `image`, or is padded and the input of a norm
+                has no axis of examples.
         """
+        check(batch)
         mask, total = batch.get("mask"), total_over(axis_name)
 
         def watch(call: Call) -> Any:

@@ -14,7 +14,7 @@ from foreign import NETWORKS, drawn
 
 from bnjax import clinic
 from bnjax.clinic.linen import linen
-from bnjax.clinic.network import Network, nothing_seen
+from bnjax.clinic.network import Network, check, nothing_seen
 from bnjax.norms import BatchNorm
 from bnjax.train_step import forward, init_state, init_variables, train_step
 
@@ -176,3 +176,13 @@ def test_a_model_of_nnx_trains_and_what_cannot_be_checked_is_said():
     assert not findings.healthy
     assert str(findings).endswith("nothing to audit")
     assert "a batch norm of Flax or bnjax in the model" in entry.missing
+
+
+def test_wrong_arguments_are_explained():
+    model, x = nn.BatchNorm(), np.ones((4, 3), np.float32)
+    variables = model.init(jax.random.key(0), x, use_running_average=True)
+    for wrong in ((variables, variables["batch_stats"]), (variables["params"], variables)):
+        with pytest.raises(ValueError, match=r"clinic\.linen\(model, \*\*variables\)"):
+            linen(model, *wrong)
+    with pytest.raises(ValueError, match=r"not tuple.*'label': y"):
+        check((x, np.zeros(4, np.int32)))  # as given to every function of the clinic
