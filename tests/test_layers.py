@@ -1,6 +1,8 @@
 """Imports only point down: the order of the rooms, checked."""
 
 import ast
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,20 @@ def test_imports_point_down(path):
 def test_the_order_is_the_one_that_contributors_read():
     order = " < ".join(", ".join(sorted(names)) for names in ORDER)
     assert order in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+
+
+def test_the_map_names_each_module_once():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(
+        r"^\| (`[\w/.]+`|used by all) \| (.+) \|$", text.split("\n### ")[0], re.MULTILINE
+    )
+    named = []
+    for where, what in rows:
+        folder, words = where.strip("`"), re.sub(r"\([^)]*\)", "", what)
+        if folder.endswith(".py"):
+            named.append(folder.removesuffix(".py"))
+        else:
+            prefix = folder if folder.endswith("/") else ""
+            named += [prefix + name for name in re.findall(r"`(\w+)`", words)]
+    modules = [str(path.relative_to(ROOT / "bnjax").with_suffix("")) for path in FILES]
+    assert Counter(named) == Counter(name for name in modules if not name.endswith("__init__"))
