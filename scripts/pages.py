@@ -1,31 +1,39 @@
-"""Writes what programs print into the pages of the findings and the guides, and two references.
+"""Writes what programs print into the tutorial, findings and guides, and writes two references.
 
-    python scripts/pages.py
+    python scripts/pages.py                                   # all pages
+    BNJAX_CACHE=FOLDER python scripts/pages.py tutorial       # only docs/tutorial.md
 
 Runs the blocks of Python of each page, and replaces the block of text after each by its output.
+The tutorial is left unchanged if CIFAR-10 is not in BNJAX_CACHE, the folder for downloads.
 The page of the config keys is made from their declaration, and the page of the commands from the
 signatures from which tyro makes their parsers. The notebook receives the repository's address from
 pyproject.toml.
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
 import json
 import re
+import sys
+import tempfile
 import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from tyro.conf import Positional, Suppress
 
+from bnjax.data import cifar
+from bnjax.data.datasets import cache_dir
 from bnjax.main import COMMANDS, OVERRIDDEN
 from bnjax.train.config import KEYS, SECTIONS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).absolute().parents[1] / "docs"
+TUTORIAL = DOCS / "tutorial.md"
 CONFIG_KEYS, COMMAND_LINE = DOCS / "keys.md", DOCS / "commands.md"
 FINDINGS, GUIDES = (sorted((DOCS / folder).glob("*.md")) for folder in ("findings", "guides"))
 PROJECT, NOTEBOOK = DOCS.parent / "pyproject.toml", DOCS.parent / "scripts" / "colab.ipynb"
@@ -49,9 +57,10 @@ unless the section on a command gives another meaning."""
 FLAGS = re.compile(r"--\w[\w.=-]*\w(?: --\w[\w.=-]*\w)*")
 
 
-def with_output(page: str) -> str:
-    """Returns a page with what its blocks of Python print."""
-    names: dict[str, Any] = {"__name__": "page"}
+def with_output(page: str, names: dict[str, Any] | None = None) -> str:
+    """Returns a page with what its blocks of Python print; they define their names in `names`."""
+    names = {} if names is None else names
+    names["__name__"] = "page"
 
     def run(block: re.Match[str]) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -147,9 +156,21 @@ def with_address(notebook: str, address: str) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
+def main(names: Sequence[str]) -> None:
+    """Writes the pages with these names, or all of them."""
+    made = {
+        CONFIG_KEYS: keys_page,
+        COMMAND_LINE: commands_page,
+        NOTEBOOK: lambda: with_address(NOTEBOOK.read_text(), repository()),
+    }
+    has_data = cifar.find(cifar.VERSIONS["cifar10"], cache_dir())
+    for path in [*made, *[TUTORIAL] * bool(has_data), *FINDINGS, *GUIDES]:
+        if not names or path.stem in names:
+            make = made.get(path) or functools.partial(with_output, path.read_text())
+            # The blocks of the tutorial write files into the current folder.
+            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+                path.write_text(make())
+
+
 if __name__ == "__main__":
-    CONFIG_KEYS.write_text(keys_page())
-    COMMAND_LINE.write_text(commands_page())
-    NOTEBOOK.write_text(with_address(NOTEBOOK.read_text(), repository()))
-    for path in [*FINDINGS, *GUIDES]:
-        path.write_text(with_output(path.read_text()))
+    main(sys.argv[1:])
