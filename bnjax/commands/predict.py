@@ -225,7 +225,7 @@ def _table(result: dict[str, Any]) -> str:
     from bnjax.text import text_table
 
     shown, lines = result["predictions"], []
-    if shown:
+    if shown and "accuracy" not in result:  # a split has too many images; --json lists them
         columns = ("image", "label", "class", "score", "note")
         present = [name for name in columns if any(name in row for row in shown)]
         cells = [
