@@ -318,7 +318,7 @@ def in_bfloat16(layer):
 @measured("Masks", "one channel", (2, 2), (8, 1), kept=0.0)
 @measured("Masks", "mask", (2, 2), (8, 2), kept=0.0)
 def masked(layer, shape):
-    """Mean and variance of 0 to 4, with 5 to 7 masked; a mask [n] has one value per image."""
+    """Mean and variance of the values 0 to 4; 5 to 7 are masked. Mask [n]: one value per image."""
     x = np.broadcast_to(np.arange(8.0).reshape(8, *[1] * (len(shape) - 1)), shape)
     mask = first(layer, 5) if len(shape) > 2 else layer.mask(first(layer, 5))
     return layer.used(layer.fit(layer.array(x), mask=mask), shape[-1])

@@ -48,8 +48,9 @@ def fold_pair(
         scale, shift: the affine parameters of the norm, [c]; None for 1 and 0.
         mean, var: the running statistics of the norm, [c].
         epsilon: the constant added to the variance.
-        norm: the position of the norm. "after": c = out. "before": c = in, or a divisor of in if
-            positions were flattened into channels; input j then belongs to channel j mod c.
+        norm: the position of the norm. "after": c = out. "before": `c` equals `in`, or a divisor
+            of `in` if positions were flattened into channels; input j then belongs to channel
+            j mod c.
         groups: the `feature_group_count` of a convolution.
         channels_first: whether channels came before positions in the flattening; input j then
             belongs to channel j // (in / c).

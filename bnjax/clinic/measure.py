@@ -168,7 +168,7 @@ class Evidence:
     def z_scores(self) -> tuple[float, float]:
         """The errors of the stored mean and log variance, in standard errors (RMS over channels).
 
-        An exponential average, with momentum m, of independent values with variance s^2 has the
+        An exponential average, with momentum m, of independent values with variance s^2 has
         variance (1-m) / (1+m) s^2. The expected value is a mean over k batches, with the variance
         s^2 / k.
         """

@@ -63,8 +63,8 @@ class Run:
     def curve(self, split: str) -> Curve:
         """Returns the curve of a split.
 
-        "train" has values at each step, and the other splits at each evaluation. The split
-        "judged" is the split by which the best checkpoint is chosen.
+        "train" has values at each step, and the other splits at each evaluation. The
+        "judged" split is the one that determines the best checkpoint.
         """
         split = self.chosen_by if split == "judged" else split
         lines = [line for line in self.metrics if line["split"] == split]

@@ -212,7 +212,7 @@ def splits(
 def read_ahead(
     load: Callable[[int], Batch], start: int, stop: int, workers: int
 ) -> Iterator[Batch]:
-    """Yields the batches with numbers from `start` to `stop` in order, loaded in advance.
+    """Yields the batches numbered `start` to `stop` - 1 in order; later ones are loaded meanwhile.
 
     A batch depends only on its number, so the number of workers does not change it.
 

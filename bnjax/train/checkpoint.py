@@ -41,7 +41,7 @@ def items(
 
 
 def read_records(folder: Path) -> dict[int, dict[str, Any]]:
-    """Returns the record of each checkpoint, keyed by step; a damaged record is empty."""
+    """Returns the record of each checkpoint, keyed by step; a damaged one as an empty dict."""
     found = {}
     for path in folder.glob("*"):
         if path.name.isdecimal():

@@ -131,7 +131,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _place(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
-    """Returns the section of a key, and the name of the key in it.
+    """Returns the section that a key belongs to, and the key's name within that section.
 
     Raises:
         UserError: if there is no such key.

@@ -344,7 +344,7 @@ class Seed:
 
 
 def _so_far(workdir: Path, step: int, metrics: list[dict[str, Any]]) -> tuple[float, int]:
-    """Returns the training time up to a step, and the number of bad steps that end at it.
+    """Returns the training time up to a step, and the length of the run of bad steps up to it.
 
     Raises:
         UserError: if metrics.jsonl or timing.jsonl ends before the step.
