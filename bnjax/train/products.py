@@ -1,5 +1,6 @@
 """Times two libraries for the matrix products of a CPU program, and chooses the faster one."""
 
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +22,8 @@ from bnjax.train.jsonl import write_json
 FASTER = 0.95
 # Bounds on the FLOPs of a product: smaller products are not timed, larger ones are cut first.
 SMALLEST, LARGEST = 5e9, 3e10
-REPEATS = 2
+SHARE = 0.25  # products with less than this fraction of the largest one's FLOPs are not timed
+REPEATS = 3
 # The shapes of both operands, and the dimension numbers of `jax.lax.dot_general`.
 Product = tuple[tuple[int, ...], tuple[int, ...], Any]
 
@@ -51,10 +53,9 @@ def fastest_options(program: Any, folder: Path | None = None) -> Options:
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     file = (folder or compiled_folder()) / f"products-{name}.json"
     if not file.exists():
-        ynnpack, eigen = (
-            sum(seconds(product, usable(options)) for product in products)
-            for options in (CPU_OPTIONS, EIGEN_OPTIONS)
-        )
+        choices, least = (CPU_OPTIONS, EIGEN_OPTIONS), SHARE * max(map(flops, products))
+        timed = [seconds(one, *map(usable, choices)) for one in products if flops(one) >= least]
+        ynnpack, eigen = map(sum, zip(*timed, strict=True))
         library = "Eigen" if eigen < FASTER * ynnpack else "YNNPACK"
         found = {"YNNPACK": round(ynnpack, 4), "Eigen": round(eigen, 4)}
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,18 +84,25 @@ def flops(product: Product) -> float:
     return 2.0 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in shared)
 
 
-def seconds(product: Product, options: Options) -> float:
-    """Returns the time of a product in seconds, extrapolated if the product is above LARGEST."""
+def seconds(product: Product, *choices: Options) -> list[float]:
+    """Returns the time of a product in seconds with each of several options.
+
+    The choices take turns, so that other load on the machine affects all of them. A product above
+    LARGEST is cut, and its time is extrapolated.
+    """
     left, right, numbers = product
     (_, summed), (_, batched) = numbers
     widest = max(set(range(len(right))) - {*summed, *batched}, key=lambda i: right[i])
     cut = list(right)
     cut[widest] = max(1, int(right[widest] * min(1.0, LARGEST / flops(product))))
-    operands = [np.random.default_rng(0).random(shape, np.float32) for shape in (left, cut)]
-    multiply = jax.jit(lambda x, y: jax.lax.dot_general(x, y, numbers), compiler_options=options)
-    found = []
+    rng = np.random.default_rng(0)
+    operands = [jax.device_put(rng.random(shape, np.float32)) for shape in (left, cut)]
+    dot = functools.partial(jax.lax.dot_general, dimension_numbers=numbers)
+    compiled = [jax.jit(dot, compiler_options=options) for options in choices]
+    found: list[list[float]] = [[] for _ in choices]
     for _ in range(1 + REPEATS):
-        began = time.perf_counter()
-        multiply(*operands).block_until_ready()
-        found.append(time.perf_counter() - began)
-    return min(found[1:]) * right[widest] / cut[widest]
+        for multiply, times in zip(compiled, found, strict=True):
+            began = time.perf_counter()
+            multiply(*operands).block_until_ready()
+            times.append(time.perf_counter() - began)
+    return [min(times[1:]) * right[widest] / cut[widest] for times in found]
