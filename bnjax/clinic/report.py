@@ -212,6 +212,8 @@ class Findings:
         if self.found:
             count = len(self.found)
             return f"{count} finding{'s' * (count != 1)}: {', '.join(self.ids)}"
+        if any(one.id == "stale by fit" for one in self.not_checked):
+            return "nothing found, but whether the averages are right was not checked (see above)"
         return "healthy: nothing found" if self.healthy else "nothing to audit"
 
 

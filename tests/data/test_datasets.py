@@ -154,7 +154,7 @@ def test_a_flipped_byte_is_an_error_or_harmless(position, value, tiny, tmp_path)
 
 
 def test_data_dir_has_to_be_a_folder(tmp_path):
-    with pytest.raises(DataError, match=r"config\.data\.dir = .*nowhere.*has to be a folder"):
+    with pytest.raises(DataError, match=r"config\.data\.dir = .*nowhere.*must be a folder"):
         datasets.load("cifar10", str(tmp_path / "nowhere"), fallback="digits")
 
 

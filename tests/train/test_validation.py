@@ -82,7 +82,7 @@ def test_a_report_says_which_images_chose(run):
     study = runs.read_study([run[0]])
     table = report.results(study)
     assert "best validation accuracy" in table.columns
-    assert "of a run, on the validation images" in table.caption
+    assert "of a run on the validation images" in table.caption
     accuracies = [line["accuracy"] for line in lines(run[0], "validation")]
     (made,) = study.runs
     assert runs.value(made, "validation_accuracy", "best") == max(accuracies)
