@@ -690,7 +690,8 @@ def _not_converged(
             text += f" or a momentum of at most {low_enough:g}"
     if share > 1:
         text += (
-            "; a weight above 100 % comes from debiasing a variance that starts from 1 instead of 0"
+            "; a weight above 100 % comes from debiasing a variance that starts from 1 instead of "
+            "0, or from images that were not preprocessed as in training"
         )
     elif share * apart > INITIAL_SHIFT:
         text += (
