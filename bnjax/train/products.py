@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,16 +27,15 @@ REPEATS = 3
 Product = tuple[tuple[int, ...], tuple[int, ...], Any]
 
 
-def fastest_options(program: Any, folder: Path | None = None) -> Options:
+def fastest_options(program: Any) -> Options:
     """Returns the fastest options for compiling a program on the default backend.
 
     If the backend is a CPU and the program contains large float32 matrix products, they are timed
-    with YNNPACK and with Eigen. The timing takes up to 2 s. The choice is stored in a file, so that
-    later processes compile the same program.
+    with YNNPACK and with Eigen. The timing takes up to 2 s. The choice is stored in a file beside
+    the compiled programs, so that later processes compile the same program.
 
     Args:
         program: a jaxpr, for instance `jax.jit(f).trace(x).jaxpr`.
-        folder: the folder for the choice; None for the folder of compiled programs.
     """
     # Processes that choose differently would compute different bits.
     may_choose = jax.default_backend() == "cpu" and jax.process_count() == 1
@@ -51,7 +49,7 @@ def fastest_options(program: Any, folder: Path | None = None) -> Options:
         "products": [f"{left} x {right}, {numbers}" for left, right, numbers in products],
     }
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    file = (folder or compiled_folder()) / f"products-{name}.json"
+    file = compiled_folder() / f"products-{name}.json"
     if not file.exists():
         choices, least = (CPU_OPTIONS, EIGEN_OPTIONS), SHARE * max(map(flops, products))
         timed = [seconds(one, *map(usable, choices)) for one in products if flops(one) >= least]

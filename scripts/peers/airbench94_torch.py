@@ -73,27 +73,31 @@ def augmented(images: Tensor, flipped: Tensor) -> Tensor:
     return wide[number, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Orthogonal updates of kernels, which are rescaled to the norm sqrt(output channels)."""
 
+    def __init__(self, kernels: list[nn.Parameter], rate: float, until: int):
+        """Starts with momenta of zero."""
+        self.param_groups = [{"lr": rate, "until": until}]  # as in torch's optimizers
+        self.momenta = [(kernel, torch.zeros_like(kernel)) for kernel in kernels]
+
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Takes a step."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                total = self.state[weight].setdefault("total", torch.zeros_like(weight))
-                total.mul_(0.6).add_(weight.grad)
-                x = weight.grad.add(total, alpha=0.6).flatten(1)
-                x = x.bfloat16() if x.is_cuda else x
-                x = x / (x.norm() + 1e-7)
-                is_tall = len(x) > x.shape[1]
-                x = x.T if is_tall else x
-                for _ in range(3):  # Newton-Schulz
-                    gram = x @ x.T
-                    x = 3.4576 * x + (2.0843 * gram @ gram - 4.7391 * gram) @ x
-                x = x.T if is_tall else x
-                weight.mul_(len(weight) ** 0.5 / weight.norm())
-                weight.sub_(x.reshape(weight.shape).to(weight.dtype), alpha=group["lr"])
+        for weight, total in self.momenta:
+            total.mul_(0.6).add_(weight.grad)
+            x = weight.grad.add(total, alpha=0.6).flatten(1)
+            x = x.bfloat16() if x.is_cuda else x
+            x = x / (x.norm() + 1e-7)
+            is_tall = len(x) > x.shape[1]
+            x = x.T if is_tall else x
+            for _ in range(3):  # Newton-Schulz
+                gram = x @ x.T
+                x = 3.4576 * x + (2.0843 * gram @ gram - 4.7391 * gram) @ x
+            x = x.T if is_tall else x
+            weight.mul_(len(weight) ** 0.5 / weight.norm())
+            update = x.reshape(weight.shape).to(weight.dtype)
+            weight.sub_(update, alpha=self.param_groups[0]["lr"])
 
 
 class Trainer:
@@ -123,10 +127,8 @@ class Trainer:
             {"params": params, "lr": rate, "weight_decay": decay / rate, "until": until}
             for params, rate, until in groups
         ]
-        self.optimizers = [torch.optim.SGD(options, momentum=MOMENTUM, nesterov=True)]
-        if not is_sgd:
-            muon = [{"params": kernels, "lr": 0.24, "until": steps}]
-            self.optimizers.append(Muon(muon, {}))  # type: ignore[arg-type]
+        sgd = torch.optim.SGD(options, momentum=MOMENTUM, nesterov=True)
+        self.optimizers = [sgd] if is_sgd else [sgd, Muon(kernels, 0.24, steps)]
         self.groups = [group for one in self.optimizers for group in one.param_groups]
         self.peaks = [group["lr"] for group in self.groups]
         state = self.model.state_dict().values()

@@ -13,12 +13,9 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-warnings.simplefilter("ignore")
-
-import numpy as np  # noqa: E402
-import tensorflow.compat.v1 as tf  # noqa: E402
+import numpy as np
 
 WARM_UP = 2
 
@@ -30,6 +27,10 @@ def main() -> None:
     parser.add_argument("batch", type=int)
     parser.add_argument("steps", type=int)
     args = parser.parse_args()
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # TensorFlow reads it when it is imported
+    warnings.simplefilter("ignore")
+    import tensorflow.compat.v1 as tf
+
     tf.disable_v2_behavior()
     tf.logging.set_verbosity(tf.logging.ERROR)
     files = sorted(args.folder.rglob("data_batch_[1-5].bin"))
@@ -40,7 +41,7 @@ def main() -> None:
     x, y = tf.placeholder(tf.float32, [None, 32, 32, 3]), tf.placeholder(tf.int64, [None])
     net = x
 
-    def normalised(net):  # type: ignore[no-untyped-def]
+    def normalised(net: Any) -> Any:
         return tf.layers.batch_normalization(net, momentum=0.75, training=True)
 
     for filters, stride in ((30, 2), (50, 1), (60, 1)):

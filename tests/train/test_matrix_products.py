@@ -32,28 +32,27 @@ def test_seeds_are_counted_in_the_operations_of_a_product():
 
 
 @pytest.fixture
-def trace(monkeypatch):
+def trace(monkeypatch, tmp_path):
+    monkeypatch.setenv("BNJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(products, "SMALLEST", 1.0)
     return jax.jit(jnp.dot).trace(np.ones((4, 3), np.float32), np.ones((3, 2), np.float32))
 
 
 @YNNPACK
 @pytest.mark.parametrize(("eigen", "is_eigen"), [(0.9, True), (0.96, False), (1.5, False)])
-def test_the_faster_library_is_chosen_and_the_choice_is_kept(
-    trace, tmp_path, monkeypatch, eigen, is_eigen
-):
+def test_the_faster_library_is_chosen_and_the_choice_is_kept(trace, monkeypatch, eigen, is_eigen):
     monkeypatch.setattr(products, "seconds", lambda *_: [1.0, eigen])
     expected = EIGEN_OPTIONS if is_eigen else CPU_OPTIONS
-    assert products.fastest_options(trace.jaxpr, tmp_path) == expected
+    assert products.fastest_options(trace.jaxpr) == expected
     monkeypatch.setattr(products, "seconds", None)  # so that timing again would fail
-    assert products.fastest_options(trace.jaxpr, tmp_path) == expected
+    assert products.fastest_options(trace.jaxpr) == expected
 
 
 @YNNPACK
 def test_both_libraries_compute_the_program(trace, tmp_path):
     x, y = (np.random.default_rng(i).normal(size=s) for i, s in enumerate([(4, 3), (3, 2)]))
     single = [one.astype(np.float32) for one in (x, y)]
-    for options in (CPU_OPTIONS, EIGEN_OPTIONS, products.fastest_options(trace.jaxpr, tmp_path)):
+    for options in (CPU_OPTIONS, EIGEN_OPTIONS, products.fastest_options(trace.jaxpr)):
         found = trace.lower().compile(options)(*single)
         np.testing.assert_allclose(found, single[0].astype(float) @ single[1], rtol=1e-5)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("compiled/products-*.json"))) == 1
