@@ -59,8 +59,8 @@ def lag(words: Sequence[str]) -> bytes:
 def moments(words: Sequence[str]) -> tuple[str, Moments]:
     """Trains a network; returns the name of its data set and the statistics of each batch [steps].
 
-    The statistics are those of the channel of `LAYER` whose mean changes most. With momentum 0,
-    the running averages are the statistics of the latest batch.
+    In the layer `LAYER`, the channel whose mean changes most is chosen. With a momentum of 0, the
+    running averages are the statistics of the latest batch.
     """
     more = (f"--config.train.steps={STEPS}", "--config.model.momentum=0")
     config = parsing.load("digits", [*words, *more])

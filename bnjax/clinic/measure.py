@@ -252,7 +252,8 @@ def measure(
     evaluate = jit(functools.partial(type(network).run, train=False))
 
     examples = real_examples(batches[0])
-    # Smaller batches have noisier statistics, but would have the same weight.
+    # Counts only batches of at least half the size of the largest one: the statistics of smaller
+    # batches are noisier, and the estimate gives every batch the same weight.
     whole = sum(2 * real_examples(one) >= examples for one in batches)
     scales, stored = flatten_dict(dict(params)), flatten_dict(dict(stats))
     norms, layers, expected = network.norms(batches[0]), [], dict(stored)

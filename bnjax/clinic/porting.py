@@ -110,7 +110,7 @@ def read_table(file: Path) -> Table:
 
 
 def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
-    """Returns a network's table, with unchanged layer names and the network's flattened layers."""
+    """Returns a table that renames no layer and lists the layers with flattened images as input."""
     first = "dense0" if model.dense else "logits"
     layers = [first]
     if model.placement == "pre" and model.norm is not None:

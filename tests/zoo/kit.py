@@ -1,4 +1,4 @@
-"""What the cases share in all libraries: patients, batches, and the audit."""
+"""The code shared by all cases and libraries: networks, batches and the audit."""
 
 import dataclasses
 import functools

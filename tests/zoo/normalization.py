@@ -141,7 +141,7 @@ def padding_counted(lib, sick):
 )
 def mean_of_shard_means(lib, sick):
     """Shards hold different numbers of real examples, and the mean over shards counts all alike."""
-    # A third of the images, all of one label, weighs half.
+    # One shard has a third of the images, all with the same label, and half of the weight.
 
     def loss(params, stats, batch, key, model):
         def of_shard(shard, mask, weight):
