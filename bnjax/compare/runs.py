@@ -13,7 +13,6 @@ from bnjax.compare.intervals import Times
 from bnjax.errors import UserError
 from bnjax.text import progress
 from bnjax.train import jsonl, parsing, rundir
-from bnjax.train.config import default_config
 
 # Values at one point of a run: the first, last or best evaluation or training step, or any step.
 VALUES = tuple(
@@ -25,6 +24,7 @@ POINTS = ("first", "last", "best")
 COMPARISON = "comparison.json"  # in the folder of a comparison
 # The keys that may differ between runs of the same variant.
 NO_VARIANT = ("config.seed", "config.data.dir")
+START = "bn"  # the included config from which the commands that repeat runs start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +267,10 @@ def read_study(folders: Sequence[Path]) -> Study:
 
 
 def command(run: Run) -> list[str]:
-    """Returns the command that repeats a run, with all config values that are not defaults."""
-    config, standard = dict(run.config), parsing.flat({"config": default_config().to_dict()})
+    """Returns the command that repeats a run, with all config values that differ from `START`."""
+    config, standard = dict(run.config), parsing.flat({"config": parsing.load(START, ()).to_dict()})
     if run.data.name == config["config.data.fallback"] != config["config.data.name"]:
         # The command itself appends the name of the fallback data set.
         config["config.name"] = config["config.name"].removesuffix(f"-{run.data.name}")
     words = [f"--{key}={value}" for key, value in config.items() if value != standard.get(key)]
-    return ["python", "-m", "bnjax.main", "--config", "bnjax/train/config.py", *words]
+    return ["python", "-m", "bnjax.main", "--config", START, *words]
