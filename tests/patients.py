@@ -123,6 +123,7 @@ def of(model, **options):
 HEALTHY = {
     **{name: of(model) for name, model in NETWORKS.items() if name != "shared"},
     "plain": plain,
+    "momentum 0.99, recomputed": lambda seed: ready(momentum=0.99)(seed).recomputed(),
     "dropout before a norm, recomputed": lambda seed: ready(dropout=0.5)(seed).recomputed(),
     "plain, frozen and stepped": lambda seed: frozen(seed, plain(seed)).knowing(step=step(1)),
     "plain, batches of 256": of(Plain(), size=256),

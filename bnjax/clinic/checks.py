@@ -19,6 +19,7 @@ from bnjax.clinic.measure import DEAD, Case, Evidence, Run, distance, measure, r
 from bnjax.clinic.network import Network
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
 from bnjax.norms import BatchNorm
+from bnjax.norms.moments import Moments
 from bnjax.types import Batch, Params, fingerprint
 
 Outcome = Iterator[Finding | NotChecked]
@@ -316,20 +317,37 @@ def variance_shift(case: Case, one: Evidence) -> str | None:
 
 def recomputed(one: Evidence) -> bool:
     """Returns whether the averages were computed without dropout, as by `clinic.precise`."""
-    in_evaluation = dataclasses.replace(one, train=one.batch)
-    return one.random and max(in_evaluation.z_scores) <= STANDARD_ERRORS
+    return one.random and _fits(dataclasses.replace(one, train=one.batch))
+
+
+def without_initial_values(one: Evidence) -> bool:
+    """Returns whether the averages contradict the weight of the initial values that `steps` gives.
+
+    True for averages recomputed by `clinic.precise`: they fit these weights, and do not fit a
+    mixture with the initial values.
+    """
+    share, (mean, var, count) = one.initial_share, one.train
+    mixture = Moments((1 - share) * mean, share + (1 - share) * var, count)
+    fits = len(mean) > 1 and (_fits(one) or recomputed(one))
+    return fits and not _fits(dataclasses.replace(one, train=mixture))
+
+
+def _fits(one: Evidence) -> bool:
+    return max(one.z_scores) <= STANDARD_ERRORS
+
+
+SECOND_BATCH = "a second batch, to measure the differences between batches"
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:
     """Yields the checks that lack an input, except the checks in `unfinished_or_stale`."""
-    few = "a second batch, to measure the differences between batches"
     if case.run.batch_size is None:
         missing = "the number of examples that share statistics in training: Run(batch_size=…)"
         yield NotChecked("small-batch", missing)
     elif case.whole < 2:
-        yield NotChecked("small-batch", few)
+        yield NotChecked("small-batch", SECOND_BATCH)
     if case.whole < 2 and any(one.random for one in case.layers):
-        yield NotChecked("variance-shift", few)
+        yield NotChecked("variance-shift", SECOND_BATCH)
     if case.run.tx is None:
         missing = "the optimizer: Run(tx=…); the weights do not show which parameters were decayed"
         yield NotChecked("weight-decay", missing)
@@ -574,7 +592,8 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
             explained |= {*names[names.index(one.layers[0]) :]}
             yield NotChecked("stale by fit", f"accurate inputs to all layers after {one.layers[0]}")
     layers = [one for one in case.layers if one.layer.name not in explained]
-    if early := [one for one in layers if _is_early(one, one.initial_share)]:
+    early = [one for one in layers if _is_early(one, one.initial_share)]
+    if early := [one for one in early if not without_initial_values(one)]:
         worst = max(early, key=lambda one: one.initial_share)
         updates = worst.updates
         yield _not_converged(early, worst, worst.initial_share, "momentum ** updates", updates)
@@ -592,14 +611,13 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
         missing = f"norms with only one call per pass, unlike {calls}"
         yield NotChecked("stale by fit", missing)
     if case.whole < 2:
-        missing = "a second batch, to measure the differences between batches"
-        yield NotChecked("stale by fit", missing)
+        yield NotChecked("stale by fit", SECOND_BATCH)
         return
     if case.run.steps is None and any(isinstance(one.momentum, float) for one in layers):
         missing = "the number of updates: Run(steps=…); only the averages themselves were checked"
         yield NotChecked("not-converged by the number of updates", missing)
     judged = [one for one in layers if one.calls == 1 and not recomputed(one)]
-    beyond = [one for one in judged if max(one.z_scores) > STANDARD_ERRORS]
+    beyond = [one for one in judged if not _fits(one)]
     if beyond:
         yield from _of_poor_fit(case, judged, beyond)
 

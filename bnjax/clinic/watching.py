@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from bnjax.clinic.checks import ILLNESSES, audit
+from bnjax.clinic.checks import ILLNESSES, SECOND_BATCH, audit
 from bnjax.clinic.measure import Run
 from bnjax.clinic.network import Network
 from bnjax.clinic.statistics import Drift, Gap, drift, gap, put
@@ -99,7 +99,7 @@ def assert_healthy(
         run: facts about the training run.
 
     Raises:
-        AssertionError: if there is any other finding, or nothing to audit.
+        AssertionError: if there is any other finding, or nothing to audit, or only one batch.
         ValueError: if `allow` has an unknown name.
     """
     allowed = [allow] if isinstance(allow, str) else [*allow]
@@ -112,6 +112,8 @@ def assert_healthy(
     texts = [*map(str, found)]
     if not findings.layers:
         texts += [f"nothing was audited; missing: {one.missing}" for one in findings.not_checked]
+    elif unchecked := [one.id for one in findings.not_checked if one.missing == SECOND_BATCH]:
+        texts.append(f"not checked: {', '.join(unchecked)}; missing: {SECOND_BATCH}")
     if texts:
         names = tuple(dict.fromkeys([*allowed, *(one.id for one in found)]))
         accept = (

@@ -23,6 +23,7 @@ QUICK = (
     "plain",
     "plain, our norm, far from 0",
     "plain, frozen and stepped",
+    "momentum 0.99, recomputed",
     "dropout before a norm, recomputed",
 )
 LONG = ("far from 0 in bfloat16", "far from 0, 60 steps", "momentum 0.99, untold")
