@@ -138,8 +138,8 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
         call: (model, images, train) -> logits, for a model with a different signature.
 
     Raises:
-        ValueError: if `__call__` has no known flag and `call` is None, or an argument is the dict
-            of all variables.
+        ValueError: if `__call__` has no known flag and `call` is None, an argument is the dict of
+            all variables, or `params` holds the statistics.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -155,6 +155,12 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
                 f"{name} has a key {name!r}. Give the collection itself, for instance "
                 "clinic.linen(model, **variables)."
             )
+    leaves = {str(getattr(path[-1], "key", "")) for path, _ in jax.tree.leaves_with_path(params)}
+    if leaves and leaves <= {"mean", "var", "count"}:
+        raise ValueError(
+            "params has only running statistics (mean, var). The order of the arguments is "
+            "clinic.linen(model, params, batch_stats)."
+        )
     names = inspect.signature(type(model).__call__).parameters
     if call is None:
         flag = next((name for name in FLAGS if name in names), None)

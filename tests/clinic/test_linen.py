@@ -184,5 +184,7 @@ def test_wrong_arguments_are_explained():
     for wrong in ((variables, variables["batch_stats"]), (variables["params"], variables)):
         with pytest.raises(ValueError, match=r"clinic\.linen\(model, \*\*variables\)"):
             linen(model, *wrong)
+    with pytest.raises(ValueError, match=r"clinic\.linen\(model, params, batch_stats\)"):
+        linen(model, variables["batch_stats"], variables["params"])
     with pytest.raises(ValueError, match=r"not tuple.*'label': y"):
         check((x, np.zeros(4, np.int32)))  # as given to every function of the clinic
