@@ -34,19 +34,20 @@ if "REPLACE_JAX" in os.environ:
     text = "__version__ = '99'\\ndef devices(): return ['cpu']"
     (packages / "jax" / "__init__.py").write_text(text)
 """
-# Starts a kernel that finds bnjax only where the pip above puts it, not where it is installed.
-KERNEL = """
+# Lets each process find bnjax only where it starts or where the pip above puts it, not where it is
+# installed, and hides JAX if asked.
+FINDER = """
 import importlib.machinery, os, sys
 
 class Finder(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        path = [os.environ["PYTHONPATH"]] if name == "bnjax" else path
+        if name == "jax" and "HIDE_JAX" in os.environ:
+            return None
+        path = [os.getcwd(), os.environ["PYTHONPATH"]] if name == "bnjax" else path
         return super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
-from ipykernel.kernelapp import launch_new_instance
-launch_new_instance()
 """
 ASK_THE_PAGE = """
 from gradio_client import Client, handle_file
@@ -67,7 +68,7 @@ def execute(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     kernel = home / "share" / "kernels" / "this"
     kernel.mkdir(parents=True)
-    argv = [sys.executable, "-c", KERNEL, "-f", "{connection_file}"]
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernel / "kernel.json").write_text(
         json.dumps({"argv": argv, "display_name": "this", "language": "python"})
     )
@@ -82,6 +83,7 @@ def execute(tmp_path_factory):
         (packages / "pip").mkdir()
         (packages / "pip" / "__init__.py").touch()
         (packages / "pip" / "__main__.py").write_text(PIP)
+        (packages / "sitecustomize.py").write_text(FINDER)
         resources = {"metadata": {"path": str(folder)}}
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (own | {"PYTHONPATH": packages} | variables).items():
@@ -172,6 +174,17 @@ def installing(address):
 
 def test_outside_a_clone_the_address_is_installed(execute, tmp_path):
     assert execute(installing(ADDRESS), tmp_path) == f"install -q git+{ADDRESS}"
+
+
+def test_a_clone_beside_the_notebook_is_installed(execute, tmp_path):
+    """Python finds the folder of the clone, which has no bnjax/__init__.py, as a package."""
+    (tmp_path / "bnjax").mkdir()
+    (tmp_path / "bnjax" / "bnjax").symlink_to(ROOT / "bnjax")
+    assert execute(installing(""), tmp_path) == f"install -q {tmp_path / 'bnjax'}"
+
+
+def test_where_jax_is_missing_it_is_installed_with_bnjax(execute, tmp_path):
+    assert execute(installing(ADDRESS), tmp_path, HIDE_JAX="1") == f"install -q git+{ADDRESS}"
 
 
 def test_outside_a_clone_a_missing_address_is_an_error(execute, tmp_path):
