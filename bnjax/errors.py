@@ -48,7 +48,7 @@ class WorkerError(UserError):
 
 
 class UnavailableError(DataError):
-    """The data are not on this machine and cannot be downloaded; a fallback may be used."""
+    """The data are not on this machine and cannot be downloaded; the caller may use other data."""
 
 
 def brief(error: BaseException) -> str:

@@ -258,14 +258,14 @@ def weight(layer):
 
 @measured("Running averages", "stored variance", (), kept=0.0)
 def stored_variance(layer):
-    """Divided by n (biased) or by n - 1 (unbiased), for n values."""
+    """Whether the sum of n squared deviations is divided by n (biased) or n - 1 (unbiased)."""
     n = round(WAVE.var() * 8 / layer.used(layer.fit(layer.array(WAVE)))[1])
     return [{8: "biased", 7: "unbiased"}[n]]
 
 
 @measured("Running averages", "first steps", (1, 1, 1))
 def first_steps(layer):
-    """The variance used in evaluation, divided by the true one, after 1, 10, 100 steps."""
+    """The variance used in evaluation, divided by the true variance, after 1, 10, 100 steps."""
     x = layer.array(WAVE)
     return [layer.used(layer.fit(*[x] * steps))[1] / WAVE.var() for steps in (1, 10, 100)]
 

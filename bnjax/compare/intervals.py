@@ -134,10 +134,10 @@ def ratio(of: Times, against: Times) -> Estimate:
 def median(times: Times) -> Estimate:
     """Returns the Kaplan-Meier median with its interval.
 
-    The median is infinite if more than half of the runs do not reach the goal. The interval
-    (Brookmeyer & Crowley, 1982) contains the times at which the log-log interval of the survival
-    function, with Greenwood's variance, includes 1/2. With few runs the upper end is often
-    infinite; with three runs the coverage is only 88 %.
+    The median is infinite if more than half of the runs do not reach the goal. The confidence
+    interval (Brookmeyer & Crowley, 1982) consists of the times at which the log-log confidence
+    interval of the survival function, with Greenwood's variance, includes 1/2. With few runs the
+    upper end is often infinite; with three runs the coverage is only 88 %.
     """
     curve = stats.ecdf(times._censored()).sf
     with warnings.catch_warnings(), np.errstate(all="ignore"):

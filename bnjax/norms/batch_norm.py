@@ -219,10 +219,17 @@ class BatchNorm(nn.Module):
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
     ) -> tuple[Any, Any]:
-        """Returns the mean and 1 / sqrt(var + epsilon) for training; subclasses override this."""
+        """Returns the mean and 1 / sqrt(var + epsilon) for training; subclasses may override this.
+
+        The result does not change the running averages.
+        """
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
     def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
+        """Returns the moments with which training normalises and updates the running averages.
+
+        A subclass that overrides this must also change `bnjax.clinic.network.Call.moments`.
+        """
         if self.is_initializing():  # `init` may use a single example outside of the mapped axis
             return moments(x, axes, mask)
         devices = self._devices()

@@ -173,7 +173,10 @@ class Run:
         return means["accuracy"]
 
     def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
-        """Saves every seed, or only seeds that have taken their last step; such seeds end here."""
+        """Writes a checkpoint for every active seed, or only for those that have just finished.
+
+        Seeds that have just finished are marked as ended.
+        """
         for i, seed in self._active(everyone):
             if seed.writer:
                 seed.writer.flush()  # first, so that the files include the checkpoint's step

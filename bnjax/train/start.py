@@ -26,7 +26,7 @@ WEIGHTS = "weights.safetensors"  # in a folder written by `bnjax export`
 
 
 class Taken(NamedTuple):
-    """The names of the leaves that a network did and did not copy from a source network.
+    """The names of the leaves copied from a source network, and of those without a counterpart.
 
     Attributes:
         taken: leaves that were copied from the source.

@@ -25,7 +25,10 @@ class Board:
     """
 
     def __init__(self, folder: Path, *, start: int):
-        """Opens the folder, and makes TensorBoard hide all values after step `start`."""
+        """Opens the folder.
+
+        TensorBoard hides values that an earlier process logged after step `start`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         # Events are written in this thread, because the thread of tensorboardX's SummaryWriter dies
         # silently if the disk is full, and the writer then waits for that thread forever.
