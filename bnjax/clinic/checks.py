@@ -20,6 +20,7 @@ from bnjax.clinic.network import Network
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
 from bnjax.norms import BatchNorm
 from bnjax.norms.moments import Moments
+from bnjax.norms.running_average import momentum_for
 from bnjax.types import Batch, Params, fingerprint
 
 Outcome = Iterator[Finding | NotChecked]
@@ -326,7 +327,7 @@ def without_initial_values(one: Evidence) -> bool:
     True for averages recomputed by `clinic.precise`: they fit these weights, and do not fit a
     mixture with the initial values.
     """
-    share, (mean, var, count) = one.initial_share, one.train
+    share, (mean, var, count) = one.initial_share or 0.0, one.train
     mixture = Moments((1 - share) * mean, share + (1 - share) * var, count)
     fits = len(mean) > 1 and (_fits(one) or recomputed(one))
     return fits and not _fits(dataclasses.replace(one, train=mixture))
@@ -592,11 +593,12 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
             explained |= {*names[names.index(one.layers[0]) :]}
             yield NotChecked("stale by fit", f"accurate inputs to all layers after {one.layers[0]}")
     layers = [one for one in case.layers if one.layer.name not in explained]
-    early = [one for one in layers if _is_early(one, one.initial_share)]
+    shares = {one.layer.name: one.initial_share or 0.0 for one in layers}
+    early = [one for one in layers if _is_early(one, shares[one.layer.name])]
     if early := [one for one in early if not without_initial_values(one)]:
-        worst = max(early, key=lambda one: one.initial_share)
-        updates = worst.updates
-        yield _not_converged(early, worst, worst.initial_share, "momentum ** updates", updates)
+        worst = max(early, key=lambda one: shares[one.layer.name])
+        share = shares[worst.layer.name]
+        yield _not_converged(early, worst, share, "momentum ** updates", worst.updates)
         yield NotChecked("stale", "averages that have converged")
         return
     if case.run.weights is None:
@@ -635,15 +637,18 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
     misfit = any(rms(one.drift) > MISFIT_MEAN or rms(one.log_ratio) > MISFIT_VAR for one in beyond)
     if not misfit and moved <= max(MOVED, usual):
         return
-    share = fitted_share(judged, beyond)
+    # Weights of the initial values that are known have been judged before.
+    known = all(one.initial_share is not None for one in judged)
+    scaled = _scaled_by_255(judged[0])
+    share = None if known or scaled else fitted_share(judged, beyond)
     if share is not None and any(_is_early(one, share) for one in judged):
         yield _not_converged(judged, judged[0], share, "found by least squares")
         return
     worst = max(beyond, key=lambda one: max(one.z_scores))
-    cause = "the weights changed too fast for the averages"
-    if case.run.weights is None:
-        cause += ", the weights were averaged or restored"
-    cause += ", or these images were not preprocessed as in training"
+    cause = scaled or "the weights changed too fast for the averages"
+    if not scaled:
+        cause += ", the weights were averaged or restored" if case.run.weights is None else ""
+        cause += ", or these images were not preprocessed as in training"
     text = (
         f"up to {max(worst.z_scores):.0f} standard errors from the statistics of these weights (in "
         f"{worst.layer.name}, means differ by {rms(worst.drift):.2f} standard deviations and log "
@@ -651,6 +656,21 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
         f"probability; the noise of batch statistics moves {usual:.0%}. Possible cause: {cause}"
     )
     yield Finding(STALE, tuple(one.layer.name for one in beyond), text)
+
+
+def _scaled_by_255(first: Evidence) -> str:
+    """Returns the cause in words if pixels are 255 times as large as in training, or the reverse.
+
+    The variance in the first norm then differs by a factor of 255^2; accepts factors of up to 1.6
+    in addition.
+    """
+    found = first.train.var.mean(0)
+    ratios = (found / np.maximum(first.var, 1e-30))[first.live & (found > 0)]
+    log_ratio = math.log(np.median(ratios)) if ratios.size else 0.0
+    if abs(abs(log_ratio) - 2 * math.log(255)) > 0.5:
+        return ""
+    units = ("0 to 255", "0 to 1") if log_ratio > 0 else ("0 to 1", "0 to 255")
+    return "these images have pixels from {}, instead of {} as in training".format(*units)
 
 
 def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None:
@@ -703,9 +723,8 @@ def _not_converged(
             f" with a momentum of {momentum:g}; a weight of {INITIAL_SHARE:.0%} takes {needed:,} "
             "updates"
         )
-        if updates:  # rounded down, so that the momentum shown is low enough
-            low_enough = math.floor(100 * INITIAL_SHARE ** (1 / updates)) / 100
-            text += f" or a momentum of at most {low_enough:g}"
+        if updates:
+            text += f" or a momentum of at most {momentum_for(updates, INITIAL_SHARE):g}"
     if share > 1:
         text += (
             "; a weight above 100 % comes from debiasing a variance that starts from 1 instead of "
@@ -757,7 +776,7 @@ def audit(
     network, found, usable = match(network, kept[0])
     missing = "a checkpoint that fits the model" if not usable else ""
     if usable and not network.norms(kept[0]):
-        missing = "a batch norm of Flax or bnjax in the model"
+        missing = "a batch norm of Flax or bnjax, with `mean` and `var`, in the model"
     if missing:
         return Findings(tuple(found), (NotChecked("all other checks", missing),))
     case = measure(network, kept, run, jit)

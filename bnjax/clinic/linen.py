@@ -138,8 +138,8 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
         call: (model, images, train) -> logits, for a model with a different signature.
 
     Raises:
-        ValueError: if `__call__` has no known flag and `call` is None, an argument is the dict of
-            all variables, or `params` holds the statistics.
+        ValueError: if `__call__` has no known flag and `call` is None, or an argument has the wrong
+            type, is the dict of all variables, or belongs in a different position.
 
     >>> class Net(nn.Module):
     ...     @nn.compact
@@ -149,6 +149,11 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
     >>> [norm.name for norm in linen(Net(), **variables).norms({"image": jnp.ones((2, 4, 4, 3))})]
     ['BatchNorm_0']
     """
+    if not (isinstance(model, nn.Module) and isinstance(params, Mapping)):
+        raise ValueError(
+            f"clinic.linen needs a linen module and a dict of parameters, not "
+            f"{_kind(model)} and {_kind(params)}: clinic.linen(model, state.params, batch_stats)"
+        )
     for name, variables in (("params", params), ("batch_stats", batch_stats)):
         if isinstance(variables, Mapping) and name in variables:
             raise ValueError(
@@ -173,6 +178,10 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
             return Linen(params, batch_stats, model)
         call = _by_flag(flag)
     return Linen(params, batch_stats, Called(model, call))
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 @functools.cache  # equal networks for equal models, so that programs are compiled once

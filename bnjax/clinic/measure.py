@@ -157,12 +157,13 @@ class Evidence:
         return self.layer.module.momentum
 
     @property
-    def initial_share(self) -> float:
-        """The weight of the initial values in the averages; 0 if unknown."""
-        if self.updates is None or getattr(self.layer.module, "debias", False):
-            return 0.0
+    def initial_share(self) -> float | None:
+        """The weight of the initial values in the averages; None if unknown."""
         is_constant = isinstance(self.momentum, int | float)
-        return float(self.momentum) ** self.updates if is_constant else 0.0
+        debias = getattr(self.layer.module, "debias", False)
+        if self.updates is None or debias or not is_constant:
+            return None
+        return float(self.momentum) ** self.updates
 
     @functools.cached_property
     def z_scores(self) -> tuple[float, float]:

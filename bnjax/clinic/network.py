@@ -188,9 +188,10 @@ def check(batch: Any) -> None:
         ValueError: if it is not.
     """
     if not isinstance(batch, Mapping) or "image" not in batch:
+        keys = f" with {[*batch]}" if isinstance(batch, Mapping) else ""
         raise ValueError(
-            f"a batch must be a dict with 'image', not {type(batch).__name__}. For a pair, give "
-            "{'image': x, 'label': y}."
+            f"a batch must be a dict with 'image', not {type(batch).__name__}{keys}. Give a list "
+            "of batches like {'image': x, 'label': y}."
         )
 
 

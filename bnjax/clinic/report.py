@@ -16,8 +16,9 @@ HEAD = ("layer", "shape", "drift", "log var", "noise", "train/eval", "dead", "n"
 COLUMNS = """\
 drift: stored minus expected mean in standard deviations, RMS over live channels; log var:
 log(stored / expected variance); noise: standard error of a training batch's mean, in standard
-deviations; train/eval: ratio of the variances with and without dropout; n: values per channel in
-a training batch"""
+deviations; train/eval: ratio of the variances with and without dropout; dead: channels with
+constant output; n: values per channel in a training batch; moved: the share of the predicted
+probability that moves to other classes, compared with precise statistics"""
 PAGE = "docs/findings/{}.md"  # the page on a finding
 
 
@@ -186,7 +187,7 @@ class Findings:
             parts = [COLUMNS, f"{self.examples:,} examples, normalised by\n{text_table(rows)}"]
         parts += map(str, self.found)
         if self.not_checked:
-            lines = [f"  {entry.id}: {entry.missing}" for entry in self.not_checked]
+            lines = [f"  {entry.id}: needs {entry.missing}" for entry in self.not_checked]
             parts.append("\n".join(["not checked:", *map(_wrap, lines)]))
         return "\n\n".join([*parts, self._summary])
 

@@ -69,6 +69,11 @@ def precise(
     if remaining is batches:
         batches = itertools.chain([first], remaining)
     layers, old = network.norms(first), network.batch_stats
+    if not layers:
+        raise ValueError(
+            "the network has no batch norm of Flax or bnjax with `mean` and `var`, so there are no "
+            "statistics to recompute"
+        )
 
     def once(batch_stats: BatchStats, mode: Mode) -> BatchStats:
         seen, now = nothing_seen(old), dataclasses.replace(network, batch_stats=batch_stats)

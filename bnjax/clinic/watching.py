@@ -111,9 +111,9 @@ def assert_healthy(
     found = [one for one in findings.found if one.id not in allowed]
     texts = [*map(str, found)]
     if not findings.layers:
-        texts += [f"nothing was audited; missing: {one.missing}" for one in findings.not_checked]
+        texts += [f"nothing was audited: this needs {one.missing}" for one in findings.not_checked]
     elif unchecked := [one.id for one in findings.not_checked if one.missing == SECOND_BATCH]:
-        texts.append(f"not checked: {', '.join(unchecked)}; missing: {SECOND_BATCH}")
+        texts.append(f"not checked: {', '.join(unchecked)}; this needs {SECOND_BATCH}")
     if texts:
         names = tuple(dict.fromkeys([*allowed, *(one.id for one in found)]))
         accept = (

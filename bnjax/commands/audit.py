@@ -87,6 +87,9 @@ def run(
             print(json_.dumps(about | findings.to_dict()))
         else:
             print(f"{title}\n\n{findings}")
+            if any("clinic.precise" in one.illness.cure for one in findings.found):
+                out_dir = f"{workdir}-precise"
+                print(f"\nrecompute with: bnjax precise --workdir {workdir} --out {out_dir}")
         if out:
             page = PAGE.format(title=html.escape(title), table=findings._repr_html_())
             (out / "audit.html").write_text(page, encoding="utf-8")

@@ -82,6 +82,7 @@ def run(
     if result:  # empty except in the first of several processes
         print(summary.as_text(result))
         print(f"\npredict with:    bnjax predict --workdir {folder} --split test")
+        print(f"audit with:      bnjax audit --workdir {folder}")
         print(f"view curves:     pip install tensorboard && tensorboard --logdir {folder.parent}")
     return 0
 

@@ -362,7 +362,7 @@ def gap(study: Study) -> Figure:
 
     caption = (
         "The gap is the test loss minus the mean training loss of the last 10 batches before the "
-        "evaluation. If this gap is above 0 and rises, the network overfits."
+        "evaluation. If this gap rises, the network overfits or its running statistics get worse."
     )
     panels = lines(study.variants, bands(study, apart), "test loss minus training loss")
     return Figure("gap", "The gap between training and test", caption, panels)

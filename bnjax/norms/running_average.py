@@ -1,5 +1,6 @@
 """Updates the running averages of the mean and variance, with momentum, debiasing and rounding."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,15 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     # A momentum of exactly 0 or 1 would give 0 / 0.
     rate = jnp.log(jnp.clip(jnp.asarray(kept, dtype), 1e-6, 1 - 1e-6))
     return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
+
+
+def momentum_for(updates: int, share: float) -> float:
+    """Returns the momentum, rounded down to hundredths, for a weight of the initial values.
+
+    >>> momentum_for(20, 0.01)  # 0.79 ** 20 is 0.009
+    0.79
+    """
+    return math.floor(100 * share ** (1 / updates)) / 100
 
 
 def blend(old: Array, new: Array, kept: Any) -> Array:

@@ -25,6 +25,7 @@ from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.layers import bfloat16_dot_general, with_views
 from bnjax.models.resnet import RESNETS
 from bnjax.models.speednet import SpeedNet
+from bnjax.norms.running_average import momentum_for
 from bnjax.train import parsing
 from bnjax.train.config import MAX_SIZE, check_values, norm_options
 from bnjax.train.devices import GROUPS, Parallel, spread
@@ -406,10 +407,10 @@ def _warnings(config: ConfigDict, steps: int) -> tuple[str, ...]:
     if not is_batch or starts_ready or config.model.debias or _is_precise(config) or left <= 0.01:
         return ()
     return (
-        f"the running averages will not be ready. With config.model.momentum = {momentum:g} each "
-        f"step keeps {momentum:.0%} of the old average of means and variances. After {steps} steps "
-        f"their starting values (mean 0, variance 1) still have a weight of {left:.0%}. Training "
-        "will look fine, but evaluation, which normalises with these averages, will look "
-        f"bad. Train longer, or lower the momentum: {0.01 ** (1 / steps):.2f} or less leaves at "
-        "most 1%.",
+        f"the running averages will not have converged. With config.model.momentum = {momentum:g}, "
+        f"each step keeps {momentum:.0%} of the old average of means and variances. After {steps} "
+        f"steps, the initial values (mean 0, variance 1) still have a weight of {left:.0%}. "
+        "Training will look fine, but evaluation, which normalises with these averages, will look "
+        f"bad. Train longer, or lower the momentum: {momentum_for(steps, 0.01):g} or less leaves "
+        "at most 1%.",
     )

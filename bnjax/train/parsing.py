@@ -141,9 +141,14 @@ def _place(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
     for depth, key in enumerate(path):
         known = list(section) if isinstance(section, ConfigDict) else []
         if key not in known:
-            close, parent = difflib.get_close_matches(key, known, 1), ".".join(path[:depth])
+            parent = ".".join(path[:depth])
             at = f"config.{parent}".rstrip(".")
-            hint = f" Did you mean {at}.{close[0]}?" if close else ""
+            close = [f"{at}.{one}" for one in difflib.get_close_matches(key, known, 1)]
+            # Without a similar name here, look for the same name in all sections.
+            close = close or [
+                one for one in flat({"config": config.to_dict()}) if one.endswith(f".{last}")
+            ]
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
             hint = f" It was renamed to config.{RENAMED[name]}." if name in RENAMED else hint
             has = ", ".join(known) or "no keys"
             raise UserError(f"there is no key config.{name}.{hint} {at} has: {has}.")

@@ -301,6 +301,19 @@ def test_stored_statistics_stray_as_far_as_their_standard_error_says():
     assert squares.max() < 1.6
 
 
+@pytest.mark.parametrize(("factor", "units"), [(1.0, "0 to 255"), (1 / 255**2, "0 to 1")])
+def test_images_in_other_units_are_named_as_the_cause(factor, units):
+    """Networks trained on uint8 images; floats are not divided by 255."""
+    patient = plain(0)
+    batches = [
+        one | {"image": (one["image"] * factor).astype(np.float32)} for one in patient.batches
+    ]
+    for run in (Run(), Run(steps=150)):
+        findings = audit(patient.network, batches, run, jit=shared_jit).found
+        found = next(one for one in findings if one.id == "stale")
+        assert f"these images have pixels from {units}, instead of" in found.measured
+
+
 def test_exchanged_statistics_are_stale_and_not_unfinished():
     """The layers disagree about the share of the starting values that would explain them."""
     patient = plain(0).knowing(steps=None, weights=None)

@@ -13,10 +13,12 @@ from flax import nnx
 from foreign import NETWORKS, drawn
 
 from bnjax import clinic
+from bnjax.clinic import precise
 from bnjax.clinic.linen import linen
 from bnjax.clinic.network import Network, check, nothing_seen
+from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
-from bnjax.train_step import forward, init_state, init_variables, train_step
+from bnjax.train_step import TrainState, forward, init_state, init_variables, train_step
 
 IMAGES = np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
 
@@ -175,7 +177,7 @@ def test_a_model_of_nnx_trains_and_what_cannot_be_checked_is_said():
     (entry,) = findings.not_checked
     assert not findings.healthy
     assert str(findings).endswith("nothing to audit")
-    assert "a batch norm of Flax or bnjax in the model" in entry.missing
+    assert "a batch norm of Flax or bnjax, with `mean` and `var`, in the model" in entry.missing
 
 
 def test_wrong_arguments_are_explained():
@@ -186,5 +188,16 @@ def test_wrong_arguments_are_explained():
             linen(model, *wrong)
     with pytest.raises(ValueError, match=r"clinic\.linen\(model, params, batch_stats\)"):
         linen(model, variables["batch_stats"], variables["params"])
+    for wrong in ((nn.BatchNorm, variables["params"]), (model, TrainState(0, {}, (), None))):
+        with pytest.raises(ValueError, match=r"not .*(class BatchNorm|TrainState).*state\.params"):
+            inspect.unwrap(linen)(*wrong, variables["batch_stats"])  # unchecked, as for users
     with pytest.raises(ValueError, match=r"not tuple.*'label': y"):
         check((x, np.zeros(4, np.int32)))  # as given to every function of the clinic
+    with pytest.raises(ValueError, match=r"not dict with \['images'\]"):
+        check({"images": x})
+    without_norms = ConvNet(
+        filters=(4,), kernels=(3,), strides=(1,), dense=(), dropout=(), norm_dense=()
+    )
+    variables = init_variables(without_norms, jax.random.key(0), IMAGES)
+    with pytest.raises(ValueError, match="no batch norm"):
+        precise(linen(without_norms, variables[0], {"norm": {"ms": x}}), [{"image": IMAGES}])

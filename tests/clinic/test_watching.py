@@ -158,7 +158,7 @@ def test_a_healthy_network_passes_and_an_ill_one_is_described():
     with pytest.raises(ValueError, match=r"\['small-batches'\]; known names are .*small-batch"):
         clinic.assert_healthy(ill, BATCHES, allow=["small-batches"])
     # A network that cannot be audited is not healthy, whatever is allowed.
-    with pytest.raises(AssertionError, match="not checked: stale by fit; missing: a second batch"):
+    with pytest.raises(AssertionError, match=r"not checked: stale by fit; .* a second batch"):
         clinic.assert_healthy(HEALTHY, BATCHES[:1])
     with pytest.raises(AssertionError, match="a checkpoint that fits the model"):
         clinic.assert_healthy(ill.replace(batch_stats={}), BATCHES, allow="missing-statistics")

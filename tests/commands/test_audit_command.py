@@ -21,6 +21,7 @@ def test_an_ill_run_exits_with_1_and_says_how_to_mend_it(bnjax, unready, tmp_pat
     arguments = ("audit", "--workdir", unready, "--images", 512)
     code, out, error = bnjax(*arguments, "--json", "--out", tmp_path)
     assert code == 1
+    assert f"bnjax precise --workdir {unready}" in bnjax(*arguments)[1]
     content = json.loads(out)
     assert [one["id"] for one in content["findings"]] == ["not-converged"]
     assert (content["step"], content["dataset"], content["examples"]) == (STEPS, "digits", 512)
@@ -48,5 +49,5 @@ def test_a_run_without_batch_norm_is_not_called_healthy(bnjax, tmp_path):
     train(tmp_path, 2, norm="none")
     code, out, _ = bnjax("audit", "--workdir", tmp_path)
     assert code == 2, out
-    assert "all other checks: a batch norm of Flax or bnjax in the model" in out
+    assert "all other checks: needs a batch norm of Flax or bnjax, with `mean` and `var`" in out
     assert "healthy" not in out

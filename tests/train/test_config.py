@@ -163,6 +163,8 @@ START = (
         ("return c", "--config.seed=a", r"config\.seed = 'a'"),
         ("return c", "--config.model.use_scale=1", r"config\.model\.use_scale = 1"),
         ("return c", "--config.model.momentun=1", r"Did you mean config\.model\.momentum\?"),
+        ("return c", "--config.groups=1", r"Did you mean config\.model\.groups\?"),
+        ("return c", "--config.momentum=1", r"mean config\.model\.momentum or config\.optimizer"),
         ("return c", "--config.modell.momentum=1", r"Did you mean config\.model\?"),
         ("return c", "--config.seed.x=1", "seed has: no keys"),
         ("return c", "--config.model=1", "is a section"),
@@ -252,7 +254,8 @@ def test_an_average_that_keeps_its_starting_value_is_warned_of():
         return made(*words, "model.momentum=0.99").warnings
 
     assert warnings("train.steps=459") == ()  # 0.99 ** 459 < 0.01 < 0.99 ** 458
-    assert "starting value" in warnings("train.steps=458")[0]
+    assert "initial values" in warnings("train.steps=458")[0]
+    assert "0.97 or less" in warnings("train.steps=220")[0]  # 0.98 ** 220 = 0.012 is above 1 %
     assert "37%" in warnings("train.steps=100")[0]  # 0.99 ** 100 = 0.366
     for word in ("model.norm=none", "model.debias=true", "eval.statistics=precise"):
         assert warnings(word) == ()
