@@ -58,6 +58,9 @@ def test_a_run_is_trained_once_and_for_one_config(bnjax, tmp_path):
     assert code == 0, err
     assert "digits on digits, 4 steps of 128 images" in out
     assert "all 359 test images" in out
+    accuracy = json.loads((tmp_path / "summary.json").read_text())["final_train"]["accuracy"]
+    assert f"accuracy of the last batch {accuracy:.4f}" in out
+    assert f"bnjax audit --workdir {tmp_path}" in out
     assert "\r" not in out + err  # away from a terminal
     code, out, _ = bnjax(*words)
     assert code == 0

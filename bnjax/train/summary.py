@@ -64,7 +64,8 @@ def as_text(summary: dict[str, Any]) -> str:
         [
             f"\n{summary['name']} on {summary['dataset']}, {summary['steps']} steps of "
             f"{summary['batch_size']} images:",
-            f"  training loss at or below {target}: {first}",
+            f"  training loss at or below {target}: {first}; accuracy of the last batch "
+            f"{summary['final_train']['accuracy']:.4f}",
             f"  test accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f} at the end; "
             f"all {last['count']:,} test images",
             f"  best {chosen_by} accuracy {best['accuracy']:.4f}, loss {best['loss']:.4f} at step "

@@ -20,6 +20,14 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_recomputed_statistics_pass_the_audit(bnjax, unready, tmp_path):
+    words = ("--images", 512, "--workdir")
+    assert bnjax("audit", *words, unready)[0] == 1
+    assert bnjax("precise", *words, unready, "--out", tmp_path / "new")[0] == 0
+    code, out, _ = bnjax("audit", *words, tmp_path / "new")
+    assert code == 0, out
+
+
 def test_statistics_are_those_of_the_batch_and_the_run_stays(bnjax, unready, tmp_path):
     before = contents(unready)
     words = ("--workdir", unready, "--images", IMAGES, "--out", tmp_path / "new", "--json")
