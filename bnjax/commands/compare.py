@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MAX_SEEDS = 100_000  # one run per seed
 
+SEEDS = 5  # the number of seeds of a comparison without a claim
+
 
 def run(
     configs: Annotated[
@@ -67,7 +69,7 @@ def run(
     files = [file.strip() for file in (configs or "").split(",")]
     compared = claims.load(claim) if claim else claims.of_configs(files)
     comparison = grid.plan(compared, list(overrides), full=full)
-    count = seeds or comparison["seeds_needed"] or 5
+    count = seeds or comparison["seeds_needed"] or SEEDS
     comparison |= {"seeds": list(range(count)), "command": again}
     folder = workdir or Path("runs") / (Path(claim).stem if claim else "compare")
     try:
@@ -97,14 +99,12 @@ def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
 
     title, seeds = comparison["question"] or "Comparison", comparison["seeds"]
     lines = [f"\n{title} (seeds: {len(seeds)}; 95 % intervals in brackets)"]
-    finals: dict[str, dict[int, float]] = {}
     for name, variant in comparison["variants"].items():
         mine = [run for run in finished if run.variant == name]
         head = f"{name} on {variant['dataset']}: {len(mine)} of {len(seeds)} runs finished"
         lines += ["", head]
-        finals[name] = {run.seed: float(run.curve("test").accuracy[-1]) for run in mine}
         if mine:
-            last = intervals.mean_accuracy([*finals[name].values()])
+            last = intervals.mean_accuracy([run.curve("test").accuracy[-1] for run in mine])
             best = intervals.mean_accuracy([run.curve("judged").accuracy.max() for run in mine])
             taken = intervals.mean([run.seconds[run.last_step] for run in mine])
             target = variant["config"]["train"]["target_loss"]
@@ -119,13 +119,11 @@ def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
     if comparison["statements"]:
         return "\n".join([*lines, "", claims.as_text(claims.verdicts(comparison, finished))])
     lines.append("")
-    (first, reference), *others = finals.items()
-    for name, accuracies in others:
-        if shared := accuracies.keys() & reference.keys():
-            pairs = ([arm[seed] for seed in shared] for arm in (accuracies, reference))
-            effect = intervals.difference(*pairs)
-            lines.append(
-                f"test accuracy at the end, {name} - {first}: {effect} ({effect.n} pairs of runs; "
-                f"{effect.method})"
-            )
+    for name, effect in claims.effects(comparison, finished).items():
+        lines.append(
+            f"test accuracy at the end, {name}: {effect} ({effect.n} pairs of runs; "
+            f"{effect.method})"
+        )
+    if len(seeds) < SEEDS:
+        lines.append(f"{len(seeds)} seeds give wide intervals: give --seeds {SEEDS} or more.")
     return "\n".join(lines)

@@ -222,6 +222,24 @@ def verdicts(comparison: dict[str, Any], finished: Sequence[Run]) -> list[Verdic
     return [_verdict(statement, comparison, finished) for statement in statements]
 
 
+def effects(comparison: dict[str, Any], finished: Sequence[Run]) -> dict[str, Estimate]:
+    """Returns the difference in final test accuracy between each later variant and the first.
+
+    The keys are "later - first". Only seeds that have finished runs of both variants count.
+    """
+    finals = {
+        name: {run.seed: run.curve("test").accuracy[-1] for run in finished if run.variant == name}
+        for name in comparison["variants"]
+    }
+    (first, reference), *others = finals.items()
+    found = {}
+    for name, accuracies in others:
+        if shared := sorted(accuracies.keys() & reference.keys()):
+            pairs = ([float(arm[seed]) for seed in shared] for arm in (accuracies, reference))
+            found[f"{name} - {first}"] = intervals.difference(*pairs)
+    return found
+
+
 def as_text(found: Sequence[Verdict]) -> str:
     """Returns verdicts as lines of text, followed by the statistical methods."""
     estimates = [one for verdict in found for one in (verdict.effect, verdict.of, verdict.against)]

@@ -101,7 +101,7 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         "title": ", ".join(names[:3] if more else names) + more,
         "lead": f"{some}, trained on {data}.",
         "problems": study.problems,
-        "tables_first": [*([verdicts] if verdicts else []), results(study)],
+        "tables_first": [one for one in (verdicts, results(study), effects(study)) if one],
         "figures": figures,
         "pictures": PICTURES,
         "tables_last": [speed(study), differences(study), origins(study)],
@@ -193,6 +193,19 @@ def results(study: Study) -> Table:
     targets = _list({run.target_loss for run in study.runs})
     head = ["variant", "runs", "steps", *columns, f"steps to training loss {targets}"]
     return Table("Results", head, rows, caption)
+
+
+def effects(study: Study) -> Table | None:
+    """Returns the differences in comparisons that make no statements; None without any."""
+    rows = [
+        [name, f"{effect}", f"{effect.n}"]
+        for comparison, finished in study.comparisons.values()
+        if not comparison["statements"]
+        for name, effect in claims.effects(comparison, finished).items()
+    ]
+    caption = "The mean of the differences at equal seeds [95 % t interval]."
+    columns = ["variants", "difference in final test accuracy", "pairs of runs"]
+    return Table("Differences in test accuracy", columns, rows, caption) if rows else None
 
 
 def speed(study: Study) -> Table:

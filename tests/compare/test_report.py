@@ -187,6 +187,8 @@ def test_comparisons_have_their_order_commands_and_verdicts(tmp_path):
     assert missing == f"the comparison {tmp_path / 'first'} has not started b/2, a/2."
     assert f"{tmp_path / 'first' / 'b' / '1'} has the same config and seed" in twice
     assert report.verdict_table(again) is None
+    assert report.effects(again).rows == [["a - b", "-0.01 [-0.01 to -0.01]", "2"]]
+    assert report.effects(twice) is None
 
 
 def test_files_that_do_not_agree_are_no_finished_run(tmp_path):
