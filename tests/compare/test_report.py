@@ -180,6 +180,7 @@ def test_comparisons_have_their_order_commands_and_verdicts(tmp_path):
     twice = read_study([tmp_path / "second", tmp_path / "third"])
     assert len(twice.runs) == len(twice.problems) == 4
     assert [row[2] for row in report.verdict_table(twice).rows] == ["reproduced"] * 2
+    assert report.effects(twice) is None
     plain = comparison("ba", seeds=3)
     (tmp_path / "first" / "comparison.json").write_text(json.dumps(plain))
     again = read_study([tmp_path / "first", tmp_path / "first" / "b" / "1"])
@@ -188,7 +189,6 @@ def test_comparisons_have_their_order_commands_and_verdicts(tmp_path):
     assert f"{tmp_path / 'first' / 'b' / '1'} has the same config and seed" in twice
     assert report.verdict_table(again) is None
     assert report.effects(again).rows == [["a - b", "-0.01 [-0.01 to -0.01]", "2"]]
-    assert report.effects(twice) is None
 
 
 def test_files_that_do_not_agree_are_no_finished_run(tmp_path):
