@@ -34,6 +34,11 @@ CPU_OPTIONS: Options = {
 # 18 % less time than YNNPACK with the tutorial's network in batches of 5,000, and 8 % more in
 # batches of 512.
 EIGEN_OPTIONS: Options = CPU_OPTIONS | {FUSIONS: "LIBRARY_FUSION_TYPE_REDUCE"}
+# With this option, oneDNN computes products and convolutions. On the same cores, with jaxlib
+# 0.12.0.1 and dtype bfloat16, a step of the tutorial's network takes 0.22 s instead of 0.35 s; in
+# float32 it takes equally long, and 0.36 s instead of 0.25 s with bfloat16 operands and float32
+# results. In jaxlib 0.10.2 and earlier, the option has no effect.
+ONEDNN_OPTIONS: Options = CPU_OPTIONS | {"xla_cpu_experimental_onednn_custom_call": True}
 # The program for the initial values runs once and contains much code for random numbers. With this
 # option it compiles in 1.5 s instead of 5.1 s for the tutorial's network and in 1.4 s instead of
 # 3.8 s for the digits, and it runs equally fast.
