@@ -94,6 +94,7 @@ Positives = Annotated[tuple, each("numbers above 0", lambda value: is_number(val
 MEMORY, STREAM = Only("data.pipeline", ("memory",)), Only("data.pipeline", ("stream",))
 CONVNET, SPEEDNET = Only("model.name", ("convnet",)), Only("model.name", ("speednet",))
 WITH_FILTERS = Only("model.name", ("convnet", "speednet"))
+ADAM = Only("optimizer.name", ("adam",))
 NOT_CONVNET = Only("model.name", NETWORKS[1:])
 NOT_SPEEDNET = Only("model.name", tuple(name for name in NETWORKS if name != "speednet"))
 
@@ -279,21 +280,21 @@ class Optimizer:
     weight_decay_mask: Annotated[str, one_of("kernels", "all")] = "kernels"
     """the weights that decay; kernels: kernels of convolutions and dense layers; all: also biases
     and scales"""
-    b1: Fraction = 0.9
-    "adam: the decay rate of the average gradient"
-    b2: Fraction = 0.999
-    "adam: the decay rate of the average squared gradient"
-    eps: Positive = 1e-8
-    "adam: the constant added to the root of the average squared gradient"
-    momentum: Fraction = 0.0
-    "sgd (also inside muon): the fraction of the previous update that is kept"
-    nesterov: bool = False
-    "sgd: use Nesterov momentum; muon always does"
+    b1: Annotated[Fraction, ADAM] = 0.9
+    "the decay rate of the average gradient"
+    b2: Annotated[Fraction, ADAM] = 0.999
+    "the decay rate of the average squared gradient"
+    eps: Annotated[Positive, ADAM] = 1e-8
+    "the constant added to the root of the average squared gradient"
+    momentum: Annotated[Fraction, Only("optimizer.name", ("sgd", "muon"))] = 0.0
+    "the fraction of the previous update that is kept; muon: in the sgd for the other weights"
+    nesterov: Annotated[bool, Only("optimizer.name", ("sgd",))] = False
+    "use Nesterov momentum; muon always does"
     average: Annotated[str, one_of("none", "ema", "swa")] = "none"
     """evaluate and predict with this average of the weights, always under precise statistics
     computed for the averaged weights (eval.precise_images); training does not use the average"""
-    average_decay: Fraction = 0.99
-    "ema: the fraction of the old average that a step keeps"
+    average_decay: Annotated[Fraction, Only("optimizer.average", ("ema",))] = 0.99
+    "the fraction of the old average that a step keeps"
     average_start: Step = 1
     "the first step whose weights enter the average"
     average_every: Step = 1
@@ -355,8 +356,8 @@ class Train:
     patience: Count = 0
     "end training after this many consecutive evaluations without a better accuracy; 0: never"
     time_products: bool = True
-    """on CPUs, time large matrix products with each of XLA's two libraries before the first step,
-    and use the faster library; False: always use the same library, so that results do not depend on
+    """on CPUs, time large matrix products with each of XLA's libraries before the first step, and
+    use the fastest library; False: always use the same library, so that results do not depend on
     timings"""
     on_nonfinite: Annotated[str, one_of("stop", "skip")] = "stop"
     "after a step with a non-finite loss, gradient or statistic: stop training, or skip the step"
@@ -472,9 +473,6 @@ def default_config() -> ConfigDict:
         section, _, name = key.name.rpartition(".")
         (values.setdefault(section, {}) if section else values)[name] = key.default
     return ConfigDict(values)
-
-
-get_config = default_config  # this file is itself a config file, with all defaults
 
 
 def keys_as_text() -> str:

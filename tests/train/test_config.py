@@ -80,7 +80,8 @@ checkpoint.every_minutes=-1 | checkpoint.every_minutes=1 checkpoint.every_steps=
 data.fallback=mnist | data.train_images=-1 | data.crop=random data.pipeline=stream
 data.pipeline=memory data.name=records | data.image_size=8
 optimizer.name=sgdd | optimizer.schedule=step | optimizer.learning_rate=0 | optimizer.b1=1.0
-optimizer.eps=0 | optimizer.momentum=-0.1 | muon.rescale_every=0,1 | augment.flip=always
+optimizer.eps=0 | optimizer.momentum=-0.1 | optimizer.momentum=0.9 | optimizer.average_decay=0.5
+optimizer.b1=0.5 optimizer.name=sgd | muon.rescale_every=0,1 | augment.flip=always
 model.groups=4 model.norm=group model.placement=before
 model.placement=pre model.norm=group model.groups=1
 model.norm_dense=true,false model.norm=instance model.placement=before
