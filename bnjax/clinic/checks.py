@@ -108,8 +108,9 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
             if shapes.get(path) != its_shapes.get(path)
         ]
         if unmatched:
-            more = f" and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
-            found.append(Finding(UNMATCHED_LEAVES, (), "; ".join(unmatched[:8]) + more))
+            more = f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
+            images = f". The model was built for images {[*np.shape(batch['image'])[1:]]}"
+            found.append(Finding(UNMATCHED_LEAVES, (), "; ".join(unmatched[:8]) + more + images))
         usable &= all(its_shapes.get(path) == shape for path, shape in shapes.items())
         mine[name] = unflatten_dict({path: leaves[path] for path in leaves if path in wanted})
     if usable and len(replicas) > 1:

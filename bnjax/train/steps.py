@@ -53,9 +53,8 @@ class Steps:
         self._parallel = parallel = experiment.parallel
         self.feed, self.compile_seconds = feed, 0.0
         self._resident = parallel.put(feed.resident, None)
-        examples = (seeds > 1) + (
-            feed.max_steps > 1
-        )  # the axis of the examples in the result of `ship`
+        # In the result of `ship`, an axis of steps and one of seeds may precede the examples.
+        examples = int(seeds > 1) + int(feed.max_steps > 1)
         self._shipped = (examples,) if feed.max_steps == 1 else (examples, None)
         self._init = jax.jit(
             functools.partial(init_state, experiment.model, experiment.tx),
