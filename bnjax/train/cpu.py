@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -201,6 +202,10 @@ def keep_compiled(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_max_size", 2 << 30)
         # JAX's default, 1 s, would skip most programs of a small network.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # jaxlib 0.12.0.1 cannot store programs in which oneDNN computes convolutions; each process
+    # compiles them again.
+    unstored = "Error writing persistent compilation cache entry .* std::bad_alloc"
+    warnings.filterwarnings("ignore", unstored, UserWarning)
 
 
 @functools.cache
