@@ -24,10 +24,9 @@ from bnjax.train.cpu import (
 )
 from bnjax.train.jsonl import write_json
 
-# The first library is the default. Another one is chosen if it needs less than this fraction of the
-# default's time.
 LIBRARIES = {"YNNPACK": CPU_OPTIONS, "Eigen": EIGEN_OPTIONS, "oneDNN": ONEDNN_OPTIONS}
-FASTER = 0.95
+DEFAULT = "YNNPACK"
+FASTER = 0.95  # another library is chosen if it needs less than this fraction of the default's time
 # Bounds on the FLOPs of a product: smaller products are not timed, larger ones are cut first.
 SMALLEST, LARGEST = 5e9, 2e10
 SHARE = 0.25  # products with less than this fraction of the largest one's FLOPs are not timed
@@ -64,22 +63,17 @@ def fastest_options(program: Any) -> Options:
     # Processes that choose differently would compute different bits.
     may_choose = jax.default_backend() == "cpu" and jax.process_count() == 1
     products = sorted(set(large_products(program.jaxpr))) if may_choose else []
+    default = usable(LIBRARIES[DEFAULT])
+    if not products:
+        return default
     choices = {name: usable(options) for name, options in LIBRARIES.items()}
-    default = next(iter(choices))
-    # Options that this jaxlib does not support leave nothing to choose.
-    choices = {
-        name: options
-        for name, options in choices.items()
-        if name == default or options != choices[default]
-    }
-    if not products or len(choices) == 1:
-        return choices[default]
+    if all(options == default for options in choices.values()):
+        return default
     about = {
         "processor": processor(),
         "jaxlib": jax.lib.__version__,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "products": [" ".join(map(str, one)) for one in products],
-        "libraries": [*choices],
     }
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     file = compiled_folder() / f"products-{name}.json"
@@ -88,7 +82,7 @@ def fastest_options(program: Any) -> Options:
         timed = [seconds(one, *choices.values()) for one in products if flops(one) >= least]
         found = dict(zip(choices, map(sum, zip(*timed, strict=True)), strict=True))
         fastest = min(found, key=lambda name: found[name])
-        library = fastest if found[fastest] < FASTER * found[default] else default
+        library = fastest if found[fastest] < FASTER * found[DEFAULT] else DEFAULT
         rounded = {name: round(total, 4) for name, total in found.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"library": library, "seconds": rounded, **about})
