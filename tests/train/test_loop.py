@@ -237,7 +237,7 @@ def test_slow_averages_spoil_the_test_loss_and_are_warned_of(finished, tmp_path,
     config = synthetic.config()
     config.model.momentum = 0.99
     slow = synthetic.train(config, tmp_path)["final_test"]["loss"]
-    assert "starting value" in capsys.readouterr().out
+    assert "initial values" in capsys.readouterr().out
     assert slow > 1.5 * finished[1]["final_test"]["loss"]
 
 
