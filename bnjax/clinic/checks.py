@@ -20,7 +20,7 @@ from bnjax.clinic.network import Network
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
 from bnjax.norms import BatchNorm
 from bnjax.norms.moments import Moments
-from bnjax.norms.running_average import momentum_for
+from bnjax.norms.running_average import momentum_for, updates_for
 from bnjax.types import Batch, Params, fingerprint
 
 Outcome = Iterator[Finding | NotChecked]
@@ -719,7 +719,7 @@ def _not_converged(
     text = f"the initial values have a weight of {share:.1%} ({how})"
     text += "" if updates is None else f" after {updates:,} updates"
     if isinstance(momentum, int | float) and 0 < momentum < 1:
-        needed = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
+        needed = updates_for(momentum, INITIAL_SHARE)
         text += (
             f" with a momentum of {momentum:g}; a weight of {INITIAL_SHARE:.0%} takes {needed:,} "
             "updates"

@@ -55,6 +55,15 @@ def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp
     return kept * jnp.expm1(count * rate) / jnp.expm1((count + 1) * rate)
 
 
+def updates_for(momentum: float, share: float) -> int:
+    """Returns the number of updates after which the initial values have at most this weight.
+
+    >>> updates_for(0.99, 0.01)
+    459
+    """
+    return math.ceil(math.log(share) / math.log(momentum))
+
+
 def momentum_for(updates: int, share: float) -> float:
     """Returns the momentum, rounded down to hundredths, for a weight of the initial values.
 
