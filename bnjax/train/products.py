@@ -28,9 +28,9 @@ LIBRARIES = {"YNNPACK": CPU_OPTIONS, "Eigen": EIGEN_OPTIONS, "oneDNN": ONEDNN_OP
 DEFAULT = "YNNPACK"
 FASTER = 0.95  # another library is chosen if it needs less than this fraction of the default's time
 # Bounds on the FLOPs of a product: smaller products are not timed, larger ones are cut first.
-SMALLEST, LARGEST = 5e9, 2e10
+SMALLEST, LARGEST = 5e9, 1.5e10
 SHARE = 0.25  # products with less than this fraction of the largest one's FLOPs are not timed
-REPEATS = 3
+REPEATS = 2
 DTYPES = ("float32", "bfloat16")
 
 
@@ -54,7 +54,7 @@ def fastest_options(program: Any) -> Options:
     """Returns the fastest options for compiling a program on the default backend.
 
     If the backend is a CPU and the program contains large matrix products in float32 or bfloat16,
-    they are timed with each of `LIBRARIES`. The timing takes up to 2 s. The choice is stored in a
+    they are timed with each of `LIBRARIES`. The timing takes about 2 s. The choice is stored in a
     file beside the compiled programs, so that later processes compile the same program.
 
     Args:
