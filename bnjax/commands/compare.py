@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from bnjax.compare.runs import Run
 
 MAX_SEEDS = 100_000  # one run per seed
-
 SEEDS = 5  # the number of seeds of a comparison without a claim
 
 
@@ -125,5 +124,5 @@ def as_text(comparison: dict[str, Any], finished: "list[Run]") -> str:
             f"{effect.method})"
         )
     if len(seeds) < SEEDS:
-        lines.append(f"{len(seeds)} seeds give wide intervals: give --seeds {SEEDS} or more.")
+        lines.append(f"With fewer than {SEEDS} seeds, intervals are wide: give --seeds {SEEDS}.")
     return "\n".join(lines)
