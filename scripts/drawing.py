@@ -1,7 +1,12 @@
-"""Draws the path of a batch through the code, for `scripts/pictures.py`."""
+"""Draws the path of a batch through the code, and badges, for `scripts/pictures.py`."""
 
+import html
 import pkgutil
+import tomllib
+from pathlib import Path
 from typing import NamedTuple
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 class Box(NamedTuple):
@@ -133,3 +138,29 @@ def check(box: Box) -> None:
         # The fields of a dataclass and the parameters of a function are annotations.
         if not hasattr(there, leaf) and leaf not in there.__annotations__:
             raise AttributeError(f"{module} has no {f'{owner}.{leaf}'.strip('.')}")
+
+
+def badges() -> str:
+    """Returns an SVG with the version, the oldest Python and the licence, from pyproject.toml."""
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    python = project["requires-python"].replace(">=", "") + " or newer"
+    texts = (
+        (project["name"], project["version"]),
+        ("Python", python),
+        ("licence", project["license"]),
+    )
+    parts, x = [], 0
+    for pair in texts:
+        for text, colour in zip(pair, ("#555", "#07b"), strict=True):
+            width = 10 + 7 * len(text)
+            parts += [
+                f'<rect x="{x}" width="{width}" height="20" fill="{colour}"/>',
+                f'<text x="{x + width / 2:g}" y="14" textLength="{width - 10}" fill="#fff" '
+                f'text-anchor="middle">{html.escape(text)}</text>',
+            ]
+            x += width
+        x += 8
+    label = html.escape(", ".join(" ".join(pair) for pair in texts))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{x - 8}" height="20" role="img" '
+    style = 'font-family="Verdana, sans-serif" font-size="11"'
+    return "\n".join([f'{head}aria-label="{label}" {style}>', *parts, "</svg>\n"])

@@ -5,6 +5,7 @@
     python scripts/pictures.py --data FOLDER         # with CIFAR-10 instead of the embedded digits
 
     audit.svg          what `bnjax audit` prints about a network with averages that lag
+    badges.svg         the version, the oldest Python and the licence, for the README
     batch.svg          the path of a batch; fails if a function in it does not exist
     curves.png         the figure of `bnjax report runs/bn runs/no_bn`
     findings.png       the findings in a notebook
@@ -163,6 +164,7 @@ class Maker:
 
 PICTURES: dict[str, Callable[[Maker], bytes]] = {
     "audit.svg": Maker.audit,
+    "badges.svg": lambda _: drawing.badges().encode(),
     "batch.svg": lambda _: drawing.batch().encode(),
     "curves.png": Maker.curves,
     "findings.png": Maker.findings,

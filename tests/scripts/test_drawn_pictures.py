@@ -1,6 +1,8 @@
 """The pictures: averages against their equation, and a drawing of functions that exist."""
 
+import tomllib
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import drawing
 import numpy as np
@@ -35,6 +37,15 @@ def test_the_drawing_has_every_name_as_text_within_its_box():
         left, top, width, height = (float(box.get(key)) for key in ("x", "y", "width", "height"))
         assert left < float(name.get("x")) < left + width - 8.5 * len(name.text)
         assert top < float(name.get("y")) < top + height
+
+
+def test_badges_say_what_the_project_says():
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    drawn = (root / "docs" / "pictures" / "badges.svg").read_text()
+    texts = [one.text for one in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
+    assert texts[1::2] == [project["version"], "3.11 or newer", project["license"]]
+    assert drawn == drawing.badges()
 
 
 @pytest.mark.parametrize(
