@@ -110,7 +110,10 @@ def read_table(file: Path) -> Table:
 
 
 def convnet_table(model: ConvNet, image_shape: tuple[int, int, int]) -> Table:
-    """Returns a table that renames no layer and lists the layers with flattened images as input."""
+    """Returns the table for porting a `ConvNet`, in which no layer is renamed.
+
+    Its entry `flattened` has the first dense layer, and the norm before that layer if there is one.
+    """
     first = "dense0" if model.dense else "logits"
     layers = [first]
     if model.placement == "pre" and model.norm is not None:

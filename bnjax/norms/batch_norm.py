@@ -219,14 +219,14 @@ class BatchNorm(nn.Module):
     def _center_and_inverse(
         self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
     ) -> tuple[Any, Any]:
-        """Returns the mean and 1 / sqrt(var + epsilon) for training; subclasses may override this.
+        """Returns the mean and 1 / sqrt(var + epsilon) with which training normalises.
 
-        The result does not change the running averages.
+        Subclasses may override this. The running averages do not depend on it.
         """
         return batch.mean, lax.rsqrt(batch.var + self.epsilon)
 
     def _batch_moments(self, x: Array, axes: tuple[int, ...], mask: Any) -> Moments:
-        """Returns the moments with which training normalises and updates the running averages.
+        """Returns the moments of a batch, for normalising and for updating the running averages.
 
         A subclass that overrides this must also change `bnjax.clinic.network.Call.moments`.
         """

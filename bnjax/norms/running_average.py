@@ -65,7 +65,9 @@ def updates_for(momentum: float, share: float) -> int:
 
 
 def momentum_for(updates: int, share: float) -> float:
-    """Returns the momentum, rounded down to hundredths, for a weight of the initial values.
+    """Returns the largest momentum after which the initial values have at most this weight.
+
+    The momentum is a multiple of 0.01.
 
     >>> momentum_for(20, 0.01)  # 0.79 ** 20 is 0.009
     0.79

@@ -287,7 +287,7 @@ class Optimizer:
     eps: Annotated[Positive, ADAM] = 1e-8
     "the constant added to the root of the average squared gradient"
     momentum: Annotated[Fraction, Only("optimizer.name", ("sgd", "muon"))] = 0.0
-    "the fraction of the previous update that is kept; muon: in the sgd for the other weights"
+    "the fraction of the previous update that is kept; muon: for the weights that sgd trains"
     nesterov: Annotated[bool, Only("optimizer.name", ("sgd",))] = False
     "use Nesterov momentum; muon always does"
     average: Annotated[str, one_of("none", "ema", "swa")] = "none"

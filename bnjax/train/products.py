@@ -1,4 +1,4 @@
-"""Times the libraries for the matrix products of a CPU program, and chooses the fastest one."""
+"""Chooses a library for the matrix products of a CPU program by timing each library."""
 
 import functools
 import hashlib
@@ -90,7 +90,7 @@ def fastest_options(program: Any) -> Options:
 
 
 def large_products(jaxpr: Any) -> Iterator[Product]:
-    """Yields the large matrix products in a jaxpr and in the programs that it calls."""
+    """Yields the large matrix products in a jaxpr, and in the jaxprs inside its equations."""
     for equation in jaxpr.eqns:
         for called in programs(equation):
             yield from large_products(called.jaxpr)

@@ -175,7 +175,7 @@ class Run:
     def save(self, both: State, evaluated: Variables, *, everyone: bool) -> None:
         """Writes a checkpoint for every active seed, or only for those that have just finished.
 
-        Seeds that have just finished are marked as ended.
+        After the save, a seed that has taken its last step has ended.
         """
         for i, seed in self._active(everyone):
             if seed.writer:

@@ -26,7 +26,7 @@ WEIGHTS = "weights.safetensors"  # in a folder written by `bnjax export`
 
 
 class Taken(NamedTuple):
-    """The names of the leaves copied from a source network, and of those without a counterpart.
+    """The names of the leaves that were copied from a source network, and of the other leaves.
 
     Attributes:
         taken: leaves that were copied from the source.

@@ -21,7 +21,7 @@ def test_a_virtual_batch_of_one_example_is_refused():
         (6, X, None, [[0, 1, 2, 3, 4, 5]]),
         # Padding fills no virtual batch.
         (2, X, [1, 0, 1, 1, 0, 1], [[0, 2], [3, 5]]),
-        # A single vector has no variance and joins the batch before it.
+        # One vector is left over. It has no variance, so it joins the last virtual batch.
         (2, X[:5, 0, 0], None, [[0, 1], [2, 3, 4]]),
     ],
     ids=["last smaller", "whole batch", "padding", "single vector"],

@@ -167,7 +167,7 @@ def _(lib, sick):
 
 @case("updated-twice", "pytorch/pytorch/issues/96136", "torch", aside=True)
 def recomputed_activations(lib, sick):
-    """Checkpointing runs the forward pass twice, and both passes update the statistics."""
+    """Checkpointing runs the forward pass twice, and each pass updates the statistics."""
     from torch.utils.checkpoint import checkpoint
 
     def loss(model, batch):
