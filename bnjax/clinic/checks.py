@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.freezing import moved
 from bnjax.clinic.measure import DEAD, Case, Evidence, Run, distance, measure, real_examples, rms
-from bnjax.clinic.network import Network
+from bnjax.clinic.network import SUPPORTED, Network
 from bnjax.clinic.report import Finding, Findings, Illness, NotChecked, Row
 from bnjax.norms import BatchNorm
 from bnjax.norms.moments import Moments
@@ -109,8 +109,9 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
         ]
         if unmatched:
             more = f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
-            images = f". The model was built for images {[*np.shape(batch['image'])[1:]]}"
-            found.append(Finding(UNMATCHED_LEAVES, (), "; ".join(unmatched[:8]) + more + images))
+            if any(its_shapes.get(path, shape) != shape for path, shape in shapes.items()):
+                more += f". The model has these shapes for images {[*np.shape(batch['image'])[1:]]}"
+            found.append(Finding(UNMATCHED_LEAVES, (), "; ".join(unmatched[:8]) + more))
         usable &= all(its_shapes.get(path) == shape for path, shape in shapes.items())
         mine[name] = unflatten_dict({path: leaves[path] for path in leaves if path in wanted})
     if usable and len(replicas) > 1:
@@ -323,10 +324,10 @@ def recomputed(one: Evidence) -> bool:
 
 
 def without_initial_values(one: Evidence) -> bool:
-    """Returns whether the averages contradict the weight of the initial values that `steps` gives.
+    """Returns whether the averages are free of their initial values, whatever `Run.steps` says.
 
-    True for averages recomputed by `clinic.precise`: they fit these weights, and do not fit a
-    mixture with the initial values.
+    This is true if `clinic.precise` has recomputed the averages after training: they agree with
+    these weights, and disagree with a mixture of the initial values and correct averages.
     """
     share, (mean, var, count) = one.initial_share or 0.0, one.train
     mixture = Moments((1 - share) * mean, share + (1 - share) * var, count)
@@ -335,6 +336,7 @@ def without_initial_values(one: Evidence) -> bool:
 
 
 def _fits(one: Evidence) -> bool:
+    """Returns whether the stored averages agree with those that these weights give."""
     return max(one.z_scores) <= STANDARD_ERRORS
 
 
@@ -594,11 +596,10 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
             explained |= {*names[names.index(one.layers[0]) :]}
             yield NotChecked("stale by fit", f"accurate inputs to all layers after {one.layers[0]}")
     layers = [one for one in case.layers if one.layer.name not in explained]
-    shares = {one.layer.name: one.initial_share or 0.0 for one in layers}
-    early = [one for one in layers if _is_early(one, shares[one.layer.name])]
+    early = [one for one in layers if _is_early(one, one.initial_share or 0.0)]
     if early := [one for one in early if not without_initial_values(one)]:
-        worst = max(early, key=lambda one: shares[one.layer.name])
-        share = shares[worst.layer.name]
+        worst = max(early, key=lambda one: one.initial_share or 0.0)
+        share = worst.initial_share or 0.0
         yield _not_converged(early, worst, share, "momentum ** updates", worst.updates)
         yield NotChecked("stale", "averages that have converged")
         return
@@ -638,16 +639,16 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
     misfit = any(rms(one.drift) > MISFIT_MEAN or rms(one.log_ratio) > MISFIT_VAR for one in beyond)
     if not misfit and moved <= max(MOVED, usual):
         return
-    # Weights of the initial values that are known have been judged before.
+    cause = _other_units(judged[0])
+    # If the weights of the initial values are known, `unfinished_or_stale` has checked them.
     known = all(one.initial_share is not None for one in judged)
-    scaled = _scaled_by_255(judged[0])
-    share = None if known or scaled else fitted_share(judged, beyond)
+    share = None if known or cause else fitted_share(judged, beyond)
     if share is not None and any(_is_early(one, share) for one in judged):
         yield _not_converged(judged, judged[0], share, "found by least squares")
         return
     worst = max(beyond, key=lambda one: max(one.z_scores))
-    cause = scaled or "the weights changed too fast for the averages"
-    if not scaled:
+    if not cause:
+        cause = "the weights changed too fast for the averages"
         cause += ", the weights were averaged or restored" if case.run.weights is None else ""
         cause += ", or these images were not preprocessed as in training"
     text = (
@@ -659,11 +660,11 @@ def _of_poor_fit(case: Case, judged: list[Evidence], beyond: list[Evidence]) -> 
     yield Finding(STALE, tuple(one.layer.name for one in beyond), text)
 
 
-def _scaled_by_255(first: Evidence) -> str:
-    """Returns the cause in words if pixels are 255 times as large as in training, or the reverse.
+def _other_units(first: Evidence) -> str:
+    """Describes the error if pixels are from 0 to 255 instead of 0 to 1, or the reverse; else "".
 
-    The variance in the first norm then differs by a factor of 255^2; accepts factors of up to 1.6
-    in addition.
+    Such pixels change the variances in the first norm by a factor of 255^2. Ratios within a factor
+    of 1.6 of 255^2 count, because the averages may be wrong for another reason as well.
     """
     found = first.train.var.mean(0)
     ratios = (found / np.maximum(first.var, 1e-30))[first.live & (found > 0)]
@@ -671,7 +672,10 @@ def _scaled_by_255(first: Evidence) -> str:
     if abs(abs(log_ratio) - 2 * math.log(255)) > 0.5:
         return ""
     units = ("0 to 255", "0 to 1") if log_ratio > 0 else ("0 to 1", "0 to 255")
-    return "these images have pixels from {}, instead of {} as in training".format(*units)
+    return (
+        f"these images have pixels from {units[0]}, and those in training from {units[1]}. In that "
+        "case, convert the images and keep the statistics"
+    )
 
 
 def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None:
@@ -777,7 +781,7 @@ def audit(
     network, found, usable = match(network, kept[0])
     missing = "a checkpoint that fits the model" if not usable else ""
     if usable and not network.norms(kept[0]):
-        missing = "a batch norm of Flax or bnjax, with `mean` and `var`, in the model"
+        missing = f"{SUPPORTED} in the model"
     if missing:
         return Findings(tuple(found), (NotChecked("all other checks", missing),))
     case = measure(network, kept, run, jit)

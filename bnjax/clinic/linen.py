@@ -20,7 +20,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from bnjax.clinic.network import FLAGS, Around, Call, Network, NormLayer, Path
 from bnjax.norms import BatchNorm, StandardizedConv
 from bnjax.train_step import forward, init_variables
-from bnjax.types import Array, Batch, BatchStats, Images, Logits, Mask, Params
+from bnjax.types import Array, Batch, BatchStats, Images, Logits, Mask, Params, named_leaves
 
 NORMS = (nn.BatchNorm, BatchNorm)
 # Subclasses are excluded, because they may use the kernel differently.
@@ -160,7 +160,7 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
                 f"{name} has a key {name!r}. Give the collection itself, for instance "
                 "clinic.linen(model, **variables)."
             )
-    leaves = {str(getattr(path[-1], "key", "")) for path, _ in jax.tree.leaves_with_path(params)}
+    leaves = {name.rpartition(".")[2] for name in named_leaves(params)}
     if leaves and leaves <= {"mean", "var", "count"}:
         raise ValueError(
             "params has only running statistics (mean, var). The order of the arguments is "

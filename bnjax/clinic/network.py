@@ -179,6 +179,7 @@ class Call(abc.ABC):
 
 
 Around = Callable[[Call], Any]
+SUPPORTED = "a batch norm of Flax, Equinox or bnjax, with `mean` and `var`,"
 
 
 def check(batch: Any) -> None:
@@ -188,10 +189,10 @@ def check(batch: Any) -> None:
         ValueError: if it is not.
     """
     if not isinstance(batch, Mapping) or "image" not in batch:
-        keys = f" with {[*batch]}" if isinstance(batch, Mapping) else ""
+        keys = f" with the keys {[*batch]}" if isinstance(batch, Mapping) else ""
         raise ValueError(
-            f"a batch must be a dict with 'image', not {type(batch).__name__}{keys}. Give a list "
-            "of batches like {'image': x, 'label': y}."
+            f"a batch must be a dict with 'image', not {type(batch).__name__}{keys}. For example, "
+            "give {'image': x, 'label': y} as `batch`, and a list of such dicts as `batches`."
         )
 
 

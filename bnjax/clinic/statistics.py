@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.network import Mode, Network, NormLayer, SameNetwork, Seen, nothing_seen
+from bnjax.clinic.network import (
+    SUPPORTED,
+    Mode,
+    Network,
+    NormLayer,
+    SameNetwork,
+    Seen,
+    nothing_seen,
+)
 from bnjax.metrics import Metrics, from_losses
 from bnjax.train_step import LossFn, softmax_cross_entropy
 from bnjax.types import Array, Batch, BatchStats, Logits
@@ -71,8 +79,7 @@ def precise(
     layers, old = network.norms(first), network.batch_stats
     if not layers:
         raise ValueError(
-            "the network has no batch norm of Flax or bnjax with `mean` and `var`, so there are no "
-            "statistics to recompute"
+            f"there are no statistics to recompute: this needs {SUPPORTED} in the network"
         )
 
     def once(batch_stats: BatchStats, mode: Mode) -> BatchStats:

@@ -305,14 +305,24 @@ def test_stored_statistics_stray_as_far_as_their_standard_error_says():
     [(1.0, "0 to 255", Run(steps=150)), (1 / 255**2, "0 to 1", Run())],
 )
 def test_images_in_other_units_are_named_as_the_cause(factor, units, run):
-    """Networks trained on uint8 images; floats are not divided by 255."""
+    """The network was trained on uint8 images, which are divided by 255; floats are not."""
     patient = plain(0)
     batches = [
         one | {"image": (one["image"] * factor).astype(np.float32)} for one in patient.batches
     ]
     findings = audit(patient.network, batches, run, jit=shared_jit).found
     found = next(one for one in findings if one.id == "stale")
-    assert f"these images have pixels from {units}, instead of" in found.measured
+    assert f"these images have pixels from {units}, and" in found.measured
+
+
+def test_images_of_a_wrong_shape_are_named_with_the_leaves():
+    patient = plain(0)
+    batches = [one | {"image": one["image"][:, :4]} for one in patient.batches]
+    (found,) = audit(patient.network, batches, jit=shared_jit).found
+    assert found.id == "unmatched-leaves"
+    assert f"for images {[*batches[0]['image'].shape[1:]]}" in found.measured
+    (found,) = findings_of("a leaf too few").found
+    assert "for images" not in found.measured
 
 
 def test_exchanged_statistics_are_stale_and_not_unfinished():

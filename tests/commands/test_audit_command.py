@@ -49,5 +49,5 @@ def test_a_run_without_batch_norm_is_not_called_healthy(bnjax, tmp_path):
     train(tmp_path, 2, norm="none")
     code, out, _ = bnjax("audit", "--workdir", tmp_path)
     assert code == 2, out
-    assert "all other checks: needs a batch norm of Flax or bnjax, with `mean` and `var`" in out
+    assert "all other checks: needs a batch norm of Flax, Equinox or bnjax, with" in out
     assert "healthy" not in out
