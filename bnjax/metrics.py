@@ -16,8 +16,7 @@ class Metrics:
         loss: the sum of the losses, float32 [].
         correct: the number of examples whose largest logit is that of the label, int32 [].
         count: the number of unmasked examples, int32 [].
-        skipped: the number of training steps dropped because of non-finite values, int32 []. In
-            `bnjax.train.steps`, the number of dropped steps in a row, up to the latest step.
+        skipped: the number of training steps dropped because of non-finite values, int32 [].
     """
 
     loss: Leaf

@@ -102,7 +102,7 @@ class Run:
             rate = experiment.batch_size * len(active) / seconds
             for i, seed in active:
                 means, target = of_seeds[i].means(), experiment.stop_at_loss
-                seed.bad_steps = int(of_seeds[i].skipped)
+                seed.bad_steps = (seed.bad_steps + 1) * int(of_seeds[i].skipped)
                 seed.is_finishing = step == experiment.steps or (
                     target is not None and means["loss"] <= target
                 )

@@ -1,6 +1,5 @@
 """Compiles the functions of an experiment, which all its runs share."""
 
-import dataclasses
 import functools
 import operator
 import time
@@ -219,8 +218,7 @@ def training_program(
 ) -> Any:
     """Returns the function that `Steps.train` compiles.
 
-    With `axis_name`, the function computes one device's part of the batch. In its metrics,
-    `skipped` is the number of consecutive bad steps.
+    With `axis_name`, the function computes one device's part of the batch.
     """
     take_step: Any = train_step
     if (parts := experiment.micro_batches) > 1:
@@ -241,8 +239,7 @@ def training_program(
             axis_name=axis_name,
             skip_nonfinite=True,
         )
-        bad_steps = (bad_steps + 1) * metrics.skipped
-        return state, batch_stats, bad_steps, dataclasses.replace(metrics, skipped=bad_steps)
+        return state, batch_stats, (bad_steps + 1) * metrics.skipped, metrics
 
     step = over_seeds(one, (0, 0, 0, None, 0), seeds)
     if feed.max_steps == 1:

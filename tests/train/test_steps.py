@@ -90,7 +90,7 @@ def test_bad_steps_in_a_row_keep_the_state_before_them_once_they_are_too_many(co
     steps = compiled[kind]
     before, _ = take(steps, steps.feed.items(3, 0), [2] if kind == "resident" else [1, 1])
     after, metrics = take(steps, steps.feed.items(3, 0), KINDS[kind], bad=(2, 3))
-    assert [int(one.skipped) for one in metrics] == [0, 0, *range(1, STEPS - 1)]
+    assert [int(one.skipped) for one in metrics] == [0, 0, *[1] * (STEPS - 2)]
     assert np.isfinite([one.loss for one in metrics][:2]).all()
     jax.tree.map(np.testing.assert_array_equal, after, before)
     # As many as are allowed stop nothing.
