@@ -36,8 +36,8 @@ def test_calls_advance_the_bar(monkeypatch):
     [
         (("audit",), "audit:"),
         (("precise", "--images", "512", "--by", "population"), "statistics:"),
-        (("fold",), "comparing logits:"),
-        (("predict", "--split", "train"), "predictions:"),
+        (("fold",), "logits:"),
+        (("predict", "--split", "train"), "logits:"),
     ],
 )
 def test_commands_show_their_progress(bnjax, unready, monkeypatch, words, shown):

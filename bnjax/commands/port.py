@@ -151,16 +151,11 @@ def _import(
 def _logits(network: "Linen", images: Any) -> Any:
     """Returns the logits computed in evaluation mode, with float32 products on every device."""
     import jax
-    import numpy as np
 
-    from bnjax.train_step import forward
+    from bnjax.train.trained import logits
 
-    batch = {"image": images}
     with jax.default_matmul_precision("highest"):
-        logits, _ = forward(
-            network.params, network.batch_stats, batch, model=network.model, train=False
-        )
-    return np.array(logits)
+        return logits(network, images)
 
 
 def _check(

@@ -2,16 +2,12 @@
 
 import functools
 import json as json_
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from bnjax.commands import Checkpoint, DataDir, Json, Out, Workdir
 from bnjax.errors import UserError
-
-if TYPE_CHECKING:
-    from bnjax.clinic.linen import Linen
-    from bnjax.data.datasets import Dataset
 
 
 def run(
@@ -40,11 +36,12 @@ def run(
 
     from bnjax.clinic import precise
     from bnjax.clinic.network import nothing_seen
+    from bnjax.metrics import from_losses, softmax_cross_entropy
     from bnjax.text import counted, progress, text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare
     from bnjax.train.steps import precise_batches
-    from bnjax.train.trained import Trained
+    from bnjax.train.trained import Trained, logits_and_labels
 
     prepare()
     if out:
@@ -68,15 +65,18 @@ def run(
         "by": by,
         "test_images": len(dataset.test),
     }
-    tests = {
-        "stored": _test(trained.network, dataset, trained.config.eval.batch_size),
-        "precise": _test(network, dataset, trained.config.eval.batch_size),
-    }
+    tests = {}
+    for name, one in (("stored", trained.network), ("precise", network)):
+        logits, label = logits_and_labels(one, dataset.test, trained.config.eval.batch_size)
+        losses = softmax_cross_entropy(logits, label)
+        tests[name] = from_losses(losses, logits, label, None).means()
     if json:
         print(json_.dumps(result | tests))
     else:
-        rows = [[name, *(f"{one[key]:.4f}" for key in ("loss", "accuracy"))]
-                for name, one in tests.items()]  # fmt: skip
+        rows = [
+            [name, f"{means['loss']:.4f}", f"{means['accuracy']:.4f}"]
+            for name, means in tests.items()
+        ]
         how = "batch statistics" if by == "batch" else "the precise statistics"
         print(
             f"{workdir}, checkpoint of step {trained.step}: {len(dataset.test):,} test images of "
@@ -92,24 +92,3 @@ def run(
         if not json:
             print(f"\npredict with:    bnjax predict --workdir {out} --split test")
     return 0
-
-
-def _test(network: "Linen", dataset: "Dataset", batch_size: int) -> dict[str, float]:
-    """Returns the loss and accuracy on all test images."""
-    import jax
-
-    from bnjax.data.feed import every_batch
-    from bnjax.metrics import Metrics
-    from bnjax.text import progress
-    from bnjax.train.cpu import compiler_options
-    from bnjax.train_step import eval_step
-
-    size = min(batch_size, len(dataset.test))
-    step = jax.jit(
-        functools.partial(eval_step, model=network.model), compiler_options=compiler_options()
-    )
-    batches = progress(
-        every_batch(dataset.test, size), "test", "batch", -(-len(dataset.test) // size)
-    )
-    found = [step(network.params, network.batch_stats, batch) for batch in batches]
-    return functools.reduce(Metrics.merge, jax.device_get(found)).means()

@@ -1,9 +1,9 @@
 """`bnjax predict`: classifies images with the network of a run or an exported network."""
 
-import functools
+import dataclasses
 import json as json_
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,9 +16,9 @@ from bnjax.text import progress
 if TYPE_CHECKING:
     import numpy as np
 
+    from bnjax.clinic.linen import Linen
     from bnjax.data.pictures import Picture
     from bnjax.train.trained import Trained
-    from bnjax.types import Batch
 
 MAX_BATCH = 256  # the largest number of images per batch
 
@@ -66,10 +66,9 @@ def run(
         )
     import numpy as np
 
-    from bnjax.data.batches import eval_batches
     from bnjax.export.stablehlo import Exported
     from bnjax.train.cpu import prepare
-    from bnjax.train.trained import Trained
+    from bnjax.train.trained import Trained, logits
 
     prepare()
     facts: Any
@@ -83,12 +82,10 @@ def run(
 
     else:
         trained = Trained(Path(str(workdir)), checkpoint)
-        facts, (evaluated, result) = trained.data, _evaluated(trained, views)
+        facts, (network, result) = trained.data, _evaluated(trained, views)
 
         def logits_of(pixels: np.ndarray) -> np.ndarray:
-            label, size = np.zeros(len(pixels), np.int32), min(len(pixels), MAX_BATCH)
-            batches = eval_batches(pixels, label, size)
-            return _logits(trained, evaluated, batches, -(-len(pixels) // size))[0]
+            return logits(network, pixels, MAX_BATCH)
 
     if split:
         result = of_split(trained, split, views, data_dir)
@@ -105,24 +102,20 @@ def of_split(
     trained: "Trained", split: str, views: int | None = None, data_dir: str | None = None
 ) -> dict[str, Any]:
     """Returns the predictions, loss and accuracy of a run's network on a split of its data."""
-    import numpy as np
-
-    from bnjax.data.feed import every_batch
-    from bnjax.metrics import softmax_cross_entropy
+    from bnjax.metrics import from_losses, softmax_cross_entropy
+    from bnjax.train.trained import logits_and_labels
 
     classes, dataset = trained.data.classes, trained.dataset(data_dir)
     chosen = dataset.train if split == "train" else dataset.test
-    model, result = _evaluated(trained, views)
-    size = min(trained.config.eval.batch_size, len(chosen))
-    logits, label = _logits(trained, model, every_batch(chosen, size), -(-len(chosen) // size))
+    network, result = _evaluated(trained, views)
+    logits, label = logits_and_labels(network, chosen, trained.config.eval.batch_size)
     predictions = _predictions([f"{split}[{i}]" for i in range(len(label))], classes, logits)
     for row, truth in zip(predictions, label, strict=True):
         row["label"] = classes[truth]
     right = logits.argmax(-1) == label
+    result |= from_losses(softmax_cross_entropy(logits, label), logits, label, None).means()
     return result | {
         "predictions": predictions,
-        "loss": float(np.asarray(softmax_cross_entropy(logits, label), np.float64).mean()),
-        "accuracy": float(right.mean()),
         "count": len(label),
         "accuracy_per_class": {
             name: float(right[label == i].mean())
@@ -160,8 +153,8 @@ def of_images(
     return {"predictions": predictions, "errors": errors}
 
 
-def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, Any]]:
-    """Returns the model with averaged views, and facts about the model for the result.
+def _evaluated(trained: "Trained", views: int | None) -> "tuple[Linen, dict[str, Any]]":
+    """Returns the network with averaged views, and facts about it for the result.
 
     By default, uses the views of the run's evaluation.
     """
@@ -170,34 +163,13 @@ def _evaluated(trained: "Trained", views: int | None) -> tuple[Any, dict[str, An
     evaluation = trained.config.eval
     share = evaluation.views_share if views is None else 1.0
     views = evaluation.views if views is None else views
-    return with_views(trained.model, views, share), {
+    model = with_views(trained.model, views, share)
+    return dataclasses.replace(trained.network, model=model), {
         "workdir": str(trained.workdir),
         "step": trained.step,
         "dataset": trained.data.label,
         "views": views,
     }
-
-
-def _logits(
-    trained: "Trained", model: Any, batches: "Iterable[Batch]", count: int
-) -> "tuple[np.ndarray, np.ndarray]":
-    """Returns the logits [n, classes] and labels [n] of all unmasked rows."""
-    import jax
-    import numpy as np
-
-    from bnjax.train.cpu import compiler_options
-    from bnjax.train_step import forward
-
-    run = jax.jit(
-        functools.partial(forward, model=model, train=False), compiler_options=compiler_options()
-    )
-    logits, labels = [], []
-    for batch in progress(batches, "predictions", "batch", count):
-        real = batch.get("mask", slice(None))
-        found, _ = run(trained.params, trained.batch_stats, batch)
-        logits.append(np.asarray(found)[real])
-        labels.append(np.asarray(batch["label"])[real])
-    return np.concatenate(logits), np.concatenate(labels)
 
 
 def _predictions(

@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 
 from bnjax.clinic.folding import Folding, difference
 from bnjax.clinic.linen import Folded, Linen, linen
+from bnjax.data.batches import Examples, eval_batches
 from bnjax.data.datasets import Dataset
+from bnjax.data.feed import every_batch
 from bnjax.errors import UserError
 from bnjax.text import progress
 from bnjax.train import build
@@ -23,10 +25,11 @@ from bnjax.train.cpu import compiler_options
 from bnjax.train.jsonl import write_json
 from bnjax.train.rundir import FOLDED, check_is_free, folded_pairs, read
 from bnjax.train_step import TrainState, forward, init_variables
-from bnjax.types import BatchStats, Images, Params
+from bnjax.types import Batch, BatchStats, Images, Params
 
 TOLERANCE = 1e-5  # relative to the largest logit
-PROBE, BATCH = 256, 64  # the number of images for comparing networks, and per batch
+PROBE = 256  # the number of images for comparing networks
+BATCH = 64  # the number of images per batch
 
 
 class Trained:
@@ -187,16 +190,30 @@ def in_float32(trained: Trained) -> Any:
     return Folded(model, trained.folded) if trained.folded else model
 
 
-def logits(network: Linen, images: Images) -> jax.Array:
+def logits(network: Linen, images: Images, batch_size: int = BATCH) -> np.ndarray:
     """Returns the logits computed in evaluation mode, [n, classes]."""
+    size = min(batch_size, len(images))
+    batches = eval_batches(np.asarray(images), np.zeros(len(images), np.int32), size)
+    return _logits(network, batches, -(-len(images) // size))[0]
+
+
+def logits_and_labels(
+    network: Linen, split: Examples, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logits computed in evaluation mode, [n, classes], and the labels of a split."""
+    size = min(batch_size, len(split))
+    return _logits(network, every_batch(split, size), -(-len(split) // size))
+
+
+def _logits(network: Linen, batches: Iterable[Batch], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logits and labels of all unmasked examples."""
     run = jax.jit(
         functools.partial(forward, model=network.model, train=False),
         compiler_options=compiler_options(),
     )
-    found = [
-        run(network.params, network.batch_stats, {"image": batch})[0]
-        for batch in progress(
-            np.split(images, range(BATCH, len(images), BATCH)), "comparing logits", "batch"
-        )
-    ]
-    return jnp.concatenate(found)
+    found, labels = [], []
+    for batch in progress(batches, "logits", "batch", count):
+        real = batch.get("mask", slice(None))
+        found.append(np.asarray(run(network.params, network.batch_stats, batch)[0])[real])
+        labels.append(np.asarray(batch["label"])[real])
+    return np.concatenate(found), np.concatenate(labels)
