@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from bnjax.clinic.linen import linen
 from bnjax.clinic.network import nothing_seen
-from bnjax.clinic.statistics import Drift, gap
+from bnjax.clinic.statistics import gap
 from bnjax.clinic.watching import examine
 from bnjax.data.batches import evenly_spaced
 from bnjax.data.datasets import Dataset
@@ -202,14 +202,7 @@ class Observer:
             batch = {"image": self._same.image, "label": self._same.label}
             network = linen(self._model, state.params, batch_stats)
             found, drifts = examine(network, batch, self._gap)
-            of_batch = {f"batch_{key}": mean for key, mean in found.batch.means().items()}
-            values: dict[str, Any] = found.stored.means() | of_batch
-            values["count"] = len(self._same.label)
-            for of in Drift._fields:
-                values[f"drift_{of}"] = {
-                    name: float(f"{getattr(one, of):.6g}") for name, one in drifts.items()
-                }
-            writer.metrics(step, "gap", values)
+            writer.gap(step, found, drifts)
         if len(self._train.label):
             batch = {"image": self._train.image, "label": self._train.label}
             samples = jax.device_get(self._sample(state, batch_stats, batch))

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from bnjax.clinic.statistics import Drift, Gap
 from bnjax.errors import UserError
+from bnjax.metrics import Metrics
 from bnjax.train.tensorboard import Board
 
 # A function (step, split, values), called for each line of metrics.jsonl; non-finite values are
@@ -43,12 +45,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the objects of a file with one JSON object per line, each with a `step`.
 
     Omits an incomplete last line; returns an empty list if the file does not exist.
-
-    Each line of metrics.jsonl has `split`, `loss` (None if not finite) and `accuracy`. The split is
-    "train" for the batch of a step, "test" or "validation" for an evaluation, or "gap" for training
-    images under the running statistics. A "gap" line also has the `batch_loss` and `batch_accuracy`
-    of the same images under their batch statistics, and for each norm the `drift_mean` and
-    `drift_variance` defined by `bnjax.clinic.statistics.Drift`.
 
     Raises:
         UserError: if the file is damaged.
@@ -114,6 +110,10 @@ class RunWriter:
     """The files of one run: metrics.jsonl, timing.jsonl, histograms.jsonl and tensorboard/.
 
     This is a context manager. Only timing.jsonl and tensorboard/ depend on the clock.
+
+    Each line of metrics.jsonl has `step` (counted from 1), `split`, `loss` and `accuracy`; a
+    non-finite value is null. The split is "train" for the batch of a step, "test" or "validation"
+    for an evaluation, or "gap" for training images under the running statistics.
     """
 
     def __init__(self, workdir: Path, *, start: int, on_metrics: OnMetrics | None = None):
@@ -135,15 +135,42 @@ class RunWriter:
             stack.callback(self.board.close)
             self._open = stack.pop_all()
 
-    def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Records metrics; `read_lines` describes the keys.
+    def step(self, step: int, metrics: Metrics, seconds: float, images_per_s: float) -> None:
+        """Records a training step, with `skipped` = 1 if it was dropped.
 
         Args:
             step: the number of the step, counted from 1.
-            split: "train", "validation", "test" or "gap".
-            values: the metrics. Floats and dicts of floats are also drawn as curves; non-finite
-                values are written as null.
+            metrics: the metrics of the step.
+            seconds: the training time so far.
+            images_per_s: the current throughput.
         """
+        self._write(step, "train", metrics.means() | ({"skipped": 1} if metrics.skipped else {}))
+        self._timing.write(
+            {"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)}
+        )
+        self.board.scalar("train/images_per_s", images_per_s, step)
+
+    def evaluation(self, step: int, split: str, metrics: Metrics) -> None:
+        """Records an evaluation, with the number of images as `count`."""
+        self._write(step, split, metrics.means() | {"count": int(metrics.count)})
+
+    def gap(self, step: int, found: Gap, drifts: dict[str, Drift]) -> None:
+        """Records the gap and the drifts of `bnjax.clinic.watching.examine`.
+
+        `batch_loss` and `batch_accuracy` are those of the same images under batch statistics;
+        `drift_mean` and `drift_variance` have an entry for each norm.
+        """
+        values: dict[str, Any] = found.stored.means()
+        values |= {f"batch_{key}": mean for key, mean in found.batch.means().items()}
+        values["count"] = int(found.stored.count)
+        for of in Drift._fields:
+            values[f"drift_{of}"] = {
+                name: float(f"{getattr(one, of):.6g}") for name, one in drifts.items()
+            }
+        self._write(step, "gap", values)
+
+    def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl; also draws floats and dicts of floats as curves."""
         finite = _finite(values)
         self._metrics.write({"step": step, "split": split, **finite})
         numbers = dict(_flat(finite))
@@ -152,13 +179,6 @@ class RunWriter:
                 self.board.scalar(name if "/" in name else f"{split}/{name}", number, step)
         if self._on_metrics:
             self._on_metrics(step, split, numbers)
-
-    def timing(self, step: int, seconds: float, images_per_s: float) -> None:
-        """Records the seconds since training began, and the current throughput."""
-        self._timing.write(
-            {"step": step, "seconds": round(seconds, 3), "images_per_s": round(images_per_s, 1)}
-        )
-        self.board.scalar("train/images_per_s", images_per_s, step)
 
     def histograms(self, step: int, samples: Any, summaries: dict[str, dict[str, Any]]) -> None:
         """Records the samples and summaries computed by `bnjax.train.diagnostics`."""

@@ -17,13 +17,18 @@ from bnjax.train_step import LossFn, TrainState, dropout_key, forward, softmax_c
 from bnjax.types import Batch, BatchStats, Logits, Losses, Params, named_leaves
 
 
+def too_many(bad_steps: Any, most_skipped: int) -> Any:
+    """Returns whether training stops after this number of consecutive bad steps."""
+    return bad_steps > most_skipped
+
+
 def until_stopped(losses: Losses, bad_steps: Any, most_skipped: int) -> Losses:
-    """Returns the losses, or NaN after more than `most_skipped` consecutive bad steps.
+    """Returns the losses, or NaN after too many consecutive bad steps.
 
     With a NaN loss, later steps change nothing. The host detects bad steps only after it has
     dispatched more steps, and it needs the state before the first bad step.
     """
-    return jnp.where(bad_steps > most_skipped, jnp.nan, losses)
+    return jnp.where(too_many(bad_steps, most_skipped), jnp.nan, losses)
 
 
 def explained(step: int, bad_steps: int, saved: int | None, where: str | None) -> NonFiniteError:

@@ -28,7 +28,7 @@ from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.devices import from_first
 from bnjax.train.diagnostics import Observer
 from bnjax.train.jsonl import OnMetrics, RunWriter, first_at_or_below, read_lines, write_json
-from bnjax.train.nonfinite import explained, first_nonfinite
+from bnjax.train.nonfinite import explained, first_nonfinite, too_many
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 from bnjax.train.summary import summarise, versions
 
@@ -101,17 +101,15 @@ class Run:
             active = self._active()
             rate = experiment.batch_size * len(active) / seconds
             for i, seed in active:
-                means, target = of_seeds[i].means(), experiment.stop_at_loss
+                loss, target = of_seeds[i].means()["loss"], experiment.stop_at_loss
                 seed.bad_steps = (seed.bad_steps + 1) * int(of_seeds[i].skipped)
                 seed.is_finishing = step == experiment.steps or (
-                    target is not None and means["loss"] <= target
+                    target is not None and loss <= target
                 )
                 seed.seconds += seconds / len(active)
                 if seed.writer:
-                    skipped = {"skipped": 1} if seed.bad_steps else {}
-                    seed.writer.metrics(step, "train", means | skipped)
-                    seed.writer.timing(step, seed.seconds, rate)
-                if seed.bad_steps > experiment.most_skipped:
+                    seed.writer.step(step, of_seeds[i], seed.seconds, rate)
+                if too_many(seed.bad_steps, experiment.most_skipped):
                     self._fail(seed, step, self._steps.local(both, i), items[i])
             if active:
                 total = functools.reduce(Metrics.merge, (of_seeds[i] for i, _ in active)).means()
@@ -164,7 +162,7 @@ class Run:
         """Writes and prints the metrics of an evaluation, and returns the accuracy."""
         means = metrics.means()
         if seed.writer:
-            seed.writer.metrics(step, split, means | {"count": int(metrics.count)})
+            seed.writer.evaluation(step, split, metrics)
         which = f"seed {seed.number}, " if len(self.seeds) > 1 else ""
         _say(
             f"{which}step {step}: {split} loss {means['loss']:.4f}, "

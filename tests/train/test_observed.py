@@ -16,8 +16,9 @@ from tensorboardX.proto.graph_pb2 import GraphDef
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from bnjax.clinic.linen import linen
-from bnjax.clinic.statistics import drift, gap, put
+from bnjax.clinic.statistics import Gap, drift, gap, put
 from bnjax.data.batches import evenly_spaced
+from bnjax.metrics import Metrics
 from bnjax.norms import BatchNorm
 from bnjax.train import build, parsing
 from bnjax.train.graph import graph_def
@@ -107,11 +108,13 @@ def test_what_is_not_finite_is_null(tmp_path):
     x = np.ones((4, 1, 1, 1), np.float32)
     network = linen(Norm(), *init_variables(Norm(), jax.random.key(0), x))
     bad = {"BatchNorm_0": {"mean": jnp.array([jnp.inf]), "var": jnp.array([-5.0])}}
-    (found,) = drift(bad, network.batch_stats, network.norms({"image": x})).values()
+    found = drift(bad, network.batch_stats, network.norms({"image": x}))
+    metrics = Metrics(np.float32(np.nan), 1, 4, 0)
     with RunWriter(tmp_path, start=0) as writer:
-        writer.metrics(1, "gap", {"loss": np.nan, "drift": found._asdict()})
+        writer.gap(1, Gap(metrics, metrics, {}), found)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
-    assert (line["loss"], line["drift"]) == (None, {"mean": None, "variance": None})
+    nothing = {"BatchNorm_0": None}
+    assert (line["loss"], line["drift_mean"], line["drift_variance"]) == (None, nothing, nothing)
 
 
 def test_tensorboard_gets_every_number(finished, values):
