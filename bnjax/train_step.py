@@ -28,11 +28,12 @@ from bnjax.types import (
     Logits,
     Losses,
     Params,
+    Shares,
     Tree,
     is_finite,
 )
 
-LossFn = Callable[[Logits, Labels], Losses]
+LossFn = Callable[[Logits, Labels | Shares], Losses]
 AxisName = str | tuple[str, ...] | None
 # The new statistics and the metrics of a step, computed from the examples on one shard.
 Written = tuple[BatchStats, Metrics]
@@ -114,8 +115,8 @@ def train_step(
     Args:
         state: the training state, from `init_state` or the previous step.
         batch_stats: the running statistics, returned by the same call as `state`.
-        batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n], and optionally
-            `mask` bool [n].
+        batch: `image` [n, h, w, c] (uint8 is divided by 255), `label` int [n] (or, for mixed
+            images, class probabilities [n, classes]), and optionally `mask` bool [n].
         model: any linen module with `__call__(x, train=...)`; if its `__call__` also accepts
             `mask`, the mask is passed to it.
         tx: the optimizer that was passed to `init_state`.
@@ -200,8 +201,9 @@ def eval_step(
 ) -> Metrics:
     """Returns the metrics of one batch under the running statistics.
 
-    The result for an image does not depend on the other images in the batch. Arguments are as for
-    `train_step`; the weights and statistics may be averaged, recomputed or folded.
+    With norms in evaluation mode, the result for an image does not depend on the other images in
+    the batch. Arguments are as for `train_step`; the weights and statistics may be averaged,
+    recomputed or folded.
     """
     logits, _ = forward(params, batch_stats, batch, model=model, train=False)
     metrics = from_losses(

@@ -79,7 +79,7 @@ class Part:
     """The part of every batch that one process loads; the parts have equal sizes.
 
     Attributes:
-        multiple: the number of devices; batches are padded to a multiple of this number.
+        multiple: batches are padded to a multiple of this number, so that they can be split evenly.
         index: the index of the process.
         count: the number of processes.
     """

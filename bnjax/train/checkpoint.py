@@ -114,9 +114,10 @@ class Checkpoints:
 
     Keeps the newest two and the best. Each checkpoint has two items: "variables" (params and
     batch_stats for evaluation) and "training" (opt_state, step and rng; also params and batch_stats
-    if evaluation uses different ones). The record of a checkpoint contains the test accuracy, the
-    facts in `about`, a fingerprint of the weights, and a checksum of every file. Saving happens in
-    the background; leaving the context waits until everything is on disk.
+    if evaluation uses different ones). The record of a checkpoint contains the accuracy on the
+    validation or test images, the facts in `about`, a fingerprint of the weights, and a checksum of
+    every file. Saving happens in the background; leaving the context waits until everything is on
+    disk.
     """
 
     def __init__(self, folder: Path, *, read_only: bool = False):
@@ -254,8 +255,8 @@ class Checkpoints:
         """Saves a checkpoint of the state's step in the background.
 
         Args:
-            accuracy: the test accuracy, which determines the best checkpoint; None if the step was
-                not evaluated.
+            accuracy: the accuracy on the validation or test images, which determines the best
+                checkpoint; None if the step was not evaluated.
             about: facts to save with the checkpoint, as JSON values: config, versions, conventions.
             evaluated: the weights and statistics for evaluation, if they differ from those used in
                 training.

@@ -488,7 +488,7 @@ def keys_as_text() -> str:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Checks that each value is allowed, and that keys without effect have their defaults.
+    """Checks each value, and that keys whose `Only` condition does not hold have their defaults.
 
     Raises:
         ConfigError: if a value is not allowed; gives the key, its value and the allowed values.
