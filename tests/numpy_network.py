@@ -1,0 +1,51 @@
+"""A small network in linen, and the same in NumPy and float64."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+EPSILON = 1e-3
+RNG = np.random.default_rng(0)
+IMAGES = (RNG.random((16, 5, 5, 2)) * [1, 3] + [0.5, -1]).astype(np.float32)
+
+
+class Net(nn.Module):
+    """Three norms behind one another."""
+
+    norm: type | functools.partial = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = functools.partial(self.norm, use_running_average=not train, epsilon=EPSILON)
+        x = nn.relu(norm(name="first")(nn.Conv(4, (3, 3), padding="VALID", name="conv")(x)))
+        x = nn.relu(nn.Dense(7, name="dense")(x.reshape(len(x), -1)))
+        x = nn.Dense(5, name="logits")(norm(name="second")(x))
+        return norm(name="third")(x)
+
+
+def in_numpy(params, x, moments):
+    """Returns the logits; `moments(name, x)` has those by which a norm normalises x [values, c]."""
+    weights = jax.tree.map(np.float64, params)
+
+    def norm(x, name):
+        mean, var = moments(name, x.reshape(-1, x.shape[-1]))
+        return (x - mean) / np.sqrt(var + EPSILON) * weights[name]["scale"] + weights[name]["bias"]
+
+    windows = np.lib.stride_tricks.sliding_window_view(np.float64(x), (3, 3), axis=(1, 2))
+    x = np.einsum("nhwcij,ijcf->nhwf", windows, weights["conv"]["kernel"])
+    x = np.maximum(norm(x + weights["conv"]["bias"], "first"), 0).reshape(len(x), -1)
+    x = np.maximum(x @ weights["dense"]["kernel"] + weights["dense"]["bias"], 0)
+    x = norm(x, "second") @ weights["logits"]["kernel"] + weights["logits"]["bias"]
+    return norm(x, "third")
+
+
+def padded(image, size=8):
+    """A batch of these images and NaN in random order."""
+    filling = np.full((size - len(image), *image.shape[1:]), np.nan, np.float32)
+    order = RNG.permutation(size)
+    return {
+        "image": np.concatenate([image, filling])[order],
+        "mask": (np.arange(size) < len(image))[order],
+    }
