@@ -46,16 +46,13 @@ class ResNet(nn.Module):
 
     stages: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
-    momentum: float = 0.9
     classes: int = 10
     torchvision: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = True):
         conv = _torch_conv if self.torchvision else functools.partial(nn.Conv, use_bias=False)
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=self.momentum, epsilon=1e-5
-        )
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         stem, stride = ((7, 7), (2, 2)) if self.torchvision else ((3, 3), (1, 1))
         x = nn.relu(norm(name="norm_init")(conv(self.width, stem, stride, name="conv_init")(x)))
         if self.torchvision:
@@ -72,13 +69,10 @@ class PreActResNet(nn.Module):
 
     blocks: int = 2
     width: int = 8
-    momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x, train: bool):
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=self.momentum
-        )
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         x = nn.Conv(self.width, (3, 3), use_bias=False)(x)
         for _ in range(self.blocks):
             y = nn.Conv(self.width, (3, 3), use_bias=False)(nn.relu(norm()(x)))
@@ -92,12 +86,11 @@ class Layer(nn.Module):
 
     width: int
     train: bool
-    momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x, _=None):
         x = nn.Dense(self.width)(x)
-        x = nn.BatchNorm(use_running_average=not self.train, momentum=self.momentum)(x)
+        x = nn.BatchNorm(use_running_average=not self.train, momentum=0.9)(x)
         return nn.relu(x), None
 
 
@@ -107,15 +100,19 @@ LIFTED = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"para
 class Lifted(nn.Module):
     """Layers under `nn.scan`, `nn.remat` or `nn.vmap`, or one ("shared") that is called twice.
 
-    Under scan and vmap, parameters and statistics have an axis for the layers.
+    Under scan and vmap, parameters and statistics have an axis for the layers. Dense layers at both
+    ends change the widths, except with `alone`.
     """
 
     how: str
     width: int = 12
+    alone: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool):
         x = x.reshape(len(x), -1)
+        if self.how in ("scan", "shared") and not self.alone:
+            x = nn.Dense(self.width)(x)
         if self.how == "remat":
             for i in range(2):
                 x, _ = nn.remat(Layer)(self.width, train, name=f"layer{i}")(x)
@@ -123,12 +120,11 @@ class Lifted(nn.Module):
             heads = nn.vmap(Layer, **LIFTED, in_axes=None, axis_size=3)
             x = heads(self.width, train, name="heads")(x)[0].mean(0)
         elif self.how == "scan":
-            layers = nn.scan(Layer, **LIFTED, length=3)(self.width, train, name="layers")
-            x, _ = layers(nn.Dense(self.width)(x), None)
+            x, _ = nn.scan(Layer, **LIFTED, length=3)(self.width, train, name="layers")(x, None)
         else:
             layer = Layer(self.width, train)
-            x, _ = layer(layer(nn.Dense(self.width)(x))[0])
-        return nn.Dense(10)(x)
+            x, _ = layer(layer(x)[0])
+        return x if self.alone else nn.Dense(10)(x)
 
 
 NETWORKS = {

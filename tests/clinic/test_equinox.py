@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy_network import padded
+from seen import assert_norm_is_seen
 from zoo.kit import shared_jit
 
 from bnjax import clinic
@@ -16,24 +18,12 @@ from bnjax import clinic
 norm_of = functools.partial(eqx.nn.BatchNorm, axis_name="batch", mode="batch")
 
 
-class Small(eqx.Module):
+def small(key, **options):
     """A norm of the images, a dense layer, a norm, and logits."""
-
-    first: eqx.nn.BatchNorm
-    dense: eqx.nn.Linear
-    second: eqx.nn.BatchNorm
-    logits: eqx.nn.Linear
-
-    def __init__(self, key, **options):
-        one, two = jax.random.split(key)
-        self.first, self.second = norm_of(8, **options), norm_of(8, **options)
-        self.dense = eqx.nn.Linear(8, 8, key=one)
-        self.logits = eqx.nn.Linear(8, 4, key=two)
-
-    def __call__(self, x, state):
-        x, state = self.first(x.ravel(), state)
-        x, state = self.second(self.dense(jax.nn.relu(x)), state)
-        return self.logits(jax.nn.relu(x)), state
+    one, two = jax.random.split(key)
+    relu = eqx.nn.Lambda(jax.nn.relu)
+    layers = eqx.nn.Lambda(jnp.ravel), norm_of(8, **options), relu, eqx.nn.Linear(8, 8, key=one)
+    return eqx.nn.Sequential([*layers, norm_of(8, **options), relu, eqx.nn.Linear(8, 4, key=two)])
 
 
 MOMENTUM, VAR = 0.99, 0.211
@@ -50,41 +40,43 @@ def data(seed, count, size=64):
 @pytest.mark.parametrize("mode", ["batch", "ema"])
 def test_the_first_steps_of_debiased_averages(mode):
     """Equinox debiases an average of variances as if it started from 0, but it starts from 1."""
-    model, start = eqx.nn.make_with_state(Small)(jax.random.key(0), momentum=MOMENTUM, mode=mode)
+    model, start = eqx.nn.make_with_state(small)(jax.random.key(0), momentum=MOMENTUM, mode=mode)
     x, audited = jnp.asarray(data(1, 600)), [{"image": x} for x in data(2, 4)]
     audit, precise = (
         functools.partial(of, jit=shared_jit) for of in (clinic.audit, clinic.precise)
     )
-
     each = functools.partial(jax.vmap, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
 
     @jax.jit
     def run(state, steps):
         return jax.lax.fori_loop(0, steps, lambda i, state: each(model)(x[i], state)[1], state)
 
-    for steps in (1, 10, 50, 200, 600):
+    def first_of(network):
+        return network.batch_stats["layers"]["1"]
+
+    for steps in (1, 200, 600):
         state = run(start, steps)
         network = clinic.equinox(model, state)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), network.state, state)
         rest = MOMENTUM**steps  # the weight of the initial value, 1
         wanted = VAR + rest / (1 - rest) if mode == "batch" else VAR
         tolerance = 0.03 if mode == "batch" else 0.15  # "ema" starts from the first batch
-        found = np.mean(network.batch_stats["first"]["var"])
-        np.testing.assert_allclose(found, wanted, rtol=tolerance)
-        wrong = ("not-converged",) if mode == "batch" and steps < 600 else ()
+        np.testing.assert_allclose(np.mean(first_of(network)["var"]), wanted, rtol=tolerance)
         findings = audit(network, audited)
-        assert findings.ids == wrong, f"{steps} steps\n{findings}"
-        if wrong:
-            assert [one.layers for one in findings.found] == [("first", "second")]
+        if mode == "batch" and steps < 600:
+            assert findings.ids == ("not-converged",), findings
+            assert findings.found[0].layers == ("layers.1", "layers.4")
             assert audit(precise(network, audited), audited).ids == ()
+        else:
+            assert findings.ids == (), findings
     # One more step in Equinox, on the images of precise statistics, leaves these as they are.
     image = audited[0]["image"]
     for before in (clinic.equinox(model, start), network):  # without updates, and with 600
         mended = precise(before, audited[:1])
         _, state = each(mended.model)(image, mended.state)
-        after = clinic.equinox(mended.model, state).batch_stats["first"]
+        pair = first_of(clinic.equinox(mended.model, state)), first_of(mended)
         for name in ("mean", "var"):
-            np.testing.assert_allclose(after[name], mended.batch_stats["first"][name], rtol=1e-5)
+            np.testing.assert_allclose(*(one[name] for one in pair), rtol=1e-5)
     # The logits of Equinox itself are those of the network.
     for one in (network, mended):
         logits, _ = each(eqx.nn.inference_mode(one.model))(image, one.state)
@@ -118,7 +110,6 @@ def normal(model, x, state):
 
 
 ALL = np.random.default_rng(0).normal(1, 2, (16, 3, 2, 2)).astype(np.float32)
-PARTS = [{"image": ALL[:6]}, {"image": ALL[6:]}]
 CALLS = {
     "plain": (norm_of, normal),
     "axis in a tuple": (functools.partial(norm_of, axis_name=("batch",)), normal),
@@ -134,47 +125,25 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_norm_is_seen_however_it_is_called(name):
-    make = eqx.nn.make_with_state(functools.partial(One, kind=CALLS[name][0]))
-    model, state = make(jax.random.key(0), through=CALLS[name][1])
-    network = clinic.equinox(model, state)
-    (layer,) = network.norms(PARTS[0])
-    assert (layer.name, layer.shape, layer.axes, layer.by_batch) == ("norm", (6, 5), (0,), False)
-    found = clinic.precise(network, PARTS)
-    x = np.float64(ALL.reshape(16, -1)) @ np.float64(model.dense.weight).T
-    x += np.float64(model.dense.bias)
-    np.testing.assert_allclose(found.batch_stats["norm"]["mean"], x.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found.batch_stats["norm"]["var"], x.var(0), rtol=1e-5)
-    wanted = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
-    logits, _ = found.run({"image": ALL}, train=False)
-    np.testing.assert_allclose(logits, wanted, atol=1e-4)
+    kind, through = CALLS[name]
+    made = eqx.nn.make_with_state(One)(jax.random.key(0), kind, through)
+    assert_norm_is_seen(clinic.equinox(*made), ALL)
 
 
 def test_padding_has_no_effect_on_an_adaptation():
     network = clinic.equinox(*eqx.nn.make_with_state(One)(jax.random.key(0), norm_of, normal))
-    filled = np.concatenate([ALL[:6], np.full_like(ALL[:2], np.nan)])
-    batch = {"image": filled, "mask": np.arange(8) < 6}
-    padded, whole = (clinic.tent(network, [of], tx=optax.sgd(0.1)) for of in (batch, PARTS[0]))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), padded, whole)
+    batches = padded(ALL[:6]), {"image": ALL[:6]}
+    pair = (clinic.tent(network, [batch], tx=optax.sgd(0.1)) for batch in batches)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *pair)
     with pytest.raises(ValueError, match="takes no `mask`"):
-        clinic.audit(network, [batch])
-
-
-class TwoAxes(eqx.Module):
-    first: eqx.nn.BatchNorm
-    second: eqx.nn.BatchNorm
-
-    def __init__(self):
-        self.first, self.second = norm_of(12), norm_of(12, axis_name="other")
-
-    def __call__(self, x, state):
-        x, state = self.first(x.ravel(), state)
-        return self.second(x, state)
+        clinic.audit(network, batches[:1])
 
 
 def test_norms_without_a_common_axis_need_a_call():
-    model, state = eqx.nn.make_with_state(TwoAxes)()
+    layers = eqx.nn.Lambda(jnp.ravel), norm_of(12), norm_of(12, axis_name="other")
+    model, state = eqx.nn.make_with_state(eqx.nn.Sequential)(layers)
     with pytest.raises(ValueError, match="no axis name in common"):
-        clinic.equinox(model, state).norms(PARTS[0])
+        clinic.equinox(model, state).norms({"image": ALL})
 
     def call(model, state, images, key):
         inner = jax.vmap(model, (0, None), (0, None), axis_name="batch")
@@ -182,8 +151,8 @@ def test_norms_without_a_common_axis_need_a_call():
         logits, state = outer(images.reshape(2, -1, *images.shape[1:]), state)
         return logits.reshape(len(images), -1), state
 
-    network = clinic.equinox(model, state, call)
-    assert [layer.name for layer in network.norms(PARTS[0])] == ["first", "second"]
+    norms = clinic.equinox(model, state, call).norms({"image": ALL})
+    assert [layer.name for layer in norms] == ["layers.1", "layers.2"]
 
 
 def test_without_equinox_it_is_said(monkeypatch):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from numpy_network import padded
+from seen import assert_norm_is_seen
 
 from bnjax import clinic
 from bnjax.clinic.folding import difference, plan
@@ -34,13 +36,7 @@ class Rewritten(nnx.BatchNorm):
     """One that computes everything itself."""
 
     def __call__(self, x, use_running_average=None, *, mask=None):
-        if not (self.use_running_average if use_running_average is None else use_running_average):
-            mean, var = x.mean(0), x.var(0)
-            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
-            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * var
-        else:
-            mean, var = self.mean[...], self.var[...]
-        return (x - mean[None]) / jnp.sqrt(var[None] + self.epsilon) * self.scale[None]
+        return (x - self.mean[...][None]) / jnp.sqrt(self.var[...][None] + self.epsilon)
 
 
 class Wrapped(nnx.Module):
@@ -82,35 +78,25 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_norm_is_seen_however_it_is_called(name):
     kind, through, added = CALLS[name]
-    model = Wrapped(kind, through)
-    network = clinic.nnx(model)
-    (layer,) = network.norms(BATCHES[0])
-    assert (layer.name, layer.by_batch) == ("norm", False)
-    (in_training,) = network.norms(BATCHES[0], train=True)
-    assert in_training.by_batch is (kind is not Doubled)  # which is told to be in evaluation
-    assert layer.axes == ((1,) if name == "on another axis" else (0,))
-    x = np.float64(IMAGES.reshape(6, -1)) @ np.float64(model.dense.kernel[...]) + added
-    found = clinic.precise(network, BATCHES)
-    np.testing.assert_allclose(found.batch_stats["norm"]["mean"], x.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found.batch_stats["norm"]["var"], x.var(0), rtol=1e-5)
-    logits, _ = found.run({"image": IMAGES}, train=False)
-    wanted = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
-    np.testing.assert_allclose(logits, wanted * (2 if kind is Doubled else 1), atol=1e-4)
+    # `Doubled` is told to be in evaluation.
+    known = {"gain": 2, "follows_flag": False} if kind is Doubled else {}
+    axes = (1,) if name == "on another axis" else (0,)
+    network = clinic.nnx(Wrapped(kind, through))
+    assert_norm_is_seen(network, IMAGES, added=added, axes=axes, **known)
 
 
 class Phased(nnx.Module):
     """A network that is called by another name, or with a mask."""
 
     def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.norm, self.head = nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
 
     def __call__(self, x, mask=None):
         whole = None if mask is None else mask[:, None, None, None]
-        return self.head(self.norm(x, mask=whole).mean((1, 2)))
+        return self.norm(x, mask=whole).mean((1, 2))
 
     def predict(self, x, phase):
-        return self.head(self.norm(x, use_running_average=phase == "test").mean((1, 2)))
+        return self.norm(x, use_running_average=phase == "test").mean((1, 2))
 
 
 def test_a_model_with_a_call_of_its_own_and_one_that_takes_masks():
@@ -118,14 +104,10 @@ def test_a_model_with_a_call_of_its_own_and_one_that_takes_masks():
         return model.predict(x, "train" if train else "test")
 
     called, masked = clinic.nnx(Phased(), call), clinic.nnx(Phased())
-    filled = np.concatenate([IMAGES[2:], np.full_like(IMAGES[:2], np.nan)])
-    batches = [
-        {"image": filled[2:], "mask": np.arange(4) < 2},
-        {"image": filled, "mask": np.arange(6) < 4},
-    ]
+    batches = [padded(IMAGES[:2], 4), padded(IMAGES[2:], 6)]
     for network in (called, masked):
         found = clinic.precise(network, batches).batch_stats["norm"]
-        x = np.concatenate([IMAGES[4:], IMAGES[2:]]).astype(np.float64)
+        x = np.float64(IMAGES)
         np.testing.assert_allclose(found["mean"], x.mean((0, 1, 2)), rtol=1e-5)
         np.testing.assert_allclose(found["var"], x.var((0, 1, 2)), rtol=1e-5)
     for train in (False, True):
@@ -146,18 +128,28 @@ def dropping(model, x):
     return normal(nnx.clone(model), x)
 
 
-def test_what_cannot_be_done_is_said():
-    with pytest.raises(ValueError, match=r"needs a flax\.nnx\.Module, not OfLinen"):
-        clinic.nnx(OfLinen())
-    tied = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
-    tied.layers[1].scale = tied.layers[0].scale
-    with pytest.raises(ValueError, match=r"layers\.1 shares scale with another module"):
-        clinic.nnx(tied)
-    bridged = nnx.bridge.ToNNX(OfLinen(), rngs=nnx.Rngs(0)).lazy_init(IMAGES)
-    with pytest.raises(ValueError, match=r"BatchNorm_0 are not NNX modules.*clinic\.linen"):
-        clinic.nnx(bridged)
-    with pytest.raises(ValueError, match=r"norm has no unmasked inputs.*keeps the updates"):
-        clinic.precise(clinic.nnx(Wrapped(nnx.BatchNorm, dropping)), BATCHES)
+def tied():
+    one, other = (nnx.BatchNorm(3, rngs=nnx.Rngs(0)) for _ in range(2))
+    other.scale = one.scale
+    return nnx.Sequential(one, other)
+
+
+def bridged():
+    return nnx.bridge.ToNNX(OfLinen(), rngs=nnx.Rngs(0)).lazy_init(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (OfLinen, r"needs a flax\.nnx\.Module, not OfLinen"),
+        (tied, r"layers\.1 shares scale with another module"),
+        (bridged, r"BatchNorm_0 are not NNX modules.*clinic\.linen"),
+        (functools.partial(Wrapped, nnx.BatchNorm, dropping), "norm has no unmasked inputs"),
+    ],
+)
+def test_what_cannot_be_done_is_said(make, words):
+    with pytest.raises(ValueError, match=words):
+        clinic.precise(clinic.nnx(make()), BATCHES)
 
 
 def test_a_norm_behind_a_layer_that_shares_its_kernel_stays():
@@ -214,34 +206,30 @@ class Modern(nnx.Module):
 
 def test_a_modern_network_is_made_precise_folded_and_healthy():
     network, rng = clinic.nnx(Modern(nnx.Rngs(0))), np.random.default_rng(2)
-    params = jax.tree.map(
-        lambda leaf: (
-            leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) if leaf.ndim == 1 else leaf
-        ),
-        network.params,
-    )
-    network = network.replace(params=params)
+
+    def shifted(leaf):
+        return leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) * (leaf.ndim == 1)
+
+    network = network.replace(params=jax.tree.map(shifted, network.params))
     batches = [{"image": rng.normal(0, 1, (16, 8, 8, 3)).astype(np.float32)} for _ in range(4)]
+    image = batches[0]["image"]
+    norms = network.norms(batches[0], train=True)
     names = ["stem.layers.1", "norms.0", "norms.1", "norms.2", "last"]
-    assert [norm.name for norm in network.norms(batches[0])] == names
-    assert all(norm.by_batch for norm in network.norms(batches[0], train=True))
+    assert [norm.name for norm in norms if norm.by_batch] == names
     # With momentum 0 the averages of NNX after one pass are the statistics of the batch.
     model = network.model
     model.train(momentum=0.0, use_fast_variance=False)
     model.drop.rate = 0.0
-    nnx.jit(lambda model, x: model(x, True))(model, batches[0]["image"])
-    mended, wanted = clinic.precise(network, batches[:1]), clinic.nnx(model).batch_stats
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-        mended.batch_stats,
-        wanted,
-    )
+    nnx.jit(lambda model, x: model(x, True))(model, image)
+    mended = clinic.precise(network, batches[:1])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, mended.batch_stats, clinic.nnx(model).batch_stats)
     leaves = {f"{name}.{leaf}" for name in names for leaf in ("mean", "var")}
     assert {*clinic.moved(network, mended)} == leaves
     # The last norm stands behind a concatenation and before an activation.
-    found = plan(mended, batches[0]["image"])
+    found = plan(mended, image)
     assert [".".join(one.norm) for one in found.norms if one.layer is None] == ["last"]
-    folded, image = found.network.model, batches[0]["image"]
+    folded = found.network.model
     folded.eval()
     logits, _ = mended.run(batches[0], train=False)
     assert difference(logits, folded(image, training=False)) < 1e-5
