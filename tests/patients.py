@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet
-from zoo.kit import SIZE, STEPS, Patient, sgd
+from zoo.kit import SIZE, STEPS, Patient, predicting, sgd
 
 from bnjax import norms
 from bnjax.clinic import Run, linen
@@ -88,9 +88,10 @@ def parts(seed, size):
     return [{"image": image[of], "label": label[of]} for of in rows.reshape(-1, size)]
 
 
-def predicting(network, *, train):
-    evaluate = jax.jit(functools.partial(type(network).run, train=train))
-    return lambda images: evaluate(network, {"image": images})[0]
+def given_to_first(network, batch):
+    """The inputs [n, c] of the first norm in a `Plain`, in NumPy and float64."""
+    dense = jax.tree.map(np.float64, network.params["Dense_0"])
+    return batch["image"].reshape(len(batch["image"]), -1) / 255 @ dense["kernel"] + dense["bias"]
 
 
 def changed(tree, name, function):
@@ -149,7 +150,7 @@ def untold(patient):
 
 def ready(**options):
     """An illness of the network, which training brings with it."""
-    return lambda seed: trained(Plain(**options), seed)
+    return of(Plain(**options))
 
 
 def with_stats(change):

@@ -2,44 +2,20 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from flax import nnx as flax_nnx
 
 from bnjax import clinic
 from zoo import case, kit
 
 
-@case("stale", "timgaripov/swa/issues/7", "linen", aside=True)
+@case("stale", "timgaripov/swa/issues/7", "linen nnx equinox", aside=True)
 def swa(lib, sick):
     """Averaged weights were never run, so the stored statistics are those of other weights."""
     start, weights = lib.healthy(), []
     lib.fit(start=start, tx=optax.sgd(1.0), watch=weights.append)
     patient = start.but(params=kit.mean_of(weights[9::10]))
-    return patient if sick else patient.recomputed()
-
-
-@swa.of("nnx")
-def _(lib, sick):
-    start, weights = lib.healthy(), []
-
-    def watch(model):
-        weights.append(jax.device_get(flax_nnx.state(model, flax_nnx.Param)))
-
-    lib.fit(lib.model_of(start), tx=optax.sgd(1.0), watch=watch)
-    average = lib.model_of(start)
-    flax_nnx.update(average, kit.mean_of(weights[9::10]))
-    patient = start.having(network=clinic.nnx(average))
-    return patient if sick else patient.recomputed()
-
-
-@swa.of("equinox")
-def _(lib, sick):
-    start, models = lib.healthy(), []
-    lib.fit(start=start, tx=optax.sgd(1.0), watch=models.append)
-    patient = start.having(network=lib.averaged(models[9::10], start.network.state))
     return patient if sick else patient.recomputed()
 
 
@@ -91,22 +67,13 @@ def batches_of_clients():
         yield kit.batches(20, of={name: leaf[mine] for name, leaf in of.items()})
 
 
-@case("stale", "TsingZ0/PFLlib/issues/260", "linen")
+@case("stale", "TsingZ0/PFLlib/issues/260", "linen equinox")
 def federated_average(lib, sick):
     """Only parameters are averaged on the server; the statistics are those of the first client."""
     start = lib.healthy()
     clients = [lib.fit(start=start, seen=seen).network for seen in batches_of_clients()]
     params = kit.mean_of([one.params for one in clients])
     patient = start.but(params=params, batch_stats=clients[0].batch_stats)
-    return patient if sick else patient.recomputed()
-
-
-@federated_average.of("equinox")
-def _(lib, sick):
-    start = lib.healthy()
-    clients = [lib.fit(start=start, seen=seen).network for seen in batches_of_clients()]
-    average = lib.averaged([client.model for client in clients], clients[0].state)
-    patient = start.having(network=average)
     return patient if sick else patient.recomputed()
 
 
@@ -204,35 +171,11 @@ def scaled_twice(lib, sick):
     return patient.having(batches=seen)
 
 
-@case("batch-dependent", "chrischoy/SpatioTemporalSegmentation/issues/11", "linen")
+@case("batch-dependent", "chrischoy/SpatioTemporalSegmentation/issues/11", "linen nnx equinox")
 def eval_forgotten(lib, sick):
     """model.eval() is missing: evaluation normalises by its own batch."""
-    network = lib.healthy().network
-    variables = {"params": network.params, "batch_stats": network.batch_stats}
-
-    def predict(images):
-        return network.model.apply(variables, images, sick, mutable=["batch_stats"])[0]
-
-    return lib.healthy().knowing(predict=predict)
-
-
-@eval_forgotten.of("nnx")
-def _(lib, sick):
-    model = lib.model_of(lib.healthy())
-    model.train() if sick else model.eval()
-    return lib.healthy().knowing(predict=model)
-
-
-@eval_forgotten.of("equinox")
-def _(lib, sick):
-    network = lib.healthy().network
-    model = lib.eqx.nn.inference_mode(network.model, not sick)
-
-    def predict(images):
-        each = jax.vmap(model, (0, None, None), (0, None), axis_name="batch")
-        return each(images, network.state, jax.random.key(0))[0]
-
-    return lib.healthy().knowing(predict=predict)
+    patient = lib.healthy()
+    return patient.knowing(predict=kit.predicting(patient.network, train=sick))
 
 
 @eval_forgotten.of("torch")
@@ -242,24 +185,10 @@ def _(lib, sick):
     return patient.knowing(predict=lib.predicting(patient.network, train=sick))
 
 
-def stuck(use_running_average, **options):
-    return nn.BatchNorm(use_running_average=False, **options)
-
-
-class Stuck(flax_nnx.BatchNorm):
-    def __call__(self, x):
-        return super().__call__(x, use_running_average=False)
-
-
-@case("batch-dependent", "pytorch/pytorch/issues/20875", "linen", aside=True)
+@case("batch-dependent", "pytorch/pytorch/issues/20875", "linen nnx", aside=True)
 def eval_not_propagated(lib, sick):
     """One norm stays in training mode whatever the network is set to."""
-    return lib.fit(lib.net(stuck)) if sick else lib.healthy()
-
-
-@eval_not_propagated.of("nnx")
-def _(lib, sick):
-    return lib.fit(lib.net(Stuck)) if sick else lib.healthy()
+    return lib.fit(lib.net(lib.stuck)) if sick else lib.healthy()
 
 
 @eval_not_propagated.of("torch")

@@ -98,5 +98,10 @@ def matrices(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+def predicting(network, *, train):
+    evaluate = jax.jit(functools.partial(type(network).run, train=train))
+    return lambda images: evaluate(network, {"image": images})[0]
+
+
 def mean_of(trees):
     return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *trees)

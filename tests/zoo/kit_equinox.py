@@ -64,7 +64,7 @@ def fit(model=None, *, tx=None, seen=None, start=None, watch=None):
     for i, batch in enumerate(seen):
         model, state, opt_state = step(model, state, opt_state, batch, jax.random.key(i))
         if watch:
-            watch(model)
+            watch(clinic.equinox(model, state).params)
     return kit.trained(clinic.equinox(model, state), seen, told, start)
 
 
@@ -72,10 +72,3 @@ def fit(model=None, *, tx=None, seen=None, start=None, watch=None):
 def healthy():
     """The network that most twins are."""
     return fit()
-
-
-def averaged(models, state):
-    """Returns a network with the mean of the weights, and the statistics in `state`."""
-    arrays, static = zip(*(eqx.partition(one, eqx.is_inexact_array) for one in models), strict=True)
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *arrays)
-    return clinic.equinox(eqx.combine(mean, static[0]), state)

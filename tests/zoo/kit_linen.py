@@ -35,6 +35,11 @@ def net(kind=nn.BatchNorm, dropout=(0.0, 0.0), width=16, momentum=0.9, **options
     return Net(functools.partial(kind, momentum=momentum, **options), dropout, width)
 
 
+def stuck(use_running_average, **options):
+    """A norm that stays in training mode."""
+    return nn.BatchNorm(use_running_average=False, **options)
+
+
 def loss(params, stats, batch, key, *, model, train=True, mask=None, weight=1.0):
     """Returns the loss, in which examples have a weight, and the new statistics."""
     logits, written = model.apply(

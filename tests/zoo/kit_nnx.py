@@ -28,18 +28,26 @@ def net(kind=nnx.BatchNorm, dropout=(0.0, 0.0), momentum=0.9, **options):
     return Net(functools.partial(kind, momentum=momentum, **options), dropout)
 
 
+class stuck(nnx.BatchNorm):
+    """A norm that stays in training mode."""
+
+    def __call__(self, x):
+        return super().__call__(x, use_running_average=False)
+
+
 def loss(model, batch):
     losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["image"]), batch["label"])
     return losses.mean()
 
 
-def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None, **run):
+def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, start=None, watch=None, **run):
     """Trains an NNX model, and changes it; as `kit_linen.fit`.
 
     The loss is a function of (model, batch), in the mode that the model has; `tx` trains the
     variables `wrt`; `run` has facts about the training.
     """
     model, seen = model or net(), kit.batches() if seen is None else seen
+    model = model_of(start) if start else model
     optimizer = nnx.Optimizer(model, tx or kit.sgd(steps=len(seen)), wrt=wrt)
 
     @nnx.jit
@@ -50,8 +58,8 @@ def fit(model=None, loss=loss, *, tx=None, wrt=nnx.Param, seen=None, watch=None,
     for batch in seen:
         step(model, optimizer, batch)
         if watch:
-            watch(model)
-    return kit.trained(clinic.nnx(model), seen, tx, **run)
+            watch(clinic.nnx(model).params)
+    return kit.trained(clinic.nnx(model), seen, tx, start, **run)
 
 
 @functools.cache
