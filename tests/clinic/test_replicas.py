@@ -51,20 +51,20 @@ def test_a_pmap_loop_whose_norms_do_not_sync():
     rng = np.random.default_rng(1)
     drift = np.arange(devices).reshape(-1, 1, 1, 1, 1)  # each device sees other images
     images = (rng.normal(size=(steps, devices, 4, 2, 2, 1)) + drift).astype(np.float32)
-    labels = rng.integers(0, 3, (steps, devices, 4))
+    label = rng.integers(0, 3, (devices, 4))
     state, stats = init_state(Net(), tx, jax.random.key(0), images[0, 0])
     stats = jax.tree.map(lambda leaf: jnp.stack([leaf] * devices), stats)
     step = partial(train_step, model=Net(), tx=tx, axis_name="devices")
     step = jax.pmap(step, "devices", in_axes=(None, 0, 0), out_axes=(None, 0, None))
-    for image, label in zip(images, labels, strict=True):
+    for image in images:
         state, stats, _ = step(state, stats, {"image": image, "label": label})
     merged = merge_replicas(stats)["norm"]
     assert int(merged["count"]) == steps
     # An average of variances leaves out how the means differ from step to step, on each device.
     within = images.astype(np.float64).reshape(steps, devices, 4, 4)
     means = within.mean((0, 2))
-    var = within.var(2).mean((0, 1)) + means.var(0)
     np.testing.assert_allclose(merged["mean"], means.mean(0), rtol=1e-5)
+    var = within.var(2).mean((0, 1)) + means.var(0)
     np.testing.assert_allclose(merged["var"], var, rtol=1e-5)
 
 
