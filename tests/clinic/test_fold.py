@@ -158,6 +158,16 @@ class SpecialConv(nn.Conv):
         return jnp.abs(value) if name == "kernel" else value
 
 
+class Doubled(nn.Module):
+    """A convolution by twice the stored kernel."""
+
+    @nn.compact
+    def __call__(self, x):
+        double = functools.partial(jax.tree.map, lambda leaf: 2 * leaf)
+        conv = nn.map_variables(nn.Conv, "params", double, init=self.is_initializing())
+        return conv(4, (1, 1))(x)
+
+
 class SpecialNorm(nn.BatchNorm):
     def __call__(self, x):
         return nn.relu(super().__call__(x))
@@ -190,6 +200,8 @@ MASK = np.ones((1, 1, 3, 4), np.float32)
         (Net(("norm", MAX, "layer")), "there is a maximum between"),
         (Net(("layer", lambda x: x.max((1, 2)), "norm")), "there is a maximum between"),
         (Net(("layer", "norm"), layer=SpecialConv(4, (1, 1))), "neighbour layer is a SpecialConv"),
+        (Net(("layer", "norm"), layer=Doubled()), "transforms its stored parameters"),
+        (Net(("layer", "norm"), layer=nn.WeightNorm(nn.Conv(4, (1, 1)))), "transforms its stored"),
         (Net(("layer", "norm"), SpecialNorm(True)), "it is a SpecialNorm"),
         (Net(("layer", "norm"), nn.BatchNorm(True, axis=1)), "all axes except the last"),
         (Net(("layer", "norm"), norms.BatchNorm(True, statistics="batch")), "by batch statistics"),
@@ -218,75 +230,39 @@ def test_statistics_that_are_wrong_are_left_alone():
 
 
 class Several(nn.Module):
-    """Modules that are called more than once, or read by several."""
+    """Calls modules in this order; + adds the outputs of two on the same input."""
 
-    way: str
+    order: str
 
     @nn.compact
     def __call__(self, x, train):
-        norm = functools.partial(nn.BatchNorm, use_running_average=True)
-        conv = nn.Conv(3, (1, 1), name="layer")
-        if self.way == "series":
-            x = norm(name="second")(norm(name="first")(conv(x)))
-        elif self.way == "both":
-            x = norm(name="second")(conv(norm(name="first")(x)))
-        elif self.way == "two norms after one layer":
-            x = norm(name="second")(conv(norm(name="first")(conv(x))))
-        elif self.way == "one norm after two layers":
-            shared = norm(name="first")
-            x = shared(nn.Conv(3, (1, 1), name="other")(shared(conv(x))))
-        elif self.way == "a layer that is also called without the norm":
-            x = conv(nn.relu(norm(name="first")(conv(x))))
-        else:
-            y = conv(x)
-            x = norm(name="first")(y) + norm(name="second")(y)
+        called = {"relu": nn.relu}
+        called |= {name: nn.BatchNorm(True, name=name) for name in ("first", "second")}
+        called |= {name: nn.Conv(3, (1, 1), name=name) for name in ("layer", "other")}
+        for step in self.order.split():
+            x = functools.reduce(jnp.add, [called[name](x) for name in step.split("+")])
         return x.reshape(len(x), -1)
 
 
 @pytest.mark.parametrize(
-    ("way", "folded"),
+    ("order", "folded"),
     [
-        ("series", {"first": AFTER}),
-        ("both", {"first": BEFORE, "second": AFTER}),
-        ("two norms after one layer", {}),
-        ("one norm after two layers", {}),
-        ("a layer that is also called without the norm", {}),
-        ("a layer with two norms", {}),
+        ("layer first second", {"first": AFTER}),
+        ("first layer second", {"first": BEFORE, "second": AFTER}),
+        ("layer first layer second", {}),
+        ("layer first other first", {}),
+        ("layer first relu layer", {}),
+        ("layer first+second", {}),
     ],
 )
-def test_modules_that_meet_several_times(way, folded):
-    done, found = folding_of(Several(way))
+def test_modules_that_meet_several_times(order, folded):
+    done, found = folding_of(Several(order))
     assert {name: what for name, what in found.items() if not isinstance(what, str)} == folded
-    if way == "series":  # folding again folds what stood behind a folded norm
+    if order == "layer first second":  # folding again folds what stood behind a folded norm
         twice = plan(done, IMAGES)
         assert [(one.norm, one.layer) for one in twice.norms] == [(("second",), ("layer",))]
         assert not twice.network.batch_stats
         assert difference(logits(done), logits(twice.network)) < 1e-5
-
-
-class Wrapped(nn.Module):
-    """A convolution whose kernel is made of the stored one when it is used."""
-
-    kind: str
-
-    @nn.compact
-    def __call__(self, x, train):
-        double = functools.partial(jax.tree.map, lambda leaf: 2 * leaf)
-        kind = nn.map_variables(nn.Conv, "params", double, init=self.is_initializing())
-        conv = (kind if self.kind == "doubled" else nn.Conv)(4, (3, 3), name="conv")
-        x = nn.WeightNorm(conv)(x) if self.kind == "weight norm" else conv(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-        return nn.Dense(3)(x.mean((1, 2)))
-
-
-@pytest.mark.parametrize("kind", ["stored", "weight norm", "doubled"])
-def test_a_kernel_that_is_computed_from_the_stored_one_takes_no_norm(kind):
-    """What is folded into the stored one would be normalised, or doubled, once more."""
-    (found,) = plan(trained(Wrapped(kind)), IMAGES).norms
-    if kind == "stored":
-        assert found.layer == ("conv",)
-    else:
-        assert "conv transforms its stored parameters" in found.reason
 
 
 def test_a_pair_is_folded_in_float64_and_returned_as_float32():
