@@ -21,32 +21,23 @@ ORDER = [
 ]
 
 
-def room(path):
-    return path.relative_to(ROOT / "bnjax").with_suffix("").parts[0]
+MODULES = {
+    str(path.relative_to(ROOT / "bnjax").with_suffix("")): ast.parse(path.read_text())
+    for path in sorted((ROOT / "bnjax").rglob("*.py"))
+    if path != ROOT / "bnjax/__init__.py"
+}
 
 
-def imported(path):
-    """The rooms of bnjax that a file imports from, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "bnjax":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bnjax."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("bnjax.")]
-            yield from (name.split(".")[1] for name in names)
-
-
-FILES = [
-    path for path in sorted((ROOT / "bnjax").rglob("*.py")) if path != ROOT / "bnjax/__init__.py"
-]
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
     floor = {name: number for number, names in enumerate(ORDER) for name in names}
-    for name in set(imported(path)) - {room(path)}:
-        assert floor[name] < floor[room(path)], f"{path} imports {name}"
+    room, names = module.split("/")[0], []
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names += [f"{prefix}{alias.name}" for alias in node.names]
+    for other in {name.split(".")[1] for name in names if name.startswith("bnjax.")} - {room}:
+        assert floor[other] < floor[room], f"{module} imports {other}"
 
 
 def test_the_order_is_the_one_that_contributors_read():
@@ -67,5 +58,4 @@ def test_the_map_names_each_module_once():
         else:
             prefix = folder if folder.endswith("/") else ""
             named += [prefix + name for name in re.findall(r"`(\w+)`", words)]
-    modules = [str(path.relative_to(ROOT / "bnjax").with_suffix("")) for path in FILES]
-    assert Counter(named) == Counter(name for name in modules if not name.endswith("__init__"))
+    assert Counter(named) == Counter(name for name in MODULES if not name.endswith("__init__"))
