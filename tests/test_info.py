@@ -39,10 +39,13 @@ def test_the_page_of_the_commands_is_made_from_their_signatures():
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
-def test_the_page_of_the_commands_agrees_with_the_parser(capsys, name):
-    with pytest.raises(SystemExit):
-        main.main([name, "--help"])
+def test_help_agrees_with_the_page_and_lists_the_keys(bnjax, name):
+    code, out, _ = bnjax(name, "--help")
+    assert code == 0
     option = r"(--[\w-]+|[A-Z]+)(?![.\w])"
-    shown = re.findall(rf"^[│ ] (?:-h, )?{option}", capsys.readouterr().out, re.MULTILINE)
+    shown = re.findall(rf"^[│ ] (?:-h, )?{option}", out, re.MULTILINE)
     section = pages.COMMAND_LINE.read_text().split(f"## bnjax {name}\n")[1].split("\n## ")[0]
     assert sorted(shown) == sorted(["--help", *re.findall(rf"^\| `{option}", section, re.M)])
+    for key in KEYS if name in main.OVERRIDDEN else ():
+        assert f"--config.{key.name}=" in out
+    assert f"    {name:9}" in bnjax("--help")[1]
