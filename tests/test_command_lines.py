@@ -1,5 +1,6 @@
 """The commands as a user runs them, on real digits; most of them in this process."""
 
+import io
 import json
 import os
 import signal
@@ -16,31 +17,11 @@ from digit_runs import STEPS
 from PIL import Image
 from small_digits import CONFIG
 
-from bnjax import main
-from bnjax.train.config import KEYS
+from bnjax.train.jsonl import read_lines
 
 ROOT = Path(__file__).parents[1]
 SMALL = small_digits.words(model__filters="2,2,2", model__dense="4,4", devices=1)
 FEW = [*SMALL, "--config.train.steps", "4", "--config.eval.every_steps=2"]
-ONE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")  # compiled quickly
-
-
-def process(*words, **env):
-    """Starts a command as a process of its own."""
-    command = [sys.executable, "-m", "bnjax.main", *map(str, words)]
-    env = {**os.environ, "XLA_FLAGS": ONE, "PYTHONWARNINGS": "default", **env}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    return subprocess.Popen(command, **options)
-
-
-@pytest.mark.parametrize("command", [*main.COMMANDS])
-def test_help_exits_with_0(bnjax, command):
-    code, out, _ = bnjax(command, "--help")
-    assert code == 0
-    assert {"report": "--out", "info": "--json"}.get(command, "--workdir") in out
-    for key in KEYS if command in ("train", "compare") else ():
-        assert f"--config.{key.name}=" in out
-    assert f"    {command:9}" in bnjax("--help")[1]
 
 
 def test_the_console_script_says_what_there_is(bnjax):
@@ -51,9 +32,25 @@ def test_the_console_script_says_what_there_is(bnjax):
     assert "COMMAND" in err
 
 
+class CtrlC(io.StringIO):
+    """Standard output that is read by a user who presses Ctrl-C after the second step."""
+
+    def write(self, text):
+        if text.startswith("step 2:"):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
 @pytest.mark.lane
-def test_a_run_is_trained_once_and_for_one_config(bnjax, tmp_path):
+def test_a_run_is_stopped_resumed_and_trained_once_for_one_config(bnjax, tmp_path):
     words = ("train", "--config", CONFIG, "--workdir", tmp_path, *FEW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", CtrlC())
+        code, _, err = bnjax(*words)
+        out = sys.stdout.getvalue()
+    assert code == 130, err
+    assert "stopped by SIGINT after step 3" in out
+    assert f"bnjax train --config {CONFIG} --workdir {tmp_path}" in out
     code, out, err = bnjax(*words)
     assert code == 0, err
     assert "digits on digits, 4 steps of 128 images" in out
@@ -62,6 +59,8 @@ def test_a_run_is_trained_once_and_for_one_config(bnjax, tmp_path):
     assert f"accuracy of the last batch {accuracy:.4f}" in out
     assert f"bnjax audit --workdir {tmp_path}" in out
     assert "\r" not in out + err  # away from a terminal
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
     code, out, _ = bnjax(*words)
     assert code == 0
     assert "is finished" in out
@@ -75,10 +74,7 @@ def test_a_run_is_trained_once_and_for_one_config(bnjax, tmp_path):
     [
         ("trian --config CONFIG", "Did you mean train?"),
         ("train --config CONFIG --config.model.momentun=0.9", "Did you mean config.model.momentum"),
-        (
-            "train --config CONFIG --config.model.strides=0,1,1",
-            "strides = (0, 1, 1) is invalid",
-        ),
+        ("train --config CONFIG --config.model.strides=0,1,1", "strides = (0, 1, 1) is invalid"),
         ("train --config nowhere.py", "there is no config file nowhere.py"),
         (
             "train --config CONFIG --config.data.name=cifar10 --config.data.dir=/nowhere",
@@ -119,34 +115,19 @@ def test_a_mistake_is_one_paragraph_and_exits_with_2(
 
 @pytest.mark.slow
 def test_a_platform_without_a_device_is_one_paragraph(tmp_path):
-    words = ("--config", CONFIG, "--workdir", tmp_path / "run", *FEW)
-    started = process(*words, JAX_PLATFORMS="abacus")
-    out, err = started.communicate(timeout=240)
-    assert (started.returncode, out) == (2, "")
-    assert err.startswith("error: JAX has no device for JAX_PLATFORMS=abacus")
-    assert err.count("\n") == 1
+    words = ["-m", "bnjax.main", "--config", CONFIG, "--workdir", str(tmp_path / "run"), *FEW]
+    env = {**os.environ, "JAX_PLATFORMS": "abacus"}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: JAX has no device for JAX_PLATFORMS=abacus")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, bnjax):
-    steps = ("--config.train.steps=80", "--config.eval.every_steps=20")
-    words = ("train", "--config", CONFIG, "--workdir", tmp_path / "run", *SMALL, *steps)
-    with process(*words) as started:
-        while "step 20:" not in started.stdout.readline():  # in the middle of training
-            assert started.poll() is None, started.stderr.read()
-        started.send_signal(signal.SIGINT)
-        out, err = started.communicate(timeout=60)
-    assert started.returncode == 130, err
-    assert "stopped by SIGINT after step" in out
-    assert f"--workdir {tmp_path / 'run'}" in out
-    assert "Traceback" not in err
-    code, _, err = bnjax(*words)
-    assert code == 0, err
-    lines = [*map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())]
-    assert [line["step"] for line in lines if line["split"] == "train"] == [*range(1, 81)]
-
-
-def test_a_claim_is_tried_and_said_again_without_training(bnjax, tmp_path):
+def test_a_claim_is_tried_and_said_again_without_training(bnjax, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "bnjax.compare.report", raising=False)
+    monkeypatch.delattr("bnjax.compare.report", raising=False)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     statement = {"quantity": "test_loss", "at": "last", "of": "slow", "against": "fast"}
     statement |= {"direction": "greater", "margin": 0.1, "source": "me"}
     claim = {
@@ -161,6 +142,7 @@ def test_a_claim_is_tried_and_said_again_without_training(bnjax, tmp_path):
     code, first, err = bnjax(*words)
     assert code == 0, err
     assert "Are slow averages bad? (seeds: 2;" in first
+    assert "no report: a report needs vl_convert" in first
     code, again, err = bnjax(*words)
     assert code == 0, err
     assert "4 of 4 runs are already finished" in again
