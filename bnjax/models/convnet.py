@@ -7,12 +7,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
+from bnjax.models.layers import NormFactory, normalised
 from bnjax.types import Array, Images, Logits, Mask
 
 Placement = Literal["pre", "before", "after"]
 Pooling = Literal["none", "max", "avg"]
-# A function that takes `name` and returns a module that is called like `flax.linen.BatchNorm`.
-NormFactory = Callable[..., nn.Module]
 # A function that takes `name` and returns a function of an array, for instance a module.
 ActivationFactory = Callable[..., Any]
 
@@ -76,14 +75,12 @@ class ConvNet(nn.Module):
         """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
 
         def normalise(x: Array, where: Placement, name: str) -> Array:
-            if self.norm is None or where != self.placement:
+            if where != self.placement:
                 return x
-            # Flax's norms need a mask with the rank of x.
-            full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
-            return self.norm(name=f"{name}_norm")(x, use_running_average=not train, mask=full_mask)
+            return normalised(self.norm, x, train=train, mask=mask, name=f"{name}_norm")
 
-        def activate(x: Array, name: str, normalised: bool = True) -> Array:
-            if not normalised:
+        def activate(x: Array, name: str, has_norm: bool = True) -> Array:
+            if not has_norm:
                 return self.activation(x)
             x = normalise(x, "before", name)
             if self.norm_activation is not None and self.placement == "before":
@@ -116,16 +113,16 @@ class ConvNet(nn.Module):
                 x = POOLS[self.pooling](x, (stride, stride), (stride, stride))
 
         x = x.reshape(x.shape[0], -1)
-        normalised, rate = True, 0.0  # for the input of the next dense layer
+        has_norm, rate = True, 0.0  # for the input of the next dense layer
         for i, (width, norm_after, rate_after) in enumerate(
             zip(self.dense, self.norm_dense, self.dropout, strict=True)
         ):
-            x = normalise(x, "pre", f"dense{i}") if normalised else x
+            x = normalise(x, "pre", f"dense{i}") if has_norm else x
             x = nn.Dropout(rate, deterministic=not train)(x)
             x = dense(width, name=f"dense{i}")(x)
             x = activate(x, f"dense{i}", norm_after)
-            normalised, rate = norm_after, rate_after
-        x = normalise(x, "pre", "logits") if normalised else x
+            has_norm, rate = norm_after, rate_after
+        x = normalise(x, "pre", "logits") if has_norm else x
         x = nn.Dropout(rate, deterministic=not train)(x)
         x = dense(self.classes, name="logits")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

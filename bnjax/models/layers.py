@@ -1,8 +1,8 @@
-"""Shared parts of networks: standardised pixels, bfloat16 products, several views of an image."""
+"""Shared parts of networks: norms, standardised pixels, bfloat16 products, views of an image."""
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,35 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from bnjax.types import Array, Images, Logits, Mask
+
+# A function that takes `name` and returns a module that is called like `flax.linen.BatchNorm`.
+NormFactory = Callable[..., nn.Module]
+
+
+def normalised(
+    norm: NormFactory | None,
+    x: Array,
+    *,
+    train: bool,
+    mask: Array | None,
+    name: str,
+    **options: Any,
+) -> Any:
+    """Returns the output of a new norm layer, or x itself if `norm` is None.
+
+    Args:
+        norm: a factory for norm layers.
+        x: [n, ..., c].
+        train: whether to normalise by batch statistics and update the running averages.
+        mask: bool [n] or [n, 1, ..., 1], or None; False marks padding.
+        name: the name of the layer.
+        options: more arguments of the factory.
+    """
+    if norm is None:
+        return x
+    # Flax's norms need a mask with the rank of x.
+    full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
+    return norm(name=name, **options)(x, use_running_average=not train, mask=full_mask)
 
 
 def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Array:

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from bnjax.models.convnet import NormFactory
-from bnjax.models.layers import standardised
+from bnjax.models.layers import NormFactory, normalised, standardised
 from bnjax.types import Array, Images, Logits, Mask
 
 Stem = Literal["cifar", "imagenet"]
@@ -45,11 +44,11 @@ class _Layers(nn.Module):
     def _convolve(self, x: Array, width: int, side: int, stride: int, name: str) -> Array:
         """Convolves after padding each side with zeros (half the kernel size), as in torch."""
         padding = ((side // 2, side // 2),) * 2
-        sizes: dict[str, Any] = {"kernel_size": (side, side), "strides": (stride, stride)}
         is_zero = self.zero_last and self.placement == "pre" and name == self._last
         layer = self.conv(
             features=width,
-            **sizes,
+            kernel_size=(side, side),
+            strides=(stride, stride),
             padding=padding,
             use_bias=False,
             kernel_init=nn.initializers.zeros if is_zero else HE,
@@ -59,12 +58,10 @@ class _Layers(nn.Module):
         return layer(x)
 
     def _normalise(self, x: Array, train: bool, mask: Array | None, name: str) -> Array:
-        if self.norm is None:
-            return x
         is_zero = self.zero_last and self.placement == "before" and name == f"{self._last}_norm"
-        takes = is_zero and "scale_init" in inspect.signature(self.norm).parameters
+        takes = is_zero and self.norm and "scale_init" in inspect.signature(self.norm).parameters
         options = {"scale_init": nn.initializers.zeros} if takes else {}
-        return self.norm(name=name, **options)(x, use_running_average=not train, mask=mask)
+        return normalised(self.norm, x, train=train, mask=mask, name=name, **options)
 
     @property
     def _last(self) -> str:
@@ -86,7 +83,7 @@ class Block(_Layers):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
-        """Returns the output [n, h / stride, w / stride, c]; the mask is [n, 1, 1, 1] or None."""
+        """Returns the output [n, h / stride, w / stride, c]; `mask` is False for padding."""
         is_pre = self.placement == "pre"
         normalise = functools.partial(self._normalise, train=train, mask=mask)
         layers = [(self.width, 3, self.stride), (self.width, 3, 1)]
@@ -157,8 +154,7 @@ class ResNet(_Layers):
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
         x = standardised(x, self.mean, self.std)
-        full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
-        normalise = functools.partial(self._normalise, train=train, mask=full_mask)
+        normalise = functools.partial(self._normalise, train=train, mask=mask)
         is_pre = self.placement == "pre"
         side, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         x = self._convolve(x, self.width, side, stride, "stem")
@@ -175,7 +171,7 @@ class ResNet(_Layers):
                     name=f"stage{stage + 1}_block{i}",
                     **shared,
                 )
-                x = block(x, train=train, mask=full_mask)
+                x = block(x, train=train, mask=mask)
         x = self.activation(normalise(x, name="last_norm")) if is_pre else x
         x = nn.Dense(self.classes, dtype=self.dtype, name="logits")(x.mean((1, 2)))
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bnjax.models.convnet import ACTIVATIONS, NormFactory
-from bnjax.models.layers import standardised
+from bnjax.models.convnet import ACTIVATIONS
+from bnjax.models.layers import NormFactory, normalised, standardised
 from bnjax.types import Array, Images, Logits, Mask
 
 SIDE = 2  # the side of the whitened patches, in pixels
@@ -54,12 +54,9 @@ class SpeedNet(nn.Module):
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
-        full_mask = None if mask is None else mask.reshape(-1, 1, 1, 1)
 
         def activate(x: Array, name: str) -> Array:
-            if self.norm is not None:
-                norm = self.norm(name=f"{name}_norm")
-                x = norm(x, use_running_average=not train, mask=full_mask)
+            x = normalised(self.norm, x, train=train, mask=mask, name=f"{name}_norm")
             return self.activation(x)
 
         x = standardised(x, self.mean, self.std)

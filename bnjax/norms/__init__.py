@@ -8,8 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from bnjax.norms.batch_norm import BatchNorm
-from bnjax.norms.per_example import FilterResponseNorm, GroupNorm, Identity, InstanceNorm, LayerNorm
-from bnjax.norms.per_example import RMSNorm as RMSNorm
+from bnjax.norms.per_example import FilterResponseNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from bnjax.norms.per_example import StandardizedConv as StandardizedConv
 from bnjax.norms.per_example import ThresholdedLinear as ThresholdedLinear
 from bnjax.norms.variants import BatchRenorm, GhostBatchNorm
@@ -23,7 +22,6 @@ NORMS: dict[str, type[nn.Module]] = {
     "instance": InstanceNorm,
     "rms": RMSNorm,
     "frn": FilterResponseNorm,
-    "none": Identity,
 }
 # The norms with running averages, which need more than one example per batch.
 BATCH_NORMS = tuple(name for name, norm in NORMS.items() if issubclass(norm, BatchNorm))
@@ -31,11 +29,11 @@ BATCH_NORMS = tuple(name for name, norm in NORMS.items() if issubclass(norm, Bat
 POSITION_NORMS = ("instance", "frn")
 
 
-def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
-    """Returns a factory for norm layers; call it with `name`.
+def build(norm: str, /, **options: Any) -> Callable[..., nn.Module] | None:
+    """Returns a factory for norm layers, to be called with `name`; None for the norm "none".
 
     Args:
-        norm: a key of `NORMS`.
+        norm: a key of `NORMS`, or "none".
         options: values for fields of the classes in `NORMS`. Options that the chosen norm lacks are
             dropped, so the same options work for every norm.
 
@@ -46,13 +44,15 @@ def build(norm: str, /, **options: Any) -> Callable[..., nn.Module]:
     >>> build("ghost", momentum=0.75, virtual_batch=16, groups=5)(name="norm").virtual_batch
     16
     """
-    if norm not in NORMS:
-        raise ValueError(f"there is no norm named {norm!r}; the norms are {', '.join(NORMS)}")
+    if norm not in (*NORMS, "none"):
+        raise ValueError(f"there is no norm named {norm!r}; the norms are {', '.join(NORMS)}, none")
     known = set().union(*(_options(kind) for kind in NORMS.values()))
     if unknown := sorted(set(options) - known):
         raise TypeError(
             f"no norm has the options {unknown}; the options are {', '.join(sorted(known))}"
         )
+    if norm == "none":
+        return None
     own = _options(NORMS[norm])
     return partial(NORMS[norm], **{key: value for key, value in options.items() if key in own})
 

@@ -143,17 +143,6 @@ class ThresholdedLinear(nn.Module):
         return jnp.maximum(x, _per_channel(threshold, x.ndim))
 
 
-class Identity(nn.Module):
-    """Returns its input; a placeholder for a norm."""
-
-    @nn.compact
-    def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
-    ) -> Array:
-        """Returns `x`."""
-        return x
-
-
 def _real_positions(mask: Array | None, x: Array) -> jax.Array | None:
     """Returns a mask with the shape of `x`, True for unmasked values, or None if it has no effect.
 

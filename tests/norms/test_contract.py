@@ -63,7 +63,7 @@ def test_shapes_and_dtypes(name, dtype):
     y, updated = jax.eval_shape(partial(step, norm), variables, x)
     evaluated = jax.eval_shape(partial(norm.apply, use_running_average=True), variables, x)
     assert y.shape == evaluated.shape == SHAPE
-    assert y.dtype == evaluated.dtype == (dtype if name == "none" else jnp.float32)
+    assert y.dtype == evaluated.dtype == jnp.float32
     shapes = jax.tree.map(jnp.shape, updated.get("batch_stats", {}))
     assert shapes == jax.tree.map(jnp.shape, variables["batch_stats"])
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(updated))
@@ -174,7 +174,7 @@ def test_eight_devices_have_the_statistics_of_one(name, wrapper):
         ("virtual_batch", 7, ("ghost",)),
         ("renorm_steps", 9, ("renorm",)),
         ("groups", 3, ("group",)),
-        ("use_bias", False, set(norms.NORMS) - {"none"}),
+        ("use_bias", False, norms.NORMS),
     ],
 )
 def test_an_option_reaches_the_norms_that_have_it(option, value, names):

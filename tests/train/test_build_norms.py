@@ -32,7 +32,7 @@ def built(name):
     return build.network(config.model, CLASSES, (8, 8, 1))
 
 
-@pytest.mark.parametrize("name", norms.NORMS)
+@pytest.mark.parametrize("name", [*norms.NORMS, "none"])
 def test_steps_have_its_statistics_and_its_activation(name):
     model, tx = built(name), optax.sgd(0.1)
     batch = {

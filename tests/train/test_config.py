@@ -60,7 +60,7 @@ def test_the_tutorials_schedule():
     wanted = (100, 20, 5000, False)
     assert (found.steps, found.eval_every, found.batch_size, found.shuffle) == wanted
     without = build.experiment(loaded(file="no_bn"), dataset(50_000))
-    assert (without.steps, without.model.norm.func) == (400, norms.Identity)
+    assert (without.steps, without.model.norm) == (400, None)
 
 
 RESNET, SPEED = ("model.name=resnet18",), ("model.name=speednet",)
@@ -124,7 +124,7 @@ def test_the_table_of_keys_is_consistent_with_what_there_is():
     assert len({key.name for key in KEYS}) == len(KEYS)
     assert all(key.help and key.allowed.holds(key.default) for key in KEYS)
     words = {key.name: key.allowed.words.split(", ") for key in KEYS}
-    assert words["model.norm"] == list(norms.NORMS)
+    assert words["model.norm"] == [*norms.NORMS, "none"]
     assert words["model.activation"] == list(ACTIVATIONS)
     assert {*words["model.name"]} == {"convnet", "speednet", *RESNETS}
     assert words["model.pooling"] == ["none", *POOLS]
