@@ -15,7 +15,7 @@ from bnjax.clinic.network import Call, nothing_seen, seen_in, with_seen
 from bnjax.compat import varying
 from bnjax.metrics import Metrics
 from bnjax.norms.moments import Moments, merge, merge_over, total_over
-from bnjax.norms.running_average import updated_average
+from bnjax.norms.running_average import Averages, updated_average
 from bnjax.train_step import (
     AxisName,
     LossFn,
@@ -177,8 +177,8 @@ def _updated(batch_stats: BatchStats, found: _Found, norms: Norms) -> BatchStats
         if (further := getattr(norm, "average_axis_name", None)) is not None:
             given = merge_over(given, total_over(further))
         names = [(*path, name) for name in ("mean", "var", "count")]
-        mean, var, count = (old.get(name) for name in names)
+        averages = Averages(*(old.get(name) for name in names))
         conventions = [getattr(norm, name, default) for name, default in CONVENTIONS.items()]
-        values = updated_average(mean, var, count, given, norm.momentum, *conventions, masked=True)
+        values = updated_average(averages, given, norm.momentum, *conventions, masked=True)
         leaves |= {name: leaf for name, leaf in zip(names, values, strict=True) if name in old}
     return unflatten_dict(leaves)

@@ -9,18 +9,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 
-from bnjax.norms.moments import (
-    AxisName,
-    Moments,
-    full_mask,
-    merge_over,
-    moments,
-    total_over,
-)
-from bnjax.norms.running_average import (
-    Momentum,
-    updated_average,
-)
+from bnjax.norms.moments import AxisName, Moments, full_mask, merge_over, moments, total_over
+from bnjax.norms.running_average import Averages, Momentum, updated_average
 from bnjax.types import Array
 
 
@@ -160,10 +150,12 @@ class BatchNorm(nn.Module):
                 "`var`. Add `count`, int32 []; 0 restarts the averages."
             )
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32) if counted else None
-        running_mean, running_var = (
-            leaf.value.astype(x.dtype).reshape(per_channel) for leaf in (mean, var)
+        stored = Averages(mean.value, var.value, None if count is None else count.value)
+        running = Averages(
+            stored.mean.astype(x.dtype).reshape(per_channel),
+            stored.var.astype(x.dtype).reshape(per_channel),
+            stored.updates,
         )
-        running = Moments(running_mean, running_var, None if count is None else count.value)
 
         if mask is not None:
             mask = full_mask(mask, x.shape, axes)
@@ -184,10 +176,8 @@ class BatchNorm(nn.Module):
         if update and not self.is_initializing():
             if self.average_axis_name is not None:
                 batch = merge_over(batch, total_over(self.average_axis_name))
-            new_mean, new_var, updates = updated_average(
-                mean.value,
-                var.value,
-                running.count,
+            new = updated_average(
+                stored,
                 batch,
                 self.momentum,
                 self.debias,
@@ -195,9 +185,9 @@ class BatchNorm(nn.Module):
                 self.average_dtype,
                 masked=mask is not None,
             )
-            mean.value, var.value = jnp.asarray(new_mean), jnp.asarray(new_var)
+            mean.value, var.value = jnp.asarray(new.mean), jnp.asarray(new.var)
             if count is not None:
-                count.value = updates
+                count.value = new.updates
 
         scale = self._affine("scale", self.scale_init, shape) if self.use_scale else None
         bias = self._affine("bias", self.bias_init, shape) if self.use_bias else None
@@ -217,7 +207,7 @@ class BatchNorm(nn.Module):
         return self.debias or self.momentum is None or callable(self.momentum)
 
     def _center_and_inverse(
-        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
+        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Averages
     ) -> tuple[Any, Any]:
         """Returns the mean and 1 / sqrt(var + epsilon) with which training normalises.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,20 @@ from bnjax.types import Array
 # The fraction of the old average that an update keeps, a function that maps the number of updates
 # so far to this fraction, or None for the plain mean over all batches.
 Momentum = float | Callable[[Any], Any] | None
+
+
+class Averages(NamedTuple):
+    """The running averages of a norm.
+
+    Attributes:
+        mean, var: one value per channel.
+        updates: the number of updates so far, int []; None if updates are not counted. For layers
+            stacked by `nn.scan` or `nn.vmap`, one number per layer.
+    """
+
+    mean: Array
+    var: Array
+    updates: Any
 
 
 def kept_fraction(momentum: Momentum, debias: bool, count: Any, dtype: Any = jnp.float32) -> Any:
@@ -90,9 +104,7 @@ def rounded(average: Array, dtype: Any) -> Array:
 
 
 def updated_average(
-    mean: Array,
-    var: Array,
-    count: Any,
+    old: Averages,
     batch: Moments,
     momentum: Momentum,
     debias: bool,
@@ -100,31 +112,31 @@ def updated_average(
     dtype: Any = None,
     *,
     masked: bool,
-) -> tuple[Array, Array, Any]:
-    """Returns the running mean, the running variance and the number of updates after a batch.
+) -> Averages:
+    """Returns the running averages after a batch.
 
     Args:
-        mean, var: the old averages, one value per channel.
-        count: the number of updates so far, int, one per stacked layer; None if updates are not
-            counted.
+        old: the averages before the batch.
         batch: the moments of the batch, with as many values as the averages.
         momentum, debias, variance: as for `BatchNorm`.
         dtype: the `average_dtype` of `BatchNorm`.
         masked: whether channels may have fewer than 2 unmasked values; the averages of such
             channels are not updated.
     """
-    kept = kept_fraction(momentum, debias, count, batch.mean.dtype)
+    kept = kept_fraction(momentum, debias, old.updates, batch.mean.dtype)
     stored = batch.var
     if variance == "unbiased":
         stored = stored * (batch.count / jnp.maximum(batch.count - 1, 1))
     if jnp.ndim(kept):  # one value per stacked layer; the channel axis is last
-        kept = kept.reshape(*kept.shape, *[1] * (mean.ndim - kept.ndim))
-    enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape).reshape(mean.shape)
-    averages = []
-    for old, new in ((mean, batch.mean), (var, stored)):
-        updated = rounded(blend(old, new.reshape(old.shape), kept), dtype)
-        averages.append(jnp.where(enough, updated, old) if masked else updated)
-    if count is not None:
-        channels = tuple(range(jnp.ndim(count), mean.ndim))
-        count = count + (enough.any(channels) if masked else 1)
-    return *averages, count
+        kept = kept.reshape(*kept.shape, *[1] * (old.mean.ndim - kept.ndim))
+    enough = jnp.broadcast_to(batch.count >= 2, batch.mean.shape).reshape(old.mean.shape)
+
+    def average(before: Array, now: Array) -> Array:
+        after = rounded(blend(before, now.reshape(before.shape), kept), dtype)
+        return jnp.where(enough, after, before) if masked else after
+
+    updates = old.updates
+    if updates is not None:
+        channels = tuple(range(jnp.ndim(updates), old.mean.ndim))
+        updates = updates + (enough.any(channels) if masked else 1)
+    return Averages(average(old.mean, batch.mean), average(old.var, stored), updates)

@@ -10,6 +10,7 @@ from jax import lax
 
 from bnjax.norms.batch_norm import BatchNorm
 from bnjax.norms.moments import Moments
+from bnjax.norms.running_average import Averages
 from bnjax.types import Array
 
 Limit = float | Callable[[Any], Any]
@@ -31,7 +32,7 @@ class GhostBatchNorm(BatchNorm):
     virtual_batch: int = 50
 
     def _center_and_inverse(
-        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
+        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Averages
     ) -> tuple[Any, Any]:
         if self.virtual_batch < 2:
             raise ValueError(
@@ -95,10 +96,10 @@ class BatchRenorm(BatchNorm):
         return super()._is_counted() or any(map(callable, self._limits()))
 
     def _center_and_inverse(
-        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Moments
+        self, x: Array, axes: tuple[int, ...], mask: Any, batch: Moments, running: Averages
     ) -> tuple[Any, Any]:
         r_max, d_max = (
-            limit(running.count) if callable(limit) else limit for limit in self._limits()
+            limit(running.updates) if callable(limit) else limit for limit in self._limits()
         )
         inverse = lax.rsqrt(batch.var + self.epsilon)
         running_inverse = lax.rsqrt(running.var + self.epsilon)
