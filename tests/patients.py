@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import NETWORKS, ResNet
-from zoo.kit import SIZE, STEPS, Patient, predicting, sgd
+from zoo.kit import SIZE, STEPS, Patient, batches, predicting, sgd
 
 from bnjax import norms
 from bnjax.clinic import Run, linen
@@ -49,43 +48,28 @@ class Plain(nn.Module):
         return nn.Dense(10)(x)
 
 
-def images(seed, n=512, size=8):
+def images(seed, n=512):
     """Noise with a bright row; which row is the label."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 4, n).astype(np.int32)
-    image = rng.integers(0, 120, (n, size, size, 3), np.uint8)
+    image = rng.integers(0, 120, (n, 8, 8, 3), np.uint8)
     image[np.arange(n), label * 2] += 60
-    return image, label
-
-
-def batches(seed, count, size):
-    """The batches of a training: epochs of 512 images in random order."""
-    image, label = images(seed)
-    rng = np.random.default_rng(seed + 1)
-    order = np.concatenate([rng.permutation(512) for _ in range(-(-count * size // 512))])
-    for i in range(count):
-        rows = order[i * size : (i + 1) * size]
-        yield {"image": image[rows], "label": label[rows]}
+    return {"image": image, "label": label}
 
 
 @functools.cache
 def trained(model, seed=0, steps=STEPS, size=SIZE, rate=0.02):
-    tx = sgd(rate, steps)
+    tx, of = sgd(rate, steps), images(seed)
     init = jax.jit(functools.partial(init_state, model, tx))
-    state, stats = init(jax.random.key(seed), images(seed)[0][:2])
+    state, stats = init(jax.random.key(seed), of["image"][:2])
     step = jax.jit(functools.partial(train_step, model=model, tx=tx))
-    for batch in batches(seed, steps, size):
+    for batch in batches(steps, size, seed + 1, of):
         state, stats, _ = step(state, stats, batch)
     network = linen(model, *jax.device_get((state.params, stats)))
     run = Run(steps, size, fingerprint(network.params), tx, predicting(network, train=False))
-    return Patient(network, parts(seed, size), run)
-
-
-def parts(seed, size):
-    """Batches of `size` of the images that `trained` saw, in another order."""
-    image, label = images(seed)
-    rows = np.random.default_rng(seed + 7).permutation(512)[: max(6 * size, 256) // size * size]
-    return [{"image": image[of], "label": label[of]} for of in rows.reshape(-1, size)]
+    # The same images in another order.
+    count = min(512 // size, max(6, 256 // size))
+    return Patient(network, batches(count, size, seed + 7, of), run)
 
 
 def given_to_first(network, batch):
@@ -94,12 +78,9 @@ def given_to_first(network, batch):
     return batch["image"].reshape(len(batch["image"]), -1) / 255 @ dense["kernel"] + dense["bias"]
 
 
-def changed(tree, name, function):
-    """The tree with a function applied to the leaves of that name."""
-    leaves = flatten_dict(tree)
-    return unflatten_dict(
-        {path: function(leaf) if path[-1] == name else leaf for path, leaf in leaves.items()}
-    )
+def changed(stats, name, function):
+    """The statistics with a function applied to the mean or the variance of each norm."""
+    return {norm: leaves | {name: function(leaves[name])} for norm, leaves in stats.items()}
 
 
 def convnet(norm="batch", fields=(), **options):
@@ -109,23 +90,40 @@ def convnet(norm="batch", fields=(), **options):
     return ConvNet(**shape, norm=norms.build(norm, **{"momentum": 0.9, "epsilon": 1e-3} | options))
 
 
-NEAR = Plain(offset=1000.0)
-FAR = Plain(norm=norms.BatchNorm, offset=1000.0)
-
-
-def plain(seed):
-    return trained(Plain(), seed)
-
-
 def of(model, **options):
     return functools.partial(trained, model, **options)
+
+
+plain, slow, dropped = of(Plain()), of(Plain(momentum=0.99)), of(Plain(dropout=0.5))
+faster = of(Plain(momentum=0.8))
+NEAR, FAR = (Plain(norm=norm, offset=1000.0) for norm in (nn.BatchNorm, norms.BatchNorm))
+
+
+def frozen(seed, before):
+    """One of the norms of a network, compared with what it was."""
+    return plain(seed).knowing(before=before.network, frozen=("first",))
+
+
+def step(passes):
+    """A step with one or two passes through the network, of different images, that donates."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(network, batch):
+        for i in range(passes):
+            image = batch["image"][:: 1 - 2 * i] // (1 + i)
+            variables = network.params, network.batch_stats, {"image": image}
+            _, written = forward(*variables, model=network.model, train=True)
+            network = network.replace(batch_stats=written["batch_stats"])
+        return network
+
+    return run
 
 
 HEALTHY = {
     **{name: of(model) for name, model in NETWORKS.items() if name != "shared"},
     "plain": plain,
-    "momentum 0.99, recomputed": lambda seed: ready(momentum=0.99)(seed).recomputed(),
-    "dropout before a norm, recomputed": lambda seed: ready(dropout=0.5)(seed).recomputed(),
+    "momentum 0.99, recomputed": lambda seed: slow(seed).recomputed(),
+    "dropout before a norm, recomputed": lambda seed: dropped(seed).recomputed(),
     "plain, frozen and stepped": lambda seed: frozen(seed, plain(seed)).knowing(step=step(1)),
     "plain, batches of 256": of(Plain(), size=256),
     "plain, batches of 24": of(Plain(), size=24),
@@ -146,11 +144,6 @@ HEALTHY = {
 
 def untold(patient):
     return patient.having(run=None)
-
-
-def ready(**options):
-    """An illness of the network, which training brings with it."""
-    return of(Plain(**options))
 
 
 def with_stats(change):
@@ -176,8 +169,16 @@ def dead(seed):
     return plain(seed).but(params=params).knowing(weights=None)
 
 
-def missing_leaf(stats):
-    return {"first": stats["first"], "second": {"mean": stats["second"]["mean"]}}
+def stacked(stats):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), stats, noisy(stats))
+
+
+def with_third(stats):
+    return stats | {"third": stats["first"]}
+
+
+def without_variance(stats):
+    return stats | {"second": {"mean": stats["second"]["mean"]}}
 
 
 def by_batch(seed):
@@ -195,10 +196,6 @@ def optimized(make):
     return lambda seed: plain(seed).knowing(tx=make())
 
 
-def stacked(stats):
-    return jax.tree.map(lambda *leaves: np.stack(leaves), stats, noisy(stats))
-
-
 def initial(stats):
     return changed(changed(stats, "mean", np.zeros_like), "var", np.ones_like)
 
@@ -208,66 +205,42 @@ def in_bfloat16(stats):
 
 
 def lars():
-    return optax.lars(
-        0.1,
-        weight_decay=1e-3,
-        weight_decay_mask=functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
-    )
-
-
-def one_more(stats):
-    return stats | {"third": stats["first"]}
-
-
-def frozen(seed, before):
-    """One of the norms of a network, compared with what it was."""
-    return plain(seed).knowing(before=before.network, frozen=("first",))
-
-
-def step(passes):
-    """A step with one or two passes through the network, of different images, that donates."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run(network, batch):
-        for i in range(passes):
-            image = batch["image"][:: 1 - 2 * i] // (1 + i)
-            variables = network.params, network.batch_stats, {"image": image}
-            _, written = forward(*variables, model=network.model, train=True)
-            network = network.replace(batch_stats=written["batch_stats"])
-        return network
-
-    return run
+    matrices = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+    return optax.lars(0.1, weight_decay=1e-3, weight_decay_mask=matrices)
 
 
 # The id, and what has it.
 ILL = {
     "no collection": ("missing-statistics", with_stats(lambda stats: {})),
-    "a leaf too many": ("unmatched-leaves", with_stats(one_more)),
-    "a leaf too few": ("unmatched-leaves", with_stats(missing_leaf)),
+    "a leaf too many": ("unmatched-leaves", with_stats(with_third)),
+    "a leaf too few": ("unmatched-leaves", with_stats(without_variance)),
     "a leaf of another shape": ("unmatched-leaves", with_stat("mean", lambda leaf: leaf[:3])),
     "replicas in a list": ("replicas-differ", with_stats(lambda stats: [stats, noisy(stats)])),
     "replicas along an axis": ("replicas-differ", with_stats(stacked)),
     "never updated": ("never-updated", with_stats(initial)),
-    "momentum 0.99": ("not-converged", ready(momentum=0.99)),
-    "momentum 0.99, untold": ("not-converged", lambda seed: untold(ready(momentum=0.99)(seed))),
-    "far from 0, 60 steps": ("not-converged", lambda seed: trained(FAR, seed)),
+    "momentum 0.99": ("not-converged", slow),
+    "momentum 0.99, untold": ("not-converged", lambda seed: untold(slow(seed))),
+    "far from 0, 60 steps": ("not-converged", of(FAR)),
     "averaged weights": ("stale", averaged),
     "averaged weights, untold": ("stale", lambda seed: untold(averaged(seed))),
     "evaluated by the batch": ("batch-dependent", by_batch),
-    "flag without effect": ("batch-dependent", ready(always_batch=True)),
+    "flag without effect": ("batch-dependent", of(Plain(always_batch=True))),
     "NaN": ("invalid-statistics", with_stat("mean", first(np.nan))),
     "negative variance": ("invalid-statistics", with_stat("var", first(-0.1))),
     "vanished variance": ("invalid-statistics", with_stat("var", first(0.0))),
     "scales of 0": ("dead-channels", dead),
-    "far from 0 in bfloat16": ("low-precision", ready(offset=64.0, dtype=jnp.bfloat16)),
-    "far from 0, one-pass variance": ("low-precision", lambda seed: trained(NEAR, seed, steps=300)),
+    "far from 0 in bfloat16": ("low-precision", of(Plain(offset=64.0, dtype=jnp.bfloat16))),
+    "far from 0, one-pass variance": ("low-precision", of(NEAR, steps=300)),
     "averages in bfloat16": ("low-precision", with_stats(in_bfloat16)),
-    "epsilon of 10": ("epsilon-large", ready(epsilon=10.0)),
+    "epsilon of 10": ("epsilon-large", of(Plain(epsilon=10.0))),
     "AdamW on all": ("weight-decay", optimized(lambda: optax.adamw(1e-3))),
     "LARS on all": ("layerwise-rate", optimized(lars)),
-    "dropout before a norm": ("variance-shift", ready(dropout=0.5)),
-    "frozen in name": ("moved-while-frozen", lambda seed: frozen(seed, ready(momentum=0.8)(seed))),
+    "dropout before a norm": ("variance-shift", dropped),
+    "frozen in name": (
+        "moved-while-frozen",
+        lambda seed: frozen(seed, of(Plain(momentum=0.8))(seed)),
+    ),
     "one norm, called twice": ("updated-twice", of(NETWORKS["shared"])),
     "two passes in a step": ("updated-twice", lambda seed: plain(seed).knowing(step=step(2))),
-    "batches of 4": ("small-batch", lambda seed: trained(Plain(), seed, size=4)),
+    "batches of 4": ("small-batch", of(Plain(), size=4)),
 }

@@ -257,11 +257,11 @@ def test_stored_statistics_stray_as_far_as_their_standard_error_says():
     """At weights that stand still, averages over independent batches have z-scores of RMS 1."""
     # 0.8 ** 60 is nothing: the starting values do not count.
     model, rng, repeats, size = Plain(momentum=0.8), np.random.default_rng(0), 16, 16
-    params, initial = init_variables(model, jax.random.key(0), images(0)[0][:2])
+    params, initial = init_variables(model, jax.random.key(0), images(0)["image"][:2])
     update = jax.jit(functools.partial(forward, model=model, train=True))
     scores = []
     for _ in range(repeats):
-        fresh = [{"image": images(rng.integers(1 << 32), size)[0]} for _ in range(92)]
+        fresh = [{"image": images(rng.integers(1 << 32), size)["image"]} for _ in range(92)]
         stats = initial
         for batch in fresh[:60]:
             stats = update(params, stats, batch)[1]["batch_stats"]

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from foreign import Lifted
+from numpy_network import padded
 from zoo.kit import shared_jit
 
 from bnjax import clinic, compat
@@ -78,19 +79,18 @@ def networks():
     }
 
 
-def batches_for(name, *, whole=False):
-    """The images as one batch, or as batches of different sizes, padded with NaN."""
-    image = np.moveaxis(IMAGES, -1, 1) if name == "equinox" else IMAGES
-    if whole:
-        return [{"image": image}]
-    padding = np.full_like(image[:2], np.nan)
-    masked = {"image": np.concatenate([image[7:], padding]), "mask": np.arange(7) < 5}
-    return [{"image": image[:7], "mask": np.ones(7, bool)}, masked]
+def images_for(name):
+    return np.moveaxis(IMAGES, -1, 1) if name == "equinox" else IMAGES
+
+
+def batches_for(name):
+    image = images_for(name)
+    return [padded(image[:7], 7), padded(image[7:], 7)]
 
 
 def logits(name, network):
     """Computed by the library itself, in evaluation."""
-    image = batches_for(name, whole=True)[0]["image"]
+    image = images_for(name)
     if name == "linen":
         variables = {"params": network.params, "batch_stats": network.batch_stats}
         return network.model.apply(variables, image, train=False)
@@ -110,17 +110,15 @@ def precise_in_float64(name, network, by):
 
     with compat.enable_x64(True):
         network, batches = jax.tree.map(exact, (network, batches_for(name)))
-        return clinic.precise(network, batches, by=by).batch_stats
+        return clinic.precise(network, batches, by=by, jit=shared_jit).batch_stats
 
 
 @pytest.mark.parametrize("source", ["linen", SLOW("nnx"), SLOW("equinox")])
 def test_a_ported_network_has_the_same_statistics_and_logits_and_folds(source):
     made = networks()
-    scales = jax.tree.map(
-        lambda leaf: np.float32(RNG.normal(0, 0.5, leaf.shape)), made[source].params
-    )
-    start = made[source].replace(params=scales)
-    start = clinic.precise(start, batches_for(source), by="population")
+    start = made[source]
+    scales = jax.tree.map(lambda leaf: np.float32(RNG.normal(0, 0.5, leaf.shape)), start.params)
+    start = clinic.precise(start.replace(params=scales), batches_for(source), by="population")
     truth = logits(source, start)
     exact = {by: precise_in_float64(source, start, by) for by in ("batch", "population")}
     for name, other in made.items():
@@ -131,11 +129,11 @@ def test_a_ported_network_has_the_same_statistics_and_logits_and_folds(source):
             for norm in ("first", "second", "third"):
                 for leaf in ("mean", "var"):
                     np.testing.assert_allclose(mine[norm][leaf], its[norm][leaf], 1e-6, 1e-6)
-        found = plan(ported, batches_for(name)[0]["image"])
-        assert [(one.norm, one.layer, one.place) for one in found.norms] == [
-            (("first",), ("conv",), "before"),
-            (("second",), ("conv",), "after"),
-            (("third",), ("logits",), "before"),
+        found = plan(ported, images_for(name))
+        assert [(*one.norm, *one.layer, one.place) for one in found.norms] == [
+            ("first", "conv", "before"),
+            ("second", "conv", "after"),
+            ("third", "logits", "before"),
         ]
         np.testing.assert_allclose(logits(name, found.network), truth, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="Not in this network"):
@@ -226,7 +224,7 @@ class EquinoxLayers(eqx.Module):
 
 
 SMALL = RNG.normal(1, 2, (16, 2, 2, 3)).astype(np.float32)
-PARTS = [{"image": SMALL[:6]}, {"image": SMALL[6:]}]
+PARTS = [{"image": image} for image in np.split(SMALL, 2)]
 
 
 def layers(library, how):
@@ -257,21 +255,21 @@ def test_stacked_and_shared_norms_are_one_entry(library, how):
     kernels = [np.float64(leaf) for path, leaf in params.items() if path[-1] == "kernel"]
     if kernels[0].ndim == 3:
         (kernels,) = kernels
-    x, given = np.float64(SMALL.reshape(16, -1)), []
+    x, given = np.float64(SMALL.reshape(2, 8, 12)), []  # two batches
     for kernel in kernels if len(kernels) > 1 else 2 * kernels:  # or one layer, called twice
         given.append(x @ kernel)
         if how != "vmap":
-            y = (given[-1] - given[-1].mean(0)) / np.sqrt(given[-1].var(0) + 1e-5)
-            x = np.maximum(y, 0)
+            y = given[-1] - given[-1].mean(1, keepdims=True)
+            x = np.maximum(y / np.sqrt(given[-1].var(1, keepdims=True) + 1e-5), 0)
     is_stacked = how in ("scan", "vmap")
-    given = np.stack(given) if is_stacked else np.concatenate(given)
-    found = clinic.precise(network, [{"image": SMALL}])
-    stats = flatten_dict(found.batch_stats)
+    given = np.stack(given).reshape(len(given) if is_stacked else 1, -1, 12)
+    stats = flatten_dict(clinic.precise(network, PARTS, jit=shared_jit).batch_stats)
     assert {path[:-1] for path in stats} == {layer.path}
-    for name, wanted in (("mean", given.mean(-2)), ("var", given.var(-2))):
-        np.testing.assert_allclose(stats[*layer.path, name], wanted, rtol=1e-5, atol=1e-5)
+    for name, wanted in (("mean", given.mean(1)), ("var", given.var(1))):
+        found = stats[*layer.path, name]
+        np.testing.assert_allclose(found, wanted.reshape(found.shape), rtol=1e-5, atol=1e-5)
     twice = () if is_stacked else ("updated-twice",)
-    assert clinic.audit(network, PARTS).ids == ("never-updated", *twice)
+    assert clinic.audit(network, PARTS, jit=shared_jit).ids == ("never-updated", *twice)
 
 
 class NnxDropping(nnx.Module):
@@ -288,18 +286,9 @@ class NnxDropping(nnx.Module):
         return self.head(self.norm(self.dropout(self.layers(x))))
 
 
-class EquinoxDropping(eqx.Module):
-    layer: EquinoxLayer
-    dropout: eqx.nn.Dropout
-    norm: eqx.nn.BatchNorm
-
-    def __init__(self, key):
-        self.layer, self.dropout = EquinoxLayer(key), eqx.nn.Dropout(0.5)
-        self.norm = norm_of(12)
-
-    def __call__(self, x, state, *, key=None):
-        x, state = self.layer(x.ravel(), state)
-        return self.norm(self.dropout(x, key=key), state)
+def equinox_dropping(key):
+    layers = eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(12, 12, key=key), norm_of(12)
+    return eqx.nn.Sequential([*layers, eqx.nn.Dropout(0.5), norm_of(12)])
 
 
 def bits(model):
@@ -321,7 +310,7 @@ def test_the_users_model_stays_as_it_is_and_the_key_of_dropout_decides(library):
         model = NnxDropping(nnx.Rngs(0))
         network = clinic.nnx(model)
     else:
-        model = eqx.nn.make_with_state(EquinoxDropping)(jax.random.key(0))
+        model = eqx.nn.make_with_state(equinox_dropping)(jax.random.key(0))
         network = clinic.equinox(*model)
     before, batch = bits(model), {"image": SMALL, "label": np.arange(16) % 4}
     clinic.audit(network, [batch] * 2, jit=shared_jit)
@@ -329,15 +318,14 @@ def test_the_users_model_stays_as_it_is_and_the_key_of_dropout_decides(library):
     clinic.tent(network, [batch], tx=optax.sgd(0.1), jit=shared_jit)
     clinic.fold(network, SMALL)
     mended = clinic.precise(network, [batch], jit=shared_jit)
-    run = jax.jit(functools.partial(type(network).run, train=True))
+    run = jax.jit(type(network).run, static_argnames="train")
     keys = map(jax.random.key, (0, 0, 1))
-    first, again, other = (run(network, batch, dropout=key)[0] for key in keys)
+    first, again, other = (run(network, batch, train=True, dropout=key)[0] for key in keys)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-    one, two = (
-        network.run(batch, train=False, dropout=key)[0] for key in (None, jax.random.key(1))
-    )
-    np.testing.assert_array_equal(one, two)
+    without = run(network, batch, train=False)[0]
+    dropped = run(network, batch, train=False, dropout=jax.random.key(1))[0]
+    np.testing.assert_array_equal(without, dropped)
     assert bits(model) == before
     # The new model differs in its statistics alone: Equinox also counts updates.
     structure, after = bits(mended.model if library == "nnx" else (mended.model, mended.state))

@@ -11,59 +11,35 @@ import optax
 import pytest
 from flax import nnx
 from foreign import NETWORKS, drawn
+from zoo.kit import predicting
 
 from bnjax import clinic
 from bnjax.clinic import precise
 from bnjax.clinic.linen import linen
 from bnjax.clinic.network import Network, check, nothing_seen
-from bnjax.models.convnet import ConvNet
 from bnjax.norms import BatchNorm
-from bnjax.train_step import TrainState, forward, init_state, init_variables, train_step
+from bnjax.train_step import TrainState, init_state, init_variables, train_step
 
 IMAGES = np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
 
+BLOCKS = "BasicBlock_0.BatchNorm_0 BasicBlock_0.BatchNorm_1 BasicBlock_1.BatchNorm_0"
 NAMES = {
-    "resnet": [
-        "norm_init",
-        "BasicBlock_0.BatchNorm_0",
-        "BasicBlock_0.BatchNorm_1",
-        "BasicBlock_1.BatchNorm_0",
-        "BasicBlock_1.BatchNorm_1",
-        "BasicBlock_1.norm_proj",
-    ],
-    "preact": ["BatchNorm_0", "BatchNorm_1", "BatchNorm_2", "BatchNorm_3", "last"],
-    "scan": ["layers.BatchNorm_0"],
-    "remat": ["layer0.BatchNorm_0", "layer1.BatchNorm_0"],
-    "vmap": ["heads.BatchNorm_0"],
-    "shared": ["Layer_0.BatchNorm_0"],
+    "resnet": f"norm_init {BLOCKS} BasicBlock_1.BatchNorm_1 BasicBlock_1.norm_proj",
+    "preact": "BatchNorm_0 BatchNorm_1 BatchNorm_2 BatchNorm_3 last",
+    "scan": "layers.BatchNorm_0",
+    "remat": "layer0.BatchNorm_0 layer1.BatchNorm_0",
+    "vmap": "heads.BatchNorm_0",
+    "shared": "Layer_0.BatchNorm_0",
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_norms_in_the_order_of_their_calls(name):
-    model = NETWORKS[name]
-    variables = drawn(model, IMAGES[:1])
+    network = linen(NETWORKS[name], *drawn(NETWORKS[name], IMAGES[:1]))
     for train in (False, True):
-        layers = linen(model, *variables).norms({"image": IMAGES}, train=train)
-        assert [layer.name for layer in layers] == NAMES[name]
-        assert {layer.by_batch for layer in layers} == {train}
-        assert {layer.module.momentum for layer in layers} == {0.9}
-
-
-@pytest.mark.parametrize("kind", ["same signature", "own signature"])
-def test_a_norm_that_is_the_whole_model_and_on_another_axis(kind):
-    x = np.random.default_rng(1).normal(3, 2, (5, 4, 3, 2)).astype(np.float32)
-    norm = {"same signature": _Outer, "own signature": _Called}[kind](axis=1)
-    params, stats = drawn(norm, x)
-    network = linen(norm, params, stats)
-    (layer,) = network.norms({"image": x})
-    assert (layer.path, layer.axes) == ((), (0, 2, 3))
-    observe = jax.jit(partial(Network.observe, mode="running"))
-    _, seen = observe(network, nothing_seen(stats), {"image": x})
-    (found,) = seen.values()
-    np.testing.assert_allclose(found.mean, x.mean((0, 2, 3), np.float64), rtol=1e-6)
-    np.testing.assert_allclose(found.var, x.var((0, 2, 3), np.float64), rtol=1e-6)
-    assert (np.asarray(found.count) == 30).all()
+        layers = network.norms({"image": IMAGES}, train=train)
+        assert " ".join(layer.name for layer in layers) == NAMES[name]
+        assert {(layer.by_batch, layer.module.momentum) for layer in layers} == {(train, 0.9)}
 
 
 class _Called(BatchNorm):
@@ -90,6 +66,20 @@ class _Outer(nn.Module):
         return norm(x, not train).mean((1, 2))
 
 
+@pytest.mark.parametrize("norm", [_Outer(axis=1), _Called(axis=1)])
+def test_a_norm_that_is_the_whole_model_and_on_another_axis(norm):
+    x = np.random.default_rng(1).normal(3, 2, (5, 4, 3, 2)).astype(np.float32)
+    network = linen(norm, *drawn(norm, x))
+    (layer,) = network.norms({"image": x})
+    assert (layer.path, layer.axes) == ((), (0, 2, 3))
+    observe = jax.jit(partial(Network.observe, mode="running"))
+    _, seen = observe(network, nothing_seen(network.batch_stats), {"image": x})
+    (found,) = seen.values()
+    np.testing.assert_allclose(found.mean, x.mean((0, 2, 3), np.float64), rtol=1e-6)
+    np.testing.assert_allclose(found.var, x.var((0, 2, 3), np.float64), rtol=1e-6)
+    assert (np.asarray(found.count) == 30).all()
+
+
 class Synced(nn.Module):
     """A network for `jax.pmap` or `jax.shard_map`, as in Flax's ImageNet example."""
 
@@ -104,53 +94,43 @@ class Synced(nn.Module):
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm, partial(BatchNorm, average_axis_name="groups")])
 def test_synced_norms_are_run_outside_of_their_axis(norm):
-    model, image = Synced(norm), IMAGES
-    params, stats = jax.jit(partial(init_variables, model))(jax.random.key(0), image[:2])
-    network, batches = clinic.linen(model, params, stats), [{"image": image}] * 2
-    assert "never-updated" in clinic.audit(network, batches).ids
-    mended = clinic.precise(network, [{"image": image}])
-    convolved = jax.jit(nn.Conv(4, (3, 3)).apply)({"params": params["conv"]}, image)
+    model, batch = Synced(norm), {"image": IMAGES}
+    variables = jax.jit(partial(init_variables, model))(jax.random.key(0), IMAGES[:2])
+    network = clinic.linen(model, *variables)
+    assert "never-updated" in clinic.audit(network, [batch] * 2).ids
+    mended = clinic.precise(network, [batch])
+    x = jax.jit(nn.Conv(4, (3, 3)).apply)({"params": network.params["conv"]}, IMAGES)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    close(mended.batch_stats["norm"]["mean"], np.float64(convolved).mean((0, 1, 2)))
-    close(mended.batch_stats["norm"]["var"], np.float64(convolved).var((0, 1, 2)))
-    folded = clinic.fold(mended, image[:1])
-    logits = [
-        jax.jit(partial(forward, model=one.model, train=False))(
-            one.params, one.batch_stats, {"image": image}
-        )[0]
-        for one in (mended, folded)
-    ]
+    close(mended.batch_stats["norm"]["mean"], np.float64(x).mean((0, 1, 2)))
+    close(mended.batch_stats["norm"]["var"], np.float64(x).var((0, 1, 2)))
+    folded = clinic.fold(mended, IMAGES[:1])
     assert not folded.batch_stats
-    close(logits[0], logits[1])
+    close(*(predicting(one, train=False)(IMAGES) for one in (mended, folded)))
 
 
-def flagged(flag):
-    """A network with this flag of training."""
+class Flagged(nn.Module):
+    """A network whose `__call__` has the argument `flag`."""
 
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x, **flags):
-            train = flags[flag] is (flag not in ("deterministic", "use_running_average"))
-            return nn.Dense(2)(nn.BatchNorm(use_running_average=not train)(x).mean((1, 2)))
+    flag: str
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [inspect.Parameter(name, kind) for name in ("self", "x", flag)]
-    Net.__call__.__signature__ = inspect.Signature(names)
-    return Net()
+    @nn.compact
+    def __call__(self, x, **flags):
+        train = flags[self.flag] is (self.flag not in ("deterministic", "use_running_average"))
+        return nn.Dense(2)(nn.BatchNorm(use_running_average=not train)(x).mean((1, 2)))
 
 
 @pytest.mark.parametrize("flag", ["training", "deterministic", "use_running_average", "phase"])
-def test_flags_of_other_names(flag):
-    model = flagged(flag)
-    variables = model.init(jax.random.key(0), IMAGES[:2], **{flag: False})
+def test_flags_of_other_names(flag, monkeypatch):
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [inspect.Parameter(name, kind) for name in ("self", "x", flag)]
+    monkeypatch.setattr(Flagged.__call__, "__signature__", inspect.Signature(names), raising=False)
+    variables = Flagged(flag).init(jax.random.key(0), IMAGES[:2], **{flag: False})
+    options = {}
     if flag == "phase":
         with pytest.raises(ValueError, match=r"no training flag \(train"):
-            clinic.linen(model, **variables)
-        network = clinic.linen(
-            model, **variables, call=lambda model, x, train: model(x, phase=train)
-        )
-    else:
-        network = clinic.linen(model, **variables)
+            clinic.linen(Flagged(flag), **variables)
+        options = {"call": lambda model, x, train: model(x, phase=train)}
+    network = clinic.linen(Flagged(flag), **variables, **options)
     for train in (False, True):
         assert network.norms({"image": IMAGES}, train=train)[0].by_batch is train
     mended = clinic.precise(network, [{"image": IMAGES}])
@@ -183,21 +163,24 @@ def test_a_model_of_nnx_trains_and_what_cannot_be_checked_is_said():
 def test_wrong_arguments_are_explained():
     model, x = nn.BatchNorm(), np.ones((4, 3), np.float32)
     variables = model.init(jax.random.key(0), x, use_running_average=True)
-    for wrong in ((variables, variables["batch_stats"]), (variables["params"], variables)):
-        with pytest.raises(ValueError, match=r"clinic\.linen\(model, \*\*variables\)"):
-            linen(model, *wrong)
-    with pytest.raises(ValueError, match=r"clinic\.linen\(model, params, batch_stats\)"):
-        linen(model, variables["batch_stats"], variables["params"])
-    for wrong in ((nn.BatchNorm, variables["params"]), (model, TrainState(0, {}, (), None))):
-        with pytest.raises(ValueError, match=r"not .*(class BatchNorm|TrainState).*state\.params"):
-            inspect.unwrap(linen)(*wrong, variables["batch_stats"])  # unchecked, as for users
-    with pytest.raises(ValueError, match=r"not tuple.*'label': y"):
-        check((x, np.zeros(4, np.int32)))  # as given to every function of the clinic
-    with pytest.raises(ValueError, match=r"not dict with the keys \['images'\]"):
-        check({"images": x})
-    without_norms = ConvNet(
-        filters=(4,), kernels=(3,), strides=(1,), dense=(), dropout=(), norm_dense=()
+    params, stats = variables["params"], variables["batch_stats"]
+    for wrong, words in (
+        ((model, variables, stats), r"clinic\.linen\(model, \*\*variables\)"),
+        ((model, params, variables), r"clinic\.linen\(model, \*\*variables\)"),
+        ((model, stats, params), r"clinic\.linen\(model, params, batch_stats\)"),
+        ((nn.BatchNorm, params, stats), r"not the class BatchNorm.*state\.params"),
+        ((model, TrainState(0, {}, (), None), stats), r"not .*TrainState.*state\.params"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            inspect.unwrap(linen)(*wrong)  # unchecked, as for users
+    for batch, words in (
+        ((x, np.zeros(4, np.int32)), r"not tuple.*'label': y"),
+        ({"images": x}, r"not dict with the keys \['images'\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check(batch)  # as given to every function of the clinic
+    without_norms = linen(
+        nn.Dense(1), params, {"norm": {"ms": x}}, lambda model, x, train: x[:, 0, 0]
     )
-    variables = init_variables(without_norms, jax.random.key(0), IMAGES)
     with pytest.raises(ValueError, match="a batch norm of Flax, Equinox or bnjax"):
-        precise(linen(without_norms, variables[0], {"norm": {"ms": x}}), [{"image": IMAGES}])
+        precise(without_norms, [{"image": IMAGES}])
