@@ -1,24 +1,38 @@
-"""A small network in linen, and the same in NumPy and float64."""
+"""Small networks in linen, and one of them in NumPy and float64."""
 
-import functools
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-EPSILON = 1e-3
-RNG = np.random.default_rng(0)
-IMAGES = (RNG.random((16, 5, 5, 2)) * [1, 3] + [0.5, -1]).astype(np.float32)
+MOMENTUM, EPSILON = 0.75, 1e-3
+IMAGES = np.random.default_rng(0).random((16, 5, 5, 2)) * [1, 3] + [0.5, -1]
+IMAGES = IMAGES.astype(np.float32)
+
+
+class Tiny(nn.Module):
+    """A norm of the input, and one dense layer."""
+
+    norm: Any = partial(nn.BatchNorm, momentum=MOMENTUM, epsilon=EPSILON)
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        x = x.reshape(x.shape[0], -1)
+        mask = None if mask is None else mask[:, None]
+        x = self.norm(name="norm")(x, use_running_average=not train, mask=mask)
+        return nn.Dense(3, name="dense")(x)
 
 
 class Net(nn.Module):
     """Three norms behind one another."""
 
-    norm: type | functools.partial = nn.BatchNorm
+    norm: Any = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x, train):
-        norm = functools.partial(self.norm, use_running_average=not train, epsilon=EPSILON)
+        norm = partial(self.norm, use_running_average=not train, epsilon=EPSILON)
         x = nn.relu(norm(name="first")(nn.Conv(4, (3, 3), padding="VALID", name="conv")(x)))
         x = nn.relu(nn.Dense(7, name="dense")(x.reshape(len(x), -1)))
         x = nn.Dense(5, name="logits")(norm(name="second")(x))
@@ -26,7 +40,7 @@ class Net(nn.Module):
 
 
 def in_numpy(params, x, moments):
-    """Returns the logits; `moments(name, x)` has those by which a norm normalises x [values, c]."""
+    """Returns the logits; a norm uses the mean and variance `moments(name, x)` of [values, c]."""
     weights = jax.tree.map(np.float64, params)
 
     def norm(x, name):
@@ -42,9 +56,9 @@ def in_numpy(params, x, moments):
 
 
 def padded(image, size=8):
-    """A batch of these images and NaN in random order."""
+    """Returns a batch of these images in random order, padded with NaN."""
     filling = np.full((size - len(image), *image.shape[1:]), np.nan, np.float32)
-    order = RNG.permutation(size)
+    order = np.random.default_rng(size).permutation(size)
     return {
         "image": np.concatenate([image, filling])[order],
         "mask": (np.arange(size) < len(image))[order],

@@ -1,4 +1,4 @@
-"""What the clinic has to see of a norm, whatever library it is of and however it is called."""
+"""Checks that the clinic finds a norm and its inputs in a network of any library."""
 
 import numpy as np
 
@@ -6,13 +6,14 @@ from bnjax import clinic
 
 
 def assert_norm_is_seen(network, images, *, added=0, gain=1, axes=(0,), follows_flag=True):
-    """Compares a layer `dense` and a norm `norm` with NumPy in float64.
+    """Compares a network of a layer `dense` and a norm `norm` with NumPy in float64.
 
-    The norm adds `added` to its input, and multiplies by `gain`.
+    The norm adds `added` to its input, and multiplies its output by `gain`.
     """
     parts = [{"image": image} for image in np.split(images, [len(images) // 3])]
     (layer,), (in_training,) = (network.norms(parts[0], train=train) for train in (False, True))
     assert (layer.name, layer.axes, layer.by_batch) == ("norm", axes, False)
+    assert sorted(layer.shape) == sorted((5, len(parts[0]["image"])))
     assert in_training.by_batch is follows_flag
     dense = network.params["dense"]
     x = np.float64(images.reshape(len(images), -1)) @ np.float64(dense["kernel"])
@@ -24,4 +25,3 @@ def assert_norm_is_seen(network, images, *, added=0, gain=1, axes=(0,), follows_
     logits, _ = found.run({"image": images}, train=False)
     wanted = gain * (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
     np.testing.assert_allclose(logits, wanted, atol=1e-4)
-    assert layer.shape in ((len(parts[0]["image"]), 5), (5, len(parts[0]["image"])))

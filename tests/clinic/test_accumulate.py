@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy_network import EPSILON, MOMENTUM, Tiny
 from wrappers import DEVICES, WRAPPERS, close, wrap
 
 from bnjax import norms
@@ -21,24 +22,11 @@ from bnjax.train_step import init_state, train_step
 pytestmark = pytest.mark.lane
 
 
-MOMENTUM, EPSILON, RATE, MICRO = 0.75, 1e-3, 0.1, 3
+RATE, MICRO = 0.1, 3
 SGD, SMALLER = (optax.sgd(rate, momentum=0.9) for rate in (RATE, RATE / 10))
 SLOW = partial(pytest.param, marks=pytest.mark.slow)  # says the same in other words
 # 24 examples; micro-batch 0 has 8 real ones, 1 has 5, and 2 has 7: rows 0, 3, 6, … are its.
 MASKS = {"whole": None, "uneven": ~np.isin(np.arange(24), [1, 4, 7, 23])}
-
-
-class Tiny(nn.Module):
-    """A norm of the input, and one dense layer."""
-
-    norm: type[nn.Module] | partial = partial(nn.BatchNorm, momentum=MOMENTUM, epsilon=EPSILON)
-
-    @nn.compact
-    def __call__(self, x, *, train, mask=None):
-        x = x.reshape(x.shape[0], -1)
-        mask = None if mask is None else mask[:, None]
-        x = self.norm(name="norm")(x, use_running_average=not train, mask=mask)
-        return nn.Dense(3, name="dense")(x)
 
 
 def batch_of(step=0, mask=None, shape=(2, 2, 1), examples=24):
@@ -129,6 +117,14 @@ def test_statistics_of_the_input_are_those_of_the_whole_batch(norm):
     assert np.abs(carried[1]["norm"]["mean"]).min() > 0.1
 
 
+def assert_updated(stats, x):
+    """Compares averages after one update, from the initial 0 and 1, with all inputs in float64."""
+    x = x.astype(np.float64)
+    for name, old, own in (("mean", 0, x.mean(0)), ("var", 1, x.var(0))):
+        once = MOMENTUM * old + (1 - MOMENTUM) * own
+        np.testing.assert_allclose(stats[name], once, rtol=1e-5, atol=1e-6)
+
+
 class Twice(nn.Module):
     """A norm, and one that is called on two inputs."""
 
@@ -146,10 +142,7 @@ def test_every_norm_is_updated_once_with_its_inputs_in_all_calls_and_micro_batch
     normal = [(x - x.mean(0)) / np.sqrt(x.var(0) + EPSILON) for x in parts]
     given = {"first": parts, "second": [np.concatenate([y**2, 3 * y]) for y in normal]}
     for norm, inputs in given.items():
-        x = np.concatenate(inputs)
-        for name, old, own in (("mean", 0, x.mean(0)), ("var", 1, x.var(0))):
-            once = MOMENTUM * old + (1 - MOMENTUM) * own
-            np.testing.assert_allclose(stats[norm][name], once, rtol=1e-5, err_msg=norm)
+        assert_updated(stats[norm], np.concatenate(inputs))
 
 
 @functools.cache
@@ -197,10 +190,7 @@ def test_statistics_of_replicas_stay_apart():
 
     batch = batch_of()
     _, found = wrap("shard_map", make)(start(Tiny()), batch)
-    x = batch["image"].reshape(DEVICES, MICRO, -1).astype(np.float64)
-    for name, old, own in (("mean", 0, x.mean(1)), ("var", 1, x.var(1))):
-        once = MOMENTUM * old + (1 - MOMENTUM) * own
-        np.testing.assert_allclose(found[name], once, rtol=1e-5, atol=1e-6)
+    assert_updated(found, batch["image"].reshape(DEVICES, MICRO, -1).swapaxes(0, 1))
 
 
 class Dropped(nn.Module):

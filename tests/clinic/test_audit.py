@@ -193,10 +193,9 @@ def test_an_optimizer_that_wants_more_is_not_checked():
 @pytest.mark.slow
 def test_padding_counts_for_nothing():
     patient, without = HEALTHY["convnet"](seed=0), findings_of("convnet")
-    padding = {"image": np.full((8, 8, 8, 3), 77, np.uint8), "label": np.zeros(8, np.int32)}
+    mask = {"mask": np.arange(72) < 64}
     padded = [
-        {name: np.concatenate([of, padding[name]]) for name, of in batch.items()}
-        | {"mask": np.arange(72) < 64}
+        {name: np.concatenate([of, of[:8]]) for name, of in batch.items()} | mask
         for batch in patient.batches
     ]
     with_padding = examined(patient.having(batches=padded))
@@ -208,12 +207,10 @@ def test_padding_counts_for_nothing():
 
 
 def test_batches_that_cannot_be_used_are_refused():
-    patient = plain(0)
-    with pytest.raises(ValueError, match="at least two examples"):
-        examined(patient.having(batches=[]))
-    masked = [batch | {"mask": np.arange(64) < 60} for batch in patient.batches]
-    with pytest.raises(ValueError, match="takes no `mask`"):
-        examined(patient.having(batches=masked))
+    masked = [batch | {"mask": np.arange(64) < 60} for batch in plain(0).batches]
+    for batches, words in (([], "at least two examples"), (masked, "takes no `mask`")):
+        with pytest.raises(ValueError, match=words):
+            examined(plain(0).having(batches=batches))
 
 
 def test_the_result_as_text_and_to_dict():

@@ -134,18 +134,10 @@ def test_what_a_user_did_between_two_networks(initial):
 def test_a_healthy_network_passes_and_an_ill_one_is_described():
     clinic.assert_healthy(HEALTHY, BATCHES, run=plain(0).run)
     ill = ILL["scales of 0"][1](0).network
-    with pytest.raises(AssertionError) as raised:
+    said = r"(?s)dead-channels.*second: 4 of 16 channels.*to fix it.*allow=\('dead-channels',\)"
+    with pytest.raises(AssertionError, match=said):
         clinic.assert_healthy(ill, BATCHES)
-    for words in (
-        "dead-channels: channels with constant output",
-        "second: 4 of 16 channels",
-        "to fix it: lower the learning rate",
-        "docs/findings/dead-channels.md",
-        "allow=('dead-channels',)",
-    ):
-        assert words in str(raised.value)
     clinic.assert_healthy(ill, BATCHES, allow="dead-channels")
-    clinic.assert_healthy(ill, BATCHES, allow=["small-batch", "dead-channels"])
     with pytest.raises(ValueError, match=r"\['small-batches'\]; known names are .*small-batch"):
         clinic.assert_healthy(ill, BATCHES, allow=["small-batches"])
     # A network that cannot be audited is not healthy, whatever is allowed.
