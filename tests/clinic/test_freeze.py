@@ -90,9 +90,8 @@ class Net(nn.Module):
     ("norm", "in_call"),
     [
         (nn.BatchNorm, False),
-        (partial(BatchNorm, debias=True), True),
+        (partial(BatchNorm, debias=True, statistics="batch", update_average=True), True),
         SLOW(nn.BatchNorm, True),
-        SLOW(partial(BatchNorm, statistics="batch", update_average=True), True),
         SLOW(partial(GhostBatchNorm, virtual_batch=2), True),
         SLOW(BatchRenorm, True),
     ],

@@ -51,16 +51,7 @@ def test_vital_signs_are_those_of_evaluation_with_three_statistics():
 class Flagged(nn.Module):
     @nn.compact
     def __call__(self, x, training):
-        return nn.BatchNorm(not training)(nn.Dense(4)(x.reshape(len(x), -1)))
-
-
-class OfNnx(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.dense, self.norm = nnx.Linear(192, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
-
-    def __call__(self, x):
-        return self.norm(self.dense(x.reshape(len(x), -1)))
+        return nn.BatchNorm(not training)(nn.Dense(4)(flat(x)))
 
 
 def flagged(scale):
@@ -68,10 +59,14 @@ def flagged(scale):
     return clinic.linen(Flagged(), **jax.tree.map(lambda leaf: scale * leaf, variables))
 
 
+def flat(x):
+    return x.reshape(len(x), -1)
+
+
 def of_nnx(scale=0.0):
-    model = OfNnx()
-    model.norm.mean[...] += scale
-    return clinic.nnx(model)
+    dense, norm = nnx.Linear(192, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    norm.mean[...] += scale
+    return clinic.nnx(nnx.Sequential(flat, dense, norm))
 
 
 @pytest.mark.parametrize("network", [flagged, of_nnx])
@@ -110,14 +105,12 @@ def stepped(passes, network, batch):
     return clinic.equinox(model, state, network.call)
 
 
-@pytest.mark.parametrize(
-    "initial",
-    [
-        of_nnx,
-        pytest.param(partial(of_equinox, "ema"), marks=pytest.mark.slow),
-        pytest.param(partial(of_equinox, "batch"), marks=pytest.mark.slow),
-    ],
-)
+SLOW = [
+    pytest.param(partial(of_equinox, mode), marks=pytest.mark.slow) for mode in ("ema", "batch")
+]
+
+
+@pytest.mark.parametrize("initial", [of_nnx, *SLOW])
 def test_what_a_user_did_between_two_networks(initial):
     initial = initial()
     assert clinic.audit(initial, BATCHES).ids == ("never-updated",)
