@@ -9,11 +9,19 @@ from PIL import Image
 from bnjax.data.tfds import example
 
 
-def picture(array, kind="png"):
-    """The bytes of an image file."""
+def picture(image, kind="png", **options):
+    """The bytes of an image file, of an array or of Pillow's image."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     file = io.BytesIO()
-    Image.fromarray(array.squeeze()).save(file, kind)
+    image.save(file, kind, **options)
     return file.getvalue()
+
+
+def resized(image, shorter):
+    """By hand: the shorter side as asked for, the longer one in proportion, rounded."""
+    size = [round(side * shorter / min(image.size)) for side in image.size]
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def encode(image, label):
@@ -46,10 +54,7 @@ def write_folder(folder, splits, classes, shards=1):
 def write_dataset(folder, dataset):
     """Writes a data set that is in memory."""
     splits = {
-        name: [
-            (picture(image), int(label))
-            for image, label in zip(split.image, split.label, strict=True)
-        ]
+        name: list(zip(map(picture, split.image), split.label.tolist(), strict=True))
         for name, split in (("train", dataset.train), ("test", dataset.test))
     }
     return write_folder(folder, splits, dataset.classes, shards=3)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 from PIL import Image
+from records_folder import picture
 
 from bnjax.data.pictures import read_pictures
 from bnjax.errors import DataError
@@ -14,13 +16,6 @@ from bnjax.errors import DataError
 SHAPE = (32, 32, 3)
 RGB = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
 GREY = RGB[..., 0]
-
-
-def encode(image, kind="png", **options):
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def npy(array):
@@ -31,43 +26,41 @@ def npy(array):
 
 def read_one(content, path, shape=SHAPE):
     path.write_bytes(content)
-    (picture,) = read_pictures(path, shape)
-    assert (picture.name, picture.image.shape) == (str(path), shape)
-    assert picture.image.dtype == np.float32
-    return picture
-
-
-def transparent():
-    """A palette of two colours, of which the left half's is clear."""
-    image = Image.fromarray(np.array([[0, 1]], np.uint8), mode="P").resize((32, 32), 0)
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    return encode(image, transparency=b"\x00\xff")
-
-
-def upside_down():
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    return encode(RGB, exif=exif)
+    (found,) = read_pictures(path, shape)
+    assert (found.name, found.image.shape) == (str(path), shape)
+    assert found.image.dtype == np.float32
+    return found
 
 
 LEFT, TOP = np.arange(32)[None, :, None] < 16, np.arange(32)[:, None, None] < 16
 PALETTE = Image.fromarray(RGB // 64 * 64).quantize(64)
+HALVES = Image.fromarray(np.array([[0, 1]], np.uint8), mode="P").resize((32, 32), 0)
+HALVES.putpalette([10, 20, 30, 40, 50, 60])
 DEEP = np.where(TOP, np.full(SHAPE, 128 * 257), 65535).astype(np.uint16)[..., 0]
 CLEAR = np.where(GREY > 99, 255, 0).astype(np.uint8)[..., None]
+UPSIDE_DOWN = Image.Exif()
+UPSIDE_DOWN[0x0112] = 3
+SMOOTH = np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None, None], SHAPE)
 READ = {
-    "a.png": (encode(RGB), RGB),
-    "grey.png": (encode(GREY), GREY[..., None]),
-    "palette.png": (encode(PALETTE), np.asarray(PALETTE.convert("RGB"))),
-    "bits.png": (encode(GREY > 99), 255 * (GREY > 99)[..., None]),
-    "clear.png": (encode(np.dstack([RGB, CLEAR])), np.where(CLEAR, RGB, 255)),
-    "clear palette.png": (transparent(), np.where(LEFT, 255, [40, 50, 60])),
-    "16 bits.png": (encode(DEEP), np.where(TOP, 128, 255)),
-    "photograph.png": (upside_down(), RGB[::-1, ::-1]),
+    "a.png": (picture(RGB), RGB),
+    "grey.png": (picture(GREY), GREY[..., None]),
+    "palette.png": (picture(PALETTE), np.asarray(PALETTE.convert("RGB"))),
+    "bits.png": (picture(GREY > 99), 255 * (GREY > 99)[..., None]),
+    "clear.png": (picture(np.dstack([RGB, CLEAR])), np.where(CLEAR, RGB, 255)),
+    "clear palette.png": (
+        picture(HALVES, transparency=b"\x00\xff"),
+        np.where(LEFT, 255, [40, 50, 60]),
+    ),
+    "16 bits.png": (picture(DEEP), np.where(TOP, 128, 255)),
+    "photograph.png": (picture(RGB, exif=UPSIDE_DOWN), RGB[::-1, ::-1]),
     "uint8.npy": (npy(RGB), RGB),
     "flat.npy": (npy(GREY), GREY[..., None]),
     "float.npy": (npy(RGB.astype(np.float32) / 255), RGB),
     "big-endian.npy": (npy((RGB / 255).astype(">f8")), RGB),
     "one of many.npy": (npy(RGB[None]), RGB),
+} | {
+    f"{mode}.jpg": (picture(Image.fromarray(SMOOTH).convert(mode), "jpeg", quality=95), SMOOTH)
+    for mode in ("RGB", "L", "CMYK")
 }
 
 
@@ -76,27 +69,19 @@ def test_pixels_are_those_of_the_file(name, tmp_path):
     content, expected = READ[name]
     shapes = [SHAPE, (32, 32, 1)] if expected.shape[-1] == 1 or "16" in name else [SHAPE]
     for shape in shapes:
-        picture = read_one(content, tmp_path / name, shape)
+        found = read_one(content, tmp_path / name, shape)
         wanted = np.broadcast_to(expected[..., : shape[2]], shape) / 255
-        np.testing.assert_allclose(picture.image, wanted, atol=1e-6)
-        assert picture.note == ""
-
-
-def test_jpeg_of_any_mode(tmp_path):
-    smooth = np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None, None], SHAPE)
-    for mode in ("RGB", "L", "CMYK"):
-        content = encode(Image.fromarray(smooth).convert(mode), "jpeg", quality=95)
-        found = read_one(content, tmp_path / "a.jpg").image
-        np.testing.assert_allclose(found, smooth / 255, atol=0.03)
+        assert_allclose(found.image, wanted, atol=0.03 if "jpg" in name else 1e-6)
+        assert found.note == ""
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (16, 8), (1, 1)])
 def test_other_sizes_are_resized_with_a_note(height, width, tmp_path):
     halves = np.zeros((height, width, 3), np.uint8)
     halves[: height // 2, :, 0] = 255
-    picture = read_one(encode(halves), tmp_path / "a.png")
-    assert picture.note == f"resized from {width}x{height} to 32x32"
-    image = picture.image
+    found = read_one(picture(halves), tmp_path / "a.png", (32, 20, 3))
+    assert found.note == f"resized from {width}x{height} to 20x32"
+    image = found.image
     assert 0 <= image.min() <= image.max() <= 1  # bicubic filters overshoot
     assert height == 1 or image[:14, :, 0].min() > 0.95
     assert image[18:].max() < 0.05
@@ -105,33 +90,26 @@ def test_other_sizes_are_resized_with_a_note(height, width, tmp_path):
 def test_npy_with_several(tmp_path):
     np.save(tmp_path / "a.npy", np.stack([RGB, 255 - RGB]))
     one, two = read_pictures(tmp_path / "a.npy", SHAPE, name="mine")
-    np.testing.assert_allclose([one.image, two.image], np.stack([RGB, 255 - RGB]) / 255, atol=1e-6)
+    assert_allclose([one.image, two.image], np.stack([RGB, 255 - RGB]) / 255, atol=1e-6)
     assert (one.name, two.name) == ("mine[0]", "mine[1]")
 
 
-def npy_claiming(shape):
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(192)
+def png_claiming(side):
+    """A PNG file whose header gives another size than that of its pixels."""
+    file = picture(RGB)
+    header = file[12:16] + struct.pack(">II", side, side) + file[24:29]
+    return file[:12] + header + struct.pack(">I", zlib.crc32(header)) + file[33:]
 
 
-def png_claiming(width, height):
-    def chunk(kind, content):
-        length, check = len(content), zlib.crc32(kind + content)
-        return struct.pack(">I", length) + kind + content + struct.pack(">I", check)
-
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(100)))
-    return b"\x89PNG\r\n\x1a\n" + data + chunk(b"IEND", b"")
-
-
+TERABYTES = npy(RGB).replace(b"(32, 32, 3), }" + b" " * 13, b"(1000000, 1000, 1000, 3), }")
 REFUSED = {
     "missing.png": (None, "No such file"),
-    "many pixels.png": (png_claiming(100, 100), "it has more than 1,000 pixels"),
+    "many pixels.png": (png_claiming(100), "it has more than 1,000 pixels"),
     "text.png": (b"hello", "neither a PNG nor a JPEG"),
-    "truncated.png": (encode(RGB)[:-500], "truncated|broken"),
-    "huge.png": (png_claiming(100_000, 100_000), "10000000000 pixels"),
+    "truncated.png": (picture(RGB)[:-500], "truncated|broken"),
+    "huge.png": (png_claiming(100_000), "10000000000 pixels"),
     "pickle.npy": (npy(np.array([[{}]], object)), "Python objects"),
-    "terabytes.npy": (npy_claiming((1000000, 1000, 1000, 3)), "mmap length"),
+    "terabytes.npy": (TERABYTES, "mmap length"),
     "nan.npy": (npy(np.full(SHAPE, np.nan, np.float32)), "nan"),
     "bright.npy": (npy(RGB.astype(np.float32)), "between 0 and 255; floats must be from 0 to 1"),
     "int.npy": (npy(RGB.astype(np.int64)), "int64, neither"),
@@ -150,22 +128,16 @@ def test_what_is_no_image_is_refused(name, tmp_path):
     assert str(error.value).startswith(f"{tmp_path / name} cannot be read as an image: ")
 
 
-@given(
-    kind=st.sampled_from(["png", "jpeg", "npy"]),
-    position=st.integers(0, 4000),
-    value=st.integers(0, 255),
-)
-def test_a_flipped_byte_is_an_error_or_harmless(kind, position, value, tmp_path):
-    content = bytearray(npy(RGB) if kind == "npy" else encode(RGB, kind))
+@given(st.sampled_from(["png", "jpeg", "npy"]), st.integers(0, 4000), st.integers(0, 255))
+def test_a_flipped_byte_is_an_error_or_harmless(tmp_path, kind, position, value):
+    content = bytearray(npy(RGB) if kind == "npy" else picture(RGB, kind))
     content[position % len(content)] = value
-    path = tmp_path / f"a.{kind}"
+    path, pictures = tmp_path / f"a.{kind}", []
     path.write_bytes(content)
-    pictures, message = [], str(path)
     try:
         pictures = read_pictures(path, SHAPE)
     except DataError as error:
-        message = str(error)
-    assert str(path) in message
-    for picture in pictures:
-        assert picture.image.shape == SHAPE
-        assert 0 <= picture.image.min() <= picture.image.max() <= 1
+        assert str(path) in str(error)
+    for found in pictures:
+        assert found.image.shape == SHAPE
+        assert 0 <= found.image.min() <= found.image.max() <= 1
