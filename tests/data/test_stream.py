@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -77,19 +76,14 @@ def load(folder, reading=PLAIN, **options):
     return datasets.load("records", str(folder), stream=reading, **options)
 
 
-def test_records_are_what_is_in_memory(folder, photos):
+def test_splits_are_found_and_the_first_records_are_kept(folder, photos):
     data = load(folder)
     assert (data.name, data.label, data.classes) == ("records", "records", MEMORY.classes)
+    assert (len(data.train), data.train.image_shape, len(data.test)) == (48, (8, 8, 1), 20)
     first = load(folder, train_images=9).train
-    for records, split, rows in (
-        (data.train, MEMORY.train, slice(None)),
-        (data.test, MEMORY.test, np.array([7, 2])),
-        (first, MEMORY.train.first(9), slice(None)),
-    ):
-        assert (len(records), records.image_shape) == (len(split), (8, 8, 1))
-        found = records.select(rows)
-        np.testing.assert_array_equal(found.image, split.image[rows])
-        np.testing.assert_array_equal(found.label, split.label[rows])
+    np.testing.assert_array_equal(first.select(slice(None)).image, MEMORY.train.image[:9])
+    some = data.test.select(np.array([7, 2]))
+    np.testing.assert_array_equal(some.label, MEMORY.test.label[[7, 2]])
     data = load(photos[0], Reading(16))  # the test split is "validation"
     assert (data.train.image_shape, len(data.train), len(data.test)) == ((16, 16, 3), 15, 6)
 
@@ -224,39 +218,31 @@ def test_a_run_is_that_of_the_images_in_memory(folder, tmp_path):
 def test_kills_change_nothing_and_leave_no_orphans(tmp_path):
     folder = write_dataset(tmp_path / "digits", datasets.load("digits"))
 
-    def command(workdir, workers):
+    def start(name, workers):
         keys = small_digits.STREAMED | {"data__dir": folder, "data__workers": workers}
-        start = [sys.executable, "-m", "bnjax.main", "--config", small_digits.CONFIG]
-        words = [*start, "--workdir", workdir, *small_digits.steps(20, **keys)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    def finish(workdir, workers):
-        with command(workdir, workers) as process:
-            assert process.wait(300) == 0, process.stdout.read()
-        return (workdir / "metrics.jsonl").read_text()
+        return together(tmp_path / name, 1, 1, *small_digits.steps(20, **keys))
 
     def is_worker(pid):
         with contextlib.suppress(OSError):
             return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
-    def wait_for(condition, seconds=120):
-        until = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < until
-            time.sleep(0.02)
-
-    killed = tmp_path / "killed"
-    with command(killed, 2) as process:
-        wait_for(lambda: [*(killed / "checkpoints").glob("1*")])
+    with start("killed", workers=2) as killed:
+        killed.wait_for_checkpoint()
         # A thread of Grain's starts the workers.
-        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        tasks = Path(f"/proc/{killed.processes[0].pid}/task").glob("*/children")
         children = [int(pid) for task in tasks for pid in task.read_text().split()]
         workers = [pid for pid in children if is_worker(pid)]
         assert len(workers) == 2
-        process.kill()
-    assert len(read_lines(killed / "metrics.jsonl")) < 20
-    wait_for(lambda: not any(map(is_worker, workers)))
-    assert finish(killed, workers=1) == finish(tmp_path / "whole", workers=0)
+    assert len(read_lines(tmp_path / "killed" / "metrics.jsonl")) < 20
+    until = time.monotonic() + 120
+    while any(map(is_worker, workers)):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    for name, workers in (("killed", 1), ("whole", 0)):
+        with start(name, workers) as run:
+            assert run.finish() == [0], run.said()
+    resumed, whole = (tmp_path / name / "metrics.jsonl" for name in ("killed", "whole"))
+    assert resumed.read_text() == whole.read_text()
 
 
 @pytest.mark.slow

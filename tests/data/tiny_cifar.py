@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bnjax.data import cifar
+from bnjax.data.datasets import Dataset
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -40,6 +41,13 @@ class Tiny:
         files = {f"{self.version.folder}/{name}": of for name, of in self.files().items()}
         path.write_bytes(tar_gz(files))
         return path
+
+    def assert_in(self, data: Dataset) -> None:
+        for split, rows in ((data.train, slice(12)), (data.test, slice(12, None))):
+            np.testing.assert_array_equal(split.image, self.image[rows])
+            np.testing.assert_array_equal(split.label, self.label[rows])
+            assert (split.image.dtype, split.label.dtype) == (np.uint8, np.int32)
+        assert (data.name, data.classes, data.fallback_reason) == ("cifar10", CLASSES, "")
 
 
 def tar_gz(files: dict[str, bytes]) -> bytes:

@@ -7,18 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import conv, float64, norm, windows
 
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 
 NORM = functools.partial(nn.BatchNorm, momentum=0.75, epsilon=1e-3)
-SMALL = {
-    "filters": (2, 3),
-    "kernels": (3, 2),
-    "strides": (2, 1),
-    "dense": (7, 5),
-    "dropout": (0.0, 0.0),
-    "norm_dense": (True, True),
-}
+SMALL = {"filters": (2, 3), "kernels": (3, 2), "strides": (2, 1), "dense": (7, 5)}
 
 
 def shapes(model, side=32, channels=3):
@@ -28,52 +22,31 @@ def shapes(model, side=32, channels=3):
 
 def random(model, side, channels):
     """Variables: no scale of one or shift of zero hides a mistake."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.uniform(0.2, 1.0, leaf.shape).astype(np.float32),
-        shapes(model, side, channels),
-    )
+    draw, like = np.random.default_rng(0).uniform, shapes(model, side, channels)
+    return jax.tree.map(lambda leaf: draw(0.2, 1.0, leaf.shape).astype(np.float32), like)
 
 
 def reference(variables, x, *, placement, pooling, norm_dense, activation):
     """The evaluated network in float64, layer by layer."""
-    variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
-    params, stats = variables["params"], variables["batch_stats"]
+    params, stats = (float64(variables[name]) for name in ("params", "batch_stats"))
 
-    def norm(x, name, where, wanted=True):
-        if where != placement or not wanted:
-            return x
-        p, s = params[f"{name}_norm"], stats[f"{name}_norm"]
-        return (x - s["mean"]) / np.sqrt(s["var"] + 1e-3) * p["scale"] + p["bias"]
+    def normed(x, layer, where, wanted=True):
+        name = f"{layer}_norm"
+        return norm(x, params[name], stats[name], 1e-3) if wanted and where == placement else x
 
-    def conv(x, name, kernel, stride):
-        weight = params[name]["kernel"]
-        side = (x.shape[1] - kernel) // stride + 1
-        out = np.zeros((len(x), side, side, weight.shape[-1]))
-        for i in range(side):
-            for j in range(side):
-                patch = x[:, i * stride : i * stride + kernel, j * stride : j * stride + kernel]
-                out[:, i, j] = np.tensordot(patch, weight, 3)
-        return out + params[name]["bias"]
-
-    for i, (kernel, stride) in enumerate(zip(SMALL["kernels"], SMALL["strides"], strict=True)):
-        x = norm(x, f"conv{i}", "pre")
-        x = conv(x, f"conv{i}", kernel, stride if pooling == "none" else 1)
-        x = norm(activation(norm(x, f"conv{i}", "before")), f"conv{i}", "after")
-        if pooling != "none" and stride > 1:
-            side = x.shape[1] // stride
-            x = x[:, : side * stride, : side * stride]
-            windows = x.reshape(len(x), side, stride, side, stride, -1)
-            x = windows.max((2, 4)) if pooling == "max" else windows.mean((2, 4))
+    for i, stride in enumerate(SMALL["strides"]):
+        name = f"conv{i}"
+        x = conv(normed(x, name, "pre"), params[name], stride if pooling == "none" else 1)
+        x = normed(activation(normed(x, name, "before")), name, "after")
+        if pooling != "none":
+            squares = windows(x, stride, stride)
+            x = squares.max((3, 4)) if pooling == "max" else squares.mean((3, 4))
     x = x.reshape(len(x), -1)
-    inputs = [True, *norm_dense]
-    for name, has_norm, normed in zip(
-        ("dense0", "dense1", "logits"), (*norm_dense, False), inputs, strict=True
-    ):
-        x = norm(x, name, "pre", normed) @ params[name]["kernel"] + params[name]["bias"]
+    places = zip(("dense0", "dense1", "logits"), (True, *norm_dense), (*norm_dense, 0), strict=True)
+    for name, before, after in places:
+        x = normed(x, name, "pre", before) @ params[name]["kernel"] + params[name]["bias"]
         if name != "logits":
-            x = activation(norm(x, name, "before", has_norm))
-            x = norm(x, name, "after", has_norm)
+            x = normed(activation(normed(x, name, "before", after)), name, "after", after)
     return x
 
 
@@ -100,12 +73,10 @@ def test_the_tutorials_network_has_its_27_9_million_parameters():
     conv = 3 * 3 * (3 * 30 + 30 * 50 + 50 * 60) + 30 + 50 + 60
     dense = 7260 * 3500 + 3500 + 3500 * 700 + 700 + 700 * 10 + 10
     scale_shift = 2 * (3 + 30 + 50 + 7260 + 3500 + 700)
-    count = {
-        norm: sum(leaf.size for leaf in jax.tree.leaves(shapes(ConvNet(norm=norm))["params"]))
-        for norm in (None, NORM)
-    }
-    assert count == {None: conv + dense, NORM: conv + dense + scale_shift}
-    assert f"{count[NORM] / 1e6:.1f}" == "27.9"
+    for kind, wanted in ((None, conv + dense), (NORM, conv + dense + scale_shift)):
+        params = jax.tree.leaves(shapes(ConvNet(norm=kind))["params"])
+        assert sum(leaf.size for leaf in params) == wanted
+    assert f"{wanted / 1e6:.1f}" == "27.9"
 
 
 def test_weights_are_glorot_uniform_and_biases_zero():
@@ -113,34 +84,26 @@ def test_weights_are_glorot_uniform_and_biases_zero():
     params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     for name, fan_in, fan_out in (("conv1", 9 * 30, 9 * 50), ("dense1", 350, 200)):
         kernel, limit = np.asarray(params[name]["kernel"]), np.sqrt(6 / (fan_in + fan_out))
-        assert np.abs(kernel).max() == pytest.approx(limit, rel=1e-2)
-        assert np.abs(kernel).max() <= limit
+        assert 0.99 * limit < np.abs(kernel).max() <= limit
         assert kernel.std() == pytest.approx(limit / np.sqrt(3), rel=2e-2)
         assert not np.any(params[name]["bias"])
 
 
 def test_dropout_drops_the_right_share_in_training_only():
-    model = ConvNet(
-        filters=(), kernels=(), strides=(), dense=(20000, 8), dropout=(0.4, 0.0), classes=2
-    )
+    no_conv = {"filters": (), "kernels": (), "strides": ()}
+    model = ConvNet(**no_conv, dense=(20000, 8), dropout=(0.4, 0.0), classes=2)
     x, variables = jnp.ones((1, 2, 2, 1)), random(model, 2, 1)
     options = {"capture_intermediates": lambda module, _: isinstance(module, nn.Dropout)}
-    shares = []
-    for train in (True, False):
+    for train, share in ((True, 0.4), (False, 0.0)):
         key = {"dropout": jax.random.key(1)}
         _, seen = model.apply(variables, x, train=train, rngs=key, mutable=[], **options)
         (out,) = (leaf for leaf in jax.tree.leaves(seen) if leaf.shape[1] == 20000)
-        shares.append(float((out == 0).mean()))
-    assert shares == [pytest.approx(0.4, abs=0.02), 0.0]
+        assert float((out == 0).mean()) == pytest.approx(share, abs=0.02 * train)
 
 
-def test_any_size_and_channels_and_low_precision():
-    variables = shapes(ConvNet(**SMALL, norm=NORM), side=17, channels=1)
-    assert variables["params"]["conv0"]["kernel"].shape == (3, 3, 1, 2)
+def test_parameters_and_logits_are_float32_in_low_precision():
     model = ConvNet(**SMALL, norm=NORM, dtype=jnp.bfloat16)
-    variables = shapes(model, 11, 2)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    found = jax.eval_shape(
-        functools.partial(model.apply, train=False), variables, jnp.ones((2, 11, 11, 2))
-    )
-    assert found.dtype == jnp.float32
+    run = functools.partial(model.apply, train=False)
+    found = jax.eval_shape(run, shapes(model, 11, 2), jnp.ones((2, 11, 11, 2)))
+    leaves = jax.tree.leaves((found, shapes(model, 11, 2)))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}

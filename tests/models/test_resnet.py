@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from by_hand import conv, float64, norm, windows
 
 from bnjax import norms
 from bnjax.clinic import linen
@@ -60,53 +61,38 @@ def logits(model, params, stats, images=IMAGES):
     return run(params, stats, {"image": images})[0]
 
 
-def windows(x, side, stride, fill):
-    """The patches [n, h, w, side, side, c] of images with as much of `fill` around as torch has."""
-    edge = (side // 2, side // 2)
-    x = np.pad(x, ((0, 0), edge, edge, (0, 0)), constant_values=fill)
-    patches = np.lib.stride_tricks.sliding_window_view(x, (side, side), (1, 2))
-    return patches[:, ::stride, ::stride].transpose(0, 1, 2, 4, 5, 3)
-
-
 def reference(model, params, stats, x):
     """The evaluated network in float64, layer by layer."""
-    params, stats = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, stats))
+    is_pre, is_large = model.placement == "pre", model.stem == "imagenet"
 
-    def norm(x, where, name):
-        p, s = params, stats
-        for step in (*where, name):
-            p, s = p[step], s[step]
-        return (x - s["mean"]) / np.sqrt(s["var"] + 1e-5) * p["scale"] + p["bias"]
-
-    def conv(x, kernel, stride=1):
-        return np.tensordot(windows(x, len(kernel), stride, 0), kernel, 3)
+    def normed(x, name, params=params, stats=stats):
+        return norm(x, params[name], stats[name], 1e-5)
 
     def relu(x):
         return np.maximum(x, 0)
 
-    is_pre, is_large = model.placement == "pre", model.stem == "imagenet"
-    x = conv(x, params["stem"]["kernel"], 2 if is_large else 1)
-    x = x if is_pre else relu(norm(x, (), "stem_norm"))
-    x = windows(x, 3, 2, -np.inf).max((3, 4)) if is_large else x
-    for name in (f"stage{s + 1}_block{b}" for s, n in enumerate(model.stages) for b in range(n)):
-        own, short, stride = params[name], x, 2 if name == "stage2_block0" else 1
-        strides = {"conv2" if model.bottleneck else "conv1": stride}
-        for key in ("conv1", "conv2", "conv3")[: 3 if model.bottleneck else 2]:
-            x = relu(norm(x, [name], f"{key}_norm")) if is_pre else x
-            if is_pre and key == "conv1" and "shortcut" in own:
-                short = x
-            x = conv(x, own[key]["kernel"], strides.get(key, 1))
+    x = conv(x, params["stem"], 2, 3) if is_large else conv(x, params["stem"], 1, 1)
+    x = x if is_pre else relu(normed(x, "stem_norm"))
+    x = windows(x, 3, 2, 1, -np.inf).max((3, 4)) if is_large else x
+    for block in (f"stage{s + 1}_block{b}" for s, n in enumerate(model.stages) for b in range(n)):
+        own, stride, short = (params[block], stats[block]), 2 if block == "stage2_block0" else 1, x
+        names = ("conv1", "conv2", "conv3") if model.bottleneck else ("conv1", "conv2")
+        for i, name in enumerate(names):
+            x = relu(normed(x, f"{name}_norm", *own)) if is_pre else x
+            short = x if is_pre and i == 0 and "shortcut" in own[0] else short
+            is_strided, edge = i == model.bottleneck, len(own[0][name]["kernel"]) // 2
+            x = conv(x, own[0][name], stride if is_strided else 1, edge)
             if not is_pre:
-                x = norm(x, [name], f"{key}_norm")
-                x = x if f"conv{int(key[-1]) + 1}" not in own else relu(x)
-        if "shortcut" in own:
-            short = conv(short, own["shortcut"]["kernel"], stride)
-            short = short if is_pre else norm(short, [name], "shortcut_norm")
+                x = normed(x, f"{name}_norm", *own)
+                x = x if name == names[-1] else relu(x)
+        if "shortcut" in own[0]:
+            short = conv(short, own[0]["shortcut"], stride)
+            short = short if is_pre else normed(short, "shortcut_norm", *own)
         elif short.shape != x.shape:
             zeros = np.zeros((*x.shape[:3], x.shape[3] - short.shape[3]))
             short = np.concatenate([short[:, ::stride, ::stride], zeros], 3)
         x = short + x if is_pre else relu(short + x)
-    x = relu(norm(x, (), "last_norm")) if is_pre else x
+    x = relu(normed(x, "last_norm")) if is_pre else x
     return x.mean((1, 2)) @ params["logits"]["kernel"] + params["logits"]["bias"]
 
 
@@ -117,7 +103,7 @@ def test_the_network_equals_float64_by_hand(variant, placement):
     model = ResNet(**SMALL | VARIANTS[variant] | pixels, placement=placement)
     params, stats = trained(model)
     standard = (IMAGES.astype(np.float64) - pixels["mean"]) / pixels["std"]
-    wanted = reference(model, params, stats, standard)
+    wanted = reference(model, *float64((params, stats)), standard)
     # A logit is as inexact as the largest, since what is summed is.
     largest = np.abs(wanted).max()
     np.testing.assert_allclose(logits(model, params, stats), wanted, atol=3e-5 * largest)
@@ -157,16 +143,11 @@ def test_each_block_starts_as_its_shortcut_and_is_not_dead(norm, placement):
         assert np.any(last["kernel" if placement == "pre" else "scale"])
 
 
-@pytest.mark.parametrize(
-    ("norm", "placement"),
-    [
-        (None, "before"),
-        (None, "pre"),
-        (norms.build("none"), "pre"),
-        (nn.BatchNorm, "before"),
-        (norms.build("layer"), "pre"),
-    ],
-)
+OTHER_NORMS = [(None, "before"), (None, "pre")]
+OTHER_NORMS += [(nn.BatchNorm, "before"), (norms.build("layer"), "pre")]
+
+
+@pytest.mark.parametrize(("norm", "placement"), OTHER_NORMS)
 def test_any_norm_and_low_precision(norm, placement):
     model = ResNet(**SMALL | {"norm": norm}, placement=placement, dtype=jnp.bfloat16)
     params, stats = trained(model)
@@ -196,12 +177,11 @@ def test_padding_counts_for_nothing(placement):
 def test_every_norm_directly_after_a_convolution_folds(variant):
     model = ResNet(**SMALL | variant)
     params, stats = trained(model)
-    layers = linen(model, params, stats).norms({"image": IMAGES})
-    network, norms = plan(linen(model, params, stats), IMAGES)
+    network, folded = plan(linen(model, params, stats), IMAGES)
     after = logits(network.model, network.params, network.batch_stats)
     assert difference(logits(model, params, stats), after) < 1e-5
-    found = {".".join(one.norm): ".".join(one.layer) for one in norms if one.layer}
-    names = [layer.name for layer in layers]
+    found = {".".join(one.norm): ".".join(one.layer) for one in folded if one.layer}
+    names = [layer.name for layer in linen(model, params, stats).norms({"image": IMAGES})]
     if model.placement == "pre":
         wanted = {name: name.replace("conv2_norm", "conv1") for name in names if "conv2" in name}
     else:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from by_hand import conv, float64, norm, windows
 from scipy.special import erf
 
 from bnjax.models.convnet import ACTIVATIONS
@@ -23,16 +24,10 @@ NORM = partial(BatchNorm, momentum=0.6, epsilon=1e-12, use_scale=False)
 MODEL = SpeedNet(norm=NORM, widths=WIDTHS, mean=MEAN, std=STD, activation=ACTIVATIONS["silu"])
 
 
-def patches(images, side):
-    """Every square of pixels as a row [n, h - side + 1, w - side + 1, side * side * c]."""
-    windows = np.lib.stride_tricks.sliding_window_view(images, (side, side), (1, 2))
-    return np.moveaxis(windows, 3, -1).reshape(*windows.shape[:3], -1)
-
-
 def test_the_outputs_of_the_whitening_filters_have_unit_covariance():
     filters = np.asarray(whitening(IMAGES), np.float64)
     assert filters.shape == (2, 2, 3, 24)
-    rows = patches(IMAGES.astype(np.float64), 2).reshape(-1, 12)
+    rows = windows(IMAGES.astype(np.float64), 2).reshape(-1, 12)
     eigenvalues = np.linalg.eigvalsh(np.cov(rows.T, bias=True))
     found = np.cov((rows @ filters.reshape(12, 24)[:, :12]).T, bias=True)
     # What is added to the eigenvalues, 5e-4, leaves a little less than 1.
@@ -46,8 +41,7 @@ def test_initial_kernels_copy_channels_or_are_as_torch_draws_them(inputs, output
     kernel = np.asarray(dirac(jax.random.key(0), (3, 3, inputs, outputs)))
     passed = min(inputs, outputs)
     x = RNG.normal(size=(2, 6, 5, inputs))
-    windows = patches(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3)
-    y = windows @ kernel.reshape(-1, outputs)
+    y = conv(x, {"kernel": kernel}, edge=1)
     np.testing.assert_allclose(y[..., :passed], x[..., :passed], atol=1e-7)
     large = np.asarray(dirac(jax.random.key(1), (3, 3, 4, 2000)))[..., 4:]
     assert abs(large).max() <= 1 / 6
@@ -64,32 +58,20 @@ def test_a_maximum_cuts_off_what_is_left_over(train):
     np.testing.assert_allclose(found[1, 1, 2], x[1, 3:6, 6:9].max((0, 1)), rtol=1e-6)
 
 
-def reference(params, stats, images):
+def reference(params, stats, x):
     """The logits in evaluation, from the definition."""
 
-    def pooled(x, side):
-        n, h, w, c = x.shape
-        x = x[:, : h // side * side, : w // side * side]
-        return x.reshape(n, h // side, side, w // side, side, c).max((2, 4))
-
     def normed(x, name):
-        of, bias = stats[name], params[name]["bias"]
-        y = (x - of["mean"]) / np.sqrt(of["var"] + 1e-12) + bias
+        y = norm(x, params[name], stats[name], 1e-12)
         return y / (1 + np.exp(-y))
 
-    def convolved(x, name):
-        kernel = params[name]["kernel"]
-        wide = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return patches(wide, 3) @ kernel.reshape(-1, kernel.shape[-1])
-
-    x = (images - np.array(MEAN)) / np.array(STD)
-    whiten = params["whiten"]
-    x = patches(x, 2) @ whiten["kernel"].reshape(12, 24) + whiten["bias"]
+    x = conv((x - np.array(MEAN)) / np.array(STD), params["whiten"])
     x = x * (1 + erf(x / 2**0.5)) / 2
     for i in range(len(WIDTHS)):
-        x = normed(pooled(convolved(x, f"group{i}_conv0"), 2), f"group{i}_conv0_norm")
-        x = normed(convolved(x, f"group{i}_conv1"), f"group{i}_conv1_norm")
-    x = pooled(x, 3).reshape(len(images), -1)
+        x = windows(conv(x, params[f"group{i}_conv0"], edge=1), 2, 2).max((3, 4))
+        x = normed(x, f"group{i}_conv0_norm")
+        x = normed(conv(x, params[f"group{i}_conv1"], edge=1), f"group{i}_conv1_norm")
+    x = windows(x, 3, 3).max((3, 4)).reshape(len(x), -1)
     return x @ params["logits"]["kernel"] / WIDTHS[-1]
 
 
@@ -99,10 +81,8 @@ def test_the_network_is_its_definition():
     _, written = update(variables, IMAGES)
     params = jax.tree.map(lambda leaf: leaf + 0.1, variables["params"])  # biases are 0 at first
     found = jax.jit(partial(MODEL.apply, train=False))({"params": params, **written}, IMAGES)
-    exact = jax.tree.map(np.float64, (params, written["batch_stats"]))
-    np.testing.assert_allclose(
-        found, reference(*exact, IMAGES.astype(np.float64)), rtol=1e-4, atol=1e-3
-    )
+    wanted = reference(*float64((params, written["batch_stats"], IMAGES)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_the_whitening_is_of_the_images_of_init_and_is_not_trained():

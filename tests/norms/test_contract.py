@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations import start, train
 from wrappers import WRAPPERS, run
 
 from bnjax import norms
@@ -33,26 +34,18 @@ def images(seed=0):
 def trained(name):
     """Returns a norm and variables that are not the initial ones."""
     norm = make(name)
-    variables = norm.init(jax.random.key(0), images(), use_running_average=True)
-    params = jax.tree.map(
+    variables = start(norm, images())
+    variables["params"] = jax.tree.map(
         lambda leaf: leaf + 0.5 * jnp.arange(leaf.size).reshape(leaf.shape) / leaf.size,
-        variables.get("params", {}),
+        variables["params"],
     )
-    variables = {"batch_stats": {}, **variables, "params": params}
     for seed in range(3):
-        variables = {**variables, **step(norm, variables, images(seed))[1]}
+        _, variables = train(norm, variables, images(seed))
     return norm, variables
 
 
-@partial(jax.jit, static_argnums=0)
-def step(norm, variables, x, mask=None):
-    return norm.apply(variables, x, use_running_average=False, mask=mask, mutable=["batch_stats"])
-
-
 def close(actual, expected, rtol=1e-5, atol=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected
-    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected)
 
 
 @EVERY_NORM
@@ -60,12 +53,11 @@ def close(actual, expected, rtol=1e-5, atol=1e-5):
 def test_shapes_and_dtypes(name, dtype):
     norm, variables = trained(name)
     x = images().astype(dtype)
-    y, updated = jax.eval_shape(partial(step, norm), variables, x)
+    y, updated = jax.eval_shape(partial(train, norm), variables, x)
     evaluated = jax.eval_shape(partial(norm.apply, use_running_average=True), variables, x)
     assert y.shape == evaluated.shape == SHAPE
     assert y.dtype == evaluated.dtype == jnp.float32
-    shapes = jax.tree.map(jnp.shape, updated.get("batch_stats", {}))
-    assert shapes == jax.tree.map(jnp.shape, variables["batch_stats"])
+    assert jax.tree.map(jnp.shape, updated) == jax.tree.map(jnp.shape, variables)
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(updated))
 
 
@@ -77,8 +69,7 @@ def test_gradients_are_finite_even_of_constant_images_and_padding(name):
     @jax.jit
     @partial(jax.grad, argnums=(0, 1))
     def gradient(params, x, mask):
-        y, _ = step(norm, {**variables, "params": params}, x, mask)
-        return jnp.sum(jnp.sin(y))
+        return jnp.sum(jnp.sin(train(norm, variables | {"params": params}, x, mask)[0]))
 
     for real in (16, 11, 1, 0):
         found = gradient(variables["params"], x, np.arange(16) < real)
@@ -98,8 +89,8 @@ def test_masking_equals_dropping_the_rows(name):
         @jax.jit
         @partial(jax.grad, argnums=(0, 1), has_aux=True)
         def gradient(params, x):
-            y, updated = step(norm, {**variables, "params": params}, x, mask)
-            return jnp.sum(jnp.sin(y[kept])), (y[kept], updated)
+            y, updated = train(norm, variables | {"params": params}, x, mask)
+            return jnp.sum(jnp.sin(y[kept])), (y[kept], updated["batch_stats"])
 
         (dparams, dx), found = gradient(variables["params"], x)
         return dparams, dx[kept], found
@@ -112,9 +103,9 @@ def test_fewer_than_two_real_values_leave_the_statistics_alone(name):
     norm, variables = trained(name)
     for real in (0, 1):
         mask = np.arange(16 * 9).reshape(16, 3, 3, 1) < real
-        y, updated = step(norm, variables, images(), mask)
+        y, updated = train(norm, variables, images(), mask)
         assert np.isfinite(y).all()
-        close(updated.get("batch_stats", {}), variables["batch_stats"], rtol=0, atol=0)
+        close(updated, variables, rtol=0, atol=0)
 
 
 @EVERY_NORM
@@ -122,9 +113,8 @@ def test_positions_can_be_masked(name):
     norm, variables = trained(name)
     mask = np.ones((16, 3, 3, 1), bool)
     mask[:, 2] = False
-    y, updated = step(norm, variables, images(), mask)
-    y_kept, updated_kept = step(norm, variables, images()[:, :2])
-    close((y[:, :2], updated), (y_kept, updated_kept))
+    y, updated = train(norm, variables, images(), mask)
+    close((y[:, :2], updated), train(norm, variables, images()[:, :2]))
 
 
 @EVERY_NORM
@@ -150,8 +140,8 @@ ACROSS_DEVICES = [
 def across(name, wrapper):
     def layer(axis_name):
         def apply(variables, batch):
-            y, updated = step(make(name, axis_name), variables, *batch)
-            return updated.get("batch_stats", {}), y
+            y, updated = train(make(name, axis_name), variables, *batch)
+            return updated["batch_stats"], y
 
         return apply
 
