@@ -118,14 +118,13 @@ def shown(cell, kind):
 
 
 def accuracies(cell):
-    return [
-        float(found) for found in re.findall(r"(?:accuracy|statistics) ([\d.]+)", printed(cell))
-    ]
+    return [float(x) for x in re.findall(r"(?:accuracy|statistics) ([\d.]+)", printed(cell))]
 
 
-def test_the_notebook_is_small_valid_and_without_outputs():
-    assert pages.NOTEBOOK.stat().st_size < 60_000
-    notebook = read_notebook()
+def test_the_notebook_is_small_valid_without_outputs_and_has_the_address_in_pyproject():
+    text, notebook = pages.NOTEBOOK.read_text(), read_notebook()
+    assert text == pages.with_address(text, pages.repository()), "run python scripts/pages.py"
+    assert len(text) < 60_000
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)  # which has ids
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
@@ -133,22 +132,14 @@ def test_the_notebook_is_small_valid_and_without_outputs():
         assert cell.cell_type == "markdown" or (not cell.outputs and cell.execution_count is None)
 
 
-def test_the_notebook_has_the_address_in_pyproject():
-    text = pages.NOTEBOOK.read_text()
-    assert text == pages.with_address(text, pages.repository()), "run python scripts/pages.py"
-
-
 def test_an_address_fills_in_the_one_value_and_adds_a_badge():
     text = pages.with_address(pages.NOTEBOOK.read_text(), "")
-    title, parameters = (cell.source for cell in nbformat.reads(text, 4).cells[:2])
-    assert 'REPO = ""' in parameters
-    assert "colab.research" not in title
     filled_in = pages.with_address(text, ADDRESS)
-    title, parameters = (cell.source for cell in nbformat.reads(filled_in, 4).cells[:2])
-    assert f'REPO = "{ADDRESS}"' in parameters
-    assert title.endswith(
-        "(https://colab.research.google.com/github/someone/bnjax/blob/main/scripts/colab.ipynb)"
-    )
+    badge = "(https://colab.research.google.com/github/someone/bnjax/blob/main/scripts/colab.ipynb)"
+    for notebook, address in ((text, ""), (filled_in, ADDRESS)):
+        title, parameters = (cell.source for cell in nbformat.reads(notebook, 4).cells[:2])
+        assert f'REPO = "{address}"' in parameters
+        assert title.endswith(badge) == ("colab.research" in title) == bool(address)
     assert pages.with_address(filled_in, ADDRESS) == filled_in
     assert pages.with_address(filled_in, "") == text
 
@@ -164,43 +155,54 @@ def test_colab_has_the_packages_that_bnjax_requires():
     assert [name for name, versions in wanted.items() if has[name] not in versions] == []
 
 
-def installing(address):
-    """Returns the notebook up to the installation, with an address."""
-    notebook = nbformat.reads(pages.with_address(pages.NOTEBOOK.read_text(), address), 4)
-    (last,) = (i for i, cell in enumerate(notebook.cells) if cell.id == "install")
-    del notebook.cells[last + 1 :]
-    return notebook
+@pytest.fixture
+def install(execute, tmp_path):
+    """Executes the notebook up to the installation in a folder, with an address."""
+
+    def run(address, **variables):
+        notebook = nbformat.reads(pages.with_address(pages.NOTEBOOK.read_text(), address), 4)
+        (last,) = (i for i, cell in enumerate(notebook.cells) if cell.id == "install")
+        del notebook.cells[last + 1 :]
+        return execute(notebook, tmp_path, **variables)
+
+    return run
 
 
-def test_outside_a_clone_the_address_is_installed(execute, tmp_path):
-    assert execute(installing(ADDRESS), tmp_path) == f"install -q git+{ADDRESS}"
+@pytest.mark.parametrize("missing", [{}, {"HIDE_JAX": "1"}], ids=["JAX is there", "no JAX"])
+def test_outside_a_clone_the_address_is_installed(install, missing):
+    assert install(ADDRESS, **missing) == f"install -q git+{ADDRESS}"
 
 
-def test_a_clone_beside_the_notebook_is_installed(execute, tmp_path):
+def test_a_clone_beside_the_notebook_is_installed(install, tmp_path):
     """Python finds the folder of the clone, which has no bnjax/__init__.py, as a package."""
     (tmp_path / "bnjax").mkdir()
     (tmp_path / "bnjax" / "bnjax").symlink_to(ROOT / "bnjax")
-    assert execute(installing(""), tmp_path) == f"install -q {tmp_path / 'bnjax'}"
+    assert install("") == f"install -q {tmp_path / 'bnjax'}"
 
 
-def test_where_jax_is_missing_it_is_installed_with_bnjax(execute, tmp_path):
-    assert execute(installing(ADDRESS), tmp_path, HIDE_JAX="1") == f"install -q git+{ADDRESS}"
+@pytest.mark.parametrize(
+    ("address", "variables", "said"),
+    [
+        ("", {}, "REPO is empty: set it to the https address"),
+        (ADDRESS, {"REPLACE_JAX": "1"}, "JAX was replaced"),
+    ],
+)
+def test_no_address_and_an_installation_that_replaces_jax_are_errors(
+    install, address, variables, said
+):
+    with pytest.raises(CellExecutionError, match=said):
+        install(address, **variables)
 
 
-def test_outside_a_clone_a_missing_address_is_an_error(execute, tmp_path):
-    with pytest.raises(CellExecutionError, match="REPO is empty: set it to the https address"):
-        execute(installing(""), tmp_path)
-
-
-def test_an_installation_that_replaces_jax_is_an_error(execute, tmp_path):
-    with pytest.raises(CellExecutionError, match="JAX was replaced"):
-        execute(installing(ADDRESS), tmp_path, REPLACE_JAX="1")
-
-
-def test_the_network_falls_into_the_trap(executed):
-    training, stored = accuracies(executed["trap"])
+def test_the_network_falls_into_the_trap_and_both_cures_help(executed):
+    training, trapped = accuracies(executed["trap"])
     assert training > 0.9
-    assert stored < 0.3  # chance is 0.1
+    assert trapped < 0.3  # chance is 0.1
+    stored, precise = accuracies(executed["precise"])
+    assert precise > 0.9
+    assert precise > stored + 0.5
+    assert "healthy: nothing found" in shown(executed["precise"], "text/html")
+    assert min(accuracies(executed["momentum"])) > 0.85
 
 
 def test_the_audit_is_a_table_with_the_finding(executed):
@@ -209,18 +211,6 @@ def test_the_audit_is_a_table_with_the_finding(executed):
     assert table.count(">not-converged</a>") >= 11  # a link in the row of each ill norm
     assert "the averages have not converged from their initial values" in table
     assert "44.8% (momentum ** updates) after 80" in table  # 0.99 ** 80
-
-
-def test_precise_statistics_are_better_than_stored_ones(executed):
-    stored, precise = accuracies(executed["precise"])
-    assert precise > 0.9
-    assert precise > stored + 0.5
-    assert "healthy: nothing found" in shown(executed["precise"], "text/html")
-
-
-def test_a_lower_momentum_avoids_the_trap(executed):
-    training, tested = accuracies(executed["momentum"])
-    assert min(training, tested) > 0.85
 
 
 def test_the_curves_with_and_without_bn_are_drawn(executed):
