@@ -1,11 +1,11 @@
 """Logits of exported networks are the network's, in processes without bnjax, or without JAX."""
 
-import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -45,10 +45,10 @@ SHAPE, SIZE = (12, 12, 3), 7
 # Any number of images: a program is compiled for each, so that few networks are tried with others.
 OTHER_SIZES = {"batch": (1, 32), "speednet, six views": (1, 32)}
 SMALL = {"filters": (4,), "kernels": (3,), "strides": (2,), "dense": (5,), "dropout": (0.0,)}
-net = functools.partial(ConvNet, **SMALL, norm_dense=(True,))
-batch, speednet = norms.build("batch"), functools.partial(SpeedNet, widths=(4,))
-before, after = (functools.partial(net, placement=place) for place in ("before", "after"))
-conv_only = functools.partial(before, norm_dense=(False,))
+net = partial(ConvNet, **SMALL, norm_dense=(True,))
+batch, group = norms.build("batch"), norms.build("group", groups=1)
+before, after = (partial(net, placement=place) for place in ("before", "after"))
+conv_only, speednet = partial(before, norm_dense=(False,)), partial(SpeedNet, widths=(4,))
 # Of each what it is, and how many of its norms are folded; None: no folding is asked for.
 NETWORKS = {
     "batch": (net(norm=batch), 3),
@@ -57,15 +57,14 @@ NETWORKS = {
     "speednet, six views": (with_views(speednet(norm=batch), 6), None),
     "residual, padded as by torch": (ResNet((1, 1), 4, torchvision=True), None),
     "residual, norms first": (PreActResNet(1, 4), 1),
-    "group": (net(norm=norms.build("group", groups=1), activation=nn.elu), None),
-    "after, avg, layer": (after(norm=norms.build("layer"), pooling="avg"), None),
+    "after, avg, group, elu": (after(norm=group, pooling="avg", activation=nn.elu), None),
 }
 
 
 def network(model):
     """Returns weights and statistics that training might have left: none are 0 or 1."""
     rng = np.random.default_rng(0)
-    init = functools.partial(init_variables, model, jax.random.key(0))
+    init = partial(init_variables, model, jax.random.key(0))
     params, batch_stats = jax.eval_shape(init, np.zeros((1, *SHAPE), np.uint8))
 
     def weight(path, leaf):
@@ -86,8 +85,7 @@ def expected(tmp_path_factory):
     for name, (model, count) in NETWORKS.items():
         variables = network(model)
         # In evaluation those of an image depend on no other.
-        evaluate = jax.jit(functools.partial(forward, model=model, train=False))
-        own, _ = evaluate(*variables, {"image": images})
+        own, _ = jax.jit(partial(forward, model=model, train=False))(*variables, {"image": images})
         folder, exported = tmp_path_factory.mktemp("model"), model
         if count is not None:
             folded, norms = plan(linen(model, *variables), images[:1])
