@@ -1,8 +1,7 @@
 """Checks that the clinic finds a norm and its inputs in a network of any library."""
 
 import numpy as np
-
-from bnjax import clinic
+from zoo.kit import precise
 
 
 def assert_norm_is_seen(network, images, *, added=0, gain=1, axes=(0,), follows_flag=True):
@@ -10,7 +9,7 @@ def assert_norm_is_seen(network, images, *, added=0, gain=1, axes=(0,), follows_
 
     The norm adds `added` to its input, and multiplies its output by `gain`.
     """
-    parts = [{"image": image} for image in np.split(images, [len(images) // 3])]
+    parts = [{"image": image} for image in np.split(images, 2)]
     (layer,), (in_training,) = (network.norms(parts[0], train=train) for train in (False, True))
     assert (layer.name, layer.axes, layer.by_batch) == ("norm", axes, False)
     assert sorted(layer.shape) == sorted((5, len(parts[0]["image"])))
@@ -18,7 +17,7 @@ def assert_norm_is_seen(network, images, *, added=0, gain=1, axes=(0,), follows_
     dense = network.params["dense"]
     x = np.float64(images.reshape(len(images), -1)) @ np.float64(dense["kernel"])
     x += np.float64(dense["bias"]) + added
-    found = clinic.precise(network, parts)
+    found = precise(network, parts)
     stats = found.batch_stats["norm"]
     np.testing.assert_allclose(stats["mean"], x.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats["var"], x.var(0), rtol=1e-5)

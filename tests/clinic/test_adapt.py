@@ -9,10 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from foreign import drawn
 from numpy_network import IMAGES, Net, in_numpy, padded
+from zoo.kit import precise
 
 from bnjax.clinic.adaptation import affine_only, tent, tent_step
 from bnjax.clinic.linen import linen
-from bnjax.clinic.statistics import precise
 
 PARAMS, STATS = drawn(Net(), IMAGES[:1])
 OLD = linen(Net(), PARAMS, STATS)

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 from patients import HEALTHY, ILL, Plain, given_to_first, images, plain, untold
-from zoo.kit import shared_jit
+from zoo.kit import audit, shared_jit
 
-from bnjax.clinic import Run, audit, linen
+from bnjax.clinic import Run, linen
 from bnjax.clinic.checks import ILLNESSES, depends, match
 from bnjax.clinic.measure import measure
 from bnjax.train_step import forward, init_variables
@@ -28,7 +28,7 @@ IN_ZOO += ("evaluated by the batch", "flag without effect", "AdamW on all", "LAR
 
 
 def examined(patient):
-    return audit(patient.network, patient.batches, patient.run, jit=shared_jit)
+    return audit(patient.network, patient.batches, patient.run)
 
 
 @functools.cache
@@ -274,7 +274,7 @@ def test_images_in_other_units_are_named_as_the_cause(factor, units, run):
     patient = plain(0)
     scaled = [(one["image"] * factor).astype(np.float32) for one in patient.batches]
     batches = [{"image": image} for image in scaled]
-    findings = audit(patient.network, batches, run, jit=shared_jit).found
+    findings = audit(patient.network, batches, run).found
     found = next(one for one in findings if one.id == "stale")
     assert f"these images have pixels from {units}, and" in found.measured
 
@@ -282,7 +282,7 @@ def test_images_in_other_units_are_named_as_the_cause(factor, units, run):
 def test_images_of_a_wrong_shape_are_named_with_the_leaves():
     patient = plain(0)
     batches = [one | {"image": one["image"][:, :4]} for one in patient.batches]
-    (found,) = audit(patient.network, batches, jit=shared_jit).found
+    (found,) = audit(patient.network, batches).found
     assert found.id == "unmatched-leaves"
     assert f"for images {[*batches[0]['image'].shape[1:]]}" in found.measured
     (found,) = findings_of("a leaf too few").found

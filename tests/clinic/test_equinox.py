@@ -11,7 +11,7 @@ import optax
 import pytest
 from numpy_network import padded
 from seen import assert_norm_is_seen
-from zoo.kit import shared_jit
+from zoo.kit import audit, precise
 
 from bnjax import clinic
 
@@ -42,9 +42,6 @@ def test_the_first_steps_of_debiased_averages(mode):
     """Equinox debiases an average of variances as if it started from 0, but it starts from 1."""
     model, start = eqx.nn.make_with_state(small)(jax.random.key(0), momentum=MOMENTUM, mode=mode)
     x, audited = jnp.asarray(data(1, 600)), [{"image": x} for x in data(2, 4)]
-    audit, precise = (
-        functools.partial(of, jit=shared_jit) for of in (clinic.audit, clinic.precise)
-    )
     each = functools.partial(jax.vmap, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
 
     @jax.jit
@@ -136,7 +133,7 @@ def test_padding_has_no_effect_on_an_adaptation():
     pair = (clinic.tent(network, [batch], tx=optax.sgd(0.1)) for batch in batches)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *pair)
     with pytest.raises(ValueError, match="takes no `mask`"):
-        clinic.audit(network, batches[:1])
+        audit(network, batches[:1])
 
 
 def test_norms_without_a_common_axis_need_a_call():

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from foreign import Lifted
 from numpy_network import padded
-from zoo.kit import shared_jit
+from zoo.kit import audit, precise, shared_jit
 
 from bnjax import clinic, compat
 from bnjax.clinic.folding import plan
@@ -110,7 +110,7 @@ def precise_in_float64(name, network, by):
 
     with compat.enable_x64(True):
         network, batches = jax.tree.map(exact, (network, batches_for(name)))
-        return clinic.precise(network, batches, by=by, jit=shared_jit).batch_stats
+        return precise(network, batches, by=by).batch_stats
 
 
 @pytest.mark.parametrize("source", ["linen", SLOW("nnx"), SLOW("equinox")])
@@ -118,7 +118,7 @@ def test_a_ported_network_has_the_same_statistics_and_logits_and_folds(source):
     made = networks()
     start = made[source]
     scales = jax.tree.map(lambda leaf: np.float32(RNG.normal(0, 0.5, leaf.shape)), start.params)
-    start = clinic.precise(start.replace(params=scales), batches_for(source), by="population")
+    start = precise(start.replace(params=scales), batches_for(source), by="population")
     truth = logits(source, start)
     exact = {by: precise_in_float64(source, start, by) for by in ("batch", "population")}
     for name, other in made.items():
@@ -263,13 +263,13 @@ def test_stacked_and_shared_norms_are_one_entry(library, how):
             x = np.maximum(y / np.sqrt(given[-1].var(1, keepdims=True) + 1e-5), 0)
     is_stacked = how in ("scan", "vmap")
     given = np.stack(given).reshape(len(given) if is_stacked else 1, -1, 12)
-    stats = flatten_dict(clinic.precise(network, PARTS, jit=shared_jit).batch_stats)
+    stats = flatten_dict(precise(network, PARTS).batch_stats)
     assert {path[:-1] for path in stats} == {layer.path}
     for name, wanted in (("mean", given.mean(1)), ("var", given.var(1))):
         found = stats[*layer.path, name]
         np.testing.assert_allclose(found, wanted.reshape(found.shape), rtol=1e-5, atol=1e-5)
     twice = () if is_stacked else ("updated-twice",)
-    assert clinic.audit(network, PARTS, jit=shared_jit).ids == ("never-updated", *twice)
+    assert audit(network, PARTS).ids == ("never-updated", *twice)
 
 
 class NnxDropping(nnx.Module):
@@ -313,11 +313,11 @@ def test_the_users_model_stays_as_it_is_and_the_key_of_dropout_decides(library):
         model = eqx.nn.make_with_state(equinox_dropping)(jax.random.key(0))
         network = clinic.equinox(*model)
     before, batch = bits(model), {"image": SMALL, "label": np.arange(16) % 4}
-    clinic.audit(network, [batch] * 2, jit=shared_jit)
-    clinic.gap(network, batch)
+    audit(network, [batch] * 2)
+    jax.jit(clinic.gap)(network, batch)
     clinic.tent(network, [batch], tx=optax.sgd(0.1), jit=shared_jit)
     clinic.fold(network, SMALL)
-    mended = clinic.precise(network, [batch], jit=shared_jit)
+    mended = precise(network, [batch])
     run = jax.jit(type(network).run, static_argnames="train")
     keys = map(jax.random.key, (0, 0, 1))
     first, again, other = (run(network, batch, train=True, dropout=key)[0] for key in keys)

@@ -11,10 +11,9 @@ import optax
 import pytest
 from flax import nnx
 from foreign import NETWORKS, drawn
-from zoo.kit import predicting
+from zoo.kit import audit, precise, predicting
 
 from bnjax import clinic
-from bnjax.clinic import precise
 from bnjax.clinic.linen import linen
 from bnjax.clinic.network import Network, check, nothing_seen
 from bnjax.norms import BatchNorm
@@ -97,8 +96,8 @@ def test_synced_norms_are_run_outside_of_their_axis(norm):
     model, batch = Synced(norm), {"image": IMAGES}
     variables = jax.jit(partial(init_variables, model))(jax.random.key(0), IMAGES[:2])
     network = clinic.linen(model, *variables)
-    assert "never-updated" in clinic.audit(network, [batch] * 2).ids
-    mended = clinic.precise(network, [batch])
+    assert "never-updated" in audit(network, [batch] * 2).ids
+    mended = precise(network, [batch])
     x = jax.jit(nn.Conv(4, (3, 3)).apply)({"params": network.params["conv"]}, IMAGES)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     close(mended.batch_stats["norm"]["mean"], np.float64(x).mean((0, 1, 2)))
@@ -133,7 +132,7 @@ def test_flags_of_other_names(flag, monkeypatch):
     network = clinic.linen(Flagged(flag), **variables, **options)
     for train in (False, True):
         assert network.norms({"image": IMAGES}, train=train)[0].by_batch is train
-    mended = clinic.precise(network, [{"image": IMAGES}])
+    mended = precise(network, [{"image": IMAGES}])
     (mean,) = (leaf["mean"] for leaf in mended.batch_stats.values())
     np.testing.assert_allclose(mean, IMAGES.mean((0, 1, 2)), rtol=1e-5)
 
@@ -153,7 +152,7 @@ def test_a_model_of_nnx_trains_and_what_cannot_be_checked_is_said():
     _, new, _ = jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch)
     np.testing.assert_allclose(new["norm"]["mean"], 0.01 * IMAGES.mean((0, 1, 2)), rtol=1e-5)
     call = {"call": lambda model, x, train: model(x, train=train)}
-    findings = clinic.audit(linen(model, state.params, new, **call), [batch] * 4)
+    findings = audit(linen(model, state.params, new, **call), [batch] * 4)
     (entry,) = findings.not_checked
     assert not findings.healthy
     assert str(findings).endswith("nothing to audit")

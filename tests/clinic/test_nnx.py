@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from numpy_network import padded
 from seen import assert_norm_is_seen
+from zoo.kit import audit, precise
 
 from bnjax import clinic
 from bnjax.clinic.folding import difference, plan
@@ -106,15 +107,15 @@ def test_a_model_with_a_call_of_its_own_and_one_that_takes_masks():
     called, masked = clinic.nnx(Phased(), call), clinic.nnx(Phased())
     batches = [padded(IMAGES[:2], 4), padded(IMAGES[2:], 6)]
     for network in (called, masked):
-        found = clinic.precise(network, batches).batch_stats["norm"]
+        found = precise(network, batches).batch_stats["norm"]
         x = np.float64(IMAGES)
         np.testing.assert_allclose(found["mean"], x.mean((0, 1, 2)), rtol=1e-5)
         np.testing.assert_allclose(found["var"], x.var((0, 1, 2)), rtol=1e-5)
     for train in (False, True):
         assert [norm.by_batch for norm in called.norms(batches[0], train=train)] == [train]
-    assert clinic.audit(clinic.precise(masked, batches), batches).ids == ()
+    assert audit(precise(masked, batches), batches).ids == ()
     with pytest.raises(ValueError, match="takes no `mask`"):
-        clinic.audit(called, batches)
+        audit(called, batches)
 
 
 class OfLinen(nn.Module):
@@ -149,7 +150,7 @@ def bridged():
 )
 def test_what_cannot_be_done_is_said(make, words):
     with pytest.raises(ValueError, match=words):
-        clinic.precise(clinic.nnx(make()), BATCHES)
+        precise(clinic.nnx(make()), BATCHES)
 
 
 def test_a_norm_behind_a_layer_that_shares_its_kernel_stays():
@@ -157,7 +158,7 @@ def test_a_norm_behind_a_layer_that_shares_its_kernel_stays():
     second.kernel = first.kernel
     norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     model = nnx.Sequential(first, nnx.relu, second, norm, lambda x: x.mean((1, 2)))
-    mended = clinic.precise(clinic.nnx(model), BATCHES)
+    mended = precise(clinic.nnx(model), BATCHES)
     assert [one.layer for one in plan(mended, IMAGES).norms] == [None]
     x = second(nnx.relu(first(IMAGES)))
     found = mended.batch_stats["layers"]["3"]["mean"]
@@ -170,9 +171,9 @@ def test_a_norm_in_bfloat16_casts_its_input():
     x = (1000 + rng.normal(0, 1, (64, 1, 1, 48))).astype(np.float32)
     norm = BATCH_NORM(dtype=jnp.bfloat16, use_fast_variance=False)
     model = Wrapped(norm, lambda model, x: model.norm(x[:, :5]))
-    network = clinic.precise(clinic.nnx(model), [{"image": x}])
+    network = precise(clinic.nnx(model), [{"image": x}])
     assert network.norms({"image": x})[0].dtype == jnp.bfloat16
-    assert "low-precision" in clinic.audit(network, [{"image": x[:32]}, {"image": x[32:]}]).ids
+    assert "low-precision" in audit(network, [{"image": x[:32]}, {"image": x[32:]}]).ids
 
 
 def conv(inputs, filters, size, strides=1, **options):
@@ -221,7 +222,7 @@ def test_a_modern_network_is_made_precise_folded_and_healthy():
     model.train(momentum=0.0, use_fast_variance=False)
     model.drop.rate = 0.0
     nnx.jit(lambda model, x: model(x, True))(model, image)
-    mended = clinic.precise(network, batches[:1])
+    mended = precise(network, batches[:1])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, mended.batch_stats, clinic.nnx(model).batch_stats)
     leaves = {f"{name}.{leaf}" for name in names for leaf in ("mean", "var")}
@@ -233,5 +234,5 @@ def test_a_modern_network_is_made_precise_folded_and_healthy():
     folded.eval()
     logits, _ = mended.run(batches[0], train=False)
     assert difference(logits, folded(image, training=False)) < 1e-5
-    mended = clinic.precise(network, batches, by="population")
-    assert clinic.audit(mended, batches, clinic.Run(batch_size=16)).ids == ()
+    mended = precise(network, batches, by="population")
+    assert audit(mended, batches, clinic.Run(batch_size=16)).ids == ()

@@ -131,6 +131,7 @@ TWO = {"a": {"kernel": np.ones((2, 2))}, "b": {"kernel": np.ones((2, 2))}}
         (TWO, Table(flattened={"a": (2, 2, 2)}), r"does not fit flattened \[2, 2, 2\]"),
         ({"a": {"threshold": np.ones(3)}}, Table(), r"params\.a\.threshold.*no counterpart"),
         ({"a": {"scale": np.ones((3, 3))}}, Table(), "split layers that are stacked"),
+        ({"a": {"count": np.ones(3, int)}}, Table(), "split layers that are stacked"),
     ],
 )
 def test_what_does_not_fit_is_refused(params, table, words):

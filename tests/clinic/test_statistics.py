@@ -12,7 +12,7 @@ import pytest
 from foreign import NETWORKS, drawn
 from numpy_network import EPSILON, IMAGES, Net, Tiny, in_numpy, padded
 from wrappers import run
-from zoo.kit import shared_jit
+from zoo.kit import precise
 
 from bnjax import clinic
 from bnjax.clinic.network import nothing_seen
@@ -57,9 +57,8 @@ def assert_are(stats, wanted):
         assert np.max(np.abs(stats[name]["var"] - var) / scale) < 1e-5, name
 
 
-def precise(batches, model=None, params=PARAMS, stats=STATS, **options):
-    network = clinic.linen(model or Net(), params, stats)
-    return clinic.precise(network, batches, jit=shared_jit, **options).batch_stats
+def stats_of(batches, model=None, params=PARAMS, stats=STATS, **options):
+    return precise(clinic.linen(model or Net(), params, stats), batches, **options).batch_stats
 
 
 @pytest.mark.parametrize("by", ["batch", "population"])
@@ -73,7 +72,7 @@ def precise(batches, model=None, params=PARAMS, stats=STATS, **options):
 def test_against_numpy(norm, batches, keep, by):
     ddof = int(norm is UNBIASED)
     wanted = truth(by, ddof=ddof, keep=keep)
-    assert_are(precise(batches, Net(norm), by=by, keep=keep), wanted)
+    assert_are(stats_of(batches, Net(norm), by=by, keep=keep), wanted)
     other = truth({"batch": "population", "population": "batch"}[by], ddof=ddof)
     with pytest.raises(AssertionError):  # the two meanings are told apart here
         assert_are({name: {"mean": m, "var": v} for name, (m, v) in other.items()}, wanted)
@@ -82,7 +81,7 @@ def test_against_numpy(norm, batches, keep, by):
 def test_means_far_from_zero_and_batches_that_can_be_gone_through_once():
     params = {**PARAMS, "conv": {**PARAMS["conv"], "bias": PARAMS["conv"]["bias"] + 300}}
     (mean, var) = truth("batch", params=params)["first"]
-    found = precise(iter(PLAIN), params=params)["first"]
+    found = stats_of(iter(PLAIN), params=params)["first"]
     # A float32 of 300 is known to 1.5e-5, whatever is done with it.
     np.testing.assert_allclose(found["mean"], mean, rtol=1e-6)
     np.testing.assert_allclose(found["var"], var, rtol=1e-3)
@@ -114,7 +113,7 @@ def test_a_norm_that_is_called_twice_has_the_moments_of_both_in_evaluation():
     model, images = NETWORKS["shared"], np.random.default_rng(0).random((6, 8, 8, 3), np.float32)
     params, stats = drawn(model, images[:1])
     batches = [padded(images[:4], 4), padded(images[4:], 4)]
-    found = precise(batches, model, params, stats, by="population")
+    found = stats_of(batches, model, params, stats, by="population")
     _, seen = model.apply(
         {"params": params, "batch_stats": found},
         images,
@@ -141,7 +140,7 @@ def test_a_norm_that_is_called_twice_has_the_moments_of_both_in_evaluation():
 )
 def test_what_cannot_be_done_is_refused(batches, options, words):
     with pytest.raises(ValueError, match=words):
-        precise(batches, **options)
+        stats_of(batches, **options)
 
 
 class Spectral(nn.Module):
@@ -155,7 +154,7 @@ class Spectral(nn.Module):
 
 def test_other_leaves_stay_as_they_were():
     params, stats = drawn(Spectral(), IMAGES[:1])
-    mended = clinic.precise(clinic.linen(Spectral(), params, stats), [{"image": IMAGES}])
+    mended = precise(clinic.linen(Spectral(), params, stats), [{"image": IMAGES}])
     assert mended.params is params
     found = dict(mended.batch_stats)
     own, old = found.pop("BatchNorm_0"), stats.pop("BatchNorm_0")

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from patients import ILL, given_to_first, plain
+from zoo.kit import audit, precise
 
 from bnjax import clinic
 from bnjax.train_step import eval_step
@@ -28,12 +29,11 @@ def test_vital_signs_are_those_of_evaluation_with_three_statistics():
     found = clinic.vitals(HEALTHY, batch)
     assert all(type(value) is float for value in found.values())
     crossed = [
-        loss_of(clinic.precise(HEALTHY, [other]), half)
-        for half, other in (halves, reversed(halves))
+        loss_of(precise(HEALTHY, [other]), half) for half, other in (halves, reversed(halves))
     ]
     losses = {
         "stored": loss_of(HEALTHY, batch),
-        "batch": loss_of(clinic.precise(HEALTHY, [batch]), batch),
+        "batch": loss_of(precise(HEALTHY, [batch]), batch),
         "precise": np.mean(crossed),
     }
     for name, loss in losses.items():
@@ -113,15 +113,15 @@ SLOW = [
 @pytest.mark.parametrize("initial", [of_nnx, *SLOW])
 def test_what_a_user_did_between_two_networks(initial):
     initial = initial()
-    assert clinic.audit(initial, BATCHES).ids == ("never-updated",)
-    network = clinic.precise(stepped(1, initial, BATCHES[0]), BATCHES)
+    assert audit(initial, BATCHES).ids == ("never-updated",)
+    network = precise(stepped(1, initial, BATCHES[0]), BATCHES)
     for passes, found in ((1, ()), (2, ("updated-twice",))):
         run = clinic.Run(step=partial(stepped, passes))
-        assert clinic.audit(network, BATCHES, run).ids == found
+        assert audit(network, BATCHES, run).ids == found
     after = stepped(1, network, BATCHES[0])
     assert {leaf.split(".")[-1] for leaf in clinic.moved(network, after)} >= {"mean", "var"}
     run = clinic.Run(before=network, frozen=("*",))
-    assert clinic.audit(after, BATCHES, run).ids == ("moved-while-frozen",)
+    assert audit(after, BATCHES, run).ids == ("moved-while-frozen",)
 
 
 def test_a_healthy_network_passes_and_an_ill_one_is_described():

@@ -21,6 +21,9 @@ def shared_jit(function):
     return _COMPILED.setdefault(key, jax.jit(function))
 
 
+audit, precise = (functools.partial(of, jit=shared_jit) for of in (clinic.audit, clinic.precise))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patient:
     """What an audit takes.
@@ -45,7 +48,7 @@ class Patient:
         return self.having(run=dataclasses.replace(self.run, **changes))
 
     def recomputed(self) -> "Patient":
-        return self.having(network=clinic.precise(self.network, self.batches))
+        return self.having(network=precise(self.network, self.batches))
 
 
 def trained(network, seen, tx=None, start=None, **run):
@@ -63,7 +66,7 @@ def ids(patient):
         from zoo import kit_torch
 
         patient = kit_torch.ported(patient)
-    return clinic.audit(patient.network, patient.batches, patient.run, jit=shared_jit).ids
+    return audit(patient.network, patient.batches, patient.run).ids
 
 
 @functools.cache
