@@ -7,7 +7,7 @@ import jax
 
 from bnjax.clinic.checks import ILLNESSES, SECOND_BATCH, audit
 from bnjax.clinic.measure import Run
-from bnjax.clinic.network import Network
+from bnjax.clinic.network import SUPPORTED, Network
 from bnjax.clinic.statistics import Drift, Gap, drift, gap, put
 from bnjax.train_step import LossFn, softmax_cross_entropy
 from bnjax.types import Batch
@@ -37,7 +37,8 @@ def vitals(
         loss_fn: as for `bnjax.train_step.train_step`.
 
     Raises:
-        ValueError: if the number of examples is odd, or one half has only masked examples.
+        ValueError: if the number of examples is odd, one half has only masked examples, or the
+            network has no batch norm.
     """
     if len(batch["image"]) % 2:
         raise ValueError(
@@ -48,6 +49,8 @@ def vitals(
         return _compiled(network, batch, loss_fn=loss_fn)
 
     found, drifts = examine(network, batch, run)
+    if not drifts:
+        raise ValueError(f"there is nothing to measure: this needs {SUPPORTED} in the network")
     halves = [jax.tree.map(lambda leaf, i=i: leaf[i::2], dict(batch)) for i in (0, 1)]
     layers = network.norms(batch)
     precise = []

@@ -54,6 +54,11 @@ class Flagged(nn.Module):
         return nn.BatchNorm(not training)(nn.Dense(4)(flat(x)))
 
 
+class WithoutNorm(nn.Module):
+    def __call__(self, x, train):
+        return x.mean((1, 2))
+
+
 def flagged(scale):
     variables = Flagged().init(jax.random.key(0), BATCHES[0]["image"] / 255.0, training=False)
     return clinic.linen(Flagged(), **jax.tree.map(lambda leaf: scale * leaf, variables))
@@ -138,3 +143,8 @@ def test_a_healthy_network_passes_and_an_ill_one_is_described():
         clinic.assert_healthy(HEALTHY, BATCHES[:1])
     with pytest.raises(AssertionError, match="a checkpoint that fits the model"):
         clinic.assert_healthy(ill.replace(batch_stats={}), BATCHES, allow="missing-statistics")
+
+
+def test_a_network_without_norms_has_no_vital_signs():
+    with pytest.raises(ValueError, match="nothing to measure: this needs a batch norm"):
+        clinic.vitals(clinic.linen(WithoutNorm(), {}, {}), BATCHES[0])
