@@ -5,6 +5,7 @@ import html
 import math
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,9 @@ log(stored / expected variance); noise: standard error of a training batch's mea
 deviations; train/eval: ratio of the variances with and without dropout; dead: channels with
 constant output; n: values per channel in a training batch; moved: the share of the predicted
 probability that moves to other classes, compared with precise statistics"""
-PAGE = "docs/findings/{}.md"  # the page on a finding
+# The page on a finding. An installed package contains these pages; a checkout has them next to it.
+_HOME = Path(__file__).parents[1] / "docs"
+PAGE = f"{_HOME if _HOME.is_dir() else 'docs'}/findings/{{}}.md"
 
 
 class Illness(NamedTuple):
