@@ -112,6 +112,7 @@ class Trainer:
                     for seed, folder in folders.items()
                 ]
                 for start in sorted({seed.start for seed in seeds if not seed.ended}):
+                    # Several processes stop together, after a step on which they agree.
                     if stop.signal and jax.process_count() == 1:
                         raise stop.failure or Stopped(None, stop.signal)
                     group = [seed for seed in seeds if seed.start == start and not seed.ended]

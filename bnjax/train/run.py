@@ -150,6 +150,7 @@ class Run:
         for i, seed in self._active(everyone):
             seed.accuracy = self._record(seed, step, chosen_by, metrics[i])
             seed.judge(int(metrics[i].correct))
+            seed.is_finishing |= seed.has_waited
             if seed.writer:
                 own, shown = self._steps.local(both, i), self._steps.local(evaluated, i)
                 self._observer.observe(seed.writer, step, *own, shown)
@@ -185,7 +186,7 @@ class Run:
             apart = shown if self._experiment.is_apart else None
             seed.checkpoints.save(*own, seed.accuracy, about, evaluated=apart)
             seed.accuracy, seed.ended = None, seed.is_finishing
-        self._since = time.perf_counter()
+        self._since = time.perf_counter()  # evaluating and saving are not training time
         if everyone:
             self._saved_at = self._since
 
@@ -290,13 +291,12 @@ class Seed:
                     self.judge(round(line["accuracy"] * line["count"]))
             ended = (
                 start == experiment.steps
-                or self.is_finishing
+                or self.has_waited
                 or (target is not None and first_at_or_below(lines, target) is not None)
             )
         self.start, self.bad_steps, self.best, self.waited, *flags = from_first(
             newest or 0, bad_steps, self.best, self.waited, newest is None, ended
         )
-        self.is_finishing = False
         self.is_new, self.ended = map(bool, flags)
 
     def _take(self, stack: contextlib.ExitStack) -> None:
@@ -312,11 +312,14 @@ class Seed:
             raise refused or UserError("the first process could not start; see its error message.")
 
     def judge(self, correct: int) -> None:
-        """Records an evaluation; ends training after too many evaluations without a new best."""
+        """Counts the evaluations since the best one, given a number of correct predictions."""
         self.waited = 0 if correct > self.best else self.waited + 1
         self.best = max(correct, self.best)
-        if 0 < self._experiment.patience <= self.waited:
-            self.is_finishing = True
+
+    @property
+    def has_waited(self) -> bool:
+        """Whether too many evaluations have passed since the best one."""
+        return 0 < self._experiment.patience <= self.waited
 
     def restore(self, steps: Steps) -> State:
         """Restores the state and statistics from the newest checkpoint, or initialises them."""

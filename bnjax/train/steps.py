@@ -183,6 +183,7 @@ class Steps:
             linen(experiment.model, *self.of_seed((params, batch_stats), i))
             for i in range(self._seeds)
         ]
+        # `_observe` is compiled for several devices, once for all evaluations.
         found = [precise(one, batches, jit=lambda _: self._observe) for one in networks]
         return params, self._stack([one.batch_stats for one in found])
 
