@@ -128,6 +128,30 @@ def test_a_norm_that_is_called_twice_has_the_moments_of_both_in_evaluation():
         np.testing.assert_allclose(own, wanted, rtol=1e-4, atol=1e-5)
 
 
+def called(call):
+    """A network that is one norm, and is called by a function of (norm, images, train)."""
+    variables = nn.BatchNorm().init(jax.random.key(0), IMAGES, use_running_average=True)
+    return clinic.linen(nn.BatchNorm(), **variables, call=call)
+
+
+def test_moments_of_bfloat16_inputs_are_float32():
+    def call(norm, x, train):
+        return norm(x.astype(jnp.bfloat16), not train).mean((1, 2))
+
+    stats = precise(called(call), PADDED).batch_stats
+    x = np.float64(IMAGES.astype(jnp.bfloat16))
+    np.testing.assert_allclose(stats["mean"], x.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], x.var((0, 1, 2)), rtol=1e-6)
+
+
+def test_padding_is_refused_where_a_norm_cannot_tell_examples_apart():
+    def call(norm, x, train):
+        return norm(x.reshape(-1, 2), not train).reshape(len(x), -1)
+
+    with pytest.raises(ValueError, match="does not have the 8 examples along its first axis"):
+        precise(called(call), PADDED)
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "words"),
     [
