@@ -42,9 +42,6 @@ def compiled(tmp_path_factory, worker_id):
 
     @functools.cache
     def found(chip, devices):
-        needs = "libtpu" if chip in TPUS else "jax_cuda12_plugin"
-        if importlib.util.find_spec(needs) is None:
-            pytest.skip(f"{needs} is not installed; {SCRIPT.name} says how to")
         kept = shared / f"{chip}-{devices}.jsonl"
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
@@ -57,6 +54,9 @@ def compiled(tmp_path_factory, worker_id):
 
 def compile_for(chip, devices, *words):
     """Returns what the script prints; no simulated devices there."""
+    needs = "libtpu" if chip in TPUS else "jax_cuda12_plugin"
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed; {SCRIPT.name} says how to")
     own = {name for name in os.environ if name == "XLA_FLAGS" or name.startswith("JAX_")}
     done = subprocess.run(
         [sys.executable, SCRIPT, "--json", "--chip", chip, "--devices", str(devices), *words],
@@ -131,9 +131,6 @@ def test_products_are_of_the_dtype_and_by_the_library(compiled, chip, devices):
 @pytest.mark.parametrize("chip", ["v5e", "A100"])
 def test_the_fast_recipe_over_several_seeds_is_one_program(chip):
     """Augmentation, Muon and the batches of 4 trainings: nothing of it comes from the host."""
-    needs = "libtpu" if chip in TPUS else "jax_cuda12_plugin"
-    if importlib.util.find_spec(needs) is None:
-        pytest.skip(f"{needs} is not installed; {SCRIPT.name} says how to")
     lines = compile_for(chip, 1, "--config", "configs/speed94.py", "--seeds", "4").splitlines()
     programs = {found["dtype"]: found for found in map(json.loads, lines)}
     assert set(programs) == set(DTYPES)
