@@ -23,7 +23,7 @@ from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Stopped, Trainer
 from bnjax.train_step import init_state
 
-CONFIG = """
+BN = """
 import synthetic
 
 def get_config():
@@ -33,15 +33,14 @@ def get_config():
     config.data.train_images = 48
     config.eval.batch_size = 359
     config.eval.every_steps = 2
+    return config
 """
-FILES = {
-    "bn": CONFIG + "    return config\n",
-    "no_bn": CONFIG + "    config.model.norm = 'none'\n    return config\n",
-}
+VARIANTS = {"bn": ("bn.py", {}), "no_bn": ("bn.py", {"model.norm": "none"})}
+ALONE = {"bn": VARIANTS["bn"]}
 STATEMENT = statement(of="bn", against="no_bn", margin=0)
 CLAIM = {
     "question": "Does it help?",
-    "variants": {"bn": ("bn.py", {}), "no_bn": ("bn.py", {"model.norm": "none"})},
+    "variants": VARIANTS,
     "statements": [STATEMENT],
     "seeds": 2,
     "small": {"train.steps": 5, "model.filters": (2,)},
@@ -51,8 +50,7 @@ CLAIM = {
 
 @pytest.fixture
 def files(tmp_path):
-    for name, content in FILES.items():
-        (tmp_path / f"{name}.py").write_text(content)
+    (tmp_path / "bn.py").write_text(BN)
     (tmp_path / "claim.py").write_text(f"def get_claim():\n    return {CLAIM!r}\n")
     return tmp_path
 
@@ -66,9 +64,10 @@ def compare(folder, comparison, count, trainer=synthetic.trainer, way="one"):
     return grid.run(comparison, datasets, folder, way, trainer)
 
 
-def both(files, *words):
-    configs = [str(files / "bn.py"), str(files / "no_bn.py")]
-    return grid.plan(claims.of_configs(configs), [*words])
+def planned(files, *words, variants=VARIANTS):
+    """The plan of a comparison without statements."""
+    named = {name: (str(files / file), own) for name, (file, own) in variants.items()}
+    return grid.plan(claims.Claim("", named, [], 0, {}), [*words])
 
 
 def hooked(hook, trainer=synthetic.trainer):
@@ -106,7 +105,7 @@ def pretend(config, dataset):
 def solo(tmp_path_factory):
     """What one run of bn with seed 1 makes."""
     folder = tmp_path_factory.mktemp("solo")
-    (folder / "bn.py").write_text(FILES["bn"])
+    (folder / "bn.py").write_text(BN)
     config = parsing.load(str(folder / "bn.py"), ["--config.seed=1"])
     synthetic.train(config, folder / "run")
     return folder / "run"
@@ -120,11 +119,11 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
         stop.signal = signal.SIGINT if name == "no_bn" else None
 
     with pytest.raises(Stopped, match="SIGINT"):
-        compare(folder, both(files), 2, hooked(interrupted))
+        compare(folder, planned(files), 2, hooked(interrupted))
     with rundir.locked(folder / "bn" / "0"), pytest.raises(UserError, match="another process"):
-        compare(folder, both(files), 2, counting(trained))
+        compare(folder, planned(files), 2, counting(trained))
     assert trained == [("no_bn", 0), ("no_bn", 1)]
-    assert compare(folder, both(files), 2, counting(trained)) == []
+    assert compare(folder, planned(files), 2, counting(trained)) == []
     assert len(trained) == 2
     said = capsys.readouterr().out
     assert "2 of 4 runs are already finished\n[1/2] no_bn, seed 0\n" in said
@@ -146,7 +145,7 @@ def test_every_variant_has_a_run_for_every_seed_that_equals_the_solo_run(files, 
 
 @pytest.mark.parametrize("way", ["vmap", pytest.param("devices", marks=pytest.mark.slow)])
 def test_seeds_at_once_are_their_solo_runs_but_for_rounding(files, solo, way):
-    trained, alone = [], grid.plan(claims.of_configs([str(files / "bn.py")]), [])
+    trained, alone = [], planned(files, variants=ALONE)
     trainer = Trainer if way == "devices" else synthetic.trainer  # each device compiles its own
     compare(files / "runs", alone, 2, counting(trained, trainer), way)
     assert sorted(trained) == ([("bn", 0, 1)] if way == "vmap" else [("bn", 0), ("bn", 1)])
@@ -173,7 +172,7 @@ def test_each_device_has_one_trainer_and_a_run_that_breaks_down_does_not_end_the
     def train(folders, _):
         return {seed: NonFiniteError("step 3") if seed == 2 else {} for seed in folders}
 
-    alone = grid.plan(claims.of_configs([str(files / "bn.py")]), [])
+    alone = planned(files, variants=ALONE)
     assert compare(files / "runs", alone, 20, trainer, "devices") == ["bn, seed 2: step 3"]
     assert len(made) == len({*made}) == jax.local_device_count() == 8
     said = capsys.readouterr().out
@@ -195,7 +194,7 @@ def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(files):
                 raise Stopped(3, stop.signal)
             threading.Event().wait(0.01)
 
-    alone = grid.plan(claims.of_configs([str(files / "bn.py")]), [])
+    alone = planned(files, variants=ALONE)
     with pytest.raises(UserError, match="no space"):
         compare(files / "runs", alone, 40, hooked(fail, pretend), "devices")
     assert sorted(begun) == list(range(8))
@@ -208,20 +207,20 @@ def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files):
     for count in new:
         for wanted in (new[count], []):
             calls.clear()
-            compare(folder, both(files), count, trainer)
+            compare(folder, planned(files), count, trainer)
             assert calls == wanted
     with pytest.raises(UserError, match=r"seeds: \[0, 1\] there, \[0\] now"):
-        compare(folder, both(files), 1, trainer)
+        compare(folder, planned(files), 1, trainer)
     changed = r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now"
     with pytest.raises(UserError, match=changed):
-        compare(folder, both(files, "--config.model.momentum=0.9"), 2, trainer)
+        compare(folder, planned(files, "--config.model.momentum=0.9"), 2, trainer)
     (files / "other").mkdir()
     (files / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds thesis\.tex but no comparison"):
-        compare(files / "other", both(files), 1, trainer)
+        compare(files / "other", planned(files), 1, trainer)
     (folder / "comparison.json").write_text("{")
     with pytest.raises(UserError, match=r"comparison\.json is damaged"):
-        compare(folder, both(files), 2, trainer)
+        compare(folder, planned(files), 2, trainer)
 
 
 def test_a_claim_is_tried_small_or_full_and_is_fixed_before_the_runs(files):
@@ -245,7 +244,7 @@ def test_a_claim_is_tried_small_or_full_and_is_fixed_before_the_runs(files):
 def test_equal_seeds_have_equal_initial_values(files):
     """Also where the variants differ: what they share is drawn alike."""
     kernels = []
-    for variant in both(files)["variants"].values():
+    for variant in planned(files)["variants"].values():
         experiment = build.experiment(parsing.from_dict(variant["config"]), synthetic.dataset())
         init = jax.jit(functools.partial(init_state, experiment.model, experiment.tx))
         state, _ = init(jax.random.key(3), synthetic.dataset().train.image[:1])
@@ -262,6 +261,7 @@ def test_the_command_says_which_run_broke_down(files, bnjax, monkeypatch):
     monkeypatch.setattr(grid, "run", functools.partial(grid.run, trainer=trainer))
     written = SimpleNamespace(write=lambda folders, out: (out / "report.html", []))
     monkeypatch.setattr(report, "reports", lambda: written)
+    (files / "no_bn.py").write_text(BN)
     words = ["--configs", f"{files / 'bn.py'},{files / 'no_bn.py'}", "--workdir", files / "runs"]
     code, out, err = bnjax("compare", *words, "--seeds", 1)
     assert code == 1
@@ -273,7 +273,7 @@ def test_the_command_says_which_run_broke_down(files, bnjax, monkeypatch):
 
 
 def test_variants_share_data_and_mistakes_show_before_anything_is_trained(files):
-    comparison = both(files, "--config.data.fallback=digits")
+    comparison = planned(files, "--config.data.fallback=digits")
     for variant in comparison["variants"].values():  # other data would be no evidence
         assert variant["config"]["data"]["fallback"] == ""
     bn, no_bn = grid.load_datasets(comparison).values()
@@ -281,15 +281,14 @@ def test_variants_share_data_and_mistakes_show_before_anything_is_trained(files)
     assert len(bn.train.label) == 48
     labels = {variant["dataset"] for variant in comparison["variants"].values()}
     assert labels == {"digits, the first 48 training images"}
-    named = claims.Claim("", {"../bn": (str(files / "bn.py"), {})}, [], 2, {})
     for wrong, said in (
-        (lambda: both(files, "--config.seed=3"), "Use --seeds instead"),
+        (lambda: planned(files, "--config.seed=3"), "Use --seeds instead"),
         (
-            lambda: grid.load_datasets(both(files, "--config.train.batch_size=4000")),
+            lambda: grid.load_datasets(planned(files, "--config.train.batch_size=4000")),
             "bn cannot be trained: config.train.batch_size = 4000",
         ),
         (lambda: claims.of_configs([str(files / "bn.py")] * 2), "same name: bn, bn"),
-        (lambda: grid.plan(named, []), r"cannot be called '\.\./bn'"),
+        (lambda: planned(files, variants={"../bn": ALONE["bn"]}), r"cannot be called '\.\./bn'"),
     ):
         with pytest.raises(UserError, match=said):
             wrong()
