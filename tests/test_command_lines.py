@@ -85,6 +85,7 @@ def test_a_run_is_stopped_resumed_and_trained_once_for_one_config(bnjax, tmp_pat
             "the parameters and the optimizer's state take 11,",
         ),
         ("compare --configs CONFIG,bn --full", "--full needs a claim"),
+        ("report", "give at least one folder"),
         ("predict --workdir nowhere x.png", "there is no run in nowhere"),
         ("predict --workdir RUN --checkpoint 77 x.png", "no checkpoint '77'"),
         ("predict --workdir RUN", "give either images or --split"),
@@ -144,6 +145,7 @@ def test_a_claim_is_tried_and_said_again_without_training(bnjax, tmp_path, monke
     assert code == 0, err
     assert "Are slow averages bad? (seeds: 1;" in first
     assert "no report: a report needs vl_convert" in first
+    assert "pip install 'bnjax[report]'" in first
     code, again, err = bnjax(*words)
     assert code == 0, err
     assert "2 of 2 runs are already finished" in again
