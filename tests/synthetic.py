@@ -35,39 +35,33 @@ def dataset(train=48, test=20):
         image[np.arange(n), label * 2] += 150
         return Split(image, label)
 
-    return Dataset(
-        "synthetic", "synthetic", None, split(train), split(test), ("top", "middle", "bottom")
-    )
-
-
-def _same(step, item, seed):
-    return item
+    classes = ("top", "middle", "bottom")
+    return Dataset("synthetic", "synthetic", None, split(train), split(test), classes)
 
 
 @functools.cache
 def _trainer(config):
-    """A trainer of the config, and what becomes of each item that it is fed: replaced at will."""
-    config = parsing.from_dict(json.loads(config))
+    """A trainer of the config, and the options of `trainer`, which may change."""
+    config, options = parsing.from_dict(json.loads(config)), {}
     usual = default_feed(build.experiment(config, dataset()), dataset().train)
-    hook = {"each": _same, "first": None}
 
     def items(seed, start):
         numbered = enumerate(usual.items(seed, start), start + 1)
-        for step, item in itertools.islice(numbered, hook["first"]):
-            yield hook["each"](step, item, seed)
+        for step, item in itertools.islice(numbered, options["first"]):
+            yield options["each"](step, item, seed)
 
-    return Trainer(config, dataset(), dataclasses.replace(usual, items=items)), hook
+    return Trainer(config, dataset(), dataclasses.replace(usual, items=items)), options
 
 
-def trainer(config, _=None, *, each=_same, first=None):
+def trainer(config, _=None, *, each=lambda step, item, seed: item, first=None):
     """A trainer on this data; those of one config share what is compiled.
 
     `each` sees and returns every item, and after `first` of them there are no more.
     """
     shared = config.copy_and_resolve_references()
     shared.seed = 0
-    found, hook = _trainer(shared.to_json())
-    hook |= {"each": each, "first": first}
+    found, options = _trainer(shared.to_json())
+    options |= {"each": each, "first": first}
     return found
 
 

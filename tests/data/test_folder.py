@@ -165,21 +165,6 @@ def test_a_folder_that_is_no_set_says_why(tmp_path):
     assert_refused(r"yak has no files named \*\.jpg")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "data.pipeline=memory data.image_size=0 data.shorter_side=0 data.crop=centre",
-        "data.crop=random_resized data.image_size=0 data.shorter_side=0",
-        "data.shorter_side=31 data.image_size=32",
-        "optimizer.drops=0.5 optimizer.schedule=linear",
-        "optimizer.drops=0.5,1.5",
-    ],
-)
-def test_values_that_do_not_fit_are_refused(words):
-    with pytest.raises(ConfigError, match=rf"config\.{words.partition('=')[0]} = "):
-        build.check(config_with("data.workers=0", words))
-
-
 def test_the_rate_falls_as_published():
     """Goyal et al., 2017: up to 0.1 in 5 epochs, a tenth after 30, 60 and 80 of 90."""
     rate = schedule(config_with().optimizer, 0.1, 90_000)

@@ -79,6 +79,8 @@ eval.histograms=1 | eval.gap_images=1 | eval.pictures=101 | eval.views=3 | eval.
 checkpoint.every_minutes=-1 | checkpoint.every_minutes=1 checkpoint.every_steps=5 | seed=-1
 data.fallback=mnist | data.train_images=-1 | data.crop=random data.pipeline=stream
 data.pipeline=memory data.name=records | data.image_size=8
+data.shorter_side=7 data.image_size=8 data.pipeline=stream
+optimizer.drops=0.5 | optimizer.drops=0.5,1.5 optimizer.schedule=steps
 optimizer.name=sgdd | optimizer.schedule=step | optimizer.learning_rate=0 | optimizer.b1=1.0
 optimizer.eps=0 | optimizer.momentum=-0.1 | optimizer.momentum=0.9 | optimizer.average_decay=0.5
 optimizer.b1=0.5 optimizer.name=sgd | muon.rescale_every=0,1 | augment.flip=always

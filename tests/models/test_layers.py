@@ -1,17 +1,55 @@
-"""Test-time augmentation against means taken by hand."""
+"""Products against NumPy in float64 on operands that it rounded; views against means by hand."""
 
 from functools import partial
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
-from bnjax.models.layers import Views, with_views
+from bnjax.models.layers import Views, bfloat16_dot_general, bfloat16_product, with_views
 from bnjax.train_step import init_state, train_step
 
 RNG = np.random.default_rng(0)
+X, WEIGHT, DY = (
+    RNG.normal(size=shape).astype(np.float32) for shape in ((7, 300), (300, 11), (7, 11))
+)
+
+
+def rounded(values):
+    return values.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def test_operands_are_rounded_and_sums_are_not():
+    found = bfloat16_product(X, WEIGHT)
+    assert found.dtype == np.float32
+    assert_allclose(found, rounded(X) @ rounded(WEIGHT), atol=1e-4)
+    assert np.abs(found - X.astype(np.float64) @ WEIGHT).max() > 1e-3  # so the rounding happened
+
+
+def test_both_gradients_have_rounded_operands():
+    dx, dweight = jax.vjp(bfloat16_product, jnp.asarray(X), jnp.asarray(WEIGHT))[1](DY)
+    assert_allclose(dx, rounded(DY) @ rounded(WEIGHT).T, atol=1e-4)
+    assert_allclose(dweight, rounded(X).T @ rounded(DY), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 300), (2, 3, 300)])
+def test_flax_takes_it(shape):
+    dense, x = nn.Dense(11, dot_general=bfloat16_dot_general), X[:6].reshape(shape)
+    params = {"kernel": WEIGHT, "bias": DY[0]}
+    found = dense.apply({"params": params}, x)
+    assert_allclose(found, rounded(x) @ rounded(WEIGHT) + DY[0], atol=1e-4)
+
+
+def test_other_products_are_refused():
+    with pytest.raises(ValueError, match=r"inputs \[..., k\]"):
+        bfloat16_dot_general(X, WEIGHT.T, (((1,), (1,)), ((), ())))
+
+
 IMAGES = RNG.normal(size=(12, 6, 5, 2)).astype(np.float32)
 LABEL = np.arange(12) % 3
 
@@ -50,7 +88,7 @@ def by_hand(images, views):
 @pytest.mark.parametrize("views", [1, 2, 6])
 def test_logits_are_the_mean_over_the_views(views):
     found = evaluated(with_views(Net(), views), IMAGES)
-    np.testing.assert_allclose(found, by_hand(IMAGES, views), atol=1e-5)
+    assert_allclose(found, by_hand(IMAGES, views), atol=1e-5)
 
 
 class Masked(Net):
@@ -67,8 +105,8 @@ def test_only_the_least_certain_are_looked_at_again_and_no_padding(padding):
     mask, again = (np.isin(np.arange(12), of) for of in (order[padding:], order[padding:][:3]))
     options = {"mask": mask} if padding else {}
     found = evaluated(Views(Masked() if padding else Net(), 6, share=0.25), IMAGES, **options)
-    np.testing.assert_allclose(found[again], by_hand(IMAGES, 6)[again], atol=1e-5)
-    np.testing.assert_allclose(found[~again], plain(IMAGES)[~again], rtol=0, atol=1e-6)
+    assert_allclose(found[again], by_hand(IMAGES, 6)[again], atol=1e-5)
+    assert_allclose(found[~again], plain(IMAGES)[~again], rtol=0, atol=1e-6)
 
 
 def test_parameters_statistics_and_training_are_those_of_the_network():
@@ -78,4 +116,4 @@ def test_parameters_statistics_and_training_are_those_of_the_network():
         state, stats = init_state(model, tx, jax.random.key(0), IMAGES)
         results.append(jax.jit(partial(train_step, model=model, tx=tx))(state, stats, batch))
     mine, its = ((state.params, stats, metrics) for state, stats, metrics in results)
-    jax.tree.map(np.testing.assert_array_equal, mine, its)
+    jax.tree.map(assert_array_equal, mine, its)
