@@ -11,12 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import small_digits
 import synthetic
 from PIL import Image
-from processes import losses, together
+from processes import together
 from records_folder import encode, picture, resized, write_dataset, write_file, write_folder
 
 from bnjax.commands.predict import of_split
@@ -109,11 +110,26 @@ def test_resuming_is_going_on_whatever_reads_ahead_and_a_lost_worker_ends_it(pho
         [*itertools.islice(items, 20)]
 
 
-def test_the_parts_of_hosts_make_up_the_batch(photos):
-    records = load(photos[0], RANDOM).train
-    parts = zip(*(batches(records, 12, 4, part=Part(4, i, 4)) for i in range(4)), strict=True)
-    joined = [{name: np.concatenate([one[name] for one in of]) for name in of[0]} for of in parts]
-    assert_same(joined, batches(records, 12, 4))
+class Watched(list):
+    """Records that remember which rows were read."""
+
+    def __getitem__(self, row):
+        self.rows.add(row)
+        return super().__getitem__(row)
+
+
+def test_the_parts_of_hosts_make_up_the_batch_and_none_reads_the_others(photos):
+    whole, parts = load(photos[0], RANDOM).train.first(12), []
+    sources = [Watched(map(whole.source.records.__getitem__, range(12))) for _ in range(4)]
+    for i, records in enumerate(sources):
+        records.rows = set()
+        split = dataclasses.replace(
+            whole, source=dataclasses.replace(whole.source, records=records)
+        )
+        parts.append(batches(split, 12, 4, shuffle=False, part=Part(4, i, 4)))
+    joined = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    assert_same(joined, batches(whole, 12, 4, shuffle=False))
+    assert [source.rows for source in sources] == [{i, i + 1, i + 2} for i in range(0, 12, 3)]
 
 
 def test_evaluation_sees_every_example_once(folder):
@@ -243,24 +259,3 @@ def test_kills_change_nothing_and_leave_no_orphans(tmp_path):
             assert run.finish() == [0], run.said()
     resumed, whole = (tmp_path / name / "metrics.jsonl" for name in ("killed", "whole"))
     assert resumed.read_text() == whole.read_text()
-
-
-@pytest.mark.slow
-def test_each_of_two_processes_reads_its_part_only(tmp_path):
-    """The images of the other process are black in its folder: rows 50 to 99 of each batch."""
-    words = small_digits.steps(20, 10, **small_digits.STREAMED, train__shuffle=False)
-    digits = datasets.load("digits")
-    train, first = digits.train.first(1400), np.arange(1400) % 100 < 50
-    folders = []
-    for name, keeps in (("whole", first | ~first), ("first", first), ("second", ~first)):
-        image = np.where(keeps.reshape(-1, 1, 1, 1), train.image, np.uint8(0))
-        own = dataclasses.replace(digits, train=datasets.Split(image, train.label * keeps))
-        write_dataset(tmp_path / name, own)
-        folders.append([f"--config.data.dir={tmp_path / name}"])
-    with together(tmp_path / "alone", 1, 1, *words, *folders[0]) as alone:
-        assert alone.finish() == [0], alone.said()
-    with together(tmp_path / "both", 2, 1, *words, own=folders[1:]) as both:
-        assert both.finish() == [0, 0], both.said()
-    mine, its = losses(tmp_path / "both"), losses(tmp_path / "alone")
-    assert mine.keys() == its.keys()
-    assert [*mine.values()] == pytest.approx([*its.values()], rel=1e-2)

@@ -18,48 +18,40 @@ TINY = make_tiny(1)
 GREY = np.random.default_rng(2).integers(0, 256, (9, 28, 28, 1), np.uint8)
 
 
-def write(root, dataset, features, splits):
+def write(root, name, features, splits):
     """Prepares a set as array_record; `splits` maps names to lists of examples."""
     package = tfds.import_tfds()
 
-    class _Builder(package.core.GeneratorBasedBuilder, skip_registration=True):
-        name = dataset
-        VERSION = package.core.Version("3.0.2")
+    class _Builder(package.dataset_builders.AdhocBuilder, skip_registration=True):
         pkg_dir_path = root
 
-        def _info(self):
-            return package.core.DatasetInfo(
-                builder=self, features=package.features.FeaturesDict(features)
-            )
+        def _split_generators(self, manager):  # without TensorFlow
+            return {split: enumerate(examples) for split, examples in splits.items()}
 
-        def _split_generators(self, manager):
-            return {split: self._generate_examples(examples) for split, examples in splits.items()}
-
-        def _generate_examples(self, examples):
-            for i, one in enumerate(examples):
-                # A file, because TFDS needs TensorFlow to encode an array.
-                yield i, one | {"image": io.BytesIO(picture(one["image"]))}
-
+    options = {"version": "3.0.2", "split_datasets": splits, "file_format": tfds.READABLE}
+    features = package.features.FeaturesDict(features)
     package.disable_progress_bar()
-    _Builder(data_dir=root, file_format=tfds.READABLE).download_and_prepare()
+    _Builder(name=name, features=features, data_dir=root, **options).download_and_prepare()
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     root, kinds = tmp_path_factory.mktemp("prepared"), tfds.import_tfds().features
-    features = {
-        "id": kinds.Text(),
-        "image": kinds.Image(shape=(32, 32, 3)),
-        "label": kinds.ClassLabel(names=list(CLASSES)),
+    sets = {
+        "cifar10": (TINY.image, 12, "test", kinds.ClassLabel(names=list(CLASSES))),
+        "greys": (GREY, 6, "validation", kinds.ClassLabel(num_classes=3)),
     }
-    rows = [
-        {"id": f"image_{i:05d}", "image": image, "label": int(label)}
-        for i, (image, label) in enumerate(zip(TINY.image, TINY.label, strict=True))
-    ]
-    write(root, "cifar10", features, {"train": rows[:12], "test": rows[12:]})
-    grey = {"image": kinds.Image(shape=(28, 28, 1)), "label": kinds.ClassLabel(num_classes=3)}
-    rows = [{"image": one, "label": i % 3} for i, one in enumerate(GREY)]
-    write(root, "greys", grey, {"train": rows[:6], "validation": rows[6:]})
+    for name, (images, count, held_out, label) in sets.items():
+        features = {"image": kinds.Image(shape=images.shape[1:]), "label": label}
+        # Files, because TFDS needs TensorFlow to encode an array.
+        rows = [
+            {"image": io.BytesIO(picture(image)), "label": i % label.num_classes}
+            for i, image in enumerate(images)
+        ]
+        if name == "cifar10":
+            features |= {"id": kinds.Text()}
+            rows = [row | {"id": f"image_{i:05d}"} for i, row in enumerate(rows)]
+        write(root, name, features, {"train": rows[:count], held_out: rows[count:]})
     assert "tensorflow" not in sys.modules
     return root
 
