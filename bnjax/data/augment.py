@@ -86,14 +86,11 @@ def crop(pixels: int) -> Augmentation:
     return _shifted(pixels, mode="constant")
 
 
-def cutout(side: int, fill: float = 0.0) -> Augmentation:
+def cutout(side: int) -> Augmentation:
     """Returns an augmentation that blanks a square in each image, clipped at the image edges.
 
-    T. DeVries and G. Taylor, Improved Regularization of CNNs with Cutout, 2017.
-
-    Args:
-        side: the side of the square in pixels; its centre is a random pixel.
-        fill: the value of the blanked pixels, on the scale of the images.
+    The centre of the square is a random pixel; `side` is in pixels. T. DeVries and G. Taylor,
+    Improved Regularization of CNNs with Cutout, 2017.
     """
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
@@ -107,7 +104,7 @@ def cutout(side: int, fill: float = 0.0) -> Augmentation:
             return (at >= start) & (at < start + side)
 
         hole = inside(by_row, height)[:, :, None, None] & inside(by_column, width)[:, None, :, None]
-        return {**batch, "image": jnp.where(hole, jnp.asarray(fill, image.dtype), image)}
+        return {**batch, "image": jnp.where(hole, jnp.zeros((), image.dtype), image)}
 
     return apply
 

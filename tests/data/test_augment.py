@@ -72,10 +72,10 @@ def test_shifts_are_cuts_out_of_the_padded_image_and_all_occur(shift, mode):
 
 
 def test_a_cutout_is_a_square_around_any_pixel_cut_off_at_the_edges():
-    found = applied(augment.cutout(3, fill=7.0), {"image": np.full((N, H, W, 3), 200, np.uint8)})
+    found = applied(augment.cutout(3), {"image": np.full((N, H, W, 3), 200, np.uint8)})
     rows, columns = (np.abs(np.subtract.outer(range(n), range(n))) <= 1 for n in (H, W))
     squares = rows[:, None, :, None] & columns[None, :, None, :]  # [row, column, h, w]
-    expected = np.where(squares[..., None], np.uint8(7), np.uint8(200))
+    expected = np.where(squares[..., None], np.uint8(0), np.uint8(200))
     is_square = (found[:, None, None] == expected).all((3, 4, 5))
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(is_square.sum((1, 2)), 1)
