@@ -143,21 +143,16 @@ def test_a_ported_network_has_the_same_statistics_and_logits_and_folds(source):
 class NnxLayer(nnx.Module):
     def __init__(self, rngs):
         self.dense, self.norm = nnx.Linear(12, 12, rngs=rngs), nnx.BatchNorm(12, rngs=rngs)
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)  # has a key for each of several layers
 
     def __call__(self, x):
-        return nnx.relu(self.norm(self.dense(x)))
+        return nnx.relu(self.dropout(self.norm(self.dense(x))))
 
 
 class NnxLayers(nnx.Module):
     def __init__(self, how, rngs):
-        averages = None if how == "averages" else 0
-        make = nnx.split_rngs(splits=3)(
-            nnx.vmap(
-                NnxLayer,
-                axis_size=3,
-                out_axes=nnx.StateAxes({nnx.BatchStat: averages, ...: 0}),
-            )
-        )
+        axes = nnx.StateAxes({nnx.BatchStat: None if how == "averages" else 0, ...: 0})
+        make = nnx.split_rngs(splits=3)(nnx.vmap(NnxLayer, axis_size=3, out_axes=axes))
         self.how, self.layers = how, NnxLayer(rngs) if how == "shared" else make(rngs)
 
     def __call__(self, x):

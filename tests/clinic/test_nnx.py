@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy_network import padded
-from seen import assert_norm_is_seen
+from seen import assert_moments, assert_norm_is_seen
 from zoo.kit import audit, precise
 
 from bnjax import clinic
@@ -107,10 +107,7 @@ def test_a_model_with_a_call_of_its_own_and_one_that_takes_masks():
     called, masked = clinic.nnx(Phased(), call), clinic.nnx(Phased())
     batches = [padded(IMAGES[:2], 4), padded(IMAGES[2:], 6)]
     for network in (called, masked):
-        found = precise(network, batches).batch_stats["norm"]
-        x = np.float64(IMAGES)
-        np.testing.assert_allclose(found["mean"], x.mean((0, 1, 2)), rtol=1e-5)
-        np.testing.assert_allclose(found["var"], x.var((0, 1, 2)), rtol=1e-5)
+        assert_moments(precise(network, batches).batch_stats["norm"], IMAGES)
     for train in (False, True):
         assert [norm.by_batch for norm in called.norms(batches[0], train=train)] == [train]
     assert audit(precise(masked, batches), batches).ids == ()
@@ -161,8 +158,7 @@ def test_a_norm_behind_a_layer_that_shares_its_kernel_stays():
     mended = precise(clinic.nnx(model), BATCHES)
     assert [one.layer for one in plan(mended, IMAGES).norms] == [None]
     x = second(nnx.relu(first(IMAGES)))
-    found = mended.batch_stats["layers"]["3"]["mean"]
-    np.testing.assert_allclose(found, x.mean((0, 1, 2)), atol=1e-5)
+    assert_moments(mended.batch_stats["layers"]["3"], x, atol=1e-5)
 
 
 def test_a_norm_in_bfloat16_casts_its_input():
@@ -193,14 +189,14 @@ class Modern(nnx.Module):
         self.drop = nnx.Dropout(0.1, broadcast_dims=(1, 2, 3), rngs=rngs)
         self.last, self.head = norm(16), nnx.Linear(16, 10, rngs=rngs)
 
-    def __call__(self, x, training):
-        flag = {"use_running_average": not training}
+    def __call__(self, x, deterministic):
+        flag = {"use_running_average": deterministic}
         x = self.stem(x)
         y = nnx.swish(self.norms[0](self.layers[0](x), **flag))
         y = nnx.swish(self.norms[1](self.layers[1](y), **flag))
         y = y * nnx.sigmoid(self.excite(y.mean((1, 2), keepdims=True)))
         y = self.norms[2](self.layers[2](y), **flag)
-        y = x + self.drop(y, deterministic=not training)
+        y = x + self.drop(y, deterministic=deterministic)
         y = nnx.relu(self.last(jnp.concatenate([x, y], -1), **flag))
         return self.head(y.mean((1, 2)))
 
@@ -221,7 +217,7 @@ def test_a_modern_network_is_made_precise_folded_and_healthy():
     model = network.model
     model.train(momentum=0.0, use_fast_variance=False)
     model.drop.rate = 0.0
-    nnx.jit(lambda model, x: model(x, True))(model, image)
+    nnx.jit(lambda model, x: model(x, False))(model, image)
     mended = precise(network, batches[:1])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, mended.batch_stats, clinic.nnx(model).batch_stats)
@@ -233,6 +229,6 @@ def test_a_modern_network_is_made_precise_folded_and_healthy():
     folded = found.network.model
     folded.eval()
     logits, _ = mended.run(batches[0], train=False)
-    assert difference(logits, folded(image, training=False)) < 1e-5
+    assert difference(logits, folded(image, deterministic=True)) < 1e-5
     mended = precise(network, batches, by="population")
     assert audit(mended, batches, clinic.Run(batch_size=16)).ids == ()

@@ -11,6 +11,7 @@ import optax
 import pytest
 from foreign import NETWORKS, drawn
 from numpy_network import EPSILON, IMAGES, Net, Tiny, in_numpy, padded
+from seen import assert_moments
 from wrappers import run
 from zoo.kit import precise
 
@@ -123,9 +124,7 @@ def test_a_norm_that_is_called_twice_has_the_moments_of_both_in_evaluation():
     )
     (given,) = (np.concatenate(of["__call__"]) for of in seen["intermediates"]["Layer_0"].values())
     assert len(given) == 12
-    for name, wanted in (("mean", given.mean(0)), ("var", given.var(0))):
-        own = found["Layer_0"]["BatchNorm_0"][name]
-        np.testing.assert_allclose(own, wanted, rtol=1e-4, atol=1e-5)
+    assert_moments(found["Layer_0"]["BatchNorm_0"], given, rtol=1e-4, atol=1e-5)
 
 
 def called(call):
@@ -139,9 +138,7 @@ def test_moments_of_bfloat16_inputs_are_float32():
         return norm(x.astype(jnp.bfloat16), not train).mean((1, 2))
 
     stats = precise(called(call), PADDED).batch_stats
-    x = np.float64(IMAGES.astype(jnp.bfloat16))
-    np.testing.assert_allclose(stats["mean"], x.mean((0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(stats["var"], x.var((0, 1, 2)), rtol=1e-6)
+    assert_moments(stats, IMAGES.astype(jnp.bfloat16), rtol=1e-6)
 
 
 def test_padding_is_refused_where_a_norm_cannot_tell_examples_apart():
@@ -206,8 +203,7 @@ def replicas(sizes, channels=3):
 def test_merged_statistics_are_those_of_all_examples(sizes, counts):
     everything, stats = replicas(sizes)
     merged = merge_replicas(stats, None if counts is None else np.array(counts))["block"]["norm"]
-    np.testing.assert_allclose(merged["mean"], everything.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(merged["var"], everything.var(0), rtol=1e-6)
+    assert_moments(merged, everything, rtol=1e-6)
     assert merged["var"].dtype == np.float32
 
 
