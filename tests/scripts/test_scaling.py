@@ -106,31 +106,8 @@ def test_what_is_done_meanwhile_counts_as_overlap():
     ]
 
 
-def simulated_ring(size, devices, bandwidth, latency):
-    """An all-reduce step by step: parts go around until each device has the sum of all of them."""
-    data = np.random.default_rng(0).integers(0, 9, (devices, devices)).astype(float)
-    wanted, seconds = data.sum(0), 0.0
-    for phase in ("scatter", "gather"):
-        for i in range(devices - 1):
-            first = 0 if phase == "scatter" else 1
-            sent = [(first + one - i) % devices for one in range(devices)]
-            values = [data[one, sent[one]] for one in range(devices)]
-            for one in range(devices):
-                to = (one + 1) % devices
-                old = data[to, sent[one]] if phase == "scatter" else 0
-                data[to, sent[one]] = old + values[one]
-            seconds += size / devices / bandwidth + latency
-    np.testing.assert_array_equal(data, np.tile(wanted, (devices, 1)))
-    return seconds
-
-
-@pytest.mark.parametrize("devices", [2, 3, 8])
-def test_a_ring_takes_as_long_as_its_steps(devices):
-    wanted = simulated_ring(48.0, devices, 2.0, 0.25)
-    assert all_reduce_seconds(48.0, [ring(devices, 2.0, 0.25)]) == pytest.approx(wanted)
-
-
 def test_levels_pass_on_a_part_each():
+    """A ring of n: 2 (n - 1) steps, each with an n-th of the bytes (Patarasuk & Yuan, 2009)."""
     inner, outer = ring(4, 8.0, 0.5), Level(2, 1.0, 2, 3.0)
     wanted = 1.0 + 2 * 3 / 4 * 16 / 8 + 6 * 0.5 + 2 * 1 / 2 * (16 / 4) / 1 + 2 * 3.0
     assert all_reduce_seconds(16.0, [inner, outer], start=1.0) == pytest.approx(wanted)
