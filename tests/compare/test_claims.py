@@ -221,19 +221,22 @@ def test_a_claim_builds_and_its_docstring_gives_command_source_time_and_margin(p
     found = grid.plan(claim, [], full=full)
     assert found["seeds_needed"] >= (3 if path.stem in LONG else 5)
     assert found["statements"]
+    is_small = not full and claim.small is not None
+    assert found["size"] == ("small" if is_small else "full")
     leaves = []
     for name, variant in found["variants"].items():
         config = parsing.from_dict(variant["config"])
         assert config.name == name
         assert build.experiment(config, images).steps > 0
-        if found["size"] == "small":
+        if is_small:
             # 60,000 images of a network with a thirtieth of the work, or 6,000 steps of a few.
             train, size = config.train, config.data.train_images
             steps = train.steps or train.epochs * size / train.batch_size
             assert size <= 10_000
             assert steps <= min(6000, 60_000 / train.batch_size)
         flat = parsing.flat(variant["config"])
-        about = claim.variants[name][1]  # is stronger than what all have in common
-        assert {key: flat[key] for key in about} == about
+        # The variant's own values are stronger than those that all have in common.
+        about = (claim.small if is_small else claim.full) | claim.variants[name][1]
+        assert {key: flat[key] for key in about} == json.loads(json.dumps(about))
         leaves.append(json.dumps(flat | {"name": ""}))
     assert len({*leaves}) == len(leaves), "variants that do not differ"
