@@ -35,23 +35,14 @@ def get_config():
     config.eval.every_steps = 2
     return config
 """
-VARIANTS = {"bn": ("bn.py", {}), "no_bn": ("bn.py", {"model.norm": "none"})}
+VARIANTS = {"bn": ("bn.py", {"model.momentum": 0.75}), "no_bn": ("bn.py", {"model.norm": "none"})}
 ALONE = {"bn": VARIANTS["bn"]}
 STATEMENT = statement(of="bn", against="no_bn", margin=0)
-CLAIM = {
-    "question": "Does it help?",
-    "variants": VARIANTS,
-    "statements": [STATEMENT],
-    "seeds": 2,
-    "small": {"train.steps": 5, "model.filters": (2,)},
-    "full": {"train.steps": 9},
-}
 
 
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "bn.py").write_text(BN)
-    (tmp_path / "claim.py").write_text(f"def get_claim():\n    return {CLAIM!r}\n")
     return tmp_path
 
 
@@ -64,10 +55,9 @@ def compare(folder, comparison, count, trainer=synthetic.trainer, way="one"):
     return grid.run(comparison, datasets, folder, way, trainer)
 
 
-def planned(files, *words, variants=VARIANTS):
-    """The plan of a comparison without statements."""
+def planned(files, *words, variants=VARIANTS, statements=()):
     named = {name: (str(files / file), own) for name, (file, own) in variants.items()}
-    return grid.plan(claims.Claim("", named, [], 0, {}), [*words])
+    return grid.plan(claims.Claim("", named, [*statements], 0, {}), [*words])
 
 
 def hooked(hook, trainer=synthetic.trainer):
@@ -199,42 +189,31 @@ def test_what_goes_wrong_on_one_device_is_said_and_the_others_stop(files):
     assert sorted(begun) == list(range(8))
 
 
-def test_finished_runs_are_not_repeated_and_seeds_may_be_added(files):
+def test_finished_runs_are_not_repeated_and_only_seeds_may_be_added(files):
     calls, folder = [], files / "runs"
-    trainer = counting(calls, pretend)
+    trainer, plan = counting(calls, pretend), functools.partial(planned, statements=[STATEMENT])
     for count, done in ((1, 2), (1, 2), (2, 4), (2, 4)):
-        compare(folder, planned(files), count, trainer)
+        compare(folder, plan(files), count, trainer)
         assert calls == [("bn", 0), ("no_bn", 0), ("bn", 1), ("no_bn", 1)][:done]
-    with pytest.raises(UserError, match=r"seeds: \[0, 1\] there, \[0\] now"):
-        compare(folder, planned(files), 1, trainer)
-    changed = r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now"
-    with pytest.raises(UserError, match=changed):
-        compare(folder, planned(files, "--config.model.momentum=0.9"), 2, trainer)
+    found = read_comparison(folder)
+    (verdict,) = claims.verdicts(found, finished_runs(folder, found))
+    assert verdict.effect.n == 2
+    assert str(verdict.statement) == "test accuracy (last): bn - no_bn is greater than 0"
+    wide, momentum = STATEMENT | {"margin": 0.5}, "--config.model.momentum=0.9"
+    for changed, count, said in (
+        (plan(files), 1, r"seeds: \[0, 1\] there, \[0\] now"),
+        (plan(files, momentum), 2, r"variants\.bn\.config\.model\.momentum: 0\.75 there, 0\.9 now"),
+        (planned(files, statements=[wide]), 2, r"statements\.1\.margin: 0 there, 0\.5 now"),
+    ):
+        with pytest.raises(UserError, match=said):
+            compare(folder, changed, count, trainer)
     (files / "other").mkdir()
     (files / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds thesis\.tex but no comparison"):
-        compare(files / "other", planned(files), 1, trainer)
+        compare(files / "other", plan(files), 1, trainer)
     (folder / "comparison.json").write_text("{")
     with pytest.raises(UserError, match=r"comparison\.json is damaged"):
-        compare(folder, planned(files), 2, trainer)
-
-
-def test_a_claim_is_tried_small_or_full_and_is_fixed_before_the_runs(files):
-    def plan(full=False):
-        return grid.plan(claims.load(str(files / "claim.py")), [], full=full)
-
-    compare(files / "runs", plan(), 2, pretend)
-    found = read_comparison(files / "runs")
-    assert (found["size"], found["seeds"], found["seeds_needed"]) == ("small", [0, 1], 2)
-    assert {variant["config"]["train"]["steps"] for variant in found["variants"].values()} == {5}
-    (verdict,) = claims.verdicts(found, finished_runs(files / "runs", found))
-    assert verdict.effect.n == 2
-    assert str(verdict.statement) == "test accuracy (last): bn - no_bn is greater than 0"
-    assert plan(full=True)["variants"]["bn"]["config"]["train"]["steps"] == 9
-    other = CLAIM | {"statements": [STATEMENT | {"margin": 0.5}]}
-    (files / "claim.py").write_text(f"def get_claim():\n    return {other!r}\n")
-    with pytest.raises(UserError, match=r"statements\.1\.margin: 0 there, 0\.5 now"):
-        compare(files / "runs", plan(), 2, pretend)
+        compare(folder, plan(files), 2, trainer)
 
 
 def test_equal_seeds_have_equal_initial_values(files):
