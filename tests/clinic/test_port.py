@@ -23,20 +23,15 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "port_torchvision.py"))
 MEASURED = json.loads((ROOT / "tests" / "clinic" / "port.json").read_text())
 formula, uniform = SCRIPT["formula"], SCRIPT["uniform"]
 
-# Row for row torchvision's names of the layers of foreign.ResNet.
+# Torchvision's names of the layers of foreign.ResNet.
+BLOCK = {"Conv_0": "conv1", "BatchNorm_0": "bn1", "Conv_1": "conv2", "BatchNorm_1": "bn2"}
+BLOCK |= {"conv_proj": "downsample.0", "norm_proj": "downsample.1"}
 RESNET = Table(
     {"conv_init": "conv1", "norm_init": "bn1", "Dense_0": "fc"}
     | {
         f"BasicBlock_{i}.{ours}": f"layer{i // 2 + 1}.{i % 2}.{theirs}"
         for i in range(8)
-        for ours, theirs in {
-            "Conv_0": "conv1",
-            "BatchNorm_0": "bn1",
-            "Conv_1": "conv2",
-            "BatchNorm_1": "bn2",
-            "conv_proj": "downsample.0",
-            "norm_proj": "downsample.1",
-        }.items()
+        for ours, theirs in BLOCK.items()
     }
 )
 
