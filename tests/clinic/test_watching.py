@@ -131,6 +131,8 @@ def test_what_a_user_did_between_two_networks(initial):
 
 def test_a_healthy_network_passes_and_an_ill_one_is_described():
     clinic.assert_healthy(HEALTHY, BATCHES, run=plain(0).run)
+    with pytest.raises(AssertionError, match="weight-decay"):
+        clinic.assert_healthy(HEALTHY, BATCHES, run=clinic.Run(tx=optax.adamw(0.1)))
     ill = ILL["scales of 0"][1](0).network
     said = r"(?s)dead-channels.*second: 4 of 16 channels.*to fix it.*allow=\('dead-channels',\)"
     with pytest.raises(AssertionError, match=said):
