@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def in_numpy(params, x, moments):
-    """Returns the logits; a norm uses the mean and variance `moments(name, x)` of [values, c]."""
+    """Returns the logits. Norms use the mean and variance `moments(name, x)`, x [values, c]."""
     weights = jax.tree.map(np.float64, params)
 
     def norm(x, name):

@@ -159,7 +159,7 @@ class SpecialConv(nn.Conv):
 
 
 class Doubled(nn.Module):
-    """A convolution by twice the stored kernel."""
+    """A convolution with twice the stored kernel."""
 
     @nn.compact
     def __call__(self, x):
@@ -231,7 +231,7 @@ def test_statistics_that_are_wrong_are_left_alone():
 
 
 class Several(nn.Module):
-    """Calls modules in this order; + adds the outputs of two on the same input."""
+    """Calls modules in this order; `a+b` adds the outputs of both for the same input."""
 
     order: str
 

@@ -128,7 +128,7 @@ def test_a_norm_that_is_called_twice_has_the_moments_of_both_in_evaluation():
 
 
 def called(call):
-    """A network that is one norm, and is called by a function of (norm, images, train)."""
+    """A network of one norm, called by a function of (norm, images, train)."""
     variables = nn.BatchNorm().init(jax.random.key(0), IMAGES, use_running_average=True)
     return clinic.linen(nn.BatchNorm(), **variables, call=call)
 
