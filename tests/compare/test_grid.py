@@ -32,7 +32,7 @@ def get_config():
     config.data.name = "digits"
     config.data.train_images = 48
     config.eval.batch_size = 359
-    config.eval.every_steps = 2
+    config.eval.every_steps = 3
     return config
 """
 VARIANTS = {"bn": ("bn.py", {"model.momentum": 0.75}), "no_bn": ("bn.py", {"model.norm": "none"})}
