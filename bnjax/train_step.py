@@ -290,9 +290,12 @@ def model_inputs(model: Any, batch: Batch) -> tuple[Images, dict[str, Any]]:
         return images, {}
     # NaN in padding would enter the gradient as 0 * NaN.
     images = jnp.where(mask.reshape(-1, *[1] * (images.ndim - 1)), images, 0)
-    return images, {"mask": mask} if "mask" in inspect.signature(
-        type(model).__call__
-    ).parameters else {}
+    return images, {"mask": mask} if takes_mask(type(model)) else {}
+
+
+def takes_mask(model: type) -> bool:
+    """Returns whether the `__call__` of a class of models accepts `mask`."""
+    return "mask" in inspect.signature(model.__call__).parameters
 
 
 def _sum_over(tree: Any, axis_name: AxisName) -> Any:

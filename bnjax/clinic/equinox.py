@@ -71,9 +71,9 @@ def equinox(model: Any, state: Any, call: Forward | None = None) -> "Equinox":
 
     The network's running statistics are the statistics used in inference; for a norm with
     mode="batch", they are the averages after Equinox's debiasing. `network.model` returns the
-    Equinox model, and `network.state` its state. Training leaves the model's flags unchanged if any
-    of its norms is in training mode; otherwise it sets all `inference` flags to False. Evaluation
-    runs the model in inference mode.
+    Equinox model, and `network.state` its state. Evaluation runs the model in inference mode. For
+    training, the model's flags are kept if a norm is in training mode; otherwise all `inference`
+    flags are set to False.
 
     Args:
         model: a module (image, state) -> (logits, state), for one image in the layout of the
@@ -140,7 +140,7 @@ class Equinox(Network):
         """The Equinox model with these parameters."""
         params = flatten_dict(self.params)
         leaves = [
-            value if path is None else _from_flax(params[path], path, spatial)
+            value if path is None else _from_flax(params[path], path[-1], spatial)
             for path, spatial, value in self.structure.leaves
         ]
         return jax.tree_util.tree_unflatten(self.structure.treedef, leaves)
@@ -217,11 +217,6 @@ class Equinox(Network):
             lambda one: new.get(id(one), one), model, is_leaf=lambda one: id(one) in new
         )
         return equinox(model, self.state, self.call)
-
-    @property
-    def takes_mask(self) -> bool:
-        """False, because Equinox's norms take no mask."""
-        return False
 
 
 @dataclasses.dataclass
@@ -415,7 +410,7 @@ def _statistics(entries: dict[Any, Any], norms: tuple[_Norm, ...]) -> BatchStats
 def _with_weights(layer: Any, leaves: dict[Path, Array], path: Path) -> Any:
     """Returns the layer with the kernel and bias at this path."""
     weight, bias = (
-        _from_flax(leaves[*path, name], (*path, name), getattr(layer, "num_spatial_dims", 0))
+        _from_flax(leaves[*path, name], name, getattr(layer, "num_spatial_dims", 0))
         for name in ("kernel", "bias")
     )
     return _changed(layer, type(layer), weight=weight, bias=bias, use_bias=True)
@@ -470,9 +465,9 @@ def _to_flax(leaf: Array, name: str, spatial: int | None) -> Array:
     return leaf.reshape(leaf.shape[: leaf.ndim - spatial])
 
 
-def _from_flax(leaf: Array, path: Path, spatial: int | None) -> Array:
+def _from_flax(leaf: Array, name: str, spatial: int | None) -> Array:
     if spatial is None:
         return leaf
-    if path[-1] == "kernel":
+    if name == "kernel":
         return jnp.moveaxis(leaf, (-1, -2), (-2 - spatial, -1 - spatial))
     return leaf.reshape(*leaf.shape, *[1] * spatial)

@@ -1,7 +1,6 @@
 """Folds batch norms into neighbouring layers."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,7 +11,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend import core
 
 from bnjax.clinic.jaxpr import Node, Path, layers
-from bnjax.clinic.linen import Folded
 from bnjax.clinic.network import Call, Network, NormLayer, SameNetwork
 from bnjax.norms import StandardizedConv
 from bnjax.norms.per_example import standardize
@@ -120,9 +118,9 @@ class Folding(NamedTuple):
     norms: tuple[NormFold, ...]
 
     @property
-    def pairs(self) -> Sequence[tuple[Path, Path]]:
-        """For each folded norm, its path and the path of the layer it was folded into."""
-        return self.network.model.pairs if isinstance(self.network.model, Folded) else ()
+    def pairs(self) -> tuple[tuple[Path, Path], ...]:
+        """For each norm folded by this call, its path and the path of its layer."""
+        return tuple((one.norm, one.layer) for one in self.norms if one.layer is not None)
 
 
 def fold(network: SameNetwork, images: Images) -> SameNetwork:
@@ -136,11 +134,12 @@ def fold(network: SameNetwork, images: Images) -> SameNetwork:
 def plan(network: Network, images: Images) -> Folding:
     """Returns the folded network, and the result of folding for each norm.
 
-    A norm is folded into the layer before it if nothing else reads the output of that layer and
-    only sums or maxima within a channel lie between the two. Otherwise it is folded into the layer
-    after it, under the same conditions. A norm cannot be folded across an activation, into a
-    following convolution with zero padding, or across a maximum if the gain is negative. `plan`
-    finds the operations in the traced program, and computes in float64 on the host.
+    A norm is folded into the layer before it if nothing else reads the output of that layer, and
+    only sums and maxima within a channel, positive factors and moves of values lie between the two.
+    Otherwise it is folded into the layer after it, under the same conditions. A norm cannot be
+    folded across an activation, into a following convolution with zero padding, or across a maximum
+    if the gain is negative. `plan` finds the operations in the traced program, and computes in
+    float64 on the host.
 
     In evaluation the logits are unchanged except for rounding errors. If one module reads the
     kernel of another (tied weights), check the logits with `difference`, because `plan` does not
@@ -175,7 +174,7 @@ def plan(network: Network, images: Images) -> Folding:
                 layer, origin = _neighbour(calls, origins, path, place)
                 before = weights.get(layer.path) or _weights(layer, leaves)
                 weights[layer.path] = _with_norm(
-                    before, layer, norm, place, origin, leaves | stats, network.per_example
+                    before, layer, about[path], place, origin, leaves | stats, network.per_example
                 )
             except ValueError as error:
                 reasons.append(str(error))
@@ -184,26 +183,26 @@ def plan(network: Network, images: Images) -> Folding:
                 break
         else:
             norms.append(NormFold(path, reason="; ".join(filter(None, reasons))))
-    pairs = tuple((one.norm, one.layer) for one in norms if one.layer is not None)
-    if not pairs:
-        return Folding(network, tuple(norms))
+    unfolded = Folding(network, tuple(norms))
+    if not unfolded.pairs:
+        return unfolded
     for layer_path, pair in weights.items():
         dtype = leaves[*layer_path, "kernel"].dtype
         leaves[*layer_path, "kernel"], leaves[*layer_path, "bias"] = (
             jnp.asarray(leaf, dtype) for leaf in pair
         )
-    gone = {norm_path for norm_path, _ in pairs}
+    gone = {norm_path for norm_path, _ in unfolded.pairs}
     params, batch_stats = (
         unflatten_dict({path: leaf for path, leaf in tree.items() if path[:-1] not in gone})
         for tree in (leaves, stats)
     )
-    return Folding(network.folded(params, batch_stats, pairs), tuple(norms))
+    return unfolded._replace(network=network.folded(params, batch_stats, unfolded.pairs))
 
 
 def difference(logits: Logits, others: Logits) -> float:
-    """Returns the largest difference between two arrays of logits, relative to the largest logit.
+    """Returns the largest difference between logits, relative to the largest of the first ones.
 
-    Returns 0 if all logits are 0, for instance because the last layer is untrained.
+    Returns 0 if all of them are 0, for instance because the last layer is untrained.
 
     >>> difference(np.array([[4.0, -8.0]]), np.array([[4.0, -6.0]]))
     0.25
@@ -221,7 +220,7 @@ def _is_of_interest(call: Call) -> bool:
 
 
 def _hindrance(nodes: list[Node], about: NormLayer, per_example: bool) -> str:
-    """Returns the reason a norm cannot be folded into any layer; empty if folding is possible."""
+    """Returns the reason a norm cannot be folded into any layer; empty without such a reason."""
     norm = nodes[0].call
     if about.by_batch:
         return "it normalises by batch statistics even in evaluation"
@@ -263,7 +262,8 @@ def _origin(node: Node, per_example: bool) -> Origin:
         if len(node.readers) > 1:
             readers = f"several operations read ({_readers(node)})"
             return Origin(reason=f"is the output of {_name(node)}, which {readers}")
-        # `nn.vmap` adds an axis at an unknown position.
+        # After other operations, the output must have the shape that it has inside the module.
+        # Otherwise `nn.vmap` added an axis, and the channel axis is unknown.
         if node.call is not None and (not kind or node.shape[per_example:] == node.returned):
             return Origin(node.path, factor, has_maxima)
         step = None if node.call is not None else _step(node.equation, per_example)
@@ -369,7 +369,7 @@ Weights = tuple[np.ndarray, np.ndarray]
 def _with_norm(
     weights: Weights,
     layer: Node,
-    norm: Node,
+    norm: NormLayer,
     place: Place,
     origin: Origin,
     stored: dict[Path, Any],
@@ -397,7 +397,6 @@ def _with_norm(
             f"{name} adds zeros to its input, so its bias cannot absorb the norm's shift"
         )
     factor = origin.factor if place == "before" else 1 / origin.factor
-    epsilon = float(norm.call.module.eps if per_example else norm.call.module.epsilon)
     for index in np.ndindex(stack):
         kernel[index], bias[index] = fold_pair(
             kernel[index],
@@ -406,7 +405,7 @@ def _with_norm(
             factor * shift[index],
             factor * mean[index],
             var[index],
-            epsilon,
+            float(norm.module.epsilon),
             norm=place,
             groups=getattr(module, "feature_group_count", getattr(module, "groups", 1)),
             channels_first=per_example,

@@ -13,7 +13,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.linen import FROZEN, intercepting, with_fields
-from bnjax.clinic.network import Call, Network, nothing_seen
+from bnjax.clinic.network import Call, Network, norm_paths
 from bnjax.types import BatchStats, Params, Tree
 
 
@@ -100,7 +100,7 @@ def affine_mask(params: Params, batch_stats: BatchStats, *patterns: str) -> Tree
     >>> affine_mask(params, {"norm": {"mean": jax.numpy.zeros(2), "var": jax.numpy.ones(2)}}, "*")
     {'dense': {'kernel': False, 'bias': False}, 'norm': {'scale': True, 'bias': True}}
     """
-    names = {".".join(path): path for path in nothing_seen(batch_stats)}
+    names = {".".join(path): path for path in norm_paths(batch_stats)}
     norms = {names[name] for name in matching(names, patterns)}
     affine = {(*norm, leaf) for norm in norms for leaf in ("scale", "bias")}
     return unflatten_dict({path: path in affine for path in flatten_dict(params)})
@@ -147,7 +147,7 @@ def moved(before: Network, after: Network, patterns: Iterable[str] = ("*",)) -> 
     >>> moved(network(0.0), network(0.5))
     ('norm.mean',)
     """
-    norms = {".".join(path): path for path in nothing_seen(after.batch_stats)}
+    norms = {".".join(path): path for path in norm_paths(after.batch_stats)}
     chosen = {norms[name] for name in matching(norms, patterns)}
     old, new = (
         {

@@ -19,11 +19,10 @@ from flax.linen.dtypes import canonicalize_dtype
 
 from bnjax.clinic.network import FLAGS, Around, Call, Network, NormLayer, Path
 from bnjax.norms import BatchNorm, StandardizedConv
-from bnjax.train_step import forward, init_variables
+from bnjax.train_step import forward, init_variables, takes_mask
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Mask, Params, named_leaves
 
 NORMS = (nn.BatchNorm, BatchNorm)
-# Subclasses are excluded, because they may use the kernel differently.
 LAYERS = (nn.Conv, nn.Dense, StandardizedConv)
 
 
@@ -57,10 +56,21 @@ class Folded(nn.Module):
                 return _with_bias(module)(*args, **kwargs)
             return call(*args, **kwargs)
 
-        takes_mask = "mask" in inspect.signature(type(self.unfolded).__call__).parameters
-        options = {"mask": mask} if takes_mask else {}
+        options = {"mask": mask} if takes_mask(type(self.unfolded)) else {}
         with nn.intercept_methods(intercept):
             return model(x, train=train, **options)
+
+
+def folded_model(model: nn.Module, pairs: Sequence[tuple[Path, Path]]) -> nn.Module:
+    """Returns the model with more norms folded; `pairs` are as for `Folded`."""
+    if isinstance(model, Folded):
+        model, pairs = model.unfolded, (*model.pairs, *pairs)
+    return Folded(model, pairs) if pairs else model
+
+
+def folded_pairs(model: nn.Module) -> Sequence[tuple[Path, Path]]:
+    """Returns the paths of the norms folded into the layers of a model, as for `Folded`."""
+    return model.pairs if isinstance(model, Folded) else ()
 
 
 # The attribute that marks norms frozen by `bnjax.clinic.freezing`.
@@ -110,15 +120,12 @@ class Linen(Network):
         self, params: Params, batch_stats: BatchStats, pairs: Sequence[tuple[Path, Path]]
     ) -> "Linen":
         """See `Network.folded`."""
-        model = self.model
-        if isinstance(model, Folded):
-            model, pairs = model.unfolded, (*model.pairs, *pairs)
-        return Linen(params, batch_stats, Folded(model, pairs))
+        return Linen(params, batch_stats, folded_model(self.model, pairs))
 
     @property
     def takes_mask(self) -> bool:
         """Whether the model's `__call__` has an argument `mask`."""
-        return "mask" in inspect.signature(type(self.model).__call__).parameters
+        return takes_mask(type(self.model))
 
     def shapes(self, images: Images) -> tuple[Any, Any]:
         """Returns the shapes of the variables that `model.init` creates."""
@@ -136,6 +143,8 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
         batch_stats: the running statistics of the model; for `audit`, optionally the statistics of
             several replicas.
         call: (model, images, train) -> logits, for a model with a different signature.
+
+    A mask is passed to the model only if the flag is `train`.
 
     Raises:
         ValueError: if `__call__` has no known flag and `call` is None, or an argument has the wrong
@@ -218,6 +227,7 @@ class LinenCall(Call):
     def is_standard(self) -> bool:
         """See `Call.is_standard`."""
         is_norm = self.kind.__call__ in [norm.__call__ for norm in NORMS]
+        # A subclass of a layer may use the kernel differently.
         return is_norm if self.is_norm else self.kind in LAYERS
 
     def get(self, name: str) -> Any:

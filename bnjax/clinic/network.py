@@ -173,7 +173,10 @@ class Call(abc.ABC):
         return Moments(*map(self.get, SEEN)) if is_there else None
 
     def see(self, seen: Moments) -> None:
-        """Stores moments. Use `see` after the call, because a superclass may also store moments."""
+        """Stores moments; called after the norm has run.
+
+        A norm that calls its superclass stores moments twice, and the last ones count.
+        """
         for name, leaf in zip(SEEN, seen, strict=True):
             self.put(name, leaf)
 
@@ -243,9 +246,9 @@ class Network(abc.ABC):
         """
 
     @property
-    @abc.abstractmethod
     def takes_mask(self) -> bool:
         """Whether the model accepts a mask."""
+        return False
 
     def shapes(self, images: Images) -> tuple[Any, Any]:
         """Returns the shapes of the model's own parameters and running statistics."""
@@ -322,11 +325,17 @@ class Network(abc.ABC):
 SameNetwork = TypeVar("SameNetwork", bound=Network)
 
 
+def norm_paths(batch_stats: BatchStats) -> list[Path]:
+    """Returns the paths of the norms, which have the leaves `mean` and `var`."""
+    leaves = flatten_dict(batch_stats)
+    return [(*path,) for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
+
+
 def nothing_seen(batch_stats: BatchStats) -> Seen:
     """Returns empty moments for each norm, the initial `seen` of `Network.observe`."""
     leaves = flatten_dict(batch_stats)
-    norms = [path for *path, name in leaves if name == "mean" and (*path, "var") in leaves]
-    zeros = {(*path,): jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in norms}
+    paths = norm_paths(batch_stats)
+    zeros = {path: jnp.zeros(leaves[*path, "mean"].shape, jnp.float32) for path in paths}
     return {path: Moments(zero, zero, zero) for path, zero in zeros.items()}
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.clinic.network import FLAGS, SEEN, Around, Call, Network, NormLayer, Path, nothing_seen
-from bnjax.train_step import model_inputs
+from bnjax.clinic.network import FLAGS, SEEN, Around, Call, Network, NormLayer, Path, norm_paths
+from bnjax.train_step import model_inputs, takes_mask
 from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
 # NNX is imported inside the functions, because the import takes a third of a second.
@@ -25,9 +25,9 @@ from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -> "Nnx":
     """Returns a copy of an NNX model as a network for the functions of the clinic.
 
-    Training leaves the model's flags unchanged if any of its norms is in training mode; otherwise
-    it calls `model.train()`. Evaluation calls `model.eval()`. A training flag of `__call__`
-    (`train`, `training`, `is_training`, `deterministic` or `use_running_average`) is also set.
+    Evaluation calls `model.eval()`. For training, the model's flags are kept if a norm is in
+    training mode; otherwise `model.train()` is called. A training flag of `__call__` (`train`,
+    `training`, `is_training`, `deterministic` or `use_running_average`) is also set.
     `network.model` returns an NNX model.
 
     Args:
@@ -53,7 +53,7 @@ def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -
     own = tuple(tuple(tree.items()) for tree in shapes)
     params, batch_stats, rest = (_named(tree) for tree in leaves)
     modules = _modules(model)
-    if foreign := nothing_seen(batch_stats).keys() - modules.keys():
+    if foreign := {*norm_paths(batch_stats)} - modules.keys():
         raise ValueError(
             f"the norms {', '.join(map('.'.join, sorted(foreign)))} are not NNX modules. Use "
             "clinic.linen with the linen model that contains them."
@@ -166,7 +166,7 @@ class Nnx(Network):
     @property
     def takes_mask(self) -> bool:
         """Whether `call` is None and the model's `__call__` has an argument `mask`."""
-        return not self.call and "mask" in inspect.signature(self.kind.__call__).parameters
+        return not self.call and takes_mask(self.kind)
 
     def shapes(self, images: Images) -> tuple[Any, Any]:
         """Returns the shapes of the variables of the model passed to `nnx`."""

@@ -18,6 +18,7 @@ from bnjax.clinic.network import (
     NormLayer,
     SameNetwork,
     Seen,
+    norm_paths,
     nothing_seen,
 )
 from bnjax.metrics import Metrics, from_losses
@@ -51,7 +52,7 @@ def precise(
             by="population" needs a repeatable iterable, such as a list.
         by: the statistics by which the earlier norms normalise. "batch": batch statistics, as in
             training; takes one pass. "population": the precise statistics, as in evaluation; takes
-            one pass for each norm in the longest chain.
+            one pass for each norm in the longest chain, and one more to confirm the result.
         keep: the weight of the stored means and variances in the result, 0 to 1 (Schneider et al.,
             2020, section 3); with "population", earlier norms also normalise by this mixture.
         jit: the function used for compilation.
@@ -138,7 +139,7 @@ def _change(before: BatchStats, after: BatchStats) -> float:
     """Returns the largest change of a mean (in standard deviations) or of a log variance."""
     old, new = flatten_dict(before), flatten_dict(after)
     changes = [0.0]
-    for path in nothing_seen(after):
+    for path in norm_paths(after):
         mean, var = (*path, "mean"), (*path, "var")
         found = deviations(old[mean], old[var], new[mean], new[var], 1e-12)
         changes += [float(np.abs(leaf).max()) for leaf in found]
@@ -167,9 +168,9 @@ class Drift(NamedTuple):
     layer is about 1/sqrt(n) even for correct averages.
 
     Attributes:
-        mean: the root mean square over channels of the first result of `deviations`.
-        variance: the mean over channels of the second result of `deviations`. If it is above 0, the
-            norm's output is too small in evaluation; if it is below 0, too large.
+        mean: (stored - true mean) / true standard deviation, the root mean square over channels.
+        variance: log(stored / true variance), the mean over channels. If it is above 0, the norm's
+            output is too small in evaluation; if it is below 0, too large.
     """
 
     mean: float

@@ -1,15 +1,15 @@
 """`bnjax fold`: folds the batch norms of a trained network into its layers."""
 
-from bnjax.commands import Checkpoint, DataDir, Out, Workdir
+from bnjax.commands import Checkpoint, Out, ProbeDir, Workdir
 
 
 def run(
-    workdir: Workdir, checkpoint: Checkpoint = "last", data_dir: DataDir = None, out: Out = None
+    workdir: Workdir, checkpoint: Checkpoint = "last", data_dir: ProbeDir = None, out: Out = None
 ) -> int:
     """Fold the batch norms of a trained network into its layers where folding is exact.
 
-    The logits are checked on noise, or on test images if --data-dir is given. Norms that cannot be
-    folded are listed with the reason. The exit status is 1 if no norm can be folded.
+    The logits are compared with those of the run. Norms that cannot be folded are listed with the
+    reason. The exit status is 1 if no norm can be folded.
     """
     import jax
     import numpy as np
@@ -44,6 +44,6 @@ def run(
         f"logits of {about['probe']} differ by {about['difference']:.1e} of the largest logit"
     )
     if out:
-        trained.write(out, folding.network, about, folding.pairs)
+        trained.write(out, folding.network, about)
         print(f"\npredict with:    bnjax predict --workdir {out} --split test")
     return 0

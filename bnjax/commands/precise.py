@@ -35,7 +35,7 @@ def run(
     import jax
 
     from bnjax.clinic import precise
-    from bnjax.clinic.network import nothing_seen
+    from bnjax.clinic.network import norm_paths
     from bnjax.metrics import from_losses, softmax_cross_entropy
     from bnjax.text import counted, progress, text_table
     from bnjax.train import rundir
@@ -47,7 +47,7 @@ def run(
     if out:
         rundir.check_is_free(out)
     trained = Trained(workdir, checkpoint)
-    norms = nothing_seen(trained.batch_stats)
+    norms = norm_paths(trained.batch_stats)
     if not norms:
         raise UserError(f"the network in {workdir} has no running statistics.")
     dataset = trained.dataset(data_dir)
@@ -88,7 +88,7 @@ def run(
             f"normalised by {how}"
         )
     if out:
-        trained.write(out, network, result | tests, trained.folded)
+        trained.write(out, network, result | tests)
         if not json:
             print(f"\npredict with:    bnjax predict --workdir {out} --split test")
     return 0

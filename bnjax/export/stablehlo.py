@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
 from bnjax.clinic.folding import Folding, NormFold, difference, plan
-from bnjax.clinic.linen import Folded
+from bnjax.clinic.linen import folded_model, folded_pairs
 from bnjax.data.batches import eval_batches
 from bnjax.errors import UserError
 from bnjax.text import progress
@@ -102,7 +102,7 @@ def export_run(
     like = np.zeros((1, *shape), np.uint8)
     if folded:
         folding = plan(trained.network, like)
-        if folding.pairs and folding.pairs != trained.folded:
+        if folding.pairs:
             check_folded(trained, folding, data_dir)
     else:
         norms = trained.network.norms({"image": like})
@@ -133,8 +133,7 @@ def export_run(
                 f"--onnx needs the package {error.name}: pip install 'bnjax[onnx]'."
             ) from error
         exact = in_float32(trained)
-        plain = exact.unfolded if isinstance(exact, Folded) else exact
-        model = Folded(plain, folding.pairs) if folding.pairs else plain
+        model = folded_model(exact, folding.pairs)
         notes = {"name": trained.config.name, "classes": classes}
         made = onnx_model(model, *variables, shape, notes)
         content[ONNX] = made.SerializeToString(deterministic=True)
@@ -150,7 +149,7 @@ def export_run(
         classes=classes,
         image_shape=[*shape],
         arithmetic=build.dtype_of(trained.config.model),
-        folded={".".join(norm): ".".join(layer) for norm, layer in folding.pairs},
+        folded={".".join(of): ".".join(layer) for of, layer in folded_pairs(network.model)},
         kept={".".join(one.norm): one.reason for one in folding.norms if one.layer is None},
         exported=datetime.datetime.now(datetime.UTC).date().isoformat(),
         versions=versions(),

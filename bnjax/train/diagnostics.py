@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bnjax.clinic.linen import linen
-from bnjax.clinic.network import nothing_seen
+from bnjax.clinic.network import norm_paths
 from bnjax.clinic.statistics import gap
 from bnjax.clinic.watching import examine
 from bnjax.data.batches import evenly_spaced
@@ -198,7 +198,7 @@ class Observer:
 
         The predictions use `evaluated`; everything else uses `state` and `batch_stats`.
         """
-        if len(self._same.label) and nothing_seen(batch_stats):
+        if len(self._same.label) and norm_paths(batch_stats):
             batch = {"image": self._same.image, "label": self._same.label}
             network = linen(self._model, state.params, batch_stats)
             found, drifts = examine(network, batch, self._gap)

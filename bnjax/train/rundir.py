@@ -137,7 +137,7 @@ def read(workdir: Path) -> tuple[ConfigDict, DataFacts]:
         return parsing.from_dict(content["config"]), facts
 
 
-def folded_pairs(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
+def read_folded(workdir: Path) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
     """Returns pairs of paths: that of a folded norm, and that of the layer it was folded into.
 
     Raises:

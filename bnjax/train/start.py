@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from bnjax.clinic.freezing import differing, matches
-from bnjax.clinic.network import nothing_seen
+from bnjax.clinic.network import norm_paths
 from bnjax.errors import ConfigError, UserError
 from bnjax.train.jsonl import reading
 from bnjax.train_step import TrainState
@@ -157,7 +157,7 @@ def frozen(config: ConfigDict, params: Params, batch_stats: BatchStats) -> Froze
     Raises:
         ConfigError: if a pattern matches nothing, or nothing is left to train.
     """
-    norms = [".".join(path) for path in nothing_seen(batch_stats)]
+    norms = [".".join(path) for path in norm_paths(batch_stats)]
     leaves = [".".join(path) for path in flatten_dict(params)]
     fixed: dict[str, list[str]] = {
         "norms": [name for name in leaves if name.rpartition(".")[0] in norms],

@@ -2,17 +2,16 @@
 
 import functools
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bnjax.clinic.folding import Folding, difference
-from bnjax.clinic.linen import Folded, Linen, linen
+from bnjax.clinic.linen import Linen, folded_model, folded_pairs, linen
 from bnjax.data.batches import Examples, eval_batches
 from bnjax.data.datasets import Dataset
 from bnjax.data.feed import every_batch
@@ -23,7 +22,7 @@ from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
 from bnjax.train.cpu import compiler_options
 from bnjax.train.jsonl import write_json
-from bnjax.train.rundir import FOLDED, check_is_free, folded_pairs, read
+from bnjax.train.rundir import FOLDED, check_is_free, read, read_folded
 from bnjax.train_step import TrainState, forward, init_variables
 from bnjax.types import Batch, BatchStats, Images, Params
 
@@ -42,7 +41,6 @@ class Trained:
         step: the step of the checkpoint.
         weights: the fingerprint of the weights with which the statistics were computed; None if
             unknown.
-        folded: pairs of paths: that of a folded norm, and that of the layer it was folded into.
         model: the linen module.
         params: the weights.
         batch_stats: the running statistics.
@@ -56,12 +54,8 @@ class Trained:
         """
         self.workdir = workdir
         self.config, self.data = read(workdir)
-        self.model: nn.Module = build.network(
-            self.config.model, len(self.data.classes), self.data.image_shape
-        )
-        self.folded = folded_pairs(workdir)
-        if self.folded:
-            self.model = Folded(self.model, self.folded)
+        model = build.network(self.config.model, len(self.data.classes), self.data.image_shape)
+        self.model = folded_model(model, read_folded(workdir))
         with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
             self.step = checkpoints.step(checkpoint)
             self.weights: str | None = checkpoints.about(self.step).get("weights")
@@ -113,7 +107,6 @@ class Trained:
         out: Path,
         network: Linen,
         about: dict[str, Any],
-        folded: Sequence[tuple[Sequence[str], Sequence[str]]],
     ) -> None:
         """Writes a network derived from this one into a folder for `bnjax predict --workdir`.
 
@@ -121,7 +114,6 @@ class Trained:
             out: the folder to write.
             network: the new network.
             about: facts about the new network, as JSON values.
-            folded: the folded pairs of the new network, in the format of `self.folded`.
 
         Raises:
             UserError: if the folder is neither new nor empty.
@@ -131,8 +123,7 @@ class Trained:
         state = TrainState(step, network.params, (), jax.random.key(0))
         with Checkpoints(out / "checkpoints") as checkpoints:
             checkpoints.save(state, network.batch_stats, None, about)
-        if folded:
-            pairs = [[".".join(path) for path in pair] for pair in folded]
+        if pairs := [[".".join(path) for path in one] for one in folded_pairs(network.model)]:
             write_json(out / FOLDED, {"of": str(self.workdir), "pairs": pairs, **about})
         # Copied last, because this file marks the folder as complete.
         shutil.copyfile(self.workdir / "config.json", out / "config.json")
@@ -166,8 +157,7 @@ def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> di
     images, about = probe(trained, data_dir)
     found = []
     for model in [in_float32(trained), *([trained.model] if trained.is_low else [])]:
-        plain = model.unfolded if isinstance(model, Folded) else model
-        after = Folded(plain, folding.pairs)
+        after = folded_model(model, folding.pairs)
         own = logits(linen(model, trained.params, trained.batch_stats), images)
         variables = (folding.network.params, folding.network.batch_stats)
         found.append(difference(own, logits(linen(after, *variables), images)))
@@ -187,7 +177,7 @@ def in_float32(trained: Trained) -> Any:
     config = trained.config.model.copy_and_resolve_references()
     config.dtype = config.dense_product = "float32"
     model = build.network(config, len(trained.data.classes), trained.data.image_shape)
-    return Folded(model, trained.folded) if trained.folded else model
+    return folded_model(model, folded_pairs(trained.model))
 
 
 def logits(network: Linen, images: Images, batch_size: int = BATCH) -> np.ndarray:
