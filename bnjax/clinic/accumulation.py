@@ -50,8 +50,8 @@ def accumulated_step(
     """Takes a step like `train_step`, but keeps the activations of only one micro-batch in memory.
 
     The gradient is averaged, and the metrics are summed, over all unmasked examples of the batch.
-    Each micro-batch is normalised by its own statistics, computed over its examples on all devices
-    of `axis_name`. The gradient therefore differs from the gradient of a step on the whole batch.
+    Each micro-batch is normalised by its own statistics, over the devices that the `axis_name` of
+    each norm defines, so the gradient differs from the gradient of a step on the whole batch.
     The running averages are updated once, with the mean and variance over all micro-batches.
 
     Micro-batch i contains the examples i, i + k, i + 2 k, …, so sharded examples stay on their

@@ -4,7 +4,6 @@ docs/findings.md gives the sources of the limits.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -319,7 +318,7 @@ def variance_shift(case: Case, one: Evidence) -> str | None:
 
 
 def recomputed(one: Evidence) -> bool:
-    """Returns whether the averages were computed without dropout, as by `clinic.precise`."""
+    """Returns whether the averages were computed without dropout although training has dropout."""
     return one.random and _fits(dataclasses.replace(one, train=one.batch))
 
 
@@ -340,11 +339,11 @@ def _fits(one: Evidence) -> bool:
     return max(one.z_scores) <= STANDARD_ERRORS
 
 
-SECOND_BATCH = "a second batch, to measure the differences between batches"
+SECOND_BATCH = "a second batch of at least half the size, to measure differences between batches"
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:
-    """Yields the checks that lack an input, except the checks in `unfinished_or_stale`."""
+    """Yields the checks of layers that lack an input, and the skipped evaluations."""
     if case.run.batch_size is None:
         missing = "the number of examples that share statistics in training: Run(batch_size=…)"
         yield NotChecked("small-batch", missing)
@@ -352,9 +351,6 @@ def unknown(case: Case) -> Iterator[NotChecked]:
         yield NotChecked("small-batch", SECOND_BATCH)
     if case.whole < 2 and any(one.random for one in case.layers):
         yield NotChecked("variance-shift", SECOND_BATCH)
-    if case.run.tx is None:
-        missing = "the optimizer: Run(tx=…); the weights do not show which parameters were decayed"
-        yield NotChecked("weight-decay", missing)
     if case.run.predict is None:
         missing = "your evaluation function: Run(predict=…); only evaluation mode was checked"
         yield NotChecked("batch-dependent in your evaluation", missing)
@@ -383,6 +379,8 @@ MAX_UPDATES = 64  # a schedule may start at 0, and gradients may be accumulated 
 def decay(case: Case) -> Outcome:
     """Finds weight decay or a layer-wise learning rate that acts on scale or bias."""
     if case.run.tx is None:
+        missing = "the optimizer: Run(tx=…); the weights do not show which parameters were decayed"
+        yield NotChecked("weight-decay", missing)
         return
     try:
         decayed = depends(case.run.tx, case.network.params, gradient=0.0)
@@ -475,8 +473,9 @@ MOVED_WHILE_FROZEN = _illness(
     "frozen norms have changed",
     "an optimizer that skips scale and bias does not freeze the averages: every pass in training "
     "mode updates the averages, which then no longer fit the other frozen layers",
-    "restore the original norms; freeze the averages with freezing.freeze_statistics or by running "
-    "the norms in evaluation mode; freeze scale and bias with freezing.without_frozen",
+    "restore the original norms; freeze the averages with clinic.freezing.freeze_statistics or by "
+    "running the norms in evaluation mode; freeze scale and bias with "
+    "clinic.freezing.without_frozen",
 )
 
 
@@ -521,9 +520,9 @@ def updated_twice(case: Case) -> Outcome:
 def updates(step: Callable[[Network, Batch], Network], case: Case) -> dict[str, float]:
     """Returns the number of updates per step for each norm where the number can be measured.
 
-    A norm with debias counts its updates. For other norms, the step is run twice: with the stored
-    means, and with means shifted by 100 standard deviations. The results differ by the shift times
-    momentum ** updates, because the inputs in training do not depend on the stored means.
+    A norm with a `count` counts its updates. For other norms, the step is run twice: with the
+    stored means, and with means shifted by 100 standard deviations. The results differ by the shift
+    times momentum ** updates, because the inputs in training do not depend on the stored means.
     """
     stored = flatten_dict(dict(case.network.batch_stats))
     shifts = {(*one.layer.path, "mean"): FAR * one.std.reshape(one.shape) for one in case.layers}
@@ -540,7 +539,7 @@ def updates(step: Callable[[Network, Batch], Network], case: Case) -> dict[str, 
         count = (*one.layer.path, "count")
         if count in stored:
             found[one.layer.name] = float(np.max(near[count] - stored[count]))
-        elif isinstance(one.momentum, float) and 0 < one.momentum < 1:
+        elif one.momentum and one.momentum < 1:
             kept = max(float(np.sum(far[mean] - near[mean]) / shift.sum()), 1e-12)
             found[one.layer.name] = math.log(kept) / math.log(one.momentum)
     return found
@@ -566,7 +565,8 @@ STALE = _illness(
 INITIAL_SHARE, INITIAL_SHIFT = 0.01, 0.1
 # The limit for stored minus expected statistics, in standard errors (RMS over channels). In the
 # worst case, fully correlated channels, the mean and the variance of a healthy layer each exceed
-# the limit with a probability of 6e-5: one false finding in 80 networks of 100 norms.
+# the limit with a probability of 6e-5, once in 80 networks of 100 norms. Then `_of_poor_fit`
+# decides.
 STANDARD_ERRORS = 4.0
 # The tolerated total variation distance between predictions under stored and expected statistics.
 MOVED = 0.1
@@ -617,7 +617,7 @@ def unfinished_or_stale(case: Case, before: Sequence[Finding]) -> Outcome:
     if case.whole < 2:
         yield NotChecked("stale by fit", SECOND_BATCH)
         return
-    if case.run.steps is None and any(isinstance(one.momentum, float) for one in layers):
+    if case.run.steps is None and any(one.momentum is not None for one in layers):
         missing = "the number of updates: Run(steps=…); only the averages themselves were checked"
         yield NotChecked("not-converged by the number of updates", missing)
     judged = [one for one in layers if one.calls == 1 and not recomputed(one)]
@@ -682,9 +682,9 @@ def fitted_share(judged: list[Evidence], beyond: list[Evidence]) -> float | None
     """Returns the weight of the initial values that explains the stored statistics, or None.
 
     Fits stored = share * (0, 1) + (1 - share) * expected by least squares over all channels, in
-    units of the standard deviation for means and of its square for variances. Returns None unless
-    the fit explains more than half of the difference (over all layers, and in each layer of
-    `beyond`) and predicts almost no difference in the other layers.
+    units of the standard deviation for means and of its square for variances. The fit must explain
+    more than half of the difference, over all layers and in each layer of `beyond`. In the other
+    layers it must predict almost no difference. Otherwise the result is None.
 
     Args:
         judged: layers with the same number of updates.
@@ -722,7 +722,7 @@ def _not_converged(
     momentum, apart = worst.momentum, worst.distance_from_zero
     text = f"the initial values have a weight of {share:.1%} ({how})"
     text += "" if updates is None else f" after {updates:,} updates"
-    if isinstance(momentum, int | float) and 0 < momentum < 1:
+    if momentum and momentum < 1:
         needed = updates_for(momentum, INITIAL_SHARE)
         text += (
             f" with a momentum of {momentum:g}; a weight of {INITIAL_SHARE:.0%} takes {needed:,} "
@@ -785,15 +785,10 @@ def audit(
     if missing:
         return Findings(tuple(found), (NotChecked("all other checks", missing),))
     case = measure(network, kept, run, jit)
-    not_checked = [*unknown(case)]
     others = decay, batch_dependent, moved_while_frozen, updated_twice
-    last: Callable[[Case], Outcome] = functools.partial(unfinished_or_stale, before=found)
-    for check in [*LAYER_CHECKS, *others, last]:
-        for outcome in [*check(case)]:
-            if isinstance(outcome, NotChecked):
-                not_checked.append(outcome)
-            else:
-                found.append(outcome)
+    checks = [unknown, *LAYER_CHECKS, *others]
+    outcomes = [*found, *(one for check in checks for one in check(case))]
+    outcomes += [*unfinished_or_stale(case, [one for one in outcomes if isinstance(one, Finding)])]
     precise = case.logits_under(case.precise)
     stored = case.logits_under(case.network.batch_stats)
     evaluation = {
@@ -813,5 +808,11 @@ def audit(
         )
         for one in case.layers
     )
-    examples = sum(map(real_examples, kept))
-    return Findings(tuple(found), tuple(not_checked), rows, evaluation, examples, LIMITS)
+    return Findings(
+        found=tuple(one for one in outcomes if isinstance(one, Finding)),
+        not_checked=tuple(one for one in outcomes if isinstance(one, NotChecked)),
+        layers=rows,
+        evaluation=evaluation,
+        examples=sum(map(real_examples, kept)),
+        limits=LIMITS,
+    )

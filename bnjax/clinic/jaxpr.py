@@ -10,9 +10,8 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from bnjax.clinic.network import STORED, Call, Network
+from bnjax.clinic.network import STORED, Call, Network, Path
 
-Path = tuple[str, ...]
 # (equation, *values of its operands) -> values of its results. Values may have any type.
 Rule = Callable[..., Sequence[Any]]
 # The primitives that only call another program.
@@ -87,7 +86,7 @@ class Node:
     Attributes:
         path: the path of the module; for an operation, the path of its module followed by the
             operation's name.
-        kind: the class of the module, or the name of the operation.
+        kind: the name of the module's class, or of the operation.
         call: the call of the module; None for an operation.
         returned: the shape of the output inside the module.
         shape: the shape of the output in the program; `nn.vmap` adds an axis.

@@ -30,15 +30,15 @@ class Run:
     """Facts about a training run; unknown facts are None.
 
     Attributes:
-        steps: the number of updates of the averages since initialisation.
+        steps: the number of training steps since initialisation.
         batch_size: the number of examples that share statistics: all examples of a step, or the
             examples on one device if the norms have no axis_name.
         weights: the `bnjax.types.fingerprint` of the weights to which the statistics belong.
         tx: the optimizer, with `init` and `update` as in Optax; it is called with small arrays.
         predict: the evaluation function, images [n, h, w, c] -> logits [n, classes]; None to
             use evaluation mode.
-        step: a training step, (network, batch) -> updated network; it is called with copies of its
-            arguments.
+        step: a training step, (network, batch) -> updated network; it is called with copies of the
+            network.
         before: the network before training, if norms were frozen.
         frozen: shell patterns for the names of the frozen norms; empty for all norms of `before`.
     """
@@ -152,29 +152,30 @@ class Evidence:
         return min(self.size, getattr(self.layer.module, "virtual_batch", self.size))
 
     @property
-    def momentum(self) -> Any:
-        """The momentum of the averages."""
-        return self.layer.module.momentum
+    def momentum(self) -> float | None:
+        """The momentum of the averages; None if it depends on the number of updates."""
+        momentum = self.layer.module.momentum
+        return momentum if isinstance(momentum, int | float) else None
 
     @property
     def initial_share(self) -> float | None:
         """The weight of the initial values in the averages; None if unknown."""
-        is_constant = isinstance(self.momentum, int | float)
-        debias = getattr(self.layer.module, "debias", False)
-        if self.updates is None or debias or not is_constant:
+        if self.updates is None or getattr(self.layer.module, "debias", False):
             return None
-        return float(self.momentum) ** self.updates
+        return None if self.momentum is None else self.momentum**self.updates
 
     @functools.cached_property
     def z_scores(self) -> tuple[float, float]:
         """The errors of the stored mean and log variance, in standard errors (RMS over channels).
 
         An exponential average, with momentum m, of independent values with variance s^2 has
-        variance (1-m) / (1+m) s^2. The expected value is a mean over k batches, with the variance
-        s^2 / k.
+        variance (1-m) / (1+m) s^2, where s^2 is that of a training batch: the variance of the
+        audited batches times their size over the training batches' size. The expected value is a
+        mean over k audited batches. With a momentum schedule the average counts as one batch, and
+        with the plain mean over all batches as exact.
         """
-        left = 1.0 if callable(self.momentum) else 0.0
-        if isinstance(self.momentum, int | float):
+        left = 1.0 if callable(self.layer.module.momentum) else 0.0
+        if self.momentum is not None:
             left = (1 - self.momentum) / (1 + self.momentum)
         factor = math.sqrt(left * self.examples / self.size + 1 / len(self.train.mean))
         of_mean = rms((self.train.mean.std(0, ddof=1) / self.std)[self.live]) * factor

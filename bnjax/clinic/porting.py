@@ -1,4 +1,4 @@
-"""Converts weights and statistics to and from torch and Keras."""
+"""Converts weights and statistics to and from torch and Keras, and between JAX libraries."""
 
 import dataclasses
 import json
@@ -266,8 +266,9 @@ def port_from(
 ) -> tuple[Params, BatchStats]:
     """Builds parameters and running statistics from the arrays of another framework.
 
-    Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`. If the norm
-    lacks the leaf, `num_batches_tracked`, a scale of ones or a bias of zeros is ignored.
+    Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`. Three arrays
+    are ignored if the norm has no such leaf: `num_batches_tracked`, a scale of ones, and a bias of
+    zeros.
 
     Args:
         framework: the source framework.

@@ -119,8 +119,8 @@ class Findings:
             and `moved`, the mean total variation distance from predictions under precise
             statistics.
         examples: the number of audited examples.
-        limits: maps fields of `Row` to the absolute values above which they are highlighted; for
-            `dead`, the limit is a fraction of the channels.
+        limits: maps fields of `Row` to the absolute values at which cells turn from green to yellow
+            and bold; for `dead`, the limit is a fraction of the channels.
     """
 
     found: tuple[Finding, ...]

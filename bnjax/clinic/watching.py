@@ -88,6 +88,7 @@ def examine(
 def assert_healthy(
     network: Network,
     batches: Iterable[Batch],
+    *,
     allow: str | Iterable[str] = (),
     run: Run | None = None,
 ) -> None:
@@ -102,7 +103,8 @@ def assert_healthy(
         run: facts about the training run.
 
     Raises:
-        AssertionError: if there is any other finding, or nothing to audit, or only one batch.
+        AssertionError: if there is any other finding, nothing to audit, or no second batch of at
+            least half the size of the first.
         ValueError: if `allow` has an unknown name.
     """
     allowed = [allow] if isinstance(allow, str) else [*allow]

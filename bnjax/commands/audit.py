@@ -52,6 +52,7 @@ def run(
     import jax
 
     from bnjax.clinic import Run, audit
+    from bnjax.models.layers import with_views
     from bnjax.text import counted, progress
     from bnjax.train.cpu import compiler_options, prepare
     from bnjax.train.optimizers import optimizer
@@ -69,7 +70,9 @@ def run(
         # The audit runs the network at most six times on each batch, plus three times.
         bar = progress((), "audit", "batch", 6 * len(batches) + 3)
         jit = counted(functools.partial(jax.jit, compiler_options=options), bar)
-        evaluate = jit(functools.partial(forward, model=trained.model, train=False))
+        evaluation = trained.config.eval
+        model = with_views(trained.model, evaluation.views, evaluation.views_share)
+        evaluate = jit(functools.partial(forward, model=model, train=False))
         known = Run(
             steps=trained.step or None,  # at step 0 the averages come from another framework
             batch_size=batch_size,
