@@ -52,8 +52,9 @@ COMMANDS_INTRODUCTION = """# Commands
 `bnjax COMMAND --tyro-print-completion SHELL` prints a completion script for bash, zsh or tcsh.
 `python -m bnjax.main` is the same as `bnjax`, and the word `train` may be omitted.
 
-The exit status is 0 after success, 1 after a failure, 2 after invalid input and 130 after Ctrl-C,
-unless the section on a command gives another meaning."""
+The exit status is 0 after success, 1 after a failure, 2 after an error that you can fix (such as
+invalid input, damaged files or a full disk) and 130 after Ctrl-C, unless the section on a command
+gives another meaning."""
 FLAGS = re.compile(r"--\w[\w.=-]*\w(?: --\w[\w.=-]*\w)*")
 
 

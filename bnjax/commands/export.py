@@ -5,14 +5,14 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from bnjax.commands import Checkpoint, DataDir, Workdir
+from bnjax.commands import Checkpoint, ProbeDir, Workdir
 
 
 def run(
     workdir: Workdir,
     out: Annotated[Path, arg(metavar="DIR", help="the output folder, for bnjax predict --model")],
     checkpoint: Checkpoint = "last",
-    data_dir: DataDir = None,
+    data_dir: ProbeDir = None,
     no_fold: Annotated[
         bool, arg(help="keep all batch norms; by default they are folded where folding is exact")
     ] = False,
@@ -21,8 +21,7 @@ def run(
     """Write a trained network as files that run without bnjax.
 
     The files map 8-bit images to logits: a StableHLO program for CPUs, GPUs and TPUs with separate
-    weights, and optionally ONNX. The logits are checked on noise, or on test images if --data-dir
-    is given.
+    weights, and optionally ONNX. The logits are compared with those of the run.
     """
     from bnjax.export.stablehlo import export_run
     from bnjax.train.cpu import prepare

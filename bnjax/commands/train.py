@@ -23,7 +23,8 @@ def run(
         arg(
             name="from",
             metavar="DIR",
-            help="start from the network in this folder, written by bnjax train, port or export",
+            help="start from the network in this folder, written by bnjax train, port, precise, "
+            "fold or export",
         ),
     ] = None,
     hosts: Annotated[

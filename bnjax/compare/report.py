@@ -331,7 +331,7 @@ def curves(study: Study) -> Figure:
         "Lines show the mean over the seeds, and bands the range from the lowest to the highest "
         "value. "
         f"The training loss is the loss of each batch before its step; {chosen_by} images are "
-        f"evaluated with the running statistics. Curves with more than {MAX_POINTS} steps are "
+        f"evaluated after it. Curves with more than {MAX_POINTS} steps are "
         "averaged over neighbouring steps; their bands contain all values of these steps."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
@@ -394,8 +394,8 @@ def against_time(study: Study) -> Figure:
     panels = lines(first, loss, "loss, training batches", scale, x="seconds", markers=False)
     panels += lines(first, accuracy, f"accuracy, {chosen_by} images", x="seconds")
     caption = (
-        "The charts show the first seed of each variant. The time includes the compilation in the "
-        "first step, but not evaluations and checkpoints."
+        "The charts show the first seed of each variant. The time does not include compilation, "
+        "evaluations and checkpoints."
     )
     return Figure("time", "Against time", caption, panels)
 

@@ -23,7 +23,7 @@ TIMES = ("steps_to_loss", "steps_to_accuracy", "seconds_to_accuracy")
 POINTS = ("first", "last", "best")
 COMPARISON = "comparison.json"  # in the folder of a comparison
 # The keys that may differ between runs of the same variant.
-NO_VARIANT = ("config.seed", "config.data.dir")
+NO_VARIANT = ("config.seed", *rundir.PLACES)
 START = "bn"  # the included config from which the commands that repeat runs start
 
 
@@ -101,7 +101,7 @@ class Run:
 
 
 def value(run: Run, quantity: str, at: str | float | int) -> float | None:
-    """Returns one of `VALUES`; None if the run lacks the step or the value is not finite."""
+    """Returns one of `VALUES`, or a judged one; None if it is not there or not finite."""
     split, key = quantity.split("_")
     curve = run.curve(split)
     values: np.ndarray = getattr(curve, key)

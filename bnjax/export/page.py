@@ -129,11 +129,16 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
         return (*labels, rows, layers)
 
     with gradio.Blocks(title=f"bnjax: {scores.name}") as demo:
-        gradio.Markdown(
+        about = (
             f"# {scores.name}\nUpload up to {MAX_IMAGES} PNG or JPEG images; they are resized to "
-            f"{width}x{height}. The batch norms normalise by the stored running statistics, by the "
-            "statistics of all uploaded images together, or not at all."
         )
+        about += f"{width}x{height}."
+        if len(scores.statistics) > 1:
+            about += (
+                " The batch norms normalise by the stored running statistics, by the statistics of "
+                "all uploaded images together, or not at all."
+            )
+        gradio.Markdown(about)
         files = gradio.File(
             file_count="multiple", file_types=[".png", ".jpg", ".jpeg"], label="Images"
         )

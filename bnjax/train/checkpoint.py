@@ -177,7 +177,7 @@ class Checkpoints:
         if not steps:
             raise CheckpointError(
                 f"there is no checkpoint in {self.folder}. Training saves the first one at its "
-                "first evaluation."
+                "first evaluation, or when it is stopped."
             )
         if which in ("best", "last"):
             return steps[-1] if which == "last" else best(self._records, steps) or steps[-1]

@@ -6,14 +6,16 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnjax.clinic.statistics import Drift, Gap
 from bnjax.errors import UserError
-from bnjax.metrics import Metrics
 from bnjax.train.tensorboard import Board
+
+if TYPE_CHECKING:  # so that reading files does not import JAX
+    from bnjax.clinic.statistics import Drift, Gap
+    from bnjax.metrics import Metrics
 
 # A function (step, split, values), called for each line of metrics.jsonl; non-finite values are
 # None.
@@ -135,7 +137,7 @@ class RunWriter:
             stack.callback(self.board.close)
             self._open = stack.pop_all()
 
-    def step(self, step: int, metrics: Metrics, seconds: float, images_per_s: float) -> None:
+    def step(self, step: int, metrics: "Metrics", seconds: float, images_per_s: float) -> None:
         """Records a training step, with `skipped` = 1 if it was dropped.
 
         Args:
@@ -150,11 +152,11 @@ class RunWriter:
         )
         self.board.scalar("train/images_per_s", images_per_s, step)
 
-    def evaluation(self, step: int, split: str, metrics: Metrics) -> None:
+    def evaluation(self, step: int, split: str, metrics: "Metrics") -> None:
         """Records an evaluation, with the number of images as `count`."""
         self._write(step, split, metrics.means() | {"count": int(metrics.count)})
 
-    def gap(self, step: int, found: Gap, drifts: dict[str, Drift]) -> None:
+    def gap(self, step: int, found: "Gap", drifts: "dict[str, Drift]") -> None:
         """Records the gap and the drifts of `bnjax.clinic.watching.examine`.
 
         `batch_loss` and `batch_accuracy` are those of the same images under batch statistics;
@@ -163,7 +165,7 @@ class RunWriter:
         values: dict[str, Any] = found.stored.means()
         values |= {f"batch_{key}": mean for key, mean in found.batch.means().items()}
         values["count"] = int(found.stored.count)
-        for of in Drift._fields:
+        for of in ("mean", "variance"):
             values[f"drift_{of}"] = {
                 name: float(f"{getattr(one, of):.6g}") for name, one in drifts.items()
             }

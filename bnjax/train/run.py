@@ -358,10 +358,10 @@ def _so_far(workdir: Path, step: int, metrics: list[dict[str, Any]]) -> tuple[fl
     for name, lines in (("metrics.jsonl", train), ("timing.jsonl", timing)):
         if not lines or lines[-1]["step"] != step:
             raise UserError(
-                f"{workdir / name} ends before step {step}, which has a checkpoint. "
-                "Restore the file from a copy, or train again in another folder with --workdir. "
-                "A folder made by `bnjax port` has no such file: to continue training its network, "
-                "give this folder with --from and another --workdir."
+                f"{workdir / name} ends before step {step}, which has a checkpoint. Restore the "
+                "file from a copy, or train again in another folder with --workdir. A folder made "
+                "by `bnjax precise` has no such file: to continue training its network, give this "
+                "folder with --from and another --workdir."
             )
     skipped = itertools.takewhile(lambda line: "skipped" in line, train[::-1])
     return float(timing[-1]["seconds"]), len([*skipped])
