@@ -66,6 +66,7 @@ def test_the_first_steps_of_debiased_averages(mode):
             assert audit(precise(network, audited), audited).ids == ()
         else:
             assert findings.ids == (), findings
+    assert network.norms(audited[0], train=True)[0].by_batch is (mode == "batch")
     # One more step in Equinox, on the images of precise statistics, leaves these as they are.
     image = audited[0]["image"]
     for before in (clinic.equinox(model, start), network):  # without updates, and with 600

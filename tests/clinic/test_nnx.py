@@ -161,6 +161,13 @@ def test_a_norm_behind_a_layer_that_shares_its_kernel_stays():
     assert_moments(mended.batch_stats["layers"]["3"], x, atol=1e-5)
 
 
+def test_a_norm_in_evaluation_mode_stays_in_it_while_others_train():
+    one, other = (nnx.BatchNorm(3, rngs=nnx.Rngs(0)) for _ in range(2))
+    one.eval()
+    network = clinic.nnx(nnx.Sequential(one, other, lambda x: x.mean((1, 2))))
+    assert [norm.by_batch for norm in network.norms(BATCHES[0], train=True)] == [False, True]
+
+
 def test_a_norm_in_bfloat16_casts_its_input():
     """NNX casts inputs and averages to the dtype of the output: 0 where 1.999 is right."""
     rng = np.random.default_rng(0)
