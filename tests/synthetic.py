@@ -84,6 +84,12 @@ def lines(workdir, split):
     return [line for line in read_lines(workdir / "metrics.jsonl") if line["split"] == split]
 
 
+def assert_same_metrics(workdir, *others):
+    """The files of metrics of some runs are equal to the bit."""
+    first, *rest = ((folder / "metrics.jsonl").read_bytes() for folder in (workdir, *others))
+    assert rest == [first] * len(others)
+
+
 def restored(workdir, config, step="last"):
     """The state and the statistics with which training goes on; the key as numbers."""
     made = build.experiment(config, dataset())
