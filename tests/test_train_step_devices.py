@@ -41,19 +41,25 @@ def start(model):
     return jax.device_get(init(jax.random.PRNGKey(0), np.zeros((2, 7, 7, 1), np.float32)))
 
 
+def compiled(wrapper, model_of, results):
+    """`results` sorts the results of a step into replicated and sharded ones."""
+
+    def make(axis_name):
+        step = partial(train_step, model=model_of(axis_name), tx=SGD, axis_name=axis_name)
+        return lambda both, batch: results(*step(*both, batch))
+
+    return wrap(wrapper, make)
+
+
 @functools.cache
 def train(wrapper, dropout):
     """Returns the state, the statistics and the metrics of each of five steps with each mask."""
-
-    def make(axis_name):
-        step = partial(train_step, model=network(axis_name, dropout), tx=SGD, axis_name=axis_name)
-        return lambda both, batch: (step(*both, batch), {})
-
-    compiled, history = wrap(wrapper, make), []
+    step = compiled(wrapper, partial(network, dropout=dropout), lambda *of_step: (of_step, {}))
+    history = []
     for mask in MASKS:
         both = start(network(None, dropout))
-        for step in range(5):
-            (*both, metrics), _ = compiled(tuple(both), batch_of(step, mask))
+        for i in range(5):
+            (*both, metrics), _ = step(tuple(both), batch_of(i, mask))
             history.append((*both, metrics))
     return history
 
@@ -78,16 +84,13 @@ class Dropped(nn.Module):
         return nn.Dense(3)(x.reshape(x.shape[0], -1)) + kept.mean()
 
 
-@pytest.mark.parametrize("wrapper", MAPPED)
-def test_dropout_in_mapped_wrappers_differs_from_shard_to_shard(wrapper):
-    def make(axis_name):
-        step = partial(train_step, model=Dropped(), tx=SGD, axis_name=axis_name)
-
-        def kept(both, batch):
-            state, stats, _ = step(*both, batch)
-            return state, stats["kept"]
-
-        return kept
-
-    _, kept = wrap(wrapper, make)(start(Dropped()), batch_of(0, MASKS[0]))
-    assert len(np.unique(kept, axis=0)) == 8
+@pytest.mark.parametrize("wrapper", ["one device", *MAPPED])
+def test_dropout_differs_between_steps_and_shards_and_repeats_with_the_state(wrapper):
+    step = compiled(wrapper, lambda _: Dropped(), lambda state, stats, _: (state, stats["kept"]))
+    (state, stats), batch = start(Dropped()), batch_of(0, MASKS[0])
+    second, kept = step((state, stats), batch)
+    _, again = step((state, stats), batch)
+    _, later = step((second, stats), batch)
+    np.testing.assert_array_equal(kept, again)
+    assert (kept != later).any(-1).all()
+    assert len(np.unique(kept, axis=0)) == len(kept) == (1 if wrapper == "one device" else 8)
