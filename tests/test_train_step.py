@@ -52,10 +52,10 @@ def make_batch(seed=0):
 
 
 def padded(batch):
-    """The batch with three images of padding, and NaN in them."""
+    """The batch with three images of padding, which hold NaN; one of their labels is right."""
     real, image = np.arange(8) < 5, batch["image"] / np.float32(255)
     image[~real] = np.nan
-    return {"image": image, "label": np.where(real, batch["label"], 2), "mask": real}
+    return {"image": image, "label": np.where(real, batch["label"], np.arange(8) % 3), "mask": real}
 
 
 def start(model, tx=SGD):

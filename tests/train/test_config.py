@@ -1,6 +1,7 @@
 """Config files, overrides, and which values are refused."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import zipfile
 from pathlib import Path
 from typing import get_args
 
+import jax
 import numpy as np
+import optax
 import pooch
 import pytest
 import small_digits
@@ -25,6 +28,7 @@ from bnjax.models.layers import VIEWS, bfloat16_dot_general
 from bnjax.models.resnet import RESNETS
 from bnjax.train import build, parsing
 from bnjax.train.config import KEYS
+from bnjax.train_step import init_state, train_step
 
 ROOT = Path(__file__).parents[2]
 DATA = synthetic.dataset()
@@ -39,6 +43,10 @@ def dataset(n=100, shape=(32, 32, 3), fallback_reason=""):
 def loaded(*words, file="bn"):
     """A shipped config with overrides, given as they are on a command line but for their start."""
     return parsing.load(file, [f"--config.{word}" for word in words])
+
+
+def network(*words):
+    return build.network(loaded(*words).model, 10, (32, 32, 3))
 
 
 def made(*words, file="bn", n=100, **more):
@@ -57,8 +65,8 @@ def test_every_config_builds_and_its_docstring_gives_command_time_and_result(pat
 
 def test_the_tutorials_schedule():
     found = build.experiment(loaded(), dataset(50_000))
-    wanted = (100, 20, 5000, False)
-    assert (found.steps, found.eval_every, found.batch_size, found.shuffle) == wanted
+    assert (found.steps, found.eval_every) == (100, 20)
+    assert (found.batch_size, found.shuffle) == (5000, False)
     without = build.experiment(loaded(file="no_bn"), dataset(50_000))
     assert (without.steps, without.model.norm) == (400, None)
 
@@ -94,6 +102,7 @@ model.std=0.5 model.mean=0.5,0.5,0.5 model.name=speednet | model.norm=frn model.
 model.groups=7 model.norm=group model.name=speednet | model.filters=8,8,8,8 model.name=speednet
 model.filters=8,12,20 model.name=resnet18 | model.placement=after model.name=resnet18
 model.groups=7 model.name=resnet18 model.placement=before model.norm=group
+model.dense_product=bfloat16 model.dtype=bfloat16
 """
 
 
@@ -141,58 +150,53 @@ def test_images_that_shrink_to_nothing_are_refused():
     made(shape=(11, 32, 3))  # 11 -> 5 -> 3 -> 1
 
 
-@pytest.mark.parametrize(
-    ("word", "wanted"),
-    [
-        ("model.momentum=0.9", 0.9),
-        ("model.dense=100", (100,)),
-        ("model.use_scale=false", False),
-        ("data.dir=12", "12"),
-        ("seed=3", 3),
-    ],
-)
-def test_overrides_keep_the_type(word, wanted):
-    assert repr(loaded(word)[word.partition("=")[0]]) == repr(wanted)
-
-
-START = (
-    "from bnjax.train.config import default_config\ndef get_config():\n    c = default_config()\n"
-)
+START = "from bnjax.train.config import default_config as d\ndef get_config():\n    c = d(); "
 
 
 @pytest.mark.parametrize(
-    ("content", "word", "said"),
+    ("mistake", "said"),
     [
-        ("return c", "--config.seed=a", r"config\.seed = 'a'"),
-        ("return c", "--config.model.use_scale=1", r"config\.model\.use_scale = 1"),
-        ("return c", "--config.model.momentun=1", r"Did you mean config\.model\.momentum\?"),
-        ("return c", "--config.groups=1", r"Did you mean config\.model\.groups\?"),
-        ("return c", "--config.momentum=1", r"mean config\.model\.momentum or config\.optimizer"),
-        ("return c", "--config.modell.momentum=1", r"Did you mean config\.model\?"),
-        ("return c", "--config.seed.x=1", "seed has: no keys"),
-        ("return c", "--config.model=1", "is a section"),
-        ("return c", "--config.optimizer.loss=sum", r"renamed to config\.optimizer\.reduction"),
-        ("return c", "--confg.seed=1", "Overrides look like"),
-        ("return c", "--config.seed", "Overrides look like"),
-        ("c.model.momentun = 1; return c", "", r"Did you mean config\.model\.momentum"),
-        ("c.model.scale = False; return c", "", r"renamed to config\.model\.use_scale"),
-        ("return None", "", r"mine\.py returned no config"),
-        ("raise SystemExit(0)", "", r"mine\.py raised SystemExit"),
-        ("return (", "", r"mine\.py raised SyntaxError"),
+        ("--config.seed=a", r"config\.seed = 'a'"),
+        ("--config.model.use_scale=1", r"config\.model\.use_scale = 1"),
+        ("--config.model.momentun=1", r"Did you mean config\.model\.momentum\?"),
+        ("--config.groups=1", r"Did you mean config\.model\.groups\?"),
+        ("--config.momentum=1", r"mean config\.model\.momentum or config\.optimizer"),
+        ("--config.modell.momentum=1", r"Did you mean config\.model\?"),
+        ("--config.seed.x=1", "seed has: no keys"),
+        ("--config.model=1", "is a section"),
+        ("--config.optimizer.loss=sum", r"renamed to config\.optimizer\.reduction"),
+        ("--confg.seed=1", "Overrides look like"),
+        ("--config.seed", "Overrides look like"),
+        ("c.model.momentun = 1; return c", r"Did you mean config\.model\.momentum"),
+        ("c.model.scale = False; return c", r"renamed to config\.model\.use_scale"),
+        ("return None", r"mine\.py returned no config"),
+        ("raise SystemExit(0)", r"mine\.py raised SystemExit"),
+        ("return (", r"mine\.py raised SyntaxError"),
     ],
 )
-def test_a_mistake_in_a_config_file_or_an_override_is_one_sentence(tmp_path, content, word, said):
-    (tmp_path / "mine.py").write_text(f"{START}    {content}\n")
+def test_a_mistake_in_a_config_file_or_an_override_is_one_sentence(tmp_path, mistake, said):
+    body, words = ("return c", [mistake]) if mistake.startswith("--") else (mistake, [])
+    (tmp_path / "mine.py").write_text(f"{START}{body}\n")
     with pytest.raises(UserError, match=said):
-        parsing.load(str(tmp_path / "mine.py"), [word] * bool(word))
+        parsing.load(str(tmp_path / "mine.py"), words)
 
 
-def test_a_config_file_its_overrides_and_json(tmp_path):
-    (tmp_path / "mine.py").write_text(f"{START}    return c\n")
-    words = ["--config.seed=4", "--config.model.momentum=0.5"]
+def test_overrides_and_json_keep_the_types(tmp_path):
+    (tmp_path / "mine.py").write_text(f"{START}return c\n")
+    given = {"seed": 4, "model.momentum": 0.5, "model.dense": "100", "model.use_scale": "false"}
+    given |= {"data.dir": 12, "model.epsilon": 1}
+    words = [f"--config.{key}={value}" for key, value in given.items()]
     config = parsing.load(str(tmp_path / "mine.py"), words)
-    assert (config.name, config.seed, config.model.momentum) == ("mine", 4, 0.5)
-    config.model.dropout = (0.0, 0.1, 0.2)
+    found = [config[key] for key in given]
+    assert (config.name, *map(repr, found)) == (
+        "mine",
+        "4",
+        "0.5",
+        "(100,)",
+        "False",
+        "'12'",
+        "1.0",
+    )
     values = config.to_dict()
     assert parsing.from_dict(json.loads(json.dumps(values))) == config
     values["model"]["shift"] = values["model"].pop("use_bias")
@@ -231,35 +235,54 @@ def test_an_installed_package_has_the_configs(tmp_path):
 
 
 def test_the_options_reach_the_layers():
-    def norm(*words):
-        return build.network(loaded(*words).model, 10, (32, 32, 3)).norm(name="x")
-
-    options = {"momentum": 0.6, "debias": True, "variance": "unbiased", "virtual_batch": 7}
-    options |= {"use_scale": False, "use_bias": False}
-    layer = norm("model.norm=ghost", *(f"model.{key}={value}" for key, value in options.items()))
-    assert {name: getattr(layer, name) for name in options} == options
-    assert norm("model.norm=group", "model.groups=2", "model.placement=before").groups == 2
-    assert norm("model.norm=renorm", "model.renorm_steps=16").renorm_steps == 16
-    model = build.network(loaded("model.weight_standardization=true").model, 10, (32, 32, 3))
-    assert model.conv is norms.StandardizedConv
+    options = {"use_scale": False, "use_bias": False}
+    averages = options | {"momentum": 0.6, "debias": True, "variance": "unbiased"}
+    ghost, renorm = averages | {"virtual_batch": 7}, averages | {"renorm_steps": 16}
+    for name, wanted in {"ghost": ghost, "renorm": renorm, "layer": options}.items():
+        words = (f"model.{key}={value}" for key, value in wanted.items())
+        layer = network(f"model.norm={name}", *words).norm(name="x")
+        assert {key: getattr(layer, key) for key in wanted} == wanted
+    assert network("model.weight_standardization=true").conv is norms.StandardizedConv
+    assert network("model.dense_product=bfloat16").dense_product is bfloat16_dot_general
 
 
-def test_low_precision_products_are_chosen_and_checked():
-    config = loaded("model.dense_product=bfloat16")
-    assert build.network(config.model, 10, (32, 32, 3)).dense_product is bfloat16_dot_general
-    config.model.dtype = "bfloat16"
-    with pytest.raises(ConfigError, match=r"dense_product.*float32 with model\.dtype"):
-        build.check(config)
+# What norms need that do not work with the other options.
+WORKING = {
+    "ghost": ("virtual_batch=4",),
+    "group": ("placement=before", "groups=2"),
+    "instance": ("placement=after", "norm_dense=false"),
+    "frn": ("placement=before", "norm_dense=false"),
+}
+
+
+@pytest.mark.parametrize("name", [*norms.NORMS, "none"])
+def test_a_step_of_every_norm_has_its_statistics_and_its_activation(name):
+    words = ["filters=6", "kernels=3", "strides=2", "dense=8", "dropout=0", "norm_dense=true"]
+    words += [f"norm={name}", *WORKING.get(name, ())]
+    model, tx = network(*(f"model.{word}" for word in words)), optax.sgd(0.1)
+    batch = {"image": np.zeros((16, 32, 32, 3)), "label": np.zeros(16, int)}
+    batch["mask"] = batch["label"] == 0
+    init = functools.partial(init_state, model, tx)
+    state, stats = jax.eval_shape(init, jax.random.key(0), batch["image"])
+    step = functools.partial(train_step, model=model, tx=tx)
+    assert jax.eval_shape(step, state, stats, batch)[:2] == (state, stats)
+    assert bool(stats) == (name in norms.BATCH_NORMS)
+    # Only the thresholded unit has parameters.
+    units = {layer for layer in state.params if layer.endswith("activation")}
+    assert units == ({"conv0_activation"} if name == "frn" else set())
 
 
 def test_an_average_that_keeps_its_starting_value_is_warned_of():
     def warnings(*words):
-        return made(*words, "model.momentum=0.99").warnings
+        return made("model.momentum=0.99", *words).warnings
 
     assert warnings("train.steps=459") == ()  # 0.99 ** 459 < 0.01 < 0.99 ** 458
-    assert "initial values" in warnings("train.steps=458")[0]
-    assert "0.97 or less" in warnings("train.steps=220")[0]  # 0.98 ** 220 = 0.012 is above 1 %
-    assert "37%" in warnings("train.steps=100")[0]  # 0.99 ** 100 = 0.366
+    for steps, said in (
+        (458, "initial values"),
+        (220, "0.97 or less"),  # 0.98 ** 220 = 0.012 is above 1 %
+        (100, "37%"),  # 0.99 ** 100 = 0.366
+    ):
+        assert said in warnings(f"train.steps={steps}")[0]
     for word in ("model.norm=none", "model.debias=true", "eval.statistics=precise"):
         assert warnings(word) == ()
 
