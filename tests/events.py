@@ -11,14 +11,12 @@ def read_events(folder):
     """
     events = []
     for file in sorted(folder.iterdir()):
-        content, at = file.read_bytes(), 0
-        while at < len(content):
-            length = int.from_bytes(content[at : at + 8], "little")
-            assert int.from_bytes(content[at + 8 : at + 12], "little") == masked_crc32c(
-                content[at : at + 8]
-            )
-            events.append(Event.FromString(content[at + 12 : at + 12 + length]))
-            at += 12 + length + 4
+        content = file.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            assert int.from_bytes(content[8:12], "little") == masked_crc32c(content[:8])
+            events.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
     return events
 
 

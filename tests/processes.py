@@ -26,29 +26,26 @@ class Together:
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "bnjax.main", "train", "--config", str(CONFIG)]
         command += ["--workdir", str(workdir), *overrides]
-        if processes > 1:
-            command += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        self.workdir, self._said = workdir, []
-        self.processes = []
+        self.workdir, self.processes, self._files = workdir, [], []
         for i in range(processes):
             words = [*command, *(own[i] if own else [])]
-            words += ["--process", str(i)] if processes > 1 else []
-            self._said.append([workdir.with_name(f"{port}-{i}.{of}") for of in ("out", "err")])
-            with contextlib.ExitStack() as stack:
-                out, err = (stack.enter_context(path.open("w")) for path in self._said[-1])
+            if processes > 1:
+                words += ["--coordinator", f"127.0.0.1:{port}", f"--processes={processes}"]
+                words += ["--process", str(i)]
+            self._files.append([workdir.with_name(f"{port}-{i}.{of}") for of in ("out", "err")])
+            out, err = (path.open("w") for path in self._files[-1])
+            with out, err:
                 self.processes.append(subprocess.Popen(words, env=env, stdout=out, stderr=err))
 
     def said(self):
         """What each has printed so far, and its errors."""
-        return [tuple(path.read_text() for path in paths) for paths in self._said]
+        return [tuple(path.read_text() for path in paths) for paths in self._files]
 
     def finish(self, timeout=900):
         """Waits for all; the exit codes."""
         until = time.monotonic() + timeout
-        return [
-            process.wait(timeout=max(1, until - time.monotonic())) for process in self.processes
-        ]
+        return [one.wait(timeout=max(1, until - time.monotonic())) for one in self.processes]
 
     def wait_for_checkpoint(self, timeout=900):
         until = time.monotonic() + timeout

@@ -21,11 +21,5 @@ def steps(count, every=None, **flags):
 
 TINY = steps(2, model__filters="2,2,2", model__dense="4,4")
 # What streams are tested with: a checkpoint every few steps.
-STREAMED = {
-    "data__name": "records",
-    "data__pipeline": "stream",
-    "train__batch_size": 100,
-    "checkpoint__every_steps": 5,
-    "model__filters": "4,4,4",
-    "model__dense": "8,8",
-}
+STREAMED = {"data__name": "records", "data__pipeline": "stream", "train__batch_size": 100}
+STREAMED |= {"checkpoint__every_steps": 5, "model__filters": "4,4,4", "model__dense": "8,8"}

@@ -39,21 +39,17 @@ def wrap(wrapper, make):
             arrays, of which the first is the same on every device and the second is divided up
             along the first axis.
     """
+    mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Auto,))
+    specs = PartitionSpec(), PartitionSpec(AXIS)
     if wrapper == "one device":
         compiled = jax.jit(make(None))
     elif wrapper == "jit with shardings":
-        shardings = tuple(
-            NamedSharding(_mesh(), spec) for spec in (PartitionSpec(), PartitionSpec(AXIS))
-        )
-        compiled = jax.jit(make(None), in_shardings=shardings)
-    elif wrapper.startswith("shard_map"):
-        specs = PartitionSpec(), PartitionSpec(AXIS)
-        check = wrapper == "shard_map"
         compiled = jax.jit(
-            jax.shard_map(
-                make(AXIS), mesh=_mesh(), in_specs=specs, out_specs=specs, check_vma=check
-            )
+            make(None), in_shardings=tuple(NamedSharding(mesh, one) for one in specs)
         )
+    elif wrapper.startswith("shard_map"):
+        options = {"mesh": mesh, "check_vma": wrapper == "shard_map"}
+        compiled = jax.jit(jax.shard_map(make(AXIS), in_specs=specs, out_specs=specs, **options))
     else:
         mapping = jax.pmap if wrapper == "pmap" else jax.vmap
         mapped = mapping(make(AXIS), axis_name=AXIS, in_axes=(None, 0))
@@ -66,10 +62,5 @@ def _call_on_shards(mapped, replicated, sharded):
     copies, shards = jax.device_get(mapped(replicated, sharded))
     for copy in jax.tree.leaves(copies):
         np.testing.assert_array_equal(copy, np.broadcast_to(copy[:1], copy.shape))
-    return jax.tree.map(lambda leaf: leaf[0], copies), jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), shards
-    )
-
-
-def _mesh():
-    return jax.make_mesh((DEVICES,), (AXIS,), axis_types=(AxisType.Auto,))
+    first = jax.tree.map(lambda leaf: leaf[0], copies)
+    return first, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), shards)

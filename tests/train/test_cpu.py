@@ -16,13 +16,12 @@ from bnjax.train import cpu
 
 
 def test_the_options_compile_and_change_no_result():
-    x = np.random.default_rng(0).normal(size=(4, 9, 9, 3)).astype(np.float32)
-    weight = np.random.default_rng(1).normal(size=(3, 3, 3, 5)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x, weight = (rng.normal(size=size).astype("f") for size in ((4, 9, 9, 3), (3, 3, 3, 5)))
 
     def convolve(x, weight):
-        return jax.lax.conv_general_dilated(
-            x, weight, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return jax.lax.conv_general_dilated(x, weight, (1, 1), "VALID", **numbers)
 
     fast = jax.jit(convolve, compiler_options=cpu.compiler_options())(x, weight)
     np.testing.assert_allclose(fast, jax.jit(convolve)(x, weight), rtol=1e-4, atol=1e-4)
@@ -56,9 +55,8 @@ def in_a_process(code, *without, **env):
 
 @pytest.mark.slow
 def test_the_platform_is_known_before_jax_starts_it():
-    code = "from bnjax.train import cpu; print(cpu.will_use_cpu())\n"
-    code += "import jax; print(jax.default_backend() == 'cpu')"
-    mine, its = in_a_process(code, "JAX_PLATFORMS")
+    code = "from bnjax.train import cpu; print(cpu.will_use_cpu()); import jax\n"
+    mine, its = in_a_process(code + "print(jax.default_backend() == 'cpu')", "JAX_PLATFORMS")
     assert mine == its
 
 
@@ -143,7 +141,6 @@ print(jax.config.jax_compilation_cache_dir)
 
     assert compiled_in(JAX_COMPILATION_CACHE_DIR=str(own))
     assert not mine.exists()
-    kept = compiled_in()
-    assert kept
+    assert (kept := compiled_in())
     assert mine.exists()
     assert compiled_in() == kept

@@ -10,13 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.train.diagnostics import (
-    BINS,
-    MAX_VALUES,
-    QUANTILES,
-    sample,
-    summarise,
-)
+from bnjax.train.diagnostics import BINS, MAX_VALUES, QUANTILES, sample, summarise
 from bnjax.train.nonfinite import first_nonfinite
 from bnjax.train_step import init_state
 
@@ -87,10 +81,8 @@ class Wide(nn.Module):
 
 def test_of_a_large_array_all_channels_are_sampled():
     # 245,760 outputs: every fourth would be of even channels only.
-    images = np.zeros((8192, 1, 1, 3), np.float32)
-    init = functools.partial(init_state, Wide(), optax.sgd(0.1))
-    start = jax.jit(init)(jax.random.key(0), images[:1])
-    batch = {"image": images, "label": np.zeros(8192, np.int32)}
+    batch = {"image": np.zeros((8192, 1, 1, 3), np.float32), "label": np.zeros(8192, np.int32)}
+    start = init_state(Wide(), optax.sgd(0.1), jax.random.key(0), batch["image"][:1])
     values = jax.jit(functools.partial(sample, model=Wide()))(*start, batch)["activation"]["output"]
     assert MAX_VALUES / 2 < values.size <= MAX_VALUES
     counts = np.bincount(np.asarray(values, int), minlength=30)
@@ -121,7 +113,7 @@ def test_summaries_of_strange_values_are_finite_and_fit_for_json(values):
     json.dumps(summary, allow_nan=False)
 
 
-def put(tree, path, value):
+def filled(tree, path, value):
     """Returns a copy of a tree in which a leaf is filled with a value."""
     layer, leaf = path.split(".")
     return tree | {layer: tree[layer] | {leaf: np.full_like(tree[layer][leaf], value)}}
@@ -135,32 +127,27 @@ def steep(logits, label):
     return jnp.sqrt(logits.sum(-1) * 0)
 
 
+PADDED = {"image": np.concatenate([IMAGES[:6], np.full_like(IMAGES[6:], np.nan)])}
+PADDED |= {"mask": np.arange(7) < 6}
+
+
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("named", "params", "stats", "change"),
     [
-        ({}, None),
-        ({"padding": np.nan}, None),
-        ({"image": np.inf}, "the image values"),
-        ({"params": ("zebra.kernel", np.nan)}, "the parameter zebra.kernel"),
-        ({"stats": ("norm.var", np.inf)}, "the running statistic norm.var"),
-        ({"params": ("zebra.kernel", 3e38)}, "the output of layer zebra"),
-        ({"params": ("apple.kernel", 3e38)}, "the output of layer apple"),
-        ({"loss_fn": infinite}, "the losses"),
-        ({"loss_fn": steep}, "the gradient of apple.bias"),
+        (None, (), (), {}),
+        (None, (), (), {"batch": BATCH | PADDED}),
+        ("the image values", (), (), {"batch": BATCH | {"image": IMAGES + np.float32(np.inf)}}),
+        ("the parameter zebra.kernel", ("zebra.kernel", np.nan), (), {}),
+        ("the running statistic norm.var", (), ("norm.var", np.inf), {}),
+        ("the output of layer zebra", ("zebra.kernel", 3e38), (), {}),
+        ("the output of layer apple", ("apple.kernel", 3e38), (), {}),
+        ("the losses", (), (), {"loss_fn": infinite}),
+        ("the gradient of apple.bias", (), (), {"loss_fn": steep}),
     ],
 )
-def test_what_is_not_finite_first_is_named(start, change, named):
-    state, stats = start
-    batch = dict(BATCH)
-    if "image" in change:
-        batch["image"] = np.full_like(IMAGES, change["image"])
-    if "padding" in change:
-        batch["mask"] = np.arange(7) < 6
-        rows = batch["mask"].reshape(-1, 1, 1, 1)
-        batch["image"] = np.where(rows, IMAGES, np.float32(change["padding"]))
-    if "params" in change:
-        state = state.replace(params=put(state.params, *change["params"]))
-    if "stats" in change:
-        stats = put(stats, *change["stats"])
-    options = {"loss_fn": change["loss_fn"]} if "loss_fn" in change else {}
-    assert first_nonfinite(state, stats, batch, model=Net(), **options) == named
+def test_what_is_not_finite_first_is_named(start, named, params, stats, change):
+    state, batch_stats = start
+    state = state.replace(params=filled(state.params, *params)) if params else state
+    batch_stats = filled(batch_stats, *stats) if stats else batch_stats
+    options = {"batch": BATCH, "model": Net()} | change
+    assert first_nonfinite(state, batch_stats, **options) == named

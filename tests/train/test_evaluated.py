@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import synthetic
-from synthetic import lines
+from synthetic import assert_same_metrics, lines
 
 from bnjax.clinic.statistics import precise
 from bnjax.data.batches import evenly_spaced
@@ -22,9 +22,7 @@ DATA = synthetic.dataset()
 
 def config(**changes):
     config = synthetic.config(steps=10)
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        config[section][name] = value
+    config.update_from_flattened_dict({key.replace("__", "."): changes[key] for key in changes})
     return config
 
 
@@ -46,10 +44,6 @@ def assert_tested(run, batch_stats):
     assert lines(run.workdir, "test")[-1]["loss"] == pytest.approx(float(wanted), rel=1e-4)
 
 
-def same(mine, its):
-    jax.tree.map(np.testing.assert_array_equal, mine, its)
-
-
 def close(mine, its):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), mine, its)
 
@@ -69,41 +63,37 @@ def precise_of(run, params):
 def test_precise_statistics_are_evaluated_and_training_keeps_its_own(usual, tmp_path):
     chosen = config(eval__statistics="precise", eval__precise_images=20)
     run, (state, stats) = trained(tmp_path / "run", chosen)
-    _, (other, others) = usual
-    same((state.params, stats), (other.params, others))  # training is not touched
+    _, (other, others) = usual  # training is not touched
+    jax.tree.map(np.testing.assert_array_equal, (state.params, stats), (other.params, others))
     truth = precise_of(run, state.params)
     close(run.batch_stats, truth)
     assert_tested(run, truth)
 
 
-def swa():
-    chosen = config(optimizer__average="swa", eval__precise_images=20)
-    chosen.optimizer.average_start, chosen.optimizer.average_every = 4, 3
-    return chosen
+AVERAGED = {"optimizer__average_start": 4, "optimizer__average_every": 3}
+AVERAGED |= {"optimizer__average": "swa", "eval__precise_images": 20}
 
 
 def test_swa_is_of_the_steps_that_the_keys_say_under_statistics_of_its_own(usual, tmp_path):
-    run, (state, _) = trained(tmp_path / "run", swa())
+    swa, stopped = config(**AVERAGED), tmp_path / "stopped"
+    run, (state, _) = trained(tmp_path / "run", swa)
     close(state.params, usual[1][0].params)  # another program: its roundings are others
-    weights, stopped = [], tmp_path / "stopped"
+    weights = []
     for step in (4, 7):
         with pytest.raises(Stopped):
-            synthetic.train(swa(), stopped, each=synthetic.interrupting(step))
-        weights.append(synthetic.restored(stopped, swa(), step)[0].params)
+            synthetic.train(swa, stopped, each=synthetic.interrupting(step))
+        weights.append(synthetic.restored(stopped, swa, step)[0].params)
     close(run.params, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *weights, state.params))
     close(run.batch_stats, precise_of(run, run.params))
-    synthetic.train(swa(), stopped)  # it goes on bit for bit
-    files = [(folder / "metrics.jsonl").read_bytes() for folder in (stopped, run.workdir)]
-    assert files[0] == files[1]
+    synthetic.train(swa, stopped)  # it goes on bit for bit
+    assert_same_metrics(stopped, run.workdir)
 
 
 @pytest.mark.slow
 def test_several_seeds_in_one_program(tmp_path):
     """With averaged weights, statistics of their own and the gap."""
-    chosen = swa()
-    chosen.eval.gap_images = 20
     folders = {seed: tmp_path / str(seed) for seed in (0, 1)}
-    synthetic.train_seeds(chosen, folders)
+    synthetic.train_seeds(config(eval__gap_images=20, **AVERAGED), folders)
     drifts = [lines(folder, "gap")[0]["drift_mean"] for folder in folders.values()]
     assert drifts[0] != pytest.approx(drifts[1], rel=0.05)
     for folder in folders.values():
@@ -115,9 +105,8 @@ def test_several_seeds_in_one_program(tmp_path):
 
 @pytest.mark.slow
 def test_a_network_without_running_statistics_can_be_averaged_and_has_no_gap(tmp_path):
-    plain = config(optimizer__average="ema", model__norm="none", train__steps=2)
-    plain.eval.gap_images = 20
-    run, _ = trained(tmp_path / "run", plain)
+    plain = {"optimizer__average": "ema", "model__norm": "none", "eval__gap_images": 20}
+    run, _ = trained(tmp_path / "run", config(train__steps=2, **plain))
     assert_tested(run, {})
     assert lines(run.workdir, "gap") == []
 
@@ -127,8 +116,7 @@ def test_a_network_without_running_statistics_can_be_averaged_and_has_no_gap(tmp
     [(25, [9, 9, 7]), (20, [10, 10]), (7, [7]), (100, [10, 10, 10, 10, 8])],
 )
 def test_batches_for_the_statistics_are_as_alike_as_can_be(images, sizes):
-    chosen = config(eval__statistics="precise", eval__precise_images=images)
-    made = build.experiment(chosen, DATA)
+    made = build.experiment(config(eval__statistics="precise", eval__precise_images=images), DATA)
     batches = precise_batches(DATA.train, made.precise_images, made.batch_size)
     whole = [batch.get("mask", np.ones(len(batch["label"]))).sum() for batch in batches]
     assert whole == sizes

@@ -74,35 +74,32 @@ def test_it_learns(run, command):
     assert losses[-1] < losses[0]
     if run.name == "resnet20":
         return
-    final = lines[-1]
-    assert final["accuracy"] > 0.9
+    assert lines[-1]["accuracy"] > 0.9
     # Smoothed labels: no loss is below the entropy of the target.
     smoothing = trained.config.train.label_smoothing
     target = np.array([1 - smoothing * 2 / 3, smoothing / 3, smoothing / 3])
     assert min(losses) > -(target * np.log(target)).sum() - 1e-6
     # What was evaluated over several views is predicted so, and one view is something else.
     views, one = (of_split(trained, "test", n)["loss"] for n in (None, 1))
-    np.testing.assert_allclose(views, final["loss"], rtol=1e-4)
+    np.testing.assert_allclose(views, lines[-1]["loss"], rtol=1e-4)
     assert abs(views - one) > 1e-4
 
 
-def scores(workdir):
-    one, step = Trained(workdir, "last"), jax.jit(predict_step, static_argnames="model")
-    return np.asarray(step(one.params, one.batch_stats, DATA.test.image, model=one.model)["score"])
+def scores(one):
+    step = jax.jit(predict_step, static_argnames="model")
+    return step(one.params, one.batch_stats, DATA.test.image, model=one.model)["score"]
 
 
 def test_it_is_audited_folded_and_ported_to_torch_and_back(run, command, tmp_path):
+    before, folded, file = Trained(run, "last"), tmp_path / "folded", tmp_path / "net.safetensors"
     code, said, _ = command("audit", "--workdir", run)
     assert code in (0, 1)
-    assert "unmatched-leaves" not in said
-    assert "missing-statistics" not in said
-    code, said, _ = command("fold", "--workdir", run, "--out", tmp_path / "folded")
+    assert not any(name in said for name in ("unmatched-leaves", "missing-statistics"))
+    code, said, _ = command("fold", "--workdir", run, "--out", folded)
     assert (code, "not folded" in said) == (0, False)
-    np.testing.assert_allclose(scores(tmp_path / "folded"), scores(run), atol=1e-4)
-    file = tmp_path / "net.safetensors"
+    np.testing.assert_allclose(scores(Trained(folded, "last")), scores(before), atol=1e-4)
     code, said, _ = command("port", "--workdir", run, "--to", "torch", file)
-    assert code == 0
-    assert "standardises pixels from 0 to 1: (x - (" in said
+    assert (code, "standardises pixels from 0 to 1: (x - (" in said) == (0, True)
     shapes = {name: array.shape for name, array in porting.read(file).items()}
     if run.name == "resnet20":  # torchvision's names
         assert shapes["layer2.0.conv1.weight"] == (32, 16, 3, 3)
@@ -111,9 +108,9 @@ def test_it_is_audited_folded_and_ported_to_torch_and_back(run, command, tmp_pat
         assert shapes["group0_conv0.weight"] == (8, 24, 3, 3)
     back = ("port", "--workdir", run, "--from", "torch", file, "--out", tmp_path / "new")
     assert command(*back)[0] == 0
-    before, after = Trained(run, "last"), Trained(tmp_path / "new", "last")
-    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
-    jax.tree.map(np.testing.assert_array_equal, before.batch_stats, after.batch_stats)
+    after = Trained(tmp_path / "new", "last")
+    mine, its = ((one.params, one.batch_stats) for one in (before, after))
+    jax.tree.map(np.testing.assert_array_equal, mine, its)
 
 
 def test_auto_is_float32_on_a_cpu():

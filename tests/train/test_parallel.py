@@ -27,12 +27,10 @@ def config(norm="batch", virtual_batch=BATCH, micro_batches=1):
     A sigmoid has no kink, at which a rounding would become a large difference.
     """
     config = synthetic.config()
-    config.train.batch_size = BATCH
-    config.model.dense = config.model.dropout = config.model.norm_dense = ()  # quick to compile
-    config.train.micro_batches = micro_batches
-    config.model.norm, config.model.virtual_batch = norm, virtual_batch
-    config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.01
-    config.optimizer.momentum, config.model.activation = 0.9, "sigmoid"
+    config.train.update(batch_size=BATCH, micro_batches=micro_batches)
+    config.model.update(dense=(), dropout=(), norm_dense=())  # quick to compile
+    config.model.update(norm=norm, virtual_batch=virtual_batch, activation="sigmoid")
+    config.optimizer.update(name="sgd", learning_rate=0.01, momentum=0.9)
     return config
 
 
@@ -49,12 +47,10 @@ def train(config, parallel, *, resident=False, seeds=1, steps=3):
     compiled = Steps(experiment, DATA, feed, seeds)
     items = zip(*(feed.items(seed, 0) for seed in range(seeds)), strict=True)
     counts = [feed.max_steps] * (steps // feed.max_steps)
-    (state, stats), _ = synthetic.take(compiled, items, counts, seeds)
-    metrics, found = compiled.test(state.params, stats), []
-    for seed in range(seeds):
-        one, own = compiled.of_seed((state, stats), seed)
-        found += [one.params, one.opt_state, own]
-    return jax.device_get((*found, metrics))
+    both, _ = synthetic.take(compiled, items, counts, seeds)
+    found = [compiled.of_seed(tuple(both), seed) for seed in range(seeds)]
+    trees = [tree for state, stats in found for tree in (state.params, state.opt_state, stats)]
+    return jax.device_get((*trees, compiled.test(both[0].params, both[1])))
 
 
 @functools.cache
@@ -126,11 +122,10 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path, capsys, first, the
     assert f"on {f'{first} x ' * (first > 1)}cpu" in capsys.readouterr().out
     on(then, "moved")
     on(1, "at_rest")
-    lines = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("moved", "at_rest")]
-    moved, at_rest = ([(one["step"], one["split"]) for one in each] for each in lines)
-    assert moved == at_rest
-    losses = ([one["loss"] for one in each] for each in lines)
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    moved, at_rest = (read_lines(tmp_path / of / "metrics.jsonl") for of in ("moved", "at_rest"))
+    for mine, its in zip(moved, at_rest, strict=True):
+        assert (mine["step"], mine["split"]) == (its["step"], its["split"])
+        np.testing.assert_allclose(mine["loss"], its["loss"], rtol=1e-3)
 
 
 def test_impossible_numbers_of_devices_are_config_errors():
