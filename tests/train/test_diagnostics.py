@@ -128,7 +128,7 @@ def steep(logits, label):
 
 
 PADDED = {"image": np.concatenate([IMAGES[:6], np.full_like(IMAGES[6:], np.nan)])}
-PADDED |= {"mask": np.arange(7) < 6}
+PADDED |= {"mask": np.arange(7) < 6, "label": np.array([*BATCH["label"][:6], 99], np.int32)}
 
 
 @pytest.mark.parametrize(
