@@ -193,9 +193,10 @@ def test_a_damaged_file_is_one_sentence(tmp_path, content):
 def test_the_revision_is_that_of_a_repository_which_tracks_the_package(tmp_path):
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for name in ("other", "bnjax"):
-        assert summary._git_revision(tmp_path / "bnjax") is None
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
+    for name in ("other", "bnjax"):
+        assert summary._git_revision(tmp_path / "bnjax") is None
         for words in (["init"], ["add", name], ["commit", "-m", name]):
             subprocess.run([*git, *words], check=True, capture_output=True)
     assert summary._git_revision(tmp_path / "bnjax")
