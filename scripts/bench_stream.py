@@ -36,7 +36,8 @@ from PIL import Image
 
 from bnjax.data import datasets
 from bnjax.data.feed import host_feed
-from bnjax.data.stream import LABELS, Reading
+from bnjax.data.pictures import Reading
+from bnjax.data.stream import LABELS
 from bnjax.data.tfds import example
 from bnjax.train import parsing
 from bnjax.train.cpu import prepare

@@ -12,7 +12,7 @@ import numpy as np
 
 from bnjax.data.batches import TrainRows, take
 from bnjax.norms.moments import Moments
-from bnjax.norms.running_average import updated_average
+from bnjax.norms.running_average import Averages, updated_average
 from bnjax.train import build, parsing
 from bnjax.train.cpu import compiler_options
 from bnjax.train_step import init_state, train_step
@@ -70,7 +70,7 @@ def moments(words: Sequence[str]) -> tuple[str, Moments]:
     rows = TrainRows(len(dataset.train), BATCH, seed=0)
     init = jax.jit(functools.partial(init_state, model, tx))
     bound = functools.partial(train_step, model=model, tx=tx)
-    step = jax.jit(bound, compiler_options=compiler_options(BATCH))
+    step = jax.jit(bound, compiler_options=compiler_options())
     state, batch_stats = init(jax.random.key(0), take(dataset.train, rows(0))["image"])
     found = []
     for i in range(STEPS):
@@ -85,10 +85,10 @@ def averages(batches: Moments, momentum: float, debias: bool) -> tuple[np.ndarra
     """Returns the running mean and variance after each batch, float32 [steps]."""
 
     def update(old: Any, batch: Moments) -> Any:
-        new = updated_average(*old, batch, momentum, debias, "biased", masked=False)
+        new = updated_average(old, batch, momentum, debias, "biased", masked=False)
         return new, new[:2]
 
-    start = jnp.float32(0), jnp.float32(1), jnp.int32(0)
+    start = Averages(jnp.float32(0), jnp.float32(1), jnp.int32(0))
     counts = jnp.full(len(batches.mean), batches.count)
     _, found = jax.lax.scan(update, start, batches._replace(count=counts))
     return jax.device_get(found)
