@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnjax.data import cifar, tfds
+from bnjax.data.pictures import Reading
 from bnjax.errors import ConfigError, DataError, UnavailableError, UserError
 
 if TYPE_CHECKING:  # at run time this import would be circular
-    from bnjax.data.stream import Reading, Records
+    from bnjax.data.stream import Records
 
 DIGITS = "digits"
 RECORDS, FOLDER = "records", "folder"  # the values of data.name for a user's own files
@@ -92,7 +93,7 @@ def load(
     fallback: str = "",
     label: str = "",
     train_images: int = 0,
-    stream: "Reading | None" = None,
+    stream: Reading | None = None,
 ) -> Dataset:
     """Returns the data set with a given name.
 
@@ -239,7 +240,7 @@ def _prepared(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
     return train.in_memory(), test.in_memory(), classes
 
 
-def _streamed(name: str, data_dir: str, label: str, reading: "Reading") -> Dataset:
+def _streamed(name: str, data_dir: str, label: str, reading: Reading) -> Dataset:
     if importlib.util.find_spec("grain") is None:
         raise UserError(
             "config.data.pipeline = 'stream' needs Grain, which is not installed. Install it with: "

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.data.stream import Reading, Records, splits
+from bnjax.data.pictures import Reading
+from bnjax.data.stream import Records, splits
 from bnjax.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")

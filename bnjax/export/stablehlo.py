@@ -23,9 +23,9 @@ from bnjax.text import progress
 from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options
 from bnjax.train.jsonl import write_json
-from bnjax.train.start import WEIGHTS
 from bnjax.train.summary import versions
 from bnjax.train.trained import Trained, check_folded, in_float32, logits, probe
+from bnjax.train.warm_start import WEIGHTS
 from bnjax.train_step import forward
 from bnjax.types import BatchStats, Images, Params
 

@@ -19,7 +19,7 @@ from bnjax.data import augment, datasets
 from bnjax.data.augment import Augmentation
 from bnjax.data.batches import Part
 from bnjax.data.datasets import FOLDER, RECORDS, Dataset
-from bnjax.data.stream import Reading
+from bnjax.data.pictures import Reading
 from bnjax.errors import ConfigError
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.layers import bfloat16_dot_general, with_views
@@ -30,7 +30,7 @@ from bnjax.train import parsing
 from bnjax.train.config import MAX_SIZE, check_values, norm_options
 from bnjax.train.devices import GROUPS, Parallel, spread
 from bnjax.train.optimizers import optimizer
-from bnjax.train.start import Frozen, frozen
+from bnjax.train.warm_start import Frozen, frozen
 from bnjax.train_step import LossFn, init_variables, softmax_cross_entropy
 
 

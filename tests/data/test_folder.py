@@ -12,7 +12,7 @@ from records_folder import picture, resized
 
 from bnjax.data import datasets
 from bnjax.data.feed import host_feed
-from bnjax.data.stream import Reading, random_box, read_image
+from bnjax.data.pictures import Reading, random_box, read_image
 from bnjax.errors import ConfigError, DataError
 from bnjax.train import build, parsing
 from bnjax.train.loop import train_and_evaluate

@@ -24,7 +24,7 @@ from bnjax.commands.predict import of_split
 from bnjax.data import datasets
 from bnjax.data.batches import WHOLE, Part, eval_batches
 from bnjax.data.feed import every_batch, host_feed
-from bnjax.data.stream import Reading
+from bnjax.data.pictures import Reading
 from bnjax.errors import ConfigError, DataError, UserError, WorkerError
 from bnjax.train import build
 from bnjax.train.jsonl import read_lines

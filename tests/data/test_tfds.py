@@ -11,7 +11,7 @@ from records_folder import picture
 from tiny_cifar import CLASSES, make_tiny
 
 from bnjax.data import cifar, datasets, tfds
-from bnjax.data.stream import Reading
+from bnjax.data.pictures import Reading
 from bnjax.errors import DataError, UnavailableError
 
 TINY = make_tiny(1)
