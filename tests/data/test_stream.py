@@ -17,7 +17,7 @@ import pytest
 import small_digits
 import synthetic
 from PIL import Image
-from processes import together
+from processes import losses, together
 from records_folder import encode, picture, resized, write_dataset, write_file, write_folder
 
 from bnjax.commands.predict import of_split
@@ -260,3 +260,24 @@ def test_kills_change_nothing_and_leave_no_orphans(tmp_path):
             assert run.finish() == [0], run.said()
     resumed, whole = (tmp_path / name / "metrics.jsonl" for name in ("killed", "whole"))
     assert resumed.read_text() == whole.read_text()
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_its_part_only(tmp_path):
+    """The images of the other process are black in its folder: rows 50 to 99 of each batch."""
+    words = small_digits.steps(20, 10, **small_digits.STREAMED, train__shuffle=False)
+    digits = datasets.load("digits")
+    train, first = digits.train.first(1400), np.arange(1400) % 100 < 50
+    folders = []
+    for name, keeps in (("whole", first | ~first), ("first", first), ("second", ~first)):
+        image = np.where(keeps.reshape(-1, 1, 1, 1), train.image, np.uint8(0))
+        own = dataclasses.replace(digits, train=datasets.Split(image, train.label * keeps))
+        write_dataset(tmp_path / name, own)
+        folders.append([f"--config.data.dir={tmp_path / name}"])
+    with together(tmp_path / "alone", 1, 1, *words, *folders[0]) as alone:
+        assert alone.finish() == [0], alone.said()
+    with together(tmp_path / "both", 2, 1, *words, own=folders[1:]) as both:
+        assert both.finish() == [0, 0], both.said()
+    mine, its = losses(tmp_path / "both"), losses(tmp_path / "alone")
+    assert mine.keys() == its.keys()
+    assert [*mine.values()] == pytest.approx([*its.values()], rel=1e-2)
