@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("batch", type=int)
     parser.add_argument("steps", type=int)
     parser.add_argument("--model", choices=("bnjax", "textbook"), default="bnjax")
-    parser.add_argument("--norm", choices=norms.NORMS, default="batch")
+    parser.add_argument("--norm", choices=[*norms.NORMS, "none"], default="batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--dense-product", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(

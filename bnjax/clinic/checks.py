@@ -473,9 +473,8 @@ MOVED_WHILE_FROZEN = _illness(
     "frozen norms have changed",
     "an optimizer that skips scale and bias does not freeze the averages: every pass in training "
     "mode updates the averages, which then no longer fit the other frozen layers",
-    "restore the original norms; freeze the averages with clinic.freezing.freeze_statistics or by "
-    "running the norms in evaluation mode; freeze scale and bias with "
-    "clinic.freezing.without_frozen",
+    "restore the original norms; run them in evaluation mode, or freeze them with clinic.freezing "
+    "(freeze_statistics for the averages, without_frozen for scale and bias)",
 )
 
 
