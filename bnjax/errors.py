@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 # Words that occur in JAX's errors when distributed training loses a process.
@@ -49,6 +49,18 @@ class WorkerError(UserError):
 
 class UnavailableError(DataError):
     """The data are not on this machine and cannot be downloaded; the caller may use other data."""
+
+
+@contextlib.contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Turns a failed import into a `UserError` that names the extra of bnjax to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{what} needs the package {error.name}, which is not installed. Install it with: "
+            f"pip install 'bnjax[{extra}]'."
+        ) from error
 
 
 def brief(error: BaseException) -> str:

@@ -96,7 +96,7 @@ def restored(workdir, config, step="last"):
     init = functools.partial(init_state, made.model, made.tx)
     like = jax.eval_shape(init, jax.random.key(0), dataset().train.image[:1])
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        found = checkpoints.restore(checkpoints.step(str(step)), like, apart=made.is_apart)
+        found = checkpoints.restore(checkpoints.step(str(step)), like)
     return found[0].replace(rng=jax.random.key_data(found[0].rng)), found[1]
 
 

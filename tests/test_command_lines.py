@@ -144,7 +144,7 @@ def test_a_claim_is_tried_and_said_again_without_training(bnjax, tmp_path, monke
     code, first, err = bnjax(*words)
     assert code == 0, err
     assert "Are slow averages bad? (seeds: 1;" in first
-    assert "no report: a report needs vl_convert" in first
+    assert "no report: a report needs the package vl_convert" in first
     assert "pip install 'bnjax[report]'" in first
     code, again, err = bnjax(*words)
     assert code == 0, err

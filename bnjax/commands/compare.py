@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
-from bnjax.errors import UserError
+from bnjax.errors import UserError, needs
 
 if TYPE_CHECKING:
     from bnjax.compare.runs import Run
@@ -79,9 +79,10 @@ def run(
         return 128 + stopped.signal if isinstance(stopped, Stopped) else 130
     print(as_text(comparison, runs.finished_runs(folder, comparison)))
     try:
-        from bnjax.commands.report import reports
+        with needs("report", "a report"):
+            from bnjax.compare import report
 
-        print(f"\nreport: {reports().write([folder], folder)[0]}")
+        print(f"\nreport: {report.write([folder], folder)[0]}")
     except UserError as error:  # the results printed above are valid without a report
         print(f"\nno report: {error}")
     for failure in failures:

@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from bnjax.errors import UserError
+from bnjax.errors import UserError, needs
 
 
 def run(
@@ -20,24 +20,10 @@ def run(
     """Write report.html and report.md about runs and comparisons."""
     if not folders:
         raise UserError("give at least one folder of a run or a comparison.")
-    page, problems = reports().write(folders, out or folders[0])
+    with needs("report", "a report"):
+        from bnjax.compare import report
+    page, problems = report.write(folders, out or folders[0])
     for problem in problems:
         print(f"WARNING: {problem}", file=sys.stderr)
     print(f"written: {page}")
     return 0
-
-
-def reports() -> Any:
-    """Returns the module `bnjax.compare.report`.
-
-    Raises:
-        UserError: if the extra `report` is not installed.
-    """
-    try:
-        from bnjax.compare import report
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"a report needs {error.name}, which is not installed. Install it with: "
-            "pip install 'bnjax[report]'."
-        ) from error
-    return report

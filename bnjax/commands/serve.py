@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from bnjax.commands import Checkpoint
-from bnjax.errors import UserError
+from bnjax.errors import UserError, needs
 
 
 def run(
@@ -30,12 +30,8 @@ def run(
         raise UserError("give either --workdir, the folder of a run, or --model.")
     if model and checkpoint != "last":
         raise UserError("--checkpoint needs a run: give its folder with --workdir.")
-    try:
+    with needs("serve", "bnjax serve"):
         from bnjax.export import page
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"bnjax serve needs the package {error.name}: pip install 'bnjax[serve]'."
-        ) from error
     from bnjax.train.cpu import prepare
 
     prepare()

@@ -62,19 +62,13 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     """
     study = runs.read_study(folders)
     page, text = out / "report.html", out / "report.md"
-    try:
-        (out / PICTURES).mkdir(parents=True, exist_ok=True)
-        for file in (page, text):
-            if file.exists() and MARK not in file.read_text("utf-8", errors="replace")[:200]:
-                raise UserError(
-                    f"{file} was not made by bnjax report, so it is not overwritten. "
-                    "Choose a different folder with --out."
-                )
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error.strerror or error}. Choose a different folder with "
-            "--out."
-        ) from error
+    (out / PICTURES).mkdir(parents=True, exist_ok=True)
+    for file in (page, text):
+        if file.exists() and MARK not in file.read_text("utf-8", errors="replace")[:200]:
+            raise UserError(
+                f"{file} was not made by bnjax report, so it is not overwritten. Choose a "
+                "different folder with --out."
+            )
     figures = [
         curves(study),
         steps_to_loss(study),

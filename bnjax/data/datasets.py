@@ -1,7 +1,6 @@
 """Loads data sets by name, as uint8 arrays or as records on disk."""
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from bnjax.data import cifar, tfds
 from bnjax.data.pictures import Reading
-from bnjax.errors import ConfigError, DataError, UnavailableError, UserError
+from bnjax.errors import ConfigError, DataError, UnavailableError, needs
 
 if TYPE_CHECKING:  # at run time this import would be circular
     from bnjax.data.stream import Records
@@ -241,11 +240,8 @@ def _prepared(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _streamed(name: str, data_dir: str, label: str, reading: Reading) -> Dataset:
-    if importlib.util.find_spec("grain") is None:
-        raise UserError(
-            "config.data.pipeline = 'stream' needs Grain, which is not installed. Install it with: "
-            "pip install 'bnjax[stream]'."
-        )
+    with needs("stream", "config.data.pipeline = 'stream'"):
+        import grain  # noqa: F401 imported again where it is used
     if name in (RECORDS, FOLDER) and not data_dir:
         files = "array_record files" if name == RECORDS else "train/CLASS and test/CLASS"
         raise ConfigError("data.dir", data_dir, f"a folder with {files}")

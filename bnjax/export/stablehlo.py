@@ -18,7 +18,7 @@ from jax import export
 from bnjax.clinic.folding import Folding, NormFold, difference, plan
 from bnjax.clinic.linen import folded_model, folded_pairs
 from bnjax.data.batches import eval_batches
-from bnjax.errors import UserError
+from bnjax.errors import UserError, needs
 from bnjax.text import progress
 from bnjax.train import build, rundir
 from bnjax.train.cpu import compiler_options
@@ -124,14 +124,10 @@ def export_run(
         if not trained.is_low:
             _check("StableHLO program", found)
     if onnx:
-        try:
+        with needs("onnx", "--onnx"):
             import onnxruntime
 
             from bnjax.export.onnx import onnx_model
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--onnx needs the package {error.name}: pip install 'bnjax[onnx]'."
-            ) from error
         exact = in_float32(trained)
         model = folded_model(exact, folding.pairs)
         notes = {"name": trained.config.name, "classes": classes}

@@ -33,6 +33,9 @@ from bnjax.train.optimizers import optimizer
 from bnjax.train.warm_start import Frozen, frozen
 from bnjax.train_step import LossFn, init_variables, softmax_cross_entropy
 
+# The keys of the section `model` that are fields of `ConvNet`.
+CONVNET_KEYS = ("filters", "kernels", "strides", "pooling", "dense", "norm_dense", "placement")
+
 
 def check(config: ConfigDict) -> None:
     """Checks everything in a config that can be checked before the data are downloaded.
@@ -100,16 +103,10 @@ def network(
     if config.name == "convnet":
         _check_convnet(config, image_shape)
         return ConvNet(
-            filters=config.filters,
-            kernels=config.kernels,
-            strides=config.strides,
-            pooling=config.pooling,
-            dense=config.dense,
+            **{key: config[key] for key in CONVNET_KEYS},
             dropout=tuple(map(float, config.dropout)),
             norm_activation=norms.ThresholdedLinear if config.norm == "frn" else None,
             conv=conv,
-            norm_dense=config.norm_dense,
-            placement=config.placement,
             dense_product=bfloat16_dot_general if config.dense_product == "bfloat16" else None,
             **shared,
         )

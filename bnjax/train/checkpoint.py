@@ -283,14 +283,15 @@ class Checkpoints:
             raise self._unsaved(error) from error
 
     def restore(
-        self, step: int, like: tuple[TrainState, BatchStats], *, apart: bool = False
+        self, step: int, like: tuple[TrainState, BatchStats]
     ) -> tuple[TrainState, BatchStats]:
         """Restores the state and statistics of a step, and places them on the default device.
 
-        `like` gives the tree structure, shapes and dtypes; `apart` is whether `evaluated` was
-        passed to `save`.
+        `like` gives the tree structure, shapes and dtypes.
         """
         state, batch_stats = like
+        saved = self._records[step].get("leaves", {})
+        apart = any(name.startswith("training.params.") for name in saved)
         evaluated = (state.params, batch_stats) if apart else None
         variables, training = items(state, batch_stats, evaluated)
         restored = self._restore(step, {"variables": variables, "training": training})

@@ -331,7 +331,7 @@ class Seed:
                 write_json(self._folder / "start.json", taken._asdict())
             return state
         self.checkpoints.reload()  # the first process may have moved damaged checkpoints
-        return self.checkpoints.restore(self.start, like, apart=self._experiment.is_apart)
+        return self.checkpoints.restore(self.start, like)
 
     def finish(self) -> dict[str, Any]:
         """Writes the summary after all other files, and returns it."""

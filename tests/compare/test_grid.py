@@ -12,9 +12,8 @@ import pytest
 import synthetic
 from made_runs import statement, write_run
 
-from bnjax.commands import report
 from bnjax.commands.compare import as_text
-from bnjax.compare import claims, grid
+from bnjax.compare import claims, grid, report
 from bnjax.compare.runs import finished_runs, read_comparison
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
@@ -233,8 +232,7 @@ def test_the_command_says_which_run_broke_down(files, bnjax, monkeypatch):
 
     trainer = hooked(fail, pretend)
     monkeypatch.setattr(grid, "run", functools.partial(grid.run, trainer=trainer))
-    written = SimpleNamespace(write=lambda folders, out: (out / "report.html", []))
-    monkeypatch.setattr(report, "reports", lambda: written)
+    monkeypatch.setattr(report, "write", lambda folders, out: (out / "report.html", []))
     (files / "no_bn.py").write_text(BN)
     words = ["--configs", f"{files / 'bn.py'},{files / 'no_bn.py'}", "--workdir", files / "runs"]
     code, out, err = bnjax("compare", *words, "--seeds", 1)

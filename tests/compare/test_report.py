@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -249,5 +251,10 @@ def test_names_are_text_and_a_report_of_somebody_else_is_not_overwritten(bnjax, 
     (tmp_path / "report.md").write_text("# my own")
     with pytest.raises(UserError, match="was not made by bnjax report"):
         report.write([folder], tmp_path)
-    with pytest.raises(UserError, match="cannot be written"):
-        report.write([folder], folder / "config.json")
+    code, _, error = bnjax("report", folder, "--out", folder / "config.json")
+    assert (code, "config.json" in error and "cannot be read or written" in error) == (1, True)
+
+
+def test_reports_need_no_jax():
+    code = "import sys, bnjax.compare.report; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
