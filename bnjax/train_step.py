@@ -18,6 +18,7 @@ from flax import struct
 
 from bnjax.compat import varying
 from bnjax.metrics import Metrics, from_losses, softmax_cross_entropy
+from bnjax.nonfinite import is_finite, unless
 from bnjax.types import (
     Array,
     Batch,
@@ -30,7 +31,6 @@ from bnjax.types import (
     Params,
     Shares,
     Tree,
-    is_finite,
 )
 
 LossFn = Callable[[Logits, Labels | Shares], Losses]
@@ -183,8 +183,8 @@ def descend(
         finite = is_finite((grads, metrics.loss, new_stats))
         bad = _sum_over((~finite).astype(jnp.int32), axis_name) > 0
         old = (state.params, state.opt_state, batch_stats)
-        new_params, new_opt_state, new_stats = jax.tree.map(
-            lambda old, new: jnp.where(bad, old, new), old, (new_params, new_opt_state, new_stats)
+        new_params, new_opt_state, new_stats = unless(
+            bad, (new_params, new_opt_state, new_stats), old
         )
         metrics = dataclasses.replace(metrics, skipped=bad.astype(jnp.int32))
     return TrainState(state.step + 1, new_params, new_opt_state, state.rng), new_stats, metrics

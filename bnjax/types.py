@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
 
@@ -65,12 +64,3 @@ def fingerprint(tree: Any) -> str:
         about = f"{name} {array.dtype} {array.shape}".encode()
         checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data, zlib.crc32(about, checksum))
     return f"{checksum:08x}"
-
-
-def is_finite(tree: Any) -> jax.Array:
-    """Returns whether every number in the tree is finite, bool []."""
-    # The sum of x - x is 0 unless an element is infinite or NaN. XLA fuses this sum with other
-    # reads of x.
-    return jnp.isfinite(
-        sum(jnp.sum(leaf - leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(tree))
-    )

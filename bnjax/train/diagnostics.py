@@ -1,4 +1,4 @@
-"""Records histograms, the gap between statistics, and example predictions in training."""
+"""Looks into training: histograms, the gap between statistics, example predictions, bad values."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ from bnjax.train_step import (
     predict_step,
     softmax_cross_entropy,
 )
-from bnjax.types import Array, Batch, BatchStats, Params, Tree, named_leaves
+from bnjax.types import Array, Batch, BatchStats, Logits, Params, Tree, named_leaves
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)
 BINS = 30
@@ -153,6 +153,60 @@ def _outputs(intermediates: Tree) -> OrderedDict[str, Array]:
 def _layer(name: str) -> str:
     """Extracts the name of a layer from the name of its output, such as "conv0.__call__.0"."""
     return name.partition("__call__")[0].rstrip(".")
+
+
+def first_nonfinite(
+    state: TrainState,
+    batch_stats: BatchStats,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    loss_fn: LossFn = softmax_cross_entropy,
+) -> str | None:
+    """Describes the first non-finite value in a training step; None if all values are finite.
+
+    Checks the images, the parameters, the statistics, the output of each layer, the new statistics,
+    the losses and the gradients. The forward pass is not compiled, so that the layers are checked
+    in the order of computation.
+
+    Args:
+        state: the state before the step; its `step` must be correct, because dropout depends on the
+            step.
+        batch_stats: the statistics before the step.
+        batch: the batch of the step.
+        model, loss_fn: as for `train_step`.
+    """
+    bind = functools.partial(forward, model=model, train=True, dropout=dropout_key(state))
+    logits, written = bind(state.params, batch_stats, batch, capture=True)
+
+    def losses_of(logits: Logits) -> jax.Array:
+        return jnp.where(batch.get("mask", True), loss_fn(logits, batch["label"]), 0)
+
+    def loss(params: Params) -> jax.Array:
+        return losses_of(bind(params, batch_stats, batch)[0]).sum()
+
+    images = batch["image"] if "mask" not in batch else batch["image"][np.asarray(batch["mask"])]
+    stages = [
+        ("the image values", images),
+        ("the parameter", state.params),
+        ("the running statistic", batch_stats),
+        ("the output of layer", written["intermediates"]),
+        ("the new statistic", written.get("batch_stats", {})),
+        ("the losses", losses_of(logits)),
+    ]
+    for words, tree in stages:
+        for name in _bad_leaves(tree):
+            return f"{words} {name}".strip()
+    for name in _bad_leaves(jax.jit(jax.grad(loss))(state.params)):
+        return f"the gradient of {name}"
+    return None
+
+
+def _bad_leaves(tree: Any) -> list[str]:
+    """Returns the names of the non-finite leaves, in the order of the tree."""
+    leaves = named_leaves(tree).items()
+    bad = [name for name, leaf in leaves if not np.isfinite(np.asarray(leaf, np.float32)).all()]
+    return [*map(_layer, bad)]
 
 
 class Observer:

@@ -22,13 +22,13 @@ from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Item
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.metrics import Metrics
+from bnjax.nonfinite import explained, too_many
 from bnjax.train import cpu, rundir
 from bnjax.train.build import Experiment
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.devices import from_first
-from bnjax.train.diagnostics import Observer
+from bnjax.train.diagnostics import Observer, first_nonfinite
 from bnjax.train.jsonl import OnMetrics, RunWriter, first_at_or_below, read_lines, write_json
-from bnjax.train.nonfinite import explained, first_nonfinite, too_many
 from bnjax.train.steps import State, Steps, Variables, training_batch, unstack
 from bnjax.train.summary import summarise, versions
 

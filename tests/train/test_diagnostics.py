@@ -10,8 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.train.diagnostics import BINS, MAX_VALUES, QUANTILES, sample, summarise
-from bnjax.train.nonfinite import first_nonfinite
+from bnjax.train.diagnostics import (
+    BINS,
+    MAX_VALUES,
+    QUANTILES,
+    first_nonfinite,
+    sample,
+    summarise,
+)
 from bnjax.train_step import init_state
 
 
