@@ -118,7 +118,7 @@ class _Found:
             whole batch.
         metrics: the summed metrics.
         stats: the mean of the updated statistics, weighted by `count`.
-        seen: the moments of the inputs to norms that update their averages.
+        seen: for each norm that updates its running averages, the moments of its inputs.
         count: the number of unmasked examples on all devices.
     """
 

@@ -109,7 +109,7 @@ def match(network: Network, batch: Batch) -> tuple[Network, list[Finding], bool]
         if unmatched:
             more = f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
             if any(its_shapes.get(path, shape) != shape for path, shape in shapes.items()):
-                more += f". The model has these shapes for images {[*np.shape(batch['image'])[1:]]}"
+                more += f". The model's shapes are for images {[*np.shape(batch['image'])[1:]]}"
             found.append(Finding(UNMATCHED_LEAVES, (), "; ".join(unmatched[:8]) + more))
         usable &= all(its_shapes.get(path) == shape for path, shape in shapes.items())
         mine[name] = unflatten_dict({path: leaves[path] for path in leaves if path in wanted})

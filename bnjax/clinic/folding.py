@@ -102,7 +102,7 @@ class NormFold(NamedTuple):
         norm: the path of the norm.
         layer: the path of the layer it was folded into; None if it was not folded.
         place: the position of the norm relative to the layer.
-        reason: the reason the norm was not folded.
+        reason: the reason for not folding the norm; empty if it was folded.
     """
 
     norm: Path

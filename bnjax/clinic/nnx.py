@@ -23,11 +23,11 @@ from bnjax.types import Array, Batch, BatchStats, Images, Logits, Params
 
 
 def nnx(model: Any, call: Callable[[Any, Images, bool], Logits] | None = None) -> "Nnx":
-    """Returns a copy of an NNX model as a network for the functions of the clinic.
+    """Wraps a copy of an NNX model as a `Network` for the functions of the clinic.
 
-    Evaluation calls `model.eval()`. For training, the model's flags are kept if a norm is in
-    training mode; otherwise `model.train()` is called. A training flag of `__call__` (`train`,
-    `training`, `is_training`, `deterministic` or `use_running_average`) is also set.
+    Evaluation calls `model.eval()`. For training, the flags of the model are left unchanged if any
+    norm is in training mode; otherwise `model.train()` is called. A training flag of `__call__`
+    (`train`, `training`, `is_training`, `deterministic` or `use_running_average`) is also set.
     `network.model` returns an NNX model.
 
     Args:

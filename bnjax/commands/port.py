@@ -176,7 +176,7 @@ def _check(
     difference = np.abs(found - logits).max() if found.shape == logits.shape else np.inf
     if not difference <= TOLERANCE:
         raise UserError(
-            f"the logits of the probe batch differ by up to {difference:.2g}, more than "
+            f"the logits differ from those in the probe batch by up to {difference:.2g}, more than "
             f"{TOLERANCE:g}. Common causes: a different epsilon (1e-5 in torch, 1e-3 in Keras); "
             "different padding; a dense layer after flattened images that is missing under "
             "`flattened` in the table; images on a different scale; logits computed in training "

@@ -609,7 +609,10 @@ def lines(
 
 
 def _png(figure: Figure) -> bytes:
-    """Returns the panels of a figure as a PNG on white; 128 colours make it ten times smaller."""
+    """Returns the panels of a figure as a PNG with a white background.
+
+    A palette of 128 colours makes the file ten times smaller.
+    """
     columns = 1 if len(figure.panels) == 1 else 2 if len(figure.panels) <= 4 else 3
     spec = {**alt.concat(*figure.panels, columns=columns).to_dict(validate=False), "config": STYLE}
     png = vl_convert.vegalite_to_png(spec, vl_version=VERSION, scale=1.5)

@@ -76,7 +76,7 @@ class Run:
 
     @property
     def chosen_by(self) -> str:
-        """The split by which the best checkpoint is chosen, "validation" or "test"."""
+        """The split that determines the best checkpoint, "validation" or "test"."""
         return "validation" if self.config.get("config.data.validation") else "test"
 
     @functools.cached_property

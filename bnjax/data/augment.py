@@ -18,7 +18,7 @@ Augmentation = Callable[[jax.Array, Batch], Batch]
 
 
 def chain(augmentations: Sequence[Augmentation]) -> Augmentation:
-    """Returns an augmentation that applies others in order, each with a different key."""
+    """Returns an augmentation that applies the given ones in order, each with its own key."""
 
     def apply(rng: jax.Array, batch: Batch) -> Batch:
         for i, augmentation in enumerate(augmentations):

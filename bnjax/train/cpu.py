@@ -172,7 +172,7 @@ def give_back_freed_memory() -> bool:
 
 
 def _meminfo(name: str) -> int:
-    """Returns an entry of /proc/meminfo in bytes, or 0 if it is unknown."""
+    """Returns an entry of /proc/meminfo in bytes, or 0 if it does not exist."""
     lines = MEMINFO.read_text() if MEMINFO.exists() else ""
     found = re.search(rf"^{name}: +(\d+) kB$", lines, re.MULTILINE)
     return int(found[1]) << 10 if found else 0

@@ -172,7 +172,7 @@ class Agreement:
     """
 
     def __init__(self, parallel: Parallel):
-        """Stores the devices; the maximum is compiled at the first call."""
+        """Stores the mesh; the first call compiles the maximum."""
         self._mesh, self._asked = parallel.mesh, None
         whole = NamedSharding(self._mesh, PartitionSpec())
         self._max = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=whole)

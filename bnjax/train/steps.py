@@ -20,9 +20,9 @@ from bnjax.data.datasets import Dataset
 from bnjax.data.feed import Feed, Item, every_batch, ship
 from bnjax.errors import UserError
 from bnjax.metrics import Metrics
+from bnjax.nonfinite import until_stopped
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import compiler_options, init_options, memory
-from bnjax.train.nonfinite import until_stopped
 from bnjax.train.products import fastest_options
 from bnjax.train.warm_start import Taken, read_source, take_over
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
@@ -47,7 +47,7 @@ class Steps:
     """
 
     def __init__(self, experiment: Experiment, dataset: Dataset, feed: Feed, seeds: int = 1):
-        """Prepares the functions; each is compiled at its first call."""
+        """Prepares the functions; the first call of each compiles it."""
         self.experiment, self._dataset, self._seeds = experiment, dataset, seeds
         self._parallel = parallel = experiment.parallel
         self.feed, self.compile_seconds = feed, 0.0
@@ -200,7 +200,7 @@ class Steps:
 
 
 def key_of(seed: int) -> jax.Array:
-    """Returns the key of `init_state` for a seed; the only place where a seed becomes a key."""
+    """Returns the key to pass to `init_state`. No other function converts a seed to a key."""
     return jax.random.split(jax.random.key(seed))[0]
 
 

@@ -163,10 +163,10 @@ def check_folded(trained: Trained, folding: Folding, data_dir: str | None) -> di
         found.append(difference(own, logits(linen(after, *variables), images)))
     if not found[0] <= TOLERANCE:
         raise UserError(
-            f"on {about} the logits of the folded network differ by {found[0]:.1e} of the largest "
-            f"logit, more than {TOLERANCE}, so nothing was written. Possible causes are a mean "
-            "that is large compared with its standard deviation, and statistics that were never "
-            "updated: see bnjax audit."
+            f"on {about} the logits of the folded network differ from the original ones by "
+            f"{found[0]:.1e} of the largest logit, more than {TOLERANCE}, so nothing was written. "
+            "Possible causes are a mean that is large compared with its standard deviation, and "
+            "statistics that were never updated: see bnjax audit."
         )
     low = {"difference_in_bfloat16": found[1]} if trained.is_low else {}
     return {"probe": about, "difference": found[0]} | low

@@ -61,7 +61,7 @@ def test_a_folded_network_that_computes_something_else_is_refused(run):
     done = plan(trained.network, np.zeros((1, *trained.data.image_shape), np.uint8))
     assert check_folded(trained, done, None)["difference"] < 1e-5
     done.network.params["logits"]["kernel"] *= 1.01
-    said = r"on 256 images of noise .* differ by .* was written"
+    said = r"on 256 images of noise .* differ from .* was written"
     with pytest.raises(errors.UserError, match=said):
         check_folded(trained, done, None)
 

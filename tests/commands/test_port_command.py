@@ -107,8 +107,8 @@ def test_a_network_that_computes_something_else_leaves_no_run(port, tmp_path):
     good = porting.read(probe)
     off = good["logits"] + 1e-3
     for batch, words in (
-        (good | {"logits": off}, "differ by up to 0.001"),
-        (good | {"logits": off * np.nan}, "differ by up to nan"),
+        (good | {"logits": off}, "in the probe batch by up to 0.001"),
+        (good | {"logits": off * np.nan}, "in the probe batch by up to nan"),
         (good | {"image": good["image"][:, :, :7]}, r"needs images with the shape [8, 8, 1]"),
         ({"logits": off}, "as `image`"),
     ):
