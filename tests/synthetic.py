@@ -17,8 +17,8 @@ from bnjax.train.config import default_config
 from bnjax.train.dispatch import default_feed
 from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Trainer
-from bnjax.train.run import StopRequest
 from bnjax.train.steps import unstack
+from bnjax.train.stopping import StopRequest
 from bnjax.train_step import init_state
 
 

@@ -60,7 +60,8 @@ def run(
     build.check(settings)
 
     from bnjax.train import rundir, summary
-    from bnjax.train.loop import Stopped, train_and_evaluate
+    from bnjax.train.loop import train_and_evaluate
+    from bnjax.train.stopping import Stopped
 
     dataset = build.dataset(settings)
     if dataset.fallback_reason:

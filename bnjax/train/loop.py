@@ -18,23 +18,11 @@ from bnjax.train.devices import Agreement
 from bnjax.train.diagnostics import Observer
 from bnjax.train.dispatch import default_feed, dispatch_size
 from bnjax.train.jsonl import OnMetrics
-from bnjax.train.run import Run, Seed, StopRequest
+from bnjax.train.run import Run, Seed
 from bnjax.train.steps import Steps
+from bnjax.train.stopping import Stopped, StopRequest
 
 Summary = dict[str, Any]
-
-
-class Stopped(Exception):
-    """Training was stopped by Ctrl-C or SIGTERM and is saved up to `step`.
-
-    The step is None if the signal arrived between two runs.
-    """
-
-    def __init__(self, step: int | None, received: signal.Signals):
-        """Stores the last complete step and the signal."""
-        after = "" if step is None else f" after step {step}"
-        super().__init__(f"stopped by {received.name}{after}")
-        self.step, self.signal = step, received
 
 
 def train_and_evaluate(

@@ -19,7 +19,8 @@ from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.jsonl import read_lines
-from bnjax.train.loop import Stopped, Trainer
+from bnjax.train.loop import Trainer
+from bnjax.train.stopping import Stopped
 from bnjax.train_step import init_state
 
 BN = """

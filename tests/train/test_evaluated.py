@@ -12,8 +12,8 @@ from synthetic import assert_same_metrics, lines
 from bnjax.clinic.statistics import precise
 from bnjax.data.batches import evenly_spaced
 from bnjax.train import build
-from bnjax.train.loop import Stopped
 from bnjax.train.steps import precise_batches
+from bnjax.train.stopping import Stopped
 from bnjax.train.trained import Trained
 from bnjax.train_step import forward, softmax_cross_entropy
 

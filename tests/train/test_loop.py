@@ -20,8 +20,8 @@ from bnjax.train import build, jsonl, rundir, summary, tensorboard
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.dispatch import default_feed
 from bnjax.train.jsonl import read_lines
-from bnjax.train.loop import Stopped, Trainer
-from bnjax.train.run import StopRequest
+from bnjax.train.loop import Trainer
+from bnjax.train.stopping import Stopped, StopRequest
 
 SLOW = pytest.mark.slow
 DATA = synthetic.dataset()

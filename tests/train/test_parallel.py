@@ -14,8 +14,8 @@ from bnjax.errors import ConfigError
 from bnjax.train import build
 from bnjax.train.devices import spread
 from bnjax.train.jsonl import read_lines
-from bnjax.train.loop import Stopped
 from bnjax.train.steps import Steps
+from bnjax.train.stopping import Stopped
 
 DATA = synthetic.dataset()
 BATCH = 24
