@@ -327,8 +327,8 @@ class Train:
     """The section `train`; exactly one of `steps` and `epochs` is not 0."""
 
     from_: str = ""
-    """a folder written by bnjax train, port or export; training starts from its parameters and
-    statistics, matched by name; the command-line option is --from"""
+    """a folder written by bnjax train, port, precise, fold or export; training starts from its
+    parameters and statistics, matched by name; the command-line option is --from"""
     freeze: Annotated[str, one_of("none", "statistics", "norms", "backbone")] = "none"
     """the values that training leaves unchanged; statistics: the running statistics of all norms,
     which then normalise with these statistics in training too; norms: the statistics, scales and
