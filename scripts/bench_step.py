@@ -33,8 +33,8 @@ from bnjax.train import build
 from bnjax.train.config import default_config
 from bnjax.train.cpu import keep_freed_memory
 from bnjax.train.dispatch import default_feed
+from bnjax.train.matmul_library import fastest_options
 from bnjax.train.parsing import override
-from bnjax.train.products import fastest_options
 from bnjax.train.steps import Steps, unstack
 from bnjax.train_step import train_step
 

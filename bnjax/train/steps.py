@@ -23,7 +23,7 @@ from bnjax.metrics import Metrics
 from bnjax.nonfinite import until_stopped
 from bnjax.train.build import Experiment
 from bnjax.train.cpu import compiler_options, init_options, memory
-from bnjax.train.products import fastest_options
+from bnjax.train.matmul_library import fastest_options
 from bnjax.train.warm_start import Taken, read_source, take_over
 from bnjax.train_step import AxisName, TrainState, dropout_key, eval_step, init_state, train_step
 from bnjax.types import Batch, BatchStats, Params
