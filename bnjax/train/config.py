@@ -1,10 +1,10 @@
 """Declares every config key, with its type, allowed values, default and purpose."""
 
 import ast
-import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from ml_collections import ConfigDict
@@ -436,12 +436,18 @@ class Key(NamedTuple):
     help: str
 
 
+# The statements of each class in this file, which `inspect.getsource` would parse for each class.
+_BODIES = {
+    one.name: one.body
+    for one in ast.parse(Path(__file__).read_text("utf-8")).body
+    if isinstance(one, ast.ClassDef)
+}
+
+
 def _declared(section: str, kind: type) -> Iterator[Key]:
     """Yields the keys of a class: its annotated fields, each followed by its purpose."""
     hints = get_type_hints(kind, include_extras=True)
-    (declaration,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(declaration, ast.ClassDef)
-    _, *body = declaration.body
+    _, *body = _BODIES[kind.__name__]
     for field, text in zip(body[::2], body[1::2], strict=True):
         assert isinstance(field, ast.AnnAssign)
         field_name = ast.unparse(field.target)
