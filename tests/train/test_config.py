@@ -1,6 +1,7 @@
 """Config files, overrides, and which values are refused."""
 
 import ast
+import dataclasses
 import functools
 import json
 import subprocess
@@ -23,11 +24,11 @@ from strategies import VALUES
 from bnjax import main, norms
 from bnjax.data.datasets import Dataset, Split
 from bnjax.errors import ConfigError, UserError
-from bnjax.models.convnet import ACTIVATIONS, POOLS, Placement
+from bnjax.models.convnet import ACTIVATIONS, POOLS, ConvNet, Placement
 from bnjax.models.layers import VIEWS, bfloat16_dot_general
 from bnjax.models.resnet import RESNETS
 from bnjax.train import build, parsing
-from bnjax.train.config import KEYS
+from bnjax.train.config import KEYS, default_config
 from bnjax.train_step import init_state, train_step
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,13 @@ def test_every_config_builds_and_its_docstring_gives_command_time_and_result(pat
     assert f"python -m bnjax.main --config configs/{path.name}" in doc
     assert "Time: " in doc
     assert "Expected: " in doc
+
+
+def test_the_default_network_is_the_default_of_its_class():
+    model = build.network(default_config().model, 10, (32, 32, 3))
+    for field in dataclasses.fields(ConvNet()):
+        if field.init and field.name not in ("norm", "dtype", "parent", "name"):
+            assert getattr(model, field.name) == getattr(ConvNet(), field.name), field.name
 
 
 def test_the_tutorials_schedule():
