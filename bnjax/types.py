@@ -1,4 +1,4 @@
-"""Type aliases for arrays (with their shapes) and for trees of arrays."""
+"""Type aliases for arrays (with their shapes) and trees; the names and fingerprint of leaves."""
 
 import zlib
 from collections.abc import Mapping

@@ -23,7 +23,7 @@ Framework = Literal["torch", "keras"]
 Arrays = dict[str, np.ndarray]
 # The kind of running variance: the divisor is n (biased) or n - 1 (unbiased). "keras" is Keras 3;
 # for images, Keras 2 uses TensorFlow's fused kernel with the unbiased variance, as in torch.
-STORED = {"torch": "unbiased", "keras": "biased"}
+VARIANCE = {"torch": "unbiased", "keras": "biased"}
 SEPARATOR = {"torch": ".", "keras": "/"}
 # Maps our leaf names to the leaf names in each framework.
 LEAVES: dict[str, dict[str, str]] = {

@@ -85,7 +85,7 @@ def _export(
         momentum = porting.converted_momentum(framework, norm.module.momentum)
         print(
             f"norms in {framework}: epsilon {norm.module.epsilon:g}, momentum {momentum:g}; the "
-            f"variances are {norm.variance}; {framework} averages {porting.STORED[framework]} "
+            f"variances are {norm.variance}; {framework} averages {porting.VARIANCE[framework]} "
             "variances"
         )
     if getattr(trained.model, "mean", ()):
@@ -122,7 +122,7 @@ def _import(
     from bnjax.train_step import init_state
 
     arrays, config = porting.read(file), trained.config.copy_and_resolve_references()
-    config.model.variance = porting.STORED[framework]
+    config.model.variance = porting.VARIANCE[framework]
     like = (trained.params, trained.batch_stats)
     params, stats = porting.port_from(framework, arrays, like, table)
     if probe is not None:

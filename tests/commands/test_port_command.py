@@ -46,7 +46,7 @@ def test_there_and_back_is_the_same_network_which_trains_on(run, port, tmp_path,
     jax.tree.map(np.testing.assert_array_equal, before.batch_stats, after.batch_stats)
     assert after.step == 0
     assert after.config.model.momentum == before.config.model.momentum
-    assert after.config.model.variance == porting.STORED[framework]
+    assert after.config.model.variance == porting.VARIANCE[framework]
     code, _, err = port("from", framework, "--out", port.new)
     assert (code, "already holds a run" in err) == (2, True)
     # Training in the new folder is training from the run's weights.
