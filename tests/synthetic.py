@@ -15,10 +15,10 @@ from bnjax.train import build, parsing
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.config import default_config
 from bnjax.train.dispatch import default_feed
+from bnjax.train.interrupt import StopRequest
 from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Trainer
 from bnjax.train.steps import unstack
-from bnjax.train.stopping import StopRequest
 from bnjax.train_step import init_state
 
 

@@ -62,7 +62,7 @@ def run(
 
     from bnjax.compare import claims, grid, runs
     from bnjax.train.cpu import prepare
-    from bnjax.train.stopping import Stopped
+    from bnjax.train.interrupt import Stopped
 
     prepare(training=True)
     files = [file.strip() for file in (configs or "").split(",")]

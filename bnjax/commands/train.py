@@ -60,8 +60,8 @@ def run(
     build.check(settings)
 
     from bnjax.train import rundir, summary
+    from bnjax.train.interrupt import Stopped
     from bnjax.train.loop import train_and_evaluate
-    from bnjax.train.stopping import Stopped
 
     dataset = build.dataset(settings)
     if dataset.fallback_reason:

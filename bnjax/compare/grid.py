@@ -22,8 +22,8 @@ from bnjax.compare.runs import COMPARISON, listed, read_comparison
 from bnjax.data.datasets import Dataset
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, checkpoint, jsonl, parsing, rundir
+from bnjax.train.interrupt import Stopped, StopRequest
 from bnjax.train.loop import Summary, Trainer
-from bnjax.train.stopping import Stopped, StopRequest
 
 SMALL = {
     "data.train_images": 5000,

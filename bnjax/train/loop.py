@@ -17,10 +17,10 @@ from bnjax.train import build
 from bnjax.train.devices import Agreement
 from bnjax.train.diagnostics import Observer
 from bnjax.train.dispatch import default_feed, dispatch_size
+from bnjax.train.interrupt import Stopped, StopRequest
 from bnjax.train.jsonl import OnMetrics
 from bnjax.train.run import Run, Seed
 from bnjax.train.steps import Steps
-from bnjax.train.stopping import Stopped, StopRequest
 
 Summary = dict[str, Any]
 

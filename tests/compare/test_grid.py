@@ -18,9 +18,9 @@ from bnjax.compare.runs import finished_runs, read_comparison
 from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, parsing, rundir
 from bnjax.train.checkpoint import Checkpoints
+from bnjax.train.interrupt import Stopped
 from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Trainer
-from bnjax.train.stopping import Stopped
 from bnjax.train_step import init_state
 
 BN = """

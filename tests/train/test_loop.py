@@ -19,9 +19,9 @@ from bnjax.errors import NonFiniteError, UserError
 from bnjax.train import build, jsonl, rundir, summary, tensorboard
 from bnjax.train.checkpoint import Checkpoints
 from bnjax.train.dispatch import default_feed
+from bnjax.train.interrupt import Stopped, StopRequest
 from bnjax.train.jsonl import read_lines
 from bnjax.train.loop import Trainer
-from bnjax.train.stopping import Stopped, StopRequest
 
 SLOW = pytest.mark.slow
 DATA = synthetic.dataset()

@@ -13,9 +13,9 @@ from bnjax.data.feed import host_feed, resident_feed
 from bnjax.errors import ConfigError
 from bnjax.train import build
 from bnjax.train.devices import spread
+from bnjax.train.interrupt import Stopped
 from bnjax.train.jsonl import read_lines
 from bnjax.train.steps import Steps
-from bnjax.train.stopping import Stopped
 
 DATA = synthetic.dataset()
 BATCH = 24

@@ -14,8 +14,8 @@ from synthetic import assert_same_metrics
 from bnjax.errors import ConfigError, UserError
 from bnjax.export.stablehlo import export_run
 from bnjax.train import build
+from bnjax.train.interrupt import Stopped
 from bnjax.train.steps import key_of
-from bnjax.train.stopping import Stopped
 from bnjax.train.trained import Trained
 from bnjax.train.warm_start import take_over
 from bnjax.train_step import forward, init_state
