@@ -1,7 +1,8 @@
 """Decides what happens after a training step with a non-finite loss, gradient or statistic.
 
-Such a bad step changes only `state.step`. The program counts bad steps in a row, and the run stops
-with an explanation after more than the config allows (`train.on_nonfinite`, `train.most_skipped`).
+Such a bad step changes only `state.step`: `train_step.descend` drops the rest. The program counts
+bad steps in a row, and the run stops with an explanation after more than the config allows
+(`train.on_nonfinite`, `train.most_skipped`).
 """
 
 from typing import Any

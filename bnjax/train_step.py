@@ -17,23 +17,20 @@ import optax
 from flax import struct
 
 from bnjax.compat import varying
-from bnjax.metrics import Metrics, from_losses, softmax_cross_entropy
+from bnjax.loss import LossFn, softmax_cross_entropy
+from bnjax.metrics import Metrics, from_losses
 from bnjax.nonfinite import is_finite, unless
 from bnjax.types import (
     Array,
     Batch,
     BatchStats,
     Images,
-    Labels,
     Leaf,
     Logits,
-    Losses,
     Params,
-    Shares,
     Tree,
 )
 
-LossFn = Callable[[Logits, Labels | Shares], Losses]
 AxisName = str | tuple[str, ...] | None
 # The new statistics and the metrics of a step, computed from the examples on one shard.
 Written = tuple[BatchStats, Metrics]

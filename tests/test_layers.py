@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"compat", "errors", "quiet", "text", "types"},
-    {"norms", "metrics", "nonfinite"},
+    {"loss", "norms", "metrics", "nonfinite"},
     {"models"},
     {"train_step"},
     {"data", "clinic"},

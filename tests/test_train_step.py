@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from bnjax.train_step import eval_step, init_state, predict_step, softmax_cross_entropy, train_step
+from bnjax.loss import softmax_cross_entropy
+from bnjax.train_step import eval_step, init_state, predict_step, train_step
 
 pytestmark = pytest.mark.lane
 

@@ -13,18 +13,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.clinic.linen import intercepting
 from bnjax.clinic.network import Call, nothing_seen, seen_in, with_seen
 from bnjax.compat import varying
+from bnjax.loss import LossFn, softmax_cross_entropy
 from bnjax.metrics import Metrics
 from bnjax.norms.moments import Moments, merge, merge_over, total_over
 from bnjax.norms.running_average import Averages, updated_average
 from bnjax.train_step import (
     AxisName,
-    LossFn,
     TrainState,
     count_of,
     descend,
     dropout_key,
     loss_of,
-    softmax_cross_entropy,
     train_step,
 )
 from bnjax.types import Batch, BatchStats, Params

@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.clinic.network import Mode, Network, NormLayer, check, nothing_seen
 from bnjax.clinic.statistics import deviations, put
+from bnjax.loss import softmax_cross_entropy
 from bnjax.metrics import from_losses
 from bnjax.norms.moments import Moments, merge
-from bnjax.train_step import softmax_cross_entropy
 from bnjax.types import Batch, BatchStats, Images, Logits
 
 # A channel is dead if the standard deviation of its output is below this fraction of the RMS of

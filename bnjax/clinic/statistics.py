@@ -21,8 +21,8 @@ from bnjax.clinic.network import (
     norm_paths,
     nothing_seen,
 )
+from bnjax.loss import LossFn, softmax_cross_entropy
 from bnjax.metrics import Metrics, from_losses
-from bnjax.train_step import LossFn, softmax_cross_entropy
 from bnjax.types import Array, Batch, BatchStats, Logits
 
 By = Literal["batch", "population"]

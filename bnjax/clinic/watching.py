@@ -9,7 +9,7 @@ from bnjax.clinic.checks import ILLNESSES, SECOND_BATCH, audit
 from bnjax.clinic.measure import Run
 from bnjax.clinic.network import SUPPORTED, Network
 from bnjax.clinic.statistics import Drift, Gap, drift, gap, put
-from bnjax.train_step import LossFn, softmax_cross_entropy
+from bnjax.loss import LossFn, softmax_cross_entropy
 from bnjax.types import Batch
 
 _compiled = jax.jit(gap, static_argnames="loss_fn")

@@ -36,7 +36,8 @@ def run(
 
     from bnjax.clinic import precise
     from bnjax.clinic.network import norm_paths
-    from bnjax.metrics import from_losses, softmax_cross_entropy
+    from bnjax.loss import softmax_cross_entropy
+    from bnjax.metrics import from_losses
     from bnjax.text import counted, progress, text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare

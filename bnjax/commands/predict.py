@@ -102,7 +102,8 @@ def of_split(
     trained: "Trained", split: str, views: int | None = None, data_dir: str | None = None
 ) -> dict[str, Any]:
     """Returns the predictions, loss and accuracy of a run's network on a split of its data."""
-    from bnjax.metrics import from_losses, softmax_cross_entropy
+    from bnjax.loss import softmax_cross_entropy
+    from bnjax.metrics import from_losses
     from bnjax.train.trained import logits_and_labels
 
     classes, dataset = trained.data.classes, trained.dataset(data_dir)

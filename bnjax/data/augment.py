@@ -1,7 +1,8 @@
 """Augments batches with pure functions `(rng, batch) -> batch` that run on the device.
 
 Batches have the format that `train_step` expects. Images may be uint8, or float on any scale. Only
-`mixup` also changes labels. Random numbers are drawn independently for each image.
+`mixup` also changes labels. Random numbers are drawn independently for each image. (Images that are
+read from disk during training are cropped on the host, by `bnjax.data.pictures`.)
 """
 
 import functools

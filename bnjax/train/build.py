@@ -21,6 +21,7 @@ from bnjax.data.batches import Part
 from bnjax.data.datasets import FOLDER, RECORDS, Dataset
 from bnjax.data.pictures import Reading
 from bnjax.errors import ConfigError
+from bnjax.loss import LossFn, softmax_cross_entropy
 from bnjax.models.convnet import ACTIVATIONS, ConvNet
 from bnjax.models.layers import bfloat16_dot_general, with_views
 from bnjax.models.resnet import RESNETS
@@ -31,7 +32,7 @@ from bnjax.train.config import MAX_SIZE, check_values, norm_options
 from bnjax.train.devices import GROUPS, Parallel, spread
 from bnjax.train.optimizers import optimizer
 from bnjax.train.warm_start import Frozen, frozen
-from bnjax.train_step import LossFn, init_variables, softmax_cross_entropy
+from bnjax.train_step import init_variables
 
 # The keys of the section `model` that are fields of `ConvNet`.
 CONVNET_KEYS = ("filters", "kernels", "strides", "pooling", "dense", "norm_dense", "placement")

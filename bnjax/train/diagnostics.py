@@ -18,6 +18,7 @@ from bnjax.clinic.statistics import gap
 from bnjax.clinic.watching import examine
 from bnjax.data.batches import evenly_spaced
 from bnjax.data.datasets import Dataset
+from bnjax.loss import LossFn, softmax_cross_entropy
 from bnjax.train.build import Experiment
 from bnjax.train.config import default_config
 from bnjax.train.cpu import compiler_options, init_options
@@ -26,14 +27,7 @@ from bnjax.train.jsonl import RunWriter
 from bnjax.train.parsing import flat
 from bnjax.train.steps import Variables
 from bnjax.train.tensorboard import contact_sheet
-from bnjax.train_step import (
-    LossFn,
-    TrainState,
-    dropout_key,
-    forward,
-    predict_step,
-    softmax_cross_entropy,
-)
+from bnjax.train_step import TrainState, dropout_key, forward, predict_step
 from bnjax.types import Array, Batch, BatchStats, Logits, Params, Tree, named_leaves
 
 QUANTILES = (0.0, 0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0)

@@ -11,11 +11,12 @@ from synthetic import assert_same_metrics, lines
 
 from bnjax.clinic.statistics import precise
 from bnjax.data.batches import evenly_spaced
+from bnjax.loss import softmax_cross_entropy
 from bnjax.train import build
+from bnjax.train.interrupt import Stopped
 from bnjax.train.steps import precise_batches
-from bnjax.train.stopping import Stopped
 from bnjax.train.trained import Trained
-from bnjax.train_step import forward, softmax_cross_entropy
+from bnjax.train_step import forward
 
 DATA = synthetic.dataset()
 

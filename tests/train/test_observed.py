@@ -15,13 +15,14 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from bnjax.clinic.statistics import Drift, Gap
 from bnjax.data.batches import evenly_spaced
+from bnjax.loss import softmax_cross_entropy
 from bnjax.metrics import Metrics
 from bnjax.train import build, parsing
 from bnjax.train.graph import graph_def
 from bnjax.train.jsonl import RunWriter, read_lines
 from bnjax.train.tensorboard import CAPTION, TILE
 from bnjax.train.trained import Trained
-from bnjax.train_step import forward, softmax_cross_entropy
+from bnjax.train_step import forward
 
 DATA = synthetic.dataset()
 
