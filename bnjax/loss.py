@@ -1,4 +1,7 @@
-"""The loss that training minimises: softmax cross-entropy with label smoothing."""
+"""The loss of each example: softmax cross-entropy with label smoothing.
+
+`bnjax.train_step.loss_of` averages it over the unmasked examples of a batch.
+"""
 
 from collections.abc import Callable
 

@@ -43,7 +43,7 @@ def normalised(
     return norm(name=name, **options)(x, use_running_average=not train, mask=full_mask)
 
 
-def standardised(x: Images, mean: Sequence[float], std: Sequence[float]) -> Array:
+def standardised_pixels(x: Images, mean: Sequence[float], std: Sequence[float]) -> Array:
     """Returns (x - mean) / std per channel, in float32 or higher; x itself if both are empty.
 
     Args:

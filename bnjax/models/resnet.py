@@ -9,7 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from bnjax.models.layers import NormFactory, normalised, standardised
+from bnjax.models.layers import NormFactory, normalised, standardised_pixels
 from bnjax.types import Array, Images, Logits, Mask
 
 Stem = Literal["cifar", "imagenet"]
@@ -153,7 +153,7 @@ class ResNet(_Layers):
     @nn.compact
     def __call__(self, x: Images, *, train: bool, mask: Mask | None = None) -> Logits:
         """Returns the logits [n, classes] of images [n, h, w, c]; `mask` is False for padding."""
-        x = standardised(x, self.mean, self.std)
+        x = standardised_pixels(x, self.mean, self.std)
         normalise = functools.partial(self._normalise, train=train, mask=mask)
         is_pre = self.placement == "pre"
         side, stride = (7, 2) if self.stem == "imagenet" else (3, 1)

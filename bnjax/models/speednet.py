@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.models.convnet import ACTIVATIONS
-from bnjax.models.layers import NormFactory, normalised, standardised
+from bnjax.models.layers import NormFactory, normalised, standardised_pixels
 from bnjax.types import Array, Images, Logits, Mask
 
 SIDE = 2  # the side of the whitened patches, in pixels
@@ -59,7 +59,7 @@ class SpeedNet(nn.Module):
             x = normalised(self.norm, x, train=train, mask=mask, name=f"{name}_norm")
             return self.activation(x)
 
-        x = standardised(x, self.mean, self.std)
+        x = standardised_pixels(x, self.mean, self.std)
         x = ACTIVATIONS["gelu"](Whitening(dtype=self.dtype, name="whiten")(x))
         for i, width in enumerate(self.widths):
             convolve = functools.partial(
