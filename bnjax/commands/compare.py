@@ -83,7 +83,7 @@ def run(
             from bnjax.compare import report
 
         print(f"\nreport: {report.write([folder], folder)[0]}")
-    except UserError as error:  # the results printed above are valid without a report
+    except (UserError, OSError) as error:  # the results printed above need no report
         print(f"\nno report: {error}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -57,8 +57,9 @@ def write(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         out: the output folder, created if needed.
 
     Raises:
-        UserError: if there is no readable run, `out` cannot be written, or a report already in
-            `out` was not written by bnjax.
+        UserError: if there is no readable run, or a report already in `out` was not written by
+            bnjax.
+        OSError: if `out` cannot be written.
     """
     study = runs.read_study(folders)
     page, text = out / "report.html", out / "report.md"
@@ -323,10 +324,9 @@ def curves(study: Study) -> Figure:
             panels += lines(study.variants, rows, title, scale, markers=rows is test)
     caption = (
         "Lines show the mean over the seeds, and bands the range from the lowest to the highest "
-        "value. "
-        f"The training loss is the loss of each batch before its step; {chosen_by} images are "
-        f"evaluated after it. Curves with more than {MAX_POINTS} steps are "
-        "averaged over neighbouring steps; their bands contain all values of these steps."
+        "value. The training loss is the loss of each batch before its step, and "
+        f"{chosen_by} images are evaluated after a step. Curves with more than {MAX_POINTS} steps "
+        "are averaged over neighbouring steps; their bands contain all values of these steps."
     )
     return Figure("curves", "Loss and accuracy", caption, panels)
 

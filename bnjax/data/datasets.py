@@ -1,6 +1,7 @@
 """Loads data sets by name, as uint8 arrays or as records on disk."""
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,7 +242,7 @@ def _prepared(name: str, data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
 
 def _streamed(name: str, data_dir: str, label: str, reading: Reading) -> Dataset:
     with needs("stream", "config.data.pipeline = 'stream'"):
-        import grain  # noqa: F401 imported again where it is used
+        importlib.import_module("grain")  # fails before anything is read
     if name in (RECORDS, FOLDER) and not data_dir:
         files = "array_record files" if name == RECORDS else "train/CLASS and test/CLASS"
         raise ConfigError("data.dir", data_dir, f"a folder with {files}")
