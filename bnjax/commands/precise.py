@@ -36,13 +36,11 @@ def run(
 
     from bnjax.clinic import precise
     from bnjax.clinic.network import norm_paths
-    from bnjax.loss import softmax_cross_entropy
-    from bnjax.metrics import from_losses
     from bnjax.text import counted, progress, text_table
     from bnjax.train import rundir
     from bnjax.train.cpu import compiler_options, prepare
     from bnjax.train.steps import precise_batches
-    from bnjax.train.trained import Trained, logits_and_labels
+    from bnjax.train.trained import Trained, logits_and_labels, loss_and_accuracy
 
     prepare()
     if out:
@@ -66,11 +64,11 @@ def run(
         "by": by,
         "test_images": len(dataset.test),
     }
-    tests = {}
-    for name, one in (("stored", trained.network), ("precise", network)):
-        logits, label = logits_and_labels(one, dataset.test, trained.config.eval.batch_size)
-        losses = softmax_cross_entropy(logits, label)
-        tests[name] = from_losses(losses, logits, label, None).means()
+    size = trained.config.eval.batch_size
+    tests = {
+        name: loss_and_accuracy(*logits_and_labels(one, dataset.test, size))
+        for name, one in (("stored", trained.network), ("precise", network))
+    }
     if json:
         print(json_.dumps(result | tests))
     else:

@@ -102,9 +102,7 @@ def of_split(
     trained: "Trained", split: str, views: int | None = None, data_dir: str | None = None
 ) -> dict[str, Any]:
     """Returns the predictions, loss and accuracy of a run's network on a split of its data."""
-    from bnjax.loss import softmax_cross_entropy
-    from bnjax.metrics import from_losses
-    from bnjax.train.trained import logits_and_labels
+    from bnjax.train.trained import logits_and_labels, loss_and_accuracy
 
     classes, dataset = trained.data.classes, trained.dataset(data_dir)
     chosen = dataset.train if split == "train" else dataset.test
@@ -114,7 +112,7 @@ def of_split(
     for row, truth in zip(predictions, label, strict=True):
         row["label"] = classes[truth]
     right = logits.argmax(-1) == label
-    result |= from_losses(softmax_cross_entropy(logits, label), logits, label, None).means()
+    result |= loss_and_accuracy(logits, label)
     return result | {
         "predictions": predictions,
         "count": len(label),

@@ -16,6 +16,8 @@ from bnjax.data.batches import Examples, eval_batches
 from bnjax.data.datasets import Dataset
 from bnjax.data.feed import every_batch
 from bnjax.errors import UserError
+from bnjax.loss import softmax_cross_entropy
+from bnjax.metrics import from_losses
 from bnjax.text import progress
 from bnjax.train import build
 from bnjax.train.checkpoint import Checkpoints
@@ -24,7 +26,7 @@ from bnjax.train.cpu import compiler_options
 from bnjax.train.jsonl import write_json
 from bnjax.train.rundir import FOLDED, check_is_free, read, read_folded
 from bnjax.train_step import TrainState, forward, init_variables
-from bnjax.types import Batch, BatchStats, Images, Params
+from bnjax.types import Batch, BatchStats, Images, Labels, Logits, Params
 
 TOLERANCE = 1e-5  # relative to the largest logit
 PROBE = 256  # the number of images for comparing networks
@@ -193,6 +195,11 @@ def logits_and_labels(
     """Returns the logits computed in evaluation mode, [n, classes], and the labels of a split."""
     size = min(batch_size, len(split))
     return _logits(network, every_batch(split, size), -(-len(split) // size))
+
+
+def loss_and_accuracy(logits: Logits, labels: Labels) -> dict[str, float]:
+    """Returns the mean loss and the accuracy as `loss` and `accuracy`."""
+    return from_losses(softmax_cross_entropy(logits, labels), logits, labels, None).means()
 
 
 def _logits(network: Linen, batches: Iterable[Batch], count: int) -> tuple[np.ndarray, np.ndarray]:
