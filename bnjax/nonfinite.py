@@ -24,9 +24,10 @@ def is_finite(tree: Any) -> jax.Array:
 
 
 def unless(bad: Any, new: Any, old: Any) -> Any:
-    """Returns the parameters, optimizer state and statistics after a step; the old if it was bad.
+    """Returns the tree `new`, or the tree `old` if the step was bad.
 
-    All of them are kept together, so that the statistics belong to the parameters.
+    The trees contain parameters, optimizer state and statistics, so that these always belong
+    together.
     """
     return jax.tree.map(lambda new, old: jnp.where(bad, old, new), new, old)
 

@@ -1,4 +1,4 @@
-"""Type aliases for arrays (with their shapes) and trees; the names and fingerprint of leaves."""
+"""Type aliases for arrays and trees of arrays; functions that name and fingerprint the leaves."""
 
 import zlib
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ IMAGES = IMAGES.astype(np.float32)
 
 
 class Tiny(nn.Module):
-    """A norm of the input, and one dense layer."""
+    """A network of a norm followed by a dense layer."""
 
     norm: Any = partial(nn.BatchNorm, momentum=MOMENTUM, epsilon=EPSILON)
 
@@ -26,7 +26,7 @@ class Tiny(nn.Module):
 
 
 class Net(nn.Module):
-    """Three norms behind one another."""
+    """A network with three norms in sequence."""
 
     norm: Any = nn.BatchNorm
 

@@ -100,7 +100,7 @@ NEAR, FAR = (Plain(norm=norm, offset=1000.0) for norm in (nn.BatchNorm, norms.Ba
 
 
 def frozen(seed, before):
-    """One of the norms of a network, compared with what it was."""
+    """Compares one norm of a network with the same norm before."""
     return plain(seed).knowing(before=before.network, frozen=("first",))
 
 

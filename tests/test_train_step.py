@@ -53,7 +53,7 @@ def make_batch(seed=0):
 
 
 def padded(batch):
-    """The batch with three images of padding, which hold NaN; one of their labels is right."""
+    """Replaces the last three images by padding of NaN, with other labels."""
     real, image = np.arange(8) < 5, batch["image"] / np.float32(255)
     image[~real] = np.nan
     return {"image": image, "label": np.where(real, batch["label"], np.arange(8) % 3), "mask": real}

@@ -339,7 +339,7 @@ def _fits(one: Evidence) -> bool:
     return max(one.z_scores) <= STANDARD_ERRORS
 
 
-SECOND_BATCH = "a second batch of at least half the size, to measure differences between batches"
+SECOND_BATCH = "a second batch, at least half as large, to measure the differences between batches"
 
 
 def unknown(case: Case) -> Iterator[NotChecked]:

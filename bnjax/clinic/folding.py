@@ -183,20 +183,20 @@ def plan(network: Network, images: Images) -> Folding:
                 break
         else:
             norms.append(NormFold(path, reason="; ".join(filter(None, reasons))))
-    unfolded = Folding(network, tuple(norms))
-    if not unfolded.pairs:
-        return unfolded
+    folding = Folding(network, tuple(norms))
+    if not folding.pairs:
+        return folding
     for layer_path, pair in weights.items():
         dtype = leaves[*layer_path, "kernel"].dtype
         leaves[*layer_path, "kernel"], leaves[*layer_path, "bias"] = (
             jnp.asarray(leaf, dtype) for leaf in pair
         )
-    gone = {norm_path for norm_path, _ in unfolded.pairs}
+    gone = {norm_path for norm_path, _ in folding.pairs}
     params, batch_stats = (
         unflatten_dict({path: leaf for path, leaf in tree.items() if path[:-1] not in gone})
         for tree in (leaves, stats)
     )
-    return unfolded._replace(network=network.folded(params, batch_stats, unfolded.pairs))
+    return folding._replace(network=network.folded(params, batch_stats, folding.pairs))
 
 
 def difference(logits: Logits, others: Logits) -> float:

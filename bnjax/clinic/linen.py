@@ -136,6 +136,8 @@ class Linen(Network):
 def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | None = None) -> Linen:
     """Returns a linen model and its variables as a network for the functions of the clinic.
 
+    A mask is passed to the model only if its training flag is `train`.
+
     Args:
         model: any linen module whose `__call__` has one of the training flags `train`, `training`,
             `is_training`, `deterministic` and `use_running_average`.
@@ -143,8 +145,6 @@ def linen(model: nn.Module, params: Params, batch_stats: Any, call: Forward | No
         batch_stats: the running statistics of the model; for `audit`, optionally the statistics of
             several replicas.
         call: (model, images, train) -> logits, for a model with a different signature.
-
-    A mask is passed to the model only if the flag is `train`.
 
     Raises:
         ValueError: if `__call__` has no known flag and `call` is None, or an argument has the wrong
@@ -227,7 +227,7 @@ class LinenCall(Call):
     def is_standard(self) -> bool:
         """See `Call.is_standard`."""
         is_norm = self.kind.__call__ in [norm.__call__ for norm in NORMS]
-        # A subclass of a layer may use the kernel differently.
+        # Subclasses of layers are not standard, because they may use the kernel differently.
         return is_norm if self.is_norm else self.kind in LAYERS
 
     def get(self, name: str) -> Any:

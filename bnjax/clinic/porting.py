@@ -266,9 +266,9 @@ def port_from(
 ) -> tuple[Params, BatchStats]:
     """Builds parameters and running statistics from the arrays of another framework.
 
-    Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`. Three arrays
-    are ignored if the norm has no such leaf: `num_batches_tracked`, a scale of ones, and a bias of
-    zeros.
+    Leaves have the dtypes of `like`. `num_batches_tracked` becomes the norm's `count`. If the norm
+    has no `count`, `scale` or `bias`, the corresponding array may be present but is ignored; a
+    scale must then be 1 and a bias 0.
 
     Args:
         framework: the source framework.

@@ -21,7 +21,7 @@ def run(
     """Write a trained network as files that run without bnjax.
 
     The files map 8-bit images to logits: a StableHLO program for CPUs, GPUs and TPUs with separate
-    weights, and optionally ONNX. The logits are compared with those of the run.
+    weights, and optionally ONNX. The command compares their logits with those of the run.
     """
     from bnjax.export.stablehlo import export_run
     from bnjax.train.cpu import prepare

@@ -8,8 +8,8 @@ def run(
 ) -> int:
     """Fold the batch norms of a trained network into its layers where folding is exact.
 
-    The logits are compared with those of the run. Norms that cannot be folded are listed with the
-    reason. The exit status is 1 if no norm can be folded.
+    The command compares the logits before and after folding, and lists the norms that cannot be
+    folded with the reasons. The exit status is 1 if no norm can be folded.
     """
     import jax
     import numpy as np

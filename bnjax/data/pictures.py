@@ -124,7 +124,7 @@ def read_image(
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
-    """Returns a random box with 8 to 100 % of the area and an aspect ratio from 3/4 to 4/3.
+    """Returns a random box with 8 to 100 % of an image's area and an aspect ratio of 3/4 to 4/3.
 
     The area is uniformly and the aspect ratio log-uniformly distributed. If ten random boxes in a
     row do not fit into the image, the result is the largest centred box with an allowed aspect

@@ -129,16 +129,14 @@ def page(scores: Scores | ExportedScores) -> gradio.Blocks:
         return (*labels, rows, layers)
 
     with gradio.Blocks(title=f"bnjax: {scores.name}") as demo:
-        about = (
-            f"# {scores.name}\nUpload up to {MAX_IMAGES} PNG or JPEG images; they are resized to "
+        how = (
+            " The batch norms normalise by the stored running statistics, by the statistics of all "
+            "uploaded images together, or not at all."
         )
-        about += f"{width}x{height}."
-        if len(scores.statistics) > 1:
-            about += (
-                " The batch norms normalise by the stored running statistics, by the statistics of "
-                "all uploaded images together, or not at all."
-            )
-        gradio.Markdown(about)
+        gradio.Markdown(
+            f"# {scores.name}\nUpload up to {MAX_IMAGES} PNG or JPEG images; they are resized to "
+            f"{width}x{height}.{how if len(scores.statistics) > 1 else ''}"
+        )
         files = gradio.File(
             file_count="multiple", file_types=[".png", ".jpg", ".jpeg"], label="Images"
         )

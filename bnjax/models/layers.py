@@ -38,7 +38,7 @@ def normalised(
     """
     if norm is None:
         return x
-    # Flax's norms need a mask with the rank of x.
+    # Flax's norms need a mask with as many axes as x.
     full_mask = None if mask is None else mask.reshape(-1, *[1] * (x.ndim - 1))
     return norm(name=name, **options)(x, use_running_average=not train, mask=full_mask)
 

@@ -30,7 +30,7 @@ POSITION_NORMS = ("instance", "frn")
 
 
 def build(norm: str, /, **options: Any) -> Callable[..., nn.Module] | None:
-    """Returns a factory for norm layers, to be called with `name`; None for the norm "none".
+    """Returns a factory for norm layers, or None if `norm` is "none". Call it with `name`.
 
     Args:
         norm: a key of `NORMS`, or "none".

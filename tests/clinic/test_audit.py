@@ -50,7 +50,7 @@ def test_nothing_is_found_in_a_healthy_network(name):
 
 
 BOTH = ("first", "second")
-# The layers of the finding, and what it says.
+# The layers and the text of each finding.
 EVIDENCE = {
     "NaN": (BOTH, "1 with non-finite statistics"),
     "far from 0, one-pass variance": (("first",), "E[x^2] - E[x]^2 in float32"),

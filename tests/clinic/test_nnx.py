@@ -79,7 +79,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_norm_is_seen_however_it_is_called(name):
     kind, through, added = CALLS[name]
-    # `Doubled` is told to be in evaluation.
+    # `Doubled` is called in evaluation mode.
     known = {"gain": 2, "follows_flag": False} if kind is Doubled else {}
     axes = (1,) if name == "on another axis" else (0,)
     network = clinic.nnx(Wrapped(kind, through))

@@ -29,7 +29,7 @@ PARAMS, STATS = drawn(Net(), IMAGES[:1])
 
 
 def truth(by, *, params=PARAMS, ddof=0, keep=0.0):
-    """Returns {norm: (mean, var)}: of batches that meet nowhere, or of all images as one batch."""
+    """Returns {norm: (mean, var)} over separate batches, or over all images as one batch."""
     found = collections.defaultdict(list)
 
     def mixed(name, *own):
@@ -52,7 +52,7 @@ def assert_are(stats, wanted):
     """Means to 1e-5 standard deviations, variances to 1e-5 relative."""
     assert set(stats) == set(wanted)
     for name, (mean, var) in wanted.items():
-        # A unit that is dead has no variance; what is added to it sets the scale then.
+        # A dead unit has variance 0, so its tolerance is relative to epsilon.
         scale = var + EPSILON
         assert np.max(np.abs(stats[name]["mean"] - mean) / np.sqrt(scale)) < 1e-5, name
         assert np.max(np.abs(stats[name]["var"] - var) / scale) < 1e-5, name
@@ -187,7 +187,7 @@ SIZES = (3, 9, 4, 0)  # real examples of each replica
 
 
 def replicas(sizes, channels=3):
-    """What each replica saw, far from one another in mean, and the statistics of it."""
+    """Returns the inputs of each replica, whose means are far apart, and their statistics."""
     rng = np.random.default_rng(0)
     seen = [rng.normal(3 * i + 1, 1 + i, (size, channels)) for i, size in enumerate(sizes)]
     nothing = np.full(channels, np.nan)
@@ -209,7 +209,7 @@ def test_merged_statistics_are_those_of_all_examples(sizes, counts):
 
 @pytest.mark.lane
 def test_a_pmap_loop_whose_norms_do_not_sync():
-    """The mean of all batches: the truth is that of all examples that were seen."""
+    """The norms average over the steps, and `merge_replicas` merges over the devices."""
     devices, steps, tx = 8, 3, optax.sgd(0.1)
     model = Tiny(functools.partial(BatchNorm, momentum=None))
     rng = np.random.default_rng(1)
@@ -224,7 +224,7 @@ def test_a_pmap_loop_whose_norms_do_not_sync():
         state, stats, _ = step(state, stats, {"image": image, "label": label})
     merged = merge_replicas(stats)["norm"]
     assert int(merged["count"]) == steps
-    # An average of variances leaves out how the means differ from step to step, on each device.
+    # The mean of the variances omits the differences between the means of the steps.
     within = images.astype(np.float64).reshape(steps, devices, 4, 4)
     means = within.mean((0, 2))
     np.testing.assert_allclose(merged["mean"], means.mean(0), rtol=1e-5)

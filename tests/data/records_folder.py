@@ -10,7 +10,7 @@ from bnjax.data.tfds import example
 
 
 def picture(image, kind="png", **options):
-    """The bytes of an image file, of an array or of Pillow's image."""
+    """Returns the bytes of an image file with this array or Pillow image."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     file = io.BytesIO()

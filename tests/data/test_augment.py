@@ -26,7 +26,7 @@ def is_mirrored(found, image):
 
 
 def assert_mean(values, mean, variance):
-    """Independent values have this mean, to four standard errors."""
+    """Checks that independent values have this mean, within four standard errors."""
     assert abs(np.mean(values) - mean) < 4 * (variance / len(values)) ** 0.5
 
 

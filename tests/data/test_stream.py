@@ -156,7 +156,7 @@ def test_crops_of_the_resized_image_are_in_the_middle_or_anew_each_time(photos):
         places.append({tuple(one) for (one,) in others})
     # Of 25 places and more 12 draws hit 5 different ones or fewer with a chance of 1e-5.
     assert all(len(seen) > 5 for seen in places)
-    # In the square images both edges are met.
+    # In square images, crops must reach both edges.
     assert {top for seen in places[1::5] for top, _ in seen} >= {0, 4}
 
 

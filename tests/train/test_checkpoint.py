@@ -148,7 +148,7 @@ def test_a_draft_that_a_killed_process_left_is_removed(three, tmp_path):
 
 @pytest.fixture(scope="module")
 def died(tmp_path_factory):
-    """A run that died in step 8 of 10, and the parameters of one that did not."""
+    """Returns a run that was killed in step 8 of 10, and the parameters of a complete run."""
     folder, config = tmp_path_factory.mktemp("runs"), synthetic.config(steps=10)
     synthetic.train(config, folder / "whole")
     with pytest.raises(StopIteration):

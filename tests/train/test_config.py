@@ -254,7 +254,7 @@ def test_the_options_reach_the_layers():
     assert network("model.dense_product=bfloat16").dense_product is bfloat16_dot_general
 
 
-# What norms need that do not work with the other options.
+# Options for norms that do not work with the options above.
 WORKING = {
     "ghost": ("virtual_batch=4",),
     "group": ("placement=before", "groups=2"),

@@ -24,7 +24,7 @@ class Loop(nn.Module):
 
 
 class Net(nn.Module):
-    """A layer called twice and one for nothing, a block plain and rematerialised, and a loop."""
+    """A layer that is called twice, an unused layer, a block with and without remat, and a loop."""
 
     @nn.compact
     def __call__(self, x, train):

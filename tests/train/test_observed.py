@@ -155,7 +155,7 @@ def test_tensorboard_gets_the_hyperparameters_in_the_same_run(values):
     assert set(hparams) == set(parsing.flat(watched().to_dict()))
     experiment = content["experiment"].experiment
     assert {metric.name.tag for metric in experiment.metric_infos} <= set(values)
-    # The first that is not as in the defaults.
+    # The first value that differs from its default.
     assert experiment.hparam_infos[0].name == "data.name"
 
 

@@ -113,7 +113,7 @@ SPEED = {
 
 @pytest.mark.parametrize("interval", [(1, 0), (2, 3)])
 def test_muon_is_its_definition_in_float64(interval):
-    """Momentum with Nesterov's look ahead, the polynomial, and the sphere as often as asked."""
+    """Nesterov momentum, the Newton-Schulz polynomial, and a fixed norm every few updates."""
     count, (every, more) = 12, interval
     options = {"learning_rate": 0.2, "muon__beta": 0.6, "muon__rescale_every": interval}
     tx = made(count, name="muon", schedule="linear", **options)
