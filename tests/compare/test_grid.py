@@ -244,6 +244,14 @@ def test_the_command_says_which_run_broke_down(files, bnjax, monkeypatch):
     assert f"report: {files / 'runs' / 'report.html'}" in out
     assert read_comparison(files / "runs")["command"].startswith("bnjax compare --configs ")
 
+    def unwritable(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(report, "write", unwritable)
+    code, out, err = bnjax("compare", *words, "--seeds", 1)
+    assert "no report: read-only" in out
+    assert (code, "error: bn, seed 0: step 3" in err) == (1, True)
+
 
 def test_variants_share_data_and_mistakes_show_before_anything_is_trained(files):
     comparison = planned(files, "--config.data.fallback=digits")
